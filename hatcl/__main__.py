@@ -1,0 +1,6 @@
+"""`python -m hatcl` is the `hatcl` command."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The options of a HAT model: one frozen, JSON-able dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import ConfigError
+
+INITS = ("normal", "dense", "sparse", "constant")
+SCHEDULES = ("linear", "cosine", "exponential", "constant")
+PENALTIES = ("global", "layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class HATConfig:
+    """Options of hard attention to the task (Serra et al. 2018, arXiv 1801.01423; HAT-CL, arXiv 2307.09653).
+
+    Args:
+        num_tasks: how many tasks the model has room for; `hatcl.add_tasks` adds more.
+        init: how a task's embeddings start. `normal`: e ~ N(0, 1) (HAT). `dense`: every unit on, e = `init_value`
+            (HAT-CL). `sparse`: each unit on with probability `init_density`, e = +-`init_value`.
+            `constant`: e = `init_value`, sign included.
+        init_value: the embedding's size where `init` needs one.
+        init_density: the share of units that start on under `sparse`.
+        schedule: how the scale s goes from 1 / `max_scale` to `max_scale` over the steps of one cycle.
+        cycles: how many times the scale is annealed within one task; None = the `epochs` given to `hatcl.learn`
+            (HAT anneals once per epoch).
+        max_scale: s_max of HAT's eq. 3 and 4.
+        clamp: embeddings are kept within +-`clamp` after every step (HAT: 6).
+        compensation_clamp: |s * e| is clamped to this in the gradient compensation (HAT: 50).
+        embedding_lr_scale: an embedding's step is this many times what the optimizer makes of it.
+        penalty_weight: weight of the sparsity penalty (HAT: 0.75).
+        penalty: `global` normalises over all units (HAT's eq. 5), `layer` takes the mean of the layers' ratios (HAT-CL).
+        forgiven: share of a layer's units that the penalty forgives; None = none, HAT-CL's quota is 1 / num_tasks.
+        locked: sealed tasks whose elements are frozen while others learn; None = all (HAT-CL's choice of locked tasks).
+    """
+
+    num_tasks: int = 1
+    init: str = "normal"
+    init_value: float = 1.0
+    init_density: float = 0.5
+    schedule: str = "linear"
+    cycles: int | None = None
+    max_scale: float = 400.0
+    clamp: float = 6.0
+    compensation_clamp: float = 50.0
+    embedding_lr_scale: float = 1.0
+    penalty_weight: float = 0.75
+    penalty: str = "global"
+    forgiven: float | None = None
+    locked: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("init", self.init, INITS)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("penalty", self.penalty, PENALTIES)
+        if not isinstance(self.num_tasks, int) or self.num_tasks < 1:
+            raise ConfigError(f"num_tasks: got {self.num_tasks!r}, expected an integer of at least 1")
+        for name, low in (("max_scale", 1.0), ("clamp", 0.0), ("compensation_clamp", 0.0), ("embedding_lr_scale", 0.0)):
+            if not getattr(self, name) > low:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a number above {low:g}")
+        if self.penalty_weight < 0:
+            raise ConfigError(f"penalty_weight: got {self.penalty_weight!r}, expected a number of at least 0")
+        for name in ("init_density", "forgiven"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ConfigError(f"{name}: got {share!r}, expected a share between 0 and 1")
+        if self.cycles is not None and self.cycles < 1:
+            raise ConfigError(f"cycles: got {self.cycles!r}, expected at least 1 (or None for one per epoch)")
+        if self.locked is not None:
+            object.__setattr__(self, "locked", tuple(int(t) for t in self.locked))
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> HATConfig:
+        """A config from JSON-like options. Raises `ConfigError` on an unknown key and names the nearest one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"HATConfig has no option {key!r}; did you mean {near!r}? It has {', '.join(known)}.")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON-able values; `from_dict` reads them back."""
+        out = dataclasses.asdict(self)
+        out["locked"] = None if self.locked is None else list(self.locked)
+        return out
+
+    def replace(self, **changes: Any) -> HATConfig:
+        """A copy with some options changed, checked like a new config."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{name}: got {value!r}, expected one of {', '.join(choices)}; did you mean {near!r}?")

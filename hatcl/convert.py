@@ -1,0 +1,241 @@
+"""From any module to a HAT model: plan, check, then swap."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import layers as _layers  # registers the HAT layers
+from .certify import attack, outputs_of
+from .config import HATConfig
+from .errors import ConfigError, ConversionError
+from .gates import Gates, Units
+from .layers.gated import Axis, Binding, ParameterPlan, task_parameter
+from .map.trace import call, trace
+from .map.units import Entry, UnitMap, resolve
+from .registry import derive, layer_for
+
+log = logging.getLogger(__name__)
+GATES = "hat_gates"
+assert _layers
+
+
+def convert(
+    model: nn.Module,
+    num_tasks: int | None = None,
+    example_inputs: Any = None,
+    *,
+    num_classes: int | Sequence[int] | None = None,
+    config: HATConfig | Mapping[str, Any] | None = None,
+    verify: bool = True,
+    unit_map: UnitMap | None = None,
+) -> nn.Module:
+    """A HAT model that computes what `model` computes, bit for bit, while no task is active. `model` stays as it was.
+
+    Args:
+        num_tasks: how many tasks to make room for; default: the config's.
+        example_inputs: what the model's forward takes: a tensor, a tuple (positional) or a dict (keywords).
+        num_classes: classes per task, where tasks differ: the head's copies get these widths.
+        config: options; a `HATConfig` or a mapping of them.
+        verify: run the certificate's attack once with random gates before handing the model over (M7).
+        unit_map: a map found earlier, instead of tracing.
+
+    Raises:
+        ConversionError: the forward fails on the example inputs, or the model cannot be converted; names the module.
+    """
+    config = config if isinstance(config, HATConfig) else HATConfig.from_dict(config or {})
+    if num_tasks is not None:
+        config = config.replace(num_tasks=num_tasks)
+    if any(isinstance(m, Gates) for m in model.modules()):
+        raise ConversionError(f"{type(model).__name__} is a HAT model already; hatcl.add_tasks(model, n) makes room for more")
+    if hasattr(model, GATES):
+        raise ConversionError(f"{type(model).__name__} has an attribute {GATES!r}, where its gates would go; rename it")
+    if unit_map is None and example_inputs is None:
+        raise ConversionError("example_inputs: got None; pass an input of the model's forward: a tensor, a tuple or a dict")
+    if isinstance(num_classes, Sequence) and len(num_classes) != config.num_tasks:
+        raise ConfigError(f"num_classes: got {len(num_classes)} numbers for {config.num_tasks} tasks; pass one per task")
+    source = copy.deepcopy(model)
+    if unit_map is None:
+        unit_map = map_of(source, example_inputs)
+    made = build(copy.deepcopy(source), unit_map, config)
+    if verify and example_inputs is not None:
+        made = _verified(made, source, unit_map, config, example_inputs)
+    if isinstance(num_classes, Sequence):
+        _widen_heads(made, num_classes)
+    return made
+
+
+def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
+    """The map of a plain model (see `hatcl.map`)."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    copied = [
+        names[id(p)]
+        for m in model.modules()
+        for n, p in m._parameters.items()
+        if p is not None and n in layer_for(type(m)).copied
+    ]
+    try:
+        found = trace(
+            model,
+            example_inputs,
+            norms=lambda m: layer_for(type(m)).is_norm,
+            embeds=lambda m: layer_for(type(m)).fold_output,
+        )
+    except Exception as error:
+        try:
+            with torch.no_grad():
+                call(model, example_inputs)
+        except Exception as plain:
+            raise ConversionError(
+                f"{type(model).__name__}: its forward failed on example_inputs = {shapes(example_inputs)}: {plain}"
+            ) from plain
+        raise ConversionError(f"{type(model).__name__}: the trace failed: {error}; please report the model") from error
+    return resolve(found, model, copied)
+
+
+def shapes(x: Any) -> str:
+    """Inputs in words, for messages."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{k}: {shapes(v)}" for k, v in x.items()) + "}"
+    if isinstance(x, (list, tuple)):
+        return "(" + ", ".join(map(shapes, x)) + ")"
+    return type(x).__name__
+
+
+def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
+    """Turn `model` into a HAT model on this map, in place. Everything is planned before anything is swapped."""
+    gates = Gates(unit_map.num_units, config, [(n.removesuffix(".weight"), a - 1, b - 1) for n, a, b in unit_map.layers])
+    some = next(model.parameters(), None)
+    if some is not None:
+        gates.to(some.device)
+    made: dict[bytes, Units] = {}
+
+    def units(numbers: np.ndarray) -> Units:
+        return made.setdefault(numbers.tobytes(), Units(gates, numbers))
+
+    names = {id(p): n for n, p in model.named_parameters()}
+    holders: dict[str, set[str]] = {}
+    for path, m in model.named_modules():
+        for p in m._parameters.values():
+            if p is not None:
+                holders.setdefault(names[id(p)], set()).add(path)
+    plan: list[tuple[nn.Module, type, Binding]] = []
+    for path, m in model.named_modules():
+        layer = layer_for(type(m))
+        norm = unit_map.norms.get(path)
+        own = {n: p for n, p in m._parameters.items() if p is not None}
+        if not own and norm is None and not any(m._buffers.get(b) is not None for b in layer.task_buffers):
+            continue
+        hat = Binding(gates)
+        for name, p in own.items():
+            entry = unit_map.entries[names[id(p)]]
+            if entry.shape != tuple(p.shape):
+                raise ConversionError(f"{path}.{name}: the map says shape {list(entry.shape)}, it has {list(p.shape)}; trace this model anew")
+            fold_axes = set(unit_map.folds.get((path, entry.name), ()))
+            for (user, other), axes in unit_map.folds.items():
+                if other == entry.name and user not in holders[entry.name]:
+                    fold_axes |= set(axes)
+            if path in unit_map.outputs or layer.fold_output:
+                owners = {f.axis for f in entry.factors if f.owner}
+                if layer.fold_output and fold_axes & owners:
+                    hat.output = (layer.output_dim, units(next(f.units for f in entry.factors if f.owner)))
+                fold_axes -= owners
+            axes_ = tuple(Axis(units(f.units), f.shape, f.owner) for f in entry.factors)
+            fold = tuple(i for i, f in enumerate(entry.factors) if f.axis in fold_axes)
+            hat.params[name] = ParameterPlan(entry.view, axes_, fold, entry.copied)
+        if path in unit_map.outputs:
+            hat.output = (layer.output_dim, units(unit_map.outputs[path]))
+        if norm is not None:
+            across = norm.across or not hasattr(layer, "eps")
+            if across:
+                hat.norm = (norm.dim, units(norm.units))
+            else:
+                hat.output = (norm.dim, units(norm.units))
+            hat.dirty = not norm.clean
+        plan.append((m, derive(layer, type(m), tuple(own), task_parameter), hat))
+    for m, cls, hat in plan:
+        if "eps" in m.__dict__ and isinstance(getattr(cls, "eps", None), property):
+            m.__dict__["_eps"] = m.__dict__.pop("eps")
+        m.__class__ = cls
+        m.attach(hat, config.num_tasks)  # type: ignore[operator]
+    model.add_module(GATES, gates)
+    gates.unit_map = unit_map  # type: ignore[assignment]
+    gates.train(model.training)
+    return model
+
+
+def _verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HATConfig, inputs: Any) -> nn.Module:
+    """Attack with random gates. A parameter through which the attack gets out becomes a copy per task (M5)."""
+    for _ in range(8):
+        leaks = _leaks(model, inputs)
+        if not leaks:
+            return model
+        for name in leaks:
+            entry = unit_map.entries[name]
+            unit_map.entries[name] = dataclasses.replace(entry, copied=True, why="the attack got out through it")
+            log.info("%s: reachable by other tasks, so each task gets its own copy", name)
+        model = build(copy.deepcopy(source), unit_map, config)
+    raise ConversionError(
+        f"{type(source).__name__}: other tasks reach a task's output through {', '.join(leaks[:5])} even as copies per task; "
+        "please report the model, or pass verify=False to convert without the guarantee"
+    )
+
+
+def _leaks(model: nn.Module, inputs: Any) -> list[str]:
+    """Parameters whose non-live elements reach the output under random gates."""
+    trial = copy.deepcopy(model).eval()
+    gates: Gates = getattr(trial, GATES)
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(gates.num_units, generator=generator) < 0.5
+    gates.masks[0] = mask.to(gates.masks.device)
+    gates.sealed[0] = True
+    gates.epoch += 1
+    with torch.no_grad():
+        want = outputs_of(trial, inputs, 0)
+        if any(not torch.isfinite(x).all() for x in want if x.is_floating_point()):
+            log.info("%s: outputs are not finite under random gates", type(model).__name__)
+
+        def differs(only: set[str] | None) -> bool:
+            with attack(trial, 0, only=only):
+                got = outputs_of(trial, inputs, 0)
+            return not all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(want, got))
+
+        if not differs(None):
+            return []
+        names = [n for n, e in gates.unit_map.entries.items() if not e.copied]  # type: ignore[union-attr]
+        found: list[str] = []
+        groups = [names]
+        while groups:
+            group = groups.pop()
+            if not group or not differs(set(group)):
+                continue
+            if len(group) == 1:
+                found += group
+            else:
+                groups += [group[: len(group) // 2], group[len(group) // 2 :]]
+    return found or names
+
+
+def _widen_heads(model: nn.Module, num_classes: Sequence[int]) -> None:
+    """Give each task's copy of the head its own number of classes, drawn by the layer's initialiser."""
+    entries: dict[str, Entry] = model.get_submodule(GATES).unit_map.entries  # type: ignore[assignment,union-attr]
+    heads = {n.rpartition(".")[0] for n, e in entries.items() if e.head}
+    if not heads:
+        raise ConfigError(f"num_classes: {type(model).__name__} has no head whose width could differ per task; pass one number")
+    for path in heads:
+        module = model.get_submodule(path)
+        width = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+        for task, n in enumerate(num_classes):
+            if n != width:
+                for name, value in module.redrawn(rows=n).items():  # type: ignore[operator]
+                    old = module.hat_tasks[task]._parameters[name]  # type: ignore[index,union-attr]
+                    module.hat_tasks[task]._parameters[name] = nn.Parameter(value.to(old))  # type: ignore[index,union-attr,arg-type]

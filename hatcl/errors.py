@@ -1,0 +1,38 @@
+"""Every error hatcl raises on purpose. All derive from `HATError`; each message names the module path, what came,
+what was expected and what to do."""
+
+
+class HATError(Exception):
+    """Base class of hatcl's errors."""
+
+
+class ConfigError(HATError, ValueError):
+    """An option that does not exist or a value outside its range."""
+
+
+class ConversionError(HATError, RuntimeError):
+    """A model that cannot be converted; the model is as it was."""
+
+
+class TaskError(HATError, ValueError):
+    """A task index that does not exist, is not sealed yet, or is sealed already."""
+
+
+class CapacityError(HATError, RuntimeError):
+    """No free units are left for another task."""
+
+
+class GuardError(HATError, RuntimeError):
+    """An optimizer that cannot be guarded, or that belongs to another model."""
+
+
+class IsolationError(HATError, RuntimeError):
+    """A sealed task's outputs depend on something that is not its own."""
+
+
+class IntegrityError(HATError, RuntimeError):
+    """What was sealed is not what is there: a frozen parameter, a file or a checkpoint changed."""
+
+
+class NonFiniteLossError(HATError, RuntimeError):
+    """A task was about to be sealed with weights or gates that are not finite."""

@@ -1,0 +1,113 @@
+"""Pure tensor maths of hard attention to the task. Serra et al. 2018, arXiv 1801.01423 (HAT); arXiv 2307.09653 (HAT-CL).
+
+Shapes: `U` units, `T` tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SMALLEST_GATE = 1e-6
+"""Soft gates below this are exact zeros: smaller ones make denormal floats, which cost a CPU up to sixteen times a step."""
+
+
+def scale_at(step: int, steps: int, max_scale: float, schedule: str = "linear") -> float:
+    """The scale s at step b = `step` of B = `steps` of one annealing cycle.
+
+    linear: `s = 1/s_max + (s_max - 1/s_max) * (b - 1) / (B - 1)` (HAT eq. 3), with b counted from 0 here;
+    cosine: the same ends, with `(1 - cos(pi * p)) / 2` in place of the progress p (HAT-CL);
+    exponential: `s = s_max ** (2p - 1)`; constant: `s_max`.
+    """
+    progress = min(max(step / (steps - 1), 0.0), 1.0) if steps > 1 else 1.0
+    low = 1.0 / max_scale
+    if schedule == "linear":
+        return low + (max_scale - low) * progress
+    if schedule == "cosine":
+        return low + (max_scale - low) * (1.0 - math.cos(math.pi * progress)) / 2.0
+    if schedule == "exponential":
+        return float(max_scale ** (2.0 * progress - 1.0))
+    return max_scale
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(e: Tensor, scale: Tensor, max_scale: float, clamp: float) -> Tensor:
+        gate = torch.sigmoid(scale * e)
+        return torch.where(gate < SMALLEST_GATE, 0.0, gate)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        e, scale, ctx.max_scale, ctx.clamp = inputs
+        ctx.save_for_backward(e, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        e, scale = ctx.saved_tensors
+        half = torch.sigmoid(e)
+        beyond = torch.relu((scale * e).abs() - ctx.clamp)
+        return grad * (ctx.max_scale * half * (1 - half) * torch.exp(-beyond)), None, None, None
+
+
+def soft_gate(e: Tensor, scale: Tensor, max_scale: float, clamp: float = 50.0) -> Tensor:
+    """`a = sigmoid(s * e)` with HAT's gradient compensation built into its derivative.
+
+    HAT (eq. 6) multiplies the gradient q of an embedding by `s_max/s * (cosh(clamp(s e, +-c)) + 1) / (cosh(e) + 1)`.
+    As `sigmoid'(x) = 1 / (2 (cosh(x) + 1))`, the product of that factor and the sigmoid's own derivative is
+    `s_max * sigmoid'(e) * exp(-max(|s e| - c, 0))` (for |s e| > c up to a relative 1e-21), which is what is computed here:
+    the same number, without the `0 * inf` that the two-step form meets in float32 where the gate saturates.
+
+    Args:
+        e: embeddings, any shape.
+        scale: s, a tensor of no dimensions.
+        max_scale: s_max. clamp: c.
+    """
+    return _Gate.apply(e, scale, max_scale, clamp)
+
+
+def hard_gate(e: Tensor) -> Tensor:
+    """The gate at infinite scale: on where `e > 0`."""
+    return e > 0
+
+
+def sparsity_penalty(
+    gates: Tensor, used: Tensor, bounds: list[tuple[int, int]] | None = None, forgiven: float = 0.0
+) -> Tensor:
+    """HAT's eq. 5: `sum_i a_i (1 - used_i) / sum_i (1 - used_i)`, over units that no sealed task uses.
+
+    Args:
+        gates: a, `[U]`. used: `[U]` bool, the union of the sealed tasks' gates.
+        bounds: if given, (start, stop) per layer; the result is the mean of the layers' ratios (HAT-CL).
+        forgiven: share of a layer's units (of all units where `bounds` is None) that may be on without a penalty.
+    """
+    free = (~used).to(gates.dtype)
+    cost = gates * free
+    if bounds is None:
+        over = torch.relu(cost.sum() - forgiven * gates.numel())
+        return over / free.sum().clamp(min=1.0)
+    sizes = torch.tensor([stop - start for start, stop in bounds], device=gates.device)
+    layer = torch.repeat_interleave(torch.arange(len(bounds), device=gates.device), sizes)
+    on = gates.new_zeros(len(bounds)).index_add(0, layer, cost)
+    room = gates.new_zeros(len(bounds)).index_add(0, layer, free)
+    over = torch.relu(on - forgiven * sizes)
+    return (over / room.clamp(min=1.0)).mean()
+
+
+def centre(x: Tensor, gate: Tensor, dim: int, over: tuple[int, ...]) -> Tensor:
+    """Take away the mean over the units that are on: `x - a * (sum x / sum a)`.
+
+    `x` already carries the gate (it is `a` times a value), so `sum x / sum a` is the gated mean of the value, and off
+    units stay exactly zero. A norm over all units of the result then differs from the norm over the units that are on
+    by the constant factor `sqrt(U / sum a)` alone.
+
+    Args:
+        dim: the dimension of the units. over: the dimensions that the mean is taken over, `dim` among them.
+    """
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    others = math.prod(x.shape[d] for d in over) // x.shape[dim]
+    mean = x.sum(over, keepdim=True) / (gate.sum() * others).clamp(min=SMALLEST_GATE)
+    return torch.addcmul(x, mean, gate.view(shape), value=-1)

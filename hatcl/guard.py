@@ -1,0 +1,323 @@
+"""What is frozen while a task is learned, and the guard that keeps it so whatever the optimizer does."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GuardError, HATError, IntegrityError, NonFiniteLossError
+from .gates import Gates, gates_of
+from .layers.gated import Binding, HATLayer, ParameterPlan
+
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+
+
+@dataclass
+class Held:
+    """A parameter of a HAT model. task: whose own it is (None: shared). plan: its axes, for a shared one."""
+
+    name: str
+    param: nn.Parameter
+    plan: ParameterPlan | None
+    task: int | None = None
+    plain: bool = False
+
+    def live(self, task: int) -> Tensor:
+        """Which elements are live for a task, in the parameter's shape."""
+        if self.plan is None:
+            return torch.ones(self.param.shape, dtype=torch.bool, device=self.param.device)
+        return self.plan.live(task, self.param.device).expand(self.plan.view).reshape(self.param.shape)
+
+
+def held(model: nn.Module) -> list[Held]:
+    """Every parameter of a HAT model once, with what it belongs to.
+
+    Raises:
+        HATError: a parameter is shared by layers that belong to different gates (two models sharing parameters).
+    """
+    out: dict[int, Held] = {}
+    owner: dict[int, tuple[Gates, str]] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, Gates):
+            for t, e in enumerate(module.embeddings):
+                out[id(e)] = Held(f"{prefix}embeddings.{t}", e, None, t)
+            continue
+        hat: Binding | None = module.__dict__.get("_hat") if isinstance(module, HATLayer) else None
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            plan = hat.params.get(name) if hat is not None else None
+            if hat is not None and plan is not None and not plan.copied:
+                gates, first = owner.setdefault(id(p), (hat.gates, f"{prefix}{name}"))
+                converted = gates.from_map and hat.gates.from_map
+                if gates is not hat.gates and converted:
+                    raise HATError(
+                        f"{prefix}{name} and {first} are one parameter but belong to two converted models; "
+                        "convert the model that contains both, or copy the parameter"
+                    )
+            if id(p) not in out or (out[id(p)].task is None and out[id(p)].plan is None):
+                out[id(p)] = Held(f"{prefix}{name}", p, plan, None, plan is not None and plan.copied)
+        if hat is not None:
+            for t, copy in enumerate(getattr(module, "hat_tasks", ())):
+                for name, p in copy.named_parameters():
+                    out[id(p)] = Held(f"{prefix}hat_tasks.{t}.{name}", p, None, t)
+    return list(out.values())
+
+
+def own_buffers(model: nn.Module, task: int) -> Iterator[tuple[str, Tensor]]:
+    """A task's running statistics."""
+    for path, module in model.named_modules():
+        if isinstance(module, HATLayer) and "hat_tasks" in module._modules:  # type: ignore[attr-defined]
+            for name, b in module.hat_tasks[task].named_buffers():  # type: ignore[attr-defined]
+                yield f"{path}.hat_tasks.{task}.{name}", b
+
+
+def sealed_tasks(model: nn.Module) -> list[int]:
+    return gates_of(model)[0].sealed.nonzero().flatten().tolist()
+
+
+# ---- digests: the proof that what was sealed is what is there ---------------------------------------------------------
+
+
+def digest(model: nn.Module, task: int) -> dict[str, str]:
+    """name -> `dtype:sha256` of everything a sealed task computes with: live elements, own copies, statistics, gates."""
+    out: dict[str, str] = {}
+    for h in held(model):
+        if h.plain or (h.task is not None and h.task != task):
+            continue
+        value = h.param.detach()
+        if h.task is None:
+            value = value[h.live(task)] if h.plan is not None else value
+        out[h.name] = _hash(value)
+    for name, b in own_buffers(model, task):
+        out[name] = _hash(b)
+    for i, g in enumerate(gates_of(model)):
+        out[f"gates {i}"] = _hash(g.masks[task])
+    return out
+
+
+def _hash(value: Tensor) -> str:
+    raw = value.detach().contiguous().cpu().view(-1)
+    data = raw.view(torch.uint8) if raw.numel() else raw.new_zeros(0, dtype=torch.uint8)
+    return f"{str(value.dtype).removeprefix('torch.')}:{hashlib.sha256(data.numpy().data).hexdigest()}"
+
+
+def record(model: nn.Module, task: int) -> None:
+    """Store a task's digest with its gates."""
+    gates_of(model)[0].digests[task] = digest(model, task)
+
+
+def check(model: nn.Module, only: Sequence[int] | None = None) -> None:
+    """Compare every sealed task with its digest.
+
+    A parameter that was cast since (`model.half()`) has other bits by the user's own wish; its digest is taken anew.
+
+    Raises:
+        IntegrityError: names the task and the parameters that changed.
+    """
+    store = gates_of(model)[0].digests
+    for task in sealed_tasks(model) if only is None else only:
+        if task not in store:
+            continue
+        now = digest(model, task)
+        changed = []
+        for name, was in store[task].items():
+            if name not in now or (now[name] != was and now[name].split(":")[0] == was.split(":")[0]):
+                changed.append(name)
+        if changed:
+            raise IntegrityError(
+                f"task {task} was sealed, but {len(changed)} of what it uses changed since: {', '.join(changed[:5])}"
+                f"{' ...' if len(changed) > 5 else ''}. Something outside hatcl.learn wrote to the model; "
+                "load the last saved model, or forget the task (hatcl.forget_task)"
+            )
+        store[task] = now
+
+
+# ---- the guard ----------------------------------------------------------------------------------------------------------
+
+
+class Guard:
+    """Keeps what is frozen bit-identical while a task is learned.
+
+    Gradient hooks zero the gradient of frozen elements as it arrives, so that clipping sees the true norm; around every
+    `optimizer.step()` frozen elements are kept and put back, so that momentum, weight decay and whatever else an optimizer
+    does cannot move them. What is frozen depends on the task being learned alone.
+
+    Args:
+        locked: sealed tasks that are held.
+        after_step: called after every step of the first optimizer.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: int, optimizers: Sequence[Any], locked: Sequence[int], after_step: Callable[[], None]
+    ) -> None:
+        self.task, self.after_step = task, after_step
+        self.active = True
+        self.frozen: list[tuple[nn.Parameter, Tensor | None]] = []
+        self.shared: list[tuple[str, nn.Parameter, Tensor | None]] = []
+        self.gates = gates_of(model)
+        for h in held(model):
+            whole = h.plain or (h.task is not None and h.task != task)
+            mask: Tensor | None = None
+            if not whole and h.task is None:
+                if h.plan is None:
+                    whole = bool(locked)
+                else:
+                    mask = torch.zeros(h.plan.view, dtype=torch.bool, device=h.param.device)
+                    for t in locked:
+                        mask |= h.plan.live(t, h.param.device)
+                    mask = mask.reshape(h.param.shape)
+                    whole = bool(mask.all())
+                if not whole:
+                    self.shared.append((h.name, h.param, mask))
+            if whole:
+                self.frozen.append((h.param, None))
+            elif mask is not None and bool(mask.any()):
+                self.frozen.append((h.param, mask))
+        self.embeddings = [g.embeddings[task] for g in self.gates]
+        self._optimizers = self._check(model, optimizers)
+        self._hooks: list[Any] = []
+        self._steps: list[tuple[Any, Any, bool]] = []
+
+    def _check(self, model: nn.Module, optimizers: Sequence[Any]) -> list[Any]:
+        mine = {id(p) for p in model.parameters()}
+        covered: set[int] = set()
+        for o in optimizers:
+            kind = type(o).__name__
+            if not callable(getattr(o, "step", None)) or not hasattr(o, "param_groups"):
+                raise GuardError(
+                    f"optimizer: got {kind}, which has no step() and param_groups to guard; pass a torch.optim.Optimizer "
+                    "(or a list of them) that you call step() on yourself"
+                )
+            ids = {id(p) for group in o.param_groups for p in group["params"]}
+            if not ids & mine:
+                raise GuardError(
+                    f"optimizer: {kind} holds none of this model's parameters; build it over model.parameters() of the "
+                    "converted model (hatcl.convert returns a new model, the source's parameters are not its own)"
+                )
+            covered |= ids
+        left = [e for e in self.embeddings if id(e) not in covered and e.numel()]
+        if left:
+            raise GuardError(
+                f"optimizer: no optimizer holds task {self.task}'s gate embeddings; was it built before hatcl.add_tasks or "
+                f"over a part of the model? Call optimizer.add_param_group({{'params': hatcl.task_parameters(model, {self.task})}})"
+            )
+        return list(optimizers)
+
+    # ---- on and off ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Guard:
+        for p, mask in self.frozen:
+            if p.requires_grad:
+                self._hooks.append(p.register_post_accumulate_grad_hook(_zero(mask)))
+        for i, o in enumerate(self._optimizers):
+            for p, mask in self.frozen:
+                state = getattr(o, "state", {}).get(p, {}) if mask is not None else {}
+                for key in FIRST_MOMENTS:  # or they decay into denormal floats, which cost a CPU more than the step
+                    if isinstance(state.get(key), Tensor) and state[key].shape == p.shape:
+                        state[key].masked_fill_(mask, 0)
+            had = "step" in vars(o)
+            inner = o.step
+            wrapped = self._wrap(o, inner, first=i == 0)
+            o.step = wrapped
+            self._steps.append((o, wrapped, had))
+            if had:
+                wrapped.__dict__["_hat_inner"] = inner
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.active = False
+        for h in self._hooks:
+            h.remove()
+        for o, wrapped, had in self._steps:
+            if vars(o).get("step") is wrapped:  # else a scheduler wrapped it in turn, and ours passes calls through
+                if had:
+                    o.step = wrapped.__dict__["_hat_inner"]
+                else:
+                    del o.step
+
+    def _wrap(self, optimizer: Any, inner: Callable[..., Any], first: bool) -> Callable[..., Any]:
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held_here = [(p, mask) for p, mask in self.frozen if id(p) in ids]
+        embeddings = [(g, e) for g, e in zip(self.gates, self.embeddings) if id(e) in ids]
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if not self.active:
+                return inner(*args, **kwargs)
+            with torch.no_grad():
+                for p, mask in held_here:
+                    if mask is None:
+                        p.grad = None
+                kept = [p.detach().clone() for p, _ in held_here]
+                before = [e.detach().clone() for _, e in embeddings]
+            out = inner(*args, **kwargs)
+            with torch.no_grad():
+                for (p, mask), old in zip(held_here, kept):
+                    if mask is None:
+                        p.copy_(old)
+                    else:
+                        torch.where(mask, old, p, out=p)
+                for (g, e), was in zip(embeddings, before):
+                    c = g.config
+                    if c.embedding_lr_scale != 1.0:
+                        e.copy_(was + c.embedding_lr_scale * (e - was))
+                    e.clamp_(-c.clamp, c.clamp)
+            if first:
+                self.check_finite()
+                self.after_step()
+            return out
+
+        # schedulers look for these on a bound method
+        step.__func__ = getattr(inner, "__func__", inner)  # type: ignore[attr-defined]
+        step.__self__ = optimizer  # type: ignore[attr-defined]
+        step._wrapped_by_lr_sched = getattr(inner, "_wrapped_by_lr_sched", False)  # type: ignore[attr-defined]
+        return step
+
+    # ---- what must not be sealed -------------------------------------------------------------------------------------
+
+    def check_finite(self) -> None:
+        if not all(bool(torch.isfinite(e).all()) for e in self.embeddings):
+            raise NonFiniteLossError(
+                f"task {self.task}: its gate embeddings are no longer finite, so the loss was NaN or infinite. Nothing was "
+                "sealed and earlier tasks are as they were; lower the learning rate, clip gradients, or look at the batch"
+            )
+
+    def repair(self, model: nn.Module) -> list[str]:
+        """Set shared elements that are not finite to zero: a sealed task multiplies them with zero, and `0 * NaN` is NaN."""
+        names = []
+        with torch.no_grad():
+            for name, p, _ in self.shared:
+                bad = ~torch.isfinite(p)
+                if bool(bad.any()):
+                    p.masked_fill_(bad, 0)
+                    names.append(name)
+            for h in held(model):
+                if h.task == self.task:
+                    h.param.nan_to_num_(0.0, 0.0, 0.0)
+            for _, b in own_buffers(model, self.task):
+                if b.is_floating_point():
+                    b.nan_to_num_(0.0, 0.0, 0.0)
+        return names
+
+
+def _zero(mask: Tensor | None) -> Callable[[Tensor], None]:
+    def hook(p: Tensor) -> None:
+        grad = p.grad
+        if grad is None:
+            return
+        if mask is None:
+            p.grad = None
+        elif grad.is_sparse:
+            grad = grad.coalesce()
+            values = grad.values().masked_fill(mask[tuple(grad.indices())], 0)
+            p.grad = torch.sparse_coo_tensor(grad.indices(), values, grad.shape)
+        else:
+            grad.masked_fill_(mask, 0)
+
+    return hook

@@ -1,0 +1,70 @@
+"""Convolutions: `y = a * (W conv x + b)`, the gate folded into the output channels of W and b, or into the batch norm
+that directly follows (which would cancel it otherwise). Shapes: x `[B, in, ...]`, y `[B, out, ...]`, gate `[out]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..registry import register
+from .gated import HATLayer, task_parameter
+
+
+class _Conv(HATLayer):
+    owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+    reader_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
+    weight = task_parameter("weight")
+    bias = task_parameter("bias")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.gate_output(super().forward(*args, **kwargs))  # type: ignore[misc]
+
+    def _bind_by_hand(self, num_tasks: Any, units: Any, reads: Any, config: Any) -> None:
+        if getattr(self, "groups", 1) > 1 and reads is not None:
+            raise ValueError(
+                f"{type(self).__name__} with groups={self.groups}: reads= is for groups=1; leave it out "  # type: ignore[attr-defined]
+                "(frozen by output unit alone) or use hatcl.convert, which maps groups exactly"
+            )
+        super()._bind_by_hand(num_tasks, units, reads, config)
+
+
+class _ConvTranspose(_Conv):
+    owner_dims: ClassVar[Mapping[str, int]] = {"weight": 1, "bias": 0}
+    reader_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
+
+    def _bind_by_hand(self, *args: Any) -> None:
+        if self.groups > 1:  # type: ignore[attr-defined]
+            raise ValueError(f"{type(self).__name__} with groups={self.groups} by hand is not known; use hatcl.convert")  # type: ignore[attr-defined]
+        super()._bind_by_hand(*args)
+
+
+@register(nn.Conv1d)
+class HATConv1d(_Conv, nn.Conv1d):
+    """1-d convolution with gated output channels."""
+
+
+@register(nn.Conv2d)
+class HATConv2d(_Conv, nn.Conv2d):
+    """2-d convolution with gated output channels."""
+
+
+@register(nn.Conv3d)
+class HATConv3d(_Conv, nn.Conv3d):
+    """3-d convolution with gated output channels."""
+
+
+@register(nn.ConvTranspose1d)
+class HATConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    """1-d transposed convolution with gated output channels."""
+
+
+@register(nn.ConvTranspose2d)
+class HATConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    """2-d transposed convolution with gated output channels."""
+
+
+@register(nn.ConvTranspose3d)
+class HATConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    """3-d transposed convolution with gated output channels."""

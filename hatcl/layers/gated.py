@@ -1,0 +1,323 @@
+"""`HATLayer`: what makes any module task-aware.
+
+A HAT layer is a subclass of what it replaces. Its parameters are stored as before (same names, same `state_dict` keys); read
+as attributes they are what the active task sees: the gate folded in, or the task's own copy. So the module's own forward,
+and any other code that uses `layer.weight`, computes the gated model without knowing it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import HATConfig
+from ..gates import Gates, Units
+from ..registry import register
+
+
+@dataclass
+class Axis:
+    """One factor of a parameter: its units, and the shape in which their gates broadcast over the parameter's view."""
+
+    units: Units
+    shape: tuple[int, ...]
+    owner: bool
+
+
+@dataclass
+class ParameterPlan:
+    """How a parameter depends on the task. axes: its factors. fold: which of them multiply it. copied: a copy per task."""
+
+    view: tuple[int, ...]
+    axes: tuple[Axis, ...] = ()
+    fold: tuple[int, ...] = ()
+    copied: bool = False
+
+    def live(self, task: int, device: torch.device) -> Tensor:
+        """Which elements are live for a task: bool, broadcast over `view`."""
+        mask = torch.ones((), dtype=torch.bool, device=device)
+        for axis in self.axes:
+            mask = mask & axis.units.hard(task).view(axis.shape)
+        return mask
+
+
+@dataclass
+class Binding:
+    """What ties a layer to gates. output: units (and their dimension) that the layer's output is multiplied with.
+    norm: units (and their dimension) over which a norm takes its statistics; dirty: its input is not zero where off."""
+
+    gates: Gates
+    params: dict[str, ParameterPlan] = field(default_factory=dict)
+    output: tuple[int, Units] | None = None
+    norm: tuple[int, Units] | None = None
+    dirty: bool = False
+    cache: dict[str, tuple[Any, Tensor]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": {}}
+
+
+class TaskCopy(nn.Module):
+    """One task's own parameters and running statistics of a layer, under the layer's own names."""
+
+
+def task_parameter(name: str) -> property:
+    """A parameter as the active task sees it."""
+
+    def get(self: Any) -> Tensor | None:
+        params = self.__dict__["_parameters"]
+        if name not in params:
+            return _inherited(self, name)
+        raw = params[name]
+        hat: Binding | None = self.__dict__.get("_hat")
+        if raw is None or hat is None or hat.gates.task is None:
+            return raw
+        plan = hat.params.get(name)
+        if plan is None:
+            return raw
+        if plan.copied:
+            raw = self.hat_tasks[hat.gates.task]._parameters[name]
+        return self.folded(name, raw)
+
+    return property(get)
+
+
+def task_buffer(name: str) -> property:
+    """Running statistics as the active task sees them."""
+
+    def get(self: Any) -> Tensor | None:
+        buffers = self.__dict__["_buffers"]
+        if name not in buffers:
+            return _inherited(self, name)
+        hat: Binding | None = self.__dict__.get("_hat")
+        if hat is None or hat.gates.task is None or buffers[name] is None:
+            return buffers[name]
+        return self.hat_tasks[hat.gates.task]._buffers.get(name, buffers[name])
+
+    return property(get)
+
+
+def _inherited(module: Any, name: str) -> Any:
+    """An attribute that some other base computes (torch's parametrizations), else what `nn.Module` says."""
+    for cls in type(module).__mro__:
+        found = cls.__dict__.get(name)
+        if isinstance(found, property) and found.fget is not None and found.fget.__module__ != __name__:
+            return found.fget(module)
+    return nn.Module.__getattr__(module, name)
+
+
+def _rebuild(layer: type, cls: type, names: tuple[str, ...]) -> nn.Module:
+    from ..registry import derive
+
+    made = derive(layer, cls, names, task_parameter)
+    return made.__new__(made)
+
+
+@register(nn.Module)
+class HATLayer:
+    """Mixin that makes a module task-aware; also what a module gets that merely holds parameters of its own.
+
+    By hand: `HATLinear(8, 16, num_tasks=3)` has its own gates over its output units; `reads=layer` names the layer whose
+    units its input carries (without it, freezing is by the output unit alone); `units=layer` shares that layer's gates.
+
+    Class attributes (for authors of further layers):
+        owner_dims / reader_dims: parameter name -> dimension written / read.
+        output_dim: the dimension of the output that carries the units.
+        copied: parameters, and task_buffers: buffers, of which every task has its own.
+        fold_output: multiply the output by the gate instead of the weight.
+    """
+
+    owner_dims: ClassVar[Mapping[str, int]] = {}
+    reader_dims: ClassVar[Mapping[str, int]] = {}
+    output_dim: ClassVar[int] = 1
+    copied: ClassVar[tuple[str, ...]] = ()
+    task_buffers: ClassVar[tuple[str, ...]] = ()
+    fold_output: ClassVar[bool] = False
+    is_norm: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *args: Any,
+        num_tasks: int | None = None,
+        units: Any = None,
+        reads: Any = None,
+        config: HATConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if num_tasks is not None or units is not None or reads is not None:
+            self._bind_by_hand(num_tasks, units, reads, config)
+
+    # ---- by hand -----------------------------------------------------------------------------------------------
+
+    def _width(self) -> int:
+        name, dim = next(iter(self.owner_dims.items()))
+        return int(self._parameters[name].shape[dim])  # type: ignore[attr-defined]
+
+    def _bind_by_hand(self, num_tasks: int | None, units: Any, reads: Any, config: HATConfig | None) -> None:
+        source = units_of(units) if units is not None else None
+        read = units_of(reads) if reads is not None else None
+        if source is None and self.owner_dims and not self.is_norm:
+            config = (config or HATConfig()).replace(num_tasks=num_tasks or (read.gates.num_tasks if read else 1))
+            self.gates = Gates(self._width(), config)
+            source = Units(self.gates, np.arange(1, self._width() + 1))
+        some = source or read
+        if some is None:
+            self.gates = Gates(0, (config or HATConfig()).replace(num_tasks=num_tasks or 1))
+        hat = Binding(some.gates if some is not None else self.gates)
+        for name, p in self._parameters.items():  # type: ignore[attr-defined]
+            if p is None:
+                continue
+            axes, fold = [], ()
+            for dims, which, owner in ((self.owner_dims, source, True), (self.reader_dims, read, False)):
+                if name in dims and which is not None:
+                    self._check_width(name, p, dims[name], which)
+                    shape = [1] * p.dim()
+                    shape[dims[name]] = -1
+                    if owner:
+                        fold = (len(axes),)
+                    axes.append(Axis(which, tuple(shape), owner))
+            hat.params[name] = ParameterPlan(tuple(p.shape), tuple(axes), fold, name in self.copied)
+        self.attach(hat, num_tasks or hat.gates.num_tasks)
+        if source is not None:
+            self._hat.norm = (self.output_dim, source) if self.is_norm else None
+
+    def _check_width(self, name: str, p: Tensor, dim: int, units: Units) -> None:
+        if p.shape[dim] != len(units):
+            side = "output" if dim == self.owner_dims.get(name) else "input"
+            raise ValueError(
+                f"{type(self).__name__}.{name}: gate has {len(units)} units, {side} has {p.shape[dim]}; "
+                f"pass {'units' if side == 'output' else 'reads'}= a layer with {p.shape[dim]} output units"
+            )
+
+    # ---- by the converter --------------------------------------------------------------------------------------
+
+    def attach(self, hat: Binding, num_tasks: int) -> None:
+        """Bind to gates and make the task copies, which start as the plain values."""
+        self.__dict__["_hat"] = hat
+        hat.params = {n: p for n, p in hat.params.items() if p.axes or p.copied or p.fold}
+        if self._copied_names() or self._copied_buffers():
+            self.hat_tasks = nn.ModuleList(self.new_copy() for _ in range(num_tasks))
+
+    def _copied_names(self) -> list[str]:
+        return [n for n, p in self._hat.params.items() if p.copied]
+
+    def _copied_buffers(self) -> list[str]:
+        return [n for n in self.task_buffers if self._buffers.get(n) is not None]  # type: ignore[attr-defined]
+
+    def new_copy(self) -> TaskCopy:
+        """A task's copy, with the plain model's values."""
+        copy = TaskCopy()
+        for name in self._copied_names():
+            p = self._parameters[name]  # type: ignore[attr-defined]
+            copy.register_parameter(name, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
+        for name in self._copied_buffers():
+            copy.register_buffer(name, self._buffers[name].clone())  # type: ignore[attr-defined]
+        return copy
+
+    def redrawn(self, rows: int | None = None) -> dict[str, Tensor]:
+        """Fresh values for the parameters, by the layer's own initialiser; where it has none, with the spread and mean that
+        they have now. rows: that many entries in the first dimension instead."""
+        bare = nn.Module.__new__(getattr(type(self), "_hat_source", (None, type(self)))[1])
+        params = {n: p for n, p in self._parameters.items() if p is not None}  # type: ignore[attr-defined]
+
+        def shape(p: Tensor) -> tuple[int, ...]:
+            return tuple(p.shape) if rows is None else (rows, *p.shape[1:])
+
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_hat", "_parameters", "_buffers", "_modules")}
+        fresh = {n: nn.Parameter(p.new_empty(shape(p)).normal_(float(p.mean()), _spread(p))) for n, p in params.items()}
+        buffers = {n: b if b is None else b.clone() for n, b in self._buffers.items()}  # type: ignore[attr-defined]
+        absent = {n: None for n, p in self._parameters.items() if p is None}  # type: ignore[attr-defined]
+        bare.__dict__.update({**state, "_parameters": {**fresh, **absent}, "_buffers": buffers, "_modules": {}})
+        reset = getattr(bare, "reset_parameters", getattr(bare, "_reset_parameters", None))
+        if callable(reset):
+            with contextlib.suppress(AttributeError):  # an initialiser that also resets what is not there
+                reset()
+        return {n: bare._parameters[n].detach() for n in params}  # type: ignore[union-attr]
+
+    # ---- at work -----------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> Binding | None:
+        """The binding while a task is active, else None (the plain model)."""
+        hat: Binding | None = self.__dict__.get("_hat")
+        return hat if hat is not None and hat.gates.task is not None else None
+
+    def folded(self, name: str, raw: Tensor) -> Tensor:
+        """`raw` times the active task's gates along its folded axes."""
+        hat: Binding = self._hat
+        plan = hat.params[name]
+        if not plan.fold:
+            return raw
+        gates = hat.gates
+        # sealed gates and no gradients: fold once, until anything changes
+        fixed = gates.task != gates.learning and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if fixed:
+            key = (gates.task, gates.epoch, raw._version, raw.data_ptr(), raw.dtype)
+            hit = hat.cache.get(name)
+            if hit is not None and hit[0] == key:
+                return hit[1]
+        with torch.inference_mode(False) if fixed else contextlib.nullcontext():
+            value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
+            for i in plan.fold:
+                axis = plan.axes[i]
+                gate = axis.units.gate()
+                assert gate is not None
+                value = value * self.fold_gate(name, gate).to(value.dtype).view(axis.shape)
+            value = value.view(raw.shape)
+        if fixed:
+            hat.cache[name] = (key, value.detach())
+        return value
+
+    def fold_gate(self, name: str, gate: Tensor) -> Tensor:
+        """By what a parameter is multiplied where its gate is `gate`."""
+        return gate
+
+    def gate_output(self, out: Tensor) -> Tensor:
+        hat = self.active
+        if hat is None or hat.output is None:
+            return out
+        dim, units = hat.output
+        return multiply(out, units, dim)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        source = getattr(type(self), "_hat_source", None)
+        if source is None:
+            return super().__reduce_ex__(protocol)
+        return _rebuild, source, self.__dict__.copy()
+
+
+def _spread(p: Tensor) -> float:
+    return float(p.std()) if p.numel() > 1 else 0.02
+
+
+def multiply(x: Tensor, units: Units, dim: int) -> Tensor:
+    """`x` times the active gates along `dim`."""
+    gate = units.gate()
+    if gate is None:
+        return x
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return x * gate.to(x.dtype).view(shape)
+
+
+def units_of(layer: Any) -> Units:
+    """The units that a hand-built layer writes."""
+    if isinstance(layer, Units):
+        return layer
+    hat: Binding | None = getattr(layer, "_hat", None)
+    if hat is not None:
+        if hat.norm is not None:
+            return hat.norm[1]
+        for plan in hat.params.values():
+            for axis in plan.axes:
+                if axis.owner:
+                    return axis.units
+    raise ValueError(f"{type(layer).__name__} has no units; pass a HAT layer that has gates (num_tasks=...)")

@@ -1,0 +1,83 @@
+"""Linear layers, embeddings and free parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as tf
+
+from ..registry import register
+from .gated import HATLayer, multiply, task_parameter
+
+
+@register(nn.Linear)
+class HATLinear(HATLayer, nn.Linear):
+    """`y = a * (W x + b)` with the gate a folded into the rows of W and b.
+
+    Shapes: x `[..., in]`, y `[..., out]`, gate `[out]`.
+    """
+
+    owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+    reader_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
+    output_dim: ClassVar[int] = -1
+    weight = task_parameter("weight")
+    bias = task_parameter("bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        hat = self.active
+        if hat is not None and torch.is_grad_enabled() and x.numel() < self._parameters["weight"].numel():
+            plan = hat.params.get("weight")
+            if plan is not None and not plan.copied and type(self) is HATLinear:
+                fold = [plan.axes[i] for i in plan.fold]
+                if len(fold) == 1 and fold[0].owner and hat.output is None:
+                    # fewer rows than inputs: gating the output costs less than gating the weight
+                    bias = self._parameters["bias"]
+                    if bias is None or (b := hat.params.get("bias")) is not None and b.fold and not b.copied:
+                        return multiply(tf.linear(x, self._parameters["weight"], bias), fold[0].units, -1)
+        return self.gate_output(super().forward(x))
+
+
+class TaskIndexedLinear(HATLinear):
+    """A head: every task has its own weight and bias. By hand: `TaskIndexedLinear(64, 10, num_tasks=5, reads=layer)`."""
+
+    owner_dims: ClassVar[Mapping[str, int]] = {}
+    copied: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+
+class TaskIndexedParameter(HATLayer, nn.Module):
+    """A free parameter of which every task has its own copy; calling the module returns the active one."""
+
+    copied: ClassVar[tuple[str, ...]] = ("weight",)
+    weight = task_parameter("weight")
+
+    def __init__(self, value: Tensor, num_tasks: int) -> None:
+        nn.Module.__init__(self)
+        self.register_parameter("weight", nn.Parameter(value))
+        self._bind_by_hand(num_tasks, None, None, None)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+@register(nn.Embedding)
+class HATEmbedding(HATLayer, nn.Embedding):
+    """`y = a * W[i]`: the gate multiplies the rows that were looked up, not the whole table.
+
+    Shapes: i integers of any shape `S`, y `[*S, dim]`, gate `[dim]`.
+    """
+
+    owner_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
+    output_dim: ClassVar[int] = -1
+    fold_output: ClassVar[bool] = True
+    weight = task_parameter("weight")
+
+    def _bind_by_hand(self, *args: Any) -> None:
+        super()._bind_by_hand(*args)
+        plan = self._hat.params["weight"]
+        self._hat.output, plan.fold = (-1, plan.axes[0].units), ()
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.gate_output(super().forward(index))

@@ -1,0 +1,188 @@
+"""Norms. Their affine parameters and running statistics belong to the task; statistics over units are taken over the
+units that are on; the gate multiplies what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from .. import functional as F
+from ..registry import register
+from .gated import HATLayer, multiply, task_buffer, task_parameter
+
+
+class _Norm(HATLayer):
+    is_norm: ClassVar[bool] = True
+    owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+    copied: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    weight = task_parameter("weight")
+    bias = task_parameter("bias")
+
+    def _has_affine(self) -> bool:
+        return self._parameters.get("weight") is not None  # type: ignore[attr-defined]
+
+
+class _PerChannel(_Norm):
+    """Statistics per channel: nothing crosses units, and the affine parameters carry the gate."""
+
+    task_buffers: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
+    running_mean = task_buffer("running_mean")
+    running_var = task_buffer("running_var")
+    num_batches_tracked = task_buffer("num_batches_tracked")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)  # type: ignore[misc]
+        hat = self.active
+        if hat is not None and hat.norm is not None and not self._has_affine():
+            out = multiply(out, hat.norm[1], hat.norm[0])
+        return out
+
+
+@register(nn.BatchNorm1d)
+class TaskIndexedBatchNorm1d(_PerChannel, nn.BatchNorm1d):
+    """Batch norm over `[B, U]` or `[B, U, L]`; per task: weight, bias, running mean and variance."""
+
+
+@register(nn.BatchNorm2d)
+class TaskIndexedBatchNorm2d(_PerChannel, nn.BatchNorm2d):
+    """Batch norm over `[B, U, H, W]`; per task: weight, bias, running mean and variance."""
+
+
+@register(nn.BatchNorm3d)
+class TaskIndexedBatchNorm3d(_PerChannel, nn.BatchNorm3d):
+    """Batch norm over `[B, U, D, H, W]`; per task: weight, bias, running mean and variance."""
+
+
+@register(_BatchNorm)
+class _TaskIndexedBatchNorm(_PerChannel):
+    """Any other batch norm (SyncBatchNorm)."""
+
+
+@register(nn.InstanceNorm1d)
+class TaskIndexedInstanceNorm1d(_PerChannel, nn.InstanceNorm1d):
+    """Instance norm over `[B, U, L]`."""
+
+
+@register(nn.InstanceNorm2d)
+class TaskIndexedInstanceNorm2d(_PerChannel, nn.InstanceNorm2d):
+    """Instance norm over `[B, U, H, W]`."""
+
+
+@register(nn.InstanceNorm3d)
+class TaskIndexedInstanceNorm3d(_PerChannel, nn.InstanceNorm3d):
+    """Instance norm over `[B, U, D, H, W]`."""
+
+
+@register(_InstanceNorm)
+class _TaskIndexedInstanceNorm(_PerChannel):
+    """Any other instance norm."""
+
+
+class _OverUnits(_Norm):
+    """Statistics over units. With `n = sum a` of `U` units on, and the input centred over those units (off units zero),
+    the norm over all U differs from the norm over the n by the factor `sqrt(n / U)`, which is folded into the weight, and
+    by eps, which is scaled by `n / U` once gates are hard (while they are soft it is left, so that no step waits for n).
+
+    Deviation: HAT (Serra et al. 2018) has no norms over units, and HAT-CL normalises over all of them.
+    """
+
+    centred: ClassVar[bool] = True
+
+    def _dims(self) -> tuple[int, ...]:
+        return tuple(range(-len(self.normalized_shape), 0))  # type: ignore[attr-defined]
+
+    def fold_gate(self, name: str, gate: Tensor) -> Tensor:
+        return gate if name == "bias" else (gate != 0) * share_on(gate).sqrt()
+
+    @property
+    def eps(self) -> Any:
+        """The plain eps, times n / U where a sealed task is active."""
+        plain = self.__dict__["_eps"]
+        hat = self.active
+        if plain is None or hat is None or hat.norm is None or hat.gates.is_soft():
+            return plain
+        return plain * hat.norm[1].share()
+
+    @eps.setter
+    def eps(self, value: Any) -> None:
+        self.__dict__["_eps"] = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        hat = self.active
+        if hat is None or hat.norm is None:
+            return self.gate_output(super().forward(x))  # type: ignore[misc]
+        dim, units = hat.norm
+        gate = units.gate()
+        assert gate is not None
+        gate = gate.to(x.dtype)
+        if hat.dirty:
+            x = x * along(gate, x, dim)
+        if self.centred:
+            x = F.centre(x, gate, dim, self._dims() if len(self._dims()) > 1 else (dim,))
+        out = super().forward(x)  # type: ignore[misc]
+        return out if self._has_affine() else out * along(self.fold_gate("weight", gate), out, dim)
+
+
+@register(nn.LayerNorm)
+class TaskIndexedLayerNorm(_OverUnits, nn.LayerNorm):
+    """Layer norm over the units that are on; per task: weight and bias. Shapes: x `[..., U]`."""
+
+    output_dim: ClassVar[int] = -1
+
+
+@register(nn.RMSNorm)
+class TaskIndexedRMSNorm(_OverUnits, nn.RMSNorm):
+    """RMS norm over the units that are on; per task: weight. Shapes: x `[..., U]`."""
+
+    centred: ClassVar[bool] = False
+    output_dim: ClassVar[int] = -1
+
+
+@register(nn.GroupNorm)
+class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
+    """Group norm over the units of each group that are on; per task: weight and bias. Shapes: x `[B, U, ...]`.
+
+    The input is centred over the units that are on and scaled by `sqrt(U_g / n_g)`, so that the group's variance is that
+    of its n_g units; the weight takes the scale back.
+    """
+
+    def _per_group(self, gate: Tensor) -> Tensor:
+        share = gate.view(self.num_groups, -1).mean(1, keepdim=True).clamp(min=F.SMALLEST_GATE)
+        return share.sqrt().expand(-1, gate.numel() // self.num_groups).reshape(-1)
+
+    def fold_gate(self, name: str, gate: Tensor) -> Tensor:
+        return gate if name == "bias" else (gate != 0) * self._per_group(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hat = self.active
+        if hat is None or hat.norm is None:
+            return self.gate_output(super().forward(x))
+        gate = hat.norm[1].gate()
+        assert gate is not None
+        gate = gate.to(x.dtype)
+        if hat.dirty:
+            x = x * along(gate, x, 1)
+        groups = x.unflatten(1, (self.num_groups, -1))
+        by_group = gate.view(self.num_groups, -1)
+        space = groups[0, 0, 0].numel()
+        mean = groups.flatten(2).sum(2) / (by_group.sum(1) * space).clamp(min=F.SMALLEST_GATE)
+        mean = mean.view(*mean.shape, *[1] * (groups.dim() - 2))
+        centred = (groups - mean * by_group.view(1, *by_group.shape, *[1] * (groups.dim() - 3))).view(x.shape)
+        out = super().forward(centred / along(self._per_group(gate), x, 1))
+        return out if self._has_affine() else out * along(self.fold_gate("weight", gate), out, 1)
+
+
+def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
+    """A vector shaped to multiply `x` along `dim`."""
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return vector.view(shape)
+
+
+def share_on(gate: Tensor) -> Tensor:
+    """n / U, never quite zero (no unit on: everything is zero anyway)."""
+    return gate.mean().clamp(min=F.SMALLEST_GATE)

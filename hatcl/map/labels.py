@@ -1,0 +1,69 @@
+"""Labels and their coupling: a union-find over every index of every parameter dimension.
+
+A *label* stands for one index of one dimension of one parameter (label 0 stands for "always on"). While the model runs,
+labels that meet in the same channel are coupled; what is coupled in the end is one unit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+class Labels:
+    """A growing union-find with vectorised `find` and `union`, and one flag array per role a label can play."""
+
+    ROLES = ("carried", "owns", "read", "forced", "dropped")
+
+    def __init__(self) -> None:
+        self.parent: Ints = np.zeros(1, dtype=np.int64)
+        self.flags = {role: np.zeros(1, dtype=bool) for role in self.ROLES}
+        self.starts: list[int] = [0]
+        self.axes: list[tuple[str, object]] = [("", None)]
+
+    def new(self, count: int, axis: tuple[str, object]) -> int:
+        """`count` fresh labels for `axis` = (parameter name, dimension); returns the first."""
+        first = len(self.parent)
+        self.parent = np.concatenate([self.parent, np.arange(first, first + count)])
+        self.flags = {r: np.concatenate([f, np.zeros(count, dtype=bool)]) for r, f in self.flags.items()}
+        self.starts.append(first)
+        self.axes.append(axis)
+        return first
+
+    def find(self, labels: Ints) -> Ints:
+        """The representative (smallest coupled label) of each label."""
+        root = self.parent[labels]
+        while True:
+            up = self.parent[root]
+            if np.array_equal(up, root):
+                return root
+            root = up
+
+    def union(self, left: Ints, right: Ints) -> None:
+        """Couple labels pairwise. Pairs with a label 0 are left alone: nothing is coupled to "always on"."""
+        both = (left != 0) & (right != 0)
+        left, right = left[both], right[both]
+        while left.size:
+            left, right = self.find(left), self.find(right)
+            apart = left != right
+            left, right = left[apart], right[apart]
+            low, high = np.minimum(left, right), np.maximum(left, right)
+            np.minimum.at(self.parent, high, low)
+
+    def mark(self, role: str, labels: Ints) -> None:
+        self.flags[role][labels] = True
+        self.flags[role][0] = False
+
+    def axes_of(self, labels: Ints) -> list[tuple[str, object]]:
+        """The (parameter, dimension) axes that the labels belong to."""
+        found = np.unique(np.searchsorted(self.starts, labels[labels != 0], side="right") - 1)
+        return [self.axes[i] for i in found]
+
+    def any_in_component(self, role: str) -> NDArray[np.bool_]:
+        """For every label: does its component hold a label that plays `role`?"""
+        roots = self.find(np.arange(len(self.parent)))
+        hit = np.zeros(len(self.parent), dtype=bool)
+        hit[roots[self.flags[role]]] = True
+        return hit[roots]

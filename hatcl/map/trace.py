@@ -1,0 +1,1038 @@
+"""The trace: run the model's own forward once and see which unit every parameter element writes and reads.
+
+Beside every tensor goes a `Shadow` (see `shadow.py`). Five rules move it on:
+
+1. view-like operations act on the shadow as on the tensor;
+2. elementwise operations couple the labels that meet along the same dimensions; a parameter takes the unit of what it meets;
+3. contractions (linear, convolution, matmul, attention) give the output the weight's own labels, and couple each input
+   index of the weight with the unit it reads; where both sides are activations, the contracted labels are coupled;
+4. a reduction over differing units is noted and forgets them;
+5. an operation that is not known forgets the units of its inputs, and its parameters get a copy per task.
+
+Whether an off unit stays exactly zero through an elementwise operation is not listed but tried: the operation is run on
+single numbers with zeros where an off unit would be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .labels import Ints, Labels
+from .shadow import Axis, Shadow, Slot, apply_as_is, reshape, settle, small, varying
+
+aten = torch.ops.aten
+Use = tuple[str, Axis]  # (path of the module at work, axis)
+
+VIEWS = {
+    "permute", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze", "unbind", "split", "chunk",
+    "split_with_sizes", "flip", "roll", "repeat", "narrow", "diagonal", "unfold", "pixel_shuffle", "pixel_unshuffle",
+    "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "im2col",
+    "index_select", "index", "gather", "repeat_interleave", "upsample_nearest1d", "upsample_nearest2d", "rot90",
+    "channel_shuffle", "stack", "native_channel_shuffle", "_upsample_nearest_exact2d", "movedim", "tril", "triu",
+    "split_copy", "unbind_copy", "permute_copy", "slice_copy", "alias_copy",
+}  # fmt: skip
+SAME = {"clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy", "positive", "to", "lift", "_conj", "copy"}
+RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"}
+FACTORIES = {
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+    "new_empty", "new_full", "new_empty_strided", "empty_strided", "arange", "size", "sym_size", "is_same_size",
+}  # fmt: skip
+SPATIAL = {
+    "avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3, "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3,
+    "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3,
+    "upsample_bilinear2d": 2, "_upsample_bilinear2d_aa": 2, "upsample_bicubic2d": 2, "_upsample_bicubic2d_aa": 2,
+    "upsample_linear1d": 1, "upsample_trilinear3d": 3, "adaptive_avg_pool1d": 1, "adaptive_max_pool1d": 1,
+    "max_pool2d": 2, "max_pool1d": 1,
+}  # fmt: skip
+REDUCTIONS = {
+    "mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm",
+    "logsumexp", "prod", "argmax", "argmin", "any", "all", "median",
+}  # fmt: skip
+LINEAR_REDUCTIONS = {"mean", "sum", "amax", "amin", "linalg_vector_norm", "norm"}
+ALONG = {"_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "logcumsumexp", "_safe_softmax", "softmax", "log_softmax"}
+BATCH_NORMS = {
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+    "_batch_norm_no_update", "_batch_norm_with_update", "batch_norm", "miopen_batch_norm",
+}  # fmt: skip
+ATTENTIONS = {
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention",
+}  # fmt: skip
+
+
+def inplace_like(args: tuple) -> bool:
+    """`as_strided_` that only changes the memory format."""
+    return tuple(args[1]) == tuple(args[0].shape)
+
+
+@dataclass
+class NormSeen:
+    """What entered a norm module: the labels along each dimension that carries units, whether off units were zero, and
+    whether its statistics are taken across units."""
+
+    ids: dict[int, Ints]
+    clean: bool
+    across: bool = False
+
+
+@dataclass
+class Trace:
+    """What one run of the model told."""
+
+    labels: Labels
+    first: dict[Axis, int]
+    joint: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]]
+    folds: set[Use]
+    read_dirty: set[Use]
+    outputs: Ints
+    norms: dict[str, NormSeen]
+    seen: set[str]
+    regate: dict[str, dict[int, Ints]]
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+class Tracer(TorchDispatchMode):
+    """Carries shadows through one forward pass. Use through `trace`."""
+
+    def __init__(self, model: nn.Module, norms: Callable[[nn.Module], bool], embeds: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.labels = Labels()
+        self.shadows = WeakTensorKeyDictionary()
+        self.versions = WeakTensorKeyDictionary()
+        self.first: dict[Axis, int] = {}
+        self.joint: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {}
+        self.folds: set[Use] = set()
+        self.read_dirty: set[Use] = set()
+        self.norm_inputs: dict[str, NormSeen] = {}
+        self.regate: dict[str, dict[int, Ints]] = {}
+        self.seen: set[str] = set()
+        self.notes: dict[str, str] = {}
+        self.path: list[str] = [""]
+        self.modules = dict(model.named_modules())
+        self.is_norm, self.is_embedding = norms, embeds
+        for name, p in model.named_parameters():
+            slots = []
+            for d, n in enumerate(p.shape):
+                if n > 1:
+                    start = self.labels.new(n, (name, d))
+                    self.first[name, d] = start
+                    shape = [1] * p.dim()
+                    shape[d] = n
+                    ids = torch.arange(start, start + n).view(shape).expand(p.shape)
+                    slots.append(Slot(ids, True, frozenset({(name, d)})))
+            self.shadows[p] = Shadow(tuple(slots), frozenset({name}))
+
+    # ---- bookkeeping -------------------------------------------------------------------------------------------
+
+    def shadow(self, x: Any) -> Shadow | None:
+        if not isinstance(x, Tensor):
+            return None
+        found = self.shadows.get(x)
+        base = x._base
+        if base is not None and base in self.versions and self.versions[base] != self.versions.get(x):
+            whole = self.shadows[base]
+            found = whole.map(lambda ids: self._like_storage(ids, base).as_strided(
+                x.size(), x.stride(), x.storage_offset() - base.storage_offset()))
+            self.shadows[x] = found
+            self.versions[x] = self.versions[base]
+        return found
+
+    @staticmethod
+    def _like_storage(ids: Tensor, base: Tensor) -> Tensor:
+        return torch.empty_strided(base.size(), base.stride(), dtype=torch.long).copy_(ids)
+
+    def write(self, x: Tensor, shadow: Shadow | None) -> None:
+        """An in-place operation gave `x` this shadow; a view writes through to its base."""
+        base = x._base
+        if base is None or not base.numel():
+            self.shadows[x] = shadow or Shadow()
+        else:
+            old = self.shadow(base) or Shadow()
+            new = shadow or Shadow()
+            slots = []
+            for i in range(max(len(old.slots), len(new.slots))):
+                whole = old.slots[i] if i < len(old.slots) else Slot(torch.zeros((), dtype=torch.long).expand(base.shape))
+                part = new.slots[i] if i < len(new.slots) else Slot(torch.zeros((), dtype=torch.long).expand(x.shape))
+                ids = self._like_storage(whole.ids, base)
+                ids.as_strided(x.size(), x.stride(), x.storage_offset() - base.storage_offset()).copy_(part.ids)
+                slots.append(Slot(settle(ids), whole.clean and part.clean))
+            self.shadows[base] = Shadow(tuple(slots), pending=old.pending | new.pending)
+            self.shadows[x] = new
+            self.versions[base] = self.versions.get(base, 0) + 1
+            self.versions[x] = self.versions[base]
+
+    def note(self, what: str) -> None:
+        self.notes.setdefault(self.path[-1], what)
+
+    def commit(self, shadow: Shadow | None) -> None:
+        if shadow is not None:
+            self.folds |= shadow.pending
+
+    def disown(self, shadow: Shadow) -> None:
+        """Parameters met in a way that no rule covers: one-sided nowhere, a copy per task instead."""
+        for slot in shadow.slots:
+            self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
+
+    # ---- coupling ----------------------------------------------------------------------------------------------
+
+    def couple(self, left: Tensor, right: Tensor) -> None:
+        a, b = torch.broadcast_tensors(small(left), small(right))
+        pairs = torch.stack([a.reshape(-1), b.reshape(-1)])
+        if pairs.shape[1] > 4096:
+            pairs = torch.unique(pairs, dim=1)
+        self.labels.union(*pairs.numpy())
+
+    def spread(self, act: Tensor, param: Tensor) -> int:
+        """Into how few units would coupling collapse the activation's: the most labels that one parameter label meets."""
+        a, b = torch.broadcast_tensors(small(act), small(param))
+        pairs = np.unique(np.stack([a.reshape(-1).numpy(), b.reshape(-1).numpy()]), axis=1)
+        pairs = pairs[:, (pairs[0] != 0) & (pairs[1] != 0)]
+        return int(np.unique(pairs[1], return_counts=True)[1].max()) if pairs.size else 1 << 30
+
+    def adopt(self, ids: Tensor, slots: Sequence[Slot]) -> int | None:
+        """Which of a parameter's slots runs along the activation's labels (its index), if any."""
+        dims = set(varying(ids))
+        options = [i for i, s in enumerate(slots) if dims & set(varying(s.ids))]
+        if not options:
+            return None
+        return min(options, key=lambda i: self.spread(ids, slots[i].ids)) if len(options) > 1 else options[0]
+
+    def canonical(self, ids: Tensor) -> Tensor:
+        """The slot with coupled labels made equal, so that what has become constant is kept as such."""
+        if len(varying(ids)) < 2:
+            return ids
+        return settle(torch.from_numpy(self.labels.find(small(ids).numpy())).expand(ids.shape))
+
+    def own(self, param: Tensor, ids: Tensor) -> None:
+        """The parameter's labels take the units they meet; where they meet "always on" they are forced on."""
+        p, a = torch.broadcast_tensors(small(param), small(ids))
+        p, a = p.reshape(-1).numpy(), a.reshape(-1).numpy()
+        self.couple(param, ids)
+        self.labels.mark("owns", np.unique(p))
+        self.labels.mark("forced", np.unique(p[a == 0]))
+
+    # ---- dispatch ----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        flat, spec = tree_flatten((args, kwargs))
+        shadows = [self.shadow(x) for x in flat]
+        out = func(*args, **kwargs)
+        tracked = [s for s in shadows if s is not None]
+        if not tracked:
+            return out
+        for s in tracked:
+            self.seen |= s.sources
+        name = func._schema.name.split("::")[1]
+        inplace = name[:-1] if name.endswith("_") and not name.startswith("__") else None
+        with torch.utils._python_dispatch._disable_current_modes():
+            result = self.rule(func, inplace or name, args, kwargs, flat, spec, shadows, out)
+        if inplace and isinstance(args[0], Tensor):
+            self.write(args[0], result[0] if isinstance(result, list) else result)
+        else:
+            outs = [x for x in tree_flatten(out)[0]]
+            results = result if isinstance(result, list) else [result] * len(outs)
+            for x, s in zip(outs, results):
+                if isinstance(x, Tensor) and s is not None and x not in self.shadows:
+                    self.shadows[x] = s
+        return out
+
+    def rule(
+        self, func: Any, name: str, args: tuple, kwargs: dict, flat: list, spec: Any, shadows: list, out: Any
+    ) -> Shadow | list[Shadow | None] | None:
+        if name in FACTORIES:
+            return None
+        if name in SAME or (name == "as_strided" and inplace_like(args)):
+            return self.shadow(args[0])
+        if name == "copy_" or name == "copy":
+            src = self.shadow(args[1]) or Shadow()
+            return src.map(lambda ids: ids.expand(args[0].shape))
+        if name in RESHAPES:
+            s = self.shadow(args[0])
+            return s.map(lambda ids: reshape(ids, out.shape)) if s else None
+        if name == "cat":
+            return self.cat(args, kwargs, out)
+        if name in VIEWS:
+            return self.view_like(func, name, args, kwargs, flat, spec, shadows, out)
+        if name in SPATIAL:
+            return self.spatial(SPATIAL[name], shadows[0], out)
+        if name in ("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm"):
+            return self.matmul(name, args, out)
+        if name in ("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution"):
+            return self.convolution(args, out)
+        if name in ATTENTIONS:
+            return self.attention(args, out)
+        if name == "embedding":
+            return self.embedding(args, out)
+        if name in BATCH_NORMS:
+            return self.batch_norm(args, out)
+        if name in ("native_layer_norm", "native_group_norm", "_fused_rms_norm"):
+            return self.layer_norm(name, args, out)
+        if name in REDUCTIONS:
+            return self.reduction(func, name, args, kwargs, shadows[0], out)
+        if name in ALONG:
+            return self.along(name, args, shadows[0], out)
+        if name == "index_put":
+            return self.index_put(args, out)
+        if torch.Tag.pointwise in func.tags or name in ("native_dropout", "dropout", "masked_fill", "where", "relu", "_prelu_kernel"):
+            return self.pointwise(func, name, flat, spec, shadows, out)
+        return self.unknown(func, shadows, out)
+
+    def unknown(self, func: Any, shadows: list, out: Any) -> list[Shadow | None]:
+        for s in shadows:
+            if s is not None:
+                self.commit(s)
+                if s.of_parameters:
+                    self.disown(s)
+        self.note(f"{func._schema.name} is not known to the trace: it forgets which units it carries")
+        return [Shadow() if isinstance(x, Tensor) else None for x in tree_flatten(out)[0]]
+
+    # ---- rule 1: views -----------------------------------------------------------------------------------------
+
+    def view_like(self, func: Any, name: str, args: tuple, kwargs: dict, flat: list, spec: Any, shadows: list, out: Any) -> Any:
+        if name == "stack":
+            dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+            parts = [self.shadow(x) for x in args[0]]
+            wide = [s.map(lambda ids: ids.unsqueeze(dim)) if s else None for s in parts]
+            return self.join(wide, [x.unsqueeze(dim).shape for x in args[0]], dim, out)
+        if name in ("index", "gather", "index_select") and shadows[0] is None:
+            return self.unknown(func, shadows, out) if any(s and s.slots for s in shadows[1:]) else Shadow()
+        x, s = flat[0], shadows[0]
+        if s is None:
+            return None
+        outs = tree_flatten(out)[0]
+        if name == "expand":
+            return s.map(lambda ids: ids.expand(out.shape))
+        moved: list[list[Slot]] = [[] for _ in outs]
+        for slot in s.slots:
+            ids = slot.ids
+            if name in ("index", "pixel_shuffle", "pixel_unshuffle", "im2col", "repeat", "upsample_nearest2d", "roll", "flip"):
+                ids = ids.clone(memory_format=torch.contiguous_format) if name == "im2col" else ids
+            new_args, new_kwargs = torch.utils._pytree.tree_unflatten([ids] + flat[1:], spec)
+            result = tree_flatten(apply_as_is(func, new_args, new_kwargs, [ids]))[0]
+            for bag, r in zip(moved, result):
+                bag.append(replace(slot, ids=settle(r) if varying(r) else r))
+        return [Shadow(tuple(bag), s.sources, s.pending) for bag in moved]
+
+    def cat(self, args: tuple, kwargs: dict, out: Tensor) -> Shadow:
+        tensors = [x for x in args[0] if not (x.dim() == 1 and x.numel() == 0)]
+        dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+        return self.join([self.shadow(x) for x in tensors], [x.shape for x in tensors], dim, out)
+
+    def join(self, parts: list[Shadow | None], shapes: list, dim: int, out: Tensor) -> Shadow:
+        """Concatenate shadows; slots are matched by the dimensions they run along, `dim` itself aside."""
+        acts = [s for s in parts if s is not None and not s.of_parameters]
+        frames: list[list[Slot | None]] = []
+        keys: list[set[int]] = []
+
+        def place(i: int, slot: Slot, dims: set[int]) -> None:
+            for frame, key in zip(frames, keys):
+                if frame[i] is None and (key & dims or key == dims):
+                    frame[i] = slot
+                    key |= dims
+                    return
+            frames.append([None] * len(parts))
+            frames[-1][i] = slot
+            keys.append(set(dims))
+
+        for i, s in enumerate(parts):
+            if s is not None and (not acts or not s.of_parameters):
+                for slot in s.slots:
+                    place(i, slot, set(varying(slot.ids)) or {dim})
+        if acts:  # a parameter beside activations (a class token): its labels along their dimensions become its units
+            for i, s in enumerate(parts):
+                if s is None or not s.of_parameters:
+                    continue
+                for frame, key in zip(frames, keys):
+                    rest = (key - {dim}) or key
+                    fits = [p for p in s.slots if set(varying(p.ids)) & rest]
+                    if fits:
+                        slot = max(fits, key=lambda p: len(varying(p.ids)))
+                        frame[i] = replace(slot, clean=True, folds=None)
+                        self.labels.mark("owns", np.unique(small(slot.ids).numpy()))
+                        self.fold(s, slot)
+        slots = []
+        for frame in frames:
+            pieces, clean, folds = [], True, frozenset()
+            constant = [d for d in range(out.dim()) if d != dim and all(f is None or d not in varying(f.ids) for f in frame)]
+            for f, shape in zip(frame, shapes):
+                ids = f.ids if f is not None else torch.zeros((), dtype=torch.long).expand(shape)
+                for d in constant:
+                    ids = ids.narrow(d, 0, 1) if ids.size(d) > 1 else ids
+                pieces.append(ids)
+                if f is not None:
+                    clean = clean and f.clean
+                    folds = folds | f.folds if f.folds is not None and folds is not None else None
+            ids = torch.cat(pieces, dim)
+            slots.append(Slot(settle(ids.expand(out.shape)), clean, folds))
+        pending = frozenset().union(*[s.pending for s in parts if s is not None])
+        sources = frozenset() if acts else frozenset().union(*[s.sources for s in parts if s is not None])
+        if not acts and not sources:
+            return Shadow()
+        return Shadow(tuple(slots), sources, pending)
+
+    def fold(self, s: Shadow, slot: Slot) -> None:
+        """Multiply by the gate what this parameter value is made of, along this slot."""
+        axes = slot.folds if slot.folds is not None else frozenset(self.labels.axes_of(np.unique(small(slot.ids).numpy())))
+        self.folds |= {(self.path[-1], a) for a in axes}
+
+    def index_put(self, args: tuple, out: Tensor) -> Shadow:
+        x, values = self.shadow(args[0]) or Shadow(), self.shadow(args[2]) or Shadow()
+        slots = []
+        for i in range(max(len(x.slots), len(values.slots))):
+            zero = torch.zeros((), dtype=torch.long)
+            a = x.slots[i] if i < len(x.slots) else Slot(zero.expand(args[0].shape))
+            b = values.slots[i] if i < len(values.slots) else Slot(zero.expand(args[2].shape))
+            ids = a.ids.clone(memory_format=torch.contiguous_format).index_put(args[1], b.ids)
+            slots.append(Slot(settle(ids), a.clean and b.clean))
+        return Shadow(tuple(slots), pending=x.pending | values.pending)
+
+    # ---- rule 2: elementwise -----------------------------------------------------------------------------------
+
+    def pointwise(self, func: Any, name: str, flat: list, spec: Any, shadows: list, out: Any) -> Any:
+        outs = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
+        shape = outs[0].shape
+        wide = [s.map(lambda ids: ids.expand(shape)) if s is not None else None for s in shadows]
+        if not any(s is not None and not s.of_parameters for s in wide):
+            return self.of_parameters(func, name, flat, spec, wide)
+        for s in wide:
+            if s is not None and not s.of_parameters:
+                self.commit(s)
+        merged: list[Tensor] = []
+        holders: list[dict[int, Slot]] = []
+        for i, s in enumerate(wide):
+            if s is None or s.of_parameters:
+                continue
+            for slot in s.slots:
+                dims = set(varying(slot.ids))
+                match = next((k for k, m in enumerate(merged) if dims & set(varying(m)) and i not in holders[k]), None)
+                if match is None:
+                    merged.append(slot.ids)
+                    holders.append({i: slot})
+                else:
+                    self.couple(merged[match], slot.ids)
+                    if merged[match] is not slot.ids:
+                        merged[match] = torch.where(merged[match] != 0, merged[match], slot.ids) if bool(
+                            (small(merged[match]) == 0).any()) else merged[match]
+                    holders[match][i] = slot
+        owners: list[dict[int, Slot]] = [{} for _ in merged]
+        for i, s in enumerate(wide):
+            if s is None or not s.of_parameters:
+                continue
+            for k, ids in enumerate(merged):
+                at = self.adopt(ids, s.slots)
+                if at is not None:
+                    self.own(s.slots[at].ids, ids)
+                    owners[k][i] = s.slots[at]
+        slots = []
+        for k, ids in enumerate(merged):
+            zero = {
+                i for i, slot in holders[k].items()
+                if slot.clean and not bool(((small(slot.ids) == 0) & (small(ids) != 0)).any())
+            }  # fmt: skip
+            clean = self.stays_zero(func, flat, spec, wide, zero)
+            if not clean and owners[k] and self.stays_zero(func, flat, spec, wide, zero | set(owners[k])):
+                clean = True
+                for i, slot in owners[k].items():
+                    self.fold(wide[i], slot)
+            elif not clean:
+                for slot in owners[k].values():  # neither zero nor foldable: a copy per task
+                    self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
+            slots.append(Slot(self.canonical(ids), clean))
+        return [Shadow(tuple(slots))] * len(tree_flatten(out)[0])
+
+    def probe(self, func: Any, flat: list, spec: Any, zero: set[int], seed: int) -> list[Tensor] | None:
+        rng = np.random.default_rng(seed)
+        values: list[Any] = []
+        for i, x in enumerate(flat):
+            if isinstance(x, Tensor):
+                if x.dtype == torch.bool:
+                    values.append(torch.tensor([bool(seed % 2)]))
+                elif x.is_floating_point() or x.is_complex():
+                    values.append(torch.tensor([0.0 if i in zero else rng.uniform(0.5, 2.0)], dtype=x.dtype))
+                else:
+                    values.append(torch.tensor([0 if i in zero else int(rng.integers(1, 4))], dtype=x.dtype))
+            else:
+                values.append(x)
+        args, kwargs = torch.utils._pytree.tree_unflatten(values, spec)
+        try:
+            return [x for x in tree_flatten(func(*args, **kwargs))[0] if isinstance(x, Tensor)]
+        except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError):
+            return None
+
+    def stays_zero(self, func: Any, flat: list, spec: Any, wide: list, zero: set[int]) -> bool:
+        if not zero:
+            return False
+        for seed in (0, 1):
+            outs = self.probe(func, flat, spec, zero, seed)
+            if outs is None or any(bool((x != 0).any()) or not bool(torch.isfinite(x).all()) for x in outs):
+                return False
+        return True
+
+    def of_parameters(self, func: Any, name: str, flat: list, spec: Any, wide: list) -> Shadow:
+        """Elementwise maths on parameters alone (weight standardisation, gains): the labels go on, and so do the axes
+        by which the value could be scaled."""
+        sources = frozenset().union(*[s.sources for s in wide if s is not None])
+        merged: list[list[tuple[int, Slot]]] = []
+        for i, s in enumerate(wide):
+            for slot in s.slots if s is not None else ():
+                match = next((m for m in merged if set(varying(m[0][1].ids)) == set(varying(slot.ids)) and m[-1][0] != i), None)
+                if match is None:
+                    merged.append([(i, slot)])
+                else:
+                    self.couple(match[0][1].ids, slot.ids)
+                    match.append((i, slot))
+        slots = []
+        for group in merged:
+            with_folds = {i: slot.folds for i, slot in group if slot.folds}
+            folds = None
+            for i, axes in with_folds.items():
+                others = frozenset().union(*[s.sources for j, s in enumerate(wide) if s is not None and j != i])
+                if {p for p, _ in axes} & others:
+                    continue
+                if self.scales(func, flat, spec, {i}):
+                    folds = axes
+            if folds is None and with_folds and len(with_folds) == len([s for s in wide if s is not None]):
+                if self.scales(func, flat, spec, set(with_folds)):
+                    folds = frozenset().union(*with_folds.values())
+            slots.append(Slot(group[0][1].ids, True, folds))
+        return Shadow(tuple(slots), sources)
+
+    def scales(self, func: Any, flat: list, spec: Any, which: set[int]) -> bool:
+        """f(2x) = 2 f(x) in these arguments, tried on numbers."""
+        one = self.probe(func, flat, spec, set(), 0)
+        doubled = [x * 2 if i in which else x for i, x in enumerate(self._numbers(flat))]
+        base = self._numbers(flat)
+        try:
+            a1, k1 = torch.utils._pytree.tree_unflatten(doubled, spec)
+            a0, k0 = torch.utils._pytree.tree_unflatten(base, spec)
+            two, one = tree_flatten(func(*a1, **k1))[0][0], tree_flatten(func(*a0, **k0))[0][0]
+        except (RuntimeError, TypeError, IndexError, ValueError):
+            return False
+        return bool(torch.allclose(two, 2 * one, rtol=1e-5, atol=0))
+
+    @staticmethod
+    def _numbers(flat: list) -> list:
+        rng = np.random.default_rng(3)
+        return [
+            torch.tensor([rng.uniform(0.5, 2.0)], dtype=x.dtype) if isinstance(x, Tensor) and x.is_floating_point()
+            else torch.ones(1, dtype=x.dtype) if isinstance(x, Tensor) else x
+            for x in flat
+        ]  # fmt: skip
+
+    def along(self, name: str, args: tuple, s: Shadow | None, out: Any) -> Any:
+        """Softmax and its kin keep positions, but nothing that was zero stays zero."""
+        if s is None:
+            return None
+        if s.of_parameters:
+            return self.unknown_parameter(s, out)
+        self.commit(s)
+        dim = args[1] if len(args) > 1 and isinstance(args[1], int) else -1
+        dim %= max(tree_flatten(out)[0][0].dim(), 1)
+        slots = []
+        for slot in s.slots:
+            if dim in varying(slot.ids):
+                self.note(f"{name} over differing units: off units take part in it as zeros")
+                if name not in ("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax"):
+                    continue
+            slots.append(replace(slot, clean=name in ("cumsum",) and slot.clean))
+        return [Shadow(tuple(slots))] * len(tree_flatten(out)[0])
+
+    def unknown_parameter(self, s: Shadow, out: Any) -> Any:
+        self.disown(s)
+        return [Shadow() for _ in tree_flatten(out)[0]]
+
+    # ---- rule 3: contractions ----------------------------------------------------------------------------------
+
+    def matmul(self, name: str, args: tuple, out: Tensor) -> Shadow:
+        bias = args[0] if name in ("addmm", "baddbmm", "addbmm") else None
+        a, b = args[1:3] if bias is not None else args[:2]
+        sa, sb = self.shadow(a) or Shadow(), self.shadow(b) or Shadow()
+        left = [replace(s, ids=s.ids.unsqueeze(-1) if a.dim() > 1 else s.ids.view(-1, 1)) for s in sa.slots]
+        right = [replace(s, ids=(s.ids.unsqueeze(-3) if b.dim() > 1 else s.ids.view(1, -1, 1))) for s in sb.slots]
+        # frame of both: [..., m, k, n]
+        if b.dim() == 1:
+            full = (*a.shape, 1) if a.dim() == 2 else (1, a.numel(), 1)
+            left = [replace(s, ids=s.ids.reshape(full[:-1]).unsqueeze(-1)) for s in sa.slots]
+        else:
+            full = (*a.shape, b.shape[-1])
+        k = len(full) - 2
+
+        def finish(ids: Tensor) -> Tensor:
+            ids = ids.expand(full).narrow(k, 0, 1).squeeze(k)
+            return reshape(ids, out.shape)
+
+        left = [replace(s, ids=s.ids.expand(full)) for s in left]
+        right = [replace(s, ids=s.ids.expand(full)) for s in right]
+        result = self.contract(sa, sb, left, right, k, finish, out)
+        if bias is not None:
+            result = self.add_bias(bias, result, out, lambda ids: ids.expand(out.shape))
+        return result
+
+    def contract(
+        self, sa: Shadow, sb: Shadow, left: list[Slot], right: list[Slot], k: int, finish: Callable, out: Tensor
+    ) -> Shadow:
+        """Multiply and sum over dimension `k` of the common frame."""
+        self.commit(sa)
+        self.commit(sb)
+        if sa.of_parameters and sb.of_parameters:
+            self.disown(sa)
+            self.disown(sb)
+            return Shadow(sources=sa.sources | sb.sources)
+        if not sa.of_parameters and not sb.of_parameters:
+            for x in left:
+                for y in right:
+                    if k in varying(x.ids) and k in varying(y.ids):
+                        self.couple(x.ids, y.ids)
+                        self.labels.mark("read", np.unique(small(x.ids).numpy()))
+            return self.settle_slots([s for s in [*left, *right] if k not in varying(s.ids)], finish)
+        act, par, whole = (right, left, sa) if sa.of_parameters else (left, right, sb)
+        slots, pending, owned = [], set(), False
+        readable = [x for x in act if k in varying(x.ids)]
+        for p in par:
+            along, across = k in varying(p.ids), [d for d in varying(p.ids) if d != k]
+            if along and across:
+                self.labels.mark("dropped", np.unique(small(p.ids).numpy()))
+            elif along:
+                self.read(p, readable, whole)
+            elif across:
+                owned = True
+                slots.append(self.owner(p, whole, pending))
+        slots += [replace(x, folds=None) for x in act if k not in varying(x.ids)]
+        result = self.settle_slots(slots, finish)
+        return replace(result, pending=frozenset(pending))
+
+    def owner(self, p: Slot, whole: Shadow, pending: set[Use]) -> Slot:
+        labels = np.unique(small(p.ids).numpy())
+        self.labels.mark("owns", labels)
+        self.labels.mark("carried", labels)
+        axes = p.folds
+        if axes is None:  # scaled away (weight standardisation): the module's output takes the gate instead
+            axes = frozenset(self.labels.axes_of(labels))
+            self.note("the gate would cancel in the weight's own normalisation: it acts on the layer's output")
+            pending |= {(self.path[-1], (a[0], "output", a[1])) for a in axes}  # type: ignore[misc]
+        else:
+            pending |= {(self.path[-1], a) for a in axes}
+        return Slot(p.ids, True)
+
+    def read(self, p: Slot, acts: list[Slot], whole: Shadow) -> None:
+        """The parameter's labels along the contracted dimension read the activation's units."""
+        labels = small(p.ids).reshape(-1).numpy()
+        if not acts:
+            self.labels.mark("forced", labels)
+            return
+        for x in acts:
+            self.couple(x.ids, p.ids)
+            a, b = torch.broadcast_tensors(small(x.ids), small(p.ids))
+            a, b = a.reshape(-1).numpy(), b.reshape(-1).numpy()
+            self.labels.mark("forced", np.unique(b[a == 0]))
+            self.labels.mark("read", np.unique(b))
+            if not x.clean:
+                self.read_dirty |= {(self.path[-1], axis) for axis in self.labels.axes_of(np.unique(b))}
+
+    def settle_slots(self, slots: list[Slot], finish: Callable) -> Shadow:
+        return Shadow(tuple(replace(s, ids=finish(s.ids)) for s in slots))
+
+    def add_bias(self, bias: Tensor, result: Shadow, out: Tensor, place: Callable) -> Shadow:
+        s = self.shadow(bias)
+        if s is None:
+            if bool((bias != 0).any()):
+                return replace(result, slots=tuple(replace(x, clean=False) for x in result.slots))
+            return result
+        wide = s.map(place)
+        pending = set(result.pending)
+        slots = []
+        for slot in result.slots:
+            at = self.adopt(slot.ids, wide.slots) if s.of_parameters else None
+            if s.of_parameters and at is not None:
+                self.own(wide.slots[at].ids, slot.ids)
+                axes = wide.slots[at].folds
+                axes = axes if axes is not None else frozenset(self.labels.axes_of(np.unique(small(wide.slots[at].ids).numpy())))
+                pending |= {(self.path[-1], a) for a in axes}
+                slots.append(slot)
+            else:
+                slots.append(replace(slot, clean=False))
+        return Shadow(tuple(slots), pending=frozenset(pending))
+
+    def convolution(self, args: tuple, out: Tensor) -> Shadow:
+        x, w, bias, stride, padding, dilation, transposed, _, groups = args[:9]
+        sx, sw = self.shadow(x) or Shadow(), self.shadow(w) or Shadow()
+        self.commit(sx)
+        if not sw.of_parameters:
+            self.commit(sw)
+            for a in sx.slots:
+                for b in sw.slots:
+                    if 1 in varying(a.ids) and not transposed and 1 in varying(b.ids) and groups == 1:
+                        self.couple(a.ids.select(2, 0).select(-1, 0)[:1], b.ids.flatten(2)[:, :, 0])
+            self.note("a convolution whose weight is computed from the input forgets which units it writes")
+            return Shadow()
+        if sx.of_parameters:
+            self.disown(sw)
+            return self.unknown_parameter(sx, out)[0]
+        channels, width = x.shape[1], out.shape[1]
+        writes, reads = (1, 0) if transposed else (0, 1)
+        pointwise = all(n == 1 for n in w.shape[2:]) and all(n == 1 for n in stride)
+        inputs: list[tuple[Tensor, Slot]] = []
+        passing: list[Slot] = []
+        for slot in sx.slots:
+            if 1 in varying(slot.ids):
+                ids = slot.ids
+                extra = [d for d in varying(ids) if d != 1]
+                if extra:
+                    first = ids
+                    for d in extra:
+                        first = first.narrow(d, 0, 1)
+                    self.couple(ids, first)
+                    ids = first.expand(ids.shape)
+                vector = ids
+                for d in reversed(range(ids.dim())):
+                    if d != 1:
+                        vector = vector.select(d, 0)
+                inputs.append((vector, slot))
+            elif pointwise:
+                passing.append(slot)
+            else:
+                self.note("a convolution over positions that belong to different units forgets them")
+        pending: set[Use] = set()
+        slots: list[Slot] = []
+        for p in sw.slots:
+            dims = varying(p.ids)
+            if dims == (writes,):
+                vector = p.ids
+                for d in reversed(range(p.ids.dim())):
+                    if d != writes:
+                        vector = vector.select(d, 0)
+                if transposed and groups > 1:
+                    vector = vector.repeat(groups)
+                here = self.owner(replace(p, ids=vector), sw, pending)
+                view = [1] * out.dim()
+                view[1] = -1
+                slots.append(replace(here, ids=here.ids.view(view).expand(out.shape)))
+                if groups == channels and width == channels and not transposed:
+                    for ids, slot in inputs:
+                        self.own(vector, ids)
+                        if not slot.clean:
+                            self.read_dirty |= {(self.path[-1], a) for a in self.labels.axes_of(vector.numpy())}
+                elif groups > 1 and w.shape[1] == 1 and not transposed:
+                    self.read_groups(w, p, inputs, groups, channels)
+            elif dims == (reads,):
+                if groups == 1 or not inputs:
+                    vector = p.ids
+                    for d in reversed(range(p.ids.dim())):
+                        if d != reads:
+                            vector = vector.select(d, 0)
+                    self.read(replace(p, ids=vector), [replace(s, ids=i) for i, s in inputs], sw)
+                elif not transposed:
+                    self.read_groups(w, p, inputs, groups, channels)
+                else:
+                    vector = p.ids
+                    for d in reversed(range(p.ids.dim())):
+                        if d != reads:
+                            vector = vector.select(d, 0)
+                    self.read(replace(p, ids=vector), [replace(s, ids=i) for i, s in inputs], sw)
+            elif writes in dims or reads in dims:
+                self.labels.mark("dropped", np.unique(small(p.ids).numpy()))
+        for slot in passing:
+            ids = slot.ids
+            slots.append(replace(slot, ids=ids.narrow(1, 0, 1).expand(out.shape), folds=None))
+        result = Shadow(tuple(slots), pending=frozenset(pending))
+        if bias is None:
+            return result
+        view = [1] * out.dim()
+        view[1] = -1
+        return self.add_bias(bias, result, out, lambda ids: ids.view(view).expand(out.shape))
+
+    def read_groups(self, w: Tensor, p: Slot, inputs: list[tuple[Tensor, Slot]], groups: int, channels: int) -> None:
+        """In a grouped convolution element (o, j) reads input channel `group(o) * width + j`: one joint axis for both."""
+        axes = self.labels.axes_of(np.unique(small(p.ids).numpy()))
+        if len(axes) != 1:
+            self.labels.mark("dropped", np.unique(small(p.ids).numpy()))
+            return
+        name = axes[0][0]
+        width = channels // groups
+        if name not in self.joint:
+            start = self.labels.new(channels, (name, "joint"))
+            rest = tuple(w.shape[2:])
+            view = (groups, w.shape[0] // groups, width, *rest)
+            self.joint[name] = (view, (groups, 1, width, *[1] * len(rest)), start)
+        _, _, start = self.joint[name]
+        joint = torch.arange(start, start + channels)
+        self.read(Slot(joint), [replace(s, ids=i) for i, s in inputs], Shadow())
+        if w.shape[1] > 1:
+            self.labels.mark("dropped", np.unique(small(p.ids).numpy()))
+
+    def attention(self, args: tuple, out: Any) -> list[Shadow | None]:
+        q, k, v = (self.shadow(x) or Shadow() for x in args[:3])
+        for s in (q, k, v):
+            self.commit(s)
+            if s.of_parameters:
+                self.disown(s)
+        if not q.of_parameters and not k.of_parameters:
+            last = args[0].dim() - 1
+            for x in q.slots:
+                for y in k.slots:
+                    if last in varying(x.ids) and last in varying(y.ids):
+                        self.couple(x.ids.narrow(-2, 0, 1), y.ids.narrow(-2, 0, 1))
+                        for z in (x, y):
+                            if z.ids.dim() - 2 in varying(z.ids):
+                                self.couple(z.ids, z.ids.narrow(-2, 0, 1))
+        first = tree_flatten(out)[0][0]
+        slots = []
+        if not v.of_parameters:
+            for x in v.slots:
+                if x.ids.dim() - 2 in varying(x.ids):
+                    self.couple(x.ids, x.ids.narrow(-2, 0, 1))
+                slots.append(replace(x, ids=x.ids.narrow(-2, 0, 1).expand(first.shape)))
+        rest = len(tree_flatten(out)[0]) - 1
+        return [Shadow(tuple(slots)), *[None] * rest]
+
+    def embedding(self, args: tuple, out: Tensor) -> Shadow | list[Shadow | None]:
+        w = self.shadow(args[0])
+        if w is None:
+            return Shadow()
+        if not w.of_parameters:
+            return self.unknown(aten.embedding.default, [w], out)
+        pending: set[Use] = set()
+        slots = []
+        for p in w.slots:
+            if varying(p.ids) == (1,):
+                vector = p.ids.select(0, 0)
+                here = self.owner(replace(p, ids=vector), w, pending)
+                slots.append(replace(here, ids=here.ids.expand(out.shape)))
+            elif varying(p.ids) == (0,):
+                self.labels.mark("forced", np.unique(small(p.ids).numpy()))
+            else:
+                self.labels.mark("dropped", np.unique(small(p.ids).numpy()))
+        return Shadow(tuple(slots), pending=frozenset(pending))
+
+    # ---- norms and reductions ----------------------------------------------------------------------------------
+
+    def batch_norm(self, args: tuple, out: Any) -> Any:
+        outs = tree_flatten(out)[0]
+        x = self.shadow(args[0]) or Shadow()
+        w, b = self.shadow(args[1]), self.shadow(args[2])
+        view = [1] * args[0].dim()
+        view[1] = -1
+
+        def place(ids: Tensor) -> Tensor:
+            return ids.view(view).expand(args[0].shape)
+
+        if x.of_parameters:  # a weight normalised by F.batch_norm: scaling it cancels, scaling its gain does not
+            kept = []
+            for slot in x.slots:
+                if varying(slot.ids) == (1,):
+                    folds = None
+                    if w is not None and b is None:
+                        at = self.adopt(slot.ids, w.map(place).slots)
+                        if at is not None:
+                            self.couple(w.map(place).slots[at].ids, slot.ids)
+                            folds = w.slots[at].folds
+                    kept.append(Slot(slot.ids, True, folds))
+                else:
+                    self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
+            sources = x.sources | (w.sources if w else frozenset()) | (b.sources if b else frozenset())
+            return [Shadow(tuple(kept), sources), *[None] * (len(outs) - 1)]
+        slots = []
+        for slot in x.slots:
+            if 1 not in varying(slot.ids):
+                slots.append(replace(slot, clean=False))
+                self.commit(x)
+                continue
+            clean = False
+            for s in (w, b):
+                if s is not None and s.of_parameters:
+                    wide = s.map(place)
+                    at = self.adopt(slot.ids, wide.slots)
+                    if at is not None:
+                        self.own(wide.slots[at].ids, slot.ids)
+                        self.fold(wide, wide.slots[at])
+                        clean = True
+            if not clean and not self.is_norm(self.modules.get(self.path[-1], nn.Identity())):
+                self.commit(x)
+            elif not clean:
+                clean = True  # a norm layer without affine parameters gates its output itself
+            slots.append(replace(slot, clean=clean))
+        return [Shadow(tuple(slots)), *[None] * (len(outs) - 1)]
+
+    def layer_norm(self, name: str, args: tuple, out: Any) -> Any:
+        outs = tree_flatten(out)[0]
+        x = self.shadow(args[0]) or Shadow()
+        if x.of_parameters:
+            return self.unknown_parameter(x, out)
+        self.commit(x)
+        w, b = (self.shadow(args[1]), self.shadow(args[2])) if name == "native_group_norm" else (
+            self.shadow(args[2]), self.shadow(args[3]) if name == "native_layer_norm" else None)
+
+        def place(ids: Tensor) -> Tensor:
+            if name == "native_group_norm":
+                view = [1] * args[0].dim()
+                view[1] = -1
+                return ids.view(view).expand(args[0].shape)
+            return ids.expand(args[0].shape)
+
+        own = self.is_norm(self.modules.get(self.path[-1], nn.Identity()))
+        over = range(1, args[0].dim()) if name == "native_group_norm" else range(args[0].dim() - len(args[1]), args[0].dim())
+        slots = []
+        for slot in x.slots:
+            if own and self.path[-1] in self.norm_inputs and set(varying(slot.ids)) & set(over):
+                self.norm_inputs[self.path[-1]].across = True
+            clean = own or name == "_fused_rms_norm"
+            for s in (w, b):
+                if s is not None and s.of_parameters:
+                    wide = s.map(place)
+                    at = self.adopt(slot.ids, wide.slots)
+                    if at is not None:
+                        self.own(wide.slots[at].ids, slot.ids)
+                        self.fold(wide, wide.slots[at])
+                        clean = True
+            if not own:
+                self.note(f"{name} outside a known norm layer: its statistics are over all units")
+            slots.append(replace(slot, clean=clean))
+        return [Shadow(tuple(slots)), *[None] * (len(outs) - 1)]
+
+    def reduction(self, func: Any, name: str, args: tuple, kwargs: dict, s: Shadow | None, out: Any) -> Any:
+        outs = tree_flatten(out)[0]
+        if s is None:
+            return [Shadow() if isinstance(x, Tensor) else None for x in outs]
+        self.commit(s)
+        shape = args[0].shape
+        dims = next((a for a in args[1:] if isinstance(a, (list, tuple))), None)
+        if dims is None:
+            dims = kwargs.get("dim")
+        if dims is None and len(args) > 1 and isinstance(args[1], int) and name in ("max", "min", "argmax", "argmin", "any", "all", "prod", "median"):
+            dims = [args[1]]
+        if isinstance(dims, int):
+            dims = [dims]
+        dims = [d % max(len(shape), 1) for d in dims] if dims else list(range(len(shape)))
+        target = next(x for x in outs if isinstance(x, Tensor)).shape
+        slots = []
+        for slot in s.slots:
+            ids = slot.ids
+            if any(d in varying(ids) for d in dims):
+                ids = settle(torch.from_numpy(self.labels.find(small(ids).numpy())).expand(shape))
+            if any(d in varying(ids) for d in dims):
+                if s.of_parameters:
+                    self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
+                elif self.path[-1] in self.norm_inputs:
+                    self.norm_inputs[self.path[-1]].across = True
+                else:
+                    self.note(f"{name} over differing units forgets them")
+                continue
+            for d in dims:
+                ids = ids.narrow(d, 0, 1)
+            ids = reshape(ids, target)
+            folds = slot.folds if name in LINEAR_REDUCTIONS else None
+            slots.append(Slot(ids, slot.clean and name not in ("logsumexp", "argmax", "argmin", "all"), folds))
+        return [Shadow(tuple(slots), s.sources) if isinstance(x, Tensor) else None for x in outs]
+
+    def spatial(self, count: int, s: Shadow | None, out: Any) -> Any:
+        outs = tree_flatten(out)[0]
+        if s is None:
+            return None
+        self.commit(s)
+        slots = []
+        for slot in s.slots:
+            n = slot.ids.dim()
+            if any(d >= n - count for d in varying(slot.ids)):
+                self.note("pooling over positions that belong to different units forgets them")
+                continue
+            ids = slot.ids
+            for d in range(n - count, n):
+                ids = ids.narrow(d, 0, 1)
+            slots.append(replace(slot, ids=ids.expand(outs[0].shape), folds=None))
+        return [Shadow(tuple(slots), s.sources)] * len(outs)
+
+    # ---- modules -----------------------------------------------------------------------------------------------
+
+    def enter(self, path: str, args: tuple) -> None:
+        self.path.append(path)
+        module = self.modules[path]
+        x = next((a for a in args if isinstance(a, Tensor)), None)
+        if self.is_norm(module) and x is not None:
+            s = self.shadow(x)
+            if s is not None:
+                ids = {d: self._vector(slot.ids, d) for slot in s.slots for d in varying(slot.ids)}
+                self.norm_inputs[path] = NormSeen(ids, all(slot.clean for slot in s.slots))
+
+    @staticmethod
+    def _vector(ids: Tensor, dim: int) -> Ints:
+        for d in reversed(range(ids.dim())):
+            if d != dim:
+                ids = ids.select(d, 0)
+        return ids.numpy().copy()
+
+    def leave(self, path: str) -> None:
+        self.path.pop()
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Module paths while the model runs; evaluation mode, no fused fast paths; everything put back afterwards."""
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda m, a, k, p=path: tracer.enter(p, (*a, *k.values())), with_kwargs=True))
+        handles.append(module.register_forward_hook(lambda m, a, o, p=path: tracer.leave(p), always_call=True))
+    modes = [(m, m.training) for m in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for h in handles:
+            h.remove()
+        for m, training in modes:
+            m.training = training
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on a tensor, a tuple or list (positional) or a mapping (keywords)."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs)
+
+
+def trace(
+    model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool], embeds: Callable[[nn.Module], bool]
+) -> Trace:
+    """Run `model` on `inputs` once and return what was seen. `norms` says which modules take statistics over units and
+    gate their own output, `embeds` which look their weight up by index."""
+    tracer = Tracer(model, norms, embeds)
+    for x in tree_flatten(inputs)[0]:
+        if isinstance(x, Tensor):
+            tracer.shadows[x] = Shadow()
+    with _watched(model, tracer), tracer:
+        out = call(model, inputs)
+    leaves = tensors_of(out)
+    found = [small(slot.ids).reshape(-1).numpy() for x in leaves if (s := tracer.shadow(x)) is not None for slot in s.slots]
+    outputs = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+    return Trace(
+        tracer.labels, tracer.first, tracer.joint, tracer.folds, tracer.read_dirty, outputs[outputs != 0],
+        tracer.norm_inputs, tracer.seen, tracer.regate, tracer.notes,
+    )  # fmt: skip
+
+
+def tensors_of(out: Any) -> list[Tensor]:
+    """Every tensor in a model's output: tensors, tuples, lists and mappings of them (model outputs of transformers)."""
+    if isinstance(out, Tensor):
+        return [out]
+    if isinstance(out, Mapping):
+        out = list(out.values())
+    if isinstance(out, (list, tuple)):
+        return [t for x in out for t in tensors_of(x)]
+    return []

@@ -1,0 +1,233 @@
+"""The map: for every element of every parameter, which unit owns it and which unit it reads from.
+
+A parameter's entry is a product of *factors*: one vector of unit numbers per dimension that carries units (0 = always on),
+broadcast over the parameter. An element is live for a task when the gates of all its factors are 1. Units are numbered from
+1 in the order of the parameters that write them, so that the same model gives the same numbers in every process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .labels import Ints
+from .trace import Trace
+
+
+@dataclass(frozen=True)
+class Factor:
+    """units: `[n]` unit numbers along one axis of a parameter, 0 = always on. shape: n as it broadcasts over `Entry.view`.
+    owner: whether the axis is written (else read)."""
+
+    axis: int | str
+    units: Ints
+    shape: tuple[int, ...]
+    owner: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {"axis": self.axis, "units": runs(self.units), "shape": list(self.shape), "owner": self.owner}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter on the map. copied: no unit owns it, so each task has its own copy (M5). why: the reason, if so.
+    head: its first dimension is what the output consists of (classes)."""
+
+    name: str
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    factors: tuple[Factor, ...]
+    copied: bool
+    why: str = ""
+    head: bool = False
+
+    def live(self, on: Tensor) -> Tensor:
+        """Which elements are live: `[*shape]` bool from `on`, `[U + 1]` bool with `on[0]` = True (always on)."""
+        mask = torch.ones((), dtype=torch.bool, device=on.device)
+        for f in self.factors:
+            mask = mask & on[torch.as_tensor(f.units, device=on.device)].view(f.shape)
+        return mask.expand(self.view).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class NormInput:
+    """What enters a norm: the dimension that carries units, their numbers, whether off units are exactly zero
+    there, and whether the norm takes its statistics across units."""
+
+    dim: int
+    units: Ints
+    clean: bool
+    across: bool
+
+
+@dataclass
+class UnitMap:
+    """The map of a network.
+
+    Attributes:
+        num_units: U.
+        layers: (name, start, stop) of each layer's units, by the parameter that first writes them; 1-based, stop excluded.
+        entries: one per parameter name.
+        folds: for (module path, parameter name), the factors to multiply by the gate where that module uses it.
+        outputs: for module path, the units by which its output is multiplied instead of its weight.
+        norms: what enters each norm.
+        notes: what fell back, by module path.
+    """
+
+    num_units: int
+    layers: list[tuple[str, int, int]]
+    entries: dict[str, Entry]
+    folds: dict[tuple[str, str], tuple[int | str, ...]]
+    outputs: dict[str, Ints]
+    norms: dict[str, NormInput]
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able, compact (runs instead of lists); `from_json` reads it back."""
+        return {
+            "num_units": self.num_units,
+            "layers": [list(x) for x in self.layers],
+            "entries": [
+                {"name": e.name, "shape": list(e.shape), "view": list(e.view), "copied": e.copied, "why": e.why, "head": e.head,
+                 "factors": [f.to_json() for f in e.factors]}
+                for e in self.entries.values()
+            ],
+            "folds": [[path, name, list(axes)] for (path, name), axes in self.folds.items()],
+            "outputs": {path: runs(u) for path, u in self.outputs.items()},
+            "norms": {p: {"dim": n.dim, "units": runs(n.units), "clean": n.clean, "across": n.across} for p, n in self.norms.items()},
+            "notes": self.notes,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> UnitMap:
+        def factor(f: dict[str, Any]) -> Factor:
+            return Factor(f["axis"], unrun(f["units"]), tuple(f["shape"]), f["owner"])
+
+        return cls(
+            data["num_units"],
+            [(n, a, b) for n, a, b in data["layers"]],
+            {
+                e["name"]: Entry(e["name"], tuple(e["shape"]), tuple(e["view"]), tuple(map(factor, e["factors"])), e["copied"], e["why"], e["head"])
+                for e in data["entries"]
+            },
+            {(path, name): tuple(axes) for path, name, axes in data["folds"]},
+            {p: unrun(u) for p, u in data["outputs"].items()},
+            {p: NormInput(n["dim"], unrun(n["units"]), n["clean"], n["across"]) for p, n in data["norms"].items()},
+            data["notes"],
+        )  # fmt: skip
+
+
+def runs(values: Ints) -> list[list[int]]:
+    """Consecutive or constant runs: [first, count, step] with step 0 or 1."""
+    out: list[list[int]] = []
+    for v in values.tolist():
+        if out:
+            first, count, step = out[-1]
+            if count == 1 and v in (first, first + 1):
+                out[-1] = [first, 2, v - first]
+                continue
+            if count > 1 and v == first + count * step:
+                out[-1][1] += 1
+                continue
+        out.append([v, 1, 0])
+    return out
+
+
+def unrun(segments: Iterable[Sequence[int]]) -> Ints:
+    """The values of `runs`."""
+    parts = [np.arange(n) * step + first for first, n, step in segments]
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+
+
+def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> UnitMap:
+    """Number the units of a trace and write every parameter's entry.
+
+    Args:
+        copied: parameters that belong to the task whatever owns them (the affine parameters of norms).
+    """
+    labels = found.labels
+    roots = labels.find(np.arange(len(labels.parent)))
+    read = labels.any_in_component("read")
+    in_output = np.zeros(len(roots), dtype=bool)
+    in_output[roots[found.outputs]] = True
+    # What only the output sees (the logits of a head) is no unit: every task wants all of it.
+    is_unit = labels.any_in_component("carried") & ~(in_output[roots] & ~read)
+    is_unit[0] = False
+    leaders = np.unique(roots[is_unit])
+    number = np.zeros(len(roots), dtype=np.int64)
+    number[leaders] = np.arange(1, len(leaders) + 1)
+    unit_of = np.where(is_unit, number[roots], 0)
+    counted = np.where(labels.flags["forced"] | labels.flags["dropped"], 0, unit_of)
+
+    entries: dict[str, Entry] = {}
+    for name, p in model.named_parameters():
+        view, joint_shape = tuple(p.shape), None
+        if name in found.joint:
+            view, joint_shape, start = found.joint[name]
+        factors, owned = [], False
+        for d, n in enumerate(p.shape):
+            if (name, d) not in found.first:
+                continue
+            first = found.first[name, d]
+            units = counted[first : first + n]
+            wrote = labels.flags["owns"][first : first + n]
+            owned |= bool((units[wrote] != 0).any())
+            if (units != 0).any():
+                factors.append(Factor(d, units, _broadcast(tuple(p.shape), view, d), bool(wrote.any())))
+        if joint_shape is not None:
+            n = int(np.prod(joint_shape))
+            units = counted[start : start + n]
+            if (units != 0).any():
+                factors.append(Factor("joint", units, joint_shape, False))
+        why = ""
+        if name in copied:
+            why = "norm"
+        elif not owned:
+            why = "no unit owns it" if name in found.seen else "not used by the forward pass"
+        start0 = found.first.get((name, 0))
+        head = start0 is not None and bool(in_output[roots[start0]] and not is_unit[start0])
+        entries[name] = Entry(name, tuple(p.shape), view, tuple(factors), bool(why), why, head)
+
+    folds: dict[tuple[str, str], set[Any]] = {}
+    outputs: dict[str, Ints] = {}
+    for path, axis in [*found.folds, *found.read_dirty]:
+        name, where = axis[0], axis[1:]
+        if where[0] == "output":
+            units = next((f.units for f in entries[name].factors if f.axis == where[1]), None)
+            if units is not None:
+                outputs[path] = units
+        elif any(f.axis == where[0] for f in entries[name].factors):
+            folds.setdefault((path, name), set()).add(where[0])
+
+    norms: dict[str, NormInput] = {}
+    for path, seen in found.norms.items():
+        for dim, ids in seen.ids.items():
+            units = unit_of[ids]
+            if (units != 0).any():
+                norms[path] = NormInput(dim, units, seen.clean, seen.across)
+    layers: list[tuple[str, int, int]] = []
+    for unit, leader in enumerate(leaders, start=1):
+        name = labels.axes_of(leader[None])[0][0]
+        if layers and layers[-1][0] == name:
+            layers[-1] = (name, layers[-1][1], unit + 1)
+        else:
+            layers.append((name, unit, unit + 1))
+    return UnitMap(
+        len(leaders), layers, entries,
+        {key: tuple(sorted(axes, key=str)) for key, axes in folds.items()},
+        outputs, norms, dict(found.notes),
+    )  # fmt: skip
+
+
+def _broadcast(shape: tuple[int, ...], view: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    """The shape in which a vector along `dim` of the parameter broadcasts over its view (dimension 0 split in two)."""
+    if view == shape:
+        return tuple(n if d == dim else 1 for d, n in enumerate(shape))
+    if dim == 0:
+        return (view[0], view[1], *[1] * (len(view) - 2))
+    return tuple(n if d == dim + 1 else 1 for d, n in enumerate(view))

@@ -1,0 +1,57 @@
+"""Which HAT layer takes the place of which module class.
+
+`@register(nn.Linear)` above a class says: convert instances of `nn.Linear`, and of its subclasses, to this one. A
+subclass keeps its own forward: the HAT class goes in front of it in the method resolution order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+from torch import nn
+
+T = TypeVar("T", bound=type)
+_LAYERS: dict[type[nn.Module], type] = {}
+
+
+def register(*bases: type[nn.Module]) -> Callable[[T], T]:
+    """Class decorator: the decorated HAT layer replaces instances of `bases` when a model is converted."""
+
+    def add(layer: T) -> T:
+        for base in bases:
+            _LAYERS[base] = layer
+            _resolve.cache_clear()
+        return layer
+
+    return add
+
+
+def layer_for(cls: type[nn.Module]) -> type:
+    """The registered HAT layer of the nearest base of `cls`."""
+    return _resolve(cls)
+
+
+@cache
+def _resolve(cls: type[nn.Module]) -> type:
+    for base in cls.__mro__:
+        if base in _LAYERS:
+            return _LAYERS[base]
+    raise LookupError(f"{cls.__qualname__} is no torch module class")
+
+
+def registered() -> dict[type[nn.Module], type]:
+    """All registered pairs (base class, HAT layer)."""
+    return dict(_LAYERS)
+
+
+@cache
+def derive(layer: type, cls: type[nn.Module], names: tuple[str, ...], attribute: Callable[[str], Any]) -> type:
+    """The class that a converted instance of `cls` gets: `layer` in front of `cls`, with task-aware `names`."""
+    missing = {n: attribute(n) for n in names if not isinstance(getattr(layer, n, None), property)}
+    if issubclass(layer, cls) and not missing:
+        return layer
+    bases: Sequence[type] = (layer,) if issubclass(layer, cls) else (layer, cls)
+    body = {**missing, "__module__": cls.__module__, "_hat_source": (layer, cls, names)}
+    return type(f"HAT{cls.__name__}", tuple(bases), body)
