@@ -1,0 +1,1 @@
+"""Training: the stream of tasks, the loop over them, metrics and checkpoints."""
