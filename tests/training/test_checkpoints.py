@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import hatcl
+from hatcl.errors import IntegrityError
+from hatcl.training import checkpoints
+from hatcl.training.checkpoints import Checkpoint
+
+CPU = torch.device("cpu")
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of the program runs after it."""
+
+
+def content(folder) -> str | None:
+    path = checkpoints.complete(folder) / "text"
+    return path.read_text() if path.exists() else None
+
+
+def replace(folder, text: str) -> None:
+    with checkpoints.replaced_folder(folder) as new:
+        (new / "text").write_text(text)
+        (new / "deeper").mkdir()
+        (new / "deeper" / "more").write_text(text)
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    target = tmp_path / "run" / "model"
+    replace(target, "old")
+    (target / "stale").touch()
+    replace(target, "new")
+    assert content(target) == "new" and not (target / "stale").exists()
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def test_a_block_that_fails_leaves_the_old(tmp_path):
+    replace(tmp_path / "model", "old")
+    with pytest.raises(ZeroDivisionError), checkpoints.replaced_folder(tmp_path / "model") as new:
+        (new / "text").write_text("half")
+        1 / 0  # noqa: B018
+    assert content(tmp_path / "model") == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_kill_at_any_system_call_leaves_old_or_new(tmp_path, monkeypatch):
+    """Dies before the n-th call that touches the disk, for every n, then looks and goes on from there."""
+    calls = {"count": 0, "limit": None}
+
+    def counted(real):
+        def call(*args, **options):
+            calls["count"] += 1
+            if calls["limit"] is not None and calls["count"] >= calls["limit"]:
+                raise Killed
+            return real(*args, **options)
+
+        return call
+
+    for module, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (os, "mkdir")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    seen = set()
+    for limit in range(1, 60):
+        for start in (None, "old"):
+            target = tmp_path / f"{limit}{start}" / "model"
+            calls.update(count=0, limit=None)
+            if start:
+                replace(target, start)
+            calls.update(count=0, limit=limit)
+            try:
+                replace(target, "new")
+                finished = True
+            except Killed:
+                finished = False
+            calls.update(limit=None)
+            seen.add((start, content(target), finished))
+            assert content(target) in ({"new"} if finished else {start, "new"})
+            replace(target, "newer")  # the next process
+            assert content(target) == "newer"
+            assert [path.name for path in target.parent.iterdir()] == ["model"]
+    assert ("old", "old", False) in seen and ("old", "new", False) in seen and ("old", "new", True) in seen
+
+
+def test_json_is_replaced_whole_and_strict(tmp_path):
+    path = tmp_path / "metrics.json"
+    checkpoints.write_json(path, {"a": [1.0, float("nan")], "b": (1, 2)})
+    assert json.loads(path.read_text()) == {"a": [1.0, None], "b": [1, 2]}
+    with pytest.raises(TypeError):
+        checkpoints.write_json(path, {"a": object()})
+    assert json.loads(path.read_text())["b"] == [1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+    path.write_text('{"a": [1')
+    with pytest.raises(IntegrityError, match="metrics.json cannot be read as JSON.*start a new run"):
+        checkpoints.read_json(path)
+
+
+def test_random_generators_go_on_where_they_were():
+    def draw():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    np.random.rand()
+    state = checkpoints.random_state(CPU)
+    first = draw()
+    assert draw() != first
+    checkpoints.set_random_state(state, CPU)
+    assert draw() == first
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("hat_test_resnet", num_tasks=2, num_classes=[2, 3])
+
+
+def some_training(model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizer.step()
+    return {"optimizer": optimizer.state_dict(), "scaler": {}, "random": checkpoints.random_state(CPU)}
+
+
+def test_a_checkpoint_comes_back(tmp_path, model):
+    assert checkpoints.load_checkpoint(tmp_path, CPU) is None
+    saved = Checkpoint(model, some_training(model), {"task": 1, "step": 7})
+    checkpoints.save_checkpoint(tmp_path, saved)
+    loaded = checkpoints.load_checkpoint(tmp_path, CPU)
+    assert loaded.progress == saved.progress
+    ours, theirs = model.state_dict(), loaded.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours if isinstance(ours[name], torch.Tensor)
+    )
+    state = loaded.training["optimizer"]["state"]
+    assert torch.equal(state[0]["exp_avg"], saved.training["optimizer"]["state"][0]["exp_avg"])
+
+
+def test_damaged_checkpoints_are_refused_by_name(tmp_path, model):
+    def fresh():
+        checkpoints.save_checkpoint(tmp_path, Checkpoint(model, some_training(model), {"task": 0}))
+        return tmp_path / "checkpoint"
+
+    path = fresh() / "training.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(IntegrityError, match="training.pt cannot be read as tensors and plain values"):
+        checkpoints.load_checkpoint(tmp_path, CPU)
+    path = fresh() / "training.pt"
+    torch.save({"optimizer": tmp_path}, path)  # a pickled object, not a tensor
+    with pytest.raises(IntegrityError, match="training.pt cannot be read as tensors and plain values"):
+        checkpoints.load_checkpoint(tmp_path, CPU)
+    (fresh() / "progress.json").unlink()
+    with pytest.raises(IntegrityError, match="progress.json cannot be read as JSON"):
+        checkpoints.load_checkpoint(tmp_path, CPU)
+    (path,) = (fresh() / "model").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(hatcl.errors.HATError, match="safetensors"):
+        checkpoints.load_checkpoint(tmp_path, CPU)
+
+
+def test_the_newest_model_of_a_run_is_found(tmp_path, model):
+    with pytest.raises(IntegrityError, match="holds no model; expected the folder of a run"):
+        checkpoints.find_model(tmp_path)
+    hatcl.save_pretrained(model, tmp_path / "plain")
+    assert checkpoints.find_model(tmp_path / "plain") == tmp_path / "plain"
+    checkpoints.save_checkpoint(tmp_path, Checkpoint(model, some_training(model), {}))
+    assert checkpoints.find_model(tmp_path) == tmp_path / "checkpoint" / "model"
+    checkpoints.save_model(tmp_path, model)
+    assert checkpoints.find_model(tmp_path) == tmp_path / "model"
+    (tmp_path / "model").rename(tmp_path / ".model.old")  # killed between the two moves
+    checkpoints.tidy(tmp_path)
+    assert checkpoints.find_model(tmp_path) == tmp_path / ".model.old"
+    assert not (tmp_path / "checkpoint").exists()
+    checkpoints.save_model(tmp_path, model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "plain"]
