@@ -1,0 +1,1 @@
+"""Reports: tables for the terminal and a picture of a run."""

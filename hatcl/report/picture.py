@@ -1,0 +1,149 @@
+"""One picture of a run: the accuracy matrix and how the tasks share the network's units."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, MUTED = "#1b2733", "#5d6975"
+BAR, FREE, SHADES = "#3a7ca5", "#edf1f4", "Blues"
+
+
+def draw_run(metrics: Mapping[str, Any]) -> bytes:
+    """A PNG of a run: its accuracy matrix, the units on for each task, and their share in each layer.
+
+    Args:
+        metrics: what `RunResult.to_dict` returned or `metrics.json` holds.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "the picture needs matplotlib, which is not installed; run: pip install 'hatcl[plots]'"
+        ) from error
+    names = [record["name"] for record in metrics["records"]]
+    count = len(names)
+    side = max(3.2, 0.44 * count)
+    heights = [side]
+    if metrics["layers"]:  # none where every parameter is the tasks' own
+        heights.append(0.9 + 0.16 * count)
+    figure = Figure(figsize=(2 * side + 3.0, sum(heights) + 1.9), dpi=120, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display
+    figure.get_layout_engine().set(w_pad=0.14, h_pad=0.14, hspace=0.04, wspace=0.04)  # type: ignore[union-attr, call-arg]
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[1.15, 1])
+    _draw_matrix(figure.add_subplot(grid[0, 0]), metrics["rows"], names)
+    used = [record["units_used"] for record in metrics["records"]]
+    _draw_use(figure.add_subplot(grid[0, 1]), used, metrics["units"])
+    if len(heights) > 1:
+        _draw_layers(figure.add_subplot(grid[1, :]), metrics["layers"], count)
+    figure.suptitle(_headline(metrics), x=0.015, ha="left", color=INK, fontsize=13, fontweight="bold")
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _headline(metrics: Mapping[str, Any]) -> str:
+    words = [
+        f"average accuracy {100 * metrics['average_accuracy']:.1f} %",
+        f"forgetting {100 * metrics['forgetting']:.1f} %",
+    ]
+    if metrics.get("bit_equal"):
+        words.append("every sealed task bit-equal")
+    return "   ".join(words)
+
+
+def _draw_matrix(axes: Axes, rows: Sequence[Sequence[float]], names: Sequence[str]) -> None:
+    count = len(names)
+    values = np.full((count, count), np.nan)
+    for i, row in enumerate(rows):
+        values[i, : len(row)] = row
+    low = min(0.5, float(np.nanmin(values)))
+    # the ends of the colour map stay unused: the lowest accuracy is still seen, the highest still readable
+    axes.imshow(values, cmap=SHADES, vmin=low - 0.1, vmax=1.25, aspect="equal")
+    for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
+        dark = values[i, j] > low + 0.6 * (1 - low)
+        axes.text(
+            j, i, f"{100 * values[i, j]:.1f}", ha="center", va="center", color="white" if dark else INK, fontsize=9
+        )
+    axes.set_xticks(range(count), [str(j) for j in range(count)])
+    axes.set_yticks(range(count), [f"{_short(name)}  {i}" for i, name in enumerate(names)])
+    axes.set_xlabel("task tested", color=MUTED)
+    axes.set_ylabel("after learning", color=MUTED)
+    _separate(axes, count, count)
+    _dress(axes, "Accuracy in %")
+
+
+def _draw_use(axes: Axes, used: Sequence[int], units: int) -> None:
+    units = max(1, units)
+    places = np.arange(len(used))
+    axes.barh(places, [units] * len(used), color=FREE, height=0.66)
+    axes.barh(places, used, color=BAR, height=0.66)
+    for place, value in zip(places, used, strict=True):
+        inside = value > 0.6 * units
+        axes.text(
+            value + (-0.02 if inside else 0.02) * units,
+            place,
+            f"{value}  ({100 * value / units:.0f} %)",
+            ha="right" if inside else "left",
+            va="center",
+            color="white" if inside else INK,
+            fontsize=9,
+        )
+    axes.set_yticks(places, [str(t) for t in places])
+    axes.set_ylim(len(used) - 0.5, -0.5)
+    axes.set_xlim(0, units)
+    axes.set_xticks([])
+    axes.set_xlabel(f"units on, of {units}", color=MUTED)
+    axes.set_ylabel("task", color=MUTED)
+    _dress(axes, "Units used")
+
+
+def _draw_layers(axes: Axes, layers: Sequence[Mapping[str, Any]], count: int) -> None:
+    shares = np.array([[_used(layer, t) / max(1, layer["units"]) for layer in layers] for t in range(count)])
+    image = axes.imshow(shares, cmap=SHADES, vmin=0.0, vmax=1.0, aspect="auto")
+    axes.set_yticks(range(count), [str(t) for t in range(count)])
+    axes.set_xticks([])
+    axes.set_xlabel(f"{layers[0]['name']}  to  {layers[-1]['name']}", color=MUTED)
+    axes.set_ylabel("task", color=MUTED)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.012, fraction=0.03)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
+    bar.ax.tick_params(length=0, colors=MUTED)
+    _separate(axes, len(layers), count)
+    _dress(axes, f"Share of each layer's units that a task uses ({len(layers)} layers, from input to output)")
+
+
+def _separate(axes: Axes, columns: int, rows: int) -> None:
+    """White lines between the cells, where they are wide enough to bear them."""
+    if columns <= 64:
+        axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5 if columns <= 32 else 0.5)
+
+
+def _used(layer: Mapping[str, Any], task: int) -> int:
+    used = layer["used"]  # JSON turns the tasks' numbers into text
+    return int(used.get(task, used.get(str(task), 0)))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else name[:15] + "…"
+
+
+def _dress(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=11, pad=9)
+    axes.tick_params(which="both", length=0, colors=MUTED)
+    for spine in axes.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,95 @@
+"""A run and a model as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+
+def matrix_table(rows: Sequence[Sequence[float]], names: Sequence[str]) -> Table:
+    """The accuracy matrix: a row per task learned, a column per task tested, in percent."""
+    table = Table(title="accuracy in % (row: learned, column: tested)", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("after learning")
+    for j, _ in enumerate(names):
+        table.add_column(f"task {j}", justify="right")
+    for i, row in enumerate(rows):
+        cells = [Text(f"{100 * value:.1f}", style=_shade(value)) for value in row]
+        cells += [Text("·", style="dim")] * (len(names) - len(row))
+        table.add_row(f"{i} {names[i]}", *cells)
+    return table
+
+
+def tasks_table(
+    names: Sequence[str],
+    records: Sequence[Mapping[str, Any]],
+    *,
+    units: int = 0,
+    running: Mapping[str, Any] | None = None,
+) -> Table:
+    """One line per task: accuracy with soft and hard gates, units used, and whether its logits moved since sealing.
+
+    Args:
+        records: what is known of the sealed tasks (`TaskRecord` fields and `bit_equal`).
+        units: number of units of the model, for shares.
+        running: `loss`, `penalty`, `scale` of the task being learned, the first without a record.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # fits 80 columns
+    table.add_column("task", no_wrap=True, overflow="ellipsis", max_width=24)
+    for column in ("loss", "penalty", "scale", "soft %", "hard %", "units", "logits"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for t, name in enumerate(names):
+        if t < len(records):
+            record = records[t]
+            used = record["units_used"]
+            table.add_row(
+                f"{t} {name}",
+                f"{record['loss']:.3f}",
+                f"{record['penalty']:.3f}",
+                "sealed",
+                f"{100 * record['soft_accuracy']:.1f}",
+                f"{100 * record['hard_accuracy']:.1f}",
+                f"{used} ({100 * used / units:.0f}%)" if units else str(used),
+                _moved(record.get("bit_equal")),
+            )
+        elif t == len(records) and running is not None:
+            table.add_row(
+                Text(f"{t} {name}", style="bold"),
+                f"{running['loss']:.3f}",
+                f"{running['penalty']:.3f}",
+                f"{running['scale']:.1f}",
+                *[""] * 4,
+            )
+        else:
+            table.add_row(Text(f"{t} {name}", style="dim"), *[""] * 7)
+    return table
+
+
+def units_table(description: Mapping[str, Any]) -> Table:
+    """Units per layer and how many of them each task uses (`Description.to_dict()`)."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layer")
+    table.add_column("units", justify="right")
+    sealed = sorted({int(task) for layer in description["layers"] for task in layer["used"]})
+    for task in sealed:
+        table.add_column(f"task {task}", justify="right")
+    for layer in description["layers"]:
+        used = {int(task): count for task, count in layer["used"].items()}
+        table.add_row(layer["name"], str(layer["units"]), *[str(used.get(task, 0)) for task in sealed])
+    use = {int(task): count for task, count in description["use"].items()}
+    table.add_section()
+    table.add_row("all", str(description["units"]), *[str(use.get(task, 0)) for task in sealed])
+    return table
+
+
+def _shade(value: float) -> str:
+    return "green" if value >= 0.9 else "yellow" if value >= 0.7 else "red"
+
+
+def _moved(bit_equal: bool | None) -> Text:
+    if bit_equal is None:
+        return Text("")
+    return Text("bit-equal", style="green") if bit_equal else Text("MOVED", style="bold red")

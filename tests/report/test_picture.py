@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import builtins
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hatcl.errors import ConfigError
+from hatcl.report.picture import draw_run
+
+
+def run_of(count: int, layers: int = 4) -> dict:
+    return {
+        "records": [{"name": f"a task with a rather long name {t}", "units_used": 10 + t} for t in range(count)],
+        "rows": [[0.5 + 0.5 / (1 + i + j) for j in range(i + 1)] for i in range(count)],
+        "layers": [
+            {"name": f"layer{n}", "units": 16, "used": {str(t): (3 * t + n) % 17 for t in range(count)}}
+            for n in range(layers)
+        ],
+        "units": 16 * layers,
+        "average_accuracy": 0.9,
+        "forgetting": 0.0,
+        "bit_equal": True,
+    }
+
+
+@pytest.mark.parametrize(("count", "layers"), [(1, 1), (5, 20), (12, 120), (2, 0)])
+def test_a_picture_of_any_run(count, layers):
+    pytest.importorskip("matplotlib")
+    image = Image.open(io.BytesIO(draw_run(run_of(count, layers))))
+    image.load()
+    assert image.format == "PNG" and min(image.size) > 400
+    pixels = np.asarray(image.convert("L"))
+    assert 0.005 < (pixels < 200).mean() < 0.9  # something is drawn, and not everything
+    assert (pixels[:2] > 250).all() and (pixels[:, -2:] > 250).all()  # nothing runs over the edge
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *rest, **options):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigError, match=r"pip install 'hatcl\[plots\]'"):
+        draw_run(run_of(2))
