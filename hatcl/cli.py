@@ -139,7 +139,9 @@ def train_command(
         given = {name for name in flags if _was_given(context, name)}
         flags = _resumed_flags(folder, flags, given)
     elif (folder / checkpoints.CONFIG).exists():
-        raise ConfigError(f"--output: {folder} already holds a run; add --resume to go on with it, or name another folder")
+        raise ConfigError(
+            f"--output: {folder} already holds a run; add --resume to go on with it, or name another folder"
+        )
 
     options = _options(flags)
     hat_options = _key_values("--hat", flags["hat"])
@@ -194,8 +196,8 @@ def _certificate_line(result: RunResult) -> Text:
     count = len(result.records)
     if result.exact and result.bit_equal:
         return Text(
-            f"certificate: exact. The logits of all {count} sealed tasks are bit-equal to those at sealing, on the whole "
-            "test sets, and stay so when everything that is not theirs is overwritten.",
+            f"certificate: exact. The logits of all {count} sealed tasks are bit-equal to those at sealing, on the "
+            "whole test sets, and stay so when everything that is not theirs is overwritten.",
             style="green",
         )
     moved = [str(t) for t, record in enumerate(result.records) if not record.bit_equal]

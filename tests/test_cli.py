@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import hatcl
+from hatcl import cli
+
+FAST = ["--epochs", "2", "--batch-size", "16", "--device", "cpu"]
+
+
+def write_tasks(folder: Path, count: int = 3) -> list[Path]:
+    """Small grey images whose bright corner tells the class."""
+    paths = []
+    for t in range(count):
+        rng = np.random.default_rng(t)
+        y = np.arange(48) % 2
+        x = rng.integers(0, 120, (48, 16, 16), dtype=np.uint8)
+        x[y == 1, :8, 8 * (t % 2) : 8 * (t % 2) + 8] += 120
+        paths.append(folder / f"t{t}.npz")
+        np.savez(paths[-1], x_train=x, y_train=y, x_test=x[:16], y_test=y[:16])
+    return paths
+
+
+def call(capsys, *args: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of one command, line breaks of the terminal taken out."""
+    capsys.readouterr()
+    try:
+        cli.main(list(map(str, args)))
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 0
+    out, err = capsys.readouterr()
+    return code, out, " ".join(err.split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of three tasks, for the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("cli")
+    tasks = write_tasks(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        try:
+            cli.main(["train", "--tasks", ",".join(path.name for path in tasks), "--output", "run", *FAST])
+        except SystemExit as exit_:
+            assert not exit_.code
+    return folder / "run"
+
+
+# --- train ---
+
+
+def test_the_run_folder_holds_everything(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"model", "metrics.json", "config.json"} <= names <= {"model", "metrics.json", "config.json", "picture.png"}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["bit_equal"] is True and metrics["exact"] is True and metrics["forgetting"] == 0
+    assert [record["name"] for record in metrics["records"]] == ["t0", "t1", "t2"]
+    config = json.loads((run / "config.json").read_text())
+    assert config["input_shape"] == [3, 32, 32] and config["tasks"][0] == {"name": "t0", "classes": 2}
+    assert Path(config["flags"]["tasks"].split(",")[0]).is_absolute()
+
+
+def test_the_end_of_a_run_says_what_counts(run, capsys):
+    code, out, _ = call(capsys, "train", "--resume", "--output", run)
+    assert code == 0
+    shown = " ".join(out.split())
+    for words in ("is finished already", "average accuracy", "forgetting 0.00 %", "row: learned, column: tested"):
+        assert words in shown
+    assert "certificate: exact. The logits of all 3 sealed tasks are bit-equal to those at sealing" in shown
+    assert shown.count("bit-equal") >= 4  # one per task and the certificate's
+
+
+def test_train_by_default_learns_the_digits(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, "train", "--epochs", "1")
+    assert code == 0 and (tmp_path / "runs" / "001" / "model").is_dir()
+    metrics = json.loads((tmp_path / "runs" / "001" / "metrics.json").read_text())
+    assert [record["name"] for record in metrics["records"]] == [f"digits {c}-{c + 1}" for c in range(0, 10, 2)]
+    code, out, _ = call(capsys, "train", "--resume")
+    assert code == 0 and "001 is finished already" in " ".join(out.split())
+
+
+def test_options_reach_the_model_and_its_config(tmp_path, capsys):
+    tasks = write_tasks(tmp_path, 2)
+    code, _, err = call(
+        capsys, "train", "--split", f"{tasks[0]}:1", "--output", tmp_path / "run", *FAST, "--model", "hat_test_resnet",
+        "--model-kwargs", "drop_rate=0.1", "--hat", "max_scale=200", "--hat", "schedule=cosine", "--hat", "num_tasks=3",
+        "--opt", "sgd", "--sched", "cosine", "--amp", "bf16", "--flip", "--crop", "2", "--fit", "pad",
+    )  # fmt: skip
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(metrics["records"]) == 1 and metrics["records"][0]["steps"] == 2 * 3
+    model = hatcl.from_pretrained(tmp_path / "run" / "model")
+    assert hatcl.tasks(model) == [0]
+
+
+def test_a_finished_or_other_run_is_not_overwritten(run, capsys):
+    code, _, err = call(capsys, "train", "--output", run, *FAST)
+    assert code == 2 and "already holds a run; add --resume to go on with it, or name another folder" in err
+    code, _, err = call(capsys, "train", "--output", run, "--resume", "--epochs", "3")
+    assert code == 2 and "was started with --epochs 2, now came 3; leave the flag out" in err
+    code, _, err = call(capsys, "train", "--output", run, "--resume", "--epochs", "2", "--device", "cpu")
+    assert code == 0
+
+
+# --- certify, forget, describe, list ---
+
+
+def test_certify_says_each_task_is_exact(run, capsys):
+    code, out, _ = call(capsys, "certify", run, "--device", "cpu")
+    assert code == 0
+    assert [f"task {t}: exact, logits bit-equal to those at sealing" in out for t in range(3)] == [True] * 3
+
+
+def test_certify_works_without_the_data_and_on_a_plain_model(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(run), str(copy)], check=True)
+    config = json.loads((copy / "config.json").read_text())
+    config["flags"]["tasks"] = str(tmp_path / "gone.npz")
+    (copy / "config.json").write_text(json.dumps(config))
+    code, out, _ = call(capsys, "certify", copy)
+    assert code == 0 and "gone.npz is not a file" in " ".join(out.split()) and "task 2: exact" in out
+    code, out, _ = call(capsys, "certify", copy / "model")
+    assert code == 0 and "no finished run's records here" in " ".join(out.split()) and "task 2: exact" in out
+
+
+def test_certify_notices_a_moved_task(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(run), str(copy)], check=True)
+    metrics = json.loads((copy / "metrics.json").read_text())
+    metrics["records"][1]["logits_sha256"] = "0" * 64
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    code, out, _ = call(capsys, "certify", copy)
+    assert code == 1 and "task 1: exact, logits MOVED since sealing" in out
+    assert "task 0: exact, logits bit-equal" in out
+
+
+def test_forget_erases_one_task_and_leaves_the_others(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(run), str(copy)], check=True)
+    before = {path.name: path.read_bytes() for path in (copy / "model").iterdir()}
+    code, out, _ = call(capsys, "forget", copy, "--task", "1", "--dry-run")
+    assert code == 0 and out.strip()
+    assert {path.name: path.read_bytes() for path in (copy / "model").iterdir()} == before
+    code, out, _ = call(capsys, "forget", copy, "--task", "1")
+    assert code == 0 and out.strip()
+    assert hatcl.tasks(hatcl.from_pretrained(copy / "model")) == [0, 2]
+    assert json.loads((copy / "metrics.json").read_text())["forgotten"] == [1]
+    code, out, _ = call(capsys, "certify", copy)
+    assert code == 0 and "task 1" not in out
+    assert "task 2: exact, logits bit-equal to those at sealing" in out
+    code, _, err = call(capsys, "forget", copy, "--task", "1")
+    assert code == 2 and "1" in err
+    assert call(capsys, "describe", copy)[0] == 0
+
+
+def test_describe_shows_units_and_shares(run, capsys):
+    code, out, _ = call(capsys, "describe", run)
+    description = hatcl.describe(hatcl.from_pretrained(run / "model")).to_dict()
+    assert code == 0
+    last = [line.split() for line in out.splitlines() if line.split()[:1] == ["all"]][0]
+    assert last[1:] == [str(description["units"]), *[str(description["use"][t]) for t in range(3)]]
+    assert "shared both" in out and "own copy" in out
+
+
+def test_list_prints_plain_names(capsys):
+    code, out, _ = call(capsys, "list", "hat_test_res*")
+    assert code == 0 and "hat_test_resnet" in out.split()
+    code, _, err = call(capsys, "list", "hat_nothing*")
+    assert code == 2 and "no model matches 'hat_nothing*'" in err
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--tasks", "none.npz"], "none.npz is not a file; expected an .npz file with the arrays x_train"),
+        (["--split", "5"], "--split: got '5', expected path.npz:5"),
+        (["--split", "a.npz"], "expected path.npz:5"),
+        (["--dataset", "CIFAR100"], "--dataset needs --root"),
+        (["--dataset", "CIFAR100", "--root", "nowhere"], "put its files there or give --download"),
+        (["--tasks", "a.npz", "--dataset", "MNIST"], "exclude each other"),
+        (["--model", "hat_test_resnt"], "--model: there is no 'hat_test_resnt'; did you mean 'hat_test_resnet'?"),
+        (["--model-kwargs", "drop_rate"], "--model-kwargs: got 'drop_rate', expected key=value"),
+        (["--hat", "max_scal=3"], "did you mean 'max_scale'"),
+        (["--hat", "schedule=cosin"], "did you mean 'cosine'"),
+        (["--hat", "num_tasks=1"], "--hat num_tasks: got 1, expected at least the 3 tasks at hand"),
+        (["--opt", "adamq"], "--opt: timm makes no optimizer 'adamq'"),
+        (["--sched", "cosinus"], "--sched: timm makes no schedule 'cosinus'"),
+        (["--epochs", "0"], "epochs: got 0, expected at least 1"),
+        (["--amp", "fp8"], "amp: got 'fp8', expected none, bf16 or fp16"),
+        (["--device", "cuda:99"], "--device: 'cuda:99' cannot be used here"),
+        (["--resume"], "--resume: there is no run in runs/; name its folder with --output"),
+    ],
+)
+def test_bad_flags_give_one_clean_message(tmp_path, monkeypatch, capsys, args, text):
+    tasks = write_tasks(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    data = [] if {"--tasks", "--split", "--dataset", "--resume"} & set(args) else ["--tasks", ",".join(map(str, tasks))]
+    code, _, err = call(capsys, "train", *data, *args)
+    assert code == 2 and err.startswith("error: ") and text in err
+    assert "Traceback" not in err
+
+
+def test_a_folder_without_a_model(tmp_path, capsys):
+    for command in (["certify"], ["describe"], ["forget", "--task", "0"]):
+        code, _, err = call(capsys, *command, tmp_path)
+        assert code == 2 and "holds no model; expected the folder of a run" in err
+
+
+def test_a_truncated_or_tampered_model_is_refused(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(run), str(copy)], check=True)
+    (weights,) = (copy / "model").glob("*.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-64])
+    code, _, err = call(capsys, "certify", copy)
+    assert code == 2 and weights.name in err
+    torch.save({"weights": 1}, weights)
+    code, _, err = call(capsys, "describe", copy)
+    assert code == 2 and weights.name in err
+
+
+# --- kill -9 ---
+
+
+def start(output: Path, *args: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "hatcl", "train", "--resume", "--output", str(output), *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+
+
+def sealed_digests(output: Path) -> list[str]:
+    """The logits' digests of the tasks sealed so far, as the newest complete checkpoint tells."""
+    for name in ("metrics.json", "checkpoint/progress.json", ".checkpoint.old/progress.json"):
+        try:
+            content = json.loads((output / name).read_text())
+        except FileNotFoundError:
+            continue
+        return [record["logits_sha256"] for record in content.get("result", content)["records"]]
+    return []
+
+
+def kill_and_resume(tmp_path: Path, moments: int, seed: int) -> None:
+    """Kill a run at random moments of its work, resume it each time, and demand the very result of a run that was left
+    alone."""
+    tasks = ",".join(map(str, write_tasks(tmp_path)))
+    args = ["--tasks", tasks, "--epochs", "6", "--batch-size", "8", "--device", "cpu", "--checkpoint-seconds", "0"]
+    whole = start(tmp_path / "whole", *args)
+    begun = time.monotonic()
+    while not (tmp_path / "whole" / "checkpoint").exists() and whole.poll() is None:
+        time.sleep(0.01)
+    set_up = time.monotonic() - begun
+    _, errors = whole.communicate()
+    assert whole.returncode == 0, errors.decode()
+    work = time.monotonic() - begun - set_up
+    expected = sealed_digests(tmp_path / "whole")
+
+    rng = random.Random(seed)
+    output, kills, seen = tmp_path / "killed", 0, []
+    while kills < moments:
+        process = start(output, *args)
+        # a share of the work each time, so that the kills spread over it; some fall into the set-up
+        time.sleep(max(0.0, set_up + rng.uniform(-0.2, 2.0) * work / moments))
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert not errors, errors.decode()
+        kills += 1
+        seen.append(sealed_digests(output))
+    process = start(output, *args)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    assert sealed_digests(output) == expected
+    for digests in seen:
+        assert digests == expected[: len(digests)]
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["bit_equal"] is True and metrics["exact"] is True
+    assert sorted(path.name for path in output.iterdir() if path.name.startswith(".")) == []
+
+
+def test_killed_at_3_random_moments_and_resumed(tmp_path):
+    kill_and_resume(tmp_path, moments=3, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments_and_resumed(tmp_path):
+    kill_and_resume(tmp_path, moments=20, seed=1)
+
+
+def test_default_model_exists():
+    assert timm.is_model(cli.DEFAULT_MODEL)

@@ -1,0 +1,64 @@
+"""The package as a user meets it: set-up files, version, silence and speed of the import."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hatcl
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_versions_agree():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert hatcl.__version__ == setup["metadata"]["version"]
+
+
+def test_ci_runs_the_readmes_test_command():
+    (command,) = re.findall(r'^step "(pip install .*)"$', (ROOT / ".ci" / "run").read_text(), flags=re.M)
+    assert command in (ROOT / "README.md").read_text()
+    assert command in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_import_is_silent_and_leaves_the_extras_alone():
+    code = (
+        "import sys, hatcl\n"
+        "loaded = {name.split('.')[0] for name in sys.modules}\n"
+        "print(sorted(loaded & {'transformers', 'peft', 'lightning', 'avalanche', 'matplotlib', 'sklearn', 'typer'}))"
+    )
+    done = python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def test_import_is_fast():
+    code = "import time, timm\nbegun = time.perf_counter()\nimport hatcl\nprint(time.perf_counter() - begun)"
+    assert min(float(python(code).stdout) for _ in range(3)) < 0.3
+
+
+def test_import_works_without_the_extras():
+    code = (
+        "import sys\n"
+        "for name in ('transformers', 'peft', 'lightning', 'avalanche', 'matplotlib', 'sklearn', 'accelerate'):\n"
+        "    sys.modules[name] = None\n"
+        "import hatcl, hatcl.cli\n"
+    )
+    assert python(code).returncode == 0, python(code).stderr
+
+
+@pytest.mark.parametrize("command", [[sys.executable, "-m", "hatcl"], [str(Path(sys.executable).with_name("hatcl"))]])
+def test_the_command_is_there(command):
+    if not Path(command[0]).exists():
+        pytest.skip("hatcl is not installed beside this Python; run: pip install -e .")
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, hatcl.__version__), done.stderr
