@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALLEST_GATE = 1e-6
-"""Soft gates below this are exact zeros: smaller ones make denormal floats, which cost a CPU up to sixteen times a step."""
+SMALLEST_GATE = 1e-4
+"""Soft gates below this are exact zeros. A gradient passes two gates and an optimizer squares it: smaller gates make
+denormal floats there, which cost a CPU many times the step. Their embeddings still learn (see `soft_gate`)."""
 
 
 def scale_at(step: int, steps: int, max_scale: float, schedule: str = "linear") -> float:

@@ -145,8 +145,8 @@ def check(model: nn.Module, only: Sequence[int] | None = None) -> None:
 class Guard:
     """Keeps what is frozen bit-identical while a task is learned.
 
-    Gradient hooks zero the gradient of frozen elements as it arrives, so that clipping sees the true norm; around every
-    `optimizer.step()` frozen elements are kept and put back, so that momentum, weight decay and whatever else an optimizer
+    Gradient hooks zero the gradient of frozen elements as it arrives, so that clipping sees the true norm; after every
+    `optimizer.step()` frozen elements are put back, so that momentum, weight decay and whatever else an optimizer
     does cannot move them. What is frozen depends on the task being learned alone.
 
     Args:
@@ -244,21 +244,21 @@ class Guard:
 
     def _wrap(self, optimizer: Any, inner: Callable[..., Any], first: bool) -> Callable[..., Any]:
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        held_here = [(p, mask) for p, mask in self.frozen if id(p) in ids]
+        # frozen elements never change while the task is learned, so one copy at the start serves every step
+        held_here = [(p, mask, p.detach().clone()) for p, mask in self.frozen if id(p) in ids]
         embeddings = [(g, e) for g, e in zip(self.gates, self.embeddings) if id(e) in ids]
 
         def step(*args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 return inner(*args, **kwargs)
             with torch.no_grad():
-                for p, mask in held_here:
+                for p, mask, _ in held_here:
                     if mask is None:
                         p.grad = None
-                kept = [p.detach().clone() for p, _ in held_here]
                 before = [e.detach().clone() for _, e in embeddings]
             out = inner(*args, **kwargs)
             with torch.no_grad():
-                for (p, mask), old in zip(held_here, kept):
+                for p, mask, old in held_here:
                     if mask is None:
                         p.copy_(old)
                     else:

@@ -55,3 +55,21 @@ def derive(layer: type, cls: type[nn.Module], names: tuple[str, ...], attribute:
     bases: Sequence[type] = (layer,) if issubclass(layer, cls) else (layer, cls)
     body = {**missing, "__module__": cls.__module__, "_hat_source": (layer, cls, names)}
     return type(f"HAT{cls.__name__}", tuple(bases), body)
+
+
+_SOURCES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {}
+
+
+def register_source(kind: str) -> Callable[[Callable[[dict[str, Any]], nn.Module]], Callable[[dict[str, Any]], nn.Module]]:
+    """Decorator for a function that makes a plain model again from what was saved of it under `kind`."""
+
+    def add(make: Callable[[dict[str, Any]], nn.Module]) -> Callable[[dict[str, Any]], nn.Module]:
+        _SOURCES[kind] = make
+        return make
+
+    return add
+
+
+def build_source(source: dict[str, Any]) -> nn.Module:
+    """The plain model, random weights, from a saved source such as `{"kind": "timm", "name": "resnet18", ...}`."""
+    return _SOURCES[source["kind"]](source)

@@ -1,0 +1,115 @@
+"""Forgetting: what only one task used is drawn anew, everything else stays bit for bit (M8)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import TaskError
+from .gates import check_task, gates_of
+from .guard import check, held, sealed_tasks
+from .layers.gated import HATLayer
+
+
+@dataclass(frozen=True)
+class ForgetReport:
+    """What forgetting a task erases.
+
+    Attributes:
+        erased: shared elements live for the task and for no other sealed task, per parameter. own: elements of its copies.
+        kept: shared elements that stay because other sealed tasks use them too.
+        units_freed: units that no sealed task uses any more.
+    """
+
+    task: int
+    dry_run: bool
+    erased: dict[str, int]
+    kept: int
+    own: int
+    units_freed: int
+
+    @property
+    def total_erased(self) -> int:
+        return sum(self.erased.values())
+
+    @property
+    def share_kept(self) -> float:
+        """Share of the task's shared elements that stays because other tasks hold it."""
+        return self.kept / max(self.kept + self.total_erased, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "total_erased": self.total_erased, "share_kept": self.share_kept}
+
+    def __str__(self) -> str:
+        verb = "would erase" if self.dry_run else "erased"
+        return (
+            f"task {self.task}: {verb} {self.total_erased:,} shared elements and {self.own:,} of its own; "
+            f"{self.units_freed:,} units are free again; {self.share_kept:.1%} of its shared elements stay, other tasks use them"
+        )
+
+
+def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> ForgetReport:
+    """Forget a sealed task: every element live for it and for no other sealed task is drawn anew by its layer's own
+    initialiser, its gates, copies and head are dropped, and its index is free to be learned again. Every other task stays
+    bit-identical. If the task is active, the plain model becomes active.
+
+    Args:
+        dry_run: only report; the report then lists exactly what a real run would erase.
+
+    Raises:
+        TaskError: no such task, it is not sealed, or a task is being learned. IntegrityError: a sealed task changed.
+    """
+    task = check_task(model, task, sealed=True)
+    gates = gates_of(model)
+    if gates[0].learning is not None:
+        raise TaskError(f"task {gates[0].learning} is being learned; leave its hatcl.learn block before forgetting task {task}")
+    check(model)
+    others = [t for t in sealed_tasks(model) if t != task]
+    plan: dict[int, tuple[str, Tensor]] = {}
+    kept = own = 0
+    for h in held(model):
+        if h.task == task:
+            own += h.param.numel()
+        elif h.task is None and not h.plain and h.plan is not None:
+            live = h.live(task)
+            needed = torch.zeros_like(live)
+            for t in others:
+                needed |= h.live(t)
+            plan[id(h.param)] = (h.name, live & ~needed)
+            kept += int((live & needed).sum())
+    freed = sum(int((g.masks[task] & ~g.used(without=task)).sum()) for g in gates)
+    report = ForgetReport(
+        task, dry_run, {name: n for name, mask in plan.values() if (n := int(mask.sum()))}, kept, own, freed
+    )
+    if dry_run:
+        return report
+    active = gates[0].task
+    for g in gates:
+        g.task = None
+    done: set[int] = set()
+    with torch.no_grad():
+        for module in [m for m in model.modules() if isinstance(m, HATLayer)]:
+            mine = {n: p for n, p in module._parameters.items() if p is not None and id(p) in plan and id(p) not in done}  # type: ignore[attr-defined]
+            if mine:
+                fresh = module.redrawn()
+                for name, p in mine.items():
+                    p.copy_(torch.where(plan[id(p)][1], fresh[name].to(p), p))
+                    done.add(id(p))
+            if "hat_tasks" in module._modules:  # type: ignore[attr-defined]
+                old, new = module.hat_tasks[task], module.new_copy()  # type: ignore[attr-defined]
+                for name, p in old._parameters.items():
+                    if p.shape == new._parameters[name].shape:
+                        p.copy_(new._parameters[name])  # the optimizer may hold this very parameter
+                    else:
+                        p.copy_(module.redrawn(rows=p.shape[0])[name])
+                for name, b in old._buffers.items():
+                    b.copy_(new._buffers[name])
+    for g in gates:
+        g.unseal(task)
+        g.digests.pop(task, None)
+        g.task = None if active == task else active
+    return report

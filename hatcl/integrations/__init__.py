@@ -1,0 +1,1 @@
+"""Rooms in which other libraries are met."""

@@ -1,0 +1,109 @@
+"""timm's names with `hat_` in front: `timm.create_model("hat_resnet18.a1_in1k", num_tasks=5)`."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import _registry
+from torch import nn
+
+from ..config import HATConfig
+from ..convert import convert
+from ..errors import ConfigError, ConversionError
+from ..gates import gates_of
+from ..registry import register_source
+
+log = logging.getLogger(__name__)
+PREFIX = "hat_"
+
+
+class _Entrypoints(dict):
+    """timm's registry, in which every name is also known with `hat_` in front. Listings stay as they were."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and name.startswith(PREFIX) and super().__contains__(name[4:]))
+
+    def __missing__(self, name: str) -> Callable[..., nn.Module]:
+        if name not in self:
+            raise KeyError(name)
+
+        def create(**options: Any) -> nn.Module:
+            return create_hat_model(name[len(PREFIX) :], **options)
+
+        return create
+
+
+def install() -> None:
+    """Make timm know the `hat_` names. Called on `import hatcl`."""
+    if not isinstance(_registry._model_entrypoints, _Entrypoints):
+        _registry._model_entrypoints = _Entrypoints(_registry._model_entrypoints)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The `hat_` names that match a shell pattern: `hatcl.list_models("hat_*resnet*")`."""
+    return fnmatch.filter([PREFIX + name for name in timm.list_models()], pattern)
+
+
+def create_hat_model(
+    name: str,
+    *,
+    num_tasks: int | None = None,
+    num_classes: int | Sequence[int] | None = None,
+    hat_config: HATConfig | Mapping[str, Any] | None = None,
+    verify: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """timm's model `name`, converted. All other options go to `timm.create_model`.
+
+    Args:
+        num_tasks: tasks to make room for. num_classes: an int, or one per task.
+        hat_config: `HATConfig` or a mapping of its options.
+        verify: prove the conversion (see `hatcl.convert`).
+    """
+    for refused, instead in (("features_only", "convert timm.create_model(..., features_only=True) with hatcl.convert"),):
+        if options.get(refused):
+            raise ConfigError(f"{PREFIX}{name}: {refused}=True is not for hat_ names; {instead}")
+    from timm.layers import is_scriptable
+
+    if is_scriptable():
+        raise ConfigError(f"{PREFIX}{name}: scriptable=True cannot work, tasks are chosen at run time; use torch.compile")
+    config = hat_config if isinstance(hat_config, HATConfig) else HATConfig.from_dict(hat_config or {})
+    if num_tasks is None and isinstance(num_classes, Sequence):
+        num_tasks = len(num_classes)
+    widths = list(num_classes) if isinstance(num_classes, Sequence) else None
+    if widths is not None:
+        options["num_classes"] = max(widths)
+    elif num_classes is not None:
+        options["num_classes"] = num_classes
+    options = {k: v for k, v in options.items() if v is not None}
+    base = timm.create_model(name, **options)
+    model = convert(
+        base, num_tasks, example_input(base, options), config=config, num_classes=widths, verify=verify
+    )
+    kept = {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str, list, tuple)) and not k.startswith("pretrained")}
+    gates_of(model)[0].source = {"kind": "timm", "name": name, "options": kept}
+    return model
+
+
+def example_input(model: nn.Module, options: Mapping[str, Any]) -> torch.Tensor:
+    """Two images of the size that the model was made for."""
+    size = getattr(model, "pretrained_cfg", {}).get("input_size") or (3, 224, 224)
+    channels, height, width = size
+    channels = options.get("in_chans", channels)
+    image = options.get("img_size")
+    if image is not None:
+        height, width = (image, image) if isinstance(image, int) else image
+    some = next(model.parameters(), None)
+    if some is None or some.is_meta:
+        raise ConversionError(f"{type(model).__name__}: on the meta device there is nothing to run; create it on a real device")
+    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0)).to(some)
+
+
+@register_source("timm")
+def _remake(source: dict[str, Any]) -> nn.Module:
+    return timm.create_model(source["name"], **source["options"])
