@@ -87,7 +87,7 @@ def _draw_matrix(axes: Axes, rows: Sequence[Sequence[float]], names: Sequence[st
 
 def _draw_use(axes: Axes, used: Sequence[int], units: int) -> None:
     units = max(1, units)
-    places = np.arange(len(used))
+    places = range(len(used))
     axes.barh(places, [units] * len(used), color=FREE, height=0.66)
     axes.barh(places, used, color=BAR, height=0.66)
     for place, value in zip(places, used, strict=True):
@@ -118,7 +118,7 @@ def _draw_layers(axes: Axes, layers: Sequence[Mapping[str, Any]], count: int) ->
     axes.set_xlabel(f"{layers[0]['name']}  to  {layers[-1]['name']}", color=MUTED)
     axes.set_ylabel("task", color=MUTED)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.012, fraction=0.03)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
     bar.ax.tick_params(length=0, colors=MUTED)
     _separate(axes, len(layers), count)

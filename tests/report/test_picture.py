@@ -19,7 +19,7 @@ def run_of(count: int, layers: int = 4) -> dict:
             {"name": f"layer{n}", "units": 16, "used": {str(t): (3 * t + n) % 17 for t in range(count)}}
             for n in range(layers)
         ],
-        "units": 16 * layers,
+        "units": 16 * layers or 40,
         "average_accuracy": 0.9,
         "forgetting": 0.0,
         "bit_equal": True,
