@@ -52,6 +52,10 @@ class Gates(nn.Module):
         self.unit_map: Any = None
         self.source: dict[str, Any] | None = None
 
+    def forward(self, x: Any) -> Any:
+        """Nothing: where the converted model is an `nn.Sequential`, its gates are one step of it."""
+        return x
+
     # ---- what layers ask ---------------------------------------------------------------------------------------
 
     @property

@@ -99,7 +99,9 @@ def task_buffer(name: str) -> property:
         hat: Binding | None = self.__dict__.get("_hat")
         if hat is None or hat.gates.task is None or buffers[name] is None:
             return buffers[name]
-        return self.hat_tasks[hat.gates.task]._buffers.get(name, buffers[name])
+        value = self.hat_tasks[hat.gates.task]._buffers.get(name, buffers[name])
+        # a forward of a sealed task in training mode uses batch statistics, but must not move the task's own
+        return value.clone() if self.training and hat.gates.task != hat.gates.learning else value
 
     return property(get)
 
