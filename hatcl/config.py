@@ -12,6 +12,7 @@ from .errors import ConfigError
 INITS = ("normal", "dense", "sparse", "constant")
 SCHEDULES = ("linear", "cosine", "exponential", "constant")
 PENALTIES = ("global", "layer")
+REUSE = ("all", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class HATConfig:
         penalty_weight: weight of the sparsity penalty (HAT: 0.75).
         penalty: `global` normalises over all units (HAT's eq. 5), `layer` takes the mean of the layers' ratios (HAT-CL).
         forgiven: share of a layer's units that the penalty forgives; None = none, HAT-CL's quota is 1 / num_tasks.
+        reuse: which units of sealed tasks a new task may use. `all`: any, their elements frozen (HAT). `none`: only units
+            that no sealed task uses, so that no two tasks share anything and forgetting one erases all of it.
         locked: sealed tasks whose elements are frozen while others learn; None = all (HAT-CL's choice of locked tasks).
     """
 
@@ -51,12 +54,14 @@ class HATConfig:
     penalty_weight: float = 0.75
     penalty: str = "global"
     forgiven: float | None = None
+    reuse: str = "all"
     locked: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _one_of("init", self.init, INITS)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("penalty", self.penalty, PENALTIES)
+        _one_of("reuse", self.reuse, REUSE)
         if not isinstance(self.num_tasks, int) or self.num_tasks < 1:
             raise ConfigError(f"num_tasks: got {self.num_tasks!r}, expected an integer of at least 1")
         for name, low in (("max_scale", 1.0), ("clamp", 0.0), ("compensation_clamp", 0.0), ("embedding_lr_scale", 0.0)):

@@ -107,8 +107,37 @@ def centre(x: Tensor, gate: Tensor, dim: int, over: tuple[int, ...]) -> Tensor:
     Args:
         dim: the dimension of the units. over: the dimensions that the mean is taken over, `dim` among them.
     """
+    if x.dtype in (torch.float16, torch.bfloat16):  # a mean of eight bits would not centre
+        return centre(x.float(), gate.float(), dim, over).to(x.dtype)
+    if torch.is_grad_enabled() and dim % x.dim() == x.dim() - 1 and len(over) == 1:
+        return _Centre.apply(x, gate)[0]
     shape = [1] * x.dim()
     shape[dim] = -1
     others = math.prod(x.shape[d] for d in over) // x.shape[dim]
     mean = x.sum(over, keepdim=True) / (gate.sum() * others).clamp(min=SMALLEST_GATE)
     return torch.addcmul(x, mean, gate.view(shape), value=-1)
+
+
+class _Centre(torch.autograd.Function):
+    """`centre` along the last dimension, with a derivative that passes over x-sized memory three times instead of seven."""
+
+    @staticmethod
+    def forward(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        total = gate.sum().clamp(min=SMALLEST_GATE)
+        mean = x.sum(-1, keepdim=True) / total
+        return torch.addcmul(x, mean, gate, value=-1), mean, total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _, gate = inputs
+        _, mean, total = output
+        ctx.mark_non_differentiable(mean, total)
+        ctx.save_for_backward(gate, mean, total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, mean, total = ctx.saved_tensors
+        to_mean = torch.mv(grad.reshape(-1, grad.shape[-1]), gate.to(grad.dtype)).view(mean.shape) / total
+        rows = mean.reshape(-1)
+        to_gate = (to_mean.reshape(-1) @ rows) - torch.mv(grad.reshape(-1, grad.shape[-1]).t(), rows)
+        return grad - to_mean, to_gate

@@ -48,6 +48,7 @@ class Gates(nn.Module):
         self.soft = False
         self.epoch = 0
         self.from_map = layers is not None
+        self._taken_by: tuple[Any, Tensor] = (None, torch.zeros(0, dtype=torch.bool))
         self.digests: dict[int, dict[str, str]] = {}
         self.unit_map: Any = None
         self.source: dict[str, Any] | None = None
@@ -74,18 +75,25 @@ class Gates(nn.Module):
         """The active task's gates of some units, as floats; None for the plain model."""
         if self.task is None:
             return None
-        e = self.embeddings[self.task][index]
+        e = self.embeddings[self.task]
         if self.is_soft():
-            return F.soft_gate(e, self.scale, self.config.max_scale, self.config.compensation_clamp)
-        if self.task == self.learning:
-            return F.hard_gate(e.detach()).to(e.dtype)
-        return self.masks[self.task][index].to(e.dtype)
+            a = F.soft_gate(e[index], self.scale, self.config.max_scale, self.config.compensation_clamp)
+            return a if self.config.reuse == "all" else torch.where(self._taken(self.task)[index], 0.0, a)
+        return self.hard(self.task)[index].to(e.dtype)
 
     def hard(self, task: int) -> Tensor:
         """`[U]` bool: a task's gates as sealed, or as sealing would make them now."""
         if bool(self.sealed[task]):
             return self.masks[task]
-        return F.hard_gate(self.embeddings[task].detach())
+        on = F.hard_gate(self.embeddings[task].detach())
+        return on if self.config.reuse == "all" else on & ~self._taken(task)
+
+    def _taken(self, task: int) -> Tensor:
+        """`[U]` bool: units that other sealed tasks use."""
+        key = (task, self.epoch)
+        if self._taken_by[0] != key:
+            self._taken_by = (key, self.used(without=task))
+        return self._taken_by[1]
 
     # ---- life of a task ----------------------------------------------------------------------------------------
 
@@ -109,7 +117,7 @@ class Gates(nn.Module):
         return self.masks[rows].any(0)
 
     def seal(self, task: int) -> None:
-        self.masks[task] = F.hard_gate(self.embeddings[task].detach())
+        self.masks[task] = self.hard(task)
         self.sealed[task] = True
         self.epoch += 1
 
@@ -185,13 +193,14 @@ class Units:
         run = first > 0 and bool((self.numbers == np.arange(first, first + n)).all())
         self.run = slice(first - 1, first - 1 + n) if run else None
         self._share: tuple[Any, float] = (None, 1.0)
+        self._fixed: tuple[Any, Tensor | None] = (None, None)
         self._index: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_index": {}}
+        return {**self.__dict__, "_index": {}, "_fixed": (None, None)}
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         if device not in self._index:
@@ -202,8 +211,18 @@ class Units:
 
     def gate(self) -> Tensor | None:
         """The active task's gate per entry, `[n]`; None for the plain model."""
-        if self.gates.task is None:
+        gates = self.gates
+        if gates.task is None:
             return None
+        if gates.task == gates.learning:
+            return self._select()
+        key = (gates.task, gates.epoch)  # a sealed task's gates are constants
+        if self._fixed[0] != key:
+            with torch.inference_mode(False):
+                self._fixed = (key, self._select())
+        return self._fixed[1]
+
+    def _select(self) -> Tensor | None:
         if self.run is not None:
             return self.gates.select(self.run)
         index, always = self._on(self.gates.masks.device)

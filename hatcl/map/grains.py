@@ -1,0 +1,197 @@
+"""Grains: at what size a method speaks. A method is a vector over some grain, expanded onto tensors, multiplied in.
+
+    grain = make_grain("block", {name: p.shape for name, p in model.named_parameters()})
+    scores = grain.reduce(gradients)      # tensors -> one number per block
+    masks = grain.expand(scores > 0.5)    # a vector -> tensors that broadcast over the parameters
+
+`element`: every element by itself. `unit`: the elements that a unit owns (or, where nothing owns them, reads), by the map;
+number 0 collects what is always on. `matrix`: each tensor of two or more dimensions. `block`: each tensor. `lora_pair`: row r
+of A with column r of B. `partition:K`: each tensor's elements in K random parts, by a counter-based hash of their index.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .units import UnitMap
+
+Shapes = Mapping[str, Sequence[int]]
+GRAINS = ("element", "unit", "matrix", "lora_pair", "block", "partition:K")
+
+
+@dataclass(frozen=True)
+class Grain:
+    """A partition of the elements of some tensors.
+
+    Attributes:
+        name: as given to `make_grain`. size: how many groups there are, `G`.
+        shapes: of the tensors that take part. labels: what each group is called, where it has a name.
+        index: tensor name -> group numbers, computed when asked for; they broadcast over the tensor.
+    """
+
+    name: str
+    size: int
+    shapes: dict[str, tuple[int, ...]]
+    index: Mapping[str, Callable[[], Tensor]]
+    labels: tuple[str, ...] = ()
+
+    def reduce(self, tensors: Mapping[str, Tensor], how: str = "mean") -> Tensor:
+        """One number per group, `[G]`: the mean, sum, or largest of its elements over all tensors.
+
+        Raises:
+            KeyError: a tensor that takes part is missing. ValueError: a tensor of another shape, or an unknown `how`.
+        """
+        if how not in ("mean", "sum", "max"):
+            raise ValueError(f"how: got {how!r}, expected mean, sum or max")
+        some = next(iter(tensors.values()))
+        kind = torch.promote_types(some.dtype, torch.float32)
+        out = torch.full((self.size,), -math.inf if how == "max" else 0.0, dtype=kind, device=some.device)
+        count = torch.zeros(self.size, dtype=kind, device=some.device)
+        for name, shape in self.shapes.items():
+            if name not in tensors:
+                raise KeyError(f"{name}: missing; the grain {self.name} covers {len(self.shapes)} tensors")
+            x = tensors[name]
+            if tuple(x.shape) != shape:
+                raise ValueError(f"{name}: got shape {list(x.shape)}, expected {list(shape)}")
+            # sum what shares a number by broadcasting first, so that no index of the tensor's own size is needed
+            ids = self.index[name]().to(x.device)
+            x = x.to(kind)
+            over = [d for d in range(x.dim()) if ids.dim() == 0 or ids.shape[d] == 1]
+            if how == "max":
+                part = x.amax(over, keepdim=True) if over else x
+                out.scatter_reduce_(0, ids.expand(part.shape).reshape(-1), part.reshape(-1), "amax")
+                continue
+            part = x.sum(over, keepdim=True) if over else x
+            flat = ids.expand(part.shape).reshape(-1)
+            out.index_add_(0, flat, part.reshape(-1))
+            each = x.numel() // max(part.numel(), 1)
+            count.index_add_(0, flat, torch.full_like(flat, each, dtype=kind))
+        return out / count.clamp(min=1) if how == "mean" else out
+
+    def expand(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector `[G]` as tensors that broadcast over the parameters (of their full shape only where they must be).
+
+        Raises:
+            ValueError: a vector of another length.
+        """
+        if vector.shape != (self.size,):
+            raise ValueError(f"vector: got shape {list(vector.shape)}, the grain {self.name} has {self.size} groups")
+        return {name: vector[self.index[name]().to(vector.device)] for name in self.shapes}
+
+
+def make_grain(name: str, shapes: Shapes, unit_map: UnitMap | None = None, seed: int = 0) -> Grain:
+    """A grain over tensors of these shapes.
+
+    Args:
+        unit_map: the map, for `unit`. seed: of the random parts, for `partition:K`.
+
+    Raises:
+        ConfigError: an unknown grain, or nothing in `shapes` that it could speak of.
+    """
+    sized = {n: tuple(int(i) for i in s) for n, s in shapes.items()}
+    kind, _, arg = name.partition(":")
+    if kind == "element":
+        starts, total = {}, 0
+        for n, s in sized.items():
+            starts[n], total = total, total + math.prod(s)
+        return Grain(name, total, sized, {n: _range(starts[n], s) for n, s in sized.items()})
+    if kind in ("block", "matrix"):
+        kept = {n: s for n, s in sized.items() if kind == "block" or len(s) > 1}
+        return _named(name, kept, {n: _constant(i) for i, n in enumerate(kept)}, tuple(kept))
+    if kind == "partition":
+        if not arg.isdigit() or int(arg) < 1:
+            raise ConfigError(f"grain: got {name!r}, expected partition:K with K of at least 1")
+        parts = int(arg)
+        index = {n: _hashed(i, s, parts, seed) for i, (n, s) in enumerate(sized.items())}
+        return Grain(name, parts * len(sized), sized, index)
+    if kind == "unit":
+        if unit_map is None:
+            raise ConfigError("grain: unit needs the map; pass unit_map= (hatcl.UnitMap, of a converted model)")
+        kept = {n: s for n, s in sized.items() if n in unit_map.entries}
+        return Grain(name, unit_map.num_units + 1, kept, {n: _units(unit_map, n) for n in kept})
+    if kind == "lora_pair":
+        return _lora_pairs(sized)
+    near = difflib.get_close_matches(name, GRAINS, n=1, cutoff=0.0)[0]
+    raise ConfigError(f"grain: got {name!r}, expected one of {', '.join(GRAINS)}; did you mean {near!r}?")
+
+
+def _named(name: str, shapes: dict[str, tuple[int, ...]], index: Mapping[str, Callable[[], Tensor]], labels: tuple[str, ...]) -> Grain:
+    if not shapes:
+        raise ConfigError(f"grain: {name} finds nothing to speak of among the tensors given")
+    return Grain(name, len(labels), shapes, index, labels)
+
+
+def _constant(i: int) -> Callable[[], Tensor]:
+    return lambda: torch.tensor(i)
+
+
+def _range(start: int, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    return lambda: torch.arange(start, start + math.prod(shape)).view(shape)
+
+
+def _units(unit_map: UnitMap, name: str) -> Callable[[], Tensor]:
+    entry = unit_map.entries[name]
+    owners = [f for f in entry.factors if f.owner] or list(entry.factors)
+
+    def index() -> Tensor:
+        if not owners:
+            return torch.zeros((), dtype=torch.long)
+        ids = torch.from_numpy(owners[0].units).view(owners[0].shape)
+        if entry.view == entry.shape:
+            return ids
+        return ids.expand(entry.view).reshape(entry.shape)
+
+    return index
+
+
+def _hashed(block: int, shape: tuple[int, ...], parts: int, seed: int) -> Callable[[], Tensor]:
+    """Part of element i = hash(seed, block, i) mod K, by a 32-bit integer finaliser (Wellons' lowbias32) in int64."""
+
+    def mix(x: Tensor) -> Tensor:
+        low = 0xFFFFFFFF
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & low
+        return x ^ (x >> 16)
+
+    def index() -> Tensor:
+        i = torch.arange(math.prod(shape))
+        salt = int(mix(torch.tensor((seed * 0x9E3779B1 + block * 0x85EBCA77 + 1) & 0xFFFFFFFF)))
+        return (mix((i ^ salt) & 0xFFFFFFFF) % parts + block * parts).view(shape)
+
+    return index
+
+
+def _lora_pairs(shapes: dict[str, tuple[int, ...]]) -> Grain:
+    """peft's names look like `...lora_A.<adapter>.weight`: matched by path segment, so that nothing matches by accident."""
+    kept: dict[str, tuple[int, ...]] = {}
+    index: dict[str, Callable[[], Tensor]] = {}
+    labels: list[str] = []
+    for name, a_shape in shapes.items():
+        parts = name.split(".")
+        if "lora_A" not in parts:
+            continue
+        at = parts.index("lora_A")
+        other = ".".join([*parts[:at], "lora_B", *parts[at + 1 :]])
+        if other not in shapes:
+            raise ConfigError(f"grain: {name} has no partner {other}")
+        start, rank = len(labels), a_shape[0]
+        if shapes[other][1] != rank:
+            raise ConfigError(f"grain: {name} has rank {rank}, {other} has rank {shapes[other][1]}")
+        kept[name], kept[other] = a_shape, shapes[other]
+        index[name] = _along(start, rank, 0, len(a_shape))
+        index[other] = _along(start, rank, 1, len(shapes[other]))
+        labels += [f"{'.'.join(parts[:at])}[{r}]" for r in range(rank)]
+    return _named("lora_pair", kept, index, tuple(labels))
+
+
+def _along(start: int, count: int, dim: int, dims: int) -> Callable[[], Tensor]:
+    shape = [1] * dims
+    shape[dim] = count
+    return lambda: torch.arange(start, start + count).view(shape)
