@@ -29,7 +29,16 @@ SHOTS, STEPS, EVERY = 16, 60, 10
 
 def make(kind: str) -> nn.Module:
     if kind == "mlp":
-        return nn.Sequential(nn.Flatten(), nn.Linear(3072, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU(), nn.Linear(400, 10))
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(3072, 400),
+            nn.ReLU(),
+            nn.Linear(400, 400),
+            nn.ReLU(),
+            nn.Linear(400, 400),
+            nn.ReLU(),
+            nn.Linear(400, 10),
+        )
     if kind == "resnet":
         return timm.create_model("resnet10t", num_classes=10)
     return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=10)
@@ -121,7 +130,9 @@ def run(kind: str, epochs: int, seed: int, config: hatcl.HATConfig) -> dict:
         "changed": sum(changed.values()),
         "all_listed_erased": changed == planned.erased,
         "share_kept": report.share_kept,
-        "attack": {f"times {f:g}": score(restored(model, before, 1, erased, f), 1, tasks[1]) for f in (1.0, 0.0, 0.1, 3.0)},
+        "attack": {
+            f"times {f:g}": score(restored(model, before, 1, erased, f), 1, tasks[1]) for f in (1.0, 0.0, 0.1, 3.0)
+        },
         "chance": 1 / tasks[1].classes,
     }
     again = copy.deepcopy(model)

@@ -38,7 +38,7 @@ def main() -> None:
     rows = learn_all(model, tasks, adamw(model), args.epochs, args.batch, args.seed)
     exact = bit_equal(model, tasks, rows)
     certificate = hatcl.certify(model, tasks[0].x_test[:16])
-    print("bit-equal after the last task:", dict(zip(NAMES, exact)), "|", certificate)
+    print("bit-equal after the last task:", dict(zip(NAMES, exact, strict=False)), "|", certificate)
     separate = []
     for t, task in enumerate(tasks):
         torch.manual_seed(args.seed)
@@ -49,14 +49,22 @@ def main() -> None:
     plain = timm.create_model("resnet18", num_classes=40)
     optimizer = adamw(plain)
     for t, task in enumerate(tasks):
-        fit(plain, task, optimizer, args.epochs, args.batch, args.seed * 100 + t, head=lambda o, t=t: o[:, 10 * t : 10 * t + 10])
+        fit(
+            plain,
+            task,
+            optimizer,
+            args.epochs,
+            args.batch,
+            args.seed * 100 + t,
+            head=lambda o, t=t: o[:, 10 * t : 10 * t + 10],
+        )
     sequential = [
         float((logits(plain, task.x_test)[:, 10 * t : 10 * t + 10].argmax(1) == task.y_test).float().mean())
         for t, task in enumerate(tasks)
     ]
     hard = [r["hard"] for r in rows]
     for name, a in (("hatcl", hard), ("separate", separate), ("sequential", sequential)):
-        print(f"{name:<11} average {np.mean(a):.4f}  " + "  ".join(f"{n} {x:.4f}" for n, x in zip(NAMES, a)))
+        print(f"{name:<11} average {np.mean(a):.4f}  " + "  ".join(f"{n} {x:.4f}" for n, x in zip(NAMES, a, strict=False)))
     save(
         f"four_tasks_seed{args.seed}",
         {

@@ -27,9 +27,16 @@ def run(method: str, seed: int, epochs: int, bf16: bool) -> dict:
     began = time.time()
     if method == "hat":
         model = hatcl.convert(small_stem_resnet18(2), num_tasks=5, example_inputs=tasks[0].x[:2])
-        rows = learn_all(model, tasks, lambda: torch.optim.Adam(model.parameters(), lr=1e-3), epochs, 64, seed, **options)
+        rows = learn_all(
+            model, tasks, lambda: torch.optim.Adam(model.parameters(), lr=1e-3), epochs, 64, seed, **options
+        )
         exact = bit_equal(model, tasks, rows)
-        out = {"accuracy": [r["hard"] for r in rows], "soft": [r["soft"] for r in rows], "units": [r["units"] for r in rows], "bit_equal": exact}
+        out = {
+            "accuracy": [r["hard"] for r in rows],
+            "soft": [r["soft"] for r in rows],
+            "units": [r["units"] for r in rows],
+            "bit_equal": exact,
+        }
     elif method == "separate":
         accuracies = []
         for t, task in enumerate(tasks):
@@ -45,13 +52,28 @@ def run(method: str, seed: int, epochs: int, bf16: bool) -> dict:
             return lambda out: out[:, 2 * t : 2 * t + 2]
 
         for t, task in enumerate(tasks):
-            fit(model, task, torch.optim.Adam(model.parameters(), lr=1e-3), epochs, 64, seed * 100 + t, head=head(t), **options)
+            fit(
+                model,
+                task,
+                torch.optim.Adam(model.parameters(), lr=1e-3),
+                epochs,
+                64,
+                seed * 100 + t,
+                head=head(t),
+                **options,
+            )
         out = {"accuracy": []}
         from common import logits
 
         for t, task in enumerate(tasks):
             out["accuracy"].append(float((head(t)(logits(model, task.x_test)).argmax(1) == task.y_test).float().mean()))
-    return {**out, "average": float(np.mean(out["accuracy"])), "seconds": time.time() - began, "epochs": epochs, "bf16": bf16}
+    return {
+        **out,
+        "average": float(np.mean(out["accuracy"])),
+        "seconds": time.time() - began,
+        "epochs": epochs,
+        "bf16": bf16,
+    }
 
 
 def main() -> None:

@@ -54,13 +54,19 @@ def convert(
     if num_tasks is not None:
         config = config.replace(num_tasks=num_tasks)
     if any(isinstance(m, Gates) for m in model.modules()):
-        raise ConversionError(f"{type(model).__name__} is a HAT model already; hatcl.add_tasks(model, n) makes room for more")
+        raise ConversionError(
+            f"{type(model).__name__} is a HAT model already; hatcl.add_tasks(model, n) makes room for more"
+        )
     if hasattr(model, GATES):
         raise ConversionError(f"{type(model).__name__} has an attribute {GATES!r}, where its gates would go; rename it")
     if unit_map is None and example_inputs is None:
-        raise ConversionError("example_inputs: got None; pass an input of the model's forward: a tensor, a tuple or a dict")
+        raise ConversionError(
+            "example_inputs: got None; pass an input of the model's forward: a tensor, a tuple or a dict"
+        )
     if isinstance(num_classes, Sequence) and len(num_classes) != config.num_tasks:
-        raise ConfigError(f"num_classes: got {len(num_classes)} numbers for {config.num_tasks} tasks; pass one per task")
+        raise ConfigError(
+            f"num_classes: got {len(num_classes)} numbers for {config.num_tasks} tasks; pass one per task"
+        )
     source = copy.deepcopy(model)
     if unit_map is None:
         unit_map = map_of(source, example_inputs)
@@ -113,7 +119,9 @@ def shapes(x: Any) -> str:
 
 def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
     """Turn `model` into a HAT model on this map, in place. Everything is planned before anything is swapped."""
-    gates = Gates(unit_map.num_units, config, [(n.removesuffix(".weight"), a - 1, b - 1) for n, a, b in unit_map.layers])
+    gates = Gates(
+        unit_map.num_units, config, [(n.removesuffix(".weight"), a - 1, b - 1) for n, a, b in unit_map.layers]
+    )
     some = next(model.parameters(), None)
     if some is not None:
         gates.to(some.device)
@@ -139,7 +147,9 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
         for name, p in own.items():
             entry = unit_map.entries[names[id(p)]]
             if entry.shape != tuple(p.shape):
-                raise ConversionError(f"{path}.{name}: the map says shape {list(entry.shape)}, it has {list(p.shape)}; trace this model anew")
+                raise ConversionError(
+                    f"{path}.{name}: the map says shape {list(entry.shape)}, it has {list(p.shape)}; trace this model anew"
+                )
             fold_axes = set(unit_map.folds.get((path, entry.name), ()))
             for (user, other), axes in unit_map.folds.items():
                 if other == entry.name and user not in holders[entry.name]:
@@ -207,7 +217,7 @@ def _leaks(model: nn.Module, inputs: Any) -> list[str]:
         def differs(only: set[str] | None) -> bool:
             with attack(trial, 0, only=only):
                 got = outputs_of(trial, inputs, 0)
-            return not all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(want, got))
+            return not all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(want, got, strict=False))
 
         if not differs(None):
             return []
@@ -230,7 +240,9 @@ def _widen_heads(model: nn.Module, num_classes: Sequence[int]) -> None:
     entries: dict[str, Entry] = model.get_submodule(GATES).unit_map.entries  # type: ignore[assignment,union-attr]
     heads = {n.rpartition(".")[0] for n, e in entries.items() if e.head}
     if not heads:
-        raise ConfigError(f"num_classes: {type(model).__name__} has no head whose width could differ per task; pass one number")
+        raise ConfigError(
+            f"num_classes: {type(model).__name__} has no head whose width could differ per task; pass one number"
+        )
     for path in heads:
         module = model.get_submodule(path)
         width = module._parameters["weight"].shape[0]  # type: ignore[union-attr]

@@ -48,9 +48,16 @@ class Description:
         head = f"{'layer':<{width}}  units" + "".join(f"  task {t}" for t in tasks)
         lines = [head, "-" * len(head)]
         for layer in [*self.layers, {"name": "all", "units": self.units, "used": self.use}]:
-            cells = "".join(f"{layer['used'][t]:>{8 if t > 9 else 8}}"[-(6 + len(str(t))):].rjust(7 + len(str(t))) for t in tasks)
+            cells = "".join(
+                f"{layer['used'][t]:>{8 if t > 9 else 8}}"[-(6 + len(str(t))) :].rjust(7 + len(str(t))) for t in tasks
+            )
             lines.append(f"{layer['name']:<{width}}  {layer['units']:>5}{cells}")
-        names = {"shared_both": "owner and reader known", "shared_one": "one end known", "own_copy": "own copy per task", "always_on": "always on"}
+        names = {
+            "shared_both": "owner and reader known",
+            "shared_one": "one end known",
+            "own_copy": "own copy per task",
+            "always_on": "always on",
+        }
         lines.append("elements: " + ", ".join(f"{names[k]} {v:.1%}" for k, v in self.shares.items()))
         lines += [f"note: {path or 'model'}: {what}" for path, what in self.notes.items()]
         return "\n".join(lines)

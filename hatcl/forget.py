@@ -66,7 +66,9 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
     task = check_task(model, task, sealed=True)
     gates = gates_of(model)
     if gates[0].learning is not None:
-        raise TaskError(f"task {gates[0].learning} is being learned; leave its hatcl.learn block before forgetting task {task}")
+        raise TaskError(
+            f"task {gates[0].learning} is being learned; leave its hatcl.learn block before forgetting task {task}"
+        )
     check(model)
     others = [t for t in sealed_tasks(model) if t != task]
     plan: dict[int, tuple[str, Tensor]] = {}
@@ -93,7 +95,9 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
     done: set[int] = set()
     with torch.no_grad():
         for module in [m for m in model.modules() if isinstance(m, HATLayer)]:
-            mine = {n: p for n, p in module._parameters.items() if p is not None and id(p) in plan and id(p) not in done}  # type: ignore[attr-defined]
+            mine = {
+                n: p for n, p in module._parameters.items() if p is not None and id(p) in plan and id(p) not in done
+            }  # type: ignore[attr-defined]
             if mine:
                 fresh = module.redrawn()
                 for name, p in mine.items():

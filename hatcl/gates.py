@@ -69,7 +69,11 @@ class Gates(nn.Module):
 
     def is_soft(self) -> bool:
         """Are the active task's gates soft now? In evaluation without gradients they are what sealing would give."""
-        return self.task is not None and self.task == self.learning and (self.soft or self.training or torch.is_grad_enabled())
+        return (
+            self.task is not None
+            and self.task == self.learning
+            and (self.soft or self.training or torch.is_grad_enabled())
+        )
 
     def select(self, index: slice | Tensor) -> Tensor | None:
         """The active task's gates of some units, as floats; None for the plain model."""
@@ -162,7 +166,9 @@ class Gates(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Digests as bytes: state dicts and safetensors files hold tensors."""
-        return torch.frombuffer(bytearray(json.dumps({str(t): d for t, d in self.digests.items()}).encode()), dtype=torch.uint8)
+        return torch.frombuffer(
+            bytearray(json.dumps({str(t): d for t, d in self.digests.items()}).encode()), dtype=torch.uint8
+        )
 
     def set_extra_state(self, state: Tensor) -> None:
         self.digests = {int(t): d for t, d in json.loads(bytes(state.cpu().tolist())).items()}
@@ -251,7 +257,9 @@ def gates_of(model: nn.Module) -> list[Gates]:
     """Every `Gates` of a model: one for a converted model, one per layer where layers were put together by hand."""
     found = [m for m in model.modules() if isinstance(m, Gates)]
     if not found:
-        raise TaskError(f"{type(model).__name__} has no gates: convert it first (hatcl.convert) or build it from HAT layers")
+        raise TaskError(
+            f"{type(model).__name__} has no gates: convert it first (hatcl.convert) or build it from HAT layers"
+        )
     return found
 
 
@@ -268,9 +276,13 @@ def check_task(model: nn.Module, task: int | None, *, sealed: bool | None = None
     is_sealed = bool(gates[0].sealed[task])
     if sealed and not is_sealed:
         done = gates[0].sealed.nonzero().flatten().tolist()
-        raise TaskError(f"task {task} is not sealed, so it has no hard gates yet; sealed are {done}. Learn it with hatcl.learn")
+        raise TaskError(
+            f"task {task} is not sealed, so it has no hard gates yet; sealed are {done}. Learn it with hatcl.learn"
+        )
     if sealed is False and is_sealed:
-        raise TaskError(f"task {task} is sealed and cannot be learned again; hatcl.forget_task(model, {task}) frees it, or learn another")
+        raise TaskError(
+            f"task {task} is sealed and cannot be learned again; hatcl.forget_task(model, {task}) frees it, or learn another"
+        )
     return int(task)
 
 

@@ -155,7 +155,12 @@ class Guard:
     """
 
     def __init__(
-        self, model: nn.Module, task: int, optimizers: Sequence[Any], locked: Sequence[int], after_step: Callable[[], None]
+        self,
+        model: nn.Module,
+        task: int,
+        optimizers: Sequence[Any],
+        locked: Sequence[int],
+        after_step: Callable[[], None],
     ) -> None:
         self.task, self.after_step = task, after_step
         self.active = True
@@ -246,7 +251,7 @@ class Guard:
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # frozen elements never change while the task is learned, so one copy at the start serves every step
         held_here = [(p, mask, p.detach().clone()) for p, mask in self.frozen if id(p) in ids]
-        embeddings = [(g, e) for g, e in zip(self.gates, self.embeddings) if id(e) in ids]
+        embeddings = [(g, e) for g, e in zip(self.gates, self.embeddings, strict=False) if id(e) in ids]
 
         def step(*args: Any, **kwargs: Any) -> Any:
             if not self.active:
@@ -263,7 +268,7 @@ class Guard:
                         p.copy_(old)
                     else:
                         torch.where(mask, old, p, out=p)
-                for (g, e), was in zip(embeddings, before):
+                for (g, e), was in zip(embeddings, before, strict=False):
                     c = g.config
                     if c.embedding_lr_scale != 1.0:
                         e.copy_(was + c.embedding_lr_scale * (e - was))

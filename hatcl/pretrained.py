@@ -35,7 +35,9 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     gates = gates_of(model)
     if len(gates) != 1 or gates[0].unit_map is None:
-        raise ValueError("save_pretrained: this model was put together by hand, not converted; save model.state_dict() instead")
+        raise ValueError(
+            "save_pretrained: this model was put together by hand, not converted; save model.state_dict() instead"
+        )
     guard.check(model)
     g = gates[0]
     tensors: dict[str, torch.Tensor] = {}
@@ -105,7 +107,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise IntegrityError(f"{path}: not readable as JSON ({error}); the file is truncated or was edited") from error
     if missing:
-        raise IntegrityError(f"{path}: lacks {', '.join(sorted(missing))}; expected a config written by hatcl.save_pretrained")
+        raise IntegrityError(
+            f"{path}: lacks {', '.join(sorted(missing))}; expected a config written by hatcl.save_pretrained"
+        )
     if meta["format"] > FORMAT:
         raise IntegrityError(f"{path}: format {meta['format']}, this hatcl reads up to {FORMAT}; install a newer hatcl")
     return dict(meta)
@@ -122,7 +126,9 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise IntegrityError(f"{path}: not readable as safetensors ({error}); the file is truncated or damaged") from error
+        raise IntegrityError(
+            f"{path}: not readable as safetensors ({error}); the file is truncated or damaged"
+        ) from error
 
 
 def _fit(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -60,7 +60,9 @@ def derive(layer: type, cls: type[nn.Module], names: tuple[str, ...], attribute:
 _SOURCES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {}
 
 
-def register_source(kind: str) -> Callable[[Callable[[dict[str, Any]], nn.Module]], Callable[[dict[str, Any]], nn.Module]]:
+def register_source(
+    kind: str,
+) -> Callable[[Callable[[dict[str, Any]], nn.Module]], Callable[[dict[str, Any]], nn.Module]]:
     """Decorator for a function that makes a plain model again from what was saved of it under `kind`."""
 
     def add(make: Callable[[dict[str, Any]], nn.Module]) -> Callable[[dict[str, Any]], nn.Module]:

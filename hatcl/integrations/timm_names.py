@@ -26,7 +26,9 @@ class _Entrypoints(dict):
     """timm's registry, in which every name is also known with `hat_` in front. Listings stay as they were."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (isinstance(name, str) and name.startswith(PREFIX) and super().__contains__(name[4:]))
+        return super().__contains__(name) or (
+            isinstance(name, str) and name.startswith(PREFIX) and super().__contains__(name[4:])
+        )
 
     def __missing__(self, name: str) -> Callable[..., nn.Module]:
         if name not in self:
@@ -65,13 +67,17 @@ def create_hat_model(
         hat_config: `HATConfig` or a mapping of its options.
         verify: prove the conversion (see `hatcl.convert`).
     """
-    for refused, instead in (("features_only", "convert timm.create_model(..., features_only=True) with hatcl.convert"),):
+    for refused, instead in (
+        ("features_only", "convert timm.create_model(..., features_only=True) with hatcl.convert"),
+    ):
         if options.get(refused):
             raise ConfigError(f"{PREFIX}{name}: {refused}=True is not for hat_ names; {instead}")
     from timm.layers import is_scriptable
 
     if is_scriptable():
-        raise ConfigError(f"{PREFIX}{name}: scriptable=True cannot work, tasks are chosen at run time; use torch.compile")
+        raise ConfigError(
+            f"{PREFIX}{name}: scriptable=True cannot work, tasks are chosen at run time; use torch.compile"
+        )
     config = hat_config if isinstance(hat_config, HATConfig) else HATConfig.from_dict(hat_config or {})
     if num_tasks is None and isinstance(num_classes, Sequence):
         num_tasks = len(num_classes)
@@ -82,10 +88,12 @@ def create_hat_model(
         options["num_classes"] = num_classes
     options = {k: v for k, v in options.items() if v is not None}
     base = timm.create_model(name, **options)
-    model = convert(
-        base, num_tasks, example_input(base, options), config=config, num_classes=widths, verify=verify
-    )
-    kept = {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str, list, tuple)) and not k.startswith("pretrained")}
+    model = convert(base, num_tasks, example_input(base, options), config=config, num_classes=widths, verify=verify)
+    kept = {
+        k: v
+        for k, v in options.items()
+        if isinstance(v, (bool, int, float, str, list, tuple)) and not k.startswith("pretrained")
+    }
     gates_of(model)[0].source = {"kind": "timm", "name": name, "options": kept}
     return model
 
@@ -100,7 +108,9 @@ def example_input(model: nn.Module, options: Mapping[str, Any]) -> torch.Tensor:
         height, width = (image, image) if isinstance(image, int) else image
     some = next(model.parameters(), None)
     if some is None or some.is_meta:
-        raise ConversionError(f"{type(model).__name__}: on the meta device there is nothing to run; create it on a real device")
+        raise ConversionError(
+            f"{type(model).__name__}: on the meta device there is nothing to run; create it on a real device"
+        )
     return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0)).to(some)
 
 

@@ -234,7 +234,10 @@ class HATLayer:
             return tuple(p.shape) if rows is None else (rows, *p.shape[1:])
 
         state = {k: v for k, v in self.__dict__.items() if k not in ("_hat", "_parameters", "_buffers", "_modules")}
-        fresh = {n: nn.Parameter(p.detach().new_empty(shape(p)).normal_(float(p.detach().mean()), _spread(p))) for n, p in params.items()}
+        fresh = {
+            n: nn.Parameter(p.detach().new_empty(shape(p)).normal_(float(p.detach().mean()), _spread(p)))
+            for n, p in params.items()
+        }
         buffers = {n: b if b is None else b.clone() for n, b in self._buffers.items()}  # type: ignore[attr-defined]
         absent = {n: None for n, p in self._parameters.items() if p is None}  # type: ignore[attr-defined]
         bare.__dict__.update({**state, "_parameters": {**fresh, **absent}, "_buffers": buffers, "_modules": {}})

@@ -122,7 +122,9 @@ def make_grain(name: str, shapes: Shapes, unit_map: UnitMap | None = None, seed:
     raise ConfigError(f"grain: got {name!r}, expected one of {', '.join(GRAINS)}; did you mean {near!r}?")
 
 
-def _named(name: str, shapes: dict[str, tuple[int, ...]], index: Mapping[str, Callable[[], Tensor]], labels: tuple[str, ...]) -> Grain:
+def _named(
+    name: str, shapes: dict[str, tuple[int, ...]], index: Mapping[str, Callable[[], Tensor]], labels: tuple[str, ...]
+) -> Grain:
     if not shapes:
         raise ConfigError(f"grain: {name} finds nothing to speak of among the tensors given")
     return Grain(name, len(labels), shapes, index, labels)

@@ -59,7 +59,17 @@ REDUCTIONS = {
     "logsumexp", "prod", "argmax", "argmin", "any", "all", "median",
 }  # fmt: skip
 LINEAR_REDUCTIONS = {"mean", "sum", "amax", "amin", "linalg_vector_norm", "norm"}
-ALONG = {"_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "logcumsumexp", "_safe_softmax", "softmax", "log_softmax"}
+ALONG = {
+    "_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "sort",
+    "logcumsumexp",
+    "_safe_softmax",
+    "softmax",
+    "log_softmax",
+}
 BATCH_NORMS = {
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
     "_batch_norm_no_update", "_batch_norm_with_update", "batch_norm", "miopen_batch_norm",
@@ -105,7 +115,9 @@ class Trace:
 class Tracer(TorchDispatchMode):
     """Carries shadows through one forward pass. Use through `trace`."""
 
-    def __init__(self, model: nn.Module, norms: Callable[[nn.Module], bool], embeds: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self, model: nn.Module, norms: Callable[[nn.Module], bool], embeds: Callable[[nn.Module], bool]
+    ) -> None:
         super().__init__()
         self.labels = Labels()
         self.shadows = WeakTensorKeyDictionary()
@@ -142,8 +154,11 @@ class Tracer(TorchDispatchMode):
         base = x._base
         if base is not None and base in self.versions and self.versions[base] != self.versions.get(x):
             whole = self.shadows[base]
-            found = whole.map(lambda ids: self._like_storage(ids, base).as_strided(
-                x.size(), x.stride(), x.storage_offset() - base.storage_offset()))
+            found = whole.map(
+                lambda ids: self._like_storage(ids, base).as_strided(
+                    x.size(), x.stride(), x.storage_offset() - base.storage_offset()
+                )
+            )
             self.shadows[x] = found
             self.versions[x] = self.versions[base]
         return found
@@ -162,7 +177,9 @@ class Tracer(TorchDispatchMode):
             new = shadow or Shadow()
             slots = []
             for i in range(max(len(old.slots), len(new.slots))):
-                whole = old.slots[i] if i < len(old.slots) else Slot(torch.zeros((), dtype=torch.long).expand(base.shape))
+                whole = (
+                    old.slots[i] if i < len(old.slots) else Slot(torch.zeros((), dtype=torch.long).expand(base.shape))
+                )
                 part = new.slots[i] if i < len(new.slots) else Slot(torch.zeros((), dtype=torch.long).expand(x.shape))
                 ids = self._like_storage(whole.ids, base)
                 ids.as_strided(x.size(), x.stride(), x.storage_offset() - base.storage_offset()).copy_(part.ids)
@@ -243,7 +260,7 @@ class Tracer(TorchDispatchMode):
         else:
             outs = [x for x in tree_flatten(out)[0]]
             results = result if isinstance(result, list) else [result] * len(outs)
-            for x, s in zip(outs, results):
+            for x, s in zip(outs, results, strict=False):
                 if isinstance(x, Tensor) and s is not None and x not in self.shadows:
                     self.shadows[x] = s
         return out
@@ -285,7 +302,14 @@ class Tracer(TorchDispatchMode):
             return self.along(name, args, shadows[0], out)
         if name == "index_put":
             return self.index_put(args, out)
-        if torch.Tag.pointwise in func.tags or name in ("native_dropout", "dropout", "masked_fill", "where", "relu", "_prelu_kernel"):
+        if torch.Tag.pointwise in func.tags or name in (
+            "native_dropout",
+            "dropout",
+            "masked_fill",
+            "where",
+            "relu",
+            "_prelu_kernel",
+        ):
             return self.pointwise(func, name, flat, spec, shadows, out)
         return self.unknown(func, shadows, out)
 
@@ -300,7 +324,9 @@ class Tracer(TorchDispatchMode):
 
     # ---- rule 1: views -----------------------------------------------------------------------------------------
 
-    def view_like(self, func: Any, name: str, args: tuple, kwargs: dict, flat: list, spec: Any, shadows: list, out: Any) -> Any:
+    def view_like(
+        self, func: Any, name: str, args: tuple, kwargs: dict, flat: list, spec: Any, shadows: list, out: Any
+    ) -> Any:
         if name == "stack":
             dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
             parts = [self.shadow(x) for x in args[0]]
@@ -308,7 +334,7 @@ class Tracer(TorchDispatchMode):
             return self.join(wide, [x.unsqueeze(dim).shape for x in args[0]], dim, out)
         if name in ("index", "gather", "index_select") and shadows[0] is None:
             return self.unknown(func, shadows, out) if any(s and s.slots for s in shadows[1:]) else Shadow()
-        x, s = flat[0], shadows[0]
+        _x, s = flat[0], shadows[0]
         if s is None:
             return None
         outs = tree_flatten(out)[0]
@@ -317,11 +343,20 @@ class Tracer(TorchDispatchMode):
         moved: list[list[Slot]] = [[] for _ in outs]
         for slot in s.slots:
             ids = slot.ids
-            if name in ("index", "pixel_shuffle", "pixel_unshuffle", "im2col", "repeat", "upsample_nearest2d", "roll", "flip"):
+            if name in (
+                "index",
+                "pixel_shuffle",
+                "pixel_unshuffle",
+                "im2col",
+                "repeat",
+                "upsample_nearest2d",
+                "roll",
+                "flip",
+            ):
                 ids = ids.clone(memory_format=torch.contiguous_format) if name == "im2col" else ids
             new_args, new_kwargs = torch.utils._pytree.tree_unflatten([ids] + flat[1:], spec)
             result = tree_flatten(apply_as_is(func, new_args, new_kwargs, [ids]))[0]
-            for bag, r in zip(moved, result):
+            for bag, r in zip(moved, result, strict=False):
                 bag.append(replace(slot, ids=settle(r) if varying(r) else r))
         return [Shadow(tuple(bag), s.sources, s.pending) for bag in moved]
 
@@ -337,7 +372,7 @@ class Tracer(TorchDispatchMode):
         keys: list[set[int]] = []
 
         def place(i: int, slot: Slot, dims: set[int]) -> None:
-            for frame, key in zip(frames, keys):
+            for frame, key in zip(frames, keys, strict=False):
                 if frame[i] is None and (key & dims or key == dims):
                     frame[i] = slot
                     key |= dims
@@ -354,7 +389,7 @@ class Tracer(TorchDispatchMode):
             for i, s in enumerate(parts):
                 if s is None or not s.of_parameters:
                     continue
-                for frame, key in zip(frames, keys):
+                for frame, key in zip(frames, keys, strict=False):
                     rest = (key - {dim}) or key
                     fits = [p for p in s.slots if set(varying(p.ids)) & rest]
                     if fits:
@@ -365,8 +400,10 @@ class Tracer(TorchDispatchMode):
         slots = []
         for frame in frames:
             pieces, clean, folds = [], True, frozenset()
-            constant = [d for d in range(out.dim()) if d != dim and all(f is None or d not in varying(f.ids) for f in frame)]
-            for f, shape in zip(frame, shapes):
+            constant = [
+                d for d in range(out.dim()) if d != dim and all(f is None or d not in varying(f.ids) for f in frame)
+            ]
+            for f, shape in zip(frame, shapes, strict=False):
                 ids = f.ids if f is not None else torch.zeros((), dtype=torch.long).expand(shape)
                 for d in constant:
                     ids = ids.narrow(d, 0, 1) if ids.size(d) > 1 else ids
@@ -384,7 +421,9 @@ class Tracer(TorchDispatchMode):
 
     def fold(self, s: Shadow, slot: Slot) -> None:
         """Multiply by the gate what this parameter value is made of, along this slot."""
-        axes = slot.folds if slot.folds is not None else frozenset(self.labels.axes_of(np.unique(small(slot.ids).numpy())))
+        axes = (
+            slot.folds if slot.folds is not None else frozenset(self.labels.axes_of(np.unique(small(slot.ids).numpy())))
+        )
         self.folds |= {(self.path[-1], a) for a in axes}
 
     def index_put(self, args: tuple, out: Tensor) -> Shadow:
@@ -423,8 +462,11 @@ class Tracer(TorchDispatchMode):
                 else:
                     self.couple(merged[match], slot.ids)
                     if merged[match] is not slot.ids:
-                        merged[match] = torch.where(merged[match] != 0, merged[match], slot.ids) if bool(
-                            (small(merged[match]) == 0).any()) else merged[match]
+                        merged[match] = (
+                            torch.where(merged[match] != 0, merged[match], slot.ids)
+                            if bool((small(merged[match]) == 0).any())
+                            else merged[match]
+                        )
                     holders[match][i] = slot
         owners: list[dict[int, Slot]] = [{} for _ in merged]
         for i, s in enumerate(wide):
@@ -487,7 +529,9 @@ class Tracer(TorchDispatchMode):
         merged: list[list[tuple[int, Slot]]] = []
         for i, s in enumerate(wide):
             for slot in s.slots if s is not None else ():
-                match = next((m for m in merged if set(varying(m[0][1].ids)) == set(varying(slot.ids)) and m[-1][0] != i), None)
+                match = next(
+                    (m for m in merged if set(varying(m[0][1].ids)) == set(varying(slot.ids)) and m[-1][0] != i), None
+                )
                 if match is None:
                     merged.append([(i, slot)])
                 else:
@@ -598,7 +642,7 @@ class Tracer(TorchDispatchMode):
                         self.labels.mark("read", np.unique(small(x.ids).numpy()))
             return self.settle_slots([s for s in [*left, *right] if k not in varying(s.ids)], finish)
         act, par, whole = (right, left, sa) if sa.of_parameters else (left, right, sb)
-        slots, pending, owned = [], set(), False
+        slots, pending, _owned = [], set(), False
         readable = [x for x in act if k in varying(x.ids)]
         for p in par:
             along, across = k in varying(p.ids), [d for d in varying(p.ids) if d != k]
@@ -607,7 +651,6 @@ class Tracer(TorchDispatchMode):
             elif along:
                 self.read(p, readable, whole)
             elif across:
-                owned = True
                 slots.append(self.owner(p, whole, pending))
         slots += [replace(x, folds=None) for x in act if k not in varying(x.ids)]
         result = self.settle_slots(slots, finish)
@@ -658,7 +701,11 @@ class Tracer(TorchDispatchMode):
             if s.of_parameters and at is not None:
                 self.own(wide.slots[at].ids, slot.ids)
                 axes = wide.slots[at].folds
-                axes = axes if axes is not None else frozenset(self.labels.axes_of(np.unique(small(wide.slots[at].ids).numpy())))
+                axes = (
+                    axes
+                    if axes is not None
+                    else frozenset(self.labels.axes_of(np.unique(small(wide.slots[at].ids).numpy())))
+                )
                 pending |= {(self.path[-1], a) for a in axes}
                 slots.append(slot)
             else:
@@ -871,8 +918,11 @@ class Tracer(TorchDispatchMode):
         if x.of_parameters:
             return self.unknown_parameter(x, out)
         self.commit(x)
-        w, b = (self.shadow(args[1]), self.shadow(args[2])) if name == "native_group_norm" else (
-            self.shadow(args[2]), self.shadow(args[3]) if name == "native_layer_norm" else None)
+        w, b = (
+            (self.shadow(args[1]), self.shadow(args[2]))
+            if name == "native_group_norm"
+            else (self.shadow(args[2]), self.shadow(args[3]) if name == "native_layer_norm" else None)
+        )
 
         def place(ids: Tensor) -> Tensor:
             if name == "native_group_norm":
@@ -882,7 +932,11 @@ class Tracer(TorchDispatchMode):
             return ids.expand(args[0].shape)
 
         own = self.is_norm(self.modules.get(self.path[-1], nn.Identity()))
-        over = range(1, args[0].dim()) if name == "native_group_norm" else range(args[0].dim() - len(args[1]), args[0].dim())
+        over = (
+            range(1, args[0].dim())
+            if name == "native_group_norm"
+            else range(args[0].dim() - len(args[1]), args[0].dim())
+        )
         slots = []
         for slot in x.slots:
             if own and self.path[-1] in self.norm_inputs and set(varying(slot.ids)) & set(over):
@@ -910,7 +964,12 @@ class Tracer(TorchDispatchMode):
         dims = next((a for a in args[1:] if isinstance(a, (list, tuple))), None)
         if dims is None:
             dims = kwargs.get("dim")
-        if dims is None and len(args) > 1 and isinstance(args[1], int) and name in ("max", "min", "argmax", "argmin", "any", "all", "prod", "median"):
+        if (
+            dims is None
+            and len(args) > 1
+            and isinstance(args[1], int)
+            and name in ("max", "min", "argmax", "argmin", "any", "all", "prod", "median")
+        ):
             dims = [args[1]]
         if isinstance(dims, int):
             dims = [dims]
@@ -981,7 +1040,11 @@ def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Module paths while the model runs; evaluation mode, no fused fast paths; everything put back afterwards."""
     handles = []
     for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, a, k, p=path: tracer.enter(p, (*a, *k.values())), with_kwargs=True))
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda m, a, k, p=path: tracer.enter(p, (*a, *k.values())), with_kwargs=True
+            )
+        )
         handles.append(module.register_forward_hook(lambda m, a, o, p=path: tracer.leave(p), always_call=True))
     modes = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -1019,7 +1082,9 @@ def trace(
     with _watched(model, tracer), tracer:
         out = call(model, inputs)
     leaves = tensors_of(out)
-    found = [small(slot.ids).reshape(-1).numpy() for x in leaves if (s := tracer.shadow(x)) is not None for slot in s.slots]
+    found = [
+        small(slot.ids).reshape(-1).numpy() for x in leaves if (s := tracer.shadow(x)) is not None for slot in s.slots
+    ]
     outputs = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
     return Trace(
         tracer.labels, tracer.first, tracer.joint, tracer.folds, tracer.read_dirty, outputs[outputs != 0],

@@ -92,7 +92,9 @@ def learn(
     """
     task = check_task(model, task, sealed=False)
     if steps < 1 or epochs < 1 or not 0 <= start <= steps:
-        raise TaskError(f"steps: got steps={steps}, epochs={epochs}, start={start}; expected steps and epochs of at least 1, start from 0 to steps")
+        raise TaskError(
+            f"steps: got steps={steps}, epochs={epochs}, start={start}; expected steps and epochs of at least 1, start from 0 to steps"
+        )
     gates = gates_of(model)
     if any(g.learning is not None for g in gates):
         raise TaskError(f"task {gates[0].learning} is being learned; leave its hatcl.learn block first")
