@@ -248,14 +248,24 @@ class Guard:
                     del o.step
 
     def _wrap(self, optimizer: Any, inner: Callable[..., Any], first: bool) -> Callable[..., Any]:
-        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # frozen elements never change while the task is learned, so one copy at the start serves every step
-        held_here = [(p, mask, p.detach().clone()) for p, mask in self.frozen if id(p) in ids]
-        embeddings = [(g, e) for g, e in zip(self.gates, self.embeddings, strict=False) if id(e) in ids]
+        known: set[int] = set()
+        held_here: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []
+        embeddings: list[tuple[Gates, nn.Parameter]] = []
+
+        def hold() -> None:
+            ids = {id(p) for group in optimizer.param_groups for p in group["params"]} - known
+            # frozen elements never change while the task is learned, so one copy at the start serves every step
+            held_here.extend((p, mask, p.detach().clone()) for p, mask in self.frozen if id(p) in ids)
+            embeddings.extend((g, e) for g, e in zip(self.gates, self.embeddings, strict=False) if id(e) in ids)
+            known.update(ids)
+
+        hold()
 
         def step(*args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 return inner(*args, **kwargs)
+            if sum(len(group["params"]) for group in optimizer.param_groups) != len(known):
+                hold()
             with torch.no_grad():
                 for p, mask, _ in held_here:
                     if mask is None:
@@ -279,9 +289,10 @@ class Guard:
             return out
 
         # schedulers look for these on a bound method
-        step.__func__ = getattr(inner, "__func__", inner)  # type: ignore[attr-defined]
+        step.__func__ = lambda _, *args, **kwargs: step(*args, **kwargs)  # type: ignore[attr-defined]
         step.__self__ = optimizer  # type: ignore[attr-defined]
-        step._wrapped_by_lr_sched = getattr(inner, "_wrapped_by_lr_sched", False)  # type: ignore[attr-defined]
+        if hasattr(inner, "_wrapped_by_lr_sched"):
+            step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         return step
 
     # ---- what must not be sealed -------------------------------------------------------------------------------------

@@ -1,0 +1,149 @@
+"""What the tests are put together from: small real models and problems, and the ways to train, seal and attack them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as tf
+
+import hatcl
+from hatcl import guard
+from hatcl.certify import attack, outputs_of
+from hatcl.gates import gates_of
+
+CLASSES = 4
+
+
+def mlp(width=32, norm=None, act=nn.ReLU, inputs=48):
+    norm = norm or (lambda n: nn.Identity())
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, width), norm(width), act(), nn.Linear(width, width), norm(width), act(),
+        nn.Linear(width, CLASSES),
+    )  # fmt: skip
+
+
+def resnet(**options):
+    options = {"num_classes": CLASSES, "channels": (8, 12, 12, 16), "stem_width": 8, **options}
+    return timm.create_model("test_resnet", **options)
+
+
+def vit(**options):
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": CLASSES}
+    return timm.create_model("test_vit", **{**small, **options})
+
+
+MODELS = {"mlp": (mlp, (3, 4, 4)), "resnet": (resnet, (3, 32, 32)), "vit": (vit, (3, 16, 16))}
+
+
+def shape_of(name):
+    return MODELS[name][1]
+
+
+def plain(name, seed=0):
+    torch.manual_seed(seed)
+    return MODELS[name][0]()
+
+
+@functools.cache
+def _converted(name, num_tasks, options):
+    torch.manual_seed(1)
+    return hatcl.convert(plain(name), num_tasks, images(name, 2), config=dict(options))
+
+
+def converted(name, num_tasks=3, **options):
+    """A HAT model of `MODELS`, the same one each time."""
+    return copy.deepcopy(_converted(name, num_tasks, tuple(sorted(options.items()))))
+
+
+def images(name, count=8, seed=0):
+    return torch.randn(count, *shape_of(name), generator=torch.Generator().manual_seed(seed))
+
+
+def problem(shape, task=0, count=16, classes=CLASSES):
+    """x `[count, *shape]`, y `[count]`: a pattern per class, drawn per task, under noise."""
+    generator = torch.Generator().manual_seed(100 + task)
+    y = torch.arange(count) % classes
+    pattern = torch.randn(classes, *shape, generator=generator)
+    return pattern[y] + 0.3 * torch.randn(count, *shape, generator=generator), y
+
+
+def train(
+    model, task, optimizer, data, steps=6, *, autocast=False, micro=1, clip=None, weight=1.0, inside=None, **options
+):
+    """Learn a task the way a user would; returns the losses. inside(step) runs between forward and backward."""
+    x, y = data
+    losses = []
+    with hatcl.learn(model, task, optimizer, steps, **options) as learning:
+        for step in range(steps):
+            total = 0.0
+            optimizer.zero_grad()
+            for part in range(micro):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    loss = tf.cross_entropy(model(x[part::micro]).float(), y[part::micro]) / micro
+                    objective = loss + weight * learning.penalty() / micro
+                if inside is not None:
+                    inside(step)
+                objective.backward()
+                total += loss.item()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            losses.append(total)
+    return losses
+
+
+def logits(model, task, x, autocast=False):
+    """A task's outputs in evaluation mode; the model's mode and task are as before."""
+    training = model.training
+    model.eval()
+    with torch.no_grad(), hatcl.task(model, task), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(x).clone()
+    model.train(training)
+    return out
+
+
+def pretend(model, tasks=None, share=0.6, seed=0, own=True):
+    """Seal tasks with random gates, and own copies and statistics that differ, without training."""
+    generator = torch.Generator().manual_seed(seed)
+    every = gates_of(model)
+    for t in range(every[0].num_tasks) if tasks is None else tasks:
+        with torch.no_grad():
+            for g in every:
+                on = torch.rand(g.num_units, generator=generator) < share
+                g.embeddings[t].copy_(torch.where(on, 1.0, -1.0))
+                g.seal(t)
+            for h in guard.held(model):
+                if own and h.task == t and "embeddings" not in h.name and h.param.is_floating_point():
+                    h.param.add_(0.1 * torch.randn(h.param.shape, generator=generator).to(h.param))
+            for name, b in guard.own_buffers(model, t):
+                if own and "running" in name:
+                    b.add_(0.1 * torch.rand(b.shape, generator=generator).to(b))
+        guard.record(model, t)
+    return model
+
+
+def leaks(model, inputs, task, **options):
+    """The largest difference that overwriting all that is not a task's own makes to its outputs (None: bit-equal)."""
+    trial = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        want = outputs_of(trial, inputs, task)
+        with attack(trial, task, **options) as count:
+            got = outputs_of(trial, inputs, task)
+    assert count > 0, "an attack that overwrites nothing proves nothing"
+    assert all(torch.isfinite(w).all() for w in want if w.is_floating_point())
+    if all(torch.equal(a, b) for a, b in zip(want, got, strict=True)):
+        return None
+    return max(float((a - b).abs().nan_to_num(torch.inf).max()) for a, b in zip(want, got, strict=True))
+
+
+def same(before, after):
+    """Two state dicts (or dicts of tensors), bit for bit."""
+    return before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def snapshot(model):
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
