@@ -17,10 +17,10 @@ from .certify import attack, outputs_of
 from .config import HATConfig
 from .errors import ConfigError, ConversionError
 from .gates import Gates, Units
-from .layers.gated import Axis, Binding, ParameterPlan, task_parameter
+from .layers.gated import Axis, Binding, ParameterPlan, task_class
 from .map.trace import call, trace
 from .map.units import Entry, UnitMap, resolve
-from .registry import derive, layer_for
+from .registry import layer_for
 
 log = logging.getLogger(__name__)
 GATES = "hat_gates"
@@ -67,7 +67,13 @@ def convert(
         raise ConfigError(
             f"num_classes: got {len(num_classes)} numbers for {config.num_tasks} tasks; pass one per task"
         )
-    source = copy.deepcopy(model)
+    try:
+        source = copy.deepcopy(model)
+    except Exception as error:
+        raise ConversionError(
+            f"{type(model).__name__}: it cannot be copied ({error}), so it cannot be converted without changing it; "
+            "remove what cannot be copied (the old torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations)"
+        ) from error
     if unit_map is None:
         unit_map = map_of(source, example_inputs)
     made = build(copy.deepcopy(source), unit_map, config)
@@ -100,10 +106,49 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
                 call(model, example_inputs)
         except Exception as plain:
             raise ConversionError(
-                f"{type(model).__name__}: its forward failed on example_inputs = {shapes(example_inputs)}: {plain}"
+                f"{type(model).__name__}: its forward failed on example_inputs = {shapes(example_inputs)}: "
+                f"{type(plain).__name__}: {plain}"
             ) from plain
         raise ConversionError(f"{type(model).__name__}: the trace failed: {error}; please report the model") from error
-    return resolve(found, model, copied)
+    unit_map = resolve(found, model, copied)
+    unit_map.buffers = moving_buffers(model, example_inputs)
+    return unit_map
+
+
+def moving_buffers(model: nn.Module, inputs: Any) -> dict[str, tuple[str, ...]]:
+    """Module path -> the buffers that a training forward writes (running statistics, power iterations) and that no
+    registered layer says are the task's. All of a module's, where such a forward fails. The model is put back."""
+    unknown = {
+        path: {n: b for n, b in m._buffers.items() if b is not None and n not in layer_for(type(m)).task_buffers}
+        for path, m in model.named_modules()
+    }
+    unknown = {path: {n: b for n, b in bs.items() if b.is_floating_point()} for path, bs in unknown.items()}
+    if not any(unknown.values()):
+        return {}
+    before = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    modes = [(m, m.training) for m in model.modules()]
+    moved: dict[str, tuple[str, ...]] = {}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            call(model.train(), inputs)
+        for path, bs in unknown.items():
+            m = model.get_submodule(path)
+            old = {n: was for other, n, _, was in before if other is m}
+            moved[path] = tuple(n for n in bs if not _same(m._buffers[n], old[n]))
+    except Exception as error:
+        log.info("a training forward failed (%s): each task gets its own copy of every buffer", error)
+        moved = {path: tuple(bs) for path, bs in unknown.items()}
+    finally:
+        for m, n, b, was in before:
+            b.copy_(was)
+            m._buffers[n] = b
+        for m, training in modes:
+            m.training = training
+    return {path: names for path, names in moved.items() if names}
+
+
+def _same(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
 def shapes(x: Any) -> str:
@@ -141,9 +186,11 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
         layer = layer_for(type(m))
         norm = unit_map.norms.get(path)
         own = {n: p for n, p in m._parameters.items() if p is not None}
-        if not own and norm is None and not any(m._buffers.get(b) is not None for b in layer.task_buffers):
+        moving = unit_map.buffers.get(path, ())
+        known = any(m._buffers.get(b) is not None for b in layer.task_buffers)
+        if not (own or norm is not None or known or moving or layer.always):
             continue
-        hat = Binding(gates)
+        hat = Binding(gates, buffers=moving)
         for name, p in own.items():
             entry = unit_map.entries[names[id(p)]]
             if entry.shape != tuple(p.shape):
@@ -171,7 +218,7 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
             else:
                 hat.output = (norm.dim, units(norm.units))
             hat.dirty = not norm.clean
-        plan.append((m, derive(layer, type(m), tuple(own), task_parameter), hat))
+        plan.append((m, task_class(layer, type(m), tuple(own), moving), hat))
     for m, cls, hat in plan:
         if "eps" in m.__dict__ and isinstance(getattr(cls, "eps", None), property):
             m.__dict__["_eps"] = m.__dict__.pop("eps")

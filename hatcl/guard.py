@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import GuardError, HATError, IntegrityError, NonFiniteLossError
 from .gates import Gates, gates_of
-from .layers.gated import Binding, HATLayer, ParameterPlan
+from .layers.gated import Binding, HATLayer, ParameterPlan, TaskCopy
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
@@ -78,6 +78,18 @@ def own_buffers(model: nn.Module, task: int) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.hat_tasks.{task}.{name}", b
 
 
+def shared_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that all tasks read and none may write: those that are saved and are no task's own."""
+    for path, module in model.named_modules():
+        if isinstance(module, (Gates, TaskCopy)):
+            continue
+        hat = isinstance(module, HATLayer) and module.__dict__.get("_hat") is not None
+        own = module._copied_buffers() if hat else ()  # type: ignore[operator]
+        for name, b in module._buffers.items():
+            if b is not None and name not in own and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, b
+
+
 def sealed_tasks(model: nn.Module) -> list[int]:
     return gates_of(model)[0].sealed.nonzero().flatten().tolist()
 
@@ -95,7 +107,7 @@ def digest(model: nn.Module, task: int) -> dict[str, str]:
         if h.task is None:
             value = value[h.live(task)] if h.plan is not None else value
         out[h.name] = _hash(value)
-    for name, b in own_buffers(model, task):
+    for name, b in [*own_buffers(model, task), *shared_buffers(model)]:
         out[name] = _hash(b)
     for i, g in enumerate(gates_of(model)):
         out[f"gates {i}"] = _hash(g.masks[task])
@@ -332,7 +344,7 @@ def _zero(mask: Tensor | None) -> Callable[[Tensor], None]:
         elif grad.is_sparse:
             grad = grad.coalesce()
             values = grad.values().masked_fill(mask[tuple(grad.indices())], 0)
-            p.grad = torch.sparse_coo_tensor(grad.indices(), values, grad.shape)
+            p.grad = torch.sparse_coo_tensor(grad.indices(), values, grad.shape, check_invariants=False)
         else:
             grad.masked_fill_(mask, 0)
 

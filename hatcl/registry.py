@@ -47,13 +47,14 @@ def registered() -> dict[type[nn.Module], type]:
 
 
 @cache
-def derive(layer: type, cls: type[nn.Module], names: tuple[str, ...], attribute: Callable[[str], Any]) -> type:
-    """The class that a converted instance of `cls` gets: `layer` in front of `cls`, with task-aware `names`."""
-    missing = {n: attribute(n) for n in names if not isinstance(getattr(layer, n, None), property)}
+def derive(layer: type, cls: type[nn.Module], attributes: tuple[tuple[str, Callable[[str], Any]], ...]) -> type:
+    """The class that a converted instance of `cls` gets: `layer` in front of `cls`, with task-aware attributes (name,
+    how it is made)."""
+    missing = {n: make(n) for n, make in attributes if not isinstance(getattr(layer, n, None), property)}
     if issubclass(layer, cls) and not missing:
         return layer
     bases: Sequence[type] = (layer,) if issubclass(layer, cls) else (layer, cls)
-    body = {**missing, "__module__": cls.__module__, "_hat_source": (layer, cls, names)}
+    body = {**missing, "__module__": cls.__module__, "_hat_source": (layer, cls, attributes)}
     return type(f"HAT{cls.__name__}", tuple(bases), body)
 
 

@@ -1,5 +1,6 @@
 """HAT layers. Importing this package registers them."""
 
+from . import sequence as _sequence
 from .conv import HATConv1d, HATConv2d, HATConv3d, HATConvTranspose1d, HATConvTranspose2d, HATConvTranspose3d
 from .gated import HATLayer
 from .linear import HATEmbedding, HATLinear, TaskIndexedLinear, TaskIndexedParameter
@@ -15,6 +16,7 @@ from .norm import (
     TaskIndexedRMSNorm,
 )
 
+assert _sequence
 __all__ = [
     "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d", "HATConvTranspose2d", "HATConvTranspose3d",
     "HATEmbedding", "HATLayer", "HATLinear", "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d",

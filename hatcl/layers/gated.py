@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import HATConfig
 from ..gates import Gates, Units
-from ..registry import register
+from ..registry import derive, register
 
 
 @dataclass
@@ -51,13 +51,15 @@ class ParameterPlan:
 @dataclass
 class Binding:
     """What ties a layer to gates. output: units (and their dimension) that the layer's output is multiplied with.
-    norm: units (and their dimension) over which a norm takes its statistics; dirty: its input is not zero where off."""
+    norm: units (and their dimension) over which a norm takes its statistics; dirty: its input is not zero where off.
+    buffers: those that a training forward writes, of which every task has its own."""
 
     gates: Gates
     params: dict[str, ParameterPlan] = field(default_factory=dict)
     output: tuple[int, Units] | None = None
     norm: tuple[int, Units] | None = None
     dirty: bool = False
+    buffers: tuple[str, ...] = ()
     cache: dict[str, tuple[Any, Tensor]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,10 +117,14 @@ def _inherited(module: Any, name: str) -> Any:
     return nn.Module.__getattr__(module, name)
 
 
-def _rebuild(layer: type, cls: type, names: tuple[str, ...]) -> nn.Module:
-    from ..registry import derive
+def task_class(layer: type, cls: type, names: tuple[str, ...], buffers: tuple[str, ...] = ()) -> type:
+    """The class that a converted instance of `cls` gets: `layer` in front of it, these parameters and buffers the
+    task's."""
+    return derive(layer, cls, (*((n, task_parameter) for n in names), *((n, task_buffer) for n in buffers)))
 
-    made = derive(layer, cls, names, task_parameter)
+
+def _rebuild(layer: type, cls: type, attributes: tuple) -> nn.Module:
+    made = derive(layer, cls, attributes)
     return made.__new__(made)
 
 
@@ -134,6 +140,7 @@ class HATLayer:
         output_dim: the dimension of the output that carries the units.
         copied: parameters, and task_buffers: buffers, of which every task has its own.
         fold_output: multiply the output by the gate instead of the weight.
+        always: convert also instances that hold nothing of their own.
     """
 
     owner_dims: ClassVar[Mapping[str, int]] = {}
@@ -142,6 +149,7 @@ class HATLayer:
     copied: ClassVar[tuple[str, ...]] = ()
     task_buffers: ClassVar[tuple[str, ...]] = ()
     fold_output: ClassVar[bool] = False
+    always: ClassVar[bool] = False
     is_norm: ClassVar[bool] = False
 
     def __init__(
@@ -212,7 +220,8 @@ class HATLayer:
         return [n for n, p in self._hat.params.items() if p.copied]
 
     def _copied_buffers(self) -> list[str]:
-        return [n for n in self.task_buffers if self._buffers.get(n) is not None]  # type: ignore[attr-defined]
+        names = dict.fromkeys((*self.task_buffers, *self._hat.buffers))
+        return [n for n in names if self._buffers.get(n) is not None]  # type: ignore[attr-defined]
 
     def new_copy(self) -> TaskCopy:
         """A task's copy, with the plain model's values."""
@@ -296,7 +305,8 @@ class HATLayer:
         source = getattr(type(self), "_hat_source", None)
         if source is None:
             return super().__reduce_ex__(protocol)
-        return _rebuild, source, self.__dict__.copy()
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # Python 3.10 has none
+        return _rebuild, source, dict(state)
 
 
 def _spread(p: Tensor) -> float:

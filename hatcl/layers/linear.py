@@ -28,9 +28,9 @@ class HATLinear(HATLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         hat = self.active
-        if hat is not None and torch.is_grad_enabled() and x.numel() < self._parameters["weight"].numel():
-            plan = hat.params.get("weight")
-            if plan is not None and not plan.copied and type(self) is HATLinear:
+        plan = hat.params.get("weight") if hat is not None and torch.is_grad_enabled() else None
+        if hat is not None and plan is not None and x.numel() < self._parameters["weight"].numel():
+            if not plan.copied and type(self) is HATLinear:
                 fold = [plan.axes[i] for i in plan.fold]
                 if len(fold) == 1 and fold[0].owner and hat.output is None:
                     # fewer rows than inputs: gating the output costs less than gating the weight
@@ -80,4 +80,11 @@ class HATEmbedding(HATLayer, nn.Embedding):
         self._hat.output, plan.fold = (-1, plan.axes[0].units), ()
 
     def forward(self, index: Tensor) -> Tensor:
-        return self.gate_output(super().forward(index))
+        if self.max_norm is None or self.active is None:
+            return self.gate_output(super().forward(index))
+        # torch would scale the table's rows in place, for all tasks: here what was looked up, over units that are on
+        table = self.weight
+        rows = tf.embedding(index, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+        rows = self.gate_output(rows)
+        size = rows.detach().norm(self.norm_type, -1, keepdim=True)
+        return rows * torch.where(size > self.max_norm, self.max_norm / (size + 1e-7), 1.0)

@@ -39,7 +39,8 @@ VIEWS = {
     "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "im2col",
     "index_select", "index", "gather", "repeat_interleave", "upsample_nearest1d", "upsample_nearest2d", "rot90",
     "channel_shuffle", "stack", "native_channel_shuffle", "_upsample_nearest_exact2d", "movedim", "tril", "triu",
-    "split_copy", "unbind_copy", "permute_copy", "slice_copy", "alias_copy",
+    "split_copy", "unbind_copy", "permute_copy", "slice_copy", "alias_copy", "unsafe_split", "unsafe_chunk",
+    "unsafe_split_with_sizes",
 }  # fmt: skip
 SAME = {"clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy", "positive", "to", "lift", "_conj", "copy"}
 RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"}
@@ -243,6 +244,8 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is aten.embedding_renorm_.default:
+            return args[0]  # it would scale rows of the model's table in place; they belong to what they belonged to
         flat, spec = tree_flatten((args, kwargs))
         shadows = [self.shadow(x) for x in flat]
         out = func(*args, **kwargs)
@@ -309,6 +312,9 @@ class Tracer(TorchDispatchMode):
             "where",
             "relu",
             "_prelu_kernel",
+            "hardswish",
+            "log_sigmoid_forward",
+            "rrelu_with_noise",
         ):
             return self.pointwise(func, name, flat, spec, shadows, out)
         return self.unknown(func, shadows, out)
@@ -341,8 +347,17 @@ class Tracer(TorchDispatchMode):
         if name == "expand":
             return s.map(lambda ids: ids.expand(out.shape))
         moved: list[list[Slot]] = [[] for _ in outs]
+        padded: set[int] = set()
+        if name == "constant_pad_nd":
+            padded = {flat[0].dim() - 1 - i // 2 for i, n in enumerate(args[1]) if n}
         for slot in s.slots:
             ids = slot.ids
+            if padded and padded.isdisjoint(varying(ids)):  # a border belongs to its channel
+                for d in padded:
+                    ids = ids.narrow(d, 0, 1)
+                zero = (args[2] if len(args) > 2 else kwargs.get("value", 0)) == 0
+                moved[0].append(replace(slot, ids=ids.expand(out.shape), clean=slot.clean and zero))
+                continue
             if name in (
                 "index",
                 "pixel_shuffle",

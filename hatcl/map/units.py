@@ -77,6 +77,7 @@ class UnitMap:
         outputs: for module path, the units by which its output is multiplied instead of its weight.
         norms: what enters each norm.
         notes: what fell back, by module path.
+        buffers: for module path, the buffers of which every task has its own because a training forward writes them.
     """
 
     num_units: int
@@ -86,6 +87,7 @@ class UnitMap:
     outputs: dict[str, Ints]
     norms: dict[str, NormInput]
     notes: dict[str, str] = field(default_factory=dict)
+    buffers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able, compact (runs instead of lists); `from_json` reads it back."""
@@ -101,6 +103,7 @@ class UnitMap:
             "outputs": {path: runs(u) for path, u in self.outputs.items()},
             "norms": {p: {"dim": n.dim, "units": runs(n.units), "clean": n.clean, "across": n.across} for p, n in self.norms.items()},
             "notes": self.notes,
+            "buffers": {path: list(names) for path, names in self.buffers.items()},
         }  # fmt: skip
 
     @classmethod
@@ -119,6 +122,7 @@ class UnitMap:
             {p: unrun(u) for p, u in data["outputs"].items()},
             {p: NormInput(n["dim"], unrun(n["units"]), n["clean"], n["across"]) for p, n in data["norms"].items()},
             data["notes"],
+            {path: tuple(names) for path, names in data["buffers"].items()},
         )  # fmt: skip
 
 

@@ -145,7 +145,9 @@ def _leave(before: list[tuple[Gates, int | None]]) -> None:
 
 def _check_layers(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if module._buffers.get("running_mean") is not None and not isinstance(module, HATLayer):
+        # frozen batch norms have running statistics too, but no momentum: they are constants
+        moving = module._buffers.get("running_mean") is not None and hasattr(module, "momentum")
+        if moving and not isinstance(module, HATLayer):
             if not path.split(".")[-1].isdigit() or "hat_tasks" not in path:
                 raise HATError(
                     f"{path}: {type(module).__name__} has running statistics that all tasks would share; "
