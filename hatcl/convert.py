@@ -206,6 +206,8 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
                 if layer.fold_output and fold_axes & owners:
                     hat.output = (layer.output_dim, units(next(f.units for f in entry.factors if f.owner)))
                 fold_axes -= owners
+            if norm is not None and norm.across and layer.is_norm:  # the weight carries the factor of the statistics
+                fold_axes |= {f.axis for f in entry.factors}
             axes_ = tuple(Axis(units(f.units), f.shape, f.owner) for f in entry.factors)
             fold = tuple(i for i, f in enumerate(entry.factors) if f.axis in fold_axes)
             hat.params[name] = ParameterPlan(entry.view, axes_, fold, entry.copied)

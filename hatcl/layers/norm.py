@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from timm.layers import norm as timm_norm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -134,12 +135,22 @@ class TaskIndexedLayerNorm(_OverUnits, nn.LayerNorm):
     output_dim: ClassVar[int] = -1
 
 
-@register(nn.RMSNorm)
-class TaskIndexedRMSNorm(_OverUnits, nn.RMSNorm):
-    """RMS norm over the units that are on; per task: weight. Shapes: x `[..., U]`."""
-
+class _RootMeanSquare(_OverUnits):
     centred: ClassVar[bool] = False
     output_dim: ClassVar[int] = -1
+
+
+@register(nn.RMSNorm)
+class TaskIndexedRMSNorm(_RootMeanSquare, nn.RMSNorm):
+    """RMS norm over the units that are on; per task: weight. Shapes: x `[..., U]`."""
+
+
+_TIMM = ("RmsNorm", "RmsNormFp32", "RmsNorm2d", "RmsNorm2dFp32")
+
+
+@register(*(getattr(timm_norm, name) for name in _TIMM if hasattr(timm_norm, name)))
+class _TaskIndexedRmsNorm(_RootMeanSquare):
+    """timm's RMS norms, which are no subclasses of torch's."""
 
 
 @register(nn.GroupNorm)
