@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -93,10 +94,14 @@ def fit(
     *,
     flip: bool = False,
     bf16: bool = False,
+    cosine: bool = False,
     extra: Callable[[], Tensor] | None = None,
     head: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Cross-entropy for some epochs; `extra` is added to the loss, `head` picks a task's logits."""
+    """Cross-entropy for some epochs; `extra` is added to the loss, `head` picks a task's logits, `cosine` lets each
+    learning rate fall to zero along the task (and puts it back afterwards)."""
+    rates = [g["lr"] for g in optimizer.param_groups]
+    done, total = 0, epochs * task.steps(batch)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         model.train()
@@ -106,9 +111,15 @@ def fit(
                 loss = F.cross_entropy(head(out) if head else out, y)
             if extra is not None:
                 loss = loss + extra()
+            if cosine:
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * (1 + math.cos(math.pi * done / total)) / 2
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            done += 1
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def learn_all(

@@ -85,8 +85,8 @@ def outputs_of(model: nn.Module, inputs: Any, task: int) -> list[Tensor]:
 
 
 def certify(model: nn.Module, inputs: Any, *, strict: bool = False) -> Certificate:
-    """Prove that sealed tasks are isolated: for each, overwrite on a copy everything that is not its own with large random
-    values and demand bit-equal outputs on `inputs`. Also checks every task's digest.
+    """Prove that sealed tasks are isolated: for each, overwrite on a copy everything that is not its own with large
+    random values and demand bit-equal outputs on `inputs`. Also checks every task's digest.
 
     Args:
         inputs: what the model's forward takes: a tensor, a tuple or a dict.
@@ -110,14 +110,15 @@ def certify(model: nn.Module, inputs: Any, *, strict: bool = False) -> Certifica
             want = outputs_of(trial, inputs, t)
             with attack(trial, t, seed=t) as counts[t]:
                 got = outputs_of(trial, inputs, t)
-            diffs[t] = max((_difference(a, b) for a, b in zip(want, got, strict=False)), default=0.0)
+            diffs[t] = max((difference(a, b) for a, b in zip(want, got, strict=False)), default=0.0)
     certificate = Certificate(all(d == 0 for d in diffs.values()), diffs, counts)
     if strict and not certificate.exact:
         raise IsolationError(f"certify: {certificate}. Other tasks reach them; please report the model")
     return certificate
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference, 0.0 where the two are the same bit for bit (NaN where the other is NaN counts as the same)."""
     if torch.equal(a, b):
         return 0.0
     if a.is_floating_point() and bool((torch.isnan(a) == torch.isnan(b)).all()):

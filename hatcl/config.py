@@ -27,17 +27,20 @@ class HATConfig:
         init_value: the embedding's size where `init` needs one.
         init_density: the share of units that start on under `sparse`.
         schedule: how the scale s goes from 1 / `max_scale` to `max_scale` over the steps of one cycle.
-        cycles: how many times the scale is annealed within one task; None = the `epochs` given to `hatcl.learn`
-            (HAT anneals once per epoch).
+        cycles: how many times the scale is annealed within one task; None = once per epoch, as in HAT (the `epochs`
+            given to `hatcl.learn`).
+        settle: share of a task's last steps that are learned with the gates already hard and the embeddings held, so that
+            weights and statistics fit what sealing gives (not in HAT; 0 turns it off).
         max_scale: s_max of HAT's eq. 3 and 4.
         clamp: embeddings are kept within +-`clamp` after every step (HAT: 6).
         compensation_clamp: |s * e| is clamped to this in the gradient compensation (HAT: 50).
         embedding_lr_scale: an embedding's step is this many times what the optimizer makes of it.
         penalty_weight: weight of the sparsity penalty (HAT: 0.75).
-        penalty: `global` normalises over all units (HAT's eq. 5), `layer` takes the mean of the layers' ratios (HAT-CL).
+        penalty: `global` normalises over all units (HAT's eq. 5), `layer` takes the mean of the layers' ratios
+            (HAT-CL).
         forgiven: share of a layer's units that the penalty forgives; None = none, HAT-CL's quota is 1 / num_tasks.
-        reuse: which units of sealed tasks a new task may use. `all`: any, their elements frozen (HAT). `none`: only units
-            that no sealed task uses, so that no two tasks share anything and forgetting one erases all of it.
+        reuse: which units of sealed tasks a new task may use. `all`: any, their elements frozen (HAT). `none`: only
+            units that no sealed task uses, so that no two tasks share anything and forgetting one erases all of it.
         locked: sealed tasks whose elements are frozen while others learn; None = all (HAT-CL's choice of locked tasks).
     """
 
@@ -46,7 +49,8 @@ class HATConfig:
     init_value: float = 1.0
     init_density: float = 0.5
     schedule: str = "linear"
-    cycles: int | None = None
+    cycles: int | None = 1
+    settle: float = 0.1
     max_scale: float = 400.0
     clamp: float = 6.0
     compensation_clamp: float = 50.0
@@ -69,7 +73,7 @@ class HATConfig:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a number above {low:g}")
         if self.penalty_weight < 0:
             raise ConfigError(f"penalty_weight: got {self.penalty_weight!r}, expected a number of at least 0")
-        for name in ("init_density", "forgiven"):
+        for name in ("init_density", "forgiven", "settle"):
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:
                 raise ConfigError(f"{name}: got {share!r}, expected a share between 0 and 1")

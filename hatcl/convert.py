@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers as _layers  # registers the HAT layers
-from .certify import attack, outputs_of
+from .certify import attack, difference, outputs_of
 from .config import HATConfig
 from .errors import ConfigError, ConversionError
 from .gates import Gates, Units
@@ -195,7 +195,8 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
             entry = unit_map.entries[names[id(p)]]
             if entry.shape != tuple(p.shape):
                 raise ConversionError(
-                    f"{path}.{name}: the map says shape {list(entry.shape)}, it has {list(p.shape)}; trace this model anew"
+                    f"{path}.{name}: the map says shape {list(entry.shape)}, it has {list(p.shape)}; "
+                    "trace this model anew"
                 )
             fold_axes = set(unit_map.folds.get((path, entry.name), ()))
             for (user, other), axes in unit_map.folds.items():
@@ -244,8 +245,8 @@ def _verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HA
             log.info("%s: reachable by other tasks, so each task gets its own copy", name)
         model = build(copy.deepcopy(source), unit_map, config)
     raise ConversionError(
-        f"{type(source).__name__}: other tasks reach a task's output through {', '.join(leaks[:5])} even as copies per task; "
-        "please report the model, or pass verify=False to convert without the guarantee"
+        f"{type(source).__name__}: other tasks reach a task's output through {', '.join(leaks[:5])} even as "
+        "copies per task; please report the model, or pass verify=False to convert without the guarantee"
     )
 
 
@@ -266,7 +267,7 @@ def _leaks(model: nn.Module, inputs: Any) -> list[str]:
         def differs(only: set[str] | None) -> bool:
             with attack(trial, 0, only=only):
                 got = outputs_of(trial, inputs, 0)
-            return not all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(want, got, strict=False))
+            return any(difference(a, b) != 0 for a, b in zip(want, got, strict=True))
 
         if not differs(None):
             return []

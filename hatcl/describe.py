@@ -17,8 +17,8 @@ class Description:
 
     Attributes:
         units: how many units there are. use: sealed task -> how many it uses.
-        elements: shared_both (owner and reader known), shared_one (one of them), own_copy (each task has its own; one copy
-            counted), always_on (neither).
+        elements: shared_both (owner and reader known), shared_one (one of them), own_copy (each task has its own; one
+            copy counted), always_on (neither).
         layers: per layer its units and how many of them each sealed task uses.
         copies: parameter -> why each task has its own copy. notes: module path -> what the trace could not follow.
     """

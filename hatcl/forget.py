@@ -20,7 +20,8 @@ class ForgetReport:
     """What forgetting a task erases.
 
     Attributes:
-        erased: shared elements live for the task and for no other sealed task, per parameter. own: elements of its copies.
+        erased: shared elements live for the task and for no other sealed task, per parameter. own: elements of its
+            copies.
         kept: shared elements that stay because other sealed tasks use them too.
         units_freed: units that no sealed task uses any more.
     """
@@ -48,14 +49,15 @@ class ForgetReport:
         verb = "would erase" if self.dry_run else "erased"
         return (
             f"task {self.task}: {verb} {self.total_erased:,} shared elements and {self.own:,} of its own; "
-            f"{self.units_freed:,} units are free again; {self.share_kept:.1%} of its shared elements stay, other tasks use them"
+            f"{self.units_freed:,} units are free again; {self.share_kept:.1%} of its shared elements stay, other "
+            f"tasks use them"
         )
 
 
 def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> ForgetReport:
     """Forget a sealed task: every element live for it and for no other sealed task is drawn anew by its layer's own
-    initialiser, its gates, copies and head are dropped, and its index is free to be learned again. Every other task stays
-    bit-identical. If the task is active, the plain model becomes active.
+    initialiser, its gates, copies and head are dropped, and its index is free to be learned again. Every other task
+    stays bit-identical. If the task is active, the plain model becomes active.
 
     Args:
         dry_run: only report; the report then lists exactly what a real run would erase.

@@ -1,4 +1,5 @@
-"""Pure tensor maths of hard attention to the task. Serra et al. 2018, arXiv 1801.01423 (HAT); arXiv 2307.09653 (HAT-CL).
+"""Pure tensor maths of hard attention to the task. Serra et al. 2018, arXiv 1801.01423 (HAT); arXiv 2307.09653
+(HAT-CL).
 
 Shapes: `U` units, `T` tasks.
 """
@@ -58,8 +59,8 @@ def soft_gate(e: Tensor, scale: Tensor, max_scale: float, clamp: float = 50.0) -
 
     HAT (eq. 6) multiplies the gradient q of an embedding by `s_max/s * (cosh(clamp(s e, +-c)) + 1) / (cosh(e) + 1)`.
     As `sigmoid'(x) = 1 / (2 (cosh(x) + 1))`, the product of that factor and the sigmoid's own derivative is
-    `s_max * sigmoid'(e) * exp(-max(|s e| - c, 0))` (for |s e| > c up to a relative 1e-21), which is what is computed here:
-    the same number, without the `0 * inf` that the two-step form meets in float32 where the gate saturates.
+    `s_max * sigmoid'(e) * exp(-max(|s e| - c, 0))` (for |s e| > c up to a relative 1e-21), which is what is computed
+    here: the same number, without the `0 * inf` that the two-step form meets in float32 where the gate saturates.
 
     Args:
         e: embeddings, any shape.
@@ -119,7 +120,8 @@ def centre(x: Tensor, gate: Tensor, dim: int, over: tuple[int, ...]) -> Tensor:
 
 
 class _Centre(torch.autograd.Function):
-    """`centre` along the last dimension, with a derivative that passes over x-sized memory three times instead of seven."""
+    """`centre` along the last dimension, with a derivative that passes over x-sized memory three times instead of
+    seven."""
 
     @staticmethod
     def forward(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]

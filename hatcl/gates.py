@@ -19,9 +19,9 @@ from .errors import CapacityError, TaskError
 class Gates(nn.Module):
     """The gates of `U` units for `T` tasks.
 
-    A task's gate is `a = sigmoid(s * e)` while it is learned and exactly 0 or 1 once sealed. The active task is a property
-    of the gates (`task`), as is the task being learned (`learning`): what a layer computes follows the first, what is
-    frozen follows the second.
+    A task's gate is `a = sigmoid(s * e)` while it is learned and exactly 0 or 1 once sealed. The active task is a
+    property of the gates (`task`), as is the task being learned (`learning`): what a layer computes follows the first,
+    what is frozen follows the second.
 
     Attributes:
         embeddings: T parameters `[U]`.
@@ -46,6 +46,7 @@ class Gates(nn.Module):
         self.task: int | None = None
         self.learning: int | None = None
         self.soft = False
+        self.settled = False
         self.epoch = 0
         self.from_map = layers is not None
         self._taken_by: tuple[Any, Tensor] = (None, torch.zeros(0, dtype=torch.bool))
@@ -69,11 +70,9 @@ class Gates(nn.Module):
 
     def is_soft(self) -> bool:
         """Are the active task's gates soft now? In evaluation without gradients they are what sealing would give."""
-        return (
-            self.task is not None
-            and self.task == self.learning
-            and (self.soft or self.training or torch.is_grad_enabled())
-        )
+        if self.task is None or self.task != self.learning:
+            return False
+        return self.soft or (not self.settled and (self.training or torch.is_grad_enabled()))
 
     def select(self, index: slice | Tensor) -> Tensor | None:
         """The active task's gates of some units, as floats; None for the plain model."""
@@ -281,7 +280,8 @@ def check_task(model: nn.Module, task: int | None, *, sealed: bool | None = None
         )
     if sealed is False and is_sealed:
         raise TaskError(
-            f"task {task} is sealed and cannot be learned again; hatcl.forget_task(model, {task}) frees it, or learn another"
+            f"task {task} is sealed and cannot be learned again; hatcl.forget_task(model, {task}) frees it, or "
+            f"learn another"
         )
     return int(task)
 

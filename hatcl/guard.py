@@ -94,11 +94,12 @@ def sealed_tasks(model: nn.Module) -> list[int]:
     return gates_of(model)[0].sealed.nonzero().flatten().tolist()
 
 
-# ---- digests: the proof that what was sealed is what is there ---------------------------------------------------------
+# ---- digests: the proof that what was sealed is what is there ------------------------------------
 
 
 def digest(model: nn.Module, task: int) -> dict[str, str]:
-    """name -> `dtype:sha256` of everything a sealed task computes with: live elements, own copies, statistics, gates."""
+    """name -> `dtype:sha256` of everything a sealed task computes with: live elements, own copies, statistics,
+    gates."""
     out: dict[str, str] = {}
     for h in held(model):
         if h.plain or (h.task is not None and h.task != task):
@@ -151,7 +152,7 @@ def check(model: nn.Module, only: Sequence[int] | None = None) -> None:
         store[task] = now
 
 
-# ---- the guard ----------------------------------------------------------------------------------------------------------
+# ---- the guard -----------------------------------------------------------------------------------
 
 
 class Guard:
@@ -209,8 +210,8 @@ class Guard:
             kind = type(o).__name__
             if not callable(getattr(o, "step", None)) or not hasattr(o, "param_groups"):
                 raise GuardError(
-                    f"optimizer: got {kind}, which has no step() and param_groups to guard; pass a torch.optim.Optimizer "
-                    "(or a list of them) that you call step() on yourself"
+                    f"optimizer: got {kind}, which has no step() and param_groups to guard; pass a "
+                    "torch.optim.Optimizer (or a list of them) that you call step() on yourself"
                 )
             ids = {id(p) for group in o.param_groups for p in group["params"]}
             if not ids & mine:
@@ -222,8 +223,9 @@ class Guard:
         left = [e for e in self.embeddings if id(e) not in covered and e.numel()]
         if left:
             raise GuardError(
-                f"optimizer: no optimizer holds task {self.task}'s gate embeddings; was it built before hatcl.add_tasks or "
-                f"over a part of the model? Call optimizer.add_param_group({{'params': hatcl.task_parameters(model, {self.task})}})"
+                f"optimizer: no optimizer holds task {self.task}'s gate embeddings; was it built before "
+                "hatcl.add_tasks or over a part of the model? Call "
+                f"optimizer.add_param_group({{'params': hatcl.task_parameters(model, {self.task})}})"
             )
         return list(optimizers)
 
@@ -292,6 +294,9 @@ class Guard:
                         torch.where(mask, old, p, out=p)
                 for (g, e), was in zip(embeddings, before, strict=False):
                     c = g.config
+                    if g.settled:
+                        e.copy_(was)
+                        continue
                     if c.embedding_lr_scale != 1.0:
                         e.copy_(was + c.embedding_lr_scale * (e - was))
                     e.clamp_(-c.clamp, c.clamp)
@@ -312,12 +317,14 @@ class Guard:
     def check_finite(self) -> None:
         if not all(bool(torch.isfinite(e).all()) for e in self.embeddings):
             raise NonFiniteLossError(
-                f"task {self.task}: its gate embeddings are no longer finite, so the loss was NaN or infinite. Nothing was "
-                "sealed and earlier tasks are as they were; lower the learning rate, clip gradients, or look at the batch"
+                f"task {self.task}: its gate embeddings are no longer finite, so the loss was NaN or infinite. "
+                "Nothing was sealed and earlier tasks are as they were; lower the learning rate, clip gradients, or "
+                "look at the batch"
             )
 
     def repair(self, model: nn.Module) -> list[str]:
-        """Set shared elements that are not finite to zero: a sealed task multiplies them with zero, and `0 * NaN` is NaN."""
+        """Set shared elements that are not finite to zero: a sealed task multiplies them with zero, and `0 * NaN` is
+        NaN."""
         names = []
         with torch.no_grad():
             for name, p, _ in self.shared:

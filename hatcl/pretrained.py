@@ -1,4 +1,5 @@
-"""Saving and loading: safetensors for tensors, JSON for everything else. Files are written to a temporary name and renamed."""
+"""Saving and loading: safetensors for tensors, JSON for everything else. Files are written to a temporary name and
+renamed."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 1
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write a converted model: `model.safetensors` and `config.json` (options, map, tasks, how to make the plain model).
+    """Write a converted model: `model.safetensors` and `config.json` (options, map, tasks, how to make the plain
+    model).
 
     Raises:
         IntegrityError: a sealed task changed since it was sealed. ValueError: layers put together by hand (save their
@@ -132,7 +134,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _fit(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Check names and shapes before anything is loaded. Heads may differ in width per task: their copies take the file's."""
+    """Check names and shapes before anything is loaded. Heads may differ in width per task: their copies take the
+    file's."""
     state = model.state_dict()
     skip = {f"{GATES}._extra_state"}
     for name, t in tensors.items():

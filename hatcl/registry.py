@@ -58,7 +58,8 @@ def derive(layer: type, cls: type[nn.Module], attributes: tuple[tuple[str, Calla
     return type(f"HAT{cls.__name__}", tuple(bases), body)
 
 
-_SOURCES: dict[str, Callable[[dict[str, Any]], nn.Module]] = {}
+Maker = Callable[[dict[str, Any]], nn.Module]
+_SOURCES: dict[str, Maker] = {}
 
 
 def register_source(
@@ -66,7 +67,7 @@ def register_source(
 ) -> Callable[[Callable[[dict[str, Any]], nn.Module]], Callable[[dict[str, Any]], nn.Module]]:
     """Decorator for a function that makes a plain model again from what was saved of it under `kind`."""
 
-    def add(make: Callable[[dict[str, Any]], nn.Module]) -> Callable[[dict[str, Any]], nn.Module]:
+    def add(make: Maker) -> Maker:
         _SOURCES[kind] = make
         return make
 

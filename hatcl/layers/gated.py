@@ -1,8 +1,8 @@
 """`HATLayer`: what makes any module task-aware.
 
-A HAT layer is a subclass of what it replaces. Its parameters are stored as before (same names, same `state_dict` keys); read
-as attributes they are what the active task sees: the gate folded in, or the task's own copy. So the module's own forward,
-and any other code that uses `layer.weight`, computes the gated model without knowing it.
+A HAT layer is a subclass of what it replaces. Its parameters are stored as before (same names, same `state_dict`
+keys); read as attributes they are what the active task sees: the gate folded in, or the task's own copy. So the
+module's own forward, and any other code that uses `layer.weight`, computes the gated model without knowing it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Axis:
 
 @dataclass
 class ParameterPlan:
-    """How a parameter depends on the task. axes: its factors. fold: which of them multiply it. copied: a copy per task."""
+    """How a parameter depends on the task. axes: its factors. fold: which of them multiply it. copied: a copy per
+    task."""
 
     view: tuple[int, ...]
     axes: tuple[Axis, ...] = ()
@@ -132,8 +133,9 @@ def _rebuild(layer: type, cls: type, attributes: tuple) -> nn.Module:
 class HATLayer:
     """Mixin that makes a module task-aware; also what a module gets that merely holds parameters of its own.
 
-    By hand: `HATLinear(8, 16, num_tasks=3)` has its own gates over its output units; `reads=layer` names the layer whose
-    units its input carries (without it, freezing is by the output unit alone); `units=layer` shares that layer's gates.
+    By hand: `HATLinear(8, 16, num_tasks=3)` has its own gates over its output units; `reads=layer` names the layer
+    whose units its input carries (without it, freezing is by the output unit alone); `units=layer` shares that layer's
+    gates.
 
     Class attributes (for authors of further layers):
         owner_dims / reader_dims: parameter name -> dimension written / read.
@@ -234,8 +236,8 @@ class HATLayer:
         return copy
 
     def redrawn(self, rows: int | None = None) -> dict[str, Tensor]:
-        """Fresh values for the parameters, by the layer's own initialiser; where it has none, with the spread and mean that
-        they have now. rows: that many entries in the first dimension instead."""
+        """Fresh values for the parameters, by the layer's own initialiser; where it has none, with the spread and mean
+        that they have now. rows: that many entries in the first dimension instead."""
         bare = nn.Module.__new__(getattr(type(self), "_hat_source", (None, type(self)))[1])
         params = {n: p for n, p in self._parameters.items() if p is not None}  # type: ignore[attr-defined]
 

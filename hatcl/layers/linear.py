@@ -41,7 +41,8 @@ class HATLinear(HATLayer, nn.Linear):
 
 
 class TaskIndexedLinear(HATLinear):
-    """A head: every task has its own weight and bias. By hand: `TaskIndexedLinear(64, 10, num_tasks=5, reads=layer)`."""
+    """A head: every task has its own weight and bias. By hand: `TaskIndexedLinear(64, 10, num_tasks=5,
+    reads=layer)`."""
 
     owner_dims: ClassVar[Mapping[str, int]] = {}
     copied: ClassVar[tuple[str, ...]] = ("weight", "bias")

@@ -85,8 +85,9 @@ class _TaskIndexedInstanceNorm(_PerChannel):
 
 class _OverUnits(_Norm):
     """Statistics over units. With `n = sum a` of `U` units on, and the input centred over those units (off units zero),
-    the norm over all U differs from the norm over the n by the factor `sqrt(n / U)`, which is folded into the weight, and
-    by eps, which is scaled by `n / U` once gates are hard (while they are soft it is left, so that no step waits for n).
+    the norm over all U differs from the norm over the n by the factor `sqrt(n / U)`, which is folded into the weight,
+    and by eps, which is scaled by `n / U` once gates are hard (while they are soft it is left, so that no step waits
+    for n).
 
     Deviation: HAT (Serra et al. 2018) has no norms over units, and HAT-CL normalises over all of them.
     """
@@ -157,8 +158,8 @@ class _TaskIndexedRmsNorm(_RootMeanSquare):
 class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
     """Group norm over the units of each group that are on; per task: weight and bias. Shapes: x `[B, U, ...]`.
 
-    The input is centred over the units that are on and scaled by `sqrt(U_g / n_g)`, so that the group's variance is that
-    of its n_g units; the weight takes the scale back.
+    The input is centred over the units that are on and scaled by `sqrt(U_g / n_g)`, so that the group's variance is
+    that of its n_g units; the weight takes the scale back.
     """
 
     def _per_group(self, gate: Tensor) -> Tensor:

@@ -4,9 +4,10 @@
     scores = grain.reduce(gradients)      # tensors -> one number per block
     masks = grain.expand(scores > 0.5)    # a vector -> tensors that broadcast over the parameters
 
-`element`: every element by itself. `unit`: the elements that a unit owns (or, where nothing owns them, reads), by the map;
-number 0 collects what is always on. `matrix`: each tensor of two or more dimensions. `block`: each tensor. `lora_pair`: row r
-of A with column r of B. `partition:K`: each tensor's elements in K random parts, by a counter-based hash of their index.
+`element`: every element by itself. `unit`: the elements that a unit owns (or, where nothing owns them, reads), by the
+map; number 0 collects what is always on. `matrix`: each tensor of two or more dimensions. `block`: each tensor.
+`lora_pair`: row r of A with column r of B. `partition:K`: each tensor's elements in K random parts, by a counter-based
+hash of their index.
 """
 
 from __future__ import annotations
@@ -171,7 +172,8 @@ def _hashed(block: int, shape: tuple[int, ...], parts: int, seed: int) -> Callab
 
 
 def _lora_pairs(shapes: dict[str, tuple[int, ...]]) -> Grain:
-    """peft's names look like `...lora_A.<adapter>.weight`: matched by path segment, so that nothing matches by accident."""
+    """peft's names look like `...lora_A.<adapter>.weight`: matched by path segment, so that nothing matches by
+    accident."""
     kept: dict[str, tuple[int, ...]] = {}
     index: dict[str, Callable[[], Tensor]] = {}
     labels: list[str] = []

@@ -6,6 +6,8 @@ labels that meet in the same channel are coupled; what is coupled in the end is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,9 +23,9 @@ class Labels:
         self.parent: Ints = np.zeros(1, dtype=np.int64)
         self.flags = {role: np.zeros(1, dtype=bool) for role in self.ROLES}
         self.starts: list[int] = [0]
-        self.axes: list[tuple[str, object]] = [("", None)]
+        self.axes: list[tuple[Any, ...]] = [("", None)]
 
-    def new(self, count: int, axis: tuple[str, object]) -> int:
+    def new(self, count: int, axis: tuple[Any, ...]) -> int:
         """`count` fresh labels for `axis` = (parameter name, dimension); returns the first."""
         first = len(self.parent)
         self.parent = np.concatenate([self.parent, np.arange(first, first + count)])
@@ -56,7 +58,7 @@ class Labels:
         self.flags[role][labels] = True
         self.flags[role][0] = False
 
-    def axes_of(self, labels: Ints) -> list[tuple[str, object]]:
+    def axes_of(self, labels: Ints) -> list[tuple[Any, ...]]:
         """The (parameter, dimension) axes that the labels belong to."""
         found = np.unique(np.searchsorted(self.starts, labels[labels != 0], side="right") - 1)
         return [self.axes[i] for i in found]

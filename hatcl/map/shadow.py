@@ -1,7 +1,7 @@
 """Shadows: what a tensor's elements belong to, carried beside the tensor while the model runs.
 
-A shadow is a list of *slots*. A slot is an integer tensor of the tensor's shape that holds a label per element, kept with
-stride 0 where it is constant. A slot is *clean* when the element is exactly zero whenever its unit is off.
+A shadow is a list of *slots*. A slot is an integer tensor of the tensor's shape that holds a label per element, kept
+with stride 0 where it is constant. A slot is *clean* when the element is exactly zero whenever its unit is off.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Axis = tuple[str, object]  # (parameter name, dimension or "joint")
+Axis = tuple[Any, ...]  # (parameter name, dimension or "joint"[, "output": gate the layer's output instead])
 
 
 @dataclass(frozen=True)
 class Slot:
-    """ids: labels, of the tensor's shape. clean: zero where the unit is off. folds: for what is computed from parameters
-    alone, the axes to multiply by the gate so that the value is scaled by it once (None: no such axes)."""
+    """ids: labels, of the tensor's shape. clean: zero where the unit is off. folds: for what is computed from
+    parameters alone, the axes to multiply by the gate so that the value is scaled by it once (None: no such axes)."""
 
     ids: Tensor
     clean: bool = True

@@ -3,7 +3,8 @@
 Beside every tensor goes a `Shadow` (see `shadow.py`). Five rules move it on:
 
 1. view-like operations act on the shadow as on the tensor;
-2. elementwise operations couple the labels that meet along the same dimensions; a parameter takes the unit of what it meets;
+2. elementwise operations couple the labels that meet along the same dimensions; a parameter takes the unit of what it
+   meets;
 3. contractions (linear, convolution, matmul, attention) give the output the weight's own labels, and couple each input
    index of the weight with the unit it reads; where both sides are activations, the contracted labels are coupled;
 4. a reduction over differing units is noted and forgets them;
@@ -212,7 +213,8 @@ class Tracer(TorchDispatchMode):
         self.labels.union(*pairs.numpy())
 
     def spread(self, act: Tensor, param: Tensor) -> int:
-        """Into how few units would coupling collapse the activation's: the most labels that one parameter label meets."""
+        """Into how few units would coupling collapse the activation's: the most labels that one parameter label
+        meets."""
         a, b = torch.broadcast_tensors(small(act), small(param))
         pairs = np.unique(np.stack([a.reshape(-1).numpy(), b.reshape(-1).numpy()]), axis=1)
         pairs = pairs[:, (pairs[0] != 0) & (pairs[1] != 0)]
@@ -679,7 +681,7 @@ class Tracer(TorchDispatchMode):
         if axes is None:  # scaled away (weight standardisation): the module's output takes the gate instead
             axes = frozenset(self.labels.axes_of(labels))
             self.note("the gate would cancel in the weight's own normalisation: it acts on the layer's output")
-            pending |= {(self.path[-1], (a[0], "output", a[1])) for a in axes}  # type: ignore[misc]
+            pending |= {(self.path[-1], (*a, "output")) for a in axes}
         else:
             pending |= {(self.path[-1], a) for a in axes}
         return Slot(p.ids, True)
@@ -816,7 +818,8 @@ class Tracer(TorchDispatchMode):
         return self.add_bias(bias, result, out, lambda ids: ids.view(view).expand(out.shape))
 
     def read_groups(self, w: Tensor, p: Slot, inputs: list[tuple[Tensor, Slot]], groups: int, channels: int) -> None:
-        """In a grouped convolution element (o, j) reads input channel `group(o) * width + j`: one joint axis for both."""
+        """In a grouped convolution element (o, j) reads input channel `group(o) * width + j`: one joint axis for
+        both."""
         axes = self.labels.axes_of(np.unique(small(p.ids).numpy()))
         if len(axes) != 1:
             self.labels.mark("dropped", np.unique(small(p.ids).numpy()))

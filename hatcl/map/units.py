@@ -1,8 +1,9 @@
 """The map: for every element of every parameter, which unit owns it and which unit it reads from.
 
-A parameter's entry is a product of *factors*: one vector of unit numbers per dimension that carries units (0 = always on),
-broadcast over the parameter. An element is live for a task when the gates of all its factors are 1. Units are numbered from
-1 in the order of the parameters that write them, so that the same model gives the same numbers in every process.
+A parameter's entry is a product of *factors*: one vector of unit numbers per dimension that carries units (0 = always
+on), broadcast over the parameter. An element is live for a task when the gates of all its factors are 1. Units are
+numbered from 1 in the order of the parameters that write them, so that the same model gives the same numbers in every
+process.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .trace import Trace
 
 @dataclass(frozen=True)
 class Factor:
-    """units: `[n]` unit numbers along one axis of a parameter, 0 = always on. shape: n as it broadcasts over `Entry.view`.
+    """units: `[n]` unit numbers along one axis of a parameter, 0 = always on. shape: n as it broadcasts over
+    `Entry.view`.
     owner: whether the axis is written (else read)."""
 
     axis: int | str
@@ -71,7 +73,8 @@ class UnitMap:
 
     Attributes:
         num_units: U.
-        layers: (name, start, stop) of each layer's units, by the parameter that first writes them; 1-based, stop excluded.
+        layers: (name, start, stop) of each layer's units, by the parameter that first writes them; 1-based, stop
+            excluded.
         entries: one per parameter name.
         folds: for (module path, parameter name), the factors to multiply by the gate where that module uses it.
         outputs: for module path, the units by which its output is multiplied instead of its weight.
@@ -91,39 +94,51 @@ class UnitMap:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able, compact (runs instead of lists); `from_json` reads it back."""
+
+        def entry(e: Entry) -> dict[str, Any]:
+            return {
+                "name": e.name,
+                "shape": list(e.shape),
+                "view": list(e.view),
+                "factors": [f.to_json() for f in e.factors],
+                "copied": e.copied,
+                "why": e.why,
+                "head": e.head,
+            }
+
+        def norm(n: NormInput) -> dict[str, Any]:
+            return {"dim": n.dim, "units": runs(n.units), "clean": n.clean, "across": n.across}
+
         return {
             "num_units": self.num_units,
             "layers": [list(x) for x in self.layers],
-            "entries": [
-                {"name": e.name, "shape": list(e.shape), "view": list(e.view), "copied": e.copied, "why": e.why, "head": e.head,
-                 "factors": [f.to_json() for f in e.factors]}
-                for e in self.entries.values()
-            ],
+            "entries": [entry(e) for e in self.entries.values()],
             "folds": [[path, name, list(axes)] for (path, name), axes in self.folds.items()],
             "outputs": {path: runs(u) for path, u in self.outputs.items()},
-            "norms": {p: {"dim": n.dim, "units": runs(n.units), "clean": n.clean, "across": n.across} for p, n in self.norms.items()},
+            "norms": {path: norm(n) for path, n in self.norms.items()},
             "notes": self.notes,
             "buffers": {path: list(names) for path, names in self.buffers.items()},
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> UnitMap:
         def factor(f: dict[str, Any]) -> Factor:
             return Factor(f["axis"], unrun(f["units"]), tuple(f["shape"]), f["owner"])
 
+        def entry(e: dict[str, Any]) -> Entry:
+            factors = tuple(map(factor, e["factors"]))
+            return Entry(e["name"], tuple(e["shape"]), tuple(e["view"]), factors, e["copied"], e["why"], e["head"])
+
         return cls(
             data["num_units"],
             [(n, a, b) for n, a, b in data["layers"]],
-            {
-                e["name"]: Entry(e["name"], tuple(e["shape"]), tuple(e["view"]), tuple(map(factor, e["factors"])), e["copied"], e["why"], e["head"])
-                for e in data["entries"]
-            },
+            {e["name"]: entry(e) for e in data["entries"]},
             {(path, name): tuple(axes) for path, name, axes in data["folds"]},
-            {p: unrun(u) for p, u in data["outputs"].items()},
+            {path: unrun(u) for path, u in data["outputs"].items()},
             {p: NormInput(n["dim"], unrun(n["units"]), n["clean"], n["across"]) for p, n in data["norms"].items()},
             data["notes"],
             {path: tuple(names) for path, names in data["buffers"].items()},
-        )  # fmt: skip
+        )
 
 
 def runs(values: Ints) -> list[list[int]]:
@@ -200,13 +215,13 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     folds: dict[tuple[str, str], set[Any]] = {}
     outputs: dict[str, Ints] = {}
     for path, axis in [*found.folds, *found.read_dirty]:
-        name, where = axis[0], axis[1:]
-        if where[0] == "output":
-            units = next((f.units for f in entries[name].factors if f.axis == where[1]), None)
-            if units is not None:
-                outputs[path] = units
-        elif any(f.axis == where[0] for f in entries[name].factors):
-            folds.setdefault((path, name), set()).add(where[0])
+        factor = next((f for f in entries[axis[0]].factors if f.axis == axis[1]), None)
+        if factor is None:
+            continue
+        if len(axis) > 2:  # a weight that is normalised before use: the gate acts on the layer's output
+            outputs[path] = factor.units
+        else:
+            folds.setdefault((path, axis[0]), set()).add(axis[1])
 
     norms: dict[str, NormInput] = {}
     for path, seen in found.norms.items():

@@ -47,7 +47,8 @@ class Learning:
 
     @contextlib.contextmanager
     def soft(self) -> Iterator[None]:
-        """Inside, evaluation too computes with the soft gates at the current scale (for measuring what hardening costs)."""
+        """Inside, evaluation too computes with the soft gates at the current scale (for measuring what hardening
+        costs)."""
         for g in self.gates:
             g.soft = True
         try:
@@ -67,6 +68,7 @@ class Learning:
         value = scale_at(at % length, length, self.config.max_scale, self.config.schedule)
         for g in self.gates:
             g.scale.fill_(value)
+            g.settled = self.step >= self.steps * (1 - self.config.settle)
 
 
 @contextlib.contextmanager
@@ -93,7 +95,8 @@ def learn(
     task = check_task(model, task, sealed=False)
     if steps < 1 or epochs < 1 or not 0 <= start <= steps:
         raise TaskError(
-            f"steps: got steps={steps}, epochs={epochs}, start={start}; expected steps and epochs of at least 1, start from 0 to steps"
+            f"steps: got steps={steps}, epochs={epochs}, start={start}; expected steps and epochs of at least 1, "
+            f"start from 0 to steps"
         )
     gates = gates_of(model)
     if any(g.learning is not None for g in gates):
@@ -132,7 +135,7 @@ def learn(
         _leave(before)
         raise
     for g in gates:
-        g.learning = None
+        g.learning, g.settled = None, False
         g.seal(task)
     for t in [task, *(t for t in sealed if t not in locked)]:
         guards.record(model, t)
@@ -140,7 +143,7 @@ def learn(
 
 def _leave(before: list[tuple[Gates, int | None]]) -> None:
     for g, t in before:
-        g.learning, g.task = None, t
+        g.learning, g.task, g.settled = None, t, False
 
 
 def _check_layers(model: nn.Module) -> None:

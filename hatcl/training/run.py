@@ -54,12 +54,12 @@ class TrainOptions:
         checkpoint_seconds: a checkpoint is written at the first step after this many seconds, and after each task.
     """
 
-    epochs: int = 20
+    epochs: int = 12
     batch_size: int = 32
     opt: str = "adamw"
-    lr: float = 2e-3
+    lr: float = 3e-3
     weight_decay: float = 0.05
-    sched: str = "none"
+    sched: str = "cosine"
     warmup_epochs: int = 0
     fresh_optimizer: bool = False
     clip_grad: float = 0.0
