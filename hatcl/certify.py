@@ -118,7 +118,7 @@ def certify(model: nn.Module, inputs: Any, *, strict: bool = False) -> Certifica
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference, 0.0 where the two are the same bit for bit (NaN where the other is NaN counts as the same)."""
+    """The largest difference; 0.0 where the two are the same bit for bit, NaN for NaN."""
     if torch.equal(a, b):
         return 0.0
     if a.is_floating_point() and bool((torch.isnan(a) == torch.isnan(b)).all()):

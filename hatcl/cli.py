@@ -148,6 +148,7 @@ def train_command(
     stream = _source(flags).load()
     if (folder / checkpoints.METRICS).exists():
         result = RunResult.from_dict(checkpoints.read_json(folder / checkpoints.METRICS))
+        checkpoints.tidy(folder)
         out.print(f"{folder} is finished already.")
     else:
         checkpoint = checkpoints.load_checkpoint(folder, torch.device(options.device)) if resume else None

@@ -29,8 +29,8 @@ class HATConfig:
         schedule: how the scale s goes from 1 / `max_scale` to `max_scale` over the steps of one cycle.
         cycles: how many times the scale is annealed within one task; None = once per epoch, as in HAT (the `epochs`
             given to `hatcl.learn`).
-        settle: share of a task's last steps that are learned with the gates already hard and the embeddings held, so that
-            weights and statistics fit what sealing gives (not in HAT; 0 turns it off).
+        settle: share of a task's last steps that are learned with the gates already hard and the embeddings held, so
+            that weights and statistics fit what sealing gives (not in HAT; 0 turns it off).
         max_scale: s_max of HAT's eq. 3 and 4.
         clamp: embeddings are kept within +-`clamp` after every step (HAT: 6).
         compensation_clamp: |s * e| is clamped to this in the gradient compensation (HAT: 50).

@@ -223,12 +223,10 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
             hat.dirty = not norm.clean
         plan.append((m, task_class(layer, type(m), tuple(own), moving), hat))
     for m, cls, hat in plan:
-        if "eps" in m.__dict__ and isinstance(getattr(cls, "eps", None), property):
-            m.__dict__["_eps"] = m.__dict__.pop("eps")
         m.__class__ = cls
         m.attach(hat, config.num_tasks)  # type: ignore[operator]
     model.add_module(GATES, gates)
-    gates.unit_map = unit_map  # type: ignore[assignment]
+    gates.unit_map = unit_map
     gates.train(model.training)
     return model
 
@@ -271,7 +269,7 @@ def _leaks(model: nn.Module, inputs: Any) -> list[str]:
 
         if not differs(None):
             return []
-        names = [n for n, e in gates.unit_map.entries.items() if not e.copied]  # type: ignore[union-attr]
+        names = [n for n, e in gates.unit_map.entries.items() if not e.copied]
         found: list[str] = []
         groups = [names]
         while groups:
@@ -294,10 +292,10 @@ def _widen_heads(model: nn.Module, num_classes: Sequence[int]) -> None:
             f"num_classes: {type(model).__name__} has no head whose width could differ per task; pass one number"
         )
     for path in heads:
-        module = model.get_submodule(path)
-        width = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+        module: Any = model.get_submodule(path)
+        width = module._parameters["weight"].shape[0]
         for task, n in enumerate(num_classes):
             if n != width:
-                for name, value in module.redrawn(rows=n).items():  # type: ignore[operator]
-                    old = module.hat_tasks[task]._parameters[name]  # type: ignore[index,union-attr]
-                    module.hat_tasks[task]._parameters[name] = nn.Parameter(value.to(old))  # type: ignore[index,union-attr,arg-type]
+                own = module.hat_tasks[task]._parameters
+                for name, value in module.redrawn(rows=n).items():
+                    own[name] = nn.Parameter(value.to(own[name]))

@@ -99,21 +99,20 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
         for module in [m for m in model.modules() if isinstance(m, HATLayer)]:
             mine = {
                 n: p for n, p in module._parameters.items() if p is not None and id(p) in plan and id(p) not in done
-            }  # type: ignore[attr-defined]
+            }
             if mine:
                 fresh = module.redrawn()
                 for name, p in mine.items():
                     p.copy_(torch.where(plan[id(p)][1], fresh[name].to(p), p))
                     done.add(id(p))
-            if "hat_tasks" in module._modules:  # type: ignore[attr-defined]
-                old, new = module.hat_tasks[task], module.new_copy()  # type: ignore[attr-defined]
-                for name, p in old._parameters.items():
-                    if p.shape == new._parameters[name].shape:
-                        p.copy_(new._parameters[name])  # the optimizer may hold this very parameter
-                    else:
-                        p.copy_(module.redrawn(rows=p.shape[0])[name])
-                for name, b in old._buffers.items():
-                    b.copy_(new._buffers[name])
+            if "hat_tasks" in module._modules:
+                old, new = module.hat_tasks[task], module.new_copy()
+                start = dict(new.named_parameters())
+                for name, p in old.named_parameters():
+                    same = p.shape == start[name].shape
+                    p.copy_(start[name] if same else module.redrawn(rows=p.shape[0])[name])  # an optimizer may hold p
+                for b, fresh_b in zip(old.buffers(), new.buffers(), strict=True):
+                    b.copy_(fresh_b)
     for g in gates:
         g.unseal(task)
         g.digests.pop(task, None)

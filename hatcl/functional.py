@@ -47,7 +47,7 @@ class _Gate(torch.autograd.Function):
         ctx.save_for_backward(e, scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         e, scale = ctx.saved_tensors
         half = torch.sigmoid(e)
         beyond = torch.relu((scale * e).abs() - ctx.clamp)
@@ -124,7 +124,7 @@ class _Centre(torch.autograd.Function):
     seven."""
 
     @staticmethod
-    def forward(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = gate.sum().clamp(min=SMALLEST_GATE)
         mean = x.sum(-1, keepdim=True) / total
         return torch.addcmul(x, mean, gate, value=-1), mean, total
@@ -137,7 +137,7 @@ class _Centre(torch.autograd.Function):
         ctx.save_for_backward(gate, mean, total)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         gate, mean, total = ctx.saved_tensors
         to_mean = torch.mv(grad.reshape(-1, grad.shape[-1]), gate.to(grad.dtype)).view(mean.shape) / total
         rows = mean.reshape(-1)

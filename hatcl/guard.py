@@ -74,7 +74,7 @@ def own_buffers(model: nn.Module, task: int) -> Iterator[tuple[str, Tensor]]:
     """A task's running statistics."""
     for path, module in model.named_modules():
         if isinstance(module, HATLayer) and "hat_tasks" in module._modules:  # type: ignore[attr-defined]
-            for name, b in module.hat_tasks[task].named_buffers():  # type: ignore[attr-defined]
+            for name, b in module.hat_tasks[task].named_buffers():
                 yield f"{path}.hat_tasks.{task}.{name}", b
 
 
@@ -84,7 +84,7 @@ def shared_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, (Gates, TaskCopy)):
             continue
         hat = isinstance(module, HATLayer) and module.__dict__.get("_hat") is not None
-        own = module._copied_buffers() if hat else ()  # type: ignore[operator]
+        own = module._copied_buffers() if hat else ()
         for name, b in module._buffers.items():
             if b is not None and name not in own and name not in module._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, b

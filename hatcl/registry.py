@@ -28,13 +28,14 @@ def register(*bases: type[nn.Module]) -> Callable[[T], T]:
     return add
 
 
-def layer_for(cls: type[nn.Module]) -> type:
+def layer_for(cls: type[nn.Module]) -> type[Any]:
     """The registered HAT layer of the nearest base of `cls`."""
-    return _resolve(cls)
+    found: type[Any] = _resolve(cls)  # type: ignore[arg-type]
+    return found
 
 
 @cache
-def _resolve(cls: type[nn.Module]) -> type:
+def _resolve(cls: Any) -> type[Any]:
     for base in cls.__mro__:
         if base in _LAYERS:
             return _LAYERS[base]
@@ -47,7 +48,7 @@ def registered() -> dict[type[nn.Module], type]:
 
 
 @cache
-def derive(layer: type, cls: type[nn.Module], attributes: tuple[tuple[str, Callable[[str], Any]], ...]) -> type:
+def derive(layer: type, cls: Any, attributes: tuple[tuple[str, Callable[[str], Any]], ...]) -> type:
     """The class that a converted instance of `cls` gets: `layer` in front of `cls`, with task-aware attributes (name,
     how it is made)."""
     missing = {n: make(n) for n, make in attributes if not isinstance(getattr(layer, n, None), property)}

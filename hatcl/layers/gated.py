@@ -126,7 +126,7 @@ def task_class(layer: type, cls: type, names: tuple[str, ...], buffers: tuple[st
 
 def _rebuild(layer: type, cls: type, attributes: tuple) -> nn.Module:
     made = derive(layer, cls, attributes)
-    return made.__new__(made)
+    return nn.Module.__new__(made)
 
 
 @register(nn.Module)
@@ -153,6 +153,8 @@ class HATLayer:
     fold_output: ClassVar[bool] = False
     always: ClassVar[bool] = False
     is_norm: ClassVar[bool] = False
+    _hat: Binding
+    hat_tasks: Any
 
     def __init__(
         self,
@@ -187,7 +189,8 @@ class HATLayer:
         for name, p in self._parameters.items():  # type: ignore[attr-defined]
             if p is None:
                 continue
-            axes, fold = [], ()
+            axes: list[Axis] = []
+            fold: tuple[int, ...] = ()
             for dims, which, owner in ((self.owner_dims, source, True), (self.reader_dims, read, False)):
                 if name in dims and which is not None:
                     self._check_width(name, p, dims[name], which)
@@ -256,7 +259,7 @@ class HATLayer:
         if callable(reset):
             with contextlib.suppress(AttributeError):  # an initialiser that also resets what is not there
                 reset()
-        return {n: bare._parameters[n].detach() for n in params}  # type: ignore[union-attr]
+        return {n: bare._parameters[n].detach() for n in params}
 
     # ---- at work -----------------------------------------------------------------------------------------------
 
@@ -302,6 +305,13 @@ class HATLayer:
             return out
         dim, units = hat.output
         return multiply(out, units, dim)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        hat = self.active
+        if hat is None or name not in self._buffers or name not in self._copied_buffers():  # type: ignore[attr-defined]
+            super().__setattr__(name, value)
+        elif hat.gates.task == hat.gates.learning:  # a sealed task's statistics stay as they are
+            self.hat_tasks[hat.gates.task]._buffers[name] = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         source = getattr(type(self), "_hat_source", None)

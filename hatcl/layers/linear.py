@@ -29,14 +29,15 @@ class HATLinear(HATLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         hat = self.active
         plan = hat.params.get("weight") if hat is not None and torch.is_grad_enabled() else None
-        if hat is not None and plan is not None and x.numel() < self._parameters["weight"].numel():
+        raw: Any = self._parameters["weight"]
+        if hat is not None and plan is not None and x.numel() < raw.shape[1] ** 2:
             if not plan.copied and type(self) is HATLinear:
                 fold = [plan.axes[i] for i in plan.fold]
                 if len(fold) == 1 and fold[0].owner and hat.output is None:
                     # fewer rows than inputs: gating the output costs less than gating the weight
                     bias = self._parameters["bias"]
                     if bias is None or (b := hat.params.get("bias")) is not None and b.fold and not b.copied:
-                        return multiply(tf.linear(x, self._parameters["weight"], bias), fold[0].units, -1)
+                        return multiply(tf.linear(x, raw, bias), fold[0].units, -1)
         return self.gate_output(super().forward(x))
 
 

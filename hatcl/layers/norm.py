@@ -103,7 +103,7 @@ class _OverUnits(_Norm):
     @property
     def eps(self) -> Any:
         """The plain eps, times n / U where a sealed task is active."""
-        plain = self.__dict__["_eps"]
+        plain = self.__dict__["eps"]
         hat = self.active
         if plain is None or hat is None or hat.norm is None or hat.gates.is_soft():
             return plain
@@ -111,7 +111,7 @@ class _OverUnits(_Norm):
 
     @eps.setter
     def eps(self, value: Any) -> None:
-        self.__dict__["_eps"] = value
+        self.__dict__["eps"] = value
 
     def forward(self, x: Tensor) -> Tensor:
         hat = self.active

@@ -264,10 +264,10 @@ class Tracer(TorchDispatchMode):
             self.write(args[0], result[0] if isinstance(result, list) else result)
         else:
             outs = [x for x in tree_flatten(out)[0]]
-            results = result if isinstance(result, list) else [result] * len(outs)
-            for x, s in zip(outs, results, strict=False):
-                if isinstance(x, Tensor) and s is not None and x not in self.shadows:
-                    self.shadows[x] = s
+            results: list[Shadow | None] = result if isinstance(result, list) else [result] * len(outs)
+            for x, moved in zip(outs, results, strict=False):
+                if isinstance(x, Tensor) and moved is not None and x not in self.shadows:
+                    self.shadows[x] = moved
         return out
 
     def rule(
@@ -416,7 +416,9 @@ class Tracer(TorchDispatchMode):
                         self.fold(s, slot)
         slots = []
         for frame in frames:
-            pieces, clean, folds = [], True, frozenset()
+            pieces: list[Tensor] = []
+            clean = True
+            folds: frozenset[Axis] | None = frozenset()
             constant = [
                 d for d in range(out.dim()) if d != dim and all(f is None or d not in varying(f.ids) for f in frame)
             ]
@@ -504,7 +506,7 @@ class Tracer(TorchDispatchMode):
             if not clean and owners[k] and self.stays_zero(func, flat, spec, wide, zero | set(owners[k])):
                 clean = True
                 for i, slot in owners[k].items():
-                    self.fold(wide[i], slot)
+                    self.fold(wide[i] or Shadow(), slot)
             elif not clean:
                 for slot in owners[k].values():  # neither zero nor foldable: a copy per task
                     self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
@@ -659,7 +661,8 @@ class Tracer(TorchDispatchMode):
                         self.labels.mark("read", np.unique(small(x.ids).numpy()))
             return self.settle_slots([s for s in [*left, *right] if k not in varying(s.ids)], finish)
         act, par, whole = (right, left, sa) if sa.of_parameters else (left, right, sb)
-        slots, pending, _owned = [], set(), False
+        slots: list[Slot] = []
+        pending: set[Use] = set()
         readable = [x for x in act if k in varying(x.ids)]
         for p in par:
             along, across = k in varying(p.ids), [d for d in varying(p.ids) if d != k]

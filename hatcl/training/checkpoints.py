@@ -76,10 +76,14 @@ def load_checkpoint(run: Path, device: torch.device) -> Checkpoint | None:
 def tidy(run: Path) -> None:
     """Drop what a finished run does not need: its checkpoint, and what interrupted replacements left behind."""
     shutil.rmtree(run / CHECKPOINT, ignore_errors=True)
-    for target in (run / CHECKPOINT, run / MODEL):
-        shutil.rmtree(_beside(target, "new"), ignore_errors=True)
-        if target.exists() or target.name == CHECKPOINT:
-            shutil.rmtree(_beside(target, "old"), ignore_errors=True)
+    shutil.rmtree(_beside(run / CHECKPOINT, "old"), ignore_errors=True)
+    if (run / MODEL).exists():
+        shutil.rmtree(_beside(run / MODEL, "old"), ignore_errors=True)
+    for path in run.glob(".*.new"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def save_model(run: Path, model: nn.Module) -> None:

@@ -172,5 +172,5 @@ def add_tasks(model: nn.Module, count: int) -> None:
     for g in gates_of(model):
         g.add(count)
     for module in model.modules():
-        if isinstance(module, HATLayer) and "hat_tasks" in module._modules:  # type: ignore[attr-defined]
-            module.hat_tasks.extend(module.new_copy() for _ in range(count))  # type: ignore[attr-defined]
+        if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
+            module.hat_tasks.extend(module.new_copy() for _ in range(count))
