@@ -147,3 +147,98 @@ def same(before, after):
 
 def snapshot(model):
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+# ---- the network physically cut down to a task's units (M1) ---------------------------------------
+
+
+def ends(model, name, task):
+    """Which rows and which inputs of a weight a task has on: (owner, reader) masks, None where always on."""
+    on = torch.cat([torch.ones(1, dtype=torch.bool), gates_of(model)[0].masks[task]])
+    found = {True: None, False: None}
+    for f in gates_of(model)[0].unit_map.entries[name].factors:
+        found[f.owner] = on[torch.as_tensor(f.units)]
+    return found[True], found[False]
+
+
+def _set(module, name, value):
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(value.clone())
+    else:
+        module._buffers[name] = value.clone()
+
+
+class GroupsCut(nn.Module):
+    """A group norm some of whose channels are gone: every group over what is left of it."""
+
+    def __init__(self, norm, on):
+        super().__init__()
+        size = len(on) // norm.num_groups
+        self.norm, self.on = norm, on
+        self.groups = [i * size + on[i * size : (i + 1) * size].nonzero().flatten() for i in range(norm.num_groups)]
+
+    def forward(self, x):
+        wide = x.new_zeros(x.shape[0], len(self.on), *x.shape[2:])
+        wide[:, self.on] = x
+        out = torch.zeros_like(wide)
+        for index in self.groups:
+            if len(index):
+                w, b = self.norm.weight, self.norm.bias
+                part = tf.group_norm(
+                    wide[:, index], 1, None if w is None else w[index], None if b is None else b[index], self.norm.eps
+                )
+                out[:, index] = part
+        return out[:, self.on]
+
+
+def cut(source, model, task):
+    """`source`, an `nn.Sequential` without branches, physically cut down to what `task` has on: smaller weights, no
+    gates. Written against the map's masks alone, with plain torch."""
+    steps, live = [], None
+    for i, step in enumerate(source):
+        step, hat = copy.deepcopy(step), model[i]
+        own = hat.hat_tasks[task] if "hat_tasks" in hat._modules else None
+        values = {**dict(hat._parameters), **{n: b for n, b in step._buffers.items()}}
+        if own is not None:
+            values.update({**own._parameters, **own._buffers})
+        if isinstance(step, (nn.Linear, nn.modules.conv._ConvNd)):
+            rows, columns = 0, 1
+            if getattr(step, "transposed", False):
+                rows, columns = 1, 0
+            w, b = values["weight"], values.get("bias")
+            owner, reader = ends(model, f"{i}.weight", task)
+            depthwise = getattr(step, "groups", 1) > 1
+            if live is not None and not depthwise:
+                w = w.movedim(columns, 0)[live].movedim(0, columns)
+            if owner is not None and own is None:
+                w = w.movedim(rows, 0)[owner].movedim(0, rows)
+                b = None if b is None else b[owner]
+                live = owner
+                size = int(owner.sum())
+                for attr in ("out_features", "out_channels"):
+                    if hasattr(step, attr):
+                        setattr(step, attr, size)
+                if depthwise:
+                    step.groups = step.in_channels = size
+            _set(step, "weight", w.detach())
+            if b is not None:
+                _set(step, "bias", b.detach())
+        elif live is not None and isinstance(step, nn.GroupNorm) and step.num_groups > 1:
+            for name, value in values.items():
+                if value is not None:
+                    _set(step, name, value.detach())
+            step = GroupsCut(step, live)
+        elif live is not None and (step._parameters or step._buffers or hasattr(step, "normalized_shape")):
+            for name, value in values.items():
+                if value is None or name not in {**step._parameters, **step._buffers}:
+                    continue
+                value = value.detach()
+                _set(step, name, value[live] if value.dim() and len(value) == len(live) else value)
+            if hasattr(step, "normalized_shape"):
+                step.normalized_shape = (int(live.sum()), *step.normalized_shape[1:])
+            if hasattr(step, "num_features"):
+                step.num_features = int(live.sum())
+            if isinstance(step, nn.GroupNorm):
+                step.num_channels = int(live.sum())
+        steps.append(step)
+    return nn.Sequential(*steps)
