@@ -29,7 +29,7 @@ class HATLinear(HATLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         hat = self.active
         plan = hat.params.get("weight") if hat is not None and torch.is_grad_enabled() else None
-        raw: Any = self._parameters["weight"]
+        raw: Any = self._parameters.get("weight")  # a parametrized one is not there
         if hat is not None and plan is not None and x.numel() < raw.shape[1] ** 2:
             if not plan.copied and type(self) is HATLinear:
                 fold = [plan.axes[i] for i in plan.fold]
