@@ -174,6 +174,8 @@ def test_the_newest_model_of_a_run_is_found(tmp_path, model):
     checkpoints.save_model(tmp_path, model)
     assert checkpoints.find_model(tmp_path) == tmp_path / "model"
     (tmp_path / "model").rename(tmp_path / ".model.old")  # killed between the two moves
+    (tmp_path / ".metrics.json.new").touch()
+    (tmp_path / ".model.new").mkdir()
     checkpoints.tidy(tmp_path)
     assert checkpoints.find_model(tmp_path) == tmp_path / ".model.old"
     assert not (tmp_path / "checkpoint").exists()
