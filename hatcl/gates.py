@@ -142,16 +142,10 @@ class Gates(nn.Module):
         self.sealed = torch.cat([self.sealed, torch.zeros(tasks, dtype=torch.bool, device=device)])
         self.epoch += 1
 
-    def check_room(self, task: int, path: str = "") -> None:
-        """Raise `CapacityError` if every unit of every layer is taken by sealed tasks."""
+    def room(self, task: int) -> dict[str, bool]:
+        """Layer -> has it a unit that no other sealed task uses?"""
         used = self.used(without=task)
-        full = [name for name, a, b in self.layers if bool(used[a:b].all())]
-        if self.layers and len(full) == len(self.layers):
-            raise CapacityError(
-                f"task {task}: no units left, all {self.num_units} units of {', '.join(full[:5])}"
-                f"{' ...' if len(full) > 5 else ''} are used by sealed tasks; forget a task (hatcl.forget_task), raise "
-                f"HATConfig.penalty_weight (now {self.config.penalty_weight:g}) for earlier tasks, or use a wider model"
-            )
+        return {name: not bool(used[a:b].all()) for name, a, b in self.layers if b > a}
 
     def penalty(self) -> Tensor:
         """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""
@@ -284,6 +278,20 @@ def check_task(model: nn.Module, task: int | None, *, sealed: bool | None = None
             f"learn another"
         )
     return int(task)
+
+
+def check_room(model: nn.Module, task: int) -> None:
+    """Raise `CapacityError` if every unit of every layer is taken by sealed tasks."""
+    gates = gates_of(model)
+    names = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
+    room = {n if g.from_map else names[id(g)]: free for g in gates for n, free in g.room(task).items()}
+    if room and not any(room.values()):
+        full = list(room)
+        raise CapacityError(
+            f"task {task}: no units left, all {sum(g.num_units for g in gates)} units of {', '.join(full[:5])}"
+            f"{' ...' if len(full) > 5 else ''} are used by sealed tasks; forget a task (hatcl.forget_task), raise "
+            f"HATConfig.penalty_weight (now {gates[0].config.penalty_weight:g}) for earlier tasks, or use a wider model"
+        )
 
 
 def set_task(model: nn.Module, task: int | None) -> None:

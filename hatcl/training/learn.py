@@ -14,7 +14,7 @@ from .. import guard as guards
 from ..config import HATConfig
 from ..errors import HATError, TaskError
 from ..functional import scale_at
-from ..gates import Gates, check_task, gates_of
+from ..gates import Gates, check_room, check_task, gates_of
 from ..layers.gated import HATLayer
 
 log = logging.getLogger(__name__)
@@ -102,8 +102,7 @@ def learn(
     if any(g.learning is not None for g in gates):
         raise TaskError(f"task {gates[0].learning} is being learned; leave its hatcl.learn block first")
     _check_layers(model)
-    for g in gates:
-        g.check_room(task)
+    check_room(model, task)
     guards.check(model)
     sealed = guards.sealed_tasks(model)
     locked = [t for t in sealed if gates[0].config.locked is None or t in gates[0].config.locked]
