@@ -122,13 +122,9 @@ def test_the_ends_no_unit_one_unit_all_units(name, on):
         with torch.no_grad():
             assert float((out - source.eval()(x.double())).abs().max()) < TOLERANCE
     else:
-        assert (
-            torch.isfinite(out).all() and gap(source, parts.pretend(model, [], 0), x.double()) < TOLERANCE
-            if 0
-            else True
-        )
-        small = parts.cut(source, model, 0).eval()
-        assert float((out - small(x.double())).abs().max()) < TOLERANCE
+        with torch.no_grad():
+            small = parts.cut(source, model, 0).eval()(x.double())
+        assert float((out - small).abs().max()) < TOLERANCE
 
 
 # ---- M3: soft gates -------------------------------------------------------------------------------
@@ -216,7 +212,7 @@ def test_twin_a_gate_in_front_of_a_batch_norm_would_cancel():
 
 @pytest.mark.parametrize("name, tolerance", [("act_ReLU", 0), ("batch_norm2d", 0), ("mlp_layer_norm", 5e-4)])
 def test_at_the_last_scale_soft_is_hard(name, tolerance):
-    """sigmoid(+-400) is 1 or 0 in float32; a norm over units scales its eps only once gates are hard (measured 1e-4)."""
+    """sigmoid(+-400) is 1 or 0 in float32. A norm over units scales its eps once gates are hard: measured 1e-4."""
     x, _ = zoo.data(name)
     model = hatcl.convert(zoo.make(name), 1, x, config={"init": "sparse"})
     optimizer = torch.optim.SGD(model.parameters(), 0.0)

@@ -1,0 +1,89 @@
+"""Options: JSON there and back, and errors that say what to write instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hatcl
+from hatcl.config import INITS, PENALTIES, REUSE, SCHEDULES
+
+valid = st.fixed_dictionaries(
+    {},
+    optional={
+        "num_tasks": st.integers(1, 100),
+        "init": st.sampled_from(INITS),
+        "init_value": st.floats(-6, 6),
+        "init_density": st.floats(0, 1),
+        "schedule": st.sampled_from(SCHEDULES),
+        "cycles": st.none() | st.integers(1, 10),
+        "settle": st.floats(0, 0.9),
+        "max_scale": st.floats(1.5, 1e4),
+        "clamp": st.floats(0.5, 100),
+        "compensation_clamp": st.floats(0.5, 100),
+        "embedding_lr_scale": st.floats(0.01, 10),
+        "penalty_weight": st.floats(0, 10),
+        "penalty": st.sampled_from(PENALTIES),
+        "forgiven": st.none() | st.floats(0, 1),
+        "reuse": st.sampled_from(REUSE),
+        "locked": st.none() | st.lists(st.integers(0, 9)).map(tuple),
+    },
+)
+
+
+def test_the_strategy_knows_every_option():
+    seen = set()
+
+    @given(valid)
+    def look(options):
+        seen.update(options)
+
+    look()
+    assert seen == {f.name for f in dataclasses.fields(hatcl.HATConfig)}
+
+
+@given(valid)
+def test_there_and_back_through_json(options):
+    config = hatcl.HATConfig(**options)
+    assert hatcl.HATConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(hatcl.HATConfig(**options))
+
+
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        hatcl.HATConfig().clamp = 3
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(hatcl.HATConfig)])
+def test_a_misspelled_option_is_told_its_nearest(name):
+    wrong = name[:-1] + name[-1] * 2
+    with pytest.raises(hatcl.ConfigError, match=f"HATConfig has no option '{wrong}'; did you mean '{name}'"):
+        hatcl.HATConfig.from_dict({wrong: 1})
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"init": "dens"}, "init: got 'dens', expected one of normal, dense, sparse, constant; did you mean 'dense'"),
+        ({"schedule": "cos"}, "schedule: got 'cos', expected one of .*; did you mean 'cosine'"),
+        ({"penalty": "layers"}, "penalty: got 'layers', .* did you mean 'layer'"),
+        ({"reuse": "some"}, "reuse: got 'some', expected one of all, none"),
+        ({"num_tasks": 0}, "num_tasks: got 0, expected an integer of at least 1"),
+        ({"num_tasks": 2.0}, "num_tasks: got 2.0, expected an integer"),
+        ({"max_scale": 1.0}, "max_scale: got 1.0, expected a number above 1"),
+        ({"clamp": -1}, "clamp: got -1, expected a number above 0"),
+        ({"penalty_weight": -0.1}, "penalty_weight: got -0.1, expected a number of at least 0"),
+        ({"forgiven": 1.5}, "forgiven: got 1.5, expected a share between 0 and 1"),
+        ({"cycles": 0}, "cycles: got 0, expected at least 1"),
+        ({"max_scale": float("nan")}, "max_scale: got nan"),
+    ],
+)
+def test_values_out_of_range(options, text):
+    with pytest.raises(hatcl.ConfigError, match=text):
+        hatcl.HATConfig(**options)
+    with pytest.raises(ValueError, match=text):  # for those who catch torch's and Python's own
+        hatcl.HATConfig().replace(**options)
