@@ -82,12 +82,14 @@ class Gates(nn.Module):
         if self.is_soft():
             a = F.soft_gate(e[index], self.scale, self.config.max_scale, self.config.compensation_clamp)
             return a if self.config.reuse == "all" else torch.where(self._taken(self.task)[index], 0.0, a)
-        return self.hard(self.task)[index].to(e.dtype)
+        on = self._hard_now(self.task) if self.task == self.learning else self.masks[self.task]
+        return on[index].to(e.dtype)
 
     def hard(self, task: int) -> Tensor:
         """`[U]` bool: a task's gates as sealed, or as sealing would make them now."""
-        if bool(self.sealed[task]):
-            return self.masks[task]
+        return self.masks[task] if bool(self.sealed[task]) else self._hard_now(task)
+
+    def _hard_now(self, task: int) -> Tensor:
         on = F.hard_gate(self.embeddings[task].detach())
         return on if self.config.reuse == "all" else on & ~self._taken(task)
 
@@ -193,19 +195,22 @@ class Units:
         self.run = slice(first - 1, first - 1 + n) if run else None
         self._share: tuple[Any, float] = (None, 1.0)
         self._fixed: tuple[Any, Tensor | None] = (None, None)
+        always = self.numbers == 0
         self._index: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
+        if not run:
+            index = torch.as_tensor(np.maximum(self.numbers - 1, 0))
+            self._index[index.device] = (index, torch.as_tensor(always) if always.any() else None)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_index": {}, "_fixed": (None, None)}
+        return {**self.__dict__, "_fixed": (None, None)}
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         if device not in self._index:
-            index = torch.as_tensor(np.maximum(self.numbers - 1, 0), device=device)
-            zero = torch.as_tensor(self.numbers == 0, device=device) if (self.numbers == 0).any() else None
-            self._index[device] = (index, zero)
+            index, always = next(iter(self._index.values()))
+            self._index[device] = (index.to(device), None if always is None else always.to(device))
         return self._index[device]
 
     def gate(self) -> Tensor | None:
