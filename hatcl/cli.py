@@ -30,8 +30,8 @@ from .training.stream import Preparation, Source, Task
 
 DEFAULT_MODEL = "hat_test_resnet"
 RUNS = Path("runs")
-# what may differ when a run is taken up again: where and how it computes, not what
-FREE_ON_RESUME = {"output", "resume", "device", "compile_steps", "checkpoint_seconds"}
+# what may differ when a run is taken up again: where it computes, and what helps a loss that went NaN
+FREE_ON_RESUME = {"device", "compile_steps", "checkpoint_seconds", "lr", "clip_grad", "amp"}
 
 app = typer.Typer(
     name="hatcl",

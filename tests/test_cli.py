@@ -237,7 +237,7 @@ def test_a_truncated_or_tampered_model_is_refused(run, tmp_path, capsys):
     assert code == 2 and weights.name in err
 
 
-# --- kill -9 ---
+# --- interruptions ---
 
 
 def start(output: Path, *args: str) -> subprocess.Popen:
@@ -314,6 +314,18 @@ def kill_and_resume(tmp_path: Path, moments: int, seed: int) -> list[tuple[int, 
     check(output)
     assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
     return places
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    output = tmp_path / "run"
+    process = start(output, "--tasks", ",".join(map(str, write_tasks(tmp_path))), "--epochs", "50")
+    while not (output / "config.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.decode().strip() == f"stopped. Go on with: hatcl train --resume --output {output}"
 
 
 def test_killed_at_3_random_moments_and_resumed(tmp_path):

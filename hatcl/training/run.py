@@ -36,8 +36,8 @@ class TrainOptions:
     """How `train` learns each task.
 
     Args:
-        epochs: passes over a task's training images; the scale of the gates is annealed once per epoch, unless the
-            model's `HATConfig.cycles` says otherwise.
+        epochs: passes over a task's training images; `HATConfig.cycles` says how often the scale of the gates is
+            annealed in them.
         batch_size: largest training batch; the batches of an epoch are of nearly equal size.
         opt, lr, weight_decay: for `timm.optim.create_optimizer_v2`.
         sched, warmup_epochs: for `timm.scheduler.create_scheduler_v2`, over each task anew; `none` keeps the rate.
@@ -298,7 +298,11 @@ class _Run:
         if training["optimizer"] is not None:
             self.optimizer = self._new_optimizer()
             self.optimizer.load_state_dict(training["optimizer"])
-            self.scaler.load_state_dict(training["scaler"])
+            for group in self.optimizer.param_groups:  # the rate may be another one now, say after a loss went NaN
+                for name in {"lr", "initial_lr"} & group.keys():
+                    group[name] *= self.options.lr / progress["lr"]
+            if training["scaler"]:  # empty where the run did without one
+                self.scaler.load_state_dict(training["scaler"])
 
     def go(self) -> RunResult:
         steps = [count * self.options.epochs for count in self.epoch_steps]
@@ -384,8 +388,9 @@ class _Run:
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"task {t} ({self.tasks[t].name}): the loss is {float(loss.detach())} at step {step + 1}; expected a "
-                f"finite number. Nothing of task {t} was sealed and the {t} earlier task(s) are as they were. "
-                "Try a lower --lr, --clip-grad 1, --amp none, or look for NaN in the data"
+                f"finite number. Nothing of task {t} was sealed; earlier tasks are as they were. Look for NaN in the "
+                "data, or go on from the last checkpoint with a lower lr, clipped gradients or without AMP "
+                "(hatcl train --resume --lr, --clip-grad, --amp)"
             )
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -465,6 +470,7 @@ class _Run:
         progress = {
             "task": self.next_task,
             "step": self.next_step,
+            "lr": self.options.lr,
             "digests": self.digests,
             "result": self.result.to_dict(),
         }

@@ -136,6 +136,21 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, three_task
     assert resumed.rows == whole.rows
 
 
+def test_a_run_may_go_on_with_another_rate_and_precision(tmp_path, three_tasks):
+    options = dataclasses.replace(OPTIONS, sched="none", checkpoint_seconds=0.0)
+    with pytest.raises(Stop):
+        train(new_model(three_tasks), three_tasks, options, folder=tmp_path, watcher=StopAt(1, 3))
+    checkpoint = checkpoints.load_checkpoint(tmp_path, torch.device("cpu"))
+    assert checkpoint.training["optimizer"]["param_groups"][0]["lr"] == options.lr
+    slower = dataclasses.replace(options, lr=options.lr / 4, amp="fp16", clip_grad=1.0)
+    with pytest.raises(Stop):
+        train(checkpoint.model, three_tasks, slower, folder=tmp_path, checkpoint=checkpoint, watcher=StopAt(2, 2))
+    checkpoint = checkpoints.load_checkpoint(tmp_path, torch.device("cpu"))
+    assert checkpoint.training["optimizer"]["param_groups"][0]["lr"] == options.lr / 4
+    result = train(checkpoint.model, three_tasks, slower, folder=tmp_path, checkpoint=checkpoint)
+    assert result.exact and result.bit_equal
+
+
 def test_other_data_are_refused_on_resume(tmp_path, three_tasks):
     options = dataclasses.replace(OPTIONS, checkpoint_seconds=0.0)
     with pytest.raises(Stop):
@@ -163,7 +178,7 @@ def test_nan_in_the_middle_of_a_task_changes_nothing_learned(three_tasks):
                 self.hook = model.register_forward_hook(lambda *parts: parts[-1] * float("nan"))
 
     watcher = Spoil()
-    with pytest.raises(NonFiniteLossError, match=r"task 1 \(blobs1\): the loss is nan at step 4.*lower --lr"):
+    with pytest.raises(NonFiniteLossError, match=r"task 1 \(blobs1\): the loss is nan at step 4.*with a lower lr"):
         train(model, three_tasks, OPTIONS, watcher=watcher)
     watcher.hook.remove()
     assert hatcl.tasks(model) == [0]
