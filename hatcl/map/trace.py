@@ -43,7 +43,7 @@ VIEWS = {
     "split_copy", "unbind_copy", "permute_copy", "slice_copy", "alias_copy", "unsafe_split", "unsafe_chunk",
     "unsafe_split_with_sizes",
 }  # fmt: skip
-SAME = {"clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy", "positive", "to", "lift", "_conj", "copy"}
+SAME = {"clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy", "positive", "to", "lift", "_conj"}
 RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"}
 FACTORIES = {
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",

@@ -177,11 +177,15 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     # What only the output sees (the logits of a head) is no unit: every task wants all of it.
     is_unit = labels.any_in_component("carried") & ~(in_output[roots] & ~read)
     is_unit[0] = False
+    counts = ~(labels.flags["forced"] | labels.flags["dropped"])
+    held = np.zeros(len(roots), dtype=bool)
+    held[roots[counts]] = True
+    is_unit &= held[roots]  # else no parameter would have it
     leaders = np.unique(roots[is_unit])
     number = np.zeros(len(roots), dtype=np.int64)
     number[leaders] = np.arange(1, len(leaders) + 1)
     unit_of = np.where(is_unit, number[roots], 0)
-    counted = np.where(labels.flags["forced"] | labels.flags["dropped"], 0, unit_of)
+    counted = np.where(counts, unit_of, 0)
 
     entries: dict[str, Entry] = {}
     for name, p in model.named_parameters():
@@ -214,7 +218,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
 
     folds: dict[tuple[str, str], set[Any]] = {}
     outputs: dict[str, Ints] = {}
-    for path, axis in [*found.folds, *found.read_dirty]:
+    for path, axis in sorted([*found.folds, *found.read_dirty], key=str):
         factor = next((f for f in entries[axis[0]].factors if f.axis == axis[1]), None)
         if factor is None:
             continue

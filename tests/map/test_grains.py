@@ -40,7 +40,7 @@ def test_reduce_and_expand_are_those_of_loops(kind, name):
     top = torch.full((grain.size,), -torch.inf, dtype=torch.float64).scatter_reduce(0, groups, values, "amax")
     assert torch.equal(grain.reduce(tensors, "max").double(), top)
     assert groups.min() >= 0 and groups.max() < grain.size
-    if kind != "unit":
+    if kind != "unit" and not kind.startswith("partition"):  # a tensor may have fewer elements than parts
         assert bool((count > 0).all())
 
 
@@ -52,7 +52,8 @@ def test_expanding_and_reducing_again_gives_the_vector(kind, seed):
     vector = torch.randn(grain.size, generator=torch.Generator().manual_seed(seed))
     wide = {n: x.expand(tensors[n].shape) for n, x in grain.expand(vector).items()}
     seen = torch.cat([ids.reshape(-1) for ids in grain.expand(torch.arange(grain.size)).values()]).unique()
-    assert torch.allclose(grain.reduce(wide)[seen], vector[seen], atol=1e-5)
+    # the mean of up to 1,536 equal float32 numbers: measured 6e-5
+    assert torch.allclose(grain.reduce(wide)[seen], vector[seen], atol=1e-3)
     assert torch.equal(grain.reduce(wide, "max")[seen], vector[seen])
 
 
