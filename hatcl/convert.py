@@ -98,7 +98,6 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
             model,
             example_inputs,
             norms=lambda m: layer_for(type(m)).is_norm,
-            embeds=lambda m: layer_for(type(m)).fold_output,
         )
     except Exception as error:
         try:

@@ -110,16 +110,13 @@ class Trace:
     outputs: Ints
     norms: dict[str, NormSeen]
     seen: set[str]
-    regate: dict[str, dict[int, Ints]]
     notes: dict[str, str] = field(default_factory=dict)
 
 
 class Tracer(TorchDispatchMode):
     """Carries shadows through one forward pass. Use through `trace`."""
 
-    def __init__(
-        self, model: nn.Module, norms: Callable[[nn.Module], bool], embeds: Callable[[nn.Module], bool]
-    ) -> None:
+    def __init__(self, model: nn.Module, norms: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.labels = Labels()
         self.shadows = WeakTensorKeyDictionary()
@@ -129,12 +126,11 @@ class Tracer(TorchDispatchMode):
         self.folds: set[Use] = set()
         self.read_dirty: set[Use] = set()
         self.norm_inputs: dict[str, NormSeen] = {}
-        self.regate: dict[str, dict[int, Ints]] = {}
         self.seen: set[str] = set()
         self.notes: dict[str, str] = {}
         self.path: list[str] = [""]
         self.modules = dict(model.named_modules())
-        self.is_norm, self.is_embedding = norms, embeds
+        self.is_norm = norms
         for name, p in model.named_parameters():
             slots = []
             for d, n in enumerate(p.shape):
@@ -360,18 +356,10 @@ class Tracer(TorchDispatchMode):
                 zero = (args[2] if len(args) > 2 else kwargs.get("value", 0)) == 0
                 moved[0].append(replace(slot, ids=ids.expand(out.shape), clean=slot.clean and zero))
                 continue
-            if name in (
-                "index",
-                "pixel_shuffle",
-                "pixel_unshuffle",
-                "im2col",
-                "repeat",
-                "upsample_nearest2d",
-                "roll",
-                "flip",
-            ):
-                ids = ids.clone(memory_format=torch.contiguous_format) if name == "im2col" else ids
-            new_args, new_kwargs = torch.utils._pytree.tree_unflatten([ids] + flat[1:], spec)
+            if name == "im2col":
+                ids = ids.clone(memory_format=torch.contiguous_format)
+            rest = [v.cpu() if isinstance(v, Tensor) else v for v in flat[1:]]  # ids live on the CPU, indices follow
+            new_args, new_kwargs = torch.utils._pytree.tree_unflatten([ids, *rest], spec)
             result = tree_flatten(apply_as_is(func, new_args, new_kwargs, [ids]))[0]
             for bag, r in zip(moved, result, strict=False):
                 bag.append(replace(slot, ids=settle(r) if varying(r) else r))
@@ -447,12 +435,13 @@ class Tracer(TorchDispatchMode):
 
     def index_put(self, args: tuple, out: Tensor) -> Shadow:
         x, values = self.shadow(args[0]) or Shadow(), self.shadow(args[2]) or Shadow()
+        where = [None if i is None else i.cpu() for i in args[1]]
         slots = []
         for i in range(max(len(x.slots), len(values.slots))):
             zero = torch.zeros((), dtype=torch.long)
             a = x.slots[i] if i < len(x.slots) else Slot(zero.expand(args[0].shape))
             b = values.slots[i] if i < len(values.slots) else Slot(zero.expand(args[2].shape))
-            ids = a.ids.clone(memory_format=torch.contiguous_format).index_put(args[1], b.ids)
+            ids = a.ids.clone(memory_format=torch.contiguous_format).index_put(where, b.ids)
             slots.append(Slot(settle(ids), a.clean and b.clean))
         return Shadow(tuple(slots), pending=x.pending | values.pending)
 
@@ -574,9 +563,8 @@ class Tracer(TorchDispatchMode):
 
     def scales(self, func: Any, flat: list, spec: Any, which: set[int]) -> bool:
         """f(2x) = 2 f(x) in these arguments, tried on numbers."""
-        one = self.probe(func, flat, spec, set(), 0)
-        doubled = [x * 2 if i in which else x for i, x in enumerate(self._numbers(flat))]
         base = self._numbers(flat)
+        doubled = [x * 2 if i in which else x for i, x in enumerate(base)]
         try:
             a1, k1 = torch.utils._pytree.tree_unflatten(doubled, spec)
             a0, k0 = torch.utils._pytree.tree_unflatten(base, spec)
@@ -1091,12 +1079,10 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs)
 
 
-def trace(
-    model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool], embeds: Callable[[nn.Module], bool]
-) -> Trace:
-    """Run `model` on `inputs` once and return what was seen. `norms` says which modules take statistics over units and
-    gate their own output, `embeds` which look their weight up by index."""
-    tracer = Tracer(model, norms, embeds)
+def trace(model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool]) -> Trace:
+    """Run `model` on `inputs` once and return what was seen. `norms` says which modules are norm layers that
+    gate their own output."""
+    tracer = Tracer(model, norms)
     for x in tree_flatten(inputs)[0]:
         if isinstance(x, Tensor):
             tracer.shadows[x] = Shadow()
@@ -1109,7 +1095,7 @@ def trace(
     outputs = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
     return Trace(
         tracer.labels, tracer.first, tracer.joint, tracer.folds, tracer.read_dirty, outputs[outputs != 0],
-        tracer.norm_inputs, tracer.seen, tracer.regate, tracer.notes,
+        tracer.norm_inputs, tracer.seen, tracer.notes,
     )  # fmt: skip
 
 
