@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .gates import gates_of
+from .gates import Gates, gates_of
 from .guard import held, sealed_tasks
 
 
@@ -67,8 +67,13 @@ def describe(model: nn.Module) -> Description:
     """Units, owners, shares and use per task of a HAT model."""
     gates = gates_of(model)
     tasks = sealed_tasks(model)
+    by_hand = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
     layers = [
-        {"name": name, "units": stop - start, "used": {t: int(g.masks[t, start:stop].sum()) for t in tasks}}
+        {
+            "name": name if g.from_map else by_hand[id(g)],
+            "units": stop - start,
+            "used": {t: int(g.masks[t, start:stop].sum()) for t in tasks},
+        }
         for g in gates
         for name, start, stop in g.layers
         if stop > start

@@ -285,6 +285,9 @@ class Guard:
                     if mask is None:
                         p.grad = None
                 before = [e.detach().clone() for _, e in embeddings]
+            skips = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step by themselves under a scaler
+            if skips is None or not bool(skips):
+                self.check_finite(gradients=True)
             out = inner(*args, **kwargs)
             with torch.no_grad():
                 for p, mask, old in held_here:
@@ -314,10 +317,13 @@ class Guard:
 
     # ---- what must not be sealed -------------------------------------------------------------------------------------
 
-    def check_finite(self) -> None:
-        if not all(bool(torch.isfinite(e).all()) for e in self.embeddings):
+    def check_finite(self, gradients: bool = False) -> None:
+        """A loss that is not finite reaches every embedding's gradient, so it is seen before any weight takes the
+        step."""
+        seen = [e.grad if gradients else e for e in self.embeddings]
+        if not all(bool(torch.isfinite(x).all()) for x in seen if x is not None):
             raise NonFiniteLossError(
-                f"task {self.task}: its gate embeddings are no longer finite, so the loss was NaN or infinite. "
+                f"task {self.task}: its gate embeddings or their gradients are no longer finite, so the loss was NaN or infinite. "
                 "Nothing was sealed and earlier tasks are as they were; lower the learning rate, clip gradients, or "
                 "look at the batch"
             )
@@ -332,13 +338,23 @@ class Guard:
                 if bool(bad.any()):
                     p.masked_fill_(bad, 0)
                     names.append(name)
-            for h in held(model):
-                if h.task == self.task:
-                    h.param.nan_to_num_(0.0, 0.0, 0.0)
-            for _, b in own_buffers(model, self.task):
-                if b.is_floating_point():
-                    b.nan_to_num_(0.0, 0.0, 0.0)
+            for g, e in zip(self.gates, self.embeddings, strict=True):
+                _refill(e, g.fresh_embedding(g.num_units, e.detach()))
+            for module in model.modules():
+                if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
+                    old, new = module.hat_tasks[self.task], module.new_copy()
+                    for a, b in zip(old.parameters(), new.parameters(), strict=True):
+                        _refill(a, b)
+                    for a, b in zip(old.buffers(), new.buffers(), strict=True):
+                        _refill(a, b)
         return names
+
+
+def _refill(x: Tensor, fresh: Tensor) -> None:
+    """Replace what is not finite."""
+    bad = ~torch.isfinite(x)
+    if bool(bad.any()):
+        x.copy_(torch.where(bad, fresh, x) if x.shape == fresh.shape else x.masked_fill(bad, 0))
 
 
 def _zero(mask: Tensor | None) -> Callable[[Tensor], None]:

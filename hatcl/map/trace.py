@@ -323,7 +323,8 @@ class Tracer(TorchDispatchMode):
                 self.commit(s)
                 if s.of_parameters:
                     self.disown(s)
-        self.note(f"{func._schema.name} is not known to the trace: it forgets which units it carries")
+        if any(s is not None and s.slots for s in shadows):
+            self.note(f"{func._schema.name} is not known to the trace: it forgets which units it carries")
         return [Shadow() if isinstance(x, Tensor) else None for x in tree_flatten(out)[0]]
 
     # ---- rule 1: views -----------------------------------------------------------------------------------------
