@@ -232,23 +232,28 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
 
 def _verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HATConfig, inputs: Any) -> nn.Module:
     """Attack with random gates. A parameter through which the attack gets out becomes a copy per task (M5)."""
+    blamed: list[str] = []
     for _ in range(8):
         leaks = _leaks(model, inputs)
-        if not leaks:
+        if leaks is None:
             return model
+        if not leaks:
+            break
+        blamed += leaks
         for name in leaks:
             entry = unit_map.entries[name]
             unit_map.entries[name] = dataclasses.replace(entry, copied=True, why="the attack got out through it")
             log.info("%s: reachable by other tasks, so each task gets its own copy", name)
         model = build(copy.deepcopy(source), unit_map, config)
     raise ConversionError(
-        f"{type(source).__name__}: other tasks reach a task's output through {', '.join(leaks[:5])} even as "
+        f"{type(source).__name__}: other tasks reach a task's output through {', '.join(blamed[:5])} even as "
         "copies per task; please report the model, or pass verify=False to convert without the guarantee"
     )
 
 
-def _leaks(model: nn.Module, inputs: Any) -> list[str]:
-    """Parameters whose non-live elements reach the output under random gates."""
+def _leaks(model: nn.Module, inputs: Any) -> list[str] | None:
+    """Shared parameters whose non-live elements reach the output under random gates (all that are left, where no one
+    does by itself); None where nothing gets out."""
     trial = copy.deepcopy(model).eval()
     gates: Gates = getattr(trial, GATES)
     generator = torch.Generator().manual_seed(0)
@@ -267,7 +272,7 @@ def _leaks(model: nn.Module, inputs: Any) -> list[str]:
             return any(difference(a, b) != 0 for a, b in zip(want, got, strict=True))
 
         if not differs(None):
-            return []
+            return None
         names = [n for n, e in gates.unit_map.entries.items() if not e.copied]
         found: list[str] = []
         groups = [names]

@@ -323,9 +323,9 @@ class Guard:
         seen = [e.grad if gradients else e for e in self.embeddings]
         if not all(bool(torch.isfinite(x).all()) for x in seen if x is not None):
             raise NonFiniteLossError(
-                f"task {self.task}: its gate embeddings or their gradients are no longer finite, so the loss was NaN or "
-                "infinite. Nothing was sealed and earlier tasks are as they were; lower the learning rate, clip gradients, or "
-                "look at the batch"
+                f"task {self.task}: its gate embeddings or their gradients are no longer finite, so the loss was NaN "
+                "or infinite. Nothing was sealed and earlier tasks are as they were; lower the learning rate, clip "
+                "gradients, or look at the batch"
             )
 
     def repair(self, model: nn.Module) -> list[str]:
