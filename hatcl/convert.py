@@ -246,7 +246,7 @@ def _verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HA
             log.info("%s: reachable by other tasks, so each task gets its own copy", name)
         model = build(copy.deepcopy(source), unit_map, config)
     raise ConversionError(
-        f"{type(source).__name__}: other tasks reach a task's output through {', '.join(blamed[:5])} even as "
+        f"{type(source).__name__}: other tasks reach a task's output through {', '.join(list(dict.fromkeys(blamed))[:5])} even as "
         "copies per task; please report the model, or pass verify=False to convert without the guarantee"
     )
 
