@@ -245,8 +245,9 @@ def _verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HA
             unit_map.entries[name] = dataclasses.replace(entry, copied=True, why="the attack got out through it")
             log.info("%s: reachable by other tasks, so each task gets its own copy", name)
         model = build(copy.deepcopy(source), unit_map, config)
+    names = ", ".join(list(dict.fromkeys(blamed))[:5])
     raise ConversionError(
-        f"{type(source).__name__}: other tasks reach a task's output through {', '.join(list(dict.fromkeys(blamed))[:5])} even as "
+        f"{type(source).__name__}: other tasks reach a task's output through {names} even as "
         "copies per task; please report the model, or pass verify=False to convert without the guarantee"
     )
 
