@@ -1,4 +1,4 @@
-"""Five tasks, one optimizer with momentum and weight decay kept across all of them: task 0's logits do not move by a bit.
+"""Five tasks, one optimizer with momentum and weight decay for all of them: no task's logits move by a bit.
 
 Needs scikit-learn: pip install -e '.[data]'
 """

@@ -1,0 +1,74 @@
+"""Every file in `examples/` and every Python block of the documentation runs."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hatcl
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = ["README.md", "docs/hat.md", "docs/architecture.md"]
+EXTRAS = {"sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots"}
+
+
+def blocks(page: str) -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S))
+
+
+def need_extras(code: str) -> None:
+    """Skip where the code imports something of an extra that is not installed."""
+    for node in ast.walk(ast.parse(code)):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in {n.split(".")[0] for n in names}:
+            if name in EXTRAS and importlib.util.find_spec(name) is None:
+                pytest.skip(f"{name} is not installed; run: pip install -e '.[{EXTRAS[name]}]'")
+
+
+def run(code: str, folder: Path) -> str:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path, tmp_path):
+    code = path.read_text()
+    need_extras(code)
+    assert run(code, tmp_path)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_is_short(path):
+    assert len(path.read_text().splitlines()) < 40
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, tmp_path):
+    code = blocks(page)
+    if not code:
+        pytest.skip(f"{page} has no Python block")
+    need_extras(code)
+    run(code, tmp_path)
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}, which is not there"
+
+
+def test_every_option_is_documented_with_its_default():
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", (ROOT / "docs/hat.md").read_text(), flags=re.M))
+    assert rows == {f.name: repr(f.default).replace("'", '"') for f in dataclasses.fields(hatcl.HATConfig)}
