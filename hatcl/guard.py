@@ -342,11 +342,9 @@ class Guard:
                 _refill(e, g.fresh_embedding(g.num_units, e.detach()))
             for module in model.modules():
                 if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
-                    old, new = module.hat_tasks[self.task], module.new_copy()
-                    for a, b in zip(old.parameters(), new.parameters(), strict=True):
-                        _refill(a, b)
-                    for a, b in zip(old.buffers(), new.buffers(), strict=True):
-                        _refill(a, b)
+                    fresh = module.new_copy().state_dict()
+                    for name, x in module.hat_tasks[self.task].state_dict().items():
+                        _refill(x, fresh[name])
         return names
 
 

@@ -4,6 +4,7 @@ renamed."""
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import guard
 from .config import HATConfig
 from .convert import GATES, build
-from .errors import IntegrityError
+from .errors import HATError, IntegrityError
 from .gates import gates_of
 from .map.units import UnitMap
 from .registry import build_source
@@ -59,7 +60,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt", "config": _fingerprint(meta)})
         (scratch / CONFIG).write_text(json.dumps(meta))
         target.mkdir(exist_ok=True)
         for name in (WEIGHTS, CONFIG):
@@ -83,20 +84,26 @@ def from_pretrained(folder: str | os.PathLike[str], base: nn.Module | None = Non
     """
     path = Path(folder)
     meta = _read_config(path / CONFIG)
-    tensors = _read_tensors(path / WEIGHTS)
-    if base is None:
-        if meta["source"] is None:
-            raise IntegrityError(f"{path}: its model class is your own; pass base= an instance of the plain module")
-        base = build_source(meta["source"])
-    config = HATConfig.from_dict(meta["config"])
-    model = build(copy.deepcopy(base), UnitMap.from_json(meta["map"]), config)
-    for name, first in meta["tied"].items():
-        if first in tensors:
-            tensors[name] = tensors[first]
-    _fit(model, tensors, path)
-    model.load_state_dict(tensors, assign=False)
+    tensors = _read_tensors(path / WEIGHTS, meta)
+    if base is None and meta["source"] is None:
+        raise IntegrityError(f"{path}: its model class is your own; pass base= an instance of the plain module")
+    try:
+        plain = build_source(meta["source"]) if base is None else copy.deepcopy(base)
+        model = build(plain, UnitMap.from_json(meta["map"]), HATConfig.from_dict(meta["config"]))
+        for name, first in meta["tied"].items():
+            if first in tensors:
+                tensors[name] = tensors[first]
+        _fit(model, tensors, path)
+        model.load_state_dict(tensors, assign=False)
+        guard.check(model)
+    except HATError:
+        raise
+    except Exception as error:
+        raise IntegrityError(
+            f"{path}: its files do not make a model ({type(error).__name__}: {error}); they were edited or damaged, or "
+            "base= is another model than the one that was converted"
+        ) from error
     gates_of(model)[0].source = meta["source"]
-    guard.check(model)
     return model.eval()
 
 
@@ -112,25 +119,43 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise IntegrityError(
             f"{path}: lacks {', '.join(sorted(missing))}; expected a config written by hatcl.save_pretrained"
         )
+    if not isinstance(meta["format"], int):
+        raise IntegrityError(f"{path}: format {meta['format']!r}, expected a number up to {FORMAT}; it was edited")
     if meta["format"] > FORMAT:
         raise IntegrityError(f"{path}: format {meta['format']}, this hatcl reads up to {FORMAT}; install a newer hatcl")
     return dict(meta)
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, meta: dict[str, Any]) -> dict[str, torch.Tensor]:
     try:
-        with open(path, "rb") as f:
-            start = f.read(2)
+        with safe_open(path, "pt") as f:
+            written_with = (f.metadata() or {}).get("config")
+        tensors = load_file(path)
     except FileNotFoundError:
         raise IntegrityError(f"{path}: no such file; expected a folder written by hatcl.save_pretrained") from None
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        raise IntegrityError(f"{path}: a pickle (torch.save), expected a safetensors file; hatcl does not load pickles")
-    try:
-        return load_file(path)
     except (SafetensorError, ValueError, RuntimeError) as error:
+        with open(path, "rb") as f:
+            start = f.read(8)
+        # safetensors starts with its header's length in eight bytes, of which the last are zero
+        if start[:2] == b"PK" or (len(start) == 8 and start[0] == 0x80 and start[4:] != bytes(4)):
+            raise IntegrityError(
+                f"{path}: a pickle (torch.save), expected a safetensors file; hatcl does not load pickles"
+            ) from None
         raise IntegrityError(
             f"{path}: not readable as safetensors ({error}); the file is truncated or damaged"
         ) from error
+    if written_with not in (None, _fingerprint(meta)):
+        raise IntegrityError(
+            f"{path}: was written with another {CONFIG} than the one beside it; that file was edited, or a save was "
+            "interrupted between the two: take both files from the same save"
+        )
+    return tensors
+
+
+def _fingerprint(meta: dict[str, Any]) -> str:
+    """Of what the tensors mean: their map and how the plain model is made. Options may be edited."""
+    text = json.dumps([meta["source"], meta["map"], meta["tied"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fit(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
