@@ -168,7 +168,7 @@ def main() -> None:
     for kind in args.models:
         out["models"][kind] = row = run(kind, args.epochs, args.seed, config)
         print(kind, {k: v for k, v in row.items()}, flush=True)
-    save("forgetting", out)
+    save(f"forgetting_reuse_{config.reuse}", out)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def sparsity_penalty(
     return (over / room.clamp(min=1.0)).mean()
 
 
-def centre(x: Tensor, gate: Tensor, dim: int, over: tuple[int, ...]) -> Tensor:
+def centre(x: Tensor, gate: Tensor, dim: int, over: tuple[int, ...], share: float | None = None) -> Tensor:
     """Take away the mean over the units that are on: `x - a * (sum x / sum a)`.
 
     `x` already carries the gate (it is `a` times a value), so `sum x / sum a` is the gated mean of the value, and off
@@ -107,13 +107,16 @@ def centre(x: Tensor, gate: Tensor, dim: int, over: tuple[int, ...]) -> Tensor:
 
     Args:
         dim: the dimension of the units. over: the dimensions that the mean is taken over, `dim` among them.
+        share: the share of units that are on, where gates are hard and it is known: two passes over x, no more.
     """
     if x.dtype in (torch.float16, torch.bfloat16):  # a mean of eight bits would not centre
-        return centre(x.float(), gate.float(), dim, over).to(x.dtype)
-    if torch.is_grad_enabled() and dim % x.dim() == x.dim() - 1 and len(over) == 1:
-        return _Centre.apply(x, gate)[0]
+        return centre(x.float(), gate.float(), dim, over, share).to(x.dtype)
     shape = [1] * x.dim()
     shape[dim] = -1
+    if share is not None:
+        return torch.addcmul(x, x.mean(over, keepdim=True), gate.view(shape), value=-1 / share)
+    if torch.is_grad_enabled() and dim % x.dim() == x.dim() - 1 and len(over) == 1:
+        return _Centre.apply(x, gate)[0]
     others = math.prod(x.shape[d] for d in over) // x.shape[dim]
     mean = x.sum(over, keepdim=True) / (gate.sum() * others).clamp(min=SMALLEST_GATE)
     return torch.addcmul(x, mean, gate.view(shape), value=-1)

@@ -124,7 +124,8 @@ class _OverUnits(_Norm):
         if hat.dirty:
             x = x * along(gate, x, dim)
         if self.centred:
-            x = F.centre(x, gate, dim, self._dims() if len(self._dims()) > 1 else (dim,))
+            share = None if hat.gates.is_soft() else units.share()
+            x = F.centre(x, gate, dim, self._dims() if len(self._dims()) > 1 else (dim,), share)
         out = super().forward(x)  # type: ignore[misc]
         return out if self._has_affine() else out * along(self.fold_gate("weight", gate), out, dim)
 
