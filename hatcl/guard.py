@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import GuardError, HATError, IntegrityError, NonFiniteLossError
 from .gates import Gates, gates_of
@@ -121,9 +123,15 @@ def _hash(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}:{hashlib.sha256(data.numpy().data).hexdigest()}"
 
 
+_SEALED_BY = WeakTensorKeyDictionary()  # parameter -> the gates of the model that sealed a task with it
+
+
 def record(model: nn.Module, task: int) -> None:
     """Store a task's digest with its gates."""
-    gates_of(model)[0].digests[task] = digest(model, task)
+    gates = gates_of(model)[0]
+    gates.digests[task] = digest(model, task)
+    for h in held(model):
+        _SEALED_BY[h.param] = weakref.ref(gates)
 
 
 def check(model: nn.Module, only: Sequence[int] | None = None) -> None:
@@ -181,6 +189,12 @@ class Guard:
         self.shared: list[tuple[str, nn.Parameter, Tensor | None]] = []
         self.gates = gates_of(model)
         for h in held(model):
+            sealed_by = _SEALED_BY.get(h.param, lambda: None)()
+            if sealed_by is not None and bool(sealed_by.sealed.any()) and all(sealed_by is not g for g in self.gates):
+                raise HATError(
+                    f"{h.name} is also a parameter of another HAT model, whose sealed tasks would change; copy the "
+                    "parameter, or convert one model that contains both"
+                )
             whole = h.plain or (h.task is not None and h.task != task)
             mask: Tensor | None = None
             if not whole and h.task is None:
