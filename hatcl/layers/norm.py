@@ -35,6 +35,21 @@ class _PerChannel(_Norm):
     running_var = task_buffer("running_var")
     num_batches_tracked = task_buffer("num_batches_tracked")
 
+    @property
+    def momentum(self) -> Any:
+        """The plain momentum; None, a cumulative average, while a task settles: its running statistics then start anew
+        (`Learning` sets their count to zero), as those of soft gates lag behind what the hard ones give."""
+        if "momentum" not in self.__dict__:
+            return nn.Module.__getattr__(self, "momentum")  # type: ignore[arg-type]
+        hat = self.active
+        counted = isinstance(self, _BatchNorm) and self._buffers.get("num_batches_tracked") is not None
+        settling = hat is not None and hat.gates.settled and hat.gates.task == hat.gates.learning
+        return None if counted and settling else self.__dict__["momentum"]
+
+    @momentum.setter
+    def momentum(self, value: Any) -> None:
+        self.__dict__["momentum"] = value
+
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)  # type: ignore[misc]
         hat = self.active

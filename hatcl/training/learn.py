@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,7 +60,12 @@ class Learning:
 
     def _advance(self) -> None:
         self.step += 1
+        settled = self.gates[0].settled
         self._set_scale()
+        if self.gates[0].settled and not settled:  # norms average anew over what the hard gates give
+            for name, count in guards.own_buffers(self.model, self.task):
+                if name.endswith("num_batches_tracked"):
+                    count.zero_()
 
     def _set_scale(self) -> None:
         cycles = self.config.cycles or self.epochs
@@ -136,6 +142,13 @@ def learn(
     for g in gates:
         g.learning, g.settled = None, False
         g.seal(task)
+        empty = [name for name, start, stop in g.layers if stop > start and not bool(g.masks[task, start:stop].any())]
+        if empty:
+            warnings.warn(
+                f"task {task} uses no unit of {', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}, so nothing "
+                "passes there; lower HATConfig.penalty_weight, start denser (init), or use a wider model",
+                stacklevel=3,
+            )
     for t in [task, *(t for t in sealed if t not in locked)]:
         guards.record(model, t)
 

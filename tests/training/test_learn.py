@@ -7,6 +7,7 @@ import copy
 import parts
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
@@ -328,3 +329,35 @@ def test_learning_twice_gives_the_same_bits(name):
             parts.train(model, t, optimizer, parts.problem(parts.shape_of(name), t), 4)
         runs.append(parts.snapshot(model))
     assert parts.same(*runs)
+
+
+def test_statistics_average_anew_over_hard_gates():
+    """When a task settles, its batch norms start a cumulative average: those of soft gates lag behind (twin: the plain
+    momentum, under which what the last batches gave is not what evaluation sees)."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 8) * 3 + 5, torch.randint(0, 2, (64,))
+    plain = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2))
+    model = hatcl.convert(plain, 1, x[:2], config={"settle": 0.5})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with hatcl.learn(model, 0, optimizer, steps=4) as learning:
+        model.train()
+        for _ in range(4):
+            (tf.cross_entropy(model(x), y) + learning.penalty()).backward()
+            optimizer.step()
+    norm = model[1]
+    batch = tf.linear(x, model[0]._parameters["weight"], model[0]._parameters["bias"]).mean(0)
+    got = norm.hat_tasks[0].running_mean
+    # float32 sums in another order: measured 2e-6
+    assert torch.allclose(got, batch, atol=2e-5) and norm.hat_tasks[0].num_batches_tracked == 2
+    assert not torch.allclose(batch * (1 - 0.9**4), batch, atol=2e-5)  # what momentum 0.1 reaches from zero in 4 steps
+
+
+def test_a_layer_without_units_is_named():
+    torch.manual_seed(0)
+    model = hatcl.convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), 1, torch.randn(2, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.warns(
+        UserWarning, match="task 0 uses no unit of 0, so nothing passes there; lower HATConfig.penalty_weight"
+    ):
+        with hatcl.learn(model, 0, optimizer, steps=1), torch.no_grad():
+            model.hat_gates.embeddings[0].fill_(-1)
