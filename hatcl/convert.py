@@ -225,9 +225,23 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
         m.__class__ = cls
         m.attach(hat, config.num_tasks)  # type: ignore[operator]
     model.add_module(GATES, gates)
+    model.register_load_state_dict_pre_hook(_take_plain_weights)
     gates.unit_map = unit_map
     gates.train(model.training)
     return model
+
+
+def _take_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """A plain model's state dict fits as long as no task is sealed: every task's copies start from its values."""
+    gates = model.get_submodule(GATES)
+    assert isinstance(gates, Gates)
+    if any(f"{GATES}." in name or "hat_tasks." in name for name in state) or bool(gates.sealed.any()):
+        return
+    for name, value in model.state_dict(prefix=prefix).items():
+        path, _, rest = name.rpartition("hat_tasks.")
+        if name not in state and (rest != name or name.startswith(f"{prefix}{GATES}.")):
+            plain = state.get(path + rest.partition(".")[2])
+            state[name] = plain if plain is not None and plain.shape == value.shape else value
 
 
 def _verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HATConfig, inputs: Any) -> nn.Module:
@@ -253,39 +267,33 @@ def _verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HA
 
 
 def _leaks(model: nn.Module, inputs: Any) -> list[str] | None:
-    """Shared parameters whose non-live elements reach the output under random gates (all that are left, where no one
-    does by itself); None where nothing gets out."""
+    """Shared parameters whose non-live elements reach the output under random gates or under their complement, so that
+    every unit is off once (all that are left, where no one does by itself); None where nothing gets out."""
     trial = copy.deepcopy(model).eval()
     gates: Gates = getattr(trial, GATES)
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(gates.num_units, generator=generator) < 0.5
-    gates.masks[0] = mask.to(gates.masks.device)
+    mask = torch.rand(gates.num_units, generator=torch.Generator().manual_seed(0)) < 0.5
     gates.sealed[0] = True
-    gates.epoch += 1
-    with torch.no_grad():
-        want = outputs_of(trial, inputs, 0)
-        if any(not torch.isfinite(x).all() for x in want if x.is_floating_point()):
-            log.info("%s: outputs are not finite under random gates", type(model).__name__)
-
-        def differs(only: set[str] | None) -> bool:
-            with attack(trial, 0, only=only):
-                got = outputs_of(trial, inputs, 0)
-            return any(difference(a, b) != 0 for a, b in zip(want, got, strict=True))
-
-        if not differs(None):
-            return None
-        names = [n for n, e in gates.unit_map.entries.items() if not e.copied]
-        found: list[str] = []
-        groups = [names]
-        while groups:
-            group = groups.pop()
-            if not group or not differs(set(group)):
-                continue
-            if len(group) == 1:
-                found += group
-            else:
-                groups += [group[: len(group) // 2], group[len(group) // 2 :]]
-    return found or names
+    names = [n for n, e in gates.unit_map.entries.items() if not e.copied]
+    found: dict[str, None] = {}
+    exact = True
+    for on in (mask, ~mask):
+        gates.masks[0] = on.to(gates.masks.device)
+        gates.epoch += 1
+        with torch.no_grad():
+            want = outputs_of(trial, inputs, 0)
+            groups = [names]
+            while groups:
+                group = groups.pop()
+                with attack(trial, 0, only=None if group is names else set(group)):
+                    got = outputs_of(trial, inputs, 0)
+                if all(difference(a, b) == 0 for a, b in zip(want, got, strict=True)):
+                    continue
+                exact = False
+                if len(group) == 1:
+                    found[group[0]] = None
+                elif group:
+                    groups += [group[: len(group) // 2], group[len(group) // 2 :]]
+    return None if exact else list(found) or names
 
 
 def _widen_heads(model: nn.Module, num_classes: Sequence[int]) -> None:

@@ -283,6 +283,9 @@ class Tracer(TorchDispatchMode):
             return self.cat(args, kwargs, out)
         if name in VIEWS:
             return self.view_like(func, name, args, kwargs, flat, spec, shadows, out)
+        if name not in BATCH_NORMS and name != "index_put":
+            for s in shadows:  # whatever reads a value, in whichever argument, reads it gated
+                self.commit(s)
         if name in SPATIAL:
             return self.spatial(SPATIAL[name], shadows[0], out)
         if name in ("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm"):
