@@ -1,0 +1,222 @@
+"""`timm.create_model("hat_...")`: every name and tag that timm lists, its options passed on or refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import parts
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import _registry
+
+import hatcl
+from hatcl.gates import gates_of
+
+SMALL = [n for n in timm.list_models("test_*")]
+ROOT = Path(__file__).parents[2]
+
+
+def size(name):
+    return (3, 64, 64) if name != "test_vit_relpos" else (3, 160, 160)
+
+
+def options(name):
+    base = timm.create_model(name, num_classes=parts.CLASSES)
+    fixed = hasattr(base, "patch_embed") or "maxvit" in name or "coatnet" in name
+    return {"num_classes": parts.CLASSES, **({"img_size": 64} if fixed and "relpos" not in name else {})}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_small_model_converts_and_isolates(name):
+    kwargs = options(name)
+    torch.manual_seed(0)
+    base = timm.create_model(name, **kwargs).eval()
+    torch.manual_seed(0)
+    model = timm.create_model(f"hat_{name}", num_tasks=2, **kwargs)
+    x = torch.randn(2, *size(name))
+    assert isinstance(model, type(base))
+    assert torch.equal(parts.logits(model, None, x), base(x))
+    parts.pretend(model)
+    assert hatcl.certify(model, x, strict=True).exact
+    assert not torch.equal(parts.logits(model, 0, x), parts.logits(model, 1, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_every_small_model_learns_exactly(name):
+    kwargs = options(name)
+    model = timm.create_model(f"hat_{name}", num_tasks=2, **kwargs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    x = torch.randn(2, *size(name))
+    losses = parts.train(model, 0, optimizer, parts.problem(size(name), 0, 8), 6)
+    want = parts.logits(model, 0, x)
+    losses += parts.train(model, 1, optimizer, parts.problem(size(name), 1, 8), 6)
+    assert torch.equal(parts.logits(model, 0, x), want)
+    assert min(losses[4:6]) < max(losses[:2])
+    assert hatcl.certify(model, x, strict=True).exact
+
+
+# ---- names ----------------------------------------------------------------------------------------
+
+
+def test_every_name_and_tag_that_timm_lists_has_its_hat_name():
+    names = timm.list_models()
+    assert hatcl.list_models() == [f"hat_{n}" for n in names]
+    assert all(timm.is_model(f"hat_{n}") for n in names)
+    for tagged in timm.list_pretrained():
+        assert timm.is_model(f"hat_{tagged.split('.')[0]}")
+
+
+def test_timms_own_listings_stay_as_they_were():
+    assert not [n for n in timm.list_models("*hat_*") if n.startswith("hat_")]
+    assert not timm.is_model("hat_nothing") and not timm.is_model("hat_hat_resnet18")
+    hatcl.install()
+    assert type(_registry._model_entrypoints).__mro__[1] is dict  # installed once
+
+
+@pytest.mark.parametrize("pattern", ["hat_*resnet*", "hat_test_*", "*vit*", "hat_resnet18", "resnet18", "nothing"])
+def test_patterns(pattern):
+    import fnmatch
+
+    assert hatcl.list_models(pattern) == [
+        f"hat_{n}" for n in timm.list_models() if fnmatch.fnmatch(f"hat_{n}", pattern)
+    ]
+
+
+def test_unknown_names_are_timms_own_error():
+    with pytest.raises(RuntimeError, match=r"Unknown model \(hat_resnet_of_nobody\)"):
+        timm.create_model("hat_resnet_of_nobody", num_tasks=2)
+
+
+def test_a_model_registered_later_has_its_hat_name_too():
+    @timm.models.register_model
+    def later_resnet(pretrained=False, **kwargs):
+        return timm.create_model(
+            "test_resnet", **{k: v for k, v in kwargs.items() if not k.startswith(("pretr", "cache"))}
+        )
+
+    later_resnet.__module__ = "timm.models.resnet"
+    assert timm.is_model("hat_later_resnet")
+    assert gates_of(timm.create_model("hat_later_resnet", num_tasks=2, num_classes=3))[0].num_tasks == 2
+
+
+def test_the_names_cost_nothing_at_import():
+    code = (
+        "import hatcl, timm\nprint(len(timm.models._registry._model_entrypoints), len(timm.list_models('*', '', True)))"
+    )
+    env = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(set(done.stdout.split())) == 1  # no entry was added
+
+
+# ---- options --------------------------------------------------------------------------------------
+
+
+def make(**kwargs):
+    return timm.create_model("hat_test_resnet", **kwargs)
+
+
+def test_tasks_and_classes():
+    x = parts.images("resnet")
+    assert gates_of(make())[0].num_tasks == 1
+    assert gates_of(make(num_tasks=4))[0].num_tasks == 4
+    assert gates_of(make(hat_config={"num_tasks": 3, "init": "dense"}))[0].config.init == "dense"
+    assert gates_of(make(hat_config=hatcl.HATConfig(num_tasks=3), num_tasks=2))[0].num_tasks == 2
+    model = parts.pretend(make(num_classes=[3, 5]))
+    assert [parts.logits(model, t, x).shape[1] for t in (0, 1, None)] == [3, 5, 5]
+    assert parts.logits(make(num_classes=0, num_tasks=2), None, x).shape == (8, 96)
+
+
+def test_timms_options_are_passed_on():
+    assert make(in_chans=1, num_tasks=2).conv1[0].in_channels == 1
+    assert make(num_tasks=2, drop_rate=0.3, global_pool="max").drop_rate == 0.3
+    vit = timm.create_model("hat_test_vit", img_size=(32, 48), num_tasks=2, norm_layer=torch.nn.RMSNorm)
+    assert isinstance(vit.norm, hatcl.TaskIndexedRMSNorm)
+    assert vit(torch.randn(1, 3, 32, 48)).shape == (1, 1000)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    base = timm.create_model("test_resnet", num_classes=parts.CLASSES).eval()
+    torch.save(base.state_dict(), tmp_path / "w.pth")
+    save_file(base.state_dict(), tmp_path / "w.safetensors")
+    return base, tmp_path
+
+
+@pytest.mark.parametrize("how", ["checkpoint_path pth", "checkpoint_path safetensors", "pretrained_cfg", "overlay"])
+def test_pretrained_weights_are_those_that_every_task_starts_from(weights, how):
+    base, folder = weights
+    kwargs = {"num_tasks": 2, "num_classes": parts.CLASSES}
+    if how.startswith("checkpoint_path"):
+        kwargs["checkpoint_path"] = str(folder / f"w.{how.split()[1]}")
+    elif how == "overlay":
+        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(folder / "w.pth"), "num_classes": 4}}
+    else:
+        file = {"file": str(folder / "w.pth"), "num_classes": 4, "input_size": (3, 160, 160)}
+        kwargs |= {"pretrained": True, "pretrained_cfg": {**file, "first_conv": "conv1.0", "classifier": "fc"}}
+    model, x = make(**kwargs), parts.images("resnet")
+    assert torch.equal(parts.logits(model, None, x), base(x))
+    for t in range(2):
+        assert torch.equal(model.fc.hat_tasks[t].weight, base.fc.weight)
+        assert torch.equal(model.conv1[1].hat_tasks[t].running_var, base.conv1[1].running_var)
+    with torch.no_grad():  # all units on is the pretrained network
+        gates_of(model)[0].embeddings[0].fill_(1)
+    gates_of(model)[0].seal(0)
+    assert torch.allclose(parts.logits(model, 0, x), base(x), atol=1e-5)  # gates of one: measured 0
+
+
+def test_plain_weights_do_not_go_over_sealed_tasks(weights):
+    base, _ = weights
+    model = parts.pretend(make(num_tasks=2, num_classes=parts.CLASSES))
+    with pytest.raises(RuntimeError, match="Missing key.*hat_tasks"):
+        model.load_state_dict(base.state_dict())
+
+
+def test_a_hat_state_dict_with_holes_is_not_taken_for_a_plain_one():
+    model = make(num_tasks=2, num_classes=parts.CLASSES)
+    state = {n: v for n, v in model.state_dict().items() if "conv1.1.hat_tasks.1" not in n}
+    with pytest.raises(RuntimeError, match="Missing key.*conv1.1.hat_tasks.1.weight"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "kwargs, text",
+    [
+        (
+            {"features_only": True},
+            "hat_test_resnet: features_only=True is not for hat_ names; convert timm.create_model",
+        ),
+        (
+            {"scriptable": True},
+            "hat_test_resnet: scriptable=True cannot work, tasks are chosen at run time; use torch.comp",
+        ),
+        ({"hat_config": {"penalti": 1}}, "HATConfig has no option 'penalti'; did you mean 'penalty'"),
+        ({"num_classes": [3, 4], "num_tasks": 3}, "num_classes: got 2 numbers for 3 tasks; pass one per task"),
+        ({"num_tasks": 0}, "num_tasks: got 0, expected an integer of at least 1"),
+    ],
+)
+def test_options_that_cannot_be(kwargs, text):
+    with pytest.raises(hatcl.ConfigError) as caught:
+        make(**kwargs)
+    assert text in str(caught.value)
+
+
+def test_the_meta_device_is_refused():
+    with torch.device("meta"), pytest.raises(hatcl.ConversionError, match="on the meta device there is nothing to run"):
+        make(num_tasks=2)
+
+
+def test_options_that_timm_does_not_know_are_timms_own_error():
+    with pytest.raises(TypeError, match="nothing_like_it"):
+        make(nothing_like_it=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_the_type_is_passed_on(dtype):
+    model = make(num_tasks=2, dtype=dtype) if "dtype" in timm.create_model.__doc__ else make(num_tasks=2).to(dtype)
+    assert next(model.parameters()).dtype == dtype
