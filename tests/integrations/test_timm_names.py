@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def test_every_small_model_converts_and_isolates(name):
     model = timm.create_model(f"hat_{name}", num_tasks=2, **kwargs)
     x = torch.randn(2, *size(name))
     assert isinstance(model, type(base))
-    assert torch.equal(parts.logits(model, None, x), base(x))
+    with torch.no_grad():
+        assert torch.equal(parts.logits(model, None, x), base(x))
     parts.pretend(model)
     assert hatcl.certify(model, x, strict=True).exact
     assert not torch.equal(parts.logits(model, 0, x), parts.logits(model, 1, x))
@@ -80,11 +82,8 @@ def test_timms_own_listings_stay_as_they_were():
 
 @pytest.mark.parametrize("pattern", ["hat_*resnet*", "hat_test_*", "*vit*", "hat_resnet18", "resnet18", "nothing"])
 def test_patterns(pattern):
-    import fnmatch
-
-    assert hatcl.list_models(pattern) == [
-        f"hat_{n}" for n in timm.list_models() if fnmatch.fnmatch(f"hat_{n}", pattern)
-    ]
+    every = [f"hat_{n}" for n in timm.list_models()]
+    assert hatcl.list_models(pattern) == [n for n in every if fnmatch.fnmatch(n, pattern)]
 
 
 def test_unknown_names_are_timms_own_error():
@@ -105,13 +104,10 @@ def test_a_model_registered_later_has_its_hat_name_too():
 
 
 def test_the_names_cost_nothing_at_import():
-    code = (
-        "import hatcl, timm\nprint(len(timm.models._registry._model_entrypoints), len(timm.list_models('*', '', True)))"
-    )
+    code = "import hatcl, timm\nprint(sum(n.startswith('hat_') for n in timm.models._registry._model_entrypoints))"
     env = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
-    assert done.returncode == 0 and done.stderr == ""
-    assert len(set(done.stdout.split())) == 1  # no entry was added
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
 # ---- options --------------------------------------------------------------------------------------
