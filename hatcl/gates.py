@@ -239,7 +239,7 @@ class Units:
         if self._share[0] != key or self.gates.task == self.gates.learning:
             assert self.gates.task is not None
             on = self.hard(self.gates.task)
-            self._share = (key, max(float(on.float().mean()), F.SMALLEST_GATE))
+            self._share = (key, max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE))
         return self._share[1]
 
     def hard(self, task: int) -> Tensor:
