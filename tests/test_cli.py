@@ -318,7 +318,7 @@ def kill_and_resume(tmp_path: Path, moments: int, seed: int) -> list[tuple[int, 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     output = tmp_path / "run"
-    process = start(output, "--tasks", ",".join(map(str, write_tasks(tmp_path))), "--epochs", "50")
+    process = start(output, "--tasks", ",".join(map(str, write_tasks(tmp_path))), "--epochs", "5000")
     while not (output / "config.json").exists() and process.poll() is None:
         time.sleep(0.01)
     time.sleep(0.5)
