@@ -98,9 +98,12 @@ def test_a_model_registered_later_has_its_hat_name_too():
             "test_resnet", **{k: v for k, v in kwargs.items() if not k.startswith(("pretr", "cache"))}
         )
 
-    later_resnet.__module__ = "timm.models.resnet"
-    assert timm.is_model("hat_later_resnet")
-    assert gates_of(timm.create_model("hat_later_resnet", num_tasks=2, num_classes=3))[0].num_tasks == 2
+    try:
+        assert timm.is_model("hat_later_resnet")
+        assert gates_of(timm.create_model("hat_later_resnet", num_tasks=2, num_classes=3))[0].num_tasks == 2
+    finally:
+        _registry._model_entrypoints.pop("later_resnet")
+        _registry._module_to_models[_registry._model_to_module.pop("later_resnet")].discard("later_resnet")
 
 
 def test_the_names_cost_nothing_at_import():
