@@ -62,7 +62,8 @@ class Learning:
         self.step += 1
         settled = self.gates[0].settled
         self._set_scale()
-        if self.gates[0].settled and not settled and self.step < self.steps:  # norms average anew over what the hard gates give
+        if self.gates[0].settled and not settled and self.step < self.steps:
+            # norms average anew over what the hard gates give
             for name, count in guards.own_buffers(self.model, self.task):
                 if name.endswith("num_batches_tracked"):
                     count.zero_()
