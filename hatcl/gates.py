@@ -159,6 +159,10 @@ class Gates(nn.Module):
 
     # ---- torch's own -------------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is not being learned, also where it was made inside a `hatcl.learn` block."""
+        return {**self.__dict__, "learning": None, "settled": False, "soft": False}
+
     def get_extra_state(self) -> Tensor:
         """Digests as bytes: state dicts and safetensors files hold tensors."""
         return torch.frombuffer(

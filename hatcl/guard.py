@@ -103,18 +103,30 @@ def digest(model: nn.Module, task: int) -> dict[str, str]:
     """name -> `dtype:sha256` of everything a sealed task computes with: live elements, own copies, statistics,
     gates."""
     out: dict[str, str] = {}
-    for h in held(model):
+    every = held(model)
+    names = [h.name for h in every]
+    wrapped = _shared_path(names)  # a model inside DistributedDataParallel or torch.compile is the same model
+    for h in every:
         if h.plain or (h.task is not None and h.task != task):
             continue
         value = h.param.detach()
         if h.task is None:
             value = value[h.live(task)] if h.plan is not None else value
-        out[h.name] = _hash(value)
+        out[h.name.removeprefix(wrapped)] = _hash(value)
     for name, b in [*own_buffers(model, task), *shared_buffers(model)]:
-        out[name] = _hash(b)
+        out[name.removeprefix(wrapped)] = _hash(b)
     for i, g in enumerate(gates_of(model)):
         out[f"gates {i}"] = _hash(g.masks[task])
     return out
+
+
+def _shared_path(names: Sequence[str]) -> str:
+    """The dotted path that all names start with, its last dot included."""
+    first, last = min(names, default="").split("."), max(names, default="").split(".")
+    same = 0
+    while same < min(len(first), len(last)) - 1 and first[same] == last[same]:
+        same += 1
+    return "".join(f"{part}." for part in first[:same])
 
 
 def _hash(value: Tensor) -> str:

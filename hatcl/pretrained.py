@@ -36,6 +36,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         IntegrityError: a sealed task changed since it was sealed. ValueError: layers put together by hand (save their
             `state_dict()`; there is no recipe to make the model again).
     """
+    model = next((m for m in model.modules() if GATES in m._modules), model)  # not what it is wrapped in
     gates = gates_of(model)
     if len(gates) != 1 or gates[0].unit_map is None:
         raise ValueError(

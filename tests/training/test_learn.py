@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import parts
 import pytest
@@ -361,3 +362,64 @@ def test_a_layer_without_units_is_named():
     ):
         with hatcl.learn(model, 0, optimizer, steps=1), torch.no_grad():
             model.hat_gates.embeddings[0].fill_(-1)
+
+
+# ---- models inside other modules, copies made inside the block --------------------------------------
+
+
+class Wrapped(torch.nn.Module):
+    """The way DistributedDataParallel, torch.compile and others wrap a model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def test_a_model_may_be_wrapped_for_learning(name, tmp_path):
+    model, x = parts.converted(name), parts.images(name)
+    wrapped = Wrapped(Wrapped(model))
+    optimizer = adamw(wrapped)
+    parts.train(wrapped, 0, optimizer, parts.problem(parts.shape_of(name), 0), 3)
+    want = parts.logits(model, 0, x)
+    assert hatcl.certify(model, x).exact and hatcl.certify(wrapped, x).exact
+    parts.train(model, 1, optimizer, parts.problem(parts.shape_of(name), 1), 3)
+    assert hatcl.certify(Wrapped(model), x).exact
+    again = hatcl.from_pretrained(hatcl.save_pretrained(wrapped, tmp_path / "m"), base=parts.plain(name))
+    assert torch.equal(parts.logits(again, 0, x), want)
+
+
+def test_layers_by_hand_may_be_wrapped_too():
+    layer = hatcl.HATLinear(12, 16, num_tasks=2)
+    model = torch.nn.Sequential(layer, torch.nn.ReLU(), hatcl.TaskIndexedLinear(16, parts.CLASSES, reads=layer))
+    parts.train(Wrapped(model), 0, adamw(model), parts.problem((12,), 0), 3)
+    assert hatcl.certify(model, parts.problem((12,), 0)[0]).exact
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_made_inside_the_block_is_not_being_learned(name, how):
+    model = parts.converted(name)
+    optimizer = adamw(model)
+    data = parts.problem(parts.shape_of(name), 0)
+    with hatcl.learn(model, 0, optimizer, steps=6) as learning:
+        steps_of(model, learning, optimizer, data, 3)
+        copied = how(model)
+        steps_of(model, learning, optimizer, data, 3)
+    assert gates_of(copied)[0].learning is None and hatcl.tasks(copied) == []
+    again = adamw(copied)
+    with hatcl.learn(copied, 0, again, steps=6, start=3) as learning:
+        steps_of(copied, learning, again, data, 3)
+    assert hatcl.tasks(copied) == [0]
+
+
+def test_a_plain_layer_among_layers_by_hand_is_held_once_a_task_is_sealed():
+    layer = hatcl.HATLinear(12, 16, num_tasks=2)
+    head = hatcl.TaskIndexedLinear(16, parts.CLASSES, num_tasks=2)
+    model = torch.nn.Sequential(layer, torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.ReLU(), head)
+    x, optimizer = parts.problem((12,), 0)[0], adamw(model)
+    parts.train(model, 0, optimizer, parts.problem((12,), 0), 4)
+    want, held = parts.logits(model, 0, x), model[2].weight.detach().clone()
+    parts.train(model, 1, optimizer, parts.problem((12,), 1), 4)
+    assert torch.equal(parts.logits(model, 0, x), want) and torch.equal(model[2].weight, held)
