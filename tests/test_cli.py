@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -243,7 +244,11 @@ def test_a_truncated_or_tampered_model_is_refused(run, tmp_path, capsys):
 def start(output: Path, *args: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "hatcl", "train", "--resume", "--output", str(output), *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    # a background job of a shell inherits an ignored SIGINT; the command is to meet it as from a terminal
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, preexec_fn=listens
+    )
 
 
 def progress(output: Path) -> tuple[int, int]:
@@ -318,7 +323,7 @@ def kill_and_resume(tmp_path: Path, moments: int, seed: int) -> list[tuple[int, 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     output = tmp_path / "run"
-    process = start(output, "--tasks", ",".join(map(str, write_tasks(tmp_path))), "--epochs", "5000")
+    process = start(output, "--tasks", ",".join(map(str, write_tasks(tmp_path))), "--epochs", "300")
     while not (output / "config.json").exists() and process.poll() is None:
         time.sleep(0.01)
     time.sleep(0.5)
