@@ -161,7 +161,8 @@ class Gates(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is not being learned, also where it was made inside a `hatcl.learn` block."""
-        return {**self.__dict__, "learning": None, "settled": False, "soft": False}
+        task = None if self.task == self.learning else self.task
+        return {**self.__dict__, "task": task, "learning": None, "settled": False, "soft": False}
 
     def get_extra_state(self) -> Tensor:
         """Digests as bytes: state dicts and safetensors files hold tensors."""
