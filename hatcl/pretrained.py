@@ -7,8 +7,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +56,18 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "format": FORMAT, "config": g.config.to_dict(), "source": g.source, "map": g.unit_map.to_json(), "tied": tied,
     }  # fmt: skip
     target = Path(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target.mkdir(parents=True, exist_ok=True)
+    new = {name: target / f".{name}.new" for name in (WEIGHTS, CONFIG)}
     try:
-        save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt", "config": _fingerprint(meta)})
-        (scratch / CONFIG).write_text(json.dumps(meta))
-        target.mkdir(exist_ok=True)
-        for name in (WEIGHTS, CONFIG):
-            with open(scratch / name, "rb") as f:
+        save_file(tensors, new[WEIGHTS], metadata={"format": "pt", "config": _fingerprint(meta)})
+        new[CONFIG].write_text(json.dumps(meta))
+        for name, path in new.items():
+            with open(path, "rb") as f:
                 os.fsync(f.fileno())
-            os.replace(scratch / name, target / name)
+            os.replace(path, target / name)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for path in new.values():
+            path.unlink(missing_ok=True)
     return target
 
 
