@@ -18,9 +18,10 @@ from .config import HATConfig
 from .errors import ConfigError, ConversionError
 from .gates import Gates, Units
 from .layers.gated import Axis, Binding, ParameterPlan, task_class
+from .layers.norm import kind_of_norm
 from .map.trace import call, trace
 from .map.units import Entry, UnitMap, resolve
-from .registry import layer_for
+from .registry import layer_for, source_of
 
 log = logging.getLogger(__name__)
 GATES = "hat_gates"
@@ -81,6 +82,7 @@ def convert(
         made = _verified(made, source, unit_map, config, example_inputs)
     if isinstance(num_classes, Sequence):
         _widen_heads(made, num_classes)
+    made.get_submodule(GATES).source = source_of(source)  # type: ignore[assignment]
     return made
 
 
@@ -109,6 +111,14 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
                 f"{type(plain).__name__}: {plain}"
             ) from plain
         raise ConversionError(f"{type(model).__name__}: the trace failed: {error}; please report the model") from error
+    for path, seen in found.mixing.items():
+        module = model.get_submodule(path)
+        for dim, ids in seen.ids.items():
+            kind = kind_of_norm(module, seen.ndim, dim, len(ids))
+            if kind:
+                found.norms[path] = dataclasses.replace(seen, across=True, kind=kind, ids={dim: ids})
+                found.notes.pop(path, None)
+                copied += [names[id(p)] for p in module._parameters.values() if p is not None]
     unit_map = resolve(found, model, copied)
     unit_map.buffers = moving_buffers(model, example_inputs)
     return unit_map
@@ -182,8 +192,8 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
                 holders.setdefault(names[id(p)], set()).add(path)
     plan: list[tuple[nn.Module, type, Binding]] = []
     for path, m in model.named_modules():
-        layer = layer_for(type(m))
         norm = unit_map.norms.get(path)
+        layer = layer_for(type(m), norm.kind if norm is not None else "")
         own = {n: p for n, p in m._parameters.items() if p is not None}
         moving = unit_map.buffers.get(path, ())
         known = any(m._buffers.get(b) is not None for b in layer.task_buffers)
@@ -198,16 +208,20 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
                     "trace this model anew"
                 )
             fold_axes = set(unit_map.folds.get((path, entry.name), ()))
-            for (user, other), axes in unit_map.folds.items():
-                if other == entry.name and user not in holders[entry.name]:
-                    fold_axes |= set(axes)
-            if path in unit_map.outputs or layer.fold_output:
+            elsewhere = {
+                a for (user, other), axes in unit_map.folds.items() for a in axes
+                if other == entry.name and user not in holders[entry.name]
+            }  # fmt: skip
+            fold_output = layer.fold_output and not elsewhere
+            if path in unit_map.outputs or fold_output:
                 owners = {f.axis for f in entry.factors if f.owner}
-                if layer.fold_output and fold_axes & owners:
+                if fold_output and fold_axes & owners:
                     hat.output = (layer.output_dim, units(next(f.units for f in entry.factors if f.owner)))
                 fold_axes -= owners
-            if norm is not None and norm.across and layer.is_norm:  # the weight carries the factor of the statistics
-                fold_axes |= {f.axis for f in entry.factors}
+            fold_axes |= elsewhere
+            if norm is not None and norm.across and layer.is_norm:
+                # the weight carries the factor of the statistics; of a class that is not known, the output does
+                fold_axes = set() if norm.kind else fold_axes | {f.axis for f in entry.factors}
             axes_ = tuple(Axis(units(f.units), f.shape, f.owner) for f in entry.factors)
             fold = tuple(i for i, f in enumerate(entry.factors) if f.axis in fold_axes)
             hat.params[name] = ParameterPlan(entry.view, axes_, fold, entry.copied)

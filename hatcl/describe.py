@@ -9,6 +9,7 @@ from torch import nn
 
 from .gates import Gates, gates_of
 from .guard import held, sealed_tasks
+from .map.units import NORM
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class Description:
 
     Attributes:
         units: how many units there are. use: sealed task -> how many it uses.
-        elements: shared_both (owner and reader known), shared_one (one of them), own_copy (each task has its own; one
-            copy counted), always_on (neither).
+        elements: shared_both (owner and reader known; a reader can be the input, which is always on), shared_one (one
+            of them), own_copy (each task has its own; one copy counted), always_on (neither).
         layers: per layer its units and how many of them each sealed task uses.
         copies: parameter -> why each task has its own copy. notes: module path -> what the trace could not follow.
     """
@@ -78,6 +79,7 @@ def describe(model: nn.Module) -> Description:
         for name, start, stop in g.layers
         if stop > start
     ]
+    unit_map = gates[0].unit_map
     elements = dict.fromkeys(("shared_both", "shared_one", "own_copy", "always_on"), 0)
     for h in held(model):
         if h.task is not None:
@@ -85,22 +87,21 @@ def describe(model: nn.Module) -> Description:
         if h.plain:
             elements["own_copy"] += h.param.numel()
             continue
-        known = {True: 0.0, False: 0.0}
+        unit = {True: 0.0, False: 0.0}
         for axis in h.plan.axes if h.plan is not None else ():
-            known[axis.owner] = max(known[axis.owner], float((axis.units.numbers != 0).mean()))
-        owner_only = h.param.dim() < 2  # a bias or a scale reads nothing: its owner is all there is to know
-        both = known[True] if owner_only else known[True] * known[False]
-        one = known[True] + known[False] - known[True] * known[False] - both if not owner_only else 0.0
+            unit[axis.owner] = max(unit[axis.owner], float((axis.units.numbers != 0).mean()))
+        reader = 1.0 - unit_map.entries[h.name].lost if unit_map else float(unit[False] or h.param.dim() < 2)
+        both = unit[True] * reader
+        one = unit[True] * (1 - reader) + (1 - unit[True]) * unit[False]
         n = h.param.numel()
         elements["shared_both"] += round(n * both)
         elements["shared_one"] += round(n * one)
         elements["always_on"] += n - round(n * both) - round(n * one)
-    unit_map = gates[0].unit_map
     return Description(
         sum(g.num_units for g in gates),
         {t: sum(int(g.masks[t].sum()) for g in gates) for t in tasks},
         elements,
         layers,
-        {e.name: e.why for e in unit_map.entries.values() if e.copied and e.why != "norm"} if unit_map else {},
+        {e.name: e.why for e in unit_map.entries.values() if e.copied and e.why != NORM} if unit_map else {},
         dict(unit_map.notes) if unit_map else {},
     )

@@ -13,38 +13,43 @@ from typing import Any, TypeVar
 from torch import nn
 
 T = TypeVar("T", bound=type)
-_LAYERS: dict[type[nn.Module], type] = {}
+_LAYERS: dict[tuple[type[nn.Module], str], type] = {}
 
 
-def register(*bases: type[nn.Module]) -> Callable[[T], T]:
-    """Class decorator: the decorated HAT layer replaces instances of `bases` when a model is converted."""
+def register(*bases: type[nn.Module], kind: str = "") -> Callable[[T], T]:
+    """Class decorator: the decorated HAT layer replaces instances of `bases` when a model is converted.
+
+    Args:
+        kind: only for instances that the trace found to be of this kind, such as a norm of a class that nobody
+            registered (`rms`, `centred`).
+    """
 
     def add(layer: T) -> T:
         for base in bases:
-            _LAYERS[base] = layer
+            _LAYERS[base, kind] = layer
             _resolve.cache_clear()
         return layer
 
     return add
 
 
-def layer_for(cls: type[nn.Module]) -> type[Any]:
+def layer_for(cls: type[nn.Module], kind: str = "") -> type[Any]:
     """The registered HAT layer of the nearest base of `cls`."""
-    found: type[Any] = _resolve(cls)  # type: ignore[arg-type]
+    found: type[Any] = _resolve(cls, kind)  # type: ignore[arg-type]
     return found
 
 
 @cache
-def _resolve(cls: Any) -> type[Any]:
+def _resolve(cls: Any, kind: str) -> type[Any]:
     for base in cls.__mro__:
-        if base in _LAYERS:
-            return _LAYERS[base]
+        if (base, kind) in _LAYERS:
+            return _LAYERS[base, kind]
     raise LookupError(f"{cls.__qualname__} is no torch module class")
 
 
-def registered() -> dict[type[nn.Module], type]:
-    """All registered pairs (base class, HAT layer)."""
-    return dict(_LAYERS)
+def registered(kind: str = "") -> dict[type[nn.Module], type]:
+    """All registered pairs (base class, HAT layer) of a kind."""
+    return {base: layer for (base, k), layer in _LAYERS.items() if k == kind}
 
 
 @cache
@@ -60,19 +65,34 @@ def derive(layer: type, cls: Any, attributes: tuple[tuple[str, Callable[[str], A
 
 
 Maker = Callable[[dict[str, Any]], nn.Module]
+Recogniser = Callable[[nn.Module], dict[str, Any] | None]
 _SOURCES: dict[str, Maker] = {}
+_RECOGNISERS: dict[str, Recogniser] = {}
 
 
-def register_source(
-    kind: str,
-) -> Callable[[Callable[[dict[str, Any]], nn.Module]], Callable[[dict[str, Any]], nn.Module]]:
-    """Decorator for a function that makes a plain model again from what was saved of it under `kind`."""
+def register_source(kind: str, recognise: Recogniser | None = None) -> Callable[[Maker], Maker]:
+    """Decorator for a function that makes a plain model again from what was saved of it under `kind`.
+
+    Args:
+        recognise: says of a plain model what is to be saved of it (JSON-able), or None where it is not of this kind.
+    """
 
     def add(make: Maker) -> Maker:
         _SOURCES[kind] = make
+        if recognise is not None:
+            _RECOGNISERS[kind] = recognise
         return make
 
     return add
+
+
+def source_of(model: nn.Module) -> dict[str, Any] | None:
+    """How to make a plain model again, where some registered source recognises it."""
+    for kind, recognise in _RECOGNISERS.items():
+        found = recognise(model)
+        if found is not None:
+            return {"kind": kind, **found}
+    return None
 
 
 def build_source(source: dict[str, Any]) -> nn.Module:

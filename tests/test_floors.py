@@ -14,20 +14,20 @@ FLOORS = [
     ["registry", "map"],
     ["gates", "layers", "guard"],
     ["certify", "describe", "forget", "extract", "convert", "pretrained", "vectors", "skills", "grafts"],
-    ["training", "integrations", "report"],
+    ["training", "integrations", "report", "zoo"],
     ["__init__", "cli", "__main__"],
 ]
 ROOMS = [room for floor in FLOORS for room in floor]
 # who may know these libraries; everything else works with plain torch
 GUESTS = {
-    "timm": ["integrations/timm_names.py", "layers", "training/factories.py", "cli.py"],
-    "transformers": ["integrations", "layers", "skills"],
+    "timm": ["integrations/timm_names.py", "layers", "training/factories.py", "zoo", "cli.py"],
+    "transformers": ["integrations", "layers", "skills", "zoo"],
     "peft": ["integrations", "skills"],
     "lightning": ["integrations"],
     "avalanche": ["integrations"],
     "matplotlib": ["report/picture.py"],
     "sklearn": ["training/stream.py"],
-    "torchvision": ["training/stream.py"],
+    "torchvision": ["training/stream.py", "zoo"],
     "typer": ["cli.py"],
     "rich": ["cli.py", "report/tables.py"],
 }

@@ -81,9 +81,10 @@ class HATEmbedding(HATLayer, nn.Embedding):
         plan = self._hat.params["weight"]
         self._hat.output, plan.fold = (-1, plan.axes[0].units), ()
 
-    def forward(self, index: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.max_norm is None or self.active is None:
-            return self.gate_output(super().forward(index))
+            return self.gate_output(super().forward(*args, **kwargs))
+        (index,) = args
         # torch would scale the table's rows in place, for all tasks: here what was looked up, over units that are on
         table = self.weight
         rows = tf.embedding(index, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)

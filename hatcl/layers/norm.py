@@ -3,9 +3,13 @@ units that are on; the gate multiplies what comes out."""
 
 from __future__ import annotations
 
+import copy
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from timm.layers import norm as timm_norm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,6 +18,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .. import functional as F
 from ..registry import register
 from .gated import HATLayer, multiply, task_buffer, task_parameter
+
+log = logging.getLogger(__name__)
 
 
 class _Norm(HATLayer):
@@ -202,6 +208,81 @@ class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
         centred = (groups - mean * by_group.view(1, *by_group.shape, *[1] * (groups.dim() - 3))).view(x.shape)
         out = super().forward(centred / along(self._per_group(gate), x, 1))
         return out if self._has_affine() else out * along(self.fold_gate("weight", gate), out, 1)
+
+
+class _FoundNorm(HATLayer):
+    """A norm over units of a class that nobody registered, found by what it does (`kind_of_norm`).
+
+    With `x` zero where a unit is off and centred over the units that are on, a mean over all U of `(c x)^2` with
+    `c = sqrt(U / n)` is that over the n, so `f(c x) / c` is what the module cut down to those units computes, whatever
+    it does with its weight and eps.
+    """
+
+    is_norm: ClassVar[bool] = True
+    centred: ClassVar[bool] = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        hat = self.active
+        if hat is None or hat.norm is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        dim, units = hat.norm
+        gate = units.gate()
+        assert gate is not None
+        if hat.dirty:
+            x = x * along(gate.to(x.dtype), x, dim)
+        if self.centred:
+            x = F.centre(x, gate.to(x.dtype), dim, (dim,))
+        share = share_on(gate).sqrt().to(x.dtype)
+        out = super().forward(x / share, *args, **kwargs)  # type: ignore[misc]
+        return out * along((gate != 0).to(out.dtype) * share.to(out.dtype), out, dim)
+
+
+@register(nn.Module, kind="rms")
+class _FoundRootMeanSquare(_FoundNorm):
+    """Like an RMS norm."""
+
+
+@register(nn.Module, kind="centred")
+class _FoundLayerNorm(_FoundNorm):
+    """Like a layer norm."""
+
+    centred: ClassVar[bool] = True
+
+
+def kind_of_norm(module: nn.Module, ndim: int, dim: int, width: int) -> str:
+    """Does a module normalise over `width` units along `dim` of an input of `ndim` dimensions? `rms`, `centred`, or ""
+    if neither. Tried, not looked up: a copy that is cut down to some of the units must agree with what `_FoundNorm`
+    makes of the whole, on random numbers."""
+    some = next(module.parameters(), torch.zeros(()))
+    if width < 3 or some.is_meta:
+        return ""
+    generator = torch.Generator().manual_seed(0)
+    shape = [3 if d == dim else 2 for d in range(ndim)]
+    on = torch.zeros(width, dtype=torch.bool)
+    on[torch.randperm(width, generator=generator)[:3]] = True
+    x = torch.randn(shape, generator=generator)
+    where = [slice(None)] * ndim
+    where[dim] = on  # type: ignore[call-overload]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            whole, cut = (copy.deepcopy(module).cpu().float().eval() for _ in range(2))
+            for name, p in whole._parameters.items():
+                if p is not None:
+                    p.copy_(torch.randn(p.shape, generator=generator))
+                    cut._parameters[name] = nn.Parameter(p[on] if p.shape == (width,) else p.clone())
+            for name, value in vars(cut).items():
+                if value in (width, (width,)):
+                    setattr(cut, name, 3 if value == width else (3,))
+            want = cut(x)
+            for kind, centred in (("rms", False), ("centred", True)):
+                wide = torch.zeros([width if d == dim else n for d, n in enumerate(shape)])
+                wide[tuple(where)] = x - x.mean(dim, keepdim=True) if centred else x
+                share = math.sqrt(3 / width)
+                if torch.allclose(whole(wide / share)[tuple(where)] * share, want, rtol=1e-4, atol=1e-5):
+                    return kind
+    except Exception as error:
+        log.debug("%s is no norm: %s", type(module).__name__, error)
+    return ""
 
 
 def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 class Labels:
     """A growing union-find with vectorised `find` and `union`, and one flag array per role a label can play."""
 
-    ROLES = ("carried", "owns", "read", "forced", "dropped")
+    ROLES = ("carried", "owns", "read", "forced", "dropped", "whole")
 
     def __init__(self) -> None:
         self.parent: Ints = np.zeros(1, dtype=np.int64)

@@ -81,6 +81,7 @@ ATTENTIONS = {
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention",
 }  # fmt: skip
+GROUPED = {"_grouped_mm", "grouped_mm_fallback"}  # torch's, and what transformers puts in its place
 
 
 def inplace_like(args: tuple) -> bool:
@@ -90,12 +91,14 @@ def inplace_like(args: tuple) -> bool:
 
 @dataclass
 class NormSeen:
-    """What entered a norm module: the labels along each dimension that carries units, whether off units were zero, and
-    whether its statistics are taken across units."""
+    """What entered a norm module: the labels along each dimension that carries units, whether off units were zero,
+    whether its statistics are taken across units, how many dimensions it had; kind: see `registry.register`."""
 
     ids: dict[int, Ints]
     clean: bool
     across: bool = False
+    ndim: int = 0
+    kind: str = ""
 
 
 @dataclass
@@ -109,6 +112,7 @@ class Trace:
     read_dirty: set[Use]
     outputs: Ints
     norms: dict[str, NormSeen]
+    mixing: dict[str, NormSeen]
     seen: set[str]
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -126,6 +130,8 @@ class Tracer(TorchDispatchMode):
         self.folds: set[Use] = set()
         self.read_dirty: set[Use] = set()
         self.norm_inputs: dict[str, NormSeen] = {}
+        self.mixing: dict[str, NormSeen] = {}  # other modules without children that reduce over units: maybe norms
+        self.entered: dict[str, Shadow] = {}
         self.seen: set[str] = set()
         self.notes: dict[str, str] = {}
         self.path: list[str] = [""]
@@ -216,6 +222,14 @@ class Tracer(TorchDispatchMode):
         pairs = pairs[:, (pairs[0] != 0) & (pairs[1] != 0)]
         return int(np.unique(pairs[1], return_counts=True)[1].max()) if pairs.size else 1 << 30
 
+    def couple_along(self, ids: Tensor, dims: Sequence[int]) -> Tensor:
+        """Make one unit of what differs along `dims` alone."""
+        first = ids
+        for d in dims:
+            first = first.narrow(d, 0, 1)
+        self.couple(ids, first)
+        return first.expand(ids.shape)
+
     def adopt(self, ids: Tensor, slots: Sequence[Slot]) -> int | None:
         """Which of a parameter's slots runs along the activation's labels (its index), if any."""
         dims = set(varying(ids))
@@ -290,6 +304,10 @@ class Tracer(TorchDispatchMode):
             return self.spatial(SPATIAL[name], shadows[0], out)
         if name in ("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm"):
             return self.matmul(name, args, out)
+        if name in GROUPED:
+            return self.grouped(args, out)
+        if name == "_weight_norm_interface":
+            return self.weight_norm(args, out)
         if name in ("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution"):
             return self.convolution(args, out)
         if name in ATTENTIONS:
@@ -405,7 +423,7 @@ class Tracer(TorchDispatchMode):
                         slot = max(fits, key=lambda p: len(varying(p.ids)))
                         frame[i] = replace(slot, clean=True, folds=None)
                         self.labels.mark("owns", np.unique(small(slot.ids).numpy()))
-                        self.fold(s, slot)
+                        self.fold(slot)
         slots = []
         for frame in frames:
             pieces: list[Tensor] = []
@@ -430,12 +448,23 @@ class Tracer(TorchDispatchMode):
             return Shadow()
         return Shadow(tuple(slots), sources, pending)
 
-    def fold(self, s: Shadow, slot: Slot) -> None:
+    def fold(self, slot: Slot) -> None:
         """Multiply by the gate what this parameter value is made of, along this slot."""
         axes = (
             slot.folds if slot.folds is not None else frozenset(self.labels.axes_of(np.unique(small(slot.ids).numpy())))
         )
         self.folds |= {(self.path[-1], a) for a in axes}
+
+    def as_activation(self, slots: Sequence[Slot], dims: set[int]) -> list[Slot]:
+        """A parameter that is used as data (learned queries): its labels along `dims` are units that it writes."""
+        kept = [s for s in slots if dims & set(varying(s.ids))]
+        for slot in kept:
+            labels = np.unique(small(slot.ids).numpy())
+            self.labels.mark("owns", labels)
+            self.labels.mark("carried", labels)
+            if slot.folds is not None:
+                self.fold(slot)
+        return [replace(slot, clean=slot.folds is not None, folds=None) for slot in kept]
 
     def index_put(self, args: tuple, out: Tensor) -> Shadow:
         x, values = self.shadow(args[0]) or Shadow(), self.shadow(args[2]) or Shadow()
@@ -499,7 +528,7 @@ class Tracer(TorchDispatchMode):
             if not clean and owners[k] and self.stays_zero(func, flat, spec, wide, zero | set(owners[k])):
                 clean = True
                 for i, slot in owners[k].items():
-                    self.fold(wide[i] or Shadow(), slot)
+                    self.fold(slot)
             elif not clean:
                 for slot in owners[k].values():  # neither zero nor foldable: a copy per task
                     self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
@@ -597,11 +626,16 @@ class Tracer(TorchDispatchMode):
         dim %= max(tree_flatten(out)[0][0].dim(), 1)
         slots = []
         for slot in s.slots:
-            if dim in varying(slot.ids):
-                self.note(f"{name} over differing units: off units take part in it as zeros")
-                if name not in ("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax"):
-                    continue
-            slots.append(replace(slot, clean=name in ("cumsum",) and slot.clean))
+            ids = slot.ids
+            if dim in varying(ids) and "softmax" not in name:
+                self.note(f"{name} over differing units forgets them")
+                continue
+            if set(varying(ids)) == {dim}:
+                self.note(f"{name} over units, in which off ones would take part: they are always on")
+                self.labels.mark("whole", np.unique(small(ids).numpy()))
+            elif dim in varying(ids):
+                ids = self.couple_along(ids, [dim])
+            slots.append(replace(slot, ids=ids, clean=name == "cumsum" and slot.clean))
         return [Shadow(tuple(slots))] * len(tree_flatten(out)[0])
 
     def unknown_parameter(self, s: Shadow, out: Any) -> Any:
@@ -635,16 +669,39 @@ class Tracer(TorchDispatchMode):
             result = self.add_bias(bias, result, out, lambda ids: ids.expand(out.shape))
         return result
 
+    def grouped(self, args: tuple, out: Tensor) -> Any:
+        """Rows `[M, K]` times the matrix `[E, K, N]` of the expert that each goes to: one matmul as far as units go."""
+        x, w = args[:2]
+        sx, sw = self.shadow(x) or Shadow(), self.shadow(w) or Shadow()
+        if sx.of_parameters or not sw.of_parameters or x.dim() != 2 or w.dim() != 3:
+            return self.unknown(aten._grouped_mm.default, [sx, sw], out)
+        full = (x.shape[0], *w.shape[1:])
+        left = [replace(s, ids=s.ids.unsqueeze(-1).expand(full)) for s in sx.slots]
+        right = [replace(s, ids=s.ids.select(0, 0).expand(full)) for s in sw.slots if varying(s.ids) != (0,)]
+        return self.contract(sx, sw, left, right, 1, lambda ids: ids.select(1, 0), out)
+
+    def weight_norm(self, args: tuple, out: Any) -> Any:
+        """`g * v / |v|` with one norm per index of `dim`: an index's elements hang together, whatever they read."""
+        v, g, dim = self.shadow(args[0]) or Shadow(), self.shadow(args[1]) or Shadow(), args[2] if len(args) > 2 else 0
+        kept = []
+        for slot in v.slots:
+            along = [s for s in g.slots if dim in varying(s.ids)]
+            if varying(slot.ids) == (dim,) and along:
+                self.couple(slot.ids, along[0].ids)
+                kept.append(replace(slot, folds=along[0].folds))
+            else:
+                self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
+        return [Shadow(tuple(kept), v.sources | g.sources), *[None] * (len(tree_flatten(out)[0]) - 1)]
+
     def contract(
         self, sa: Shadow, sb: Shadow, left: list[Slot], right: list[Slot], k: int, finish: Callable, out: Tensor
     ) -> Shadow:
         """Multiply and sum over dimension `k` of the common frame."""
         self.commit(sa)
         self.commit(sb)
-        if sa.of_parameters and sb.of_parameters:
-            self.disown(sa)
-            self.disown(sb)
-            return Shadow(sources=sa.sources | sb.sources)
+        if sa.of_parameters and sb.of_parameters:  # learned queries: what a weight multiplies is data
+            left = self.as_activation(left, {k})
+            sa = Shadow(tuple(left))
         if not sa.of_parameters and not sb.of_parameters:
             for x in left:
                 for y in right:
@@ -749,11 +806,7 @@ class Tracer(TorchDispatchMode):
                 ids = slot.ids
                 extra = [d for d in varying(ids) if d != 1]
                 if extra:
-                    first = ids
-                    for d in extra:
-                        first = first.narrow(d, 0, 1)
-                    self.couple(ids, first)
-                    ids = first.expand(ids.shape)
+                    ids = self.couple_along(ids, extra)
                 vector = ids
                 for d in reversed(range(ids.dim())):
                     if d != 1:
@@ -834,26 +887,23 @@ class Tracer(TorchDispatchMode):
 
     def attention(self, args: tuple, out: Any) -> list[Shadow | None]:
         q, k, v = (self.shadow(x) or Shadow() for x in args[:3])
+        last = args[0].dim() - 1
         for s in (q, k, v):
             self.commit(s)
-            if s.of_parameters:
-                self.disown(s)
-        if not q.of_parameters and not k.of_parameters:
-            last = args[0].dim() - 1
-            for x in q.slots:
-                for y in k.slots:
-                    if last in varying(x.ids) and last in varying(y.ids):
-                        self.couple(x.ids.narrow(-2, 0, 1), y.ids.narrow(-2, 0, 1))
-                        for z in (x, y):
-                            if z.ids.dim() - 2 in varying(z.ids):
-                                self.couple(z.ids, z.ids.narrow(-2, 0, 1))
+        q, k, v = (Shadow(tuple(self.as_activation(s.slots, {last}))) if s.of_parameters else s for s in (q, k, v))
+        for x in q.slots:
+            for y in k.slots:
+                if last in varying(x.ids) and last in varying(y.ids):
+                    self.couple(x.ids.narrow(-2, 0, 1), y.ids.narrow(-2, 0, 1))
+                    for z in (x, y):
+                        if z.ids.dim() - 2 in varying(z.ids):
+                            self.couple(z.ids, z.ids.narrow(-2, 0, 1))
         first = tree_flatten(out)[0][0]
         slots = []
-        if not v.of_parameters:
-            for x in v.slots:
-                if x.ids.dim() - 2 in varying(x.ids):
-                    self.couple(x.ids, x.ids.narrow(-2, 0, 1))
-                slots.append(replace(x, ids=x.ids.narrow(-2, 0, 1).expand(first.shape)))
+        for x in v.slots:
+            if x.ids.dim() - 2 in varying(x.ids):
+                self.couple(x.ids, x.ids.narrow(-2, 0, 1))
+            slots.append(replace(x, ids=x.ids.narrow(-2, 0, 1).expand(first.shape)))
         rest = len(tree_flatten(out)[0]) - 1
         return [Shadow(tuple(slots)), *[None] * rest]
 
@@ -916,7 +966,7 @@ class Tracer(TorchDispatchMode):
                     at = self.adopt(slot.ids, wide.slots)
                     if at is not None:
                         self.own(wide.slots[at].ids, slot.ids)
-                        self.fold(wide, wide.slots[at])
+                        self.fold(wide.slots[at])
                         clean = True
             if not clean and not self.is_norm(self.modules.get(self.path[-1], nn.Identity())):
                 self.commit(x)
@@ -928,8 +978,6 @@ class Tracer(TorchDispatchMode):
     def layer_norm(self, name: str, args: tuple, out: Any) -> Any:
         outs = tree_flatten(out)[0]
         x = self.shadow(args[0]) or Shadow()
-        if x.of_parameters:
-            return self.unknown_parameter(x, out)
         self.commit(x)
         w, b = (
             (self.shadow(args[1]), self.shadow(args[2]))
@@ -950,6 +998,8 @@ class Tracer(TorchDispatchMode):
             if name == "native_group_norm"
             else range(args[0].dim() - len(args[1]), args[0].dim())
         )
+        if x.of_parameters:
+            x = Shadow(tuple(self.as_activation(x.slots, set(over))))
         slots = []
         for slot in x.slots:
             if own and self.path[-1] in self.norm_inputs and set(varying(slot.ids)) & set(over):
@@ -961,7 +1011,7 @@ class Tracer(TorchDispatchMode):
                     at = self.adopt(slot.ids, wide.slots)
                     if at is not None:
                         self.own(wide.slots[at].ids, slot.ids)
-                        self.fold(wide, wide.slots[at])
+                        self.fold(wide.slots[at])
                         clean = True
             if not own:
                 self.note(f"{name} outside a known norm layer: its statistics are over all units")
@@ -993,13 +1043,18 @@ class Tracer(TorchDispatchMode):
             ids = slot.ids
             if any(d in varying(ids) for d in dims):
                 ids = settle(torch.from_numpy(self.labels.find(small(ids).numpy())).expand(shape))
+            if name == "sum" and not s.of_parameters and set(varying(ids)) - set(dims):
+                ids = self.couple_along(ids, dims)  # branches are added: their channels are one unit each
             if any(d in varying(ids) for d in dims):
+                here = self.path[-1]
                 if s.of_parameters:
                     self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
-                elif self.path[-1] in self.norm_inputs:
-                    self.norm_inputs[self.path[-1]].across = True
+                elif here in self.norm_inputs:
+                    self.norm_inputs[here].across = True
                 else:
                     self.note(f"{name} over differing units forgets them")
+                    if here in self.entered:
+                        self.mixing[here] = self._seen(self.entered[here])
                 continue
             for d in dims:
                 ids = ids.narrow(d, 0, 1)
@@ -1031,11 +1086,16 @@ class Tracer(TorchDispatchMode):
         self.path.append(path)
         module = self.modules[path]
         x = next((a for a in args if isinstance(a, Tensor)), None)
-        if self.is_norm(module) and x is not None:
-            s = self.shadow(x)
-            if s is not None:
-                ids = {d: self._vector(slot.ids, d) for slot in s.slots for d in varying(slot.ids)}
-                self.norm_inputs[path] = NormSeen(ids, all(slot.clean for slot in s.slots))
+        s = self.shadow(x)
+        if s is not None and self.is_norm(module):
+            self.norm_inputs[path] = self._seen(s)
+        elif s is not None and not module._modules:
+            self.entered[path] = s
+
+    def _seen(self, s: Shadow) -> NormSeen:
+        ids = {d: self._vector(slot.ids, d) for slot in s.slots for d in varying(slot.ids)}
+        ndim = s.slots[0].ids.dim() if s.slots else 0
+        return NormSeen(ids, all(slot.clean for slot in s.slots), ndim=ndim)
 
     @staticmethod
     def _vector(ids: Tensor, dim: int) -> Ints:
@@ -1099,7 +1159,7 @@ def trace(model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool]) -> 
     outputs = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
     return Trace(
         tracer.labels, tracer.first, tracer.joint, tracer.folds, tracer.read_dirty, outputs[outputs != 0],
-        tracer.norm_inputs, tracer.seen, tracer.notes,
+        tracer.norm_inputs, tracer.mixing, tracer.seen, tracer.notes,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ process.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from .labels import Ints
 from .trace import Trace
+
+NORM = "norm"  # why a parameter is copied
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Factor:
 @dataclass(frozen=True)
 class Entry:
     """One parameter on the map. copied: no unit owns it, so each task has its own copy (M5). why: the reason, if so.
-    head: its first dimension is what the output consists of (classes)."""
+    head: its first dimension is what the output consists of (classes). lost: the share of its elements of which it is
+    not known what they read."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,6 +51,15 @@ class Entry:
     copied: bool
     why: str = ""
     head: bool = False
+    lost: float = 0.0
+
+    @property
+    def known(self) -> float:
+        """Share of the elements of which both owner and reader are known."""
+        if self.copied and self.why != NORM and not self.head:
+            return 0.0
+        owned = 1.0 if self.copied else max((float((f.units != 0).mean()) for f in self.factors if f.owner), default=0.0)
+        return owned * (1 - self.lost)
 
     def live(self, on: Tensor) -> Tensor:
         """Which elements are live: `[*shape]` bool from `on`, `[U + 1]` bool with `on[0]` = True (always on)."""
@@ -59,12 +72,13 @@ class Entry:
 @dataclass(frozen=True)
 class NormInput:
     """What enters a norm: the dimension that carries units, their numbers, whether off units are exactly zero
-    there, and whether the norm takes its statistics across units."""
+    there, and whether the norm takes its statistics across units. kind: see `registry.register`."""
 
     dim: int
     units: Ints
     clean: bool
     across: bool
+    kind: str = ""
 
 
 @dataclass
@@ -92,6 +106,13 @@ class UnitMap:
     notes: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @property
+    def known(self) -> float:
+        """Share of the parameters' elements of which both owner and reader are known. An end can be always on: the
+        image that is read, the classes that a head writes."""
+        total = sum(math.prod(e.shape) for e in self.entries.values())
+        return sum(math.prod(e.shape) * e.known for e in self.entries.values()) / max(total, 1)
+
     def to_json(self) -> dict[str, Any]:
         """JSON-able, compact (runs instead of lists); `from_json` reads it back."""
 
@@ -104,10 +125,11 @@ class UnitMap:
                 "copied": e.copied,
                 "why": e.why,
                 "head": e.head,
+                "lost": e.lost,
             }
 
         def norm(n: NormInput) -> dict[str, Any]:
-            return {"dim": n.dim, "units": runs(n.units), "clean": n.clean, "across": n.across}
+            return {"dim": n.dim, "units": runs(n.units), "clean": n.clean, "across": n.across, "kind": n.kind}
 
         return {
             "num_units": self.num_units,
@@ -127,7 +149,8 @@ class UnitMap:
 
         def entry(e: dict[str, Any]) -> Entry:
             factors = tuple(map(factor, e["factors"]))
-            return Entry(e["name"], tuple(e["shape"]), tuple(e["view"]), factors, e["copied"], e["why"], e["head"])
+            shape, view = tuple(e["shape"]), tuple(e["view"])
+            return Entry(e["name"], shape, view, factors, e["copied"], e["why"], e["head"], e["lost"])
 
         return cls(
             data["num_units"],
@@ -135,7 +158,7 @@ class UnitMap:
             {e["name"]: entry(e) for e in data["entries"]},
             {(path, name): tuple(axes) for path, name, axes in data["folds"]},
             {path: unrun(u) for path, u in data["outputs"].items()},
-            {p: NormInput(n["dim"], unrun(n["units"]), n["clean"], n["across"]) for p, n in data["norms"].items()},
+            {p: NormInput(**{**n, "units": unrun(n["units"])}) for p, n in data["norms"].items()},
             data["notes"],
             {path: tuple(names) for path, names in data["buffers"].items()},
         )
@@ -176,6 +199,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     in_output[roots[found.outputs]] = True
     # What only the output sees (the logits of a head) is no unit: every task wants all of it.
     is_unit = labels.any_in_component("carried") & ~(in_output[roots] & ~read)
+    is_unit &= ~labels.any_in_component("whole")
     is_unit[0] = False
     counts = ~(labels.flags["forced"] | labels.flags["dropped"])
     held = np.zeros(len(roots), dtype=bool)
@@ -192,7 +216,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
         view, joint_shape = tuple(p.shape), None
         if name in found.joint:
             view, joint_shape, start = found.joint[name]
-        factors, owned = [], False
+        factors, owned, kept = [], False, 1.0
         for d, n in enumerate(p.shape):
             if (name, d) not in found.first:
                 continue
@@ -202,6 +226,8 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
             owned |= bool((units[wrote] != 0).any())
             if (units != 0).any():
                 factors.append(Factor(d, units, _broadcast(tuple(p.shape), view, d), bool(wrote.any())))
+            if joint_shape is None and not wrote.any():
+                kept *= 1 - float(labels.flags["dropped"][first : first + n].mean())
         if joint_shape is not None:
             n = int(np.prod(joint_shape))
             units = counted[start : start + n]
@@ -209,12 +235,12 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
                 factors.append(Factor("joint", units, joint_shape, False))
         why = ""
         if name in copied:
-            why = "norm"
+            why = NORM
         elif not owned:
             why = "no unit owns it" if name in found.seen else "not used by the forward pass"
         start0 = found.first.get((name, 0))
         head = start0 is not None and bool(in_output[roots[start0]] and not is_unit[start0])
-        entries[name] = Entry(name, tuple(p.shape), view, tuple(factors), bool(why), why, head)
+        entries[name] = Entry(name, tuple(p.shape), view, tuple(factors), bool(why), why, head, 1 - kept)
 
     folds: dict[tuple[str, str], set[Any]] = {}
     outputs: dict[str, Ints] = {}
@@ -232,7 +258,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
         for dim, ids in seen.ids.items():
             units = unit_of[ids]
             if (units != 0).any():
-                norms[path] = NormInput(dim, units, seen.clean, seen.across)
+                norms[path] = NormInput(dim, units, seen.clean, seen.across, seen.kind)
     layers: list[tuple[str, int, int]] = []
     for unit, leader in enumerate(leaders, start=1):
         name = labels.axes_of(leader[None])[0][0]

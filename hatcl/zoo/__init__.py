@@ -1,0 +1,1 @@
+"""Which models convert, proved model by model."""
