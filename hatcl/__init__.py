@@ -17,7 +17,6 @@ from .errors import (
 )
 from .forget import ForgetReport, forget_task
 from .gates import set_task, task, tasks
-from .integrations import transformers_models as _transformers_models
 from .integrations.timm_names import install, list_models
 from .layers import (
     HATConv1d,

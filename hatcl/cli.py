@@ -23,13 +23,17 @@ import hatcl
 from .config import HATConfig
 from .errors import ConfigError, HATError, IntegrityError
 from .report.picture import draw_run
-from .report.tables import matrix_table, tasks_table, units_table
+from .report.tables import known_table, matrix_table, tasks_table, units_table, zoo_line
 from .training import checkpoints
 from .training.run import RunResult, TrainOptions, Watcher, logits_digest, probe_inputs, test_logits, train
 from .training.stream import Preparation, Source, Task
+from .zoo import catalog
+from .zoo import page as zoo_page
+from .zoo.run import prove_all
 
 DEFAULT_MODEL = "hat_test_resnet"
 RUNS = Path("runs")
+ZOO_RESULTS = Path("benchmarks/results/zoo.json")
 # what may differ when a run is taken up again: where it computes, and what helps a loss that went NaN
 FREE_ON_RESUME = {"device", "compile_steps", "checkpoint_seconds", "lr", "clip_grad", "amp"}
 
@@ -489,3 +493,61 @@ def list_command(
         raise ConfigError(f"no model matches {pattern!r}; try a wider pattern such as 'hat_*resnet*'")
     for name in names:
         print(name)  # plain, for pipes
+
+
+# --- zoo ---
+
+
+@app.command("zoo")
+def zoo_command(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Models to prove: a timm name, torchvision/NAME or hf/NAME, with wildcards.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Only of this family: timm's module, such as resnet.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All that the catalog knows.")] = False,
+    max_params: Annotated[float, typer.Option(help="Leave out larger models, such as 2e6.")] = float("inf"),
+    results: Annotated[Path, typer.Option(help="Where the figures go; what is there is not run again.")] = ZOO_RESULTS,
+    again: Annotated[bool, typer.Option("--again", help="Run also what --results holds.")] = False,
+    seconds: Annotated[float, typer.Option(help="What one model may take.")] = 900.0,
+    memory: Annotated[float, typer.Option(help="What one model may take, in GB.")] = 16.0,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="In a checkout: write docs/zoo.md and the list that ships with hatcl.")
+    ] = False,
+) -> None:
+    """List the models that are known to convert, or prove some: each is converted, learns two tasks, is attacked, saved
+    and loaded in processes of its own."""
+    if pattern is None and family is None and not every:
+        if publish:
+            _publish(results)
+            return
+        out.print(known_table(zoo_page.known_models()))
+        return
+    names = catalog.find(pattern or "*", family)
+    if not names:
+        raise ConfigError(f"no model matches {pattern or family!r}; see hatcl list and try a wider pattern")
+    if max_params < float("inf"):
+        names = [name for name in names if catalog.parameters(name) <= max_params]
+    failed = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=out) as progress:
+        bar = progress.add_task("", total=len(names))
+        run = prove_all(names, results, seconds=seconds, memory_gb=memory, again=again)
+        for name in names:
+            progress.update(bar, description=name)
+            _, row = next(run)
+            failed += not row["passed"]
+            progress.console.print(zoo_line(name, row), soft_wrap=True)
+            progress.advance(bar)
+    out.print(f"{len(names) - failed} of {len(names)} passed; figures in {results}", soft_wrap=True)
+    if publish:
+        _publish(results)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _publish(results: Path) -> None:
+    if not Path("docs").is_dir():
+        raise ConfigError("--publish writes docs/zoo.md; run it in a checkout of hatcl")
+    models = checkpoints.read_json(results)["models"]
+    checkpoints.write_bytes(Path("docs/zoo.md"), zoo_page.to_page(models).encode())
+    checkpoints.write_json(zoo_page.KNOWN, zoo_page.to_known(models))

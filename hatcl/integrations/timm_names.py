@@ -94,8 +94,13 @@ def create_hat_model(
         for k, v in options.items()
         if isinstance(v, (bool, int, float, str, list, tuple)) and not k.startswith("pretrained")
     }
-    gates_of(model)[0].source = {"kind": "timm", "name": name, "options": kept}
+    gates_of(model)[0].source = timm_source(name, kept)
     return model
+
+
+def timm_source(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `hatcl.from_pretrained` makes a timm model from."""
+    return {"kind": "timm", "name": name, "options": dict(options)}
 
 
 def example_input(model: nn.Module, options: Mapping[str, Any]) -> torch.Tensor:

@@ -527,7 +527,7 @@ class Tracer(TorchDispatchMode):
             clean = self.stays_zero(func, flat, spec, wide, zero)
             if not clean and owners[k] and self.stays_zero(func, flat, spec, wide, zero | set(owners[k])):
                 clean = True
-                for i, slot in owners[k].items():
+                for slot in owners[k].values():
                     self.fold(slot)
             elif not clean:
                 for slot in owners[k].values():  # neither zero nor foldable: a copy per task

@@ -58,7 +58,9 @@ class Entry:
         """Share of the elements of which both owner and reader are known."""
         if self.copied and self.why != NORM and not self.head:
             return 0.0
-        owned = 1.0 if self.copied else max((float((f.units != 0).mean()) for f in self.factors if f.owner), default=0.0)
+        owned = (
+            1.0 if self.copied else max((float((f.units != 0).mean()) for f in self.factors if f.owner), default=0.0)
+        )
         return owned * (1 - self.lost)
 
     def live(self, on: Tensor) -> Tensor:

@@ -93,3 +93,26 @@ def _moved(bit_equal: bool | None) -> Text:
     if bit_equal is None:
         return Text("")
     return Text("bit-equal", style="green") if bit_equal else Text("MOVED", style="bold red")
+
+
+def known_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Models that are known to convert, by family."""
+    families: dict[str, list[str]] = {}
+    for name, row in models.items():
+        families.setdefault(row["family"], []).append(name)
+    table = Table(title=f"{len(models)} models proved, {len(families)} families", box=box.SIMPLE_HEAD)
+    table.add_column("family", no_wrap=True)
+    table.add_column("known", justify="right")
+    table.add_column("models")
+    for family, members in sorted(families.items()):
+        known = min(models[name]["known"] for name in members)
+        table.add_row(family, f"{100 * known:.1f} %", ", ".join(members))
+    return table
+
+
+def zoo_line(name: str, row: Mapping[str, Any]) -> Text:
+    """One model's proof in a line."""
+    if not row["passed"]:
+        return Text.assemble((f"{name}: ", "bold red"), row["failure"])
+    words = f"exact, {row['units']:,} units, {100 * row['known']:.1f} % known, {row['seconds']:.0f} s"
+    return Text.assemble((f"{name}: ", "green"), words)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,8 @@ import torchvision
 from timm.models import _registry
 from torch import nn
 
-from ..integrations.timm_names import example_input
+from ..errors import ConfigError
+from ..integrations.timm_names import example_input, timm_source
 
 Made = tuple[nn.Module, Any]
 
@@ -130,7 +132,8 @@ HF: dict[str, Spec] = {
         "image",
     ),
     "convnext": Spec(
-        "ConvNextForImageClassification", {"image_size": 32, "hidden_sizes": [16, 24], "depths": [2, 2], "num_stages": 2},
+        "ConvNextForImageClassification",
+        {"image_size": 32, "hidden_sizes": [16, 24], "depths": [2, 2], "num_stages": 2},
         "image",
     ),
     "dinov2": Spec("Dinov2ForImageClassification", VISION, "image"),
@@ -169,13 +172,18 @@ HF: dict[str, Spec] = {
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A model that can be made from its name. family: timm's module, `torchvision` module, or `hf` name. make: the
-    plain model and example inputs. source: how `hatcl.from_pretrained` makes it again, where it can."""
+    """A model that can be made from its name.
+
+    Attributes:
+        family: timm's module (`resnet`), `torchvision/` and its module, or the `hf/` name.
+        make: gives the plain model, random weights, and example inputs.
+        recipe: how `hatcl.from_pretrained` makes the plain model again, where the name alone says it.
+    """
 
     name: str
     family: str
     make: Callable[[], Made]
-    source: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = None
 
 
 def names() -> list[str]:
@@ -187,20 +195,40 @@ def names() -> list[str]:
     ]
 
 
-def find(pattern: str) -> list[str]:
-    """The names that match a shell pattern."""
-    return fnmatch.filter(names(), pattern)
+def find(pattern: str = "*", family: str | None = None) -> list[str]:
+    """The names that match a shell pattern, of one family if given."""
+    found = fnmatch.filter(names(), pattern)
+    return [n for n in found if known(n).family == family] if family else found
 
 
 def known(name: str) -> Known:
-    """What is behind a name. Raises KeyError where it is not in the catalog."""
-    if name.startswith("hf/"):
-        return Known(name, name, lambda: _hf(HF[name[3:]]))
-    if name.startswith("torchvision/"):
-        builder = torchvision.models.get_model_builder(name.partition("/")[2])
-        family = f"torchvision/{builder.__module__.rpartition('.')[2]}"
-        return Known(name, family, lambda: (builder(**_torchvision_options(name)), torch.randn(2, 3, *_size(builder))))
-    return Known(name, _registry._model_to_module[name], lambda: _timm(name), {"kind": "timm", "name": name, "options": {}})
+    """What is behind a name.
+
+    Raises:
+        ConfigError: it is not in the catalog; names the nearest one.
+    """
+    kind, _, rest = name.rpartition("/")
+    if kind == "hf" and rest in HF:
+        return Known(name, name, lambda: _hf(HF[rest]))
+    if kind == "torchvision" and name in names():
+        builder = torchvision.models.get_model_builder(rest)
+        return Known(name, f"torchvision/{builder.__module__.rpartition('.')[2]}", lambda: _torchvision(builder))
+    if name in _registry._model_to_module:
+        return Known(name, _registry._model_to_module[name], lambda: _timm(name), timm_source(name, {}))
+    near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)[0]
+    raise ConfigError(f"no model is called {name!r}; did you mean {near!r}?")
+
+
+def parameters(name: str) -> int:
+    """How many parameters a model has, without its weights."""
+    with torch.device("meta"):
+        if name.startswith("hf/"):
+            return sum(p.numel() for p in _hf_model(HF[name[3:]]).parameters())
+        if name.startswith("torchvision/"):
+            model = torchvision.models.get_model_builder(name.partition("/")[2])()
+        else:
+            model = timm.create_model(name)
+    return sum(p.numel() for p in model.parameters())
 
 
 def _timm(name: str) -> Made:
@@ -209,22 +237,24 @@ def _timm(name: str) -> Made:
     return model, example_input(model, {})
 
 
-def _torchvision_options(name: str) -> dict[str, Any]:
-    # their own initialisation by truncated normals takes longer than the proof
-    return {"init_weights": False} if name.partition("/")[2] in ("googlenet", "inception_v3") else {}
+def _torchvision(builder: Callable[..., nn.Module]) -> Made:
+    torch.manual_seed(0)
+    # these two draw truncated normals for longer than the proof takes
+    model = builder(init_weights=False) if builder.__name__ in ("googlenet", "inception_v3") else builder()
+    size = 299 if builder.__name__ == "inception_v3" else 224
+    return model, torch.randn(2, 3, size, size)
 
 
-def _size(builder: Callable[..., nn.Module]) -> tuple[int, int]:
-    return (299, 299) if builder.__name__ == "inception_v3" else (224, 224)
+def _hf_model(spec: Spec) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    cls = getattr(transformers, spec.cls)
+    made: nn.Module = cls(cls.config_class(**spec.options))
+    return made
 
 
 def _hf(spec: Spec) -> Made:
-    import transformers
-
-    cls = getattr(transformers, spec.cls)
-    torch.manual_seed(0)
-    config = cls.config_class(**spec.options)
-    model = cls(config)
     draw = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> torch.Tensor:
@@ -233,14 +263,14 @@ def _hf(spec: Spec) -> Made:
     padded = torch.ones(2, 12, dtype=torch.long)
     padded[1, 9:] = 0
     images = torch.randn(2, 3, 32, 32, generator=draw)
-    inputs = {
-        "text": lambda: {"input_ids": ids(12), "attention_mask": padded},
-        "seq2seq": lambda: {"input_ids": ids(12), "attention_mask": padded, "decoder_input_ids": ids(8)},
-        "eos": lambda: {"input_ids": torch.cat([ids(11), torch.full((2, 1), 2)], 1)},
-        "image": lambda: {"pixel_values": images},
-        "image64": lambda: {"pixel_values": torch.randn(2, 3, 64, 64, generator=draw)},
-        "image text": lambda: {"input_ids": ids(12), "pixel_values": images},
-        "mel": lambda: {"input_features": torch.randn(2, 12, 40, generator=draw), "decoder_input_ids": ids(8)},
-        "wave": lambda: {"input_values": torch.randn(2, 800, generator=draw)},
-    }[spec.inputs]()
-    return model, inputs
+    inputs: dict[str, dict[str, torch.Tensor]] = {
+        "text": {"input_ids": ids(12), "attention_mask": padded},
+        "seq2seq": {"input_ids": ids(12), "attention_mask": padded, "decoder_input_ids": ids(8)},
+        "eos": {"input_ids": torch.cat([ids(11), torch.full((2, 1), 2)], 1)},
+        "image": {"pixel_values": images},
+        "image64": {"pixel_values": torch.randn(2, 3, 64, 64, generator=draw)},
+        "image text": {"input_ids": ids(12), "pixel_values": images},
+        "mel": {"input_features": torch.randn(2, 12, 40, generator=draw), "decoder_input_ids": ids(8)},
+        "wave": {"input_values": torch.randn(2, 800, generator=draw)},
+    }
+    return _hf_model(spec), inputs[spec.inputs]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import math
 import random
 import time
 import warnings
@@ -20,8 +22,10 @@ from ..certify import certify
 from ..config import HATConfig
 from ..convert import convert, map_of
 from ..describe import describe
+from ..gates import gates_of
 from ..gates import task as active
 from ..map.trace import call, tensors_of
+from ..map.units import NORM
 from ..pretrained import from_pretrained, save_pretrained
 from ..training.learn import learn
 
@@ -32,16 +36,21 @@ EXPECTED = "expected.pt"
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """Figures of a model that passed. known: share of the elements whose owner and reader are known (`UnitMap.known`).
-    shares: of the elements of its parameters (see `hatcl.Description`). copies: why
-    parameters are copied per task -> how many elements. use: share of the units that each task uses. seconds: of one
-    plain forward, of the trace, and of everything."""
+    """Figures of a model that passed.
+
+    Attributes:
+        known: share of its parameters' elements whose owner and reader are known (`UnitMap.known`). unknown: for the
+            others, why -> share. notes: what the trace could not follow, each text once.
+        shares: as in `hatcl.Description`. use: share of the units that each task uses.
+        forward_seconds, trace_seconds, seconds: one plain forward, the trace, everything.
+    """
 
     parameters: int
     units: int
     known: float
+    unknown: dict[str, float]
+    notes: list[str]
     shares: dict[str, float]
-    copies: dict[str, int]
     use: list[float]
     forward_seconds: float
     trace_seconds: float
@@ -49,38 +58,42 @@ class Proof:
 
 
 class ProofFailed(AssertionError):
-    """A model converts and something that was promised does not hold."""
+    """A model converts, and something that was promised does not hold."""
 
 
-def prove(source: nn.Module, inputs: Any, folder: Path, steps: int = 3, set_source: Any = None) -> Proof:
+def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] | None = None, steps: int = 3) -> Proof:
     """Prove that a model can learn task after task; leaves the saved model and its outputs in `folder` for `reload`.
 
-    a. it converts, in evaluation and in training mode, to the same map;
-    b. without a task its outputs are the source's bit for bit, in both modes, and the source is as it was;
+    a. it converts, in evaluation and in training mode, to the same map, and stays as it was;
+    b. without a task the outputs are the source's bit for bit, in both modes;
     c. two tasks are learned; the certificate is exact, and the first task's outputs are what they were at sealing;
-    d. a deep copy, and (`reload`) a saved model in another process, give the same outputs.
+    d. a deep copy and (`reload`) the saved model in another process give the same outputs.
+
+    Args:
+        source: the plain model; it is used up. recipe: how `hatcl.from_pretrained` makes it again.
 
     Raises:
         ProofFailed: says what does not hold. Whatever conversion and learning raise comes through.
     """
     began = time.perf_counter()
-    state = {name: t.clone() for name, t in source.state_dict().items()}
+    before = _digest(source)
     source.eval()
-    forward = min(_timed(lambda: _outputs(source, inputs))[0] for _ in range(2))
-    traced, unit_map = _timed(lambda: map_of(source, inputs))
+    forward = min(_timed(_outputs, source, inputs)[0] for _ in range(2))
+    traced, unit_map = _timed(map_of, source, inputs)
     model = convert(source.train(), None, inputs, config=CONFIG)
     _hold(model.training and source.training, "convert changes the mode of the model")
-    gates = model.get_submodule("hat_gates")
-    _hold(unit_map.entries.keys() == gates.unit_map.entries.keys(), "the map depends on the mode of the model")  # type: ignore[union-attr]
-    for name, value in source.state_dict().items():
-        _hold(_equal(value, state[name]), f"convert changes {name} of the source")
+    _hold(_digest(source) == before, "convert changes the source")
+    gates = gates_of(model)[0]
+    assert gates.unit_map is not None
+    _hold(unit_map.entries.keys() == gates.unit_map.entries.keys(), "the map depends on the mode of the model")
     for training in (True, False):
-        want, got = (_outputs(m, inputs, training) for m in (copy.deepcopy(source), copy.deepcopy(model)))
+        want, got = _outputs(source, inputs, training), _outputs(model, inputs, training)
         mode = "training" if training else "evaluation"
         _hold(bool(want), "its forward returns no tensor")
         _hold(_all_equal(want, got), f"without a task it is not the source, in {mode} mode: {_gap(want, got)}")
-    if set_source is not None:
-        gates.source = set_source  # type: ignore[assignment]
+    del source, unit_map
+    if recipe is not None:
+        gates.source = recipe
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     sealed: list[list[Tensor]] = []
@@ -94,34 +107,33 @@ def prove(source: nn.Module, inputs: Any, folder: Path, steps: int = 3, set_sour
                 optimizer.step()
         with active(model, t):
             sealed.append(_outputs(model, inputs))
+    optimizer.zero_grad()
+    del optimizer
     with active(model, 0):
         _hold(_all_equal(sealed[0], _outputs(model, inputs)), "task 0 changed while task 1 was learned")
-    _hold(not _all_equal(sealed[0], sealed[1]), "both tasks give the same outputs: nothing was learned")
+    _hold(not _all_equal(*sealed), "both tasks give the same outputs: nothing was learned")
     certificate = certify(model, inputs)
     _hold(certificate.exact, f"the certificate is {certificate}")
-    for what, other in (("deepcopy", copy.deepcopy(model)),):
-        for t, want in enumerate(sealed):
-            with active(other, t):
-                _hold(_all_equal(want, _outputs(other, inputs)), f"{what}: task {t} gives other outputs")
+    other = copy.deepcopy(model)
+    for t, want in enumerate(sealed):
+        with active(other, t):
+            _hold(_all_equal(want, _outputs(other, inputs)), f"a deep copy gives other outputs for task {t}")
+    del other
     save_pretrained(model, folder)
     torch.save({"inputs": inputs, "sealed": sealed}, folder / EXPECTED)
 
     found = describe(model)
-    copies: dict[str, int] = {}
-    for e in gates.unit_map.entries.values():  # type: ignore[union-attr]
-        if e.copied:
-            copies[e.why] = copies.get(e.why, 0) + torch.Size(e.shape).numel()
+    entries = gates.unit_map.entries.values()
+    total = sum(math.prod(e.shape) for e in entries)
+    unknown: dict[str, float] = {}
+    for e in entries:
+        if e.known < 1:
+            why = e.why if e.copied and e.why != NORM and not e.head else "one end is not known"
+            unknown[why] = unknown.get(why, 0.0) + (1 - e.known) * math.prod(e.shape) / total
     return Proof(
-        sum(p.numel() for p in source.parameters()),
-        found.units,
-        gates.unit_map.known,  # type: ignore[union-attr]
-        found.shares,
-        copies,
-        [used / max(found.units, 1) for used in found.use.values()],
-        forward,
-        traced,
-        time.perf_counter() - began,
-    )
+        total, found.units, gates.unit_map.known, unknown, list(dict.fromkeys(found.notes.values())), found.shares,
+        [used / max(found.units, 1) for used in found.use.values()], forward, traced, time.perf_counter() - began,
+    )  # fmt: skip
 
 
 def reload(folder: Path, make: Callable[[], nn.Module]) -> None:
@@ -141,6 +153,14 @@ def reload(folder: Path, make: Callable[[], nn.Module]) -> None:
         _hold(_all_equal(want, got), f"loaded in another process, task {t} gives other outputs: {_gap(want, got)}")
 
 
+def _digest(model: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def _outputs(model: nn.Module, inputs: Any, training: bool = False) -> list[Tensor]:
     random.seed(0)
     np.random.seed(0)  # transformers masks audio with it
@@ -157,9 +177,9 @@ def _objective(out: Any, seed: int) -> Tensor:
     return F.cross_entropy(y.float(), target)
 
 
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     began = time.perf_counter()
-    out = run()
+    out = run(*args)
     return time.perf_counter() - began, out
 
 

@@ -1,0 +1,104 @@
+"""What the proofs gave, as a page, and as the list that ships with hatcl."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..training.checkpoints import read_json
+from .run import Row
+
+KNOWN = Path(__file__).with_name("known.json")
+LOW = 0.9
+COMMAND = "hatcl zoo"
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """The models that passed when this hatcl was made: name -> family, parameters, known share."""
+    return dict(read_json(KNOWN))
+
+
+def to_known(models: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
+    """What `known_models` reads, from rows of `prove_all`."""
+    return {
+        name: {"family": row["family"], "parameters": row["parameters"], "known": round(row["known"], 4)}
+        for name, row in models.items()
+        if row["passed"]
+    }
+
+
+def kinds(models: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
+    """The rows by where their models come from."""
+    out: dict[str, dict[str, Row]] = {"timm": {}, "torchvision": {}, "transformers": {}}
+    for name, row in models.items():
+        kind = {"hf": "transformers", "torchvision": "torchvision"}.get(name.rpartition("/")[0], "timm")
+        out[kind][name] = row
+    return out
+
+
+def to_page(models: Mapping[str, Row]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "# The zoo: which models convert, proved one by one",
+        "",
+        f"Written by `{COMMAND} ... --publish` from `benchmarks/results/zoo.json`; do not edit. For each model: it",
+        "converts in training and evaluation mode; without a task its outputs are the plain model's bit for bit; two tasks",
+        "are learned with AdamW, about half of the units of each off, after which the certificate is exact and the first",
+        "task's outputs are what they were at sealing; a deep copy, and the saved model loaded in another process, give",
+        "the same outputs. Batch of 2, random weights, the model's own input size (transformers: small configs of the",
+        "real classes).",
+        "",
+        "*known* is the share of the parameters' elements of which both owner and reader are on the map (the image and",
+        "a head's classes count: they are always on); the rest is frozen by one end or copied per task. *trace* and",
+        "*forward* are seconds on one CPU thread, the trace beside one plain forward.",
+        "",
+        "| from | models passed | families passed | known: median over families | lowest |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, rows in kinds(models).items():
+        if rows:
+            lines.append(_summary(kind, rows))
+    failed = {n: r for n, r in models.items() if not r["passed"]}
+    lines += ["", "## What does not pass", ""]
+    if failed:
+        lines += ["| model | why |", "|---|---|", *(f"| {n} | {_cell(r['failure'])} |" for n, r in failed.items())]
+    else:
+        lines.append("Nothing that was tried.")
+    low = {n: r for n, r in models.items() if r["passed"] and r["known"] < LOW}
+    lines += ["", f"## Known below {LOW:.2f}", ""]
+    if low:
+        lines += ["| model | known | the rest | what the trace says |", "|---|---|---|---|"]
+        for n, r in low.items():
+            rest = ", ".join(f"{why} {share:.1%}" for why, share in r["unknown"].items())
+            lines.append(f"| {n} | {r['known']:.3f} | {_cell(rest)} | {_cell('; '.join(r['notes'][:3]))} |")
+    else:
+        lines.append("None.")
+    lines += ["", "## All", "", "| model | family | parameters | units | known | copied per task | trace | forward |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for n, r in models.items():
+        if r["passed"]:
+            lines.append(
+                f"| {n} | {r['family']} | {r['parameters'] / 1e6:.2f} M | {r['units']} | {r['known']:.3f} | "
+                f"{r['shares']['own_copy']:.1%} | {r['trace_seconds']:.2f} | {r['forward_seconds']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _summary(kind: str, rows: Mapping[str, Row]) -> str:
+    families: dict[str, list[Row]] = {}
+    for row in rows.values():
+        families.setdefault(row["family"], []).append(row)
+    passed = [f for f, members in families.items() if all(r["passed"] for r in members)]
+    known = [
+        statistics.mean(r["known"] for r in m if r["passed"]) for m in families.values() if any(r["passed"] for r in m)
+    ]
+    return (
+        f"| {kind} | {sum(r['passed'] for r in rows.values())} of {len(rows)} | {len(passed)} of {len(families)} | "
+        f"{statistics.median(known):.3f} | {min(known):.3f} |"
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
