@@ -34,6 +34,16 @@ class Task:
         self.x, self.x_test = (train - mean) / std, (test - mean) / std
         self.y, self.y_test = torch.from_numpy(y).long(), torch.from_numpy(y_test).long()
         self.classes = int(self.y.max()) + 1
+        self._scale = mean, std
+
+    def normalise(self, mean: Tensor, std: Tensor) -> None:
+        """Use this mean and spread per channel instead."""
+        was_mean, was_std = self._scale
+        for name in ("x", "x_test"):
+            setattr(
+                self, name, (getattr(self, name) * was_std + was_mean - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)
+            )
+        self._scale = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def batches(self, size: int, generator: torch.Generator, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.y), generator=generator)

@@ -500,8 +500,9 @@ def list_command(
 
 @app.command("zoo")
 def zoo_command(
-    pattern: Annotated[
-        str | None, typer.Argument(help="Models to prove: a timm name, torchvision/NAME or hf/NAME, with wildcards.")
+    patterns: Annotated[
+        list[str] | None,
+        typer.Argument(help="Models to prove: timm names, torchvision/NAME or hf/NAME, with wildcards."),
     ] = None,
     family: Annotated[str | None, typer.Option(help="Only of this family: timm's module, such as resnet.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All that the catalog knows.")] = False,
@@ -516,15 +517,18 @@ def zoo_command(
 ) -> None:
     """List the models that are known to convert, or prove some: each is converted, learns two tasks, is attacked, saved
     and loaded in processes of its own."""
-    if pattern is None and family is None and not every:
+    if not patterns and family is None and not every:
         if publish:
             _publish(results)
             return
         out.print(known_table(zoo_page.known_models()))
         return
-    names = catalog.find(pattern or "*", family)
-    if not names:
-        raise ConfigError(f"no model matches {pattern or family!r}; see hatcl list and try a wider pattern")
+    found = {pattern: catalog.find(pattern, family) for pattern in patterns or ["*"]}
+    for pattern, matches in found.items():
+        if not matches:
+            where = f" in family {family!r}" if family else ""
+            raise ConfigError(f"no model matches {pattern!r}{where}; see hatcl list and try a wider pattern")
+    names = list(dict.fromkeys(name for matches in found.values() for name in matches))
     if max_params < float("inf"):
         names = [name for name in names if catalog.parameters(name) <= max_params]
     failed = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from .errors import ConfigError, ConversionError
 from .gates import Gates, Units
 from .layers.gated import Axis, Binding, ParameterPlan, task_class
 from .layers.norm import kind_of_norm
-from .map.trace import call, trace
+from .map.trace import call, tensors_of, trace
 from .map.units import Entry, UnitMap, resolve
 from .registry import layer_for, source_of
 
@@ -283,7 +284,7 @@ def _verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HA
 def _leaks(model: nn.Module, inputs: Any) -> list[str] | None:
     """Shared parameters whose non-live elements reach the output under random gates or under their complement, so that
     every unit is off once (all that are left, where no one does by itself); None where nothing gets out."""
-    trial = copy.deepcopy(model).eval()
+    trial = _stirred(model, inputs)
     gates: Gates = getattr(trial, GATES)
     mask = torch.rand(gates.num_units, generator=torch.Generator().manual_seed(0)) < 0.5
     gates.sealed[0] = True
@@ -308,6 +309,23 @@ def _leaks(model: nn.Module, inputs: Any) -> list[str] | None:
                 elif group:
                     groups += [group[: len(group) // 2], group[len(group) // 2 :]]
     return None if exact else list(found) or names
+
+
+def _stirred(model: nn.Module, inputs: Any) -> nn.Module:
+    """A copy with noise on every parameter: biases and scales that start at zero would hide what gets out through
+    them."""
+    trial = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in trial.parameters():
+            if p.is_floating_point() and p.numel():
+                fan_in = p.numel() / p.shape[0] if p.dim() > 1 else 25.0
+                size = max(0.5 * float(p.std()) if p.numel() > 1 else 0.0, 0.5 / math.sqrt(fan_in))
+                p.add_((torch.randn(p.shape, generator=generator) * size).to(p))
+        finite = all(bool(torch.isfinite(x).all()) for x in tensors_of(call(trial, inputs)) if x.is_floating_point())
+    if not finite:
+        log.info("%s overflows with noise on its parameters; attacked with its own values", type(model).__name__)
+    return trial if finite else copy.deepcopy(model).eval()
 
 
 def _widen_heads(model: nn.Module, num_classes: Sequence[int]) -> None:

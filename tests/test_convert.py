@@ -9,7 +9,7 @@ import math
 import parts
 import pytest
 import torch
-import zoo
+import layer_zoo as zoo
 from torch import nn
 from torch.nn import functional as tf
 

@@ -15,7 +15,7 @@ import parts
 import pytest
 import timm
 import torch
-import zoo
+import layer_zoo as zoo
 from safetensors.torch import load_file, save_file
 from torch import nn
 

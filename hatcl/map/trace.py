@@ -208,19 +208,20 @@ class Tracer(TorchDispatchMode):
     # ---- coupling ----------------------------------------------------------------------------------------------
 
     def couple(self, left: Tensor, right: Tensor) -> None:
-        a, b = torch.broadcast_tensors(small(left), small(right))
-        pairs = torch.stack([a.reshape(-1), b.reshape(-1)])
-        if pairs.shape[1] > 4096:
-            pairs = torch.unique(pairs, dim=1)
-        self.labels.union(*pairs.numpy())
+        self.labels.union(*self.pairs(left, right))
+
+    def pairs(self, left: Tensor, right: Tensor) -> tuple[Ints, Ints]:
+        """Which labels meet, each pair once."""
+        a, b = (x.reshape(-1).numpy() for x in torch.broadcast_tensors(small(left), small(right)))
+        keys = np.unique(a * len(self.labels.parent) + b)
+        return np.divmod(keys, len(self.labels.parent))
 
     def spread(self, act: Tensor, param: Tensor) -> int:
         """Into how few units would coupling collapse the activation's: the most labels that one parameter label
         meets."""
-        a, b = torch.broadcast_tensors(small(act), small(param))
-        pairs = np.unique(np.stack([a.reshape(-1).numpy(), b.reshape(-1).numpy()]), axis=1)
-        pairs = pairs[:, (pairs[0] != 0) & (pairs[1] != 0)]
-        return int(np.unique(pairs[1], return_counts=True)[1].max()) if pairs.size else 1 << 30
+        a, b = self.pairs(act, param)
+        b = b[(a != 0) & (b != 0)]
+        return int(np.unique(b, return_counts=True)[1].max()) if b.size else 1 << 30
 
     def couple_along(self, ids: Tensor, dims: Sequence[int]) -> Tensor:
         """Make one unit of what differs along `dims` alone."""
@@ -1004,6 +1005,9 @@ class Tracer(TorchDispatchMode):
         for slot in x.slots:
             if own and self.path[-1] in self.norm_inputs and set(varying(slot.ids)) & set(over):
                 self.norm_inputs[self.path[-1]].across = True
+            if not set(varying(slot.ids)) & set(over):  # zero where a unit is off, unless a bias is added
+                slots.append(replace(slot, clean=slot.clean and b is None))
+                continue
             clean = own or name == "_fused_rms_norm"
             for s in (w, b):
                 if s is not None and s.of_parameters:

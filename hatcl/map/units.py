@@ -262,8 +262,9 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
             if (units != 0).any():
                 norms[path] = NormInput(dim, units, seen.clean, seen.across, seen.kind)
     layers: list[tuple[str, int, int]] = []
-    for unit, leader in enumerate(leaders, start=1):
-        name = labels.axes_of(leader[None])[0][0]
+    writers = np.searchsorted(labels.starts, leaders, side="right") - 1
+    for unit, at in enumerate(writers.tolist(), start=1):
+        name = labels.axes[at][0]
         if layers and layers[-1][0] == name:
             layers[-1] = (name, layers[-1][1], unit + 1)
         else:

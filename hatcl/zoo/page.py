@@ -12,7 +12,21 @@ from .run import Row
 
 KNOWN = Path(__file__).with_name("known.json")
 LOW = 0.9
-COMMAND = "hatcl zoo"
+INTRODUCTION = """\
+# The zoo: which models convert, proved one by one
+
+Written by `hatcl zoo --publish` from `benchmarks/results/zoo.json`; do not edit. For each model: it converts in
+training and evaluation mode; without a task its outputs are the plain model's bit for bit; two tasks are learned with
+AdamW, about half of the units of each off, after which the certificate is exact and the first task's outputs are what they
+were at sealing; a deep copy, and the saved model loaded in another process, give the same outputs. Batch of 2, random
+weights, the model's own input size (transformers: small configs of the real classes).
+
+*known* is the share of the parameters' elements of which both owner and reader are on the map (the image and a head's
+classes count: they are always on); the rest is frozen by one end or copied per task. *trace* and *forward* are seconds
+on one CPU thread, the trace beside one plain forward.
+
+| from | models passed | families passed | known: median over families | lowest |
+|---|---|---|---|---|"""
 
 
 def known_models() -> dict[str, dict[str, Any]]:
@@ -40,23 +54,7 @@ def kinds(models: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
 
 def to_page(models: Mapping[str, Row]) -> str:
     """The rows as Markdown."""
-    lines = [
-        "# The zoo: which models convert, proved one by one",
-        "",
-        f"Written by `{COMMAND} ... --publish` from `benchmarks/results/zoo.json`; do not edit. For each model: it",
-        "converts in training and evaluation mode; without a task its outputs are the plain model's bit for bit; two tasks",
-        "are learned with AdamW, about half of the units of each off, after which the certificate is exact and the first",
-        "task's outputs are what they were at sealing; a deep copy, and the saved model loaded in another process, give",
-        "the same outputs. Batch of 2, random weights, the model's own input size (transformers: small configs of the",
-        "real classes).",
-        "",
-        "*known* is the share of the parameters' elements of which both owner and reader are on the map (the image and",
-        "a head's classes count: they are always on); the rest is frozen by one end or copied per task. *trace* and",
-        "*forward* are seconds on one CPU thread, the trace beside one plain forward.",
-        "",
-        "| from | models passed | families passed | known: median over families | lowest |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [INTRODUCTION]
     for kind, rows in kinds(models).items():
         if rows:
             lines.append(_summary(kind, rows))

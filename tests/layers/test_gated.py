@@ -8,7 +8,7 @@ import pickle
 import parts
 import pytest
 import torch
-import zoo
+import layer_zoo as zoo
 from torch import nn
 
 import hatcl

@@ -5,7 +5,7 @@ from __future__ import annotations
 import parts
 import pytest
 import torch
-import zoo
+import layer_zoo as zoo
 from torch import nn
 
 import hatcl

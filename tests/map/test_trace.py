@@ -8,7 +8,7 @@ import parts
 import pytest
 import timm
 import torch
-import zoo
+import layer_zoo as zoo
 from torch import nn
 from torch.nn import functional as tf
 

@@ -13,7 +13,7 @@ import numpy as np
 import parts
 import pytest
 import torch
-import zoo
+import layer_zoo as zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
