@@ -1,4 +1,4 @@
-"""Random small networks from the operations that real ones are made of: a spec (JSON-able) and the module it stands for.
+"""Random small networks from the operations that real ones are made of: a spec and the module it stands for.
 
 A spec is a list of blocks for images `[B, C, H, W]`, then a list of blocks for tokens `[B, N, C]`, then a way to pool.
 """
@@ -20,9 +20,12 @@ ACTS = {
     "tanh": nn.Tanh,
 }
 NORMS_2D = {
-    "none": lambda c: nn.Identity(), "batch": nn.BatchNorm2d, "group": lambda c: nn.GroupNorm(2, c),
-    "instance": lambda c: nn.InstanceNorm2d(c, affine=True), "channels": lambda c: ChannelNorm(c),
-}  # fmt: skip
+    "none": lambda c: nn.Identity(),
+    "batch": nn.BatchNorm2d,
+    "group": lambda c: nn.GroupNorm(2, c),
+    "instance": lambda c: nn.InstanceNorm2d(c, affine=True),
+    "channels": lambda c: ChannelNorm(c),
+}
 NORMS_1D = {
     "none": lambda c: nn.Identity(),
     "layer": nn.LayerNorm,
@@ -115,19 +118,21 @@ def image_block(name, c, norm, act, seed):
             lambda m, x: x + m.f(x), f=nn.Sequential(conv(c, c, 3, padding=1), n(c), a(), conv(c, c, 1), n(c))
         ),
         "concat": lambda: Do(
-            lambda m, x: m.mix(torch.cat([x, m.f(x)], 1)), f=nn.Sequential(conv(c, c, 1), n(c), a()), mix=conv(2 * c, c, 1)
+            lambda m, x: m.mix(torch.cat([x, m.f(x)], 1)),
+            f=nn.Sequential(conv(c, c, 1), n(c), a()),
+            mix=conv(2 * c, c, 1),
         ),
         "split": lambda: Do(
-            lambda m, x: torch.cat([m.f(x[:, : c // 2]), x[:, c // 2 :]], 1), f=nn.Sequential(conv(c // 2, c // 2, 3, padding=1), a())
+            lambda m, x: torch.cat([m.f(x[:, : c // 2]), x[:, c // 2 :]], 1),
+            f=nn.Sequential(conv(c // 2, c // 2, 3, padding=1), a()),
         ),
         "gate": lambda: Do(lambda m, x: torch.mul(*m.f(x).sigmoid().chunk(2, 1)) * x, f=conv(c, 2 * c, 1)),
         "squeeze": lambda: Do(
             lambda m, x: x * m.up(F.relu(m.down(x.mean((2, 3), keepdim=True)))).sigmoid(),
-            down=conv(c, 4, 1), up=conv(4, c, 1),
+            down=conv(c, 4, 1),
+            up=conv(4, c, 1),
         ),
-        "shuffle": lambda: Do(
-            lambda m, x: m.f(F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2)), f=conv(c, c, 1)
-        ),
+        "shuffle": lambda: Do(lambda m, x: m.f(F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2)), f=conv(c, c, 1)),
         "channel shuffle": lambda: Do(lambda m, x: F.channel_shuffle(x, 2)),
         "scale": lambda: Do(lambda m, x: x + m.scale * m.f(x), scale=free(c, 1, 1), f=conv(c, c, 1)),
         "shared": lambda: Do(lambda m, x: m.f(F.relu(m.f(x))), f=conv(c, c, 1)),
@@ -137,7 +142,7 @@ def image_block(name, c, norm, act, seed):
         "selective": lambda: Do(
             selective, a=conv(c, c, 1), b=conv(c, c, 3, padding=1), down=nn.Linear(c, 4), up=nn.Linear(4, 2 * c)
         ),
-    }  # fmt: skip
+    }
     return blocks[name]() if name else sorted(blocks)
 
 
@@ -148,24 +153,44 @@ def token_block(name, c, norm, act, seed):
     blocks = {
         "linear": lambda: nn.Sequential(n(c), lin(c, c), a()),
         "mlp": lambda: Do(lambda m, x: x + m.f(x), f=nn.Sequential(n(c), lin(c, 20), a(), lin(20, c))),
-        "glu": lambda: Do(lambda m, x: x + m.down(F.silu(m.g(m.n(x))) * m.u(m.n(x))), n=n(c), g=lin(c, 20), u=lin(c, 20), down=lin(20, c)),
+        "glu": lambda: Do(
+            lambda m, x: x + m.down(F.silu(m.g(m.n(x))) * m.u(m.n(x))),
+            n=n(c),
+            g=lin(c, 20),
+            u=lin(c, 20),
+            down=lin(20, c),
+        ),
         "attention": lambda: Do(lambda m, x: x + own_attention(m, m.n(x)), n=n(c), qkv=lin(c, 3 * c), out=lin(c, c)),
-        "linear attention": lambda: Do(lambda m, x: x + linear_attention(m, m.n(x)), n=n(c), qkv=lin(c, 3 * c), out=lin(c, c)),
+        "linear attention": lambda: Do(
+            lambda m, x: x + linear_attention(m, m.n(x)), n=n(c), qkv=lin(c, 3 * c), out=lin(c, c)
+        ),
         "grouped attention": lambda: Do(
-            lambda m, x: x + grouped_attention(m, m.n(x)), n=n(c), q=lin(c, c), k=lin(c, c // 2), v=lin(c, c // 2), out=lin(c, c)
+            lambda m, x: x + grouped_attention(m, m.n(x)),
+            n=n(c),
+            q=lin(c, c),
+            k=lin(c, c // 2),
+            v=lin(c, c // 2),
+            out=lin(c, c),
         ),
         "multihead": lambda: Do(
-            lambda m, x: x + m.f(m.n(x), m.n(x), m.n(x), need_weights=False)[0], n=n(c), f=nn.MultiheadAttention(c, 2, batch_first=True)
+            lambda m, x: x + m.f(m.n(x), m.n(x), m.n(x), need_weights=False)[0],
+            n=n(c),
+            f=nn.MultiheadAttention(c, 2, batch_first=True),
         ),
-        "queries": lambda: Do(learned_queries, queries=free(1, 3, c), q=lin(c, 8), k=lin(c, 8), v=lin(c, 8), out=lin(8, c)),
+        "queries": lambda: Do(
+            learned_queries, queries=free(1, 3, c), q=lin(c, 8), k=lin(c, 8), v=lin(c, 8), out=lin(8, c)
+        ),
         "position": lambda: Do(lambda m, x: x + m.table[:, : x.shape[1]], table=free(1, tokens + 2, c)),
         "class token": lambda: Do(lambda m, x: torch.cat([m.token.expand(len(x), -1, -1), x], 1), token=free(1, 1, c)),
-        "mix tokens": lambda: Do(lambda m, x: x + m.f(x[:, :tokens].transpose(1, 2)).transpose(1, 2).mean(1, keepdim=True), f=lin(tokens, tokens)),
+        "mix tokens": lambda: Do(
+            lambda m, x: x + m.f(x[:, :tokens].transpose(1, 2)).transpose(1, 2).mean(1, keepdim=True),
+            f=lin(tokens, tokens),
+        ),
         "layer scale": lambda: Do(lambda m, x: x + m.scale * m.f(m.n(x)), n=n(c), scale=free(c), f=lin(c, c)),
         "temperature": lambda: Do(lambda m, x: x + m.f(x) * m.t.exp(), t=free(1), f=lin(c, c)),
         "act": lambda: a(),
         "shared": lambda: Do(lambda m, x: m.f(F.gelu(m.f(x))), f=lin(c, c)),
-    }  # fmt: skip
+    }
     return blocks[name]() if name else sorted(blocks)
 
 
@@ -202,6 +227,9 @@ def specs(draw):
         return draw(st.lists(one, max_size=3))
 
     return {
-        "width": width, "images": blocks(IMAGE_BLOCKS, NORMS_2D), "tokens": blocks(TOKEN_BLOCKS, NORMS_1D),
-        "pool": draw(st.sampled_from(["mean", "first", "max"])), "seed": draw(st.integers(0, 99)),
-    }  # fmt: skip
+        "width": width,
+        "images": blocks(IMAGE_BLOCKS, NORMS_2D),
+        "tokens": blocks(TOKEN_BLOCKS, NORMS_1D),
+        "pool": draw(st.sampled_from(["mean", "first", "max"])),
+        "seed": draw(st.integers(0, 99)),
+    }

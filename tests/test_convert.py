@@ -6,10 +6,10 @@ import copy
 import importlib
 import math
 
+import layer_zoo as zoo
 import parts
 import pytest
 import torch
-import layer_zoo as zoo
 from torch import nn
 from torch.nn import functional as tf
 

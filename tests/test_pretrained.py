@@ -11,11 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import layer_zoo as zoo
 import parts
 import pytest
 import timm
 import torch
-import layer_zoo as zoo
 from safetensors.torch import load_file, save_file
 from torch import nn
 

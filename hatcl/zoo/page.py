@@ -17,9 +17,9 @@ INTRODUCTION = """\
 
 Written by `hatcl zoo --publish` from `benchmarks/results/zoo.json`; do not edit. For each model: it converts in
 training and evaluation mode; without a task its outputs are the plain model's bit for bit; two tasks are learned with
-AdamW, about half of the units of each off, after which the certificate is exact and the first task's outputs are what they
-were at sealing; a deep copy, and the saved model loaded in another process, give the same outputs. Batch of 2, random
-weights, the model's own input size (transformers: small configs of the real classes).
+AdamW, about half of the units of each off, after which the certificate is exact and the first task's outputs are what
+they were at sealing; a deep copy, and the saved model loaded in another process, give the same outputs. Batch of 2,
+random weights, the model's own input size (transformers: small configs of the real classes).
 
 *known* is the share of the parameters' elements of which both owner and reader are on the map (the image and a head's
 classes count: they are always on); the rest is frozen by one end or copied per task. *trace* and *forward* are seconds

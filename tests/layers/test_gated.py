@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 
+import layer_zoo as zoo
 import parts
 import pytest
 import torch
-import layer_zoo as zoo
 from torch import nn
 
 import hatcl

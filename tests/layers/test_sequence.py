@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import layer_zoo as zoo
 import parts
 import pytest
 import torch
-import layer_zoo as zoo
 from torch import nn
 
 import hatcl

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
+import layer_zoo as zoo
 import parts
 import pytest
 import timm
 import torch
-import layer_zoo as zoo
 from torch import nn
 from torch.nn import functional as tf
 

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import layer_zoo as zoo
 import numpy as np
 import parts
 import pytest
 import torch
-import layer_zoo as zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
