@@ -79,7 +79,9 @@ def convert(
     if unit_map is None:
         unit_map = map_of(source, example_inputs)
     made = build(copy.deepcopy(source), unit_map, config)
-    if verify and example_inputs is not None:
+    if any(p.is_meta for p in source.parameters()):
+        log.info("%s is on the meta device: mapped and not verified", type(model).__name__)
+    elif verify and example_inputs is not None:
         made = _verified(made, source, unit_map, config, example_inputs)
     if isinstance(num_classes, Sequence):
         _widen_heads(made, num_classes)
@@ -174,12 +176,10 @@ def shapes(x: Any) -> str:
 
 def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
     """Turn `model` into a HAT model on this map, in place. Everything is planned before anything is swapped."""
-    gates = Gates(
-        unit_map.num_units, config, [(n.removesuffix(".weight"), a - 1, b - 1) for n, a, b in unit_map.layers]
-    )
-    some = next(model.parameters(), None)
-    if some is not None:
-        gates.to(some.device)
+    some = next(model.parameters(), torch.zeros(()))
+    with torch.device("cpu" if some.is_meta else some.device):
+        layers = [(n.removesuffix(".weight"), a - 1, b - 1) for n, a, b in unit_map.layers]
+        gates = Gates(unit_map.num_units, config, layers)
     made: dict[bytes, Units] = {}
 
     def units(numbers: np.ndarray) -> Units:

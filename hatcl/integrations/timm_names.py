@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import HATConfig
 from ..convert import convert
-from ..errors import ConfigError, ConversionError
+from ..errors import ConfigError
 from ..gates import gates_of
 from ..registry import register_source
 
@@ -111,12 +111,8 @@ def example_input(model: nn.Module, options: Mapping[str, Any]) -> torch.Tensor:
     image = options.get("img_size")
     if image is not None:
         height, width = (image, image) if isinstance(image, int) else image
-    some = next(model.parameters(), None)
-    if some is None or some.is_meta:
-        raise ConversionError(
-            f"{type(model).__name__}: on the meta device there is nothing to run; create it on a real device"
-        )
-    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0)).to(some)
+    x = torch.randn(2, channels, height, width, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return x.to(next(model.parameters()))
 
 
 @register_source("timm")

@@ -89,6 +89,10 @@ def inplace_like(args: tuple) -> bool:
     return tuple(args[1]) == tuple(args[0].shape)
 
 
+def _same(a: Slot, b: Slot) -> bool:
+    return a.clean == b.clean and a.ids.stride() == b.ids.stride() and torch.equal(small(a.ids), small(b.ids))
+
+
 @dataclass
 class NormSeen:
     """What entered a norm module: the labels along each dimension that carries units, whether off units were zero,
@@ -135,6 +139,10 @@ class Tracer(TorchDispatchMode):
         self.seen: set[str] = set()
         self.notes: dict[str, str] = {}
         self.path: list[str] = [""]
+        # labels live on the CPU, wherever the model is made
+        self.on_cpu = (
+            contextlib.nullcontext if torch.get_default_device().type == "cpu" else lambda: torch.device("cpu")
+        )
         self.modules = dict(model.named_modules())
         self.is_norm = norms
         for name, p in model.named_parameters():
@@ -145,7 +153,7 @@ class Tracer(TorchDispatchMode):
                     self.first[name, d] = start
                     shape = [1] * p.dim()
                     shape[d] = n
-                    ids = torch.arange(start, start + n).view(shape).expand(p.shape)
+                    ids = torch.arange(start, start + n, device="cpu").view(shape).expand(p.shape)
                     slots.append(Slot(ids, True, frozenset({(name, d)})))
             self.shadows[p] = Shadow(tuple(slots), frozenset({name}))
 
@@ -229,7 +237,7 @@ class Tracer(TorchDispatchMode):
         for d in dims:
             first = first.narrow(d, 0, 1)
         self.couple(ids, first)
-        return first.expand(ids.shape)
+        return settle(torch.from_numpy(self.labels.find(small(first).numpy())).expand(ids.shape))
 
     def adopt(self, ids: Tensor, slots: Sequence[Slot]) -> int | None:
         """Which of a parameter's slots runs along the activation's labels (its index), if any."""
@@ -269,7 +277,7 @@ class Tracer(TorchDispatchMode):
             self.seen |= s.sources
         name = func._schema.name.split("::")[1]
         inplace = name[:-1] if name.endswith("_") and not name.startswith("__") else None
-        with torch.utils._python_dispatch._disable_current_modes():
+        with torch.utils._python_dispatch._disable_current_modes(), self.on_cpu():
             result = self.rule(func, inplace or name, args, kwargs, flat, spec, shadows, out)
         if inplace and isinstance(args[0], Tensor):
             self.write(args[0], result[0] if isinstance(result, list) else result)
@@ -278,8 +286,19 @@ class Tracer(TorchDispatchMode):
             results: list[Shadow | None] = result if isinstance(result, list) else [result] * len(outs)
             for x, moved in zip(outs, results, strict=False):
                 if isinstance(x, Tensor) and moved is not None and x not in self.shadows:
-                    self.shadows[x] = moved
+                    self.shadows[x] = moved if moved.of_parameters else self.distinct(moved)
         return out
+
+    def distinct(self, shadow: Shadow) -> Shadow:
+        """Without slots that say nothing: of one unit that spans the whole tensor and is not zero where it is off
+        (it is always on, then), and those that say the same as another."""
+        kept: list[Slot] = []
+        for slot in shadow.slots:
+            if not varying(slot.ids) and (not slot.clean or not bool(small(slot.ids).any())):
+                self.labels.mark("whole", small(slot.ids).reshape(-1).numpy())
+            elif not any(_same(slot, other) for other in kept):
+                kept.append(slot)
+        return shadow if len(kept) == len(shadow.slots) else replace(shadow, slots=tuple(kept))
 
     def rule(
         self, func: Any, name: str, args: tuple, kwargs: dict, flat: list, spec: Any, shadows: list, out: Any
@@ -359,6 +378,8 @@ class Tracer(TorchDispatchMode):
             parts = [self.shadow(x) for x in args[0]]
             wide = [s.map(lambda ids: ids.unsqueeze(dim)) if s else None for s in parts]
             return self.join(wide, [x.unsqueeze(dim).shape for x in args[0]], dim, out)
+        if any(isinstance(x, Tensor) and x.is_meta for x in flat[1:]):  # nobody knows what is picked
+            return self.unknown(func, shadows, out)
         if name in ("index", "gather", "index_select") and shadows[0] is None:
             return self.unknown(func, shadows, out) if any(s and s.slots for s in shadows[1:]) else Shadow()
         _x, s = flat[0], shadows[0]
@@ -760,7 +781,7 @@ class Tracer(TorchDispatchMode):
     def add_bias(self, bias: Tensor, result: Shadow, out: Tensor, place: Callable) -> Shadow:
         s = self.shadow(bias)
         if s is None:
-            if bool((bias != 0).any()):
+            if bias.is_meta or bool((bias != 0).any()):
                 return replace(result, slots=tuple(replace(x, clean=False) for x in result.slots))
             return result
         wide = s.map(place)
