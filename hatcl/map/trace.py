@@ -1147,11 +1147,15 @@ def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    onednn = torch.backends.mkldnn.enabled
+    if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # else one operation is all that is seen of it
+        torch._C._set_mkldnn_enabled(False)
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
+        torch._C._set_mkldnn_enabled(onednn)
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in handles:
             h.remove()
