@@ -104,16 +104,13 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
             example_inputs,
             norms=lambda m: layer_for(type(m)).is_norm,
         )
+    except ConversionError:
+        raise
     except Exception as error:
-        try:
-            with torch.no_grad():
-                call(model, example_inputs)
-        except Exception as plain:
-            raise ConversionError(
-                f"{type(model).__name__}: its forward failed on example_inputs = {shapes(example_inputs)}: "
-                f"{type(plain).__name__}: {plain}"
-            ) from plain
-        raise ConversionError(f"{type(model).__name__}: the trace failed: {error}; please report the model") from error
+        raise ConversionError(
+            f"{type(model).__name__}: its forward failed on example_inputs = {shapes(example_inputs)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     for path, seen in found.mixing.items():
         module = model.get_submodule(path)
         for dim, ids in seen.ids.items():

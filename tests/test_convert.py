@@ -18,6 +18,7 @@ from hatcl import guard
 from hatcl.convert import map_of
 from hatcl.gates import gates_of
 from hatcl.layers.gated import HATLayer
+from hatcl.map.trace import Tracer
 
 converting = importlib.import_module("hatcl.convert")  # `hatcl.convert` itself is the function
 
@@ -182,8 +183,8 @@ def test_a_conversion_that_fails_leaves_the_source_as_it_was(monkeypatch):
         text = "other tasks reach a task's output through conv1.0.weight .*verify=False"
         unchanged(source, lambda: hatcl.convert(source, 2, x), hatcl.ConversionError, text)
     with monkeypatch.context() as patch:
-        patch.setattr(converting, "trace", lambda *args, **kwargs: 1 / 0)
-        text = "ResNet: the trace failed: division by zero; please report the model"
+        patch.setattr(Tracer, "convolution", lambda *args: 1 / 0)
+        text = r"conv1.0: the trace cannot follow aten::convolution \(ZeroDivisionError: .*\); please report the model"
         unchanged(source, lambda: hatcl.convert(source, 2, x), hatcl.ConversionError, text)
     assert hatcl.convert(source, 2, x)
 

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..errors import ConversionError
 from .labels import Ints, Labels
 from .shadow import Axis, Shadow, Slot, apply_as_is, reshape, settle, small, varying
 
@@ -139,6 +140,7 @@ class Tracer(TorchDispatchMode):
         self.seen: set[str] = set()
         self.notes: dict[str, str] = {}
         self.path: list[str] = [""]
+        self.at: tuple[str, str] | None = None  # module path and operation that a rule is at work on
         # labels live on the CPU, wherever the model is made
         self.on_cpu = (
             contextlib.nullcontext if torch.get_default_device().type == "cpu" else lambda: torch.device("cpu")
@@ -277,8 +279,10 @@ class Tracer(TorchDispatchMode):
             self.seen |= s.sources
         name = func._schema.name.split("::")[1]
         inplace = name[:-1] if name.endswith("_") and not name.startswith("__") else None
+        self.at = (self.path[-1], func._schema.name)
         with torch.utils._python_dispatch._disable_current_modes(), self.on_cpu():
             result = self.rule(func, inplace or name, args, kwargs, flat, spec, shadows, out)
+        self.at = None
         if inplace and isinstance(args[0], Tensor):
             self.write(args[0], result[0] if isinstance(result, list) else result)
         else:
@@ -1109,6 +1113,7 @@ class Tracer(TorchDispatchMode):
 
     def enter(self, path: str, args: tuple) -> None:
         self.path.append(path)
+        self.at = (path, "what the module is given")
         module = self.modules[path]
         x = next((a for a in args if isinstance(a, Tensor)), None)
         s = self.shadow(x)
@@ -1116,6 +1121,7 @@ class Tracer(TorchDispatchMode):
             self.norm_inputs[path] = self._seen(s)
         elif s is not None and not module._modules:
             self.entered[path] = s
+        self.at = None
 
     def _seen(self, s: Shadow) -> NormSeen:
         ids = {d: self._vector(slot.ids, d) for slot in s.slots for d in varying(slot.ids)}
@@ -1147,7 +1153,7 @@ def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    onednn = torch.backends.mkldnn.enabled
+    onednn = bool(torch.backends.mkldnn.enabled)
     if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # else one operation is all that is seen of it
         torch._C._set_mkldnn_enabled(False)
     model.eval()
@@ -1179,8 +1185,17 @@ def trace(model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool]) -> 
     for x in tree_flatten(inputs)[0]:
         if isinstance(x, Tensor):
             tracer.shadows[x] = Shadow()
-    with _watched(model, tracer), tracer:
-        out = call(model, inputs)
+    try:
+        with _watched(model, tracer), tracer:
+            out = call(model, inputs)
+    except Exception as error:
+        if tracer.at is None:
+            raise
+        path, operation = tracer.at
+        raise ConversionError(
+            f"{path or type(model).__name__}: the trace cannot follow {operation} ({type(error).__name__}: {error}); "
+            "please report the model"
+        ) from error
     leaves = tensors_of(out)
     found = [
         small(slot.ids).reshape(-1).numpy() for x in leaves if (s := tracer.shadow(x)) is not None for slot in s.slots

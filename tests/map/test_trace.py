@@ -13,8 +13,11 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
+from hatcl import guard
 from hatcl.convert import map_of
+from hatcl.gates import gates_of
 from hatcl.map import trace as traces
+from hatcl.map.labels import Labels
 from hatcl.map.shadow import small
 
 
@@ -241,3 +244,296 @@ def test_zoo_maps_know_both_ends_where_a_human_would():
     for name in ("batch_norm2d", "transposed2d", "depthwise2d", "grouped2d", "timm_conv_same", "encoder", "attention"):
         shares = hatcl.describe(hatcl.convert(zoo.make(name), 2, zoo.data(name)[0])).shares
         assert shares["shared_both"] > 0.6, (name, shares)
+
+
+# ---- learned queries ------------------------------------------------------------------------------
+
+
+def units(found, name, owner):
+    """The unit numbers that a parameter writes (or reads), None where no factor does."""
+    return next((f.units.tolist() for f in found.entries[name].factors if f.owner == owner), None)
+
+
+class Queries(nn.Module):
+    """Attention from learned queries to what comes in: the queries meet a weight, or a norm and then a weight."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 3, 12))
+        self.norm = nn.LayerNorm(12) if norm else nn.Identity()
+        self.first, self.q, self.k, self.v = nn.Linear(5, 10), nn.Linear(12, 8), nn.Linear(10, 8), nn.Linear(10, 8)
+        self.out, self.head = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        q = self.norm(self.queries.expand(len(x), -1, -1))
+        h = tf.scaled_dot_product_attention(self.q(q), self.k(x), self.v(x))
+        return self.head(self.out(h).mean(1))
+
+
+TOKENS = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["weight", "norm and weight"])
+def test_learned_queries_have_units_of_their_own(norm):
+    """They are data that a parameter writes: twelve units, which the query's weight reads, and no copy per task."""
+    torch.manual_seed(0)
+    source = Queries(norm).eval()
+    found = map_of(source, TOKENS)
+    mine = units(found, "queries", True)
+    assert len(set(mine)) == 12 and 0 not in mine and units(found, "q.weight", False) == mine
+    assert not found.entries["queries"].copied and found.entries["q.weight"].known == 1
+    assert norm == (found.entries["norm.weight"].why == "norm" if norm else False)
+    model = parts.pretend(hatcl.convert(source, 3, TOKENS))
+    assert "queries" not in hatcl.describe(model).copies
+    assert [parts.leaks(model, TOKENS, t) for t in range(3)] == [None] * 3
+    off = ~gates_of(model)[0].masks[0][torch.tensor(mine) - 1]
+    assert off.any()  # a unit that is off is not read
+    want = parts.logits(model, 0, TOKENS)
+    with torch.no_grad():
+        model._parameters["queries"][..., off] = 1e3
+    assert torch.equal(parts.logits(model, 0, TOKENS), want)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["weight", "norm and weight"])
+def test_twin_queries_that_are_no_data_are_copied(norm, monkeypatch):
+    monkeypatch.setattr(traces.Tracer, "as_activation", lambda self, slots, dims: [])
+    found = map_of(Queries(norm).eval(), TOKENS)
+    assert units(found, "queries", True) is None and found.entries["queries"].copied
+
+
+# ---- experts --------------------------------------------------------------------------------------
+
+grouped_mm = getattr(tf, "grouped_mm", getattr(torch, "_grouped_mm", None))
+
+
+class Experts(nn.Module):
+    """Every row goes through the matrices of one of three experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.up, self.down = nn.Parameter(0.3 * torch.randn(3, 16, 24)), nn.Parameter(0.3 * torch.randn(3, 24, 16))
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        ends = torch.tensor([2, 5, 8], dtype=torch.int32)
+        return self.head(x + grouped_mm(tf.silu(grouped_mm(x, self.up, offs=ends)), self.down, offs=ends))
+
+
+ROWS = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.skipif(grouped_mm is None, reason="this torch has no grouped_mm")
+def test_experts_keep_both_ends():
+    torch.manual_seed(0)
+    source = Experts().eval()
+    found = map_of(source, ROWS)
+    stream = units(found, "first.weight", True)
+    assert units(found, "up", False) == stream == units(found, "down", True) == units(found, "head.weight", False)
+    hidden = units(found, "up", True)
+    assert hidden == units(found, "down", False) and len(set(hidden)) == 24 and not set(hidden) & {0, *stream}
+    assert found.entries["up"].known == found.entries["down"].known == 1 and found.notes == {}
+    model = parts.pretend(hatcl.convert(source, 3, ROWS))
+    assert not {"up", "down"} & set(hatcl.describe(model).copies)
+    assert [parts.leaks(model, ROWS, t) for t in range(3)] == [None] * 3
+    assert torch.equal(parts.logits(model, None, ROWS), source(ROWS))
+
+
+@pytest.mark.skipif(grouped_mm is None, reason="this torch has no grouped_mm")
+def test_twin_experts_by_an_operation_that_is_not_known_are_copied(monkeypatch):
+    monkeypatch.setattr(traces, "GROUPED", set())
+    found = map_of(Experts().eval(), ROWS)
+    assert found.entries["up"].copied and found.entries["down"].copied
+    assert any("_grouped_mm is not known to the trace" in note for note in found.notes.values())
+
+
+# ---- weight norm ----------------------------------------------------------------------------------
+
+
+def weight_normed():
+    torch.manual_seed(0)
+    made = Between(nn.ReLU())
+    made.second = nn.utils.parametrizations.weight_norm(made.second, dim=0)
+    return made.eval()
+
+
+GAIN, DIRECTION = (f"second.parametrizations.weight.original{i}" for i in (0, 1))
+
+
+def test_weight_norm_keeps_its_owner_and_holds_whole_rows():
+    """What a row's element is divided by depends on the whole row, so whoever has the row on holds all of it."""
+    source, x = weight_normed(), torch.randn(4, 5)
+    found = map_of(source, x)
+    mine = units(found, "head.weight", False)
+    assert units(found, GAIN, True) == units(found, DIRECTION, True) == mine and len(set(mine)) == 7
+    assert units(found, DIRECTION, False) is None
+    assert not found.entries[GAIN].copied and not found.entries[DIRECTION].copied
+    model = parts.pretend(hatcl.convert(source, 3, x))
+    assert [parts.leaks(model, x, t) for t in range(3)] == [None] * 3
+    (held,) = [h for h in guard.held(model) if h.name == DIRECTION]
+    on = gates_of(model)[0].masks[0][torch.tensor(mine) - 1]
+    assert torch.equal(held.live(0), on.unsqueeze(1).expand(7, 12)) and on.any() and not on.all()
+    assert torch.equal(parts.logits(model, None, x), source(x))
+
+
+def test_twin_rows_of_a_weight_norm_that_are_held_in_part_leak(monkeypatch):
+    plain = traces.Tracer.weight_norm
+
+    def by_element(self, args, out):
+        moved = plain(self, args, out)
+        v = self.shadow(args[0])
+        moved[0] = traces.replace(
+            moved[0], slots=(*moved[0].slots, *(s for s in v.slots if traces.varying(s.ids) == (1,)))
+        )
+        return moved
+
+    monkeypatch.setattr(traces.Tracer, "weight_norm", by_element)
+    monkeypatch.setattr(Labels, "mark", _unless_dropped(Labels.mark))
+    x = torch.randn(4, 5)
+    model = parts.pretend(hatcl.convert(weight_normed(), 3, x, verify=False))
+    assert units(gates_of(model)[0].unit_map, DIRECTION, False) is not None
+    assert any(parts.leaks(model, x, t) is not None for t in range(3))
+
+
+def _unless_dropped(mark):
+    return lambda self, flag, labels: None if flag == "dropped" else mark(self, flag, labels)
+
+
+# ---- branches -------------------------------------------------------------------------------------
+
+
+class Selective(nn.Module):
+    """Two convolutions, weighed against each other channel by channel (a selective-kernel block)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.down, self.up, self.head = nn.Linear(8, 4), nn.Linear(4, 16), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        both = torch.stack([self.a(x), self.b(x)], 1)
+        weigh = self.up(torch.relu(self.down(both.sum(1).mean((2, 3))))).view(len(x), 2, -1).softmax(1)
+        return self.head((both * weigh[..., None, None]).sum(1).mean((2, 3)))
+
+
+IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_branches_that_are_summed_share_their_channels():
+    torch.manual_seed(0)
+    source = Selective().eval()
+    found = map_of(source, IMAGES)
+    a = units(found, "a.weight", True)
+    assert (
+        a == units(found, "b.weight", True) == units(found, "down.weight", False) == units(found, "head.weight", False)
+    )
+    assert units(found, "up.weight", True) == a * 2 and len(set(a)) == 8 and 0 not in a
+    assert found.known == 1 and found.notes == {}
+    model = parts.pretend(hatcl.convert(source, 3, IMAGES))
+    assert [parts.leaks(model, IMAGES, t) for t in range(3)] == [None] * 3
+
+
+def test_twin_without_the_coupling_branches_forget_their_channels(monkeypatch):
+    monkeypatch.setattr(traces.Tracer, "couple_along", lambda self, ids, dims: ids)
+    found = map_of(Selective().eval(), IMAGES)
+    assert "sum over differing units forgets them" in found.notes.values() and found.known < 0.8
+
+
+# ---- softmax over units ---------------------------------------------------------------------------
+
+
+def softmaxed():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 12), nn.Softmax(-1), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 3))
+
+
+def gap(source, model, x):
+    """The largest difference to the network that is physically cut down to each task."""
+    with torch.no_grad():
+        return max(float((parts.logits(model, t, x) - parts.cut(source, model, t)(x)).abs().max()) for t in range(3))
+
+
+def test_units_of_a_softmax_are_always_on():
+    """An off unit would still take its share, exp(0): so every task has all of them, in copies of its own."""
+    x = torch.randn(4, 5)
+    source = softmaxed()
+    model = parts.pretend(hatcl.convert(source, 3, x).double())
+    found = gates_of(model)[0].unit_map
+    assert found.num_units == 7 and units(found, "0.weight", True) is None and units(found, "2.weight", False) is None
+    assert found.entries["0.weight"].copied and not found.entries["2.weight"].copied
+    assert any("they are always on" in note for note in found.notes.values())
+    assert [parts.leaks(model, x.double(), t) for t in range(3)] == [None] * 3
+    assert gap(source.double(), model, x.double()) < 1e-12  # float64: measured 1.2e-16
+
+
+def test_twin_units_of_a_softmax_that_could_be_off_are_not_the_cut_networks(monkeypatch):
+    mark = Labels.mark
+    monkeypatch.setattr(Labels, "mark", lambda self, flag, ids: None if flag == "whole" else mark(self, flag, ids))
+    x = torch.randn(4, 5)
+    source = softmaxed()
+    model = parts.pretend(hatcl.convert(source, 3, x).double())
+    assert gates_of(model)[0].unit_map.num_units == 19
+    assert gap(source.double(), model, x.double()) > 1e-3
+
+
+# ---- a norm beside units --------------------------------------------------------------------------
+
+
+class MixTokens(nn.Module):
+    """Units along the tokens, a layer norm over the channels, and a layer that mixes the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.mix, self.head = (
+            nn.Linear(5, 12),
+            nn.LayerNorm(8),
+            nn.Linear(12, 7),
+            nn.Linear(7, 3),
+        )
+
+    def forward(self, x):  # [B, 8 channels, 5 positions]
+        x = self.norm(self.first(x).transpose(1, 2))  # [B, 12 tokens, 8]
+        return self.head(torch.relu(self.mix(x.transpose(1, 2)))).mean(1)
+
+
+CHANNELS = torch.randn(4, 8, 5, generator=torch.Generator().manual_seed(0))
+
+
+def after_the_bias_moved(**options):
+    """Two tasks with random gates, each task's bias away from the zero at which it starts."""
+    torch.manual_seed(0)
+    model = hatcl.convert(MixTokens().eval(), 2, CHANNELS, **options)
+    with torch.no_grad():
+        for module in (model.norm, *model.norm.hat_tasks):
+            module._parameters["bias"].normal_()
+    return parts.pretend(model)
+
+
+def test_a_layer_norm_does_not_make_clean_what_runs_beside_it():
+    """A token that is off leaves the norm as its bias, not as zero: the layer that mixes tokens has to multiply it by
+    zero."""
+    model = after_the_bias_moved()
+    found = gates_of(model)[0].unit_map
+    assert units(found, "first.weight", True) == units(found, "mix.weight", False) == list(range(1, 13))
+    assert 1 in found.folds["mix", "mix.weight"] and found.known == 1
+    assert [parts.leaks(model, CHANNELS, t) for t in range(2)] == [None, None]
+
+
+def test_twin_were_it_clean_other_tasks_would_get_in_with_the_bias(monkeypatch):
+    monkeypatch.setattr(traces.Tracer, "layer_norm", clean_beside_a_norm(traces.Tracer.layer_norm))
+    model = after_the_bias_moved(verify=False)
+    assert 1 not in gates_of(model)[0].unit_map.folds["mix", "mix.weight"]
+    assert None not in [parts.leaks(model, CHANNELS, t) for t in range(2)]
+
+
+def clean_beside_a_norm(rule):
+    """The rule as it once was: what a layer norm puts out is zero where what it read was."""
+
+    def layer_norm(self, name, args, out):
+        moved = rule(self, name, args, out)
+        slots = tuple(traces.replace(slot, clean=True) for slot in moved[0].slots)
+        return [traces.replace(moved[0], slots=slots), *moved[1:]]
+
+    return layer_norm
