@@ -205,11 +205,6 @@ def test_options_that_cannot_be(kwargs, text):
     assert text in str(caught.value)
 
 
-def test_the_meta_device_is_refused():
-    with torch.device("meta"), pytest.raises(hatcl.ConversionError, match="on the meta device there is nothing to run"):
-        make(num_tasks=2)
-
-
 def test_options_that_timm_does_not_know_are_timms_own_error():
     with pytest.raises(TypeError, match="nothing_like_it"):
         make(nothing_like_it=3)
@@ -219,3 +214,21 @@ def test_options_that_timm_does_not_know_are_timms_own_error():
 def test_the_type_is_passed_on(dtype):
     model = make(num_tasks=2, dtype=dtype) if "dtype" in timm.create_model.__doc__ else make(num_tasks=2).to(dtype)
     assert next(model.parameters()).dtype == dtype
+
+
+def on_meta(name, **options):
+    with torch.device("meta"):
+        return timm.create_model(name, num_tasks=2, **options)
+
+
+def test_a_model_on_the_meta_device_is_mapped_as_on_a_real_one():
+    real, meta = timm.create_model("hat_test_vit", num_tasks=2), on_meta("hat_test_vit")
+    assert all(p.is_meta for n, p in meta.named_parameters() if "hat_gates" not in n)
+    assert meta.hat_gates.unit_map.to_json() == real.hat_gates.unit_map.to_json()
+    assert str(hatcl.describe(meta)) == str(hatcl.describe(real))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", timm.list_models())
+def test_every_name_can_be_created(name):
+    assert hatcl.describe(on_meta(f"hat_{name}")).units > 0

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import hatcl
+from hatcl.convert import map_of
 from hatcl.layers import sequence
 
 
@@ -92,3 +93,22 @@ def test_rows_beyond_max_norm_are_scaled_over_the_units_that_are_on():
     want = rows * (1.0 / (rows.norm(dim=-1, keepdim=True) + 1e-7)).clamp(max=1.0)
     assert torch.allclose(got[:, on], want, atol=1e-6) and bool((got[:, ~on] == 0).all())
     assert torch.equal(words._parameters["weight"], before)  # torch would have scaled the table itself
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}], ids=["plain", "two ways"])
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_is_mapped_whole(cell, options):
+    layer = cell(5, 6, batch_first=True, **options)
+    found = map_of(Words(layer), torch.randn(2, 7, 5))
+    recurrent = [e for name, e in found.entries.items() if name.startswith("layer.")]
+    assert recurrent and all(e.known == 1.0 and not e.copied for e in recurrent), recurrent
+    assert not found.notes and torch.backends.mkldnn.enabled
+
+
+class Words(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(6 * (2 if layer.bidirectional else 1), 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0].mean(1))
