@@ -95,9 +95,11 @@ def draw(axes: Any, title: str, model: nn.Module, inputs: Tensor) -> None:
     read = labels.any_in_component("read")
     colours: dict[int, Any] = {}
     palette = plt.get_cmap("tab20").colors + plt.get_cmap("tab20b").colors
-    for row, (path, name, out, shadow) in enumerate(seen):
+    for row, (path, name, _, shadow) in enumerate(seen):
         y = -row
-        axes.text(-0.4, y + 0.4, f"{path}  {name.strip('_').replace('native_', '')}", ha="right", va="center", fontsize=8)
+        axes.text(
+            -0.4, y + 0.4, f"{path}  {name.strip('_').replace('native_', '')}", ha="right", va="center", fontsize=8
+        )
         left = 0.0
         for slot in shadow.slots or ():
             ids = slot.ids
@@ -110,7 +112,9 @@ def draw(axes: Any, title: str, model: nn.Module, inputs: Tensor) -> None:
                 unit = root != 0 and bool(read[root])
                 colour = colours.setdefault(root, palette[len(colours) % len(palette)]) if unit else "0.85"
                 hatch = None if slot.clean else "////"
-                axes.add_patch(Rectangle((left, y + 0.1), 0.9, 0.7, facecolor=colour, edgecolor="0.3", lw=0.5, hatch=hatch))
+                axes.add_patch(
+                    Rectangle((left, y + 0.1), 0.9, 0.7, facecolor=colour, edgecolor="0.3", lw=0.5, hatch=hatch)
+                )
                 left += 1
             left += 0.5
         if not shadow.slots:

@@ -30,3 +30,8 @@ for t, y in enumerate(goals):
     out = model(**batch).logits
     print(f"task {t}: {out.shape[1]} classes, {(out.argmax(1) == y).float().mean():.0%} of the training batch")
 print(hatcl.certify(model, batch, strict=True))
+
+# the config is saved along, so nothing else is needed to make the model again
+again = hatcl.from_pretrained(hatcl.save_pretrained(model, "runs/bert"))
+with hatcl.task(model.eval(), 0), hatcl.task(again, 0):
+    print("loaded: same logits", torch.equal(model(**batch).logits, again(**batch).logits))

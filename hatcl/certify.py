@@ -121,7 +121,8 @@ def difference(a: Tensor, b: Tensor) -> float:
     """The largest difference; 0.0 where the two are the same bit for bit, NaN for NaN."""
     if torch.equal(a, b):
         return 0.0
-    if a.is_floating_point() and bool((torch.isnan(a) == torch.isnan(b)).all()):
-        gap = float((torch.nan_to_num(a) - torch.nan_to_num(b)).abs().max())
-        return gap
+    if a.is_floating_point() and torch.equal(torch.isnan(a), torch.isnan(b)):
+        known = ~torch.isnan(a)
+        a, b = a[known], b[known]
+        return 0.0 if torch.equal(a, b) else float((a - b).abs().nan_to_num(torch.inf).max())
     return float("inf")

@@ -531,6 +531,8 @@ def zoo_command(
     names = list(dict.fromkeys(name for matches in found.values() for name in matches))
     if max_params < float("inf"):
         names = [name for name in names if catalog.parameters(name) <= max_params]
+        if not names:
+            raise ConfigError(f"--max-params {max_params:g}: all models that match are larger")
     failed = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out) as progress:
@@ -550,8 +552,10 @@ def zoo_command(
 
 
 def _publish(results: Path) -> None:
-    if not Path("docs").is_dir():
+    if not zoo_page.KNOWN.resolve().is_relative_to(Path.cwd().resolve()):
         raise ConfigError("--publish writes docs/zoo.md; run it in a checkout of hatcl")
+    if not results.exists():
+        raise ConfigError(f"--publish: there is no {results} yet; prove some models first, such as hatcl zoo 'test_*'")
     models = checkpoints.read_json(results)["models"]
     checkpoints.write_bytes(Path("docs/zoo.md"), zoo_page.to_page(models).encode())
     checkpoints.write_json(zoo_page.KNOWN, zoo_page.to_known(models))

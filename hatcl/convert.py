@@ -113,7 +113,7 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
         ) from error
     for path, seen in found.mixing.items():
         module = model.get_submodule(path)
-        for dim, ids in seen.ids.items():
+        for dim, ids in [(d, ids) for d, ids in seen.ids.items() if d in seen.over]:
             kind = kind_of_norm(module, seen.ndim, dim, len(ids))
             if kind:
                 found.norms[path] = dataclasses.replace(seen, across=True, kind=kind, ids={dim: ids})
@@ -157,7 +157,7 @@ def moving_buffers(model: nn.Module, inputs: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _same(a: Tensor | None, b: Tensor) -> bool:
-    return a is not None and a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+    return a is not None and a.shape == b.shape and difference(a, b) == 0
 
 
 def shapes(x: Any) -> str:
@@ -222,7 +222,7 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
                 fold_axes = set() if norm.kind else fold_axes | {f.axis for f in entry.factors}
             axes_ = tuple(Axis(units(f.units), f.shape, f.owner) for f in entry.factors)
             fold = tuple(i for i, f in enumerate(entry.factors) if f.axis in fold_axes)
-            hat.params[name] = ParameterPlan(entry.view, axes_, fold, entry.copied)
+            hat.params[name] = ParameterPlan(entry.view, axes_, fold, entry.copied, entry.standardised)
         if path in unit_map.outputs:
             hat.output = (layer.output_dim, units(unit_map.outputs[path]))
         if norm is not None:

@@ -218,6 +218,8 @@ def cut(source, model, task):
                 for attr in ("out_features", "out_channels"):
                     if hasattr(step, attr):
                         setattr(step, attr, size)
+                if "gain" in values:  # of a standardised weight
+                    _set(step, "gain", values["gain"][owner].detach())
                 if depthwise:
                     step.groups = step.in_channels = size
             _set(step, "weight", w.detach())

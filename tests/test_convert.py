@@ -358,3 +358,85 @@ def test_transformers_models_take_dicts():
                 optimizer.step()
     assert hatcl.certify(model, inputs, strict=True).exact
     assert guard.sealed_tasks(model) == [0, 1]
+
+
+# ---- M7: what parameters that start at zero would hide ---------------------------------------------
+
+
+class Hidden(nn.Module):
+    """A branch that adds nothing yet: its scale starts at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.out, self.head = (nn.Linear(*n) for n in ((48, 16), (16, 12), (12, 16), (16, 4)))
+        self.scale = nn.Parameter(torch.zeros(16))
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x.flatten(1)))
+        return self.head(x + self.scale * self.out(torch.relu(self.inner(x))))
+
+
+def with_a_hole(source, x):
+    """Converted on a map in which the gate of the branch's inner layer is missing."""
+    holes = map_of(copy.deepcopy(source), x)
+    holes.folds = {key: axes for key, axes in holes.folds.items() if not key[1].startswith("inner.")}
+    return hatcl.convert(source, 2, x, unit_map=holes)
+
+
+def leaks_once_the_scale_has_moved(model, x):
+    with torch.no_grad():
+        model._parameters["scale"].fill_(0.5)
+    parts.pretend(model)
+    return [parts.leaks(model, x, t) is not None for t in range(2)]
+
+
+def blamed(model):
+    return {n for n, why in hatcl.describe(model).copies.items() if why == "the attack got out through it"}
+
+
+def test_a_leak_that_zeros_at_the_start_would_hide_is_found_at_conversion():
+    x = parts.images("mlp")
+    source = Hidden()
+    model = with_a_hole(source, x)
+    assert blamed(model) >= {"inner.weight", "inner.bias"}
+    assert torch.equal(model.scale, torch.zeros(16)) and torch.equal(parts.logits(model, None, x), source(x))
+    assert leaks_once_the_scale_has_moved(model, x) == [False, False]
+
+
+def test_twin_without_the_stir_it_is_not_found(monkeypatch):
+    monkeypatch.setattr(converting, "_stirred", lambda model, inputs: copy.deepcopy(model).eval())
+    x = parts.images("mlp")
+    model = with_a_hole(Hidden(), x)
+    assert blamed(model) == set()
+    assert leaks_once_the_scale_has_moved(model, x) == [True, True]
+
+
+def test_stirring_moves_every_parameter_of_a_copy():
+    model = parts.converted("vit")
+    before = parts.snapshot(model)
+    trial = converting._stirred(model, parts.images("vit"))
+    assert parts.same(before, model.state_dict()) and not trial.training and model.training
+    kept = dict(model.named_parameters())
+    assert all(not torch.equal(p, kept[n]) for n, p in trial.named_parameters())
+    assert parts.same(dict(model.named_buffers()), dict(trial.named_buffers()))
+
+
+def test_a_model_that_noise_makes_overflow_is_attacked_as_it_is():
+    class Steep(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).mul(1e30).exp()
+
+    model = hatcl.convert(nn.Sequential(nn.Flatten(), Steep(48, 4)), 2, torch.zeros(2, 48), verify=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    trial = converting._stirred(model, torch.zeros(2, 48))
+    assert parts.same(dict(model.named_parameters()), dict(trial.named_parameters()))
+
+
+def test_what_a_sealed_task_computes_with_needs_no_gradient_the_first_time_either():
+    """`matmul` takes another path, with other last bits, where an input needs a gradient: the first evaluation after
+    sealing must not take another one than the next, which reads what the first has folded."""
+    model = parts.pretend(parts.converted("mlp"))
+    with hatcl.task(model, 0), torch.no_grad():
+        assert [model[1].weight.requires_grad for _ in range(2)] == [False, False]

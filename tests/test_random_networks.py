@@ -3,6 +3,8 @@ certificate is exact and the first task stays as it was."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 
 import pytest
@@ -12,6 +14,7 @@ from random_networks import IMAGE_BLOCKS, NORMS_1D, NORMS_2D, TOKEN_BLOCKS, Netw
 from torch.nn import functional as tf
 
 import hatcl
+from hatcl.map.trace import Tracer
 from hatcl.zoo.proof import CONFIG
 
 EXAMPLES = int(os.environ.get("HATCL_EXAMPLES", "200"))
@@ -70,3 +73,35 @@ def test_every_block(images, tokens):
     model = hold({"width": 8, "images": images, "tokens": tokens, "pool": "mean", "seed": 0})
     copies = hatcl.describe(model).copies
     assert "the attack got out through it" not in copies.values(), copies  # the trace itself has to follow these
+
+
+# ---- twins: a trace that is wrong, and nobody who looks -----------------------------------------------
+
+
+def spec(images=(), tokens=()):
+    return {"width": 8, "images": list(images), "tokens": list(tokens), "pool": "mean", "seed": 0}
+
+
+def read_backwards(self, p, acts, whole, plain=Tracer.read):
+    plain(self, p, [dataclasses.replace(x, ids=x.ids.flip(-1)) for x in acts], whole)
+
+
+WRONG = {
+    "no gate acts": ("commit", lambda self, shadow: None, spec([block("conv")])),
+    "whatever was zero stays zero": (
+        "stays_zero", lambda self, *args: True, spec([block("conv", "none", "sigmoid"), block("conv")]),
+    ),
+    "units are read in the wrong order": ("read", read_backwards, spec([block("conv")])),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:task . uses no unit")
+@pytest.mark.parametrize("name", WRONG)
+def test_twin_a_wrong_trace_that_nobody_verifies_fails(name, monkeypatch):
+    rule, wrong, network = WRONG[name]
+    hold(network)
+    monkeypatch.setattr(Tracer, rule, wrong)
+    hold(network)  # the attack at conversion turns what leaks into copies
+    monkeypatch.setattr(hatcl, "convert", functools.partial(hatcl.convert, verify=False))
+    with pytest.raises(AssertionError):
+        hold(network)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,10 +14,10 @@ from ..registry import register_source
 
 
 def _recognise(model: nn.Module) -> dict[str, Any] | None:
-    cls = type(model)
-    if not cls.__module__.startswith("transformers.models."):
+    cls, library = type(model), sys.modules.get("transformers")
+    config: Any = getattr(model, "config", None)
+    if library is None or config is None or getattr(library, cls.__name__, None) is not cls:
         return None
-    config: Any = model.config
     return {
         "class": cls.__name__,
         "config": json.loads(config.to_json_string(use_diff=False)),
@@ -27,7 +30,10 @@ def _remake(source: dict[str, Any]) -> nn.Module:
     import transformers
 
     cls = getattr(transformers, source["class"])
-    config = cls.config_class.from_dict(source["config"])
+    with tempfile.TemporaryDirectory() as folder:  # only from a file are special values (infinity) read back
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(source["config"]))
+        config = cls.config_class.from_json_file(path)
     config._attn_implementation = source["attention"]
     made: nn.Module = cls(config)
     return made

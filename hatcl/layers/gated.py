@@ -34,12 +34,36 @@ class Axis:
 @dataclass
 class ParameterPlan:
     """How a parameter depends on the task. axes: its factors. fold: which of them multiply it. copied: a copy per
-    task."""
+    task. standardised: its rows are normalised before use, with a task over the units that are on."""
 
     view: tuple[int, ...]
     axes: tuple[Axis, ...] = ()
     fold: tuple[int, ...] = ()
     copied: bool = False
+    standardised: bool = False
+
+    def over_units_on(self, value: Tensor) -> Tensor:
+        """A weight whose rows are about to be normalised over all `N` elements that they read, made such that this is
+        the normalisation over the `n` of units that are on.
+
+        Those are centred; the others, which only ever meet zeros, become +s and -s in turn, `s` the spread of the n.
+        So all N have the mean and variance of the n (where a single element is off it stays 0, and the variance is
+        `n / N` of that).
+        """
+        read = [axis for axis in self.axes if not axis.owner]
+        if not read:
+            return value
+        rows = 2 if any(axis.shape[0] != 1 for axis in read) else 1  # in a grouped weight's view a row has two indices
+        mask = value.new_ones((1,) * rows + value.shape[rows:])
+        for axis in read:
+            gate = axis.units.gate()
+            assert gate is not None
+            mask = mask * (gate != 0).to(value.dtype).view(axis.shape)
+        over = tuple(range(rows, value.dim()))
+        on = mask.sum(over, keepdim=True).clamp(min=1.0)
+        centred = (value - (value * mask).sum(over, keepdim=True) / on) * mask
+        spread = (centred.square().sum(over, keepdim=True) / on).clamp(min=torch.finfo(value.dtype).tiny).sqrt()
+        return centred + spread * _in_turn(1 - mask, rows)
 
     def live(self, task: int, device: torch.device) -> Tensor:
         """Which elements are live for a task: bool, broadcast over `view`."""
@@ -47,6 +71,17 @@ class ParameterPlan:
         for axis in self.axes:
             mask = mask & axis.units.hard(task).view(axis.shape)
         return mask
+
+
+def _in_turn(off: Tensor, rows: int) -> Tensor:
+    """+1 and -1 in turn where `off` is 1, with sum 0 and mean square 1 per row; an odd count ends in sqrt(3/2), its
+    negative and 0."""
+    flat = off.flatten(rows)
+    rank, count = flat.cumsum(-1), flat.sum(-1, keepdim=True)
+    sign = 1 - 2 * (rank % 2)
+    ending = (rank > count - 3) & (count % 2 == 1)
+    sign = torch.where(ending, sign * math.sqrt(1.5) * (rank < count), sign)
+    return (flat * sign).view(off.shape)
 
 
 @dataclass
@@ -273,7 +308,7 @@ class HATLayer:
         """`raw` times the active task's gates along its folded axes."""
         hat: Binding = self._hat
         plan = hat.params[name]
-        if not plan.fold:
+        if not plan.fold and not plan.standardised:
             return raw
         gates = hat.gates
         # sealed gates and no gradients: fold once, until anything changes
@@ -285,14 +320,19 @@ class HATLayer:
                 return hit[1]
         with torch.inference_mode(False) if fixed else contextlib.nullcontext():
             value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
+            if plan.standardised:
+                value = plan.over_units_on(value)
             for i in plan.fold:
                 axis = plan.axes[i]
                 gate = axis.units.gate()
                 assert gate is not None
                 value = value * self.fold_gate(name, gate).to(value.dtype).view(axis.shape)
             value = value.view(raw.shape)
-        if fixed:
-            hat.cache[name] = (key, value.detach())
+        if (
+            fixed
+        ):  # detached at once, or the first forward would take other kernels than those that find it in the cache
+            value = value.detach()
+            hat.cache[name] = (key, value)
         return value
 
     def fold_gate(self, name: str, gate: Tensor) -> Tensor:

@@ -214,8 +214,8 @@ class _FoundNorm(HATLayer):
     """A norm over units of a class that nobody registered, found by what it does (`kind_of_norm`).
 
     With `x` zero where a unit is off and centred over the units that are on, a mean over all U of `(c x)^2` with
-    `c = sqrt(U / n)` is that over the n, so `f(c x) / c` is what the module cut down to those units computes, whatever
-    it does with its weight and eps.
+    `c = sqrt(U / n)` is that over the n, so `(f(c x) - f(0)) / c + f(0)` is what the module cut down to those units
+    computes, whatever it does with its weight, bias `f(0)` and eps.
     """
 
     is_norm: ClassVar[bool] = True
@@ -234,7 +234,10 @@ class _FoundNorm(HATLayer):
             x = F.centre(x, gate.to(x.dtype), dim, (dim,))
         share = share_on(gate).sqrt().to(x.dtype)
         out = super().forward(x / share, *args, **kwargs)  # type: ignore[misc]
-        return out * along((gate != 0).to(out.dtype) * share.to(out.dtype), out, dim)
+        zero = x.new_zeros([n if d == dim else 1 for d, n in enumerate(x.shape)])
+        bias = super().forward(zero)  # type: ignore[misc]
+        on = along((gate != 0).to(out.dtype) * share.to(out.dtype), out, dim)
+        return (out - bias) * on + bias * along(gate.to(out.dtype), out, dim)
 
 
 @register(nn.Module, kind="rms")
@@ -277,8 +280,10 @@ def kind_of_norm(module: nn.Module, ndim: int, dim: int, width: int) -> str:
             for kind, centred in (("rms", False), ("centred", True)):
                 wide = torch.zeros([width if d == dim else n for d, n in enumerate(shape)])
                 wide[tuple(where)] = x - x.mean(dim, keepdim=True) if centred else x
-                share = math.sqrt(3 / width)
-                if torch.allclose(whole(wide / share)[tuple(where)] * share, want, rtol=1e-4, atol=1e-5):
+                share, bias = math.sqrt(3 / width), whole(torch.zeros_like(wide))
+                if not centred and torch.allclose(whole(wide)[tuple(where)], want, rtol=1e-4, atol=1e-5):
+                    return ""  # it never was over units
+                if torch.allclose(((whole(wide / share) - bias) * share + bias)[tuple(where)], want, 1e-4, 1e-5):
                     return kind
     except Exception as error:
         log.debug("%s is no norm: %s", type(module).__name__, error)

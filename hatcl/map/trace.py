@@ -97,11 +97,13 @@ def _same(a: Slot, b: Slot) -> bool:
 @dataclass
 class NormSeen:
     """What entered a norm module: the labels along each dimension that carries units, whether off units were zero,
-    whether its statistics are taken across units, how many dimensions it had; kind: see `registry.register`."""
+    whether its statistics are taken across units, and along which of its dimensions those run, how many dimensions it
+    has; kind: see `registry.register`."""
 
     ids: dict[int, Ints]
     clean: bool
     across: bool = False
+    over: frozenset[int] = frozenset()
     ndim: int = 0
     kind: str = ""
 
@@ -119,6 +121,7 @@ class Trace:
     norms: dict[str, NormSeen]
     mixing: dict[str, NormSeen]
     seen: set[str]
+    standardised: set[str]
     notes: dict[str, str] = field(default_factory=dict)
 
 
@@ -138,6 +141,7 @@ class Tracer(TorchDispatchMode):
         self.mixing: dict[str, NormSeen] = {}  # other modules without children that reduce over units: maybe norms
         self.entered: dict[str, Shadow] = {}
         self.seen: set[str] = set()
+        self.standardised: set[str] = set()  # weights that go through a batch norm of their own before use
         self.notes: dict[str, str] = {}
         self.path: list[str] = [""]
         self.at: tuple[str, str] | None = None  # module path and operation that a rule is at work on
@@ -316,6 +320,8 @@ class Tracer(TorchDispatchMode):
             return src.map(lambda ids: ids.expand(args[0].shape))
         if name in RESHAPES:
             s = self.shadow(args[0])
+            if s is not None and s.of_parameters:
+                return s.map(lambda ids: settle(reshape(ids, out.shape)))
             return s.map(lambda ids: reshape(ids, out.shape)) if s else None
         if name == "cat":
             return self.cat(args, kwargs, out)
@@ -512,9 +518,6 @@ class Tracer(TorchDispatchMode):
         wide = [s.map(lambda ids: ids.expand(shape)) if s is not None else None for s in shadows]
         if not any(s is not None and not s.of_parameters for s in wide):
             return self.of_parameters(func, name, flat, spec, wide)
-        for s in wide:
-            if s is not None and not s.of_parameters:
-                self.commit(s)
         merged: list[Tensor] = []
         holders: list[dict[int, Slot]] = []
         for i, s in enumerate(wide):
@@ -647,7 +650,6 @@ class Tracer(TorchDispatchMode):
             return None
         if s.of_parameters:
             return self.unknown_parameter(s, out)
-        self.commit(s)
         dim = args[1] if len(args) > 1 and isinstance(args[1], int) else -1
         dim %= max(tree_flatten(out)[0][0].dim(), 1)
         slots = []
@@ -714,6 +716,7 @@ class Tracer(TorchDispatchMode):
             along = [s for s in g.slots if dim in varying(s.ids)]
             if varying(slot.ids) == (dim,) and along:
                 self.couple(slot.ids, along[0].ids)
+                self.labels.mark("owns", np.unique(small(along[0].ids).numpy()))
                 kept.append(replace(slot, folds=along[0].folds))
             else:
                 self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
@@ -723,8 +726,6 @@ class Tracer(TorchDispatchMode):
         self, sa: Shadow, sb: Shadow, left: list[Slot], right: list[Slot], k: int, finish: Callable, out: Tensor
     ) -> Shadow:
         """Multiply and sum over dimension `k` of the common frame."""
-        self.commit(sa)
-        self.commit(sb)
         if sa.of_parameters and sb.of_parameters:  # learned queries: what a weight multiplies is data
             left = self.as_activation(left, {k})
             sa = Shadow(tuple(left))
@@ -810,9 +811,7 @@ class Tracer(TorchDispatchMode):
     def convolution(self, args: tuple, out: Tensor) -> Shadow:
         x, w, bias, stride, padding, dilation, transposed, _, groups = args[:9]
         sx, sw = self.shadow(x) or Shadow(), self.shadow(w) or Shadow()
-        self.commit(sx)
         if not sw.of_parameters:
-            self.commit(sw)
             for a in sx.slots:
                 for b in sw.slots:
                     if 1 in varying(a.ids) and not transposed and 1 in varying(b.ids) and groups == 1:
@@ -914,8 +913,6 @@ class Tracer(TorchDispatchMode):
     def attention(self, args: tuple, out: Any) -> list[Shadow | None]:
         q, k, v = (self.shadow(x) or Shadow() for x in args[:3])
         last = args[0].dim() - 1
-        for s in (q, k, v):
-            self.commit(s)
         q, k, v = (Shadow(tuple(self.as_activation(s.slots, {last}))) if s.of_parameters else s for s in (q, k, v))
         for x in q.slots:
             for y in k.slots:
@@ -966,6 +963,10 @@ class Tracer(TorchDispatchMode):
 
         if x.of_parameters:  # a weight normalised by F.batch_norm: scaling it cancels, scaling its gain does not
             kept = []
+            # over what it reads: with a task, over the units that are on (`ParameterPlan.standardised`)
+            alone = len(x.sources) == 1 and all(slot.folds is not None for slot in x.slots)
+            if alone:
+                self.standardised |= x.sources
             for slot in x.slots:
                 if varying(slot.ids) == (1,):
                     folds = None
@@ -973,8 +974,11 @@ class Tracer(TorchDispatchMode):
                         at = self.adopt(slot.ids, w.map(place).slots)
                         if at is not None:
                             self.couple(w.map(place).slots[at].ids, slot.ids)
+                            self.labels.mark("owns", np.unique(small(w.slots[at].ids).numpy()))
                             folds = w.slots[at].folds
                     kept.append(Slot(slot.ids, True, folds))
+                elif alone:
+                    kept.append(replace(slot, folds=None))
                 else:
                     self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
             sources = x.sources | (w.sources if w else frozenset()) | (b.sources if b else frozenset())
@@ -1004,7 +1008,6 @@ class Tracer(TorchDispatchMode):
     def layer_norm(self, name: str, args: tuple, out: Any) -> Any:
         outs = tree_flatten(out)[0]
         x = self.shadow(args[0]) or Shadow()
-        self.commit(x)
         w, b = (
             (self.shadow(args[1]), self.shadow(args[2]))
             if name == "native_group_norm"
@@ -1029,7 +1032,7 @@ class Tracer(TorchDispatchMode):
         slots = []
         for slot in x.slots:
             if own and self.path[-1] in self.norm_inputs and set(varying(slot.ids)) & set(over):
-                self.norm_inputs[self.path[-1]].across = True
+                self.taken_over(self.norm_inputs[self.path[-1]], slot.ids)
             if not set(varying(slot.ids)) & set(over):  # zero where a unit is off, unless a bias is added
                 slots.append(replace(slot, clean=slot.clean and b is None))
                 continue
@@ -1051,7 +1054,6 @@ class Tracer(TorchDispatchMode):
         outs = tree_flatten(out)[0]
         if s is None:
             return [Shadow() if isinstance(x, Tensor) else None for x in outs]
-        self.commit(s)
         shape = args[0].shape
         dims = next((a for a in args[1:] if isinstance(a, (list, tuple))), None)
         if dims is None:
@@ -1079,11 +1081,12 @@ class Tracer(TorchDispatchMode):
                 if s.of_parameters:
                     self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
                 elif here in self.norm_inputs:
-                    self.norm_inputs[here].across = True
+                    self.taken_over(self.norm_inputs[here], ids)
                 else:
                     self.note(f"{name} over differing units forgets them")
                     if here in self.entered:
-                        self.mixing[here] = self._seen(self.entered[here])
+                        self.mixing.setdefault(here, self._seen(self.entered[here]))
+                        self.taken_over(self.mixing[here], ids)
                 continue
             for d in dims:
                 ids = ids.narrow(d, 0, 1)
@@ -1096,7 +1099,6 @@ class Tracer(TorchDispatchMode):
         outs = tree_flatten(out)[0]
         if s is None:
             return None
-        self.commit(s)
         slots = []
         for slot in s.slots:
             n = slot.ids.dim()
@@ -1127,6 +1129,12 @@ class Tracer(TorchDispatchMode):
         ids = {d: self._vector(slot.ids, d) for slot in s.slots for d in varying(slot.ids)}
         ndim = s.slots[0].ids.dim() if s.slots else 0
         return NormSeen(ids, all(slot.clean for slot in s.slots), ndim=ndim)
+
+    def taken_over(self, seen: NormSeen, ids: Tensor) -> None:
+        """A norm takes its statistics across these units."""
+        units = np.unique(self.labels.find(small(ids).reshape(-1).numpy()))
+        seen.across = True
+        seen.over |= {d for d, at in seen.ids.items() if np.isin(self.labels.find(at), units).any()}
 
     @staticmethod
     def _vector(ids: Tensor, dim: int) -> Ints:
@@ -1203,7 +1211,7 @@ def trace(model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool]) -> 
     outputs = np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
     return Trace(
         tracer.labels, tracer.first, tracer.joint, tracer.folds, tracer.read_dirty, outputs[outputs != 0],
-        tracer.norm_inputs, tracer.mixing, tracer.seen, tracer.notes,
+        tracer.norm_inputs, tracer.mixing, tracer.seen, tracer.standardised, tracer.notes,
     )  # fmt: skip
 
 

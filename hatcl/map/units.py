@@ -42,7 +42,7 @@ class Factor:
 class Entry:
     """One parameter on the map. copied: no unit owns it, so each task has its own copy (M5). why: the reason, if so.
     head: its first dimension is what the output consists of (classes). lost: the share of its elements of which it is
-    not known what they read."""
+    not known what they read. standardised: its rows are normalised over what they read before they are used."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,6 +52,7 @@ class Entry:
     why: str = ""
     head: bool = False
     lost: float = 0.0
+    standardised: bool = False
 
     @property
     def known(self) -> float:
@@ -128,6 +129,7 @@ class UnitMap:
                 "why": e.why,
                 "head": e.head,
                 "lost": e.lost,
+                "standardised": e.standardised,
             }
 
         def norm(n: NormInput) -> dict[str, Any]:
@@ -151,8 +153,7 @@ class UnitMap:
 
         def entry(e: dict[str, Any]) -> Entry:
             factors = tuple(map(factor, e["factors"]))
-            shape, view = tuple(e["shape"]), tuple(e["view"])
-            return Entry(e["name"], shape, view, factors, e["copied"], e["why"], e["head"], e["lost"])
+            return Entry(**{**e, "shape": tuple(e["shape"]), "view": tuple(e["view"]), "factors": factors})
 
         return cls(
             data["num_units"],
@@ -242,7 +243,9 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
             why = "no unit owns it" if name in found.seen else "not used by the forward pass"
         start0 = found.first.get((name, 0))
         head = start0 is not None and bool(in_output[roots[start0]] and not is_unit[start0])
-        entries[name] = Entry(name, tuple(p.shape), view, tuple(factors), bool(why), why, head, 1 - kept)
+        entries[name] = Entry(
+            name, tuple(p.shape), view, tuple(factors), bool(why), why, head, 1 - kept, name in found.standardised
+        )
 
     folds: dict[tuple[str, str], set[Any]] = {}
     outputs: dict[str, Ints] = {}
@@ -259,7 +262,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     for path, seen in found.norms.items():
         for dim, ids in seen.ids.items():
             units = unit_of[ids]
-            if (units != 0).any():
+            if (units != 0).any() and (dim in seen.over or not seen.over):
                 norms[path] = NormInput(dim, units, seen.clean, seen.across, seen.kind)
     layers: list[tuple[str, int, int]] = []
     writers = np.searchsorted(labels.starts, leaders, side="right") - 1

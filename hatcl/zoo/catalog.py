@@ -117,7 +117,7 @@ HF: dict[str, Spec] = {
     # sequence to sequence
     "t5": Spec("T5ForConditionalGeneration", T5, "seq2seq"),
     "t5_gated": Spec(
-        "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, "seq2seq"
+        "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}, "seq2seq"
     ),
     "bart": Spec("BartForConditionalGeneration", SEQ2SEQ, "seq2seq"),
     "bart_classifier": Spec("BartForSequenceClassification", SEQ2SEQ, "eos"),

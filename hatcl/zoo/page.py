@@ -94,7 +94,7 @@ def _summary(kind: str, rows: Mapping[str, Row]) -> str:
     ]
     return (
         f"| {kind} | {sum(r['passed'] for r in rows.values())} of {len(rows)} | {len(passed)} of {len(families)} | "
-        f"{statistics.median(known):.3f} | {min(known):.3f} |"
+        + (f"{statistics.median(known):.3f} | {min(known):.3f} |" if known else "- | - |")
     )
 
 

@@ -1,4 +1,4 @@
-"""What must hold for every kind of layer, on every entry of `layer_zoo.py`: M1 to M5 and M7, copies, pickles, state dicts."""
+"""What must hold for every kind of layer, on every entry of `layer_zoo.py`: M1 to M5, M7, copies, state dicts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The proof on every small model: transformers' families, and timm's and torchvision's models of up to 2 M parameters.
-The large ones are `hatcl zoo`'s."""
+The large ones are `hatcl zoo`'s. What the proof would say if a promise did not hold is in `test_proof.py`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ test_byobnet test_coatnet test_convnext test_convnext2 test_convnext3 test_effic
 test_efficientnet_gn test_efficientnet_ln test_mambaout test_maxvit test_nfnet test_resnet test_vit test_vit2 test_vit3
 test_vit4 test_vit_relpos""".split()
 TORCHVISION = ["torchvision/squeezenet1_1", "torchvision/mobilenet_v3_small"]
-LOW = {  # known share, and why it is below 0.9
-    "test_nfnet": (0.0, "weight standardisation ties a row's elements together"),
+LOW = {  # of which less than 0.9 is known: how much at least, and why
     "hf/wav2vec2": (0.8, "weight norm over kernel positions ties all channels together"),
 }
+NAMES = [*TIMM, *TORCHVISION, *catalog.find("hf/*")]
 
 
-@pytest.mark.filterwarnings("error::UserWarning:hatcl")
-@pytest.mark.parametrize("name", [*TIMM, *TORCHVISION, *catalog.find("hf/*")])
+@pytest.mark.parametrize("name", NAMES)
 def test_it_converts_learns_stays_exact_and_loads(name, tmp_path):
     if name.startswith("hf/"):
         pytest.importorskip("transformers", reason="needs the extra: pip install 'hatcl[hf]'")
     model = catalog.known(name)
     found = proof.prove(*model.make(), tmp_path, model.recipe)
-    proof.reload(tmp_path, lambda: model.make()[0])
-    print(name, found.known, found.unknown, found.seconds, found.notes, found.use)
+    # timm's and transformers' models are made again from what was saved: no base is needed
+    proof.reload(tmp_path, (lambda: model.make()[0]) if name in TORCHVISION else lambda: 1 / 0)
     least, _ = LOW.get(name, (0.9, ""))
     assert found.known >= least, (found.unknown, found.notes)
+    assert (found.known < 0.9) == (name in LOW), f"{name} knows {found.known:.3f}: take it out of LOW"

@@ -83,7 +83,6 @@ def test_where_nothing_fails_it_says_so():
     assert text.startswith("# The zoo")
 
 
-@pytest.mark.xfail(strict=True, reason="`_summary` takes the median of no families: StatisticsError")
 def test_a_kind_of_which_nothing_passed_has_a_page_too():
     text = page.to_page({"gamma_a": failed("gamma", "broken")})
     assert "| timm | 0 of 1 | 0 of 1 |" in text

@@ -148,7 +148,6 @@ def test_a_map_that_depends_on_the_mode_fails(tmp_path, monkeypatch):
     fails(tmp_path, "the map depends on the mode of the model")
 
 
-@pytest.mark.xfail(strict=True, reason="`prove` compares the maps' parameter names, which are the same for any map")
 def test_units_that_depend_on_the_mode_fail(tmp_path, monkeypatch):
     def by_mode(model, inputs):
         found = map_of(model, inputs)
@@ -283,7 +282,6 @@ def test_equal_is_bit_for_bit_and_nan_for_nan():
     assert not proof._all_equal([a], [])
 
 
-@pytest.mark.xfail(strict=True, reason="`_equal` compares after nan_to_num: NaN passes for 0, infinity for the largest")
 @pytest.mark.parametrize("value, other", [(0.0, math.nan), (torch.finfo().max, math.inf)])
 def test_what_is_not_finite_equals_no_number(value, other):
     assert not proof._all_equal([torch.tensor([value])], [torch.tensor([other])])
