@@ -336,6 +336,8 @@ class Tracer(TorchDispatchMode):
             return self.matmul(name, args, out)
         if name in GROUPED:
             return self.grouped(args, out)
+        if name == "mkldnn_rnn_layer":
+            return self.lstm(args, shadows, out)
         if name == "_weight_norm_interface":
             return self.weight_norm(args, out)
         if name in ("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution"):
@@ -707,6 +709,39 @@ class Tracer(TorchDispatchMode):
         left = [replace(s, ids=s.ids.unsqueeze(-1).expand(full)) for s in sx.slots]
         right = [replace(s, ids=s.ids.select(0, 0).expand(full)) for s in sw.slots if varying(s.ids) != (0,)]
         return self.contract(sx, sw, left, right, 1, lambda ids: ids.select(1, 0), out)
+
+    def lstm(self, args: tuple, shadows: list, out: Any) -> Any:
+        """All steps of a layer in one operation, on a CPU: four rows of each weight are one unit, which the second
+        weight reads. With its rows zero a unit stays zero: its cell is `0.5 c + 0.5 tanh(0)`, from 0 on."""
+        x, hidden, parts = args[0], args[10], [self.shadow(a) or Shadow() for a in args[1:5]]
+        state = [self.shadow(a) for a in args[5:7]]
+        if not all(p.of_parameters for p in parts) or any(s is not None and s.slots for s in state):
+            return self.unknown(aten.mkldnn_rnn_layer.default, shadows, out)
+        pending: set[Use] = set()
+        units: Slot | None = None
+        for p in parts:
+            for slot in p.slots:
+                if varying(slot.ids) == (0,):
+                    rows = replace(slot, ids=torch.from_numpy(self._vector(slot.ids, 0)))
+                    self.owner(rows, p, pending)
+                    first = replace(rows, ids=rows.ids[:hidden])
+                    self.couple(rows.ids.view(-1, hidden), first.ids)
+                    if units is None:
+                        units = Slot(first.ids)
+                    self.couple(first.ids, units.ids)
+        if units is None:
+            return self.unknown(aten.mkldnn_rnn_layer.default, shadows, out)
+        last = [s for s in (self.shadow(x) or Shadow()).slots if varying(s.ids) == (x.dim() - 1,)]
+        inputs = [replace(s, ids=torch.from_numpy(self._vector(s.ids, x.dim() - 1))) for s in last]
+        for p, what in ((parts[0], inputs), (parts[1], [units])):
+            for slot in p.slots:
+                if varying(slot.ids) == (1,):
+                    self.read(replace(slot, ids=slot.ids.select(0, 0)), what, p)
+        along = [isinstance(t, Tensor) and t.shape[-1:] == (hidden,) for t in tree_flatten(out)[0]]
+        return [
+            Shadow((Slot(units.ids.expand(t.shape)),), pending=frozenset(pending)) if so else None
+            for t, so in zip(tree_flatten(out)[0], along, strict=True)
+        ]
 
     def weight_norm(self, args: tuple, out: Any) -> Any:
         """`g * v / |v|` with one norm per index of `dim`: an index's elements hang together, whatever they read."""
@@ -1161,15 +1196,11 @@ def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    onednn = bool(torch.backends.mkldnn.enabled)
-    if any(isinstance(m, nn.RNNBase) for m in model.modules()):  # else one operation is all that is seen of it
-        torch._C._set_mkldnn_enabled(False)
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        torch._C._set_mkldnn_enabled(onednn)
         torch.backends.mha.set_fastpath_enabled(fast)
         for h in handles:
             h.remove()

@@ -89,10 +89,11 @@ def _inside(pipe: Connection, memory_gb: float, work: Callable[..., Any], args: 
 
         limit = int(memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    try:
-        pipe.send((work(*args), None))
-    except BaseException as error:
-        pipe.send((None, f"{type(error).__name__}: {error}"))
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+        try:
+            pipe.send((work(*args), None))
+        except BaseException as error:
+            pipe.send((None, f"{type(error).__name__}: {error}"))
 
 
 def _prove(name: str, folder: str) -> Row:
