@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 import hatcl
 
-# A pretrained weight moves by 1e-4 a step; a gate that starts at e = 1 must be able to close within the task.
-DENSE = {"init": "dense", "embedding_lr_scale": 100.0}
+# Pretrained weights want small steps; a gate that starts open, at e = 1, must be able to close within the task.
+DENSE = {"init": "dense", "embedding_lr_scale": 100.0, "penalty_weight": 0.25}
 
 
 class Block(nn.Module):
@@ -73,8 +73,8 @@ def resnet20(seed: int) -> dict[str, Any]:
     plain = accuracy(model.eval(), own)
     hat = hatcl.convert(model, 3, own.x[:2], config={**DENSE, "num_tasks": 3})
     same = all(torch.equal(logits(model, t.x_test), logits(hat, t.x_test)) for t in tasks)
-    optimizer = torch.optim.AdamW(hat.parameters(), lr=1e-3, weight_decay=0.05)
-    rows = learn_all(hat, tasks, optimizer, 4, 64, seed, cosine=True)
+    optimizer = torch.optim.AdamW(hat.parameters(), lr=3e-4, weight_decay=0.05)
+    rows = learn_all(hat, tasks, optimizer, 3, 64, seed, cosine=True)
     return {"plain": plain, **report(hat, tasks, rows, same)}
 
 

@@ -532,7 +532,7 @@ def zoo_command(
     if max_params < float("inf"):
         names = [name for name in names if catalog.parameters(name) <= max_params]
         if not names:
-            raise ConfigError(f"--max-params {max_params:g}: all models that match are larger")
+            raise ConfigError(f"--max-params {max_params:,.0f} parameters: all models that match are larger")
     failed = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out) as progress:

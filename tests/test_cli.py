@@ -372,6 +372,12 @@ def proving(tmp_path, monkeypatch):
         state.limits.append(limits)
         return state.rows.get(name, PASSED)
 
+    def checkout():  # the package lies in the working folder
+        (state.folder / "docs").mkdir()
+        state.known = state.folder / "known.json"
+        monkeypatch.setattr(page, "KNOWN", state.known)
+
+    state.checkout = checkout
     state.folder.mkdir()
     monkeypatch.chdir(state.folder)
     monkeypatch.setattr(run, "prove_one", prove_one)
@@ -437,7 +443,8 @@ def test_zoo_takes_patterns_families_and_sizes(proving, capsys):
     assert asked("--family", "hf/bert") == ["hf/bert"]
     sizes = {n: sum(p.numel() for p in timm.create_model(n).parameters()) for n in timm.list_models("test_resnet*")}
     assert asked("test_resnet", "resnet18", "--max-params", sizes["test_resnet"]) == ["test_resnet"]
-    assert asked("test_resnet", "resnet18", "--max-params", sizes["test_resnet"] - 1) == []
+    code, _, err = call(capsys, "zoo", "test_resnet", "resnet18", "--max-params", sizes["test_resnet"] - 1)
+    assert code == 2 and "--max-params 469,687 parameters: all models that match are larger" in err
     assert asked("test_resnet", "resnet18") == ["test_resnet", "resnet18"]
     assert Path("benchmarks/results/zoo.json").exists()  # where the figures go by default
 
@@ -462,7 +469,7 @@ def test_zoo_says_what_it_cannot_do(proving, capsys, args, text):
 
 
 def test_zoo_publishes_in_a_checkout(proving, capsys):
-    Path("docs").mkdir()
+    proving.checkout()
     proving.rows = {"test_vit": FAILED}
     code, _, _ = call(capsys, "zoo", "test_resnet", "test_vit", "--publish")
     assert code == 1  # published all the same
@@ -479,7 +486,7 @@ def test_zoo_publishes_in_a_checkout(proving, capsys):
 
 
 def test_zoo_publish_without_results_is_one_clean_message(proving, capsys):
-    Path("docs").mkdir()
+    proving.checkout()
     code, _, err = call(capsys, "zoo", "--publish")
-    assert code == 2 and err.startswith("error: ") and "zoo.json cannot be read as JSON" in err
+    assert code == 2 and err.startswith("error: --publish: there is no benchmarks/results/zoo.json yet; prove some")
     assert not Path("docs/zoo.md").exists() and not proving.known.exists()
