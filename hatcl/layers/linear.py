@@ -84,7 +84,7 @@ class HATEmbedding(HATLayer, nn.Embedding):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.max_norm is None or self.active is None:
             return self.gate_output(super().forward(*args, **kwargs))
-        (index,) = args
+        index = args[0] if args else kwargs["input"]
         # torch would scale the table's rows in place, for all tasks: here what was looked up, over units that are on
         table = self.weight
         rows = tf.embedding(index, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
