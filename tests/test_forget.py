@@ -95,6 +95,19 @@ def test_the_task_is_gone_and_the_others_are_bit_equal(learned):
     assert not bool(gates_of(model)[0].masks[1].any())
 
 
+@torch.no_grad()
+def put_back(model, kept):
+    """What an attacker kept of the forgotten task 1: its gates, copies and statistics."""
+    g, old = gates_of(model)[0], gates_of(kept)[0]
+    g.masks[1], g.sealed[1] = old.masks[1], True
+    g.epoch += 1
+    for a, b in zip(guard.held(model), guard.held(kept), strict=True):
+        if a.task == 1:
+            a.param.copy_(b.param)
+    for (_, a), (_, b) in zip(guard.own_buffers(model, 1), guard.own_buffers(kept, 1), strict=True):
+        a.copy_(b)
+
+
 def test_an_attacker_with_the_old_gates_head_and_norms_is_at_chance(learned):
     """They are put back as they were. What looks redrawn may also be set to zero or scaled."""
     name, model = learned
@@ -109,15 +122,7 @@ def test_an_attacker_with_the_old_gates_head_and_norms_is_at_chance(learned):
             h.name: h.live(1) & ~h.live(0) & ~h.live(2) for h in guard.held(model) if h.task is None and not h.plain
         }
         hatcl.forget_task(attacked, 1)
-        g, old = gates_of(attacked)[0], gates_of(kept)[0]
-        with torch.no_grad():
-            g.masks[1], g.sealed[1] = old.masks[1], True
-            g.epoch += 1
-            for a, b in zip(guard.held(attacked), guard.held(kept), strict=True):
-                if a.task == 1:
-                    a.param.copy_(b.param)
-            for (_, a), (_, b) in zip(guard.own_buffers(attacked, 1), guard.own_buffers(kept, 1), strict=True):
-                a.copy_(b)
+        put_back(attacked, kept)
         scores.append(accuracy(attacked, 1, data))
         for factor in (0.0, 0.05, 20.0):
             with torch.no_grad():
@@ -142,15 +147,7 @@ def test_twin_without_redrawing_the_attacker_has_it_all_back(learned, monkeypatc
 
     monkeypatch.setattr(HATLayer, "redrawn", as_it_was)
     hatcl.forget_task(model, 1)
-    g, old = gates_of(model)[0], gates_of(kept)[0]
-    with torch.no_grad():
-        g.masks[1], g.sealed[1] = old.masks[1], True
-        g.epoch += 1
-        for a, b in zip(guard.held(model), guard.held(kept), strict=True):
-            if a.task == 1:
-                a.param.copy_(b.param)
-        for (_, a), (_, b) in zip(guard.own_buffers(model, 1), guard.own_buffers(kept, 1), strict=True):
-            a.copy_(b)
+    put_back(model, kept)
     assert accuracy(model, 1, data) == accuracy(kept, 1, data)
 
 

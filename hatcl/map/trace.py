@@ -243,7 +243,7 @@ class Tracer(TorchDispatchMode):
         for d in dims:
             first = first.narrow(d, 0, 1)
         self.couple(ids, first)
-        return settle(torch.from_numpy(self.labels.find(small(first).numpy())).expand(ids.shape))
+        return self.canonical(first.expand(ids.shape))
 
     def adopt(self, ids: Tensor, slots: Sequence[Slot]) -> int | None:
         """Which of a parameter's slots runs along the activation's labels (its index), if any."""
@@ -255,8 +255,6 @@ class Tracer(TorchDispatchMode):
 
     def canonical(self, ids: Tensor) -> Tensor:
         """The slot with coupled labels made equal, so that what has become constant is kept as such."""
-        if len(varying(ids)) < 2:
-            return ids
         return settle(torch.from_numpy(self.labels.find(small(ids).numpy())).expand(ids.shape))
 
     def own(self, param: Tensor, ids: Tensor) -> None:
@@ -563,7 +561,7 @@ class Tracer(TorchDispatchMode):
             elif not clean:
                 for slot in owners[k].values():  # neither zero nor foldable: a copy per task
                     self.labels.mark("dropped", np.unique(small(slot.ids).numpy()))
-            slots.append(Slot(self.canonical(ids), clean))
+            slots.append(Slot(self.canonical(ids) if len(varying(ids)) > 1 else ids, clean))
         return [Shadow(tuple(slots))] * len(tree_flatten(out)[0])
 
     def probe(self, func: Any, flat: list, spec: Any, zero: set[int], seed: int) -> list[Tensor] | None:
@@ -1108,7 +1106,7 @@ class Tracer(TorchDispatchMode):
         for slot in s.slots:
             ids = slot.ids
             if any(d in varying(ids) for d in dims):
-                ids = settle(torch.from_numpy(self.labels.find(small(ids).numpy())).expand(shape))
+                ids = self.canonical(ids)
             if name == "sum" and not s.of_parameters and set(varying(ids)) - set(dims):
                 ids = self.couple_along(ids, dims)  # branches are added: their channels are one unit each
             if any(d in varying(ids) for d in dims):
