@@ -13,6 +13,7 @@ from .errors import (
     IntegrityError,
     IsolationError,
     NonFiniteLossError,
+    SkillError,
     TaskError,
     VectorError,
 )
@@ -55,7 +56,7 @@ __all__ = [
     "CapacityError", "Certificate", "Composer", "ConfigError", "ConversionError", "Description", "ForgetReport",
     "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d", "HATConvTranspose2d",
     "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer", "HATLinear", "IntegrityError", "IsolationError",
-    "Learning", "NonFiniteLossError", "SignConflicts", "TaskError", "TaskIndexedBatchNorm1d",
+    "Learning", "NonFiniteLossError", "SignConflicts", "SkillError", "TaskError", "TaskIndexedBatchNorm1d",
     "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm", "TaskIndexedInstanceNorm1d",
     "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm", "TaskIndexedLinear",
     "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError", "add_tasks", "certify",

@@ -216,10 +216,10 @@ def _lora_pairs(shapes: dict[str, tuple[int, ...]]) -> Grain:
     labels: list[str] = []
     for name, a_shape in shapes.items():
         parts = name.split(".")
-        if "lora_A" not in parts:
+        at = next((i for i, part in enumerate(parts) if part in ("lora_A", "lora_embedding_A")), None)
+        if at is None:
             continue
-        at = parts.index("lora_A")
-        other = ".".join([*parts[:at], "lora_B", *parts[at + 1 :]])
+        other = ".".join([*parts[:at], parts[at].replace("_A", "_B"), *parts[at + 1 :]])
         if other not in shapes:
             raise ConfigError(f"grain: {name} has no partner {other}")
         start, rank = len(labels), a_shape[0]

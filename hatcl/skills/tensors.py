@@ -1,0 +1,71 @@
+"""Which tensors a skill is made of: a peft adapter's LoRA factors or, in full fine-tuning, what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..errors import SkillError, nearest
+
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+
+
+def adapters_of(model: nn.Module) -> list[str]:
+    """Names of the LoRA adapters in a model, in the order in which peft holds them."""
+    return list(dict.fromkeys(found[1] for n, _ in model.named_parameters() if (found := _split(n)) is not None))
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """The one adapter that is active; None for a model without LoRA.
+
+    Raises:
+        SkillError: several are active.
+    """
+    if not adapters_of(model):
+        return None
+    active = getattr(model, "active_adapters", None)
+    active = active() if callable(active) else active  # a method in transformers, a property in peft
+    names: Sequence[str] = adapters_of(model) if active is None else active
+    if len(names) != 1:
+        raise SkillError(f"{len(names)} adapters are active ({', '.join(names)}), expected one; pass adapter=")
+    return names[0]
+
+
+def skill_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
+    """The factors A and B of a LoRA adapter by peft's names without the adapter's own segment, as they are in its file
+    (`....q.lora_A.default.weight` -> `....q.lora_A.weight`), so that two adapters of one model have the same names.
+    For a model without LoRA: its trainable floating-point parameters.
+
+    Args:
+        adapter: which one; default: the active one.
+
+    Raises:
+        SkillError: the adapter is not there, or there is nothing to train.
+    """
+    names = adapters_of(model)
+    if adapter is None:
+        adapter = active_adapter(model)
+    if adapter is None:
+        out = {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+        if not out:
+            raise SkillError(f"{type(model).__name__} has no LoRA adapter and no parameter that requires a gradient")
+        return out
+    out = {}
+    for name, p in model.named_parameters():
+        found = _split(name)
+        if found is not None and found[1] == adapter:
+            out[found[0]] = p
+    if not out:
+        raise SkillError(
+            f"adapter {adapter!r} matches no LoRA tensor of {type(model).__name__}; "
+            + (f"it has {', '.join(names)}; did you mean {nearest(adapter, names)!r}?" if names else "it has none")
+        )
+    return out
+
+
+def _split(name: str) -> tuple[str, str] | None:
+    """Name without the adapter, and the adapter. By path segment, so that nothing matches by accident."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts[:-1]) if part in FACTORS), None)
+    return None if at is None else (".".join([*parts[: at + 1], *parts[at + 2 :]]), parts[at + 1])
