@@ -13,6 +13,7 @@ from .errors import TaskError
 from .gates import check_task, gates_of
 from .guard import check, held, sealed_tasks
 from .layers.gated import HATLayer
+from .map.lora import starts_at_zero
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ class ForgetReport:
 
 def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> ForgetReport:
     """Forget a sealed task: every element live for it and for no other sealed task is drawn anew by its layer's own
-    initialiser, its gates, copies and head are dropped, and its index is free to be learned again. Every other task
-    stays bit-identical. If the task is active, the plain model becomes active.
+    initialiser (by zeros, where it is the factor of a LoRA pair that peft starts at zero), its gates, copies and head
+    are dropped, and its index is free to be learned again. Every other task stays bit-identical. If the task is active,
+    the plain model becomes active.
 
     Args:
         dry_run: only report; the report then lists exactly what a real run would erase.
@@ -103,15 +105,17 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
             if mine:
                 fresh = module.redrawn()
                 for name, p in mine.items():
-                    p.copy_(torch.where(plan[id(p)][1], fresh[name].to(p), p))
+                    full_name, erased = plan[id(p)]
+                    new = torch.zeros_like(p) if starts_at_zero(full_name) else fresh[name].to(p)
+                    p.copy_(torch.where(erased, new, p))
                     done.add(id(p))
             if "hat_tasks" in module._modules:
-                old, new = module.hat_tasks[task], module.new_copy()
-                start = dict(new.named_parameters())
+                old, first = module.hat_tasks[task], module.new_copy()
+                start = dict(first.named_parameters())
                 for name, p in old.named_parameters():
                     same = p.shape == start[name].shape
                     p.copy_(start[name] if same else module.redrawn(rows=p.shape[0])[name])  # an optimizer may hold p
-                for b, fresh_b in zip(old.buffers(), new.buffers(), strict=True):
+                for b, fresh_b in zip(old.buffers(), first.buffers(), strict=True):
                     b.copy_(fresh_b)
     for g in gates:
         g.unseal(task)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, nearest
 from ..functional import hashed
+from .lora import PARTNER, factor_in
 from .units import Entry, UnitMap
 
 Shapes = Mapping[str, Sequence[int]]
@@ -209,17 +210,15 @@ def _along(start: int, count: int, dim: int, dims: int) -> Tensor:
 
 
 def _lora_pairs(shapes: dict[str, tuple[int, ...]]) -> Grain:
-    """peft's names look like `...lora_A.<adapter>.weight`: matched by path segment, so that nothing matches by
-    accident."""
     kept: dict[str, tuple[int, ...]] = {}
     index: dict[str, Callable[[], Tensor]] = {}
     labels: list[str] = []
     for name, a_shape in shapes.items():
         parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part in ("lora_A", "lora_embedding_A")), None)
-        if at is None:
+        at = factor_in(parts)
+        if at is None or parts[at] not in PARTNER:
             continue
-        other = ".".join([*parts[:at], parts[at].replace("_A", "_B"), *parts[at + 1 :]])
+        other = ".".join([*parts[:at], PARTNER[parts[at]], *parts[at + 1 :]])
         if other not in shapes:
             raise ConfigError(f"grain: {name} has no partner {other}")
         start, rank = len(labels), a_shape[0]

@@ -197,6 +197,9 @@ def unrun(segments: Iterable[Sequence[int]]) -> Ints:
 def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> UnitMap:
     """Number the units of a trace and write every parameter's entry.
 
+    What is not trained (`requires_grad=False`) beside parameters that are, such as the base of a peft adapter, belongs
+    to no task: the units it owns are always on, and it is never copied.
+
     Args:
         copied: parameters that belong to the task whatever owns them (the affine parameters of norms).
     """
@@ -209,6 +212,15 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     is_unit = labels.any_in_component("carried") & ~(in_output[roots] & ~read)
     is_unit &= ~labels.any_in_component("whole")
     is_unit[0] = False
+    fixed = {n for n, p in model.named_parameters() if not p.requires_grad}
+    if len(fixed) == sum(1 for _ in model.parameters()):
+        fixed = set()
+    base = np.zeros(len(roots), dtype=bool)  # led by a component that what is not trained owns
+    for (name, d), first in found.first.items():
+        if name in fixed:
+            here = slice(first, first + model.get_parameter(name).shape[d])
+            base[roots[here][labels.flags["owns"][here]]] = True
+    is_unit &= ~base[roots]
     counts = ~(labels.flags["forced"] | labels.flags["dropped"])
     held = np.zeros(len(roots), dtype=bool)
     held[roots[counts]] = True
@@ -224,7 +236,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
         view, joint_shape = tuple(p.shape), None
         if name in found.joint:
             view, joint_shape, start = found.joint[name]
-        factors, owned, kept = [], False, 1.0
+        factors, owned, adds, kept = [], False, False, 1.0
         for d, n in enumerate(p.shape):
             if (name, d) not in found.first:
                 continue
@@ -232,6 +244,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
             units = counted[first : first + n]
             wrote = labels.flags["owns"][first : first + n]
             owned |= bool((units[wrote] != 0).any())
+            adds |= bool(base[roots[first : first + n][wrote]].any())
             if (units != 0).any():
                 factors.append(Factor(d, units, _broadcast(tuple(p.shape), view, d), bool(wrote.any())))
             if joint_shape is None and not wrote.any():
@@ -242,8 +255,12 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
             if (units != 0).any():
                 factors.append(Factor("joint", units, joint_shape, False))
         why = ""
-        if name in copied:
+        if name in fixed:
+            pass
+        elif name in copied:
             why = NORM
+        elif adds and any(bool((f.units != 0).all()) for f in factors):
+            pass  # it writes what the base writes too; the units it reads say whose it is (B of a LoRA pair)
         elif not owned:
             why = "no unit owns it" if name in found.seen else "not used by the forward pass"
         start0 = found.first.get((name, 0))

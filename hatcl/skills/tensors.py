@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..errors import SkillError, nearest
-
-FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+from ..map.lora import factor_in
 
 
 def adapters_of(model: nn.Module) -> list[str]:
@@ -65,7 +64,7 @@ def skill_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, nn.
 
 
 def _split(name: str) -> tuple[str, str] | None:
-    """Name without the adapter, and the adapter. By path segment, so that nothing matches by accident."""
+    """Name without the adapter, and the adapter."""
     parts = name.split(".")
-    at = next((i for i, part in enumerate(parts[:-1]) if part in FACTORS), None)
+    at = factor_in(parts[:-1])
     return None if at is None else (".".join([*parts[: at + 1], *parts[at + 2 :]]), parts[at + 1])

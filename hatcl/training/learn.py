@@ -17,6 +17,7 @@ from ..errors import HATError, TaskError
 from ..functional import scale_at
 from ..gates import Gates, check_room, check_task, gates_of
 from ..layers.gated import HATLayer
+from ..map.lora import factor_in
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,11 @@ def learn(
     for g in gates:
         g.learning, g.settled = None, False
         g.seal(task)
-        empty = [name for name, start, stop in g.layers if stop > start and not bool(g.masks[task, start:stop].any())]
+        empty = [
+            name
+            for name, start, stop in g.layers
+            if stop > start and not bool(g.masks[task, start:stop].any()) and factor_in(name.split(".")) is None
+        ]  # past a LoRA layer without pairs goes its base
         if empty:
             warnings.warn(
                 f"task {task} uses no unit of {', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}, so nothing "

@@ -1,0 +1,19 @@
+"""peft's names of LoRA factors (`....q.lora_A.<adapter>.weight`), matched by path segment, so that nothing matches by
+accident."""
+
+from __future__ import annotations
+
+PARTNER = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
+FACTORS = (*PARTNER, *PARTNER.values())
+
+
+def factor_in(parts: list[str]) -> int | None:
+    """Which segment of a name says that it is a LoRA factor."""
+    return next((i for i, part in enumerate(parts) if part in FACTORS), None)
+
+
+def starts_at_zero(name: str) -> bool:
+    """Is this the factor that peft starts at zero, so that a new pair changes nothing?"""
+    parts = name.split(".")
+    at = factor_in(parts)
+    return at is not None and parts[at] in ("lora_B", "lora_embedding_A")
