@@ -1,0 +1,239 @@
+"""Consolidate two adapters, that of all earlier tasks and that of the current one, group by group (TaSL, Feng et al.
+2024, arXiv 2408.05200)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import known_options, one_of
+from ..errors import ConfigError, SkillError
+from ..map.grains import make_grain
+from .product import best_factors, factor_pairs, fit_each_other
+from .scores import SkillScores, check_same, localize
+
+MODES = ("cases", "adaptive", "coarse")
+AVERAGES = ("factors", "product")
+Weights = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ConsolidateOptions:
+    """How `consolidate` weighs two adapters. Every pair of weights is (previous, current); both are at least 0 and sum
+    to 1, because what is taken is a mean: another sum would shrink or grow the adapter with every task (and, with
+    `factors`, its effect by the square).
+
+    Args:
+        mode: `cases`: by which of the two a group is important to, TaSL's four cases. `adaptive`: by a softmax of the
+            two scores over `temperature`, in place of hard cases (the form in TaSL's code for `lora_pair`). `coarse`:
+            one pair of weights for the whole model, for comparison.
+        both, previous_only, current_only, neither: the weights of the four cases.
+        temperature: of `adaptive`; the higher, the nearer to the plain mean.
+        coarse: the weights of `coarse`.
+        average: `factors` takes the means of A and of B, as published; the product of means has cross terms,
+            `B_previous A_current`, that neither task learned. `product` takes the mean of the products B A and finds
+            its best factors of the same rank.
+        share: the share of the groups that are important, in each of the two scores by itself (`localize`).
+        threshold: in place of the share: the score, scaled to 0..1, above which a group is important.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    mode: str = "cases"
+    both: Weights = (0.7, 0.3)
+    previous_only: Weights = (1.0, 0.0)
+    current_only: Weights = (0.0, 1.0)
+    neither: Weights = (0.5, 0.5)
+    temperature: float = 0.25
+    coarse: Weights = (0.5, 0.5)
+    average: str = "factors"
+    share: float = 0.2
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("mode", self.mode, MODES)
+        one_of("average", self.average, AVERAGES)
+        for name in ("both", "previous_only", "current_only", "neither", "coarse"):
+            value = tuple(getattr(self, name))
+            # two decimal numbers that sum to one do so but for a rounding, 1e-16
+            if len(value) != 2 or not min(value) >= 0 or not abs(sum(value) - 1) < 1e-9:
+                raise ConfigError(
+                    f"{name}: got {getattr(self, name)!r}, expected two weights, of the previous and of the current "
+                    "adapter, that are at least 0 and sum to 1"
+                )
+            object.__setattr__(self, name, value)
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ConfigError(f"temperature: got {self.temperature!r}, expected a number above 0")
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share: got {self.share!r}, expected a share of the groups above 0 and at most 1")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold: got {self.threshold!r}, expected a score between 0 and 1, or None")
+
+    def changed(self, options: Options) -> ConsolidateOptions:
+        """These options with some changed, or others in their place.
+
+        Raises:
+            ConfigError: an unknown name, with the nearest one.
+        """
+        if options is None:
+            return self
+        if isinstance(options, ConsolidateOptions):
+            return options
+        known_options(type(self), options)
+        return dataclasses.replace(self, **options)
+
+
+Options = ConsolidateOptions | Mapping[str, Any] | None
+
+
+def consolidate(
+    previous: Mapping[str, Tensor],
+    current: Mapping[str, Tensor],
+    previous_scores: SkillScores | None,
+    current_scores: SkillScores | None,
+    options: Options = None,
+) -> dict[str, Tensor]:
+    """`w_p * previous + w_c * current` for every group of the scores' grain, with the weights of `group_weights`.
+
+    `average="factors"`: every tensor by itself, A with the weights of its groups and B with those of its own.
+
+    `average="product"`: of each pair of factors the best of its rank to `B_p diag(w_p) A_p + B_c diag(w_c) A_c`, turned
+    to be nearest to what `factors` gives, so that pair r stays as much as can be the pair that the scores of earlier
+    tasks speak of (`best_factors`). Where every pair is taken whole from one of the two, they stay bit for bit. One
+    product needs one weight per pair: where A and B have scores and so weights of their own (grains `matrix` and
+    `block`), it is the mean of the two. The scaling `alpha / r` that peft multiplies in is the same for both adapters
+    and cancels; it cannot be seen in the tensors, so adapters of another `lora_alpha` must be scaled first. A tensor
+    that is no factor is averaged as it is.
+
+    A tensor of which the grain does not speak (biases and norms in `matrix` and `lora_pair`) is important to neither:
+    it has the weights of `neither`, `adaptive` and `coarse` those of equal scores and of `coarse`.
+
+    Args:
+        previous, current: the tensors of both by the same names, as `skill_tensors` gives them (or peft's file); dtypes
+            and devices may differ.
+        previous_scores: the scores over all earlier tasks (`accumulate`). current_scores: those of the current task
+            alone. `coarse` does without both, None.
+        options: `ConsolidateOptions`, or a mapping of what to change.
+
+    Returns:
+        New tensors by the names, in the order, dtypes and on the devices of `current`. Nothing given is changed.
+
+    Raises:
+        SkillError: adapters of other targets or ranks, tensors that are not finite, scores of other tensors or of two
+            grains, no scores. ConfigError: see `ConsolidateOptions`.
+    """
+    chosen = ConsolidateOptions().changed(options)
+    _same_tensors(previous, current)
+    share = _current_weight(current, previous_scores, current_scores, chosen)
+    pairs = factor_pairs(current) if chosen.average == "product" else []
+    for a, b in pairs:
+        fit_each_other(a, current[a], current[b])
+    out = {n: _mean(previous[n].detach(), x.detach(), share[n]) for n, x in current.items()}
+    for a, b in pairs:
+        rank = len(current[a])
+        w = ((share[a].flatten() + share[b].flatten()) / 2).expand(rank)
+        if ((w == 0) | (w == 1)).all():  # each pair whole from one of the two: the means are those pairs
+            continue
+        two = [(current[a], current[b], w), (previous[a], previous[b], 1 - w)]
+        out[a], out[b] = best_factors(two, rank, like=(out[a], out[b]))
+    return out
+
+
+def group_weights(previous: SkillScores, current: SkillScores, options: Options = None) -> Tensor:
+    """The weights of the previous and of the current adapter, float64 `[G, 2]`, for each group of the
+    scores.
+
+    `cases` localises both by themselves. `adaptive` is `softmax([N(previous), N(current)] / temperature)` with N as in
+    `SkillScores.normalised`: raw scores are products of small numbers, which no temperature would fit.
+
+    Raises:
+        SkillError: scores of two grains or of other tensors. ConfigError: see `ConsolidateOptions`.
+    """
+    chosen = ConsolidateOptions().changed(options)
+    check_same(previous, current, ("the previous scores", "the current scores"))
+    if chosen.mode == "coarse":
+        return torch.tensor(chosen.coarse, dtype=torch.float64).repeat(len(current.values), 1)
+    if chosen.mode == "adaptive":
+        both = torch.stack([s.normalised().values.double() for s in (previous, current)], 1)
+        return (both / chosen.temperature).softmax(1)
+    of_previous, of_current = (localize(s, chosen.share, chosen.threshold).on.long() for s in (previous, current))
+    cases = [chosen.neither, chosen.current_only, chosen.previous_only, chosen.both]
+    return torch.tensor(cases, dtype=torch.float64)[2 * of_previous + of_current]
+
+
+def _current_weight(
+    tensors: Mapping[str, Tensor],
+    previous: SkillScores | None,
+    current: SkillScores | None,
+    options: ConsolidateOptions,
+) -> dict[str, Tensor]:
+    """The weight of the current adapter for each tensor, of shapes that broadcast."""
+    if previous is None or current is None:
+        if options.mode != "coarse":
+            which = "previous" if previous is None else "current"
+            raise SkillError(f"mode {options.mode!r} needs the {which} scores, got None; only 'coarse' does without")
+        return dict.fromkeys(tensors, torch.tensor(options.coarse[1], dtype=torch.float64))
+    weights = group_weights(previous, current, options)
+    shapes = {n: tuple(x.shape) for n, x in tensors.items()}
+    _same_shapes(current.shapes, "scores", {n: s for n, s in shapes.items() if n in current.shapes}, "adapters")
+    _same_shapes(current.shapes, "scores", make_grain(current.grain, shapes).shapes, "adapters")
+    grain = make_grain(current.grain, current.shapes)  # in the scores' own order, by which their groups are counted
+    other = {"cases": options.neither, "adaptive": (0.5, 0.5), "coarse": options.coarse}[options.mode]
+    return {
+        **dict.fromkeys(tensors, torch.tensor(other[1], dtype=torch.float64)),
+        **grain.expand(weights[:, 1]),
+    }
+
+
+def _mean(previous: Tensor, current: Tensor, weight: Tensor) -> Tensor:
+    """`(1 - weight) * previous + weight * current` in float32 at least, exact where the two are equal or the weight is
+    0 or 1."""
+    kind = torch.promote_types(torch.promote_types(previous.dtype, current.dtype), torch.float32)
+    p, c = previous.to(current.device, kind), current.to(kind)
+    return torch.lerp(p, c, weight.to(c)).to(current.dtype)
+
+
+def _same_tensors(previous: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    if not previous or not current:
+        which = "previous" if not previous else "current"
+        raise SkillError(f"the {which} adapter has no tensors; give those of skill_tensors(model, adapter)")
+    shapes = [{n: tuple(x.shape) for n, x in adapter.items()} for adapter in (previous, current)]
+    _same_shapes(shapes[0], "previous adapter", shapes[1], "current adapter")
+    for which, adapter in (("previous", previous), ("current", current)):
+        for name, x in adapter.items():
+            if not x.is_floating_point():
+                raise SkillError(f"{name}: {x.dtype} in the {which} adapter, expected a floating-point tensor")
+            if not x.isfinite().all():
+                bad = int((~x.isfinite()).sum())
+                raise SkillError(
+                    f"{name}: {bad} of {x.numel()} elements of the {which} adapter are NaN or infinite; its training "
+                    "diverged, train it again with a lower learning rate"
+                )
+
+
+def _same_shapes(
+    one: Mapping[str, tuple[int, ...]],
+    one_name: str,
+    two: Mapping[str, tuple[int, ...]],
+    two_name: str,
+) -> None:
+    """Raise `SkillError` for the first tensor in which the two differ."""
+    remedy = "both need the same target_modules and rank: one LoraConfig for all tasks of a sequence"
+    for name in [*one, *two]:
+        if name not in one or name not in two:
+            which, lacks, held = (one_name, two_name, one) if name in one else (two_name, one_name, two)
+            more = sum(n not in one or n not in two for n in held)
+            raise SkillError(
+                f"{name} {list(held[name])} is in the {which} and not in the {lacks} ({more} such); {remedy}"
+            )
+        if one[name] != two[name]:
+            raise SkillError(
+                f"{name} is {list(one[name])} in the {one_name}, {list(two[name])} in the {two_name}; {remedy}"
+            )

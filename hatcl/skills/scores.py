@@ -1,0 +1,271 @@
+"""Scores of the units of an adapter, their memory over tasks, and the skill: the units that matter for a task
+(Feng et al. 2024, arXiv 2408.05200)."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from safetensors.torch import save as as_bytes
+from torch import Tensor
+
+from ..config import one_of
+from ..errors import ConfigError, IntegrityError, SkillError
+from ..map.grains import Grain, make_grain
+from ..vectors.files import read_metadata
+from ..vectors.tensors import tensors_of
+
+GRAINS = ("lora_pair", "matrix", "block")
+ABOUT, SCORES = "hatcl.skills", "scores"  # the file's metadata (one entry, its order is fixed) and its tensor
+
+Shapes = dict[str, tuple[int, ...]]
+Path_ = Union[str, "os.PathLike[str]"]
+
+
+@dataclass(frozen=True, eq=False)
+class SkillScores:
+    """How important each group of some tensors is.
+
+    Attributes:
+        grain: `lora_pair`, `matrix` or `block`. shapes: of the tensors that it speaks of.
+        values: one finite number per group, `[G]`, on the CPU: float64 as `SkillScorer` measures them (the scores of a
+            pair are products of four small numbers, which float32 turns to zero), else float32.
+
+    Raises:
+        ConfigError: another grain. SkillError: not one number per group, or one that is not finite, by its label.
+    """
+
+    grain: str
+    shapes: Shapes
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        parts = _checked(self, self.values)
+        kind = torch.float64 if self.values.dtype == torch.float64 else torch.float32
+        values = self.values.detach().to("cpu", kind)
+        wrong = (~values.isfinite()).nonzero().flatten().tolist()
+        if wrong:
+            raise SkillError(
+                f"the score of {parts.labels[wrong[0]]} is {float(values[wrong[0]])}, expected finite numbers "
+                f"({len(wrong)} of {len(values)} are not); a step had gradients or weights that are not finite: lower "
+                "the learning rate, clip, or use a GradScaler, and score anew"
+            )
+        object.__setattr__(self, "values", values)
+
+    @functools.cached_property
+    def _parts(self) -> Grain:
+        return make_grain(self.grain, self.shapes)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each group is called: `...query[3]` for a pair, the tensor's name for a matrix or block."""
+        return self._parts.labels
+
+    def normalised(self) -> SkillScores:
+        """`N(x) = (x - min) / (max - min)`, float32; zeros where all are equal (TaSL's code divides by zero there)."""
+        x = self.values.double()
+        low, high = x.min(), x.max()
+        out = (x - low) / (high - low) if bool(high > low) else torch.zeros_like(x)
+        return SkillScores(self.grain, self.shapes, out.float())
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row per group: `label` and `score`."""
+        return [{"label": a, "score": b} for a, b in zip(self.labels, self.values.tolist(), strict=True)]
+
+    def save(self, path: Path_) -> None:
+        """Write a `.safetensors` file, and beside it the same as a `.csv` table (label, score). Each takes its place
+        when both are on disk.
+
+        Raises:
+            SkillError: another ending. IntegrityError: the disk is full or not writable.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise SkillError(f"{path}: got {path.suffix or 'no ending'}, expected a file that ends in .safetensors")
+        about = json.dumps({"grain": self.grain, "shapes": self.shapes})
+        text = io.StringIO()
+        table = csv.DictWriter(text, ["label", "score"], lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.to_rows())
+        content = as_bytes({SCORES: self.values.contiguous()}, {ABOUT: about})
+        _write({path.with_suffix(".csv"): text.getvalue().encode(), path: content})
+
+    @classmethod
+    def load(cls, path: Path_) -> SkillScores:
+        """What `save` wrote.
+
+        Raises:
+            IntegrityError: the file is missing or damaged. SkillError: it holds something else.
+        """
+        path = Path(path)
+        tensors, about = tensors_of(path), read_metadata(path).get(ABOUT)
+        if about is None or SCORES not in tensors:
+            raise SkillError(
+                f"{path}: holds {', '.join(sorted(tensors)[:5]) or 'nothing'}, expected scores that SkillScores.save "
+                "wrote"
+            )
+        options = json.loads(about)
+        shapes = {name: tuple(shape) for name, shape in options["shapes"].items()}
+        try:
+            return cls(options["grain"], shapes, tensors[SCORES])
+        except SkillError as error:
+            raise SkillError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Skill:
+    """The groups that matter for a task.
+
+    Attributes:
+        grain, shapes: as in the scores it was localised in. on: whether a group belongs to it, bool `[G]`.
+
+    Raises:
+        ConfigError: another grain. SkillError: not one bool per group.
+    """
+
+    grain: str
+    shapes: Shapes
+    on: Tensor
+
+    def __post_init__(self) -> None:
+        _checked(self, self.on)
+        if self.on.dtype != torch.bool:
+            raise SkillError(f"on: got {str(self.on.dtype).removeprefix('torch.')}, expected bool")
+        object.__setattr__(self, "on", self.on.detach().cpu())
+
+    @functools.cached_property
+    def _parts(self) -> Grain:
+        return make_grain(self.grain, self.shapes)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each group is called, on or off."""
+        return self._parts.labels
+
+    def expand(self) -> dict[str, Tensor]:
+        """The skill as bool tensors that broadcast over the tensors it speaks of."""
+        return self._parts.expand(self.on)
+
+
+def accumulate(
+    current: SkillScores, previous: SkillScores | None, weights: tuple[float, float] = (0.3, 0.7)
+) -> SkillScores:
+    """The memory of scores over tasks: `C_k = N(0.3 N(I_k) + 0.7 N(C_{k-1}))`, and `C_1 = N(I_1)`, with N as in
+    `SkillScores.normalised`. (As in TaSL's code. There the first task's file holds I_1 itself, which is normalised
+    when it is read: the same.)
+
+    Args:
+        current: I_k, the scores of the task just learned. previous: C_{k-1}; None for the first task.
+        weights: of the current and of the previous scores.
+
+    Raises:
+        SkillError: scores of another grain or of other tensors, by name. ConfigError: weights that are negative, not
+            finite or both zero.
+    """
+    if len(weights) != 2 or not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
+        raise ConfigError(f"weights: got {weights!r}, expected two numbers of at least 0, not both 0")
+    if previous is None:
+        return current.normalised()
+    check_same(current, previous, ("the current scores", "the previous scores"))
+    now, before = (scores.normalised().values.double() for scores in (current, previous))
+    return SkillScores(current.grain, current.shapes, weights[0] * now + weights[1] * before).normalised()
+
+
+def localize(scores: SkillScores, share: float = 0.2, threshold: float | None = None) -> Skill:
+    """The skill: the top share of the groups, or those whose score is above a threshold.
+
+    Of G groups exactly `round(share * G)` are on (a half goes to the even number), at least one; of equal scores those
+    that come first. (TaSL's code takes what is strictly above the percentile, which is none of them if the highest are
+    equal.)
+
+    Args:
+        share: in (0, 1]. threshold: of the normalised scores, in 0..1, in the place of a share; it may leave nothing.
+
+    Raises:
+        ConfigError: a share or threshold outside its range.
+    """
+    if threshold is not None:
+        if not 0 <= threshold <= 1:
+            raise ConfigError(f"threshold: got {threshold!r}, expected a normalised score between 0 and 1")
+        return Skill(scores.grain, scores.shapes, scores.normalised().values > threshold)
+    if not 0 < share <= 1:
+        raise ConfigError(f"share: got {share!r}, expected a share of the groups above 0 and at most 1")
+    on = torch.zeros(len(scores.values), dtype=torch.bool)
+    count = max(1, round(share * len(on)))
+    on[torch.sort(scores.values, descending=True, stable=True).indices[:count]] = True
+    return Skill(scores.grain, scores.shapes, on)
+
+
+def overlap(a: Skill, b: Skill) -> float:
+    """`|a & b| / |b|`: what share of b's groups is in a as well.
+
+    Raises:
+        SkillError: skills of another grain or of other tensors, by name; b has no group.
+    """
+    check_same(a, b, ("the first skill", "the second skill"))
+    if not bool(b.on.any()):
+        raise SkillError("the second skill has no group, so no share of it can be in the first; lower its threshold")
+    return float((a.on & b.on).sum()) / float(b.on.sum())
+
+
+def check_same(a: SkillScores | Skill, b: SkillScores | Skill, what: tuple[str, str]) -> None:
+    """Raise `SkillError` unless two speak of the same groups.
+
+    Args:
+        what: how to call the two.
+    """
+    if a.grain != b.grain:
+        raise SkillError(f"{what[0]} speak in {a.grain}, {what[1]} in {b.grain}; score both in one grain")
+    for name in [*a.shapes, *b.shapes]:
+        ours, theirs = (list(x.shapes[name]) if name in x.shapes else "lacking" for x in (a, b))
+        if ours != theirs:
+            raise SkillError(
+                f"{name} is {ours} in {what[0]}, {theirs} in {what[1]}; score adapters of the same rank and targets"
+            )
+    if list(a.shapes) != list(b.shapes):
+        raise SkillError(
+            f"{what[0]} and {what[1]} name the same tensors in another order, first {next(iter(a.shapes))} and "
+            f"{next(iter(b.shapes))}; score adapters that were made alike"
+        )
+
+
+def _checked(of: SkillScores | Skill, vector: Tensor) -> Grain:
+    """The grain of scores or a skill, whose shapes it narrows to those that it speaks of."""
+    one_of("grain", of.grain, GRAINS)
+    parts = make_grain(of.grain, of.shapes)
+    if vector.shape != (parts.size,):
+        raise SkillError(
+            f"got {list(vector.shape)} values for the {parts.size} groups of {of.grain}, expected one each"
+        )
+    object.__setattr__(of, "shapes", parts.shapes)
+    return parts
+
+
+def _write(files: Mapping[Path, bytes]) -> None:
+    """Replace files, once all of them are on disk."""
+    news = {path.with_name(f".{path.name}.new"): path for path in files}
+    try:
+        for new, path in news.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(new, "wb") as f:
+                f.write(files[path])
+                f.flush()
+                os.fsync(f.fileno())
+        for new, path in news.items():
+            os.replace(new, path)
+    except OSError as error:
+        raise IntegrityError(
+            f"{error.filename or 'scores'}: could not be written ({error}); is the disk full?"
+        ) from error
+    finally:
+        for new in news:
+            new.unlink(missing_ok=True)
