@@ -1,0 +1,536 @@
+"""I-LoRA: a plastic adapter that learns, and beside it a stable one that follows slowly (Ren et al. 2024, arXiv
+2402.18865)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+from torch.utils.hooks import RemovableHandle
+
+from ..config import known_options, one_of
+from ..errors import ConfigError, SkillError
+from . import ilora_files
+from .reservoir import Reservoir
+from .switch import adapter_buffers, add_copy, check_peft, pairs, using
+from .tensors import active_adapter
+
+log = logging.getLogger(__name__)
+
+STABLE = "stable"
+ON = ("memory", "batch")
+
+
+@dataclass(frozen=True)
+class ILoRAConfig:
+    """The options of I-LoRA.
+
+    Args:
+        use_ilora: False = nothing happens at all: no second adapter, no loss, no file.
+        ema_alpha: alpha of `stable = alpha * stable + (1 - alpha) * plastic`, 0 to 1. 1 = the stable adapter stays.
+        consistency_weight: weight of the consistency term in the loss; 0 = no term, and no cost.
+        ilora_buffer_size: how many examples the memory keeps of all tasks.
+        selective_update: move the stable adapter only at steps after which the plastic one is better on a batch of the
+            memory.
+        min_update_threshold: by at least so much must its loss there be lower (in the loss's own unit), for
+            `selective_update`.
+        hidden_state_layers: which hidden states are held together, as transformers counts them: 0 = embeddings, -1 =
+            the last layer; for an encoder and a decoder, of both.
+        save_ema_adapter: write the stable adapter when saving.
+        ema_adapter_path: its folder; a relative one is inside the task's folder. None = `ema_adapter` in there.
+        previous_task_model: the folder where the task before was saved; the adapters and the memory go on from there.
+        current_task_id: the name of the task: the folder inside the one it is saved in.
+        prev_task_id: the name of the task before: its folder inside `previous_task_model`. Where there is no
+            `previous_task_model`, the stable adapter goes on as it is in the model, or comes from `ema_adapter_path`.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    use_ilora: bool = False
+    ema_alpha: float = 0.999
+    consistency_weight: float = 1.0
+    ilora_buffer_size: int = 500
+    selective_update: bool = False
+    min_update_threshold: float = 0.1
+    hidden_state_layers: tuple[int, ...] = (-1,)
+    save_ema_adapter: bool = True
+    ema_adapter_path: str | None = None
+    previous_task_model: str | None = None
+    current_task_id: str | None = None
+    prev_task_id: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("use_ilora", "selective_update", "save_ema_adapter"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+        if not 0 <= self.ema_alpha <= 1:
+            raise ConfigError(f"ema_alpha: got {self.ema_alpha!r}, expected a number between 0 and 1")
+        if not (math.isfinite(self.consistency_weight) and self.consistency_weight >= 0):
+            raise ConfigError(f"consistency_weight: got {self.consistency_weight!r}, expected a number of at least 0")
+        if not math.isfinite(self.min_update_threshold):
+            raise ConfigError(f"min_update_threshold: got {self.min_update_threshold!r}, expected a finite number")
+        size = self.ilora_buffer_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"ilora_buffer_size: got {size!r}, expected an integer of at least 1")
+        layers = self.hidden_state_layers
+        if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not layers:
+            raise ConfigError(f"hidden_state_layers: got {layers!r}, expected a list of layers, such as [-1]")
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
+            raise ConfigError(f"hidden_state_layers: got {list(layers)!r}, expected integers")
+        object.__setattr__(self, "hidden_state_layers", tuple(layers))
+        for name in ("ema_adapter_path", "previous_task_model"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        inside = Path(self.ema_adapter_path or ilora_files.STABLE).parts
+        if not inside or inside[0] in (ilora_files.ADAPTER, ilora_files.MEMORY, ilora_files.ABOUT):
+            raise ConfigError(f"ema_adapter_path: got {self.ema_adapter_path!r}, where something else is kept")
+        for name in ("current_task_id", "prev_task_id"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not str(value) or str(value) in (".", "..") or set(str(value)) & {"/", "\\", "\0"}:
+                raise ConfigError(f"{name}: got {value!r}, expected a name that can be a folder's")
+            object.__setattr__(self, name, str(value))
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> ILoRAConfig:
+        """A config from JSON-like options. Raises `ConfigError` on an unknown key and names the nearest one."""
+        known_options(cls, options)
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON-able values; `from_dict` reads them back."""
+        return {**dataclasses.asdict(self), "hidden_state_layers": list(self.hidden_state_layers)}
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The hidden states of one stack of layers.
+
+    Attributes:
+        states: one tensor per layer, `[N, ..., d]`. mask: which positions count, in the shape of their first
+            dimensions (`[N, L]`); None = all.
+    """
+
+    states: Sequence[Tensor]
+    mask: Tensor | None = None
+
+
+class ILoRA:
+    """Continual fine-tuning with two LoRA adapters in one peft model:
+
+        loss   = task loss + consistency_weight * mean over layers of MSE(h(plastic), h(stable))
+        stable = alpha * stable + (1 - alpha) * plastic        after each step of the optimizer
+
+    with h the hidden states at the positions that are no padding, on examples of a memory of earlier tasks. The
+    gradient goes into the plastic adapter alone. The stable one computes in evaluation mode: its hidden states are what
+    `stable_active()` evaluates, no random number is drawn for them, and no running statistics move. The plastic one
+    computes in the mode that the model is in, dropout included.
+
+        ilora = ILoRA(model, ILoRAConfig(use_ilora=True))
+        with ilora.watch(optimizer):
+            for batch in ...:
+                loss = model(**batch).loss + ilora.loss(batch)
+                ...
+        ilora.remember(examples)
+        ilora.save("runs/first")
+
+    The stable adapter also follows what peft trains in full beside the adapter (classifiers in `modules_to_save`).
+
+    Args:
+        model: a peft model with LoRA on any base. config: `ILoRAConfig`, or a mapping of its options.
+        adapter: the plastic one; default: the active one, which it must be while learning.
+        stable: the name of the other one. It is added as a copy; if the model has one of that name, that goes on.
+        hidden_states: for models whose `forward(**batch, output_hidden_states=True)` does not give them (timm): called
+            with the model and a batch, gives one tensor per layer, or one `Hidden` per stack of layers. For tensors
+            alone the batch's `attention_mask` says what is padding, if it has one.
+        loss: the task's loss of a batch, `loss(model, batch)`, for `selective_update` and `replay`; default:
+            `model(**batch).loss`.
+        collate: makes a batch of a list of remembered examples; default: torch's (an `ILoRATrainer`'s own).
+        on: where `loss` takes its examples from: `memory`, or the current `batch`.
+        replay: weight of the task's own loss on the examples of the memory, which `loss` then adds. The authors' code
+            has the mean of both losses, beside the consistency: `replay=1` and twice the `consistency_weight`, over 2.
+        batch_size: how many examples are drawn from the memory at a time.
+        seed: of the memory.
+
+    Raises:
+        ConfigError: an option outside its range. SkillError: a model or an adapter that this cannot work with, or a
+            task before whose adapter is missing or does not fit (see `load`); the model is then as it was.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: ILoRAConfig | Mapping[str, Any] | None = None,
+        *,
+        adapter: str | None = None,
+        stable: str = STABLE,
+        hidden_states: Callable[[Any, Any], Sequence[Tensor] | Sequence[Hidden]] | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        on: str = "memory",
+        replay: float = 0.0,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        one_of("on", on, ON)
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: got {batch_size!r}, expected at least 1")
+        if not (math.isfinite(replay) and replay >= 0) or (replay and on == "batch"):
+            raise ConfigError(f"replay: got {replay!r} with on={on!r}, expected a number of at least 0, of the memory")
+        config = ILoRAConfig() if config is None else config
+        self.config = config if isinstance(config, ILoRAConfig) else ILoRAConfig.from_dict(config)
+        self.model, self.stable, self.on, self.batch_size, self.replay = model, stable, on, batch_size, replay
+        self.steps = self.moves = 0
+        self.memory = Reservoir(self.config.ilora_buffer_size, seed)
+        self._hidden_states = hidden_states or hidden_states_of
+        self._loss, self.collate = loss or _loss_of, collate
+        self._first = self.config.prev_task_id is None and self.config.previous_task_model is None
+        self.plastic = ""
+        if not self.config.use_ilora:
+            return
+        check_peft(model)
+        name = adapter or active_adapter(model)
+        if name is None:
+            raise SkillError(f"{type(model).__name__} has no LoRA adapter; add one with peft.get_peft_model")
+        if name == stable:
+            raise SkillError(f"the adapter {name!r} is to be plastic and stable at once; name another one by stable=")
+        self.plastic = name
+        added = stable not in model.peft_config
+        try:
+            if added:
+                add_copy(model, name, stable)
+            self._find()
+            self._begin(added)
+        except BaseException:
+            if added and stable in model.peft_config:
+                model.delete_adapter(stable)
+            raise
+
+    def _find(self) -> None:
+        self._plastic, self._stable = pairs(self.model, self.plastic, self.stable)
+        buffers = [adapter_buffers(self.model, name) for name in (self.plastic, self.stable)]
+        self._buffers = [(b, buffers[1][n]) for n, b in buffers[0].items()]
+        coarse = next((t for t in self._stable if t.dtype in (torch.float16, torch.bfloat16)), None)
+        small = 1 - self.config.ema_alpha
+        if coarse is not None and 0 < small < torch.finfo(coarse.dtype).eps:
+            log.warning(
+                "part of the stable adapter is in %s, where steps of 1 - ema_alpha = %g vanish by rounding; keep heads "
+                "in float32",
+                coarse.dtype,
+                small,
+            )
+        for t in self._stable:
+            t.requires_grad_(False)
+
+    def _begin(self, added: bool) -> None:
+        c = self.config
+        if c.previous_task_model is not None:
+            ilora_files.load(self, Path(c.previous_task_model), c.prev_task_id)
+        elif c.prev_task_id is not None and added:
+            if c.ema_adapter_path is None:
+                raise SkillError(
+                    f"prev_task_id is {c.prev_task_id!r}, but it is not said where its stable adapter is; give "
+                    "previous_task_model (the folder it was saved in) or ema_adapter_path"
+                )
+            ilora_files.load_stable(self, Path(c.ema_adapter_path))
+
+    @property
+    def enabled(self) -> bool:
+        """Does anything happen?"""
+        return self.config.use_ilora
+
+    # ---- the moving average -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Move the stable adapter towards the plastic one; call it after each step of the optimizer, or use `watch`.
+
+        Returns:
+            whether it moved; `selective_update` may hold it where it is.
+
+        Raises:
+            SkillError: for `selective_update`, the memory is empty after the first task, or the loss is not finite.
+        """
+        if not self.enabled:
+            return False
+        self.steps += 1
+        if self.config.selective_update and not self._better():
+            return False
+        plastic: list[Tensor] = [
+            p if p.dtype == s.dtype else p.to(s.dtype) for p, s in zip(self._plastic, self._stable, strict=True)
+        ]
+        torch._foreach_lerp_(list[Tensor](self._stable), plastic, 1 - self.config.ema_alpha)
+        for theirs, ours in self._buffers:
+            ours.copy_(theirs)
+        self.moves += 1
+        return True
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Call `step` after each step of an optimizer, by a hook, so that it works in any loop. Steps that a GradScaler
+        skips do not count.
+
+        Returns:
+            a handle: `.remove()`, or a context manager that removes at its end.
+
+        Raises:
+            SkillError: the optimizer has none of the plastic adapter's tensors.
+        """
+        if not self.enabled:
+            return RemovableHandle(OrderedDict())
+        inner: Any = optimizer
+        while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
+            inner = inner.optimizer  # accelerate's wrapper has no hooks of its own
+        held = {id(p) for group in inner.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in self._plastic):
+            raise SkillError(
+                f"{type(inner).__name__} holds none of the {len(self._plastic)} tensors of the adapter "
+                f"{self.plastic!r}; build it over this model's parameters"
+            )
+
+        def hook(stepped: Any, args: Any, kwargs: Any) -> None:
+            skipped = getattr(stepped, "found_inf", None)  # a fused optimizer is called in any case, and skips itself
+            if skipped is None or not bool(skipped):
+                self.step()
+
+        return inner.register_step_post_hook(hook)
+
+    def _better(self) -> bool:
+        if not self._has_memory():
+            return True  # of the first task there is nothing before that the stable adapter would keep
+        batch = self.memory_batch()
+        losses = []
+        for name in (self.plastic, self.stable):
+            with using(self.model, name, evaluate=True):
+                losses.append(float(self._loss(self.model, batch)))
+            if not math.isfinite(losses[-1]):
+                raise SkillError(
+                    f"the loss of the adapter {name!r} on {self.batch_size} examples of the memory is {losses[-1]}; "
+                    "are all their labels masked (-100), or has learning diverged?"
+                )
+        return losses[1] - losses[0] >= self.config.min_update_threshold
+
+    # ---- the consistency --------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Any = None) -> Tensor:
+        """The term to add to the task's loss: `consistency_weight * consistency + replay * loss`, of examples of the
+        memory (0 during the first task, when it is empty) or, with `on="batch"`, of the current batch. Else `batch` is
+        not looked at.
+
+        Raises:
+            SkillError: see `consistency`; or the memory is empty after the first task. ConfigError: no batch.
+        """
+        zero = torch.zeros((), device=self._device())
+        if not self.enabled or not (self.config.consistency_weight or self.replay):
+            return zero
+        if self.on == "batch":
+            if batch is None:
+                raise ConfigError("batch: got none, but on='batch' holds the current batch's hidden states together")
+        elif self._has_memory():
+            batch = self.memory_batch()
+        else:
+            return zero
+        weight = self.config.consistency_weight
+        total = weight * self.consistency(batch) if weight else zero
+        return total + self.replay * self._loss(self.model, batch) if self.replay else total
+
+    def consistency(self, batch: Any) -> Tensor:
+        """The mean squared error between the plastic and the stable adapter's hidden states of a batch: over the
+        positions that are no padding, then over the layers chosen, then over the stacks (encoder, decoder).
+
+        Raises:
+            SkillError: no hidden states, no such layer, a mask of another shape, or nothing but padding; another
+                adapter is active than the plastic one.
+        """
+        if not self.enabled:
+            return torch.zeros((), device=self._device())
+        if self.model.active_adapter != self.plastic:
+            raise SkillError(
+                f"the adapter {self.model.active_adapter!r} is active, expected {self.plastic!r}, which learns; call "
+                f"set_adapter({self.plastic!r})"
+            )
+        batch = _moved(batch, self._device())
+        plastic = self._stacks(batch)
+        with torch.no_grad(), using(self.model, self.stable, evaluate=True):
+            stable = self._stacks(batch)
+        terms = [
+            _mse(p.states[i], s.states[i], p.mask)
+            for p, s in zip(plastic, stable, strict=True)
+            for i in self.config.hidden_state_layers
+        ]
+        return torch.stack(terms).mean()
+
+    def _stacks(self, batch: Any) -> list[Hidden]:
+        given = list(self._hidden_states(self.model, batch))
+        stacks = [h for h in given if isinstance(h, Hidden)]
+        if not given or (stacks and len(stacks) != len(given)):
+            raise SkillError(
+                f"hidden_states gave {len(given)} items, {len(stacks)} of them Hidden; expected all or none"
+            )
+        if not stacks:
+            stacks = [Hidden([h for h in given if isinstance(h, Tensor)], _entry(batch, "attention_mask"))]
+        for stack in stacks:
+            for i in self.config.hidden_state_layers:
+                if not -len(stack.states) <= i < len(stack.states):
+                    raise SkillError(
+                        f"hidden_state_layers: {i} is not among the {len(stack.states)} hidden states of this "
+                        f"{type(self.model).__name__} (0 to {len(stack.states) - 1}, or -{len(stack.states)} to -1)"
+                    )
+        return stacks
+
+    # ---- the memory -------------------------------------------------------------------------------------------------
+
+    def remember(self, examples: Iterable[Any]) -> None:
+        """Offer a task's examples to the memory, each once, when the task was learned. The memory is a uniform sample
+        of all that were ever offered."""
+        if self.enabled:
+            for example in examples:
+                self.memory.add(example)
+
+    def memory_batch(self, n: int | None = None) -> Any:
+        """Some examples of the memory as a batch, on the model's device (to learn them again, as replay does).
+
+        Args:
+            n: how many; default: `batch_size`.
+
+        Raises:
+            SkillError: the memory is empty.
+        """
+        collate = self.collate or default_collate
+        return _moved(collate(self.memory.sample(n or self.batch_size)), self._device())
+
+    def _has_memory(self) -> bool:
+        if len(self.memory) or self._first:
+            return len(self.memory) > 0
+        raise SkillError(
+            f"the memory is empty, although a task came before ({self.config.prev_task_id or 'without a name'}); "
+            "remember() its examples, load the folder it was saved in (previous_task_model), or take on='batch'"
+        )
+
+    def next_task(self, task_id: str | int | None = None) -> None:
+        """In a process that learns several tasks: the current task becomes the one before, and this the current one."""
+        ids = {"prev_task_id": self.config.current_task_id, "current_task_id": task_id}
+        self.config = dataclasses.replace(self.config, **ids)  # type: ignore[arg-type]  # numbers become names
+        self._first = False
+
+    # ---- using and keeping the result -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def stable_active(self) -> Iterator[None]:
+        """Inside, the model computes with the stable adapter (in the mode it is in). What follows is as before."""
+        if not self.enabled:
+            yield
+            return
+        with using(self.model, self.stable):
+            yield
+
+    def save(self, folder: str | os.PathLike[str]) -> Path | None:
+        """Write the task's folder, all or nothing: `adapter` and `ema_adapter` in peft's own format, `memory.pt` and
+        `ilora.json`, in `folder/current_task_id` (in `folder` itself without an id).
+
+        Returns:
+            where it is; None without `use_ilora`.
+
+        Raises:
+            SkillError: a tensor that is not finite, by name; examples that are no tensors and plain values; a folder
+                that holds something else, which would be lost.
+        """
+        return ilora_files.save(self, Path(folder)) if self.enabled else None
+
+    def load(self, folder: str | os.PathLike[str], task_id: str | None = None) -> None:
+        """Go on from what `save` wrote there: the plastic and the stable adapter byte for byte, the memory, the counts.
+
+        Args:
+            task_id: which task; default: the one in the folder.
+
+        Raises:
+            SkillError: a base model, rank, targets, scaling or task that are not those it was saved with, by name; or
+                no stable adapter. IntegrityError: a damaged file. Nothing is changed then.
+        """
+        if self.enabled:
+            ilora_files.load(self, Path(folder), task_id)
+
+    def _device(self) -> torch.device:
+        first = next(iter(self.model.parameters()), None)
+        return torch.device("cpu") if first is None else first.device
+
+
+def hidden_states_of(model: Any, batch: Any) -> list[Hidden]:
+    """The hidden states of a transformers model with what is padding: `attention_mask` for encoders and decoders alone;
+    beside an encoder, `decoder_attention_mask` or else the labels that are not masked (-100).
+
+    Raises:
+        SkillError: a batch that is no mapping, or a model that does not give hidden states.
+    """
+    if not isinstance(batch, Mapping):
+        raise SkillError(
+            f"the batch is a {type(batch).__name__}, expected a mapping for model(**batch); for other models pass "
+            "hidden_states=, which gives a list of tensors for a model and a batch"
+        )
+    out = model(**{**batch, "output_hidden_states": True, "return_dict": True})
+    mask = batch.get("attention_mask")
+    encoder, decoder = getattr(out, "encoder_hidden_states", None), getattr(out, "decoder_hidden_states", None)
+    if encoder is not None and decoder is not None:
+        targets, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+        if targets is None and labels is not None:
+            targets = labels != -100
+        return [Hidden(encoder, mask), Hidden(decoder, targets)]
+    states = getattr(out, "hidden_states", None)
+    if states is None:
+        raise SkillError(
+            f"{type(model).__name__} gave no hidden_states; pass hidden_states=, which gives a list of tensors for a "
+            "model and a batch"
+        )
+    return [Hidden(states, mask)]
+
+
+def _loss_of(model: Any, batch: Any) -> Tensor:
+    out = model(**batch) if isinstance(batch, Mapping) else None
+    value = getattr(out, "loss", None)
+    if value is None:
+        raise SkillError("selective_update: model(**batch) gave no loss; pass loss=, or remember examples with labels")
+    return value
+
+
+def _mse(plastic: Tensor, stable: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean squared error in float32 over the positions that the mask leaves."""
+    if plastic.shape != stable.shape:
+        raise SkillError(f"hidden states of {list(plastic.shape)} (plastic) and {list(stable.shape)} (stable) differ")
+    if mask is not None:
+        if mask.shape != plastic.shape[: mask.dim()] or mask.dim() >= plastic.dim():
+            raise SkillError(
+                f"the mask is {list(mask.shape)}, the hidden states are {list(plastic.shape)}; expected a mask of "
+                "their first dimensions (give Hidden(states, mask) from hidden_states=)"
+            )
+        keep = mask.bool()
+        plastic, stable = plastic[keep], stable[keep]
+    if not plastic.numel():
+        raise SkillError("the batch is nothing but padding: attention_mask is all 0, or all labels are masked (-100)")
+    return F.mse_loss(plastic.float(), stable.float())
+
+
+def _entry(batch: Any, name: str) -> Any:
+    return batch.get(name) if isinstance(batch, Mapping) else None
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, (Tensor, nn.Module)):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch

@@ -1,0 +1,305 @@
+"""What I-LoRA leaves behind after a task, and how the next one goes on from it.
+
+adapter/        the plastic adapter, in peft's own format
+ema_adapter/    the stable one, likewise (elsewhere with `ema_adapter_path`, not at all without `save_ema_adapter`)
+memory.pt       the memory
+ilora.json      options, counts, where the stable adapter is, digests of it and of the base model
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import IntegrityError, SkillError
+from ..functional import digest_of
+from ..vectors.adapters import CONFIG, WEIGHTS
+from ..vectors.tensors import tensors_of
+from .switch import adapter_tensors, of_adapters
+
+if TYPE_CHECKING:
+    from .ilora import ILoRA
+
+ADAPTER, STABLE, MEMORY, ABOUT, FORMAT = "adapter", "ema_adapter", "memory.pt", "ilora.json", "hatcl.ilora.1"
+SAME = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+SAMPLED = 4096  # elements per tensor in the base's digest: another checkpoint differs in nearly all
+
+
+def save(ilora: ILoRA, folder: Path) -> Path:
+    """See `ILoRA.save`."""
+    model, config = ilora.model, ilora.config
+    target = folder / config.current_task_id if config.current_task_id is not None else folder
+    for name in (ilora.plastic, ilora.stable):
+        wrong = next((n for n, t in adapter_tensors(model, name).items() if not bool(torch.isfinite(t).all())), None)
+        if wrong is not None:
+            raise SkillError(
+                f"{wrong} of the adapter {name!r} is not finite; nothing was saved. Lower the learning rate"
+            )
+    memory = _packed(ilora.memory.state_dict())
+    where = Path(config.ema_adapter_path or STABLE)
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "steps": ilora.steps,
+        "moves": ilora.moves,
+        "base": base_digest(model),
+        "stable": None,
+    }
+    if config.save_ema_adapter:
+        about["stable"] = {"path": str(where), "digest": digest(_stored(model, ilora.stable))}
+    inside = not where.is_absolute() and ".." not in where.parts
+    _ours(target, {ADAPTER, STABLE, MEMORY, ABOUT, where.parts[0]})
+    if config.save_ema_adapter and not inside:
+        _ours(target / where, {CONFIG, WEIGHTS})
+        with _replaced(target / where) as new:
+            _write_adapter(model, ilora.stable, new)
+    with _replaced(target) as new:
+        _write_adapter(model, ilora.plastic, new / ADAPTER)
+        if config.save_ema_adapter and inside:
+            _write_adapter(model, ilora.stable, new / where)
+        (new / MEMORY).write_bytes(memory)
+        (new / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+    return target
+
+
+def load(ilora: ILoRA, folder: Path, task_id: str | None) -> None:
+    """See `ILoRA.load`; with the id of the task that is expected there.
+
+    All is read and checked before anything is changed.
+    """
+    model = ilora.model
+    at = _find(folder, task_id)
+    about = _about(at)
+    saved = about["config"]
+    if about["base"] != base_digest(model):
+        raise SkillError(
+            f"{at}: the task was learned on another base model (digest {about['base'][:12]}, now came "
+            f"{base_digest(model)[:12]}); load the base that it was learned on"
+        )
+    if about["stable"] is None:
+        raise SkillError(f"{at} has no stable adapter, it was saved with save_ema_adapter=False; learn that task again")
+    plastic = _read_adapter(model, ilora.plastic, at / ADAPTER)
+    where = at / about["stable"]["path"]
+    if not where.is_dir() and ilora.config.ema_adapter_path is not None:
+        where = Path(ilora.config.ema_adapter_path)  # the folders were moved
+    stable = _read_adapter(model, ilora.stable, where)
+    if digest(stable) != about["stable"]["digest"]:
+        raise IntegrityError(
+            f"{where}: this is not the stable adapter that the task {saved['current_task_id']!r} was saved with; it "
+            "was written over or damaged. Learn that task again, with an ema_adapter_path of its own"
+        )
+    memory = _unpacked(at / MEMORY)
+    ilora.memory.load_state_dict(memory)  # checks before it changes
+    _put(model, ilora.plastic, plastic)
+    _put(model, ilora.stable, stable)
+    ilora.steps, ilora.moves, ilora._first = int(about["steps"]), int(about["moves"]), _is_first(ilora, saved)
+
+
+def load_stable(ilora: ILoRA, folder: Path) -> None:
+    """The stable adapter alone, from a folder in peft's format.
+
+    Raises:
+        SkillError: it is missing or does not fit, by name. IntegrityError: a damaged file.
+    """
+    _put(ilora.model, ilora.stable, _read_adapter(ilora.model, ilora.stable, folder))
+
+
+def base_digest(model: Any) -> str:
+    """A digest of what the adapters stand on: names and shapes of all other parameters that are not trained, and up to
+    4096 elements of each."""
+    whole = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if not p.requires_grad and not of_adapters(name):
+            every = max(p.numel() // SAMPLED, 1)
+            part = p.detach().reshape(-1)[::every]
+            whole.update(f"{name.replace('.base_layer', '')} {list(p.shape)} {digest_of(part)}\n".encode())
+    return whole.hexdigest()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of named tensors."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(f"{name} {list(tensors[name].shape)} {digest_of(tensors[name])}\n".encode())
+    return whole.hexdigest()
+
+
+def _is_first(ilora: ILoRA, saved: Mapping[str, Any]) -> bool:
+    """Going on within the first task it stays the first; another task after it is not."""
+    was_first = saved["prev_task_id"] is None and saved["previous_task_model"] is None
+    return was_first and ilora.config.current_task_id == saved["current_task_id"] and ilora._first
+
+
+def _find(folder: Path, task_id: str | None) -> Path:
+    """The task's folder: the one inside of that name, or the one given."""
+    tried = [folder] if task_id is None else [folder / task_id, folder]
+    for at in tried:
+        at = _complete(at)
+        if (at / ABOUT).is_file():
+            found = _about(at)["config"]["current_task_id"]
+            if task_id is not None and found != task_id:
+                raise SkillError(f"{at} holds the task {found!r}, expected prev_task_id {task_id!r}")
+            return at
+    inside = sorted(p.parent.name for p in folder.glob(f"*/{ABOUT}")) if folder.is_dir() else []
+    if task_id is None and len(inside) == 1:
+        return folder / inside[0]
+    named = "" if task_id is None else f" {task_id!r}"
+    hint = f"there are {', '.join(inside)}: name one by prev_task_id" if inside else "give the folder of ILoRA.save()"
+    raise SkillError(f"no task{named} of I-LoRA in {folder} (no {ABOUT}); {hint}")
+
+
+def _about(at: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((at / ABOUT).read_text())
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{at / ABOUT}: not readable as JSON ({error}); learn that task again") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise IntegrityError(f"{at / ABOUT}: not of the format {FORMAT}; expected what ILoRA.save() wrote")
+    return about
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def _stored(model: Any, adapter: str) -> dict[str, Tensor]:
+    """An adapter's tensors as peft stores them, sharing memory with the model."""
+    from peft import get_peft_model_state_dict
+
+    # without copies of the base's embeddings: they are the base's, whose digest is compared
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+
+
+def _write_adapter(model: Any, adapter: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _stored(model, adapter).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[adapter])
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model.base_model.model, "name_or_path", None) or None
+    config.save_pretrained(str(folder))
+
+
+def _read_adapter(model: Any, adapter: str, folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's folder, which fit the model's adapter."""
+    folder = _complete(folder)
+    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+        raise SkillError(
+            f"{folder} holds no adapter ({CONFIG} and {WEIGHTS}); give the folder where the task before was saved "
+            "(previous_task_model) or its stable adapter (ema_adapter_path)"
+        )
+    try:
+        options = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise IntegrityError(f"{folder / CONFIG}: not readable as JSON ({error}); save the adapter again") from error
+    ours = model.peft_config[adapter].to_dict()
+    for option in SAME:
+        now, was = ours.get(option), options.get(option)
+        if (now or None) != (was or None):
+            raise SkillError(
+                f"{folder}: the adapter has {option}={was!r}, this model's {adapter!r} has {now!r}; make the model's "
+                "adapter with the options that it was saved with"
+            )
+    tensors = dict(tensors_of(folder / WEIGHTS))
+    expected = _stored(model, adapter)
+    for name in dict.fromkeys([*expected, *tensors]):
+        shapes = [list(t[name].shape) if name in t else "lacking" for t in (tensors, expected)]
+        if shapes[0] != shapes[1]:
+            raise SkillError(
+                f"{folder}: {name} is {shapes[0]} in the file, {shapes[1]} in this model's {adapter!r}; make the "
+                "model's adapter with the same rank and targets"
+            )
+    return tensors
+
+
+@torch.no_grad()
+def _put(model: Any, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, t in _stored(model, adapter).items():
+        t.copy_(tensors[name])
+
+
+# ---- the memory ------------------------------------------------------------------------------------------------------
+
+
+def _packed(state: dict[str, Any]) -> bytes:
+    state["examples"] = [dict(e) if isinstance(e, Mapping) else e for e in state["examples"]]
+    data = io.BytesIO()
+    try:
+        torch.save(state, data)
+        data.seek(0)
+        torch.load(data, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError, RuntimeError) as error:
+        kinds = ", ".join(sorted({type(e).__name__ for e in state["examples"]}))
+        raise SkillError(
+            f"the memory's examples ({kinds}) cannot be saved, nothing was; remember examples that consist of tensors "
+            "and plain values"
+        ) from error
+    return data.getvalue()
+
+
+def _unpacked(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise IntegrityError(f"{path} cannot be read as a memory ({first}); learn that task again") from error
+
+
+# ---- all or nothing --------------------------------------------------------------------------------------------------
+
+
+def _beside(path: Path, word: str) -> Path:
+    return path.with_name(f".{path.name}.{word}")
+
+
+def _complete(path: Path) -> Path:
+    """Where the newest complete content of a folder is, also after its replacement was interrupted."""
+    old = _beside(path, "old")
+    return old if old.exists() and not path.exists() else path
+
+
+def _ours(folder: Path, names: set[str]) -> None:
+    """Raises `SkillError` for a folder with anything else in it, which replacing it would lose."""
+    others = sorted(p.name for p in folder.iterdir() if p.name not in names) if folder.is_dir() else []
+    if others or folder.is_file():
+        raise SkillError(
+            f"{folder} {'holds ' + ', '.join(others[:4]) if others else 'is a file'}, expected a folder of its own; "
+            "name another one, or give current_task_id"
+        )
+
+
+@contextlib.contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
+    """Yields an empty folder that takes the place of `target` at the end of the block, unless by an exception."""
+    target = Path(os.path.abspath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new, old = _beside(target, "new"), _beside(target, "old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        for path in new.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as f:
+                    os.fsync(f.fileno())
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)

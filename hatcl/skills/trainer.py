@@ -1,0 +1,155 @@
+"""TaSL's scores and I-LoRA in transformers' Trainer: a callback, and a thin subclass where the loss needs it.
+
+Not imported by `import hatcl`, which works without transformers: `from hatcl.skills.trainer import ILoRATrainer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from ..config import one_of
+from ..errors import ConfigError, SkillError
+from .ilora import ILoRA
+from .scorer import TIMINGS, SkillScorer
+
+STATE = "ilora"  # the folder inside a checkpoint
+
+
+class SkillCallback(TrainerCallback):
+    """Scores each optimizer step of a `Trainer`: `Trainer(..., callbacks=[SkillCallback(scorer)])`.
+
+    Args:
+        scorer: a `SkillScorer`. timing: `before` the optimizer's step (clipped gradient, old weights;
+            `on_pre_optimizer_step`) or `after` it (clipped gradient, new weights; `on_optimizer_step`). At
+            `on_step_end`, where patched Trainers score, the gradients are gone.
+
+    Raises:
+        ConfigError: another timing.
+    """
+
+    def __init__(self, scorer: SkillScorer, timing: str = "before") -> None:
+        one_of("timing", timing, TIMINGS)
+        self.scorer, self.timing = scorer, timing
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises `ConfigError` where gradients would be scored with their loss scale, which clipping takes out."""
+        if args.fp16 and not args.max_grad_norm:
+            raise ConfigError(
+                f"max_grad_norm: got {args.max_grad_norm!r} with fp16, so that gradients keep the loss scale; set "
+                "max_grad_norm (a large one clips nothing), or train in bf16"
+            )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.timing == "before" and _counts(args, kwargs["model"]):
+            self.scorer.update()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.timing == "after" and _counts(args, kwargs["model"]):
+            self.scorer.update()
+
+
+def _counts(args: Any, model: nn.Module) -> bool:
+    """False for a step that fp16's loss scaling skips, because a gradient is not finite."""
+    return not args.fp16 or all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+class _Follow(TrainerCallback):
+    """The moving average after each step, and I-LoRA's state beside each checkpoint."""
+
+    def __init__(self, trainer: ILoRATrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:  # by fp16's loss scaling
+            self.trainer.ilora.step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            self.trainer.ilora.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE)
+
+
+class ILoRATrainer(Trainer):
+    """A `Trainer` that learns with I-LoRA: adds `ILoRA.loss` to the loss, moves the stable adapter after each step of
+    the optimizer, and remembers the training examples once they were learned.
+
+        ilora = ILoRA(peft_model, ILoRAConfig(use_ilora=True))
+        ILoRATrainer(peft_model, arguments, train_dataset=..., data_collator=collator, ilora=ilora).train()
+
+    Checkpoints hold the memory and both adapters, so that a resumed run is the same run. Evaluation and prediction are
+    the plastic adapter's; `with ilora.stable_active(): trainer.evaluate()` for the stable one's. A model with
+    `use_ilora=False` is trained as by `Trainer`.
+
+    Args:
+        ilora: over the same model; one without a `collate` gets the Trainer's. remember: offer the training set's
+            examples to the memory at the end of `train()`. The other arguments are `Trainer`'s.
+
+    Raises:
+        SkillError: an `ilora` over another model, or a training set without a length to remember.
+    """
+
+    def __init__(self, *args: Any, ilora: ILoRA, remember: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.model is not ilora.model:
+            raise SkillError(
+                f"ilora is over another {type(ilora.model).__name__} than the Trainer's {type(self.model).__name__}; "
+                "make both with the same model"
+            )
+        if remember and ilora.enabled and self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
+            raise SkillError(
+                f"the train_dataset ({type(self.train_dataset).__name__}) has no length, so that it may have no end; "
+                "pass remember=False, and call ilora.remember(examples) yourself"
+            )
+        self.ilora, self.remember = ilora, remember
+        if ilora.enabled:
+            self.add_callback(_Follow(self))
+            if ilora.collate is None:
+                ilora.collate = self._get_collator_with_removed_columns(self.data_collator)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """`Trainer`'s loss and, while learning, `ILoRA.loss`: a mean over the batch, so that micro-batches share its
+        weight."""
+        if not (self.ilora.enabled and model.training):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = dict(inputs) if isinstance(inputs, Mapping) else inputs  # Trainer may take the labels out
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        term = self.ilora.loss(batch)
+        if self._summed(num_items_in_batch):
+            # the task's loss is a part of the whole step's mean; else Trainer divides what comes from here
+            term = term / self.current_gradient_accumulation_steps
+        loss = loss + term.to(loss.device)
+        return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`; then the memory is offered the training examples."""
+        out = super().train(*args, **kwargs)
+        if self.remember and self.ilora.enabled:
+            self.ilora.remember(self.train_dataset)
+        return out
+
+    def _summed(self, num_items_in_batch: Any) -> bool:
+        """Is the task's loss normalised over all micro-batches of a step, as `Trainer.training_step` sees it?"""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.ilora.enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        state = Path(resume_from_checkpoint) / STATE
+        if not state.is_dir():
+            raise SkillError(
+                f"{resume_from_checkpoint}: no I-LoRA state ({STATE}/); resume from a checkpoint of ILoRATrainer"
+            )
+        self.ilora.load(state)
