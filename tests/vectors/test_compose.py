@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as tf
+from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import hatcl
@@ -859,6 +860,57 @@ def test_buffers_in_vectors_are_left_to_the_model():
     other.load_state_dict({n: base.state_dict()[n] for n, _ in base.named_buffers()}, strict=False)
     with torch.no_grad():
         assert torch.equal(ours(x), other(x))
+
+
+def of_inputs(model, batches):
+    """The mean and the variance of what reaches each batch norm: of each batch, averaged over the batches."""
+    model, seen = copy.deepcopy(model).train(), {}
+    for name, m in model.named_modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.register_forward_pre_hook(
+                lambda _, args, name=name: seen.setdefault(name, []).append(args[0].double().transpose(0, 1).flatten(1))
+            )
+    with torch.no_grad():
+        for x in batches:
+            model(x)
+    return {n: torch.stack([torch.stack([x.mean(1), x.var(1)]) for x in xs]).mean(0) for n, xs in seen.items()}
+
+
+@pytest.mark.parametrize("way", ["merge", "compose"])
+def test_running_statistics_are_renewed_by_torchs_own_function(way):
+    base, _, vectors, x = world("resnet", dtype=torch.float64)
+    before, batches = parts.snapshot(base), [numbers(8, 3, 32, 32)(i).double() for i in range(3)]
+    if way == "merge":
+        model = hatcl.merge(vectors, "mean").apply_to(base)
+    else:
+        model = set_(hatcl.compose(base, vectors)).double()
+    fresh = copy.deepcopy(model) if way == "merge" else model.merge()
+    want = of_inputs(fresh, batches)
+    assert len(want) == sum(isinstance(m, nn.BatchNorm2d) for m in base.modules())
+    for name, (mean, var) in want.items():
+        fresh.get_submodule(name).running_mean.copy_(mean)
+        fresh.get_submodule(name).running_var.copy_(var)
+    with torch.no_grad():
+        assert error(model(x), fresh(x)) > 0.1  # the twin: with the base's statistics it is measured 0.9
+        update_bn(batches, model)
+        assert error(model(x), fresh(x)) < 1e-13  # measured 1.2e-14
+    assert not model.training and parts.same(before, parts.snapshot(base))
+    if way == "compose":  # what is merged takes them along, and learning goes on with them
+        with torch.no_grad():
+            assert torch.equal(model(x), model.merge()(x)) and clean(model)
+        renewed = copy.deepcopy(base)
+        renewed.load_state_dict(dict(model.model.named_buffers()), strict=False)
+        assert error(grads(model, x), by_autograd(renewed, vectors, model, lambda m: loss_of(m, x))) < 1e-13
+
+
+def test_statistics_of_batches_that_mix_the_tasks_are_those_of_the_mixture():
+    """Of tasks whose inputs are 0 and 2 the variance is 1; batches of one task each have none."""
+    x = torch.tensor([0.0, 2.0]).repeat_interleave(50)[:, None]
+    apart, mixed = (nn.BatchNorm1d(1) for _ in range(2))
+    update_bn(x.split(50), apart)
+    update_bn([x[::2], x[1::2]], mixed)
+    assert apart.running_mean.item() == mixed.running_mean.item() == 1.0
+    assert apart.running_var.item() == 0 and mixed.running_var.item() == pytest.approx(50 / 49)  # unbiased
 
 
 def test_tied_tensors():

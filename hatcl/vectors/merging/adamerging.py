@@ -42,17 +42,21 @@ def adamerging(
 
         min over lambda of  sum_t  mean_{x of task t} H(p(y | x))
 
-    by Adam, from 0.3, one batch of each task per step. Needs the pretrained model and batches per task; labels in them
-    are not looked at. A layer is a tensor (the authors' code: also). Coefficients are kept within 0 to 1 after each
-    step, where the authors' code clamps what the model sees and lets the parameter move on.
+    by Adam, from 0.3, one batch of each task per step, in the order given. Needs the pretrained model and batches per
+    task; labels in them are not looked at.
+
+    In the authors' code (github EnnengYang/AdaMerging, main_layer_wise_adamerging.py) a layer is a tensor as well. A
+    step there takes two batches of 16 of each task, drawn anew: pass shuffled batches of 32 for the same. It clamps the
+    coefficients that the model sees to 0 to 1 and lets the parameter move on, where no gradient brings it back; here
+    the coefficients themselves are kept within 0 to 1, and return.
 
     The model runs in evaluation mode: norms with running statistics use the base's. Such buffers in the vectors are
     averaged. Vectors are read into memory for the search.
 
     Args:
         grain: `block` (layer-wise) or `global` (one coefficient per task: task-wise). start: the first coefficients.
-        steps, lr: the authors' defaults. forward: `(model, inputs, task) -> logits [..., C]`, for instance with the
-            task's own head.
+        steps, lr: the authors', with Adam's own betas and no weight decay. forward: `(model, inputs, task) -> logits
+            [..., C]`, for instance with the task's own head.
 
     Raises:
         ConfigError: not one of these per vector, another grain, or values outside their range. VectorError,
