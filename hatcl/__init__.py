@@ -45,6 +45,19 @@ from .layers import (
 from .map.units import UnitMap
 from .pretrained import from_pretrained, save_pretrained
 from .registry import register
+from .skills import (
+    ConsolidateOptions,
+    ILoRA,
+    ILoRAConfig,
+    Skill,
+    SkillScorer,
+    SkillScores,
+    accumulate,
+    consolidate,
+    localize,
+    orthogonality,
+    overlap,
+)
 from .training.learn import Learning, add_tasks, learn, task_parameters
 from .vectors.compose import Composer, compose
 from .vectors.conflicts import SignConflicts, sign_conflicts
@@ -53,16 +66,17 @@ from .vectors.task_vector import TaskVector
 
 __version__ = "0.1.0"
 __all__ = [
-    "CapacityError", "Certificate", "Composer", "ConfigError", "ConversionError", "Description", "ForgetReport",
-    "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d", "HATConvTranspose2d",
-    "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer", "HATLinear", "IntegrityError", "IsolationError",
-    "Learning", "NonFiniteLossError", "SignConflicts", "SkillError", "TaskError", "TaskIndexedBatchNorm1d",
+    "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions", "ConversionError",
+    "Description", "ForgetReport", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d",
+    "HATConvTranspose1d", "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer",
+    "HATLinear", "ILoRA", "ILoRAConfig", "IntegrityError", "IsolationError", "Learning", "NonFiniteLossError",
+    "SignConflicts", "Skill", "SkillError", "SkillScorer", "SkillScores", "TaskError", "TaskIndexedBatchNorm1d",
     "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm", "TaskIndexedInstanceNorm1d",
     "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm", "TaskIndexedLinear",
-    "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError", "add_tasks", "certify",
-    "compose", "convert", "describe", "forget_task", "from_pretrained", "learn", "list_merges", "list_models",
-    "merge", "merge_method", "register", "save_pretrained", "set_task", "sign_conflicts", "task", "task_parameters",
-    "tasks",
+    "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError", "accumulate", "add_tasks",
+    "certify", "compose", "consolidate", "convert", "describe", "forget_task", "from_pretrained", "learn",
+    "list_merges", "list_models", "localize", "merge", "merge_method", "orthogonality", "overlap", "register",
+    "save_pretrained", "set_task", "sign_conflicts", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

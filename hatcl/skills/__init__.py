@@ -1,1 +1,17 @@
-"""Skills: which units of an adapter a task needs, scored, localised and consolidated task after task."""
+"""Skills: which units of an adapter a task needs, scored, localised and consolidated task after task (TaSL), or held by
+a stable adapter beside the plastic one (I-LoRA). `hatcl.skills.trainer` is for transformers' Trainer."""
+
+from .consolidate import ConsolidateOptions, consolidate, group_weights
+from .ilora import Hidden, ILoRA, ILoRAConfig, hidden_states_of
+from .orthogonality import orthogonality
+from .product import best_factors
+from .reservoir import Reservoir
+from .scorer import SkillScorer
+from .scores import Skill, SkillScores, accumulate, localize, overlap
+from .tensors import adapters_of, skill_tensors
+
+__all__ = [
+    "ConsolidateOptions", "Hidden", "ILoRA", "ILoRAConfig", "Reservoir", "Skill", "SkillScorer", "SkillScores",
+    "accumulate", "adapters_of", "best_factors", "consolidate", "group_weights", "hidden_states_of", "localize",
+    "orthogonality", "overlap", "skill_tensors",
+]  # fmt: skip
