@@ -29,8 +29,10 @@ import hatcl
 
 from .cli_atlas import app as atlas_app
 from .cli_options import key_values, usable_device
+from .cli_tasl import app as tasl_app
 from .config import HATConfig
 from .errors import ConfigError, HATError, IntegrityError, nearest
+from .files import write_files
 from .report.picture import draw_run
 from .report.tables import known_table, matrix_table, tasks_table, units_table, zoo_line
 from .training import checkpoints
@@ -55,6 +57,7 @@ app = typer.Typer(
     help="Learn one task after another; what an earlier task learned stays, bit for bit.",
 )
 app.add_typer(atlas_app)
+app.add_typer(tasl_app)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -200,7 +203,7 @@ def _conclude(folder: Path, result: RunResult) -> None:
     out.print(tasks_table(names, content["records"], units=result.units))
     out.print(_certificate_line(result))
     try:
-        checkpoints.write_bytes(folder / checkpoints.PICTURE, draw_run(content))
+        write_files({folder / checkpoints.PICTURE: draw_run(content)})
     except ConfigError as error:
         out.print(f"no picture: {error}", style="yellow", soft_wrap=True)
     out.print(f"{folder}  ({result.seconds:.0f} s)", style="dim", soft_wrap=True)
@@ -616,5 +619,5 @@ def _publish(results: Path) -> None:
     if not results.exists():
         raise ConfigError(f"--publish: there is no {results} yet; prove some models first, such as hatcl zoo 'test_*'")
     models = checkpoints.read_json(results)["models"]
-    checkpoints.write_bytes(Path("docs/zoo.md"), zoo_page.to_page(models).encode())
+    write_files({Path("docs/zoo.md"): zoo_page.to_page(models).encode()})
     checkpoints.write_json(zoo_page.KNOWN, zoo_page.to_known(models))

@@ -21,9 +21,9 @@ from .atlas.linear import Composed
 from .cli_atlas_run import Bar, Loaded, Reading, Run, Writing, absolute, do, out
 from .cli_options import chosen
 from .errors import ConfigError
+from .files import write_files
 from .report.heatmap import draw_cosines, draw_sweep
 from .report.tables import number_table
-from .training import checkpoints
 from .vectors.compose import Composer
 from .vectors.tensors import parameters_of
 
@@ -330,7 +330,7 @@ def cosine_command(
         matrix = atlas.orthogonality(read).tolist()
     out.print(number_table("cosines between task vectors", list(paths), list(paths), matrix))
     if picture is not None:
-        checkpoints.write_bytes(picture, draw_cosines(matrix, list(paths)))
+        write_files({picture: draw_cosines(matrix, list(paths))})
         out.print(str(picture), style="dim", soft_wrap=True)
 
 
@@ -374,7 +374,7 @@ def sweep_command(
     title = f"accuracy in % on {part} images, by coefficient"
     out.print(number_table(title, [f"{x:g}" for x in scales], names, shown, digits=1))
     if picture is not None:
-        checkpoints.write_bytes(picture, draw_sweep(scales, rows, names))
+        write_files({picture: draw_sweep(scales, rows, names)})
         out.print(str(picture), style="dim", soft_wrap=True)
 
 

@@ -30,6 +30,7 @@ from .atlas.linear import Composed
 from .atlas.tasks import Head
 from .cli_options import chosen, key_values, usable_device
 from .errors import ConfigError, HATError, IntegrityError, VectorError
+from .files import write_files
 from .gates import gates_of
 from .integrations.timm_names import PREFIX
 from .report.heatmap import draw_coefficients
@@ -429,14 +430,14 @@ class Run(Loaded):
         write_coefficients(self.folder, self.composer, self.names)
         if self.classifier is not None:
             tensors = {n: t.detach().cpu().contiguous() for n, t in self.classifier.state_dict().items()}
-            checkpoints.write_bytes(self.folder / CLASSIFIER, save(tensors))
+            write_files({self.folder / CLASSIFIER: save(tensors)})
         if self.writing.merge:
             state = self.composer.merge().state_dict()
             write_tensors(self.folder / MERGED, kinds_of(state), lambda name: {name: state[name]})
         try:
             blocks = [b.name for b in self.composer.blocks]
             picture = draw_coefficients(per_block(self.composer).tolist(), self.names, blocks)
-            checkpoints.write_bytes(self.folder / PICTURE, picture)
+            write_files({self.folder / PICTURE: picture})
         except ConfigError as error:
             out.print(f"no picture: {error}", style="yellow", soft_wrap=True)
         return {

@@ -19,6 +19,7 @@ from . import guard
 from .config import HATConfig
 from .convert import GATES, build
 from .errors import HATError, IntegrityError
+from .files import write_files
 from .gates import gates_of
 from .map.units import UnitMap
 from .registry import build_source
@@ -31,8 +32,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     model).
 
     Raises:
-        IntegrityError: a sealed task changed since it was sealed. ValueError: layers put together by hand (save their
-            `state_dict()`; there is no recipe to make the model again).
+        IntegrityError: a sealed task changed since it was sealed; the disk is full or not writable. ValueError: layers
+            put together by hand (save their `state_dict()`; there is no recipe to make the model again).
     """
     model = next((m for m in model.modules() if GATES in m._modules), model)  # not what it is wrapped in
     gates = gates_of(model)
@@ -56,18 +57,10 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "format": FORMAT, "config": g.config.to_dict(), "source": g.source, "map": g.unit_map.to_json(), "tied": tied,
     }  # fmt: skip
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    new = {name: target / f".{name}.new" for name in (WEIGHTS, CONFIG)}
-    try:
-        save_file(tensors, new[WEIGHTS], metadata={"format": "pt", "config": _fingerprint(meta)})
-        new[CONFIG].write_text(json.dumps(meta))
-        for name, path in new.items():
-            with open(path, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(path, target / name)
-    finally:
-        for path in new.values():
-            path.unlink(missing_ok=True)
+    about = {"format": "pt", "config": _fingerprint(meta)}
+    write_files(
+        {target / WEIGHTS: lambda new: save_file(tensors, new, about), target / CONFIG: json.dumps(meta).encode()}
+    )
     return target
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import parts
 import pytest
 import timm
@@ -38,7 +36,7 @@ def bert_embeddings():
 
 def gpt2():
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16)
-    lora = peft.LoraConfig(r=3, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    lora = peft.LoraConfig(r=8, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
     return peft.get_peft_model(transformers.GPT2LMHeadModel(config), lora), _words()
 
 
@@ -177,33 +175,31 @@ def test_saved_and_loaded_over_the_peft_model(made, tmp_path):
         )
 
 
-class Mixed(nn.Module):
-    """A frozen layer, a layer that is trained in full, and one that writes what the frozen one writes too."""
+class Half(nn.Module):
+    """A frozen layer beside one that is trained, without LoRA."""
 
     def __init__(self):
         super().__init__()
-        self.frozen, self.own, self.back, self.head = (
-            nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 8), nn.Linear(8, 3),
-        )  # fmt: skip
+        self.frozen, self.own, self.head = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
         self.frozen.requires_grad_(False)
 
     def forward(self, x):
-        x = self.frozen(x)
-        return self.head((x + self.back(self.own(x).relu())).relu())
+        return self.head(self.own(self.frozen(x).relu()).relu())
 
 
-def test_what_is_not_trained_owns_nothing():
-    model = hatcl.convert(Mixed(), 2, torch.randn(3, 6))
+def test_without_lora_what_is_not_trained_has_gates_like_the_rest():
+    model = hatcl.convert(Half(), 2, torch.randn(3, 6))
+    assert gates_of(model)[0].num_units == 8 + 5
+
+
+def test_what_lora_trains_in_full_is_copied_where_no_pair_says_whose_it_is():
+    lora = peft.LoraConfig(r=2, target_modules=["own"], modules_to_save=["head"], bias="lora_only")
+    model = hatcl.convert(peft.get_peft_model(Half(), lora), 2, torch.randn(3, 6))
     entries = gates_of(model)[0].unit_map.entries
-    assert gates_of(model)[0].num_units == 5  # of `own`; the channels of `frozen` are always on
-    assert not entries["frozen.weight"].copied and not entries["back.weight"].copied
-    assert entries["back.bias"].copied and entries["head.weight"].copied  # trained, and no unit says whose they are
+    copied = {n.removeprefix("base_model.model.") for n, e in entries.items() if e.copied}
+    assert gates_of(model)[0].num_units == 2
+    assert copied == {
+        "own.base_layer.bias", "head.modules_to_save.default.weight", "head.modules_to_save.default.bias",
+    }  # fmt: skip
     parts.pretend(model)
     assert hatcl.certify(model, torch.randn(3, 6)).exact
-
-
-def test_a_model_of_which_nothing_is_trained_has_all_its_gates():
-    source = Mixed()
-    free = hatcl.convert(copy.deepcopy(source).requires_grad_(True), 2, torch.randn(3, 6))
-    none = hatcl.convert(source.requires_grad_(False), 2, torch.randn(3, 6))
-    assert gates_of(none)[0].num_units == gates_of(free)[0].num_units == 13

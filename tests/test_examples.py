@@ -17,7 +17,7 @@ import hatcl
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-PAGES = ["README.md", "docs/hat.md", "docs/atlas.md", "docs/architecture.md"]
+PAGES = ["README.md", "docs/hat.md", "docs/merging.md", "docs/atlas.md", "docs/ilora.md", "docs/architecture.md"]
 EXTRAS = {"sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots"}
 
 

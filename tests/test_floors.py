@@ -10,26 +10,26 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hatcl"
 FLOORS = [
-    ["errors", "config", "functional"],
+    ["errors", "config", "files", "functional"],
     ["registry", "map"],
     ["gates", "layers", "guard"],
     ["certify", "describe", "forget", "extract", "convert", "pretrained", "vectors", "skills", "grafts"],
-    ["training", "atlas", "integrations", "report", "zoo"],
-    ["__init__", "cli_options", "cli_atlas_run", "cli_atlas", "cli", "__main__"],
+    ["training", "atlas", "continual", "integrations", "report", "zoo"],
+    ["__init__", "cli_options", "cli_atlas_run", "cli_atlas", "cli_tasl", "cli", "__main__"],
 ]
 ROOMS = [room for floor in FLOORS for room in floor]
 # who may know these libraries; everything else works with plain torch
 GUESTS = {
     "timm": ["integrations/timm_names.py", "layers", "training/factories.py", "zoo", "cli_atlas_run.py", "cli.py"],
-    "transformers": ["integrations", "layers", "skills", "zoo"],
-    "peft": ["integrations", "skills", "vectors/adapters.py"],
+    "transformers": ["integrations", "layers", "skills", "zoo", "cli_tasl.py"],
+    "peft": ["integrations", "skills", "vectors/adapters.py", "cli_tasl.py"],
     "lightning": ["integrations"],
     "avalanche": ["integrations"],
     "matplotlib": ["report/picture.py", "report/heatmap.py"],
     "sklearn": ["training/stream.py"],
     "torchvision": ["training/stream.py", "zoo"],
-    "typer": ["cli.py", "cli_atlas.py", "cli_atlas_run.py"],
-    "rich": ["cli.py", "cli_atlas_run.py", "report/tables.py"],
+    "typer": ["cli.py", "cli_atlas.py", "cli_atlas_run.py", "cli_tasl.py"],
+    "rich": ["cli.py", "cli_atlas_run.py", "cli_tasl.py", "report/tables.py"],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

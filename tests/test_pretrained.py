@@ -128,6 +128,10 @@ def test_a_save_replaces_the_last_one_and_a_failed_save_does_not(tmp_path, monke
         patch.setattr("hatcl.pretrained.save_file", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             hatcl.save_pretrained(other, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: os.read(-1, 1))
+        with pytest.raises(hatcl.errors.IntegrityError, match=r"model.safetensors: could not be written .*disk full\?"):
+            hatcl.save_pretrained(other, folder)
     assert os.listdir(tmp_path) == ["saved"] and sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
     assert equal(outputs(hatcl.from_pretrained(folder, base=parts.plain("mlp")), x), want)
     hatcl.save_pretrained(other, folder)

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import ConfigError, VectorError
-from ..training.checkpoints import write_bytes
+from ..files import write_files
 from ..vectors.adapters import CONFIG, WEIGHTS, is_adapter
 from ..vectors.compose import Composer
 from ..vectors.delta import Delta
@@ -94,7 +94,7 @@ def write_heads(path: Path, heads: Mapping[str, ClassHead]) -> None:
         tensors |= {f"{name}.{n}": t.cpu().contiguous() for n, t in head.state_dict().items()}
         if head.scale is not None:
             tensors[f"{name}.scale"] = torch.tensor(head.scale, dtype=torch.float64)
-    write_bytes(path, save(tensors))
+    write_files({path: save(tensors)})
 
 
 def read_head(path: Path, name: str) -> ClassHead:
@@ -128,14 +128,15 @@ def write_coefficients(folder: Path, composer: Composer, vectors: Sequence[str])
     """`coefficients.safetensors` (lambda, `[T, G]`) and `coefficients.csv` (vector, block, value)."""
     lam = composer.coefficients.detach().cpu()
     about = json.dumps({"grain": composer.grain.name, "vectors": list(vectors)})
-    write_bytes(folder / f"{COEFFICIENTS}.safetensors", save({COEFFICIENTS: lam.contiguous()}, {ABOUT: about}))
+    content = save({COEFFICIENTS: lam.contiguous()}, {ABOUT: about})
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["vector", "block", "value"])
     groups = group_names(composer)
     for name, row in zip(vectors, lam.tolist(), strict=True):
         table.writerows((name, group, repr(value)) for group, value in zip(groups, row, strict=True))
-    write_bytes(folder / f"{COEFFICIENTS}.csv", text.getvalue().encode())
+    path = folder / f"{COEFFICIENTS}.safetensors"
+    write_files({path.with_suffix(".csv"): text.getvalue().encode(), path: content})
 
 
 def group_names(composer: Composer) -> list[str]:

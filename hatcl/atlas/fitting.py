@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, IntegrityError, NonFiniteLossError, VectorError
-from ..training.checkpoints import random_state, set_random_state, write_bytes
+from ..files import write_files
+from ..training.checkpoints import random_state, set_random_state
 from ..vectors.merging.batches import Evaluating
 from .linear import Composed
 from .options import AtlasOptions
@@ -297,7 +298,7 @@ class _Run:
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        write_bytes(self.path, buffer.getvalue())
+        write_files({self.path: buffer.getvalue()})
 
     def load(self) -> dict[str, Any] | None:
         """The checkpoint, checked, or None where there is none yet."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .labels import Ints
+from .lora import factor_in
 from .trace import Trace
 
 NORM = "norm"  # why a parameter is copied
@@ -197,8 +198,8 @@ def unrun(segments: Iterable[Sequence[int]]) -> Ints:
 def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> UnitMap:
     """Number the units of a trace and write every parameter's entry.
 
-    What is not trained (`requires_grad=False`) beside parameters that are, such as the base of a peft adapter, belongs
-    to no task: the units it owns are always on, and it is never copied.
+    In a model with LoRA adapters, what is not trained (`requires_grad=False`) is their base and belongs to no task: the
+    units it owns are always on, and it is never copied. What is left as units are the adapters' pairs.
 
     Args:
         copied: parameters that belong to the task whatever owns them (the affine parameters of norms).
@@ -212,10 +213,11 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     is_unit = labels.any_in_component("carried") & ~(in_output[roots] & ~read)
     is_unit &= ~labels.any_in_component("whole")
     is_unit[0] = False
-    fixed = {n for n, p in model.named_parameters() if not p.requires_grad}
-    if len(fixed) == sum(1 for _ in model.parameters()):
-        fixed = set()
-    base = np.zeros(len(roots), dtype=bool)  # led by a component that what is not trained owns
+    names = [n for n, _ in model.named_parameters()]
+    # elsewhere what is not trained may be as little as a table of positions
+    adapted = any(factor_in(n.split(".")) is not None for n in names)
+    fixed = {n for n in names if not model.get_parameter(n).requires_grad} if adapted else set()
+    base = np.zeros(len(roots), dtype=bool)  # the components that it owns
     for (name, d), first in found.first.items():
         if name in fixed:
             here = slice(first, first + model.get_parameter(name).shape[d])

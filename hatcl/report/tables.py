@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,13 +12,16 @@ from rich.text import Text
 
 
 def matrix_table(rows: Sequence[Sequence[float]], names: Sequence[str]) -> Table:
-    """The accuracy matrix: a row per task learned, a column per task tested, in percent."""
+    """The accuracy matrix: a row per task learned, a column per task tested, in percent; NaN was not measured."""
     table = Table(title="accuracy in % (row: learned, column: tested)", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("after learning")
     for j, _ in enumerate(names):
         table.add_column(f"task {j}", justify="right")
     for i, row in enumerate(rows):
-        cells = [Text(f"{100 * value:.1f}", style=_shade(value)) for value in row]
+        cells = [
+            Text("·", style="dim") if math.isnan(value) else Text(f"{100 * value:.1f}", style=_shade(value))
+            for value in row
+        ]
         cells += [Text("·", style="dim")] * (len(names) - len(row))
         table.add_row(f"{i} {names[i]}", *cells)
     return table

@@ -8,15 +8,12 @@ ilora.json      options, counts, where the stable adapter is, digests of it and 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import io
 import json
-import os
 import pickle
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import IntegrityError, SkillError
+from ..files import complete, replaced_folder
 from ..functional import digest_of
 from ..vectors.adapters import CONFIG, WEIGHTS
 from ..vectors.tensors import tensors_of
@@ -64,9 +62,9 @@ def save(ilora: ILoRA, folder: Path) -> Path:
     _ours(target, {ADAPTER, STABLE, MEMORY, ABOUT, where.parts[0]})
     if config.save_ema_adapter and not inside:
         _ours(target / where, {CONFIG, WEIGHTS})
-        with _replaced(target / where) as new:
+        with replaced_folder(target / where) as new:
             _write_adapter(model, ilora.stable, new)
-    with _replaced(target) as new:
+    with replaced_folder(target) as new:
         _write_adapter(model, ilora.plastic, new / ADAPTER)
         if config.save_ema_adapter and inside:
             _write_adapter(model, ilora.stable, new / where)
@@ -147,7 +145,7 @@ def _find(folder: Path, task_id: str | None) -> Path:
     """The task's folder: the one inside of that name, or the one given."""
     tried = [folder] if task_id is None else [folder / task_id, folder]
     for at in tried:
-        at = _complete(at)
+        at = complete(at)
         if (at / ABOUT).is_file():
             found = _about(at)["config"]["current_task_id"]
             if task_id is not None and found != task_id:
@@ -195,7 +193,7 @@ def _write_adapter(model: Any, adapter: str, folder: Path) -> None:
 
 def _read_adapter(model: Any, adapter: str, folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's folder, which fit the model's adapter."""
-    folder = _complete(folder)
+    folder = complete(folder)
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         raise SkillError(
             f"{folder} holds no adapter ({CONFIG} and {WEIGHTS}); give the folder where the task before was saved "
@@ -258,17 +256,7 @@ def _unpacked(path: Path) -> dict[str, Any]:
         raise IntegrityError(f"{path} cannot be read as a memory ({first}); learn that task again") from error
 
 
-# ---- all or nothing --------------------------------------------------------------------------------------------------
-
-
-def _beside(path: Path, word: str) -> Path:
-    return path.with_name(f".{path.name}.{word}")
-
-
-def _complete(path: Path) -> Path:
-    """Where the newest complete content of a folder is, also after its replacement was interrupted."""
-    old = _beside(path, "old")
-    return old if old.exists() and not path.exists() else path
+# ---- what may be replaced --------------------------------------------------------------------------------------------
 
 
 def _ours(folder: Path, names: set[str]) -> None:
@@ -279,27 +267,3 @@ def _ours(folder: Path, names: set[str]) -> None:
             f"{folder} {'holds ' + ', '.join(others[:4]) if others else 'is a file'}, expected a folder of its own; "
             "name another one, or give current_task_id"
         )
-
-
-@contextlib.contextmanager
-def _replaced(target: Path) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `target` at the end of the block, unless by an exception."""
-    target = Path(os.path.abspath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new, old = _beside(target, "new"), _beside(target, "old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
-        yield new
-        for path in new.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as f:
-                    os.fsync(f.fileno())
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-    os.rename(new, target)
-    shutil.rmtree(old, ignore_errors=True)

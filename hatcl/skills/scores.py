@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -19,7 +18,8 @@ from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from ..config import one_of
-from ..errors import ConfigError, IntegrityError, SkillError
+from ..errors import ConfigError, SkillError
+from ..files import write_files
 from ..map.grains import Grain, make_grain
 from ..vectors.files import read_metadata
 from ..vectors.tensors import tensors_of
@@ -97,7 +97,7 @@ class SkillScores:
         table.writeheader()
         table.writerows(self.to_rows())
         content = as_bytes({SCORES: self.values.contiguous()}, {ABOUT: about})
-        _write({path.with_suffix(".csv"): text.getvalue().encode(), path: content})
+        write_files({path.with_suffix(".csv"): text.getvalue().encode(), path: content})
 
     @classmethod
     def load(cls, path: Path_) -> SkillScores:
@@ -248,24 +248,3 @@ def _checked(of: SkillScores | Skill, vector: Tensor) -> Grain:
         )
     object.__setattr__(of, "shapes", parts.shapes)
     return parts
-
-
-def _write(files: Mapping[Path, bytes]) -> None:
-    """Replace files, once all of them are on disk."""
-    news = {path.with_name(f".{path.name}.new"): path for path in files}
-    try:
-        for new, path in news.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(new, "wb") as f:
-                f.write(files[path])
-                f.flush()
-                os.fsync(f.fileno())
-        for new, path in news.items():
-            os.replace(new, path)
-    except OSError as error:
-        raise IntegrityError(
-            f"{error.filename or 'scores'}: could not be written ({error}); is the disk full?"
-        ) from error
-    finally:
-        for new in news:
-            new.unlink(missing_ok=True)

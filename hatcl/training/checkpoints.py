@@ -3,14 +3,11 @@ disk and renamed, so that a reader finds either the old content or the new one, 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import pickle
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import IntegrityError
+from ..files import beside, complete, replaced_folder, write_files
 from ..pretrained import from_pretrained, save_pretrained
 
 CHECKPOINT = "checkpoint"
@@ -76,9 +74,9 @@ def load_checkpoint(run: Path, device: torch.device) -> Checkpoint | None:
 def tidy(run: Path) -> None:
     """Drop what a finished run does not need: its checkpoint, and what interrupted replacements left behind."""
     shutil.rmtree(run / CHECKPOINT, ignore_errors=True)
-    shutil.rmtree(_beside(run / CHECKPOINT, "old"), ignore_errors=True)
+    shutil.rmtree(beside(run / CHECKPOINT, "old"), ignore_errors=True)
     if (run / MODEL).exists():
-        shutil.rmtree(_beside(run / MODEL, "old"), ignore_errors=True)
+        shutil.rmtree(beside(run / MODEL, "old"), ignore_errors=True)
     for path in run.glob(".*.new"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -136,53 +134,12 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-# --- files and folders, all or nothing ---
-
-
-@contextlib.contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill; when the block ends normally it takes the place of `target`.
-
-    Two folders cannot trade places in one step, so the old one is moved aside first. After a kill between the two
-    moves there is no `target`; `complete` then answers with the old one, which is kept until the new one is in place.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new, old = _beside(target, "new"), _beside(target, "old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
-        yield new
-        _sync_tree(new)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-    os.rename(new, target)
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def complete(target: Path) -> Path:
-    """Where the newest complete content of `target` lies, also after its replacement was interrupted."""
-    old = _beside(target, "old")
-    return old if old.exists() and not target.exists() else target
+# --- JSON ---
 
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file, all or nothing. Numbers that are not finite are written as null."""
-    write_bytes(path, (json.dumps(_finite(content), indent=2, allow_nan=False) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = _beside(path, "new")
-    new.write_bytes(content)
-    _sync(new)
-    os.replace(new, path)
-    _sync(path.parent)
+    write_files({path: (json.dumps(_finite(content), indent=2, allow_nan=False) + "\n").encode()})
 
 
 def read_json(path: Path) -> Any:
@@ -196,30 +153,9 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def _beside(path: Path, word: str) -> Path:
-    return path.with_name(f".{path.name}.{word}")
-
-
 def _finite(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not np.isfinite(content) else content
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to disk, so that a rename after it is not seen before its content."""
-    if path.is_dir() and os.name != "posix":  # only POSIX lets a folder be opened
-        return
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

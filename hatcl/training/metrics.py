@@ -6,6 +6,8 @@ not learned yet has no gates to be tested with). T is the number of tasks, count
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import numpy as np
 import torch
 
@@ -57,6 +59,32 @@ def forward_transfer(r: np.ndarray, baseline: np.ndarray) -> float:
         raise ConfigError(f"forward transfer: got {len(baseline)} baselines, expected one for each of {len(r)} tasks")
     gains = [r[j - 1, j] - baseline[j] for j in range(1, len(r))]
     return float(np.mean(gains)) if gains else 0.0
+
+
+def zero_shot_transfer(r: np.ndarray) -> float:
+    """Forward transfer without a baseline: `1/(T-1) sum_{j>0} R[j-1, j]`, each task's score just before it is learned
+    (what TaSL's evaluation reports as FWT; Feng et al. 2024, arXiv 2408.05200). 0 for a single task."""
+    return forward_transfer(r, np.zeros(len(r)))
+
+
+def joint_goal_accuracy(turns: Sequence[Hashable], hits: Sequence[bool]) -> float:
+    """Joint goal accuracy of dialogue state tracking: the share of turns of which every slot is right.
+
+    Args:
+        turns: for each slot, which turn it belongs to (dialogue, turn and service). hits: for each slot, whether its
+            value was predicted.
+
+    Raises:
+        ConfigError: no slots, or lists of different length.
+    """
+    if len(turns) != len(hits) or not turns:
+        raise ConfigError(
+            f"joint goal accuracy: got {len(turns)} turns and {len(hits)} hits, expected one of each slot"
+        )
+    whole: dict[Hashable, bool] = {}
+    for turn, hit in zip(turns, hits, strict=True):
+        whole[turn] = whole.get(turn, True) and bool(hit)
+    return sum(whole.values()) / len(whole)
 
 
 def _square(r: np.ndarray) -> np.ndarray:

@@ -7,20 +7,19 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import IntegrityError
+from ..files import write_files, writing
 from .tensors import INDEX, IS_SHARD, SINGLE, Kind, files_of, kinds_of, opened, tensors_of
 
 SHARD_BYTES = 100 << 20
 UNFINISHED = ".unfinished"  # the folder inside the target where shards gather until all are there
 PLAN = "plan.json"  # in it: what is being written, so that the same write goes on and another one starts anew
+AGAIN = "What is finished stays: run the same again"  # what an error of writing says at its end
 
 
 def write_tensors(
@@ -49,7 +48,7 @@ def write_tensors(
     """
     meta = dict(metadata or {"format": "pt"})
     if path.name.endswith(".safetensors"):
-        with _writing(path):
+        with writing(path, AGAIN):
             path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, list(kinds), make, meta, kinds, progress)
         return path
@@ -93,13 +92,13 @@ def _plan(kinds: Mapping[str, Kind], most: int) -> list[list[str]]:
 
 def _begin(scratch: Path, recipe: str | None, shards: list[list[str]]) -> None:
     """An empty folder for the shards, unless what lies there is part of the same write."""
-    plan = json.dumps({"recipe": recipe, "shards": shards})
-    with _writing(scratch / PLAN):
-        if recipe is not None and (scratch / PLAN).exists() and (scratch / PLAN).read_text() == plan:
+    plan = json.dumps({"recipe": recipe, "shards": shards}).encode()
+    with writing(scratch / PLAN, AGAIN):
+        if recipe is not None and (scratch / PLAN).exists() and (scratch / PLAN).read_bytes() == plan:
             return
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        _replace(scratch / PLAN, plan)
+    write_files({scratch / PLAN: plan}, then=AGAIN)
 
 
 def _move_in(path: Path, names: list[str]) -> None:
@@ -107,7 +106,7 @@ def _move_in(path: Path, names: list[str]) -> None:
     old index goes first, shards without an index are refused, the new index comes last."""
     scratch = path / UNFINISHED
     stored = {name: kinds_of(tensors_of(scratch / name)) for name in names}
-    with _writing(path):
+    with writing(path, AGAIN):
         (path / INDEX).unlink(missing_ok=True)
         for old in path.glob("*.safetensors"):
             if old.name not in names and (old.name == SINGLE or IS_SHARD.search(old.name)):
@@ -117,7 +116,8 @@ def _move_in(path: Path, names: list[str]) -> None:
         if names != [SINGLE]:
             total = sum(nbytes(k) for kinds in stored.values() for k in kinds.values())
             where = {n: name for name, kinds in stored.items() for n in kinds}
-            _replace(path / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
+            index = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+            write_files({path / INDEX: index.encode()}, then=AGAIN)
         shutil.rmtree(scratch)
 
 
@@ -138,28 +138,4 @@ def _write(
             tensors[n] = t.clone() if shared else t
         if progress is not None:
             progress(nbytes(kinds[name]))
-    new = file.with_name(f".{file.name}.new")
-    with _writing(file):
-        try:
-            save_file(tensors, new, metadata=meta)
-            with open(new, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(new, file)
-        finally:
-            new.unlink(missing_ok=True)
-
-
-def _replace(path: Path, content: str) -> None:
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(content)
-    os.replace(new, path)
-
-
-@contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise IntegrityError(
-            f"{file}: could not be written ({error}); is the disk full? What is finished stays: run the same again"
-        ) from error
+    write_files({file: lambda new: save_file(tensors, new, metadata=meta)}, then=AGAIN)

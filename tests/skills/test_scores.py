@@ -224,7 +224,7 @@ def test_twin_writing_in_place_leaves_a_torn_file(tmp_path, monkeypatch):
             target.write_bytes(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_write", in_place)
+    monkeypatch.setattr(module, "write_files", in_place)
     with pytest.raises(OSError):
         blocks(3.0, 4.0).save(path)
     assert path.read_bytes() != before

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 
 import numpy as np
 import pytest
@@ -16,77 +14,6 @@ from hatcl.training import checkpoints
 from hatcl.training.checkpoints import Checkpoint
 
 CPU = torch.device("cpu")
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing of the program runs after it."""
-
-
-def content(folder) -> str | None:
-    path = checkpoints.complete(folder) / "text"
-    return path.read_text() if path.exists() else None
-
-
-def replace(folder, text: str) -> None:
-    with checkpoints.replaced_folder(folder) as new:
-        (new / "text").write_text(text)
-        (new / "deeper").mkdir()
-        (new / "deeper" / "more").write_text(text)
-
-
-def test_a_folder_is_replaced_whole(tmp_path):
-    target = tmp_path / "run" / "model"
-    replace(target, "old")
-    (target / "stale").touch()
-    replace(target, "new")
-    assert content(target) == "new" and not (target / "stale").exists()
-    assert [path.name for path in target.parent.iterdir()] == ["model"]
-
-
-def test_a_block_that_fails_leaves_the_old(tmp_path):
-    replace(tmp_path / "model", "old")
-    with pytest.raises(ZeroDivisionError), checkpoints.replaced_folder(tmp_path / "model") as new:
-        (new / "text").write_text("half")
-        1 / 0  # noqa: B018
-    assert content(tmp_path / "model") == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_kill_at_any_system_call_leaves_old_or_new(tmp_path, monkeypatch):
-    """Dies before the n-th call that touches the disk, for every n, then looks and goes on from there."""
-    calls = {"count": 0, "limit": None}
-
-    def counted(real):
-        def call(*args, **options):
-            calls["count"] += 1
-            if calls["limit"] is not None and calls["count"] >= calls["limit"]:
-                raise Killed
-            return real(*args, **options)
-
-        return call
-
-    for module, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (os, "mkdir")):
-        monkeypatch.setattr(module, name, counted(getattr(module, name)))
-    seen = set()
-    for limit in range(1, 60):
-        for start in (None, "old"):
-            target = tmp_path / f"{limit}{start}" / "model"
-            calls.update(count=0, limit=None)
-            if start:
-                replace(target, start)
-            calls.update(count=0, limit=limit)
-            try:
-                replace(target, "new")
-                finished = True
-            except Killed:
-                finished = False
-            calls.update(limit=None)
-            seen.add((start, content(target), finished))
-            assert content(target) in ({"new"} if finished else {start, "new"})
-            replace(target, "newer")  # the next process
-            assert content(target) == "newer"
-            assert [path.name for path in target.parent.iterdir()] == ["model"]
-    assert ("old", "old", False) in seen and ("old", "new", False) in seen and ("old", "new", True) in seen
 
 
 def test_json_is_replaced_whole_and_strict(tmp_path):

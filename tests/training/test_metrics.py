@@ -47,3 +47,20 @@ def test_accuracy_and_bad_shapes():
         metrics.matrix([[1, 2, 3], [1]])
     with pytest.raises(ConfigError, match=r"got shape \[2, 3\], expected T x T"):
         metrics.average_accuracy(np.zeros((2, 3)))
+
+
+def test_zero_shot_transfer_leaves_the_baseline_out():
+    r = np.array([[0.9, 0.3, 0.1], [0.8, 0.9, 0.5], [0.7, 0.8, 0.9]])
+    assert metrics.zero_shot_transfer(r) == pytest.approx((0.3 + 0.5) / 2)
+    assert metrics.zero_shot_transfer(r) == metrics.forward_transfer(r, np.zeros(3))
+    assert metrics.zero_shot_transfer(r[:1, :1]) == 0.0
+
+
+def test_joint_goal_accuracy_counts_a_turn_if_all_of_its_slots_match():
+    turns = [("d", 2), ("d", 2), ("d", 4), ("e", 2), ("d", 4)]
+    assert metrics.joint_goal_accuracy(turns, [True, True, True, True, False]) == 2 / 3
+    assert metrics.joint_goal_accuracy(turns, [False] * 5) == 0.0
+    assert metrics.joint_goal_accuracy(turns[:1], [True]) == 1.0
+    for wrong in ([], [True]):
+        with pytest.raises(ConfigError, match=f"got {len(turns) if wrong else 0} turns and {len(wrong)} hits"):
+            metrics.joint_goal_accuracy(turns if wrong else [], wrong)

@@ -1,0 +1,195 @@
+"""A run's folder: what each task leaves behind, and from where an interrupted run goes on.
+
+    config.json       what is learned and how: method, options, tasks, digest of the base model
+    tasks/0_NAME/     adapter/ (peft's own format), scores.safetensors and .csv, cumulative.*, config.json
+    checkpoint/       the newest state: model.safetensors (all that is trained, and buffers), method/, progress.json
+    result.json       the matrix and its measures, once the run is finished
+    seconds.json      where the time went
+
+Everything is written beside its target and renamed. Only `seconds.json` differs between two runs of the same seed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import ConfigError, IntegrityError, SkillError
+from ..files import complete, replaced_folder
+from ..skills.ilora_files import base_digest, digest
+from ..skills.switch import of_adapters
+from ..skills.tensors import adapters_of, skill_tensors
+from ..training import checkpoints
+from .methods.registry import Method
+
+CHECKPOINT, RESULT, SECONDS, TASKS = "checkpoint", "result.json", "seconds.json", "tasks"
+STATE, METHOD, PROGRESS, ADAPTER, WEIGHTS = "model.safetensors", "method", "progress.json", "adapter", "weights"
+
+
+def base_of(model: nn.Module) -> str:
+    """A digest of the base model that the adapters stand on; of a model without LoRA, of all its parameters: of the
+    weights that the run starts from."""
+    return base_digest(model) if adapters_of(model) else digest(dict(model.named_parameters()))
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """What learning changes: all that belongs to an adapter, all else that requires a gradient, and the buffers."""
+    out: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad or of_adapters(name):
+            out[name] = p
+    out |= dict(model.named_buffers())
+    return out
+
+
+def write_state(model: nn.Module, path: Path) -> None:
+    """`state_of` as a safetensors file; tensors that share memory are written once each."""
+    save_file({n: t.detach().cpu().contiguous().clone() for n, t in state_of(model).items()}, path)
+
+
+@torch.no_grad()
+def read_state(model: nn.Module, path: Path) -> None:
+    """Put back what `write_state` wrote.
+
+    Raises:
+        SkillError: tensors that are missing or of another shape, by name. IntegrityError: a damaged file.
+    """
+    try:
+        stored = load_file(path)
+    except Exception as error:  # safetensors raises its own kind, which is no subclass of anything narrower
+        raise IntegrityError(f"{path} cannot be read ({error}); start the run anew in another folder") from error
+    ours = state_of(model)
+    wrong = [f"{n} is missing" for n in stored if n not in ours] + [f"{n} is new" for n in ours if n not in stored]
+    wrong += [
+        f"{n} is {list(stored[n].shape)}, the model's {list(t.shape)}"
+        for n, t in ours.items()
+        if n in stored and t.shape != stored[n].shape
+    ]
+    if wrong:
+        raise SkillError(
+            f"{path} holds other tensors than the model: {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}; go "
+            "on with the model and the LoRA options that the run was started with"
+        )
+    for name, t in ours.items():
+        t.copy_(stored[name])
+
+
+def claim(folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json into a new folder."""
+    if not (folder / checkpoints.CONFIG).exists():
+        checkpoints.write_json(folder / checkpoints.CONFIG, config)
+
+
+def check(folder: Path, config: dict[str, Any]) -> None:
+    """Is the folder free, or is the run in it this one?
+
+    Raises:
+        SkillError: it was started with another base model, or with an adapter of other tensors.
+        ConfigError: with other options or tasks, or it holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"folder: {folder} is a file, expected a folder")
+    config = json.loads(json.dumps(config))
+    path = folder / checkpoints.CONFIG
+    if not path.exists():
+        if (folder / TASKS).exists() or complete(folder / CHECKPOINT).exists():
+            raise ConfigError(f"folder: {folder} holds a run without {checkpoints.CONFIG}; name another folder")
+        return
+    stored = checkpoints.read_json(path)
+    if not isinstance(stored, dict) or not set(config) <= set(stored):
+        raise ConfigError(f"folder: {folder} holds something else than a run of learn_sequence; name another folder")
+    if stored["base"] != config["base"]:
+        raise SkillError(
+            f"{folder}: the run was started from another base model (digest {stored['base'][:12]}, now came "
+            f"{config['base'][:12]}); load the same base model, or name another folder"
+        )
+    if stored["tensors"] != config["tensors"]:
+        was, now = stored["tensors"], config["tensors"]
+        name = next(n for n in sorted({*was, *now}) if was.get(n) != now.get(n))
+        raise SkillError(
+            f"{folder}: the run was started with other LoRA options: {name} was {was.get(name, 'not there')}, now is "
+            f"{now.get(name, 'not there')}; give the same rank and targets, or name another folder"
+        )
+    for key in config:
+        if stored[key] != config[key]:
+            was, now = _difference(stored[key], config[key])
+            raise ConfigError(
+                f"{folder}: the run was started with {key} {was}, now came {now}; give the same to go on with it, or "
+                "name another folder"
+            )
+
+
+def write_task(folder: Path, name: str, model: nn.Module, method: Method, about: dict[str, Any]) -> None:
+    """What a finished task leaves behind, as one folder, all or nothing.
+
+    Args:
+        name: the folder's, see `task_folder`. about: the content of its config.json.
+    """
+    with replaced_folder(folder / TASKS / name) as new:
+        write_adapter(model, new / ADAPTER, method.adapters(model))
+        for kind, scores in method.scores().items():
+            scores.save(new / f"{kind}.safetensors")
+        (new / checkpoints.CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+
+
+def write_adapter(model: nn.Module, folder: Path, names: list[str] | None = None) -> None:
+    """Adapters in peft's own format; what a model without LoRA learned as `weights.safetensors`.
+
+    peft writes the targets, a set, in any order: here they are sorted.
+    """
+    peft = _peft_model(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    if peft is None:
+        tensors = {n: p.detach().cpu().contiguous().clone() for n, p in skill_tensors(model).items()}
+        save_file(tensors, folder / f"{WEIGHTS}.safetensors")
+        return
+    chosen = [n for n in (names or peft.active_adapters) if n in adapters_of(peft)]
+    peft.save_pretrained(str(folder), selected_adapters=chosen, save_embedding_layers=False)
+    for path in sorted(folder.rglob("adapter_config.json")):
+        content = {k: sorted(v) if k in _SETS and isinstance(v, list) else v for k, v in _json(path).items()}
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    for path in folder.rglob("README.md"):  # a model card to be filled in by hand
+        path.unlink()
+
+
+def task_folder(index: int, name: str) -> str:
+    """`0_sst-2`: with everything but letters, digits, dot, dash and underscore replaced."""
+    return f"{index}_{re.sub(r'[^A-Za-z0-9._-]', '_', name)}"
+
+
+_SETS = ("target_modules", "modules_to_save", "exclude_modules", "layers_to_transform")
+
+
+def _peft_model(model: nn.Module) -> Any:
+    """The PeftModel that a model is, or that lies in it; also a transformers model with peft adapters of its own."""
+    for module in _modules(model):
+        if hasattr(module, "peft_config") and hasattr(module, "save_pretrained") and adapters_of(module):
+            return module
+    return None
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    yield from model.modules()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def _difference(was: Any, now: Any) -> tuple[Any, Any]:
+    """The first entry that differs, where both are mappings."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        key = next(k for k in sorted({*was, *now}) if was.get(k) != now.get(k))
+        return _difference({key: was.get(key)}[key], now.get(key)) if isinstance(was.get(key), dict) else (
+            f"{key}={was.get(key)}", f"{key}={now.get(key)}"
+        )  # fmt: skip
+    return was, now

@@ -1,0 +1,202 @@
+"""Tasks of writing the output after the input: encoder-decoders (T5) and causal language models, scored by greedy
+generation; with turns of dialogues by joint goal accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..training.metrics import joint_goal_accuracy
+from .tasks import ContinualTask
+from .text import Pair, TextData
+
+MASKED = -100  # transformers leaves labels of this number out of the loss
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens: of the input, of the output while learning, generated at most, and texts per batch of scoring."""
+
+    max_input: int
+    max_output: int
+    score_batch: int
+
+
+def seq2seq_task(
+    name: str,
+    data: TextData,
+    tokenizer: Any,
+    *,
+    max_input: int = 256,
+    max_output: int = 32,
+    score_batch: int = 16,
+) -> ContinualTask:
+    """A task for an encoder-decoder: the loss is that of the output's tokens, given the input.
+
+    Args:
+        data: pairs; with `turns` the score is joint goal accuracy, else the share of outputs that match, both without
+            regard to case and to white space.
+        max_input: the input's tokens; what is too long loses its beginning, since what is asked stands at the end.
+        max_output: the output's tokens, with the end of the sequence; as many are generated at most.
+
+    Raises:
+        ConfigError: an output that gives no label to learn from.
+    """
+    lengths = _lengths(max_input, max_output, score_batch)
+    writer = _Seq2Seq(tokenizer, lengths, name)
+    return _task(name, data, writer)
+
+
+def causal_task(
+    name: str,
+    data: TextData,
+    tokenizer: Any,
+    *,
+    max_input: int = 256,
+    max_output: int = 32,
+    score_batch: int = 16,
+) -> ContinualTask:
+    """A task for a causal language model: the input, then the output, then the end of the sequence; the input's labels
+    are masked. Arguments and errors as for `seq2seq_task`.
+    """
+    lengths = _lengths(max_input, max_output, score_batch)
+    writer = _Causal(tokenizer, lengths, name)
+    return _task(name, data, writer)
+
+
+def matches(given: str, expected: str) -> bool:
+    """Are two values the same without regard to case and to white space?"""
+    return given.lower().split() == expected.lower().split()
+
+
+def check_labels(labels: Tensor, name: str, examples: Sequence[Any]) -> None:
+    """Raises `ConfigError` if a row's labels are all masked: its loss would be a mean over nothing."""
+    empty = (labels == MASKED).all(-1).nonzero().flatten().tolist()
+    if empty:
+        raise ConfigError(
+            f"task {name}: all labels of {len(empty)} of {len(examples)} examples are masked, the first is "
+            f"{str(examples[empty[0]])[:80]!r}; give outputs that are not empty, and max_output of at least 1"
+        )
+
+
+class _Seq2Seq:
+    def __init__(self, tokenizer: Any, lengths: Lengths, name: str) -> None:
+        self.tokenizer, self.lengths, self.name = tokenizer, lengths, name
+        if tokenizer.pad_token_id is None:
+            raise ConfigError(f"task {name}: the tokenizer has no token for padding; set tokenizer.pad_token")
+
+    def inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        rows = [_ids(self.tokenizer, x)[-self.lengths.max_input :] for x in texts]
+        return self._padded(rows, left=False)
+
+    def batch(self, pairs: list[Pair]) -> dict[str, Tensor]:
+        out = self.inputs([x for x, _ in pairs])
+        rows = [_with_end(self.tokenizer, _ids(self.tokenizer, y), self.lengths.max_output) for _, y in pairs]
+        out["labels"] = self._filled(rows, MASKED, left=False)
+        check_labels(out["labels"], self.name, pairs)
+        return out
+
+    def written(self, model: nn.Module, texts: Sequence[str]) -> list[str]:
+        tokens = _to(self.inputs(texts), model)
+        return self._decoded(_generate(model, tokens, self.lengths.max_output, self.tokenizer))
+
+    def _decoded(self, ids: Tensor) -> list[str]:
+        return list(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+    def _padded(self, rows: list[list[int]], left: bool) -> dict[str, Tensor]:
+        ids = self._filled(rows, self.tokenizer.pad_token_id, left)
+        return {"input_ids": ids, "attention_mask": self._filled([[1] * len(r) for r in rows], 0, left)}
+
+    def _filled(self, rows: list[list[int]], value: int, left: bool) -> Tensor:
+        width = max(1, *(len(r) for r in rows))
+        gaps = [[value] * (width - len(r)) for r in rows]
+        return torch.tensor([gap + r if left else r + gap for r, gap in zip(rows, gaps, strict=True)])
+
+
+class _Causal(_Seq2Seq):
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Without the token that ends a sequence, which some tokenizers add."""
+        end = self.tokenizer.eos_token_id
+        rows = [_ids(self.tokenizer, x) for x in texts]
+        rows = [r[:-1] if len(r) > 1 and r[-1] == end else r for r in rows]
+        return [r[-self.lengths.max_input :] for r in rows]
+
+    def batch(self, pairs: list[Pair]) -> dict[str, Tensor]:
+        before = self.prompts([x for x, _ in pairs])
+        after = [
+            _with_end(self.tokenizer, _ids(self.tokenizer, y, special=False), self.lengths.max_output) for _, y in pairs
+        ]
+        # on the right while learning, where positions count from the first token
+        out = self._padded([b + a for b, a in zip(before, after, strict=True)], left=False)
+        rows = [[MASKED] * len(b) + a for b, a in zip(before, after, strict=True)]
+        out["labels"] = self._filled(rows, MASKED, left=False)
+        check_labels(out["labels"], self.name, pairs)
+        return out
+
+    def written(self, model: nn.Module, texts: Sequence[str]) -> list[str]:
+        tokens = _to(self._padded(self.prompts(texts), left=True), model)
+        ids = _generate(model, tokens, self.lengths.max_output, self.tokenizer)
+        return self._decoded(ids[:, tokens["input_ids"].shape[1] :])
+
+
+def _task(name: str, data: TextData, writer: _Seq2Seq) -> ContinualTask:
+    empty = next((x for x, y in data.train if not y.strip()), None)
+    if empty is not None:
+        raise ConfigError(f"task {name}: the output of {empty[:80]!r} is empty: all its labels would be masked")
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        found: Tensor = model(**_to(batch, model)).loss
+        return found
+
+    def score_of(pairs: Sequence[Pair], turns: Sequence[Any]) -> Any:
+        def score(model: nn.Module) -> float:
+            size = writer.lengths.score_batch
+            order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
+            hits = [False] * len(pairs)
+            for k in range(0, len(order), size):
+                some = order[k : k + size]
+                given = writer.written(model, [pairs[i][0] for i in some])
+                for i, text in zip(some, given, strict=True):
+                    hits[i] = matches(text, pairs[i][1])
+            return joint_goal_accuracy(turns, hits) if turns else sum(hits) / len(hits)
+
+        return score
+
+    validate = score_of(data.validation, []) if data.validation else None
+    return ContinualTask(name, data.train, writer.batch, loss, score_of(data.test, data.turns), validate)
+
+
+def _lengths(max_input: int, max_output: int, score_batch: int) -> Lengths:
+    found = Lengths(max_input, max_output, score_batch)
+    for name in ("max_input", "max_output", "score_batch"):
+        if getattr(found, name) < 1:
+            raise ConfigError(f"{name}: got {getattr(found, name)}, expected at least 1")
+    return found
+
+
+def _ids(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    return [int(i) for i in tokenizer(text, add_special_tokens=special)["input_ids"]]
+
+
+def _with_end(tokenizer: Any, ids: list[int], most: int) -> list[int]:
+    end = tokenizer.eos_token_id
+    if end is None:
+        return ids[:most]
+    return [*(ids[:-1] if ids and ids[-1] == end else ids)[: most - 1], int(end)]
+
+
+def _to(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {n: t.to(device) for n, t in batch.items()}
+
+
+def _generate(model: Any, tokens: dict[str, Tensor], most: int, tokenizer: Any) -> Tensor:
+    found: Tensor = model.generate(
+        **tokens, max_new_tokens=most, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id
+    )
+    return found

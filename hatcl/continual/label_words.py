@@ -1,0 +1,153 @@
+"""Classification by label words: an encoder without a head for masked words, and no head of its own for any task.
+
+    logits = scale * cos(mean-pooled hidden state of the text, mean-pooled hidden state of the label's word or phrase)
+
+The labels' embeddings come from the base encoder, without any adapter, once, and stay: all tasks share one model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..skills.ilora import Hidden, hidden_states_of
+from .tasks import ContinualTask
+from .text import Pair, TextData
+
+SCALE = 20.0  # sentence transformers' temperature, with which such encoders were trained
+
+
+def label_word_task(
+    name: str,
+    data: TextData,
+    encoder: nn.Module,
+    tokenizer: Any,
+    *,
+    labels: Mapping[str, str] | Sequence[str] | None = None,
+    max_length: int = 64,
+    scale: float = SCALE,
+    score_batch: int = 64,
+) -> ContinualTask:
+    """A task of classifying texts by the nearest of its labels' embeddings.
+
+    Args:
+        data: pairs of a text and a label. encoder: the base encoder, or the peft model (its adapters are switched off
+            while the labels are embedded): something that gives `last_hidden_state`. tokenizer: its own.
+        labels: the labels, or label -> the word or phrase that stands for it; default: the labels of the training data
+            in their own words.
+        max_length: tokens per text; batches are padded to their longest text.
+        scale: of the cosines. score_batch: texts per batch of scoring.
+
+    Returns:
+        Its score is the accuracy on the test pairs; `validate` that on the validation pairs.
+
+    Raises:
+        ConfigError: fewer than two labels, a pair whose label is none of them, or an encoder without hidden states.
+    """
+    words = dict(labels) if isinstance(labels, Mapping) else {y: y for y in labels or data.labels}
+    if len(words) < 2:
+        raise ConfigError(f"task {name}: got the labels {list(words)}, expected at least two")
+    place = {y: i for i, y in enumerate(words)}
+    for x, y in [*data.train, *data.validation, *data.test]:
+        if y not in place:
+            raise ConfigError(f"task {name}: {x[:40]!r} has the label {y!r}, expected one of {', '.join(words)}")
+    read = _Reader(tokenizer, max_length)
+    anchors = label_embeddings(encoder, read, list(words.values()), name)
+    head = _LabelWords(anchors, scale, place)
+
+    def collate(pairs: list[Pair]) -> tuple[Any, Tensor]:
+        return read([x for x, _ in pairs]), torch.tensor([place[y] for _, y in pairs])
+
+    return ContinualTask(
+        name,
+        data.train,
+        collate,
+        head.loss,
+        functools.partial(_accuracy, head=head, collate=collate, pairs=data.test, size=score_batch),
+        functools.partial(_accuracy, head=head, collate=collate, pairs=data.validation, size=score_batch)
+        if data.validation
+        else None,
+        head.hidden,
+    )
+
+
+@torch.no_grad()
+def label_embeddings(encoder: nn.Module, read: Callable[[list[str]], Any], words: list[str], name: str = "") -> Tensor:
+    """Unit vectors `[classes, d]` of words or phrases by the encoder without its adapters, in evaluation mode."""
+    was_training = encoder.training
+    off = getattr(encoder, "disable_adapter", None)
+    encoder.eval()
+    try:
+        with off() if callable(off) else contextlib.nullcontext():
+            return F.normalize(pooled(encoder, read(words), name), dim=-1).cpu()
+    finally:
+        encoder.train(was_training)
+
+
+def pooled(model: nn.Module, tokens: Mapping[str, Tensor], name: str = "") -> Tensor:
+    """The mean of the last hidden states over the tokens that are not padding, `[n, d]`.
+
+    Raises:
+        ConfigError: the model gives no `last_hidden_state`.
+    """
+    device = next(model.parameters()).device
+    tokens = {n: t.to(device) for n, t in tokens.items()}
+    out = getattr(model(**tokens), "last_hidden_state", None)
+    if out is None:
+        raise ConfigError(
+            f"task {name}: {type(model).__name__} gives no last_hidden_state; label words need a bare encoder "
+            "(transformers' AutoModel)"
+        )
+    mask = tokens["attention_mask"].unsqueeze(-1).to(out.dtype)
+    return (out * mask).sum(1) / mask.sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """Texts to tensors, padded to the longest."""
+
+    tokenizer: Any
+    max_length: int
+
+    def __call__(self, texts: list[str]) -> dict[str, Tensor]:
+        out = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        return {n: out[n] for n in ("input_ids", "attention_mask", "token_type_ids") if n in out}
+
+
+@dataclass(frozen=True, eq=False)
+class _LabelWords:
+    anchors: Tensor
+    scale: float
+    place: dict[str, int]
+
+    def logits(self, model: nn.Module, tokens: Any) -> Tensor:
+        x = F.normalize(pooled(model, tokens), dim=-1)
+        return self.scale * x @ self.anchors.to(x).t()
+
+    def loss(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        logits = self.logits(model, batch[0])
+        return F.cross_entropy(logits, batch[1].to(logits.device))
+
+    def hidden(self, model: nn.Module, batch: tuple[Any, Tensor]) -> list[Hidden]:
+        device = next(model.parameters()).device
+        return hidden_states_of(model, {n: t.to(device) for n, t in batch[0].items()})
+
+
+def _accuracy(
+    model: nn.Module, *, head: _LabelWords, collate: Callable[[list[Pair]], Any], pairs: Sequence[Pair], size: int
+) -> float:
+    """Texts of like length are batched together, so that little is spent on padding."""
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
+    hits = 0
+    for k in range(0, len(order), size):
+        tokens, y = collate([pairs[i] for i in order[k : k + size]])
+        hits += int((head.logits(model, tokens).argmax(-1).cpu() == y).sum())
+    return hits / len(pairs)

@@ -1,0 +1,108 @@
+"""O-LoRA: each task learns an adapter of its own, orthogonal to those before (Wang et al. 2023, arXiv 2310.14152)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError, SkillError
+from ...map.lora import factor_in
+from ...skills.tensors import active_adapter, adapters_of, skill_tensors
+from ..tasks import ContinualTask
+from .registry import Batch, Method, continual_method
+
+ADAPTERS = "adapters.json"
+
+
+@continual_method("olora", paper="Wang et al. 2023, arXiv 2310.14152")
+class OLoRA(Method):
+    """The model's output is that of the base and of all adapters together, `W + s sum_i B_i A_i`; while task t is
+    learned the earlier ones are frozen, and the loss gets
+
+        orthogonality * sum_{i<t} sum |A_i A_t^T|  +  l2 * sum ||A_t||_F + ||B_t||_F
+
+    over all adapted layers, as in the paper's code. After a task its adapter is kept as `olora_0`, `olora_1`, ... and
+    the adapter that is trained starts anew, by peft's own initialisation.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """Args:
+        orthogonality: the paper's lambda_1. l2: lambda_2, which its scripts set to 0.
+        """
+
+        orthogonality: float = 0.5
+        l2: float = 0.0
+
+        def __post_init__(self) -> None:
+            for name in ("orthogonality", "l2"):
+                value = getattr(self, name)
+                if not (math.isfinite(value) and value >= 0):
+                    raise ConfigError(f"{name}: got {value!r}, expected a number of at least 0")
+
+    def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
+        name = active_adapter(model)
+        if name is None or not hasattr(model, "add_adapter") or not hasattr(model, "base_model"):
+            raise SkillError(f"olora: {type(model).__name__} is no peft model with a LoRA adapter; use get_peft_model")
+        taken = [n for n in adapters_of(model) if n.startswith("olora_")]
+        if taken:
+            raise SkillError(f"olora: the model has adapters named {', '.join(taken)} already; delete or rename them")
+        self.adapter, self.earlier = name, list[str]()
+
+    def begin(self, model: nn.Module, stage: int) -> None:
+        if stage:
+            self._keep(model)
+        self._activate(model)
+
+    @torch.no_grad()
+    def _keep(self, model: Any) -> None:
+        """Move the learned adapter to a frozen one, and start it anew."""
+        config = model.peft_config[self.adapter]
+        kept = f"olora_{len(self.earlier)}"
+        model.add_adapter(kept, config)
+        fresh = {n: p.detach().clone() for n, p in skill_tensors(model, kept).items()}
+        ours, theirs = skill_tensors(model, self.adapter), skill_tensors(model, kept)
+        for n in ours:
+            theirs[n].copy_(ours[n])
+            ours[n].copy_(fresh[n])
+        self.earlier.append(kept)
+
+    def _activate(self, model: Any) -> None:
+        model.base_model.set_adapter([*self.earlier, self.adapter])
+        for name in self.earlier:
+            for p in skill_tensors(model, name).values():
+                p.requires_grad_(False)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = batch.loss(model)
+        ours = skill_tensors(model, self.adapter)
+        if self.options.orthogonality:
+            for name in self.earlier:
+                theirs = skill_tensors(model, name)
+                for n, a in ours.items():
+                    at = factor_in(n.split("."))
+                    if at is not None and n.split(".")[at].endswith("_A"):
+                        both = theirs[n].flatten(1) @ a.flatten(1).t()
+                        loss = loss + self.options.orthogonality * both.abs().sum()
+        if self.options.l2:
+            loss = loss + self.options.l2 * sum(p.norm() for p in ours.values())
+        return loss
+
+    def adapters(self, model: nn.Module) -> list[str]:
+        return [*self.earlier, self.adapter]
+
+    def save(self, folder: Path) -> None:
+        (folder / ADAPTERS).write_text(json.dumps(self.earlier))
+
+    def load(self, folder: Path, model: Any) -> None:
+        self.earlier = json.loads((folder / ADAPTERS).read_text())
+        for name in self.earlier:
+            model.add_adapter(name, model.peft_config[self.adapter])
+        self._activate(model)

@@ -1,0 +1,162 @@
+"""Methods of continual learning by name.
+
+A method is a class with what it does before, during and after a task. `@continual_method(name, paper=...)` above it is
+all that it takes to be found; its options are the fields of its dataclass `Options`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...config import known_options, one_of
+from ...errors import ConfigError
+from ...skills.scores import SkillScores
+from ..tasks import ContinualTask
+
+C = TypeVar("C", bound="type[Method]")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples of one task.
+
+    Attributes:
+        index: which task. task: the task itself. positions: which of its training examples.
+    """
+
+    index: int
+    task: ContinualTask
+    positions: tuple[int, ...]
+
+    @property
+    def examples(self) -> list[Any]:
+        """The examples themselves."""
+        return [self.task.train[i] for i in self.positions]
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """The task's own loss of them."""
+        return self.task.loss(model, self.task.collate(self.examples))
+
+
+class Method:
+    """What every method can do; alone it is plain training. A method overrides what it does differently.
+
+    `begin` is called once per stage, then for each step `loss`, a backward pass, clipping, the optimizer's step and
+    `after_step`, then `end`. All randomness comes from torch's global generators, which are seeded anew for each stage.
+
+    Attributes:
+        name: as registered. paper: who proposed it. options: of the class `Options`.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+
+    @dataclass(frozen=True)
+    class Options:
+        """This method has none."""
+
+    def __init__(self, options: Any = None) -> None:
+        kind = type(self).Options
+        if isinstance(options, Mapping):
+            known_options(kind, options)
+            options = kind(**options)
+        self.options: Any = kind() if options is None else options
+        if not isinstance(self.options, kind):
+            raise ConfigError(f"{self.name}: got options of {type(options).__qualname__}, expected {kind.__qualname__}")
+
+    def stages(self, count: int) -> list[list[int]]:
+        """Which tasks are learned together, in order."""
+        return [[i] for i in range(count)]
+
+    def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
+        """Before the first stage, and before going on with an interrupted run.
+
+        Raises:
+            SkillError: a model that the method cannot learn with.
+        """
+
+    def begin(self, model: nn.Module, stage: int) -> None:
+        """Before a stage; the optimizer is made after it, of what then requires a gradient."""
+
+    def watching(self, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[Any]:
+        """Around a stage's steps."""
+        return contextlib.nullcontext()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of a batch."""
+        return batch.loss(model)
+
+    def after_step(self, model: nn.Module, batch: Batch) -> None:
+        """After the optimizer's step."""
+
+    def end(self, model: nn.Module, stage: int) -> None:
+        """After a stage's steps; the model is scored and saved as this leaves it."""
+
+    def scoring(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """Around the scoring of the model."""
+        return contextlib.nullcontext()
+
+    def scores(self) -> dict[str, SkillScores]:
+        """Scores to save with a finished task: `scores` of the task, `cumulative` of all so far."""
+        return {}
+
+    def adapters(self, model: nn.Module) -> list[str] | None:
+        """Which of the model's adapters to save with a finished task; None = the active one."""
+        return None
+
+    def save(self, folder: Path) -> None:
+        """What the next stage needs beside the model."""
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        """Read what `save` wrote. It comes after `start` and before the model's tensors are read."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and options, JSON-able."""
+        return {"name": self.name, "options": dataclasses.asdict(self.options)}
+
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def continual_method(name: str, *, paper: str) -> Callable[[C], C]:
+    """Class decorator: `learn_sequence` finds the method under this name.
+
+    Raises:
+        ConfigError: a name that is taken.
+    """
+
+    def add(kind: C) -> C:
+        if name in _METHODS:
+            raise ConfigError(f"continual_method: {name!r} is taken by {_METHODS[name].__qualname__}")
+        kind.name, kind.paper = name, paper
+        _METHODS[name] = kind
+        return kind
+
+    return add
+
+
+def list_continual_methods() -> dict[str, type[Method]]:
+    """All methods by name."""
+    return dict(sorted(_METHODS.items()))
+
+
+def make_method(method: str | Method, options: Mapping[str, Any] | None = None) -> Method:
+    """A method by its name, with options changed; or the method itself.
+
+    Raises:
+        ConfigError: an unknown name or option, with the nearest one; options beside a method that has its own.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise ConfigError(f"method_options: the method {method.name} came with its own; leave them out")
+        return method
+    one_of("method", method, list(list_continual_methods()))
+    return _METHODS[method](options or {})

@@ -1,0 +1,78 @@
+"""Experience replay: earlier tasks' examples are learned again beside the current ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...skills.reservoir import Reservoir
+from ..tasks import ContinualTask
+from .registry import Batch, Method, continual_method
+
+MEMORY = "memory.pt"
+
+
+@continual_method("replay", paper="Chaudhry et al. 2019, arXiv 1902.10486")
+class Replay(Method):
+    """The mean loss over a batch and as many examples of earlier tasks, `(n_b L_b + n_m L_m) / (n_b + n_m)`, drawn from
+    a memory that reservoir sampling keeps uniform over all examples of the tasks that are finished.
+
+    It holds (task, position) instead of the examples, so that a run can go on from a small file. The paper fills it
+    while a task is learned; here a task's examples enter when it is finished, each once.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """Args:
+        buffer_size: how many examples are kept of all earlier tasks. samples: how many are drawn per step; None =
+            as many as the batch has.
+        """
+
+        buffer_size: int = 500
+        samples: int | None = None
+
+        def __post_init__(self) -> None:
+            for name in ("buffer_size", "samples"):
+                value = getattr(self, name)
+                if value is not None and value < 1:
+                    raise ConfigError(f"{name}: got {value!r}, expected at least 1")
+
+    def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
+        self.tasks = tasks
+        self.memory: Reservoir = Reservoir(self.options.buffer_size, seed)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        if not len(self.memory):
+            return batch.loss(model)
+        drawn = self.memory.sample(self.options.samples or len(batch.positions))
+        return mean_loss(model, [batch, *together(self.tasks, drawn)])
+
+    def end(self, model: nn.Module, stage: int) -> None:
+        for position in range(len(self.tasks[stage].train)):
+            self.memory.add((stage, position))
+
+    def save(self, folder: Path) -> None:
+        torch.save(self.memory.state_dict(), folder / MEMORY)
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        self.memory.load_state_dict(torch.load(folder / MEMORY, weights_only=True))
+
+
+def together(tasks: Sequence[ContinualTask], drawn: Sequence[Any]) -> list[Batch]:
+    """(task, position) pairs as one batch for each task that is among them."""
+    found: dict[int, list[int]] = {}
+    for index, position in drawn:
+        found.setdefault(int(index), []).append(int(position))
+    return [Batch(i, tasks[i], tuple(found[i])) for i in sorted(found)]
+
+
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """The mean loss over the examples of all batches."""
+    total = torch.stack([b.loss(model) * len(b.positions) for b in batches]).sum()
+    return total / sum(len(b.positions) for b in batches)

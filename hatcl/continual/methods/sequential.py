@@ -1,0 +1,10 @@
+"""Sequential fine-tuning: each task is learned as if there were no other."""
+
+from __future__ import annotations
+
+from .registry import Method, continual_method
+
+
+@continual_method("sequential", paper="the baseline that forgets")
+class Sequential(Method):
+    """One adapter, learned task after task without any protection."""

@@ -1,0 +1,110 @@
+"""TaSL: find the units of the adapter that each task needs, and merge task after task by them (Feng et al. 2024, arXiv
+2408.05200)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...skills.consolidate import ConsolidateOptions, consolidate
+from ...skills.orthogonality import orthogonality
+from ...skills.scorer import SkillScorer
+from ...skills.scores import SkillScores, accumulate
+from ...skills.tensors import adapters_of, skill_tensors
+from ..tasks import ContinualTask
+from .registry import Batch, Method, continual_method
+
+CUMULATIVE = "cumulative.safetensors"
+
+
+@continual_method("tasl", paper="Feng et al. 2024, arXiv 2408.05200")
+class TaSL(Method):
+    """Train task k from the consolidated adapter of tasks 1 .. k-1, score the adapter's units at each step, consolidate
+    the adapter before and after the task by the scores of both, and take the task's scores into the memory
+    `C_k = N(0.3 N(I_k) + 0.7 N(C_{k-1}))`. The first task is not consolidated. No example of an earlier task is needed.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """Args:
+        grain, importance, beta1, beta2: see `SkillScorer`. timing: score with the weights `before` the optimizer's
+            step, or `after` it.
+        memory: the weights of the current and of the previous scores.
+        orthogonality: weight of the orthogonality regulariser on A and B, 0 = off; there is none without LoRA.
+            squared: of the squared norms.
+        consolidate: `ConsolidateOptions`, or a mapping of what to change.
+        """
+
+        grain: str = "lora_pair"
+        importance: str = "mixed"
+        beta1: float = 0.85
+        beta2: float = 0.85
+        timing: str = "before"
+        memory: tuple[float, float] = (0.3, 0.7)
+        orthogonality: float = 0.1
+        squared: bool = False
+        consolidate: ConsolidateOptions = field(default_factory=ConsolidateOptions)
+
+        def __post_init__(self) -> None:
+            if not (math.isfinite(self.orthogonality) and self.orthogonality >= 0):
+                raise ConfigError(f"orthogonality: got {self.orthogonality!r}, expected a number of at least 0")
+            object.__setattr__(self, "memory", tuple(self.memory))
+            object.__setattr__(self, "consolidate", ConsolidateOptions().changed(self.consolidate))
+
+    def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
+        self.previous: dict[str, Tensor] | None = None
+        self.current: SkillScores | None = None
+        self.cumulative: SkillScores | None = None
+        self.regularised = bool(self.options.orthogonality) and bool(adapters_of(model))
+        self._scorer(model)  # raises where it does not fit
+
+    def _scorer(self, model: nn.Module) -> SkillScorer:
+        o = self.options
+        return SkillScorer(model, o.grain, importance=o.importance, beta1=o.beta1, beta2=o.beta2)
+
+    def begin(self, model: nn.Module, stage: int) -> None:
+        self.scorer = self._scorer(model)
+        self.previous = _copies(model) if stage else None
+
+    def watching(self, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[Any]:
+        return self.scorer.watch(optimizer, self.options.timing)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = batch.loss(model)
+        if self.regularised:
+            loss = loss + self.options.orthogonality * orthogonality(model, squared=self.options.squared)
+        return loss
+
+    @torch.no_grad()
+    def end(self, model: nn.Module, stage: int) -> None:
+        self.current = self.scorer.scores()
+        if self.previous is not None:
+            tensors = skill_tensors(model)
+            merged = consolidate(self.previous, dict(tensors), self.cumulative, self.current, self.options.consolidate)
+            for name, p in tensors.items():
+                p.copy_(merged[name])
+        self.cumulative = accumulate(self.current, self.cumulative, self.options.memory)
+
+    def scores(self) -> dict[str, SkillScores]:
+        found = {"scores": self.current, "cumulative": self.cumulative}
+        return {name: scores for name, scores in found.items() if scores is not None}
+
+    def save(self, folder: Path) -> None:
+        if self.cumulative is not None:
+            self.cumulative.save(folder / CUMULATIVE)
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        path = folder / CUMULATIVE
+        self.cumulative = SkillScores.load(path) if path.exists() else None
+
+
+def _copies(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in skill_tensors(model).items()}

@@ -1,0 +1,100 @@
+"""What a sequence of tasks gave."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..training.metrics import average_accuracy, backward_transfer, forward_transfer, zero_shot_transfer
+
+
+@dataclass
+class SequenceResult:
+    """The score matrix R and its measures; T tasks, counted from 0.
+
+    Attributes:
+        method: how it was learned. tasks: their names.
+        rows: `rows[i][j]` is task j's score after task i, NaN where it was not measured. For a method that learns all
+            tasks at once only the last row is measured.
+        baseline: each task's score before anything was learned, NaN where it was not measured.
+        seconds: spent on each task: learning, with what the method does at its end, and scoring.
+        losses: the mean training loss of the first and of the last tenth of each stage's steps.
+    """
+
+    method: str
+    tasks: list[str]
+    rows: list[list[float]] = field(default_factory=list)
+    baseline: list[float] = field(default_factory=list)
+    seconds: list[dict[str, float]] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """R as an array `[T, T]`."""
+        out = np.full((len(self.tasks), len(self.tasks)), np.nan)
+        for i, row in enumerate(self.rows):
+            out[i] = row
+        return out
+
+    @property
+    def average_accuracy(self) -> float:
+        """`1/T sum_j R[T-1, j]`."""
+        return average_accuracy(self.matrix)
+
+    @property
+    def backward_transfer(self) -> float:
+        """BWT: `1/(T-1) sum_{j<T-1} R[T-1, j] - R[j, j]`."""
+        return backward_transfer(self.matrix)
+
+    @property
+    def forward_transfer(self) -> float:
+        """FWT: `1/(T-1) sum_{j>0} R[j-1, j] - baseline[j]`."""
+        return forward_transfer(self.matrix, np.asarray(self.baseline))
+
+    @property
+    def zero_shot_transfer(self) -> float:
+        """FWT as TaSL reports it, without the baseline: `1/(T-1) sum_{j>0} R[j-1, j]`."""
+        return zero_shot_transfer(self.matrix)
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """All four."""
+        return {
+            "average_accuracy": self.average_accuracy,
+            "forward_transfer": self.forward_transfer,
+            "backward_transfer": self.backward_transfer,
+            "zero_shot_transfer": self.zero_shot_transfer,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; numbers that were not measured are None. Without `seconds`, so that two runs write the same."""
+        return {
+            "method": self.method,
+            "tasks": self.tasks,
+            "matrix": [[_known(v) for v in row] for row in self.rows],
+            "baseline": [_known(v) for v in self.baseline],
+            "losses": [[_known(v) for v in pair] for pair in self.losses],
+            **({n: _known(v) for n, v in self.measures.items()} if len(self.rows) == len(self.tasks) else {}),
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> SequenceResult:
+        """What `to_dict` gave."""
+
+        def read(values: list[float | None]) -> list[float]:
+            return [math.nan if v is None else float(v) for v in values]
+
+        return cls(
+            content["method"],
+            list(content["tasks"]),
+            [read(row) for row in content["matrix"]],
+            read(content["baseline"]),
+            losses=[read(pair) for pair in content["losses"]],
+        )
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

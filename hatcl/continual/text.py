@@ -1,0 +1,180 @@
+"""Text tasks as files: pairs of an input and an output, with what scoring needs beside.
+
+Read are JSON files, also as .gz, of these forms (the public benchmarks' own):
+
+    {train, dev, test: [[input, output], ...]}                      the long-sequence benchmark as prepared for TaSL
+    {train, test: [[instruction, input, output], ...], test_idx}    dialogue state tracking, with the test rows' turns
+    {seeds: {13: {train, dev}, ...}, test: [[text, label], ...]}    16 shots per class (LM-BFF)
+    {all: [[text, label], ...]}                                     one list, cut in three by a seed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import ConfigError, IntegrityError
+
+Pair = tuple[str, str]
+HELD_OUT = 0.1  # share of {all} for test, and for validation
+
+
+class Turn(NamedTuple):
+    """Where a row of a dialogue belongs: its state is right if the values of all its slots are."""
+
+    dialogue: str
+    turn: str
+    service: str
+
+
+@dataclass(frozen=True)
+class TextData:
+    """The pairs (input, output) of one task.
+
+    Attributes:
+        train, validation, test: pairs. turns: for each test pair its turn, in dialogue state tracking; empty elsewhere.
+    """
+
+    train: list[Pair]
+    validation: list[Pair]
+    test: list[Pair]
+    turns: list[Turn] = dataclasses.field(default_factory=list)
+
+    @property
+    def labels(self) -> list[str]:
+        """The different outputs of training, sorted."""
+        return sorted({output for _, output in self.train})
+
+    def cut(self, train: int | None = None, test: int | None = None, validation: int | None = None) -> TextData:
+        """At most so many pairs of each part, always the same random ones. Of dialogues the first turns, whole.
+
+        Raises:
+            ConfigError: a number below 1.
+        """
+        sizes = {"train": train, "test": test, "validation": validation}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ConfigError(f"{name}: got {size}, expected at least 1")
+        if not self.turns:
+            return self._mapped(lambda part, rows: _some(rows, sizes[part]))
+        most = len(self.test) if test is None else test
+        kept: set[Turn] = set()
+        for turn, size in Counter(self.turns).items():  # in the order of the file; the first one in any case
+            if kept and size > most:
+                break
+            kept.add(turn)
+            most -= size
+        rows = [i for i, turn in enumerate(self.turns) if turn in kept]
+        return TextData(
+            _some(self.train, train),
+            _some(self.validation, validation),
+            [self.test[i] for i in rows],
+            [self.turns[i] for i in rows],
+        )
+
+    def plain(self, drop_question: bool = True) -> TextData:
+        """The inputs without the first line, which asks the question and lists the answers, and without the last line
+        `Answer:`, for models that are not asked in words."""
+
+        def text(value: str) -> str:
+            value = value.strip().removesuffix("Answer:").strip()
+            first, _, rest = value.partition("\n")
+            return rest.strip() if drop_question and rest.strip() else value
+
+        return self._mapped(lambda part, rows: [(text(x), y) for x, y in rows])
+
+    def renamed(self, labels: Mapping[str, str]) -> TextData:
+        """The outputs in other words.
+
+        Raises:
+            ConfigError: an output that is not among them.
+        """
+        for _, y in [*self.train, *self.validation, *self.test]:
+            if y not in labels:
+                raise ConfigError(f"labels: {y!r} has no word; given are {', '.join(labels)}")
+        return self._mapped(lambda part, rows: [(x, labels[y]) for x, y in rows])
+
+    def _mapped(self, change: Callable[[str, list[Pair]], list[Pair]]) -> TextData:
+        parts = [change(n, getattr(self, n)) for n in ("train", "validation", "test")]
+        return TextData(parts[0], parts[1], parts[2], self.turns)
+
+
+def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> TextData:
+    """The pairs of a file.
+
+    Args:
+        shots_seed: which of the seeds of a file of few shots. seed: of the cut of a file with one list.
+
+    Raises:
+        IntegrityError: no such file, or no JSON. ConfigError: JSON of another form; what was found and what is read.
+    """
+    path = Path(path)
+    content = _read(path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: got a {type(content).__name__}, expected an object with train and test")
+    if "all" in content:
+        rows = _pairs(path, "all", content["all"])
+        random.Random(seed).shuffle(rows)
+        held = round(len(rows) * HELD_OUT)
+        return _whole(path, TextData(rows[2 * held :], rows[held : 2 * held], rows[:held]))
+    if "seeds" in content:
+        seeds = content["seeds"]
+        if str(shots_seed) not in seeds:
+            raise ConfigError(f"{path}: has no seed {shots_seed}, expected one of {', '.join(seeds)}")
+        content = {**seeds[str(shots_seed)], "test": content.get("test")}
+    if not {"train", "test"} <= set(content):
+        raise ConfigError(f"{path}: holds {', '.join(sorted(content)) or 'nothing'}; expected train and test, or all")
+    parts = [_pairs(path, n, content.get(n, [])) for n in ("train", "dev", "test")]
+    turns = _turns(path, content["test_idx"], len(parts[2])) if "test_idx" in content else []
+    return _whole(path, TextData(parts[0], parts[1], parts[2], turns))
+
+
+def _read(path: Path) -> Any:
+    try:
+        raw = path.read_bytes()
+        return json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
+    except (OSError, ValueError, EOFError) as error:
+        raise IntegrityError(f"{path} cannot be read as {'gzip ' * (path.suffix == '.gz')}JSON ({error})") from error
+
+
+def _pairs(path: Path, part: str, rows: Any) -> list[Pair]:
+    out = []
+    for i, row in enumerate(rows if isinstance(rows, Sequence) else []):
+        if not isinstance(row, list) or len(row) not in (2, 3):
+            raise ConfigError(
+                f"{path}: {part}[{i}] is {str(row)[:60]!r}, expected [input, output] or [instruction, ...]"
+            )
+        *before, output = (str(v) for v in row)
+        out.append(("\n".join(before), output))
+    return out
+
+
+def _turns(path: Path, text: str, count: int) -> list[Turn]:
+    """Lines `dialogue|||dialogue|||turn|||...|||service|||slot`."""
+    lines = [line.split("|||") for line in text.splitlines() if line.strip()]
+    if len(lines) != count:
+        raise ConfigError(f"{path}: test_idx has {len(lines)} lines for {count} test rows; expected one of each")
+    wrong = next((line for line in lines if len(line) != 6), None)
+    if wrong is not None:
+        raise ConfigError(f"{path}: test_idx has a line of {len(wrong)} parts ({'|||'.join(wrong)}), expected 6")
+    return [Turn(line[1], line[2], line[4]) for line in lines]
+
+
+def _whole(path: Path, data: TextData) -> TextData:
+    for name in ("train", "test"):
+        if not getattr(data, name):
+            raise ConfigError(f"{path}: {name} is empty")
+    return data
+
+
+def _some(rows: list[Pair], size: int | None) -> list[Pair]:
+    if size is None or size >= len(rows):
+        return list(rows)
+    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), size))]

@@ -1,0 +1,43 @@
+"""O-LoRA in the loop."""
+
+from __future__ import annotations
+
+import pytest
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from continual_parts import (  # noqa: E402
+    QUICK,
+    adapted,
+    bert,
+    same,
+    text_tasks,
+)
+
+from hatcl.continual import (  # noqa: E402
+    learn_sequence,
+)
+from hatcl.skills.tensors import skill_tensors  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_olora_keeps_earlier_adapters_and_holds_the_new_one_apart():
+    tasks = text_tasks(bert(), 2)
+    across = {}
+    for weight in (0.0, 0.5):
+        model = adapted()
+        seen = []
+
+        def tell(at, model=model, seen=seen):
+            if at.stage == 1 and at.doing == "learning" and at.step in (1, at.steps):
+                seen.append({n: t.detach().clone() for n, t in skill_tensors(model, "olora_0").items()})
+
+        learn_sequence(
+            model, tasks, "olora", {**QUICK, "epochs": 6}, method_options={"orthogonality": weight}, on_progress=tell
+        )
+        assert same(seen[0], seen[1])  # frozen
+        ours, theirs = skill_tensors(model, "default"), skill_tensors(model, "olora_0")
+        across[weight] = sum(float((theirs[n] @ ours[n].t()).detach().abs().sum()) for n in ours if "lora_A" in n)
+    assert across[0.5] < 0.5 * across[0.0]

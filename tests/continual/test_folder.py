@@ -1,0 +1,98 @@
+"""What a run's folder holds, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from continual_parts import (  # noqa: E402
+    METHODS,
+    adapted,
+    bert,
+    files,
+    run,
+    text_tasks,
+)
+
+from hatcl.continual import folder as kept  # noqa: E402
+from hatcl.errors import ConfigError, SkillError  # noqa: E402
+from hatcl.skills.scores import SkillScores  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_task_leaves_its_adapter_in_pefts_format(method, tmp_path):
+    tasks = text_tasks(bert())
+    model, result = run(method, tmp_path / "run", tasks=tasks)
+    folders = sorted((tmp_path / "run" / "tasks").iterdir())
+    assert [f.name for f in folders] == (["2_task_2"] if method == "joint" else ["0_task_0", "1_task_1", "2_task_2"])
+    for folder in folders:
+        about = json.loads((folder / "config.json").read_text())
+        assert about["method"]["name"] == method and about["task"] == f"task {folder.name[0]}"
+    last = folders[-1]
+    if method == "ilora":  # scored is the stable one
+        loaded = peft.PeftModel.from_pretrained(bert(), last / "adapter" / "stable")
+    elif method == "olora":
+        loaded = peft.PeftModel.from_pretrained(bert(), last / "adapter")
+        for i in range(2):
+            loaded.load_adapter(last / "adapter" / f"olora_{i}", f"olora_{i}")
+        loaded.base_model.set_adapter(["olora_0", "olora_1", "default"])
+    else:
+        loaded = peft.PeftModel.from_pretrained(bert(), last / "adapter")
+    loaded.eval()
+    with torch.no_grad():
+        assert [t.score(loaded) for t in tasks] == list(result.matrix[-1])
+    assert not list((tmp_path / "run").rglob(".*"))  # nothing half done
+
+
+def test_tasl_leaves_its_scores(tmp_path):
+    run("tasl", tmp_path / "run")
+    for i in range(3):
+        folder = tmp_path / "run" / "tasks" / f"{i}_task_{i}"
+        now, all_ = (SkillScores.load(folder / f"{n}.safetensors") for n in ("scores", "cumulative"))
+        assert (folder / "scores.csv").read_text().startswith("label,score\n")
+        assert len(now.values) == 5 * 4  # targets, rank
+        assert float(all_.values.min()) == 0 and float(all_.values.max()) == 1
+    assert not np.allclose(now.normalised().values, all_.values)
+
+
+def test_a_run_does_not_go_on_with_something_else(tmp_path):
+    folder = tmp_path / "run"
+    run("tasl", folder)
+    before = files(folder)
+    cases = [
+        (SkillError, "another base model", {"model": adapted(bert(seed=3))}),
+        (SkillError, "lora_A.weight was .4, 16., now is .2, 16.", {"model": adapted(r=2)}),
+        (SkillError, "started with other LoRA options", {"model": adapted(target_modules=["query"])}),
+        (ConfigError, "lr=0.03, now came lr=0.02", {"lr": 0.02}),
+        (ConfigError, "seed 0, now came 1", {"seed": 1}),
+        (ConfigError, "the run was started with tasks", {"tasks": text_tasks(bert(), 2)}),
+        (ConfigError, "method", {"method": "sequential"}),
+    ]
+    for kind, message, changes in cases:
+        with pytest.raises(kind, match=message):
+            run(**{"method": "tasl", "folder": folder, **changes})
+    assert files(folder) == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        run("tasl", tmp_path / "file")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="something else"):
+        run("tasl", tmp_path / "other")
+    (folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match="without config.json"):
+        run("tasl", folder)
+
+
+def test_a_state_of_other_tensors(tmp_path):
+    kept.write_state(adapted(), tmp_path / "a.safetensors")
+    with pytest.raises(SkillError, match=r"is \[4, 16\], the model's \[2, 16\]"):
+        kept.read_state(adapted(r=2), tmp_path / "a.safetensors")

@@ -1,0 +1,239 @@
+"""The loop over tasks: every method learns, what it calls and when, and errors before anything is done."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from continual_parts import (  # noqa: E402
+    CHANGED,
+    METHODS,
+    QUICK,
+    adapted,
+    bert,
+    plain,
+    run,
+    same,
+    state,
+    text_tasks,
+    vector_task,
+)
+
+from hatcl.continual import (  # noqa: E402
+    ContinualTask,
+    LearnOptions,
+    SequenceResult,
+    continual_method,
+    learn_sequence,
+    list_continual_methods,
+)
+from hatcl.continual.methods import Method  # noqa: E402
+from hatcl.errors import ConfigError, NonFiniteLossError, SkillError  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learns_and_measures(method, tmp_path):
+    base = bert()
+    tasks = text_tasks(base)
+    model, result = run(method, tmp_path / "run", model=adapted(base), tasks=tasks, epochs=4)
+    rows = result.matrix
+    assert rows.shape == (3, 3)
+    assert np.isfinite(rows[-1]).all()
+    assert len(result.losses) == len(result.seconds) == (1 if method == "joint" else 3)
+    if method == "joint":
+        assert np.isnan(rows[:-1]).all() and math.isnan(result.backward_transfer)
+    else:
+        assert np.isfinite(rows[np.tril_indices(3)]).all()  # what was learned
+        assert np.isfinite([rows[0, 1], rows[1, 2]]).all()  # and the next one
+        assert np.isnan(rows[0, 2])
+        assert np.isfinite(list(result.measures.values())).all()
+    assert result.losses[0][1] < result.losses[0][0]
+    # what is on disk says the same, and the run can be read without the model
+    stored = SequenceResult.from_dict(json.loads((tmp_path / "run" / "result.json").read_text()))
+    assert np.array_equal(stored.matrix, rows, equal_nan=True) and stored.baseline == result.baseline
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_base_stays_and_the_mode_comes_back(method):
+    base = bert()
+    model, tasks = adapted(copy.deepcopy(base)).eval(), text_tasks(base)
+    before = {n: t for n, t in state(model).items() if "lora_" not in n}
+    random = torch.get_rng_state()
+    run(method, model=model, tasks=tasks)
+    after = {n: t for n, t in state(model).items() if "lora_" not in n}
+    assert same(before, after)
+    assert not model.training
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_seeds_differ_and_repeat(tmp_path):
+    one, two, other = (state(run("sequential", seed=s)[0]) for s in (0, 0, 1))
+    assert same(one, two)
+    assert not same(one, other)
+
+
+def test_a_timm_vit_with_lora(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    x = torch.randn(24, 3, 32, 32)
+    y = torch.arange(24) % 2
+    x[y == 1, :, :16] += 1.0
+
+    def task(name, flip):
+        images = x.flip(-2) if flip else x
+
+        def score(model):
+            return float((model(images).argmax(1) == y).float().mean())
+
+        def loss(model, batch):
+            return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+        def hidden(model, batch):
+            return [model.base_model.model.forward_features(batch[0])]
+
+        def collate(some):
+            return torch.stack([images[i] for i in some]), y[some]
+
+        return ContinualTask(name, list(range(24)), collate, loss, score, hidden=hidden)
+
+    for method in ("tasl", "ilora"):
+        torch.manual_seed(0)
+        base = timm.create_model("test_vit", num_classes=2, img_size=32, depth=1)
+        model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["qkv", "proj"]))
+        result = learn_sequence(
+            model, [task("a", False), task("b", True)], method, {**QUICK, "epochs": 4},
+            method_options=CHANGED.get(method), folder=tmp_path / method,
+        )  # fmt: skip
+        assert result.losses[0][1] < result.losses[0][0]
+        assert (tmp_path / method / "tasks" / "1_b" / "adapter" / "adapter_model.safetensors").exists()
+
+
+class Spy(Method):
+    """Counts what the loop calls."""
+
+    name = "spy"
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.rates, self.seen = [], [], []
+
+    def begin(self, model, stage):
+        self.calls.append(("begin", stage))
+
+    def watching(self, optimizer):
+        self.optimizer = optimizer
+        return super().watching(optimizer)
+
+    def loss(self, model, batch):
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        self.seen.append((batch.index, batch.positions))
+        self.calls.append(("loss", batch.index, model.training))
+        return batch.loss(model)
+
+    def after_step(self, model, batch):
+        self.calls.append(("after", batch.index))
+
+    def end(self, model, stage):
+        self.calls.append(("end", stage))
+
+
+def test_the_loop_calls_a_method_in_order_and_shows_each_example_once_per_epoch():
+    spy = Spy()
+    tasks = [vector_task(f"v{i}", i, count=10) for i in range(2)]
+    options = LearnOptions(epochs=2, batch_size=4, lr=0.5, warmup=0.5, schedule="constant", clip_grad=0.0)
+    learn_sequence(plain(), tasks, spy, options)
+    steps = [("loss", 0, True), ("after", 0)] * 6
+    assert spy.calls[: 2 + len(steps)] == [("begin", 0), *steps, ("end", 0)]
+    epoch = [p for i, some in spy.seen[:3] for p in some]
+    assert sorted(epoch) == list(range(10)) and len(spy.seen[2][1]) == 2
+    again = [p for i, some in spy.seen[3:6] for p in some]
+    assert sorted(again) == list(range(10)) and again != epoch
+    assert spy.rates[:6] == pytest.approx([0.5 / 3, 1.0 / 3, 0.5, 0.5, 0.5, 0.5])
+
+
+def test_joint_mixes_all_tasks():
+    spy = Spy()
+    spy.stages = lambda count: [list(range(count))]
+    tasks = [vector_task(f"v{i}", i, count=16) for i in range(3)]
+    learn_sequence(plain(), tasks, spy, {"epochs": 1, "batch_size": 4})
+    indices = [i for i, _ in spy.seen]
+    assert sorted(indices) == [0] * 4 + [1] * 4 + [2] * 4 and indices != sorted(indices)
+
+
+def test_the_learning_rate_falls_by_a_cosine():
+    options = LearnOptions(lr=2.0, warmup=0.25)
+    assert [options.rate(s, 8) for s in range(8)] == pytest.approx(
+        [1.0, 2.0, *[1 + math.cos(math.pi * k / 6) for k in range(6)]]
+    )
+
+
+def test_errors_before_anything_is_written(tmp_path):
+    folder = tmp_path / "run"
+    model, tasks = plain(), [vector_task("a", 0), vector_task("b", 1)]
+    cases = [
+        (ConfigError, "expected at least one", {"tasks": []}),
+        (ConfigError, "two are named 'a'", {"tasks": [tasks[0], tasks[0]]}),
+        (ConfigError, "task a: no training examples", {"tasks": [vector_task("a", 0, count=0)]}),
+        (ConfigError, "did you mean 'sequential'", {"method": "sequentual"}),
+        (ConfigError, "did you mean 'epochs'", {"options": {"epoch": 1}}),
+        (ConfigError, "did you mean 'buffer_size'", {"method": "replay", "method_options": {"buffer": 3}}),
+        (ConfigError, "buffer_size: got 0", {"method": "replay", "method_options": {"buffer_size": 0}}),
+        (ConfigError, "leave them out", {"method": Spy(), "method_options": {"a": 1}}),
+        (ConfigError, "seed: got -1", {"seed": -1}),
+        (SkillError, "olora: Sequential is no peft model", {"method": "olora"}),
+        (SkillError, "is no peft model", {"method": "ilora"}),
+        (ConfigError, "orthogonality: got -1", {"method": "tasl", "method_options": {"orthogonality": -1}}),
+        (ConfigError, "mode: got 'case'", {"method": "tasl", "method_options": {"consolidate": {"mode": "case"}}}),
+        (ConfigError, "l2: got nan", {"method": "olora", "method_options": {"l2": math.nan}}),
+        (ConfigError, "samples: got 0", {"method": "ilora", "method_options": {"samples": 0}}),
+        (ConfigError, "replay: got 1.0 with on='batch'", {"method": "ilora", "method_options": {"on": "batch"}}),
+        (ConfigError, "scored: got 'stabel'", {"method": "ilora", "method_options": {"scored": "stabel"}}),
+    ]
+    for kind, message, changes in cases:
+        given = {"tasks": tasks, "method": "sequential", "options": QUICK, **changes}
+        with pytest.raises(kind, match=message):
+            learn_sequence(
+                model, given["tasks"], given["method"], given["options"],
+                method_options=given.get("method_options"), folder=folder, seed=given.get("seed", 0),
+            )  # fmt: skip
+        assert not folder.exists(), message
+    for name, value in [("epochs", 0), ("lr", 0.0), ("weight_decay", -1), ("warmup", 1.0), ("schedule", "cos")]:
+        with pytest.raises(ConfigError, match=name):
+            LearnOptions(**{name: value})
+    with pytest.raises(ConfigError, match="evaluate"):
+        LearnOptions(evaluate="none")
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(SkillError, match="no parameter requires a gradient"):
+        learn_sequence(model, tasks, "sequential", QUICK, folder=folder)
+    assert not folder.exists()
+
+
+def test_options_of_another_method():
+    with pytest.raises(ConfigError, match="expected"):
+        list_continual_methods()["replay"](LearnOptions())
+
+
+def test_a_loss_that_is_not_finite_keeps_the_tasks_before(tmp_path):
+    good, bad = vector_task("good", 0), vector_task("bad", 1)
+    bad.train[3] = (bad.train[3][0] * math.nan, 0)
+    with pytest.raises(NonFiniteLossError, match="task bad, step .: the loss is nan; lower lr"):
+        learn_sequence(plain(), [good, bad], "sequential", QUICK, folder=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "tasks").iterdir()) == ["0_good"]
+    assert json.loads((tmp_path / "checkpoint" / "progress.json").read_text())["stages"] == 1
+
+
+def test_a_name_that_is_taken():
+    with pytest.raises(ConfigError, match="'tasl' is taken by TaSL"):
+        continual_method("tasl", paper="")(Spy)
