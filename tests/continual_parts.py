@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
 
+import hatcl
 from hatcl.continual import (
     ContinualTask,
     Progress,
@@ -58,6 +59,19 @@ def adapted(base: Any = None, seed: int = 0, **options: Any) -> Any:
     base = bert(seed) if base is None else base
     torch.manual_seed(seed)
     return peft.get_peft_model(base, peft.LoraConfig(**{"r": 4, "target_modules": TARGETS, **options}))
+
+
+def made(method: str, base: Any = None) -> Any:
+    """A model that the method can learn with."""
+    return gated(base) if method == "hat" else adapted(base)
+
+
+def gated(base: Any = None, seed: int = 0) -> Any:
+    """With gates over the pairs, for three tasks."""
+    model = adapted(base, seed)
+    tokens = dict(tokenizer()(["w1 w2 w3", "w4 w5"], padding=True, return_tensors="pt"))
+    torch.manual_seed(seed)
+    return hatcl.convert(model, 3, {n: tokens[n] for n in ("input_ids", "attention_mask")})
 
 
 def texts(seed: int, words: tuple[str, ...] = ("warm", "cold"), count: int = 24) -> TextData:
@@ -138,7 +152,7 @@ def run(
     **options: Any,
 ) -> tuple[Any, SequenceResult]:
     """Learn three tiny text tasks."""
-    model = adapted() if model is None else model
+    model = made(method) if model is None else model
     tasks = text_tasks(bert()) if tasks is None else tasks
     result = learn_sequence(
         model, tasks, method, {**QUICK, **options}, method_options=CHANGED.get(method), folder=folder, seed=seed,

@@ -133,7 +133,8 @@ def write_task(folder: Path, name: str, model: nn.Module, method: Method, about:
         name: the folder's, see `task_folder`. about: the content of its config.json.
     """
     with replaced_folder(folder / TASKS / name) as new:
-        write_adapter(model, new / ADAPTER, method.adapters(model))
+        with method.saving(model):
+            write_adapter(model, new / ADAPTER, method.adapters(model))
         for kind, scores in method.scores().items():
             scores.save(new / f"{kind}.safetensors")
         (new / checkpoints.CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")

@@ -137,7 +137,7 @@ class _Run:
             claim(self.folder, config)
             done = self._resume(self.folder)
         if done == 0 and not self.result.baseline:
-            every = range(len(self.tasks)) if self.options.baseline else []
+            every = range(len(self.tasks)) if self.options.baseline and self.method.ahead else []
             self.result.baseline = self._scores(every, -1)
             if self.folder is not None:
                 self._checkpoint(self.folder, 0)
@@ -167,7 +167,7 @@ class _Run:
         batches = list(self._batches(stage))
         losses: list[float] = []
         model.train()
-        with self.method.watching(optimizer):
+        with self.method.watching(model, optimizer, len(batches)):
             for step, batch in enumerate(batches):
                 for group in optimizer.param_groups:
                     group["lr"] = options.rate(step, len(batches))
@@ -206,15 +206,17 @@ class _Run:
 
     def _due(self, stage: int) -> list[int]:
         """Which tasks to score after a stage."""
-        last = max(self.stages[stage])
+        learned = max(self.stages[stage]) + 1
         count = len(self.tasks)
-        return list(range(count if self.options.evaluate == "all" else min(last + 2, count)))
+        if not self.method.ahead:
+            return list(range(learned))
+        return list(range(count if self.options.evaluate == "all" else min(learned + 1, count)))
 
     def _scores(self, due: Sequence[int], stage: int) -> list[float]:
         row = [math.nan] * len(self.tasks)
         self.model.eval()
-        with torch.no_grad(), self.method.scoring(self.model):
-            for i in due:
+        for i in due:
+            with torch.no_grad(), self.method.scoring(self.model, i):
                 row[i] = float(self.tasks[i].score(self.model))
                 self.tell(Progress(stage, "scoring", self.tasks[i].name, 0, 0, row[i]))
         return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -18,13 +19,22 @@ from continual_parts import (  # noqa: E402
     files,
     run,
     text_tasks,
+    tokenizer,
 )
 
+import hatcl  # noqa: E402
 from hatcl.continual import folder as kept  # noqa: E402
 from hatcl.errors import ConfigError, SkillError  # noqa: E402
 from hatcl.skills.scores import SkillScores  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def _states(model, task=None):
+    """What a model computes, of a HAT model for a task."""
+    tokens = dict(tokenizer()(["w1 w7 w3", "w4 w5"], padding=True, return_tensors="pt"))
+    with hatcl.task(model, task) if task is not None else contextlib.nullcontext():
+        return model.eval()(tokens["input_ids"], tokens["attention_mask"]).last_hidden_state
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -48,7 +58,13 @@ def test_each_task_leaves_its_adapter_in_pefts_format(method, tmp_path):
         loaded = peft.PeftModel.from_pretrained(bert(), last / "adapter")
     loaded.eval()
     with torch.no_grad():
-        assert [t.score(loaded) for t in tasks] == list(result.matrix[-1])
+        if method == "hat":  # each task's own
+            for t, folder in enumerate(folders):
+                own = peft.PeftModel.from_pretrained(bert(), folder / "adapter").eval()
+                assert tasks[t].score(own) == result.matrix[-1][t]
+                assert torch.equal(_states(own), _states(model, t))
+        else:
+            assert [t.score(loaded) for t in tasks] == list(result.matrix[-1])
     assert not list((tmp_path / "run").rglob(".*"))  # nothing half done
 
 

@@ -99,7 +99,9 @@ class InterpolatedLoRA(Method):
         if stage:
             self.two.next_task(stage)
 
-    def watching(self, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[Any]:
+    def watching(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+    ) -> contextlib.AbstractContextManager[Any]:
         return self.two.watch(optimizer)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -108,7 +110,7 @@ class InterpolatedLoRA(Method):
     def end(self, model: nn.Module, stage: int) -> None:
         self.two.remember((stage, position) for position in range(len(self.tasks[stage].train)))
 
-    def scoring(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    def scoring(self, model: nn.Module, index: int) -> contextlib.AbstractContextManager[Any]:
         return self.two.stable_active() if self.options.scored == "stable" else contextlib.nullcontext()
 
     def adapters(self, model: nn.Module) -> list[str]:

@@ -54,10 +54,12 @@ class Method:
 
     Attributes:
         name: as registered. paper: who proposed it. options: of the class `Options`.
+        ahead: can a task be scored before it is learned?
     """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
+    ahead: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Options:
@@ -86,7 +88,9 @@ class Method:
     def begin(self, model: nn.Module, stage: int) -> None:
         """Before a stage; the optimizer is made after it, of what then requires a gradient."""
 
-    def watching(self, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[Any]:
+    def watching(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+    ) -> contextlib.AbstractContextManager[Any]:
         """Around a stage's steps."""
         return contextlib.nullcontext()
 
@@ -100,8 +104,8 @@ class Method:
     def end(self, model: nn.Module, stage: int) -> None:
         """After a stage's steps; the model is scored and saved as this leaves it."""
 
-    def scoring(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-        """Around the scoring of the model."""
+    def scoring(self, model: nn.Module, index: int) -> contextlib.AbstractContextManager[Any]:
+        """Around the scoring of a task."""
         return contextlib.nullcontext()
 
     def scores(self) -> dict[str, SkillScores]:
@@ -111,6 +115,10 @@ class Method:
     def adapters(self, model: nn.Module) -> list[str] | None:
         """Which of the model's adapters to save with a finished task; None = the active one."""
         return None
+
+    def saving(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """Around the saving of these adapters."""
+        return contextlib.nullcontext()
 
     def save(self, folder: Path) -> None:
         """What the next stage needs beside the model."""

@@ -74,7 +74,9 @@ class TaSL(Method):
         self.scorer = self._scorer(model)
         self.previous = _copies(model) if stage else None
 
-    def watching(self, optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[Any]:
+    def watching(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+    ) -> contextlib.AbstractContextManager[Any]:
         return self.scorer.watch(optimizer, self.options.timing)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

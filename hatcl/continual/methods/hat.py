@@ -1,0 +1,86 @@
+"""HAT over an adapter: each task learns which LoRA pairs it uses, and what it learned stays bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import TaskError
+from ...gates import gates_of, task
+from ...guard import held
+from ...layers.gated import HATLayer
+from ...training.learn import Learning, learn
+from ..tasks import ContinualTask
+from .registry import Batch, Method, continual_method
+
+DIGESTS = "digests.json"
+
+
+@continual_method("hat", paper="Serra et al. 2018, arXiv 1801.01423")
+class HardAttention(Method):
+    """Learn each task inside `hatcl.learn`, with HAT's penalty, on a model that `hatcl.convert` made: of a peft model
+    it gates the pairs. Each task is scored with its own gates, so that backward transfer is 0 by construction; a task
+    that is not learned yet cannot be scored, and forward transfer is not known.
+
+    Options are those of the model's `HATConfig`.
+    """
+
+    ahead = False
+
+    def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
+        self.gates = gates_of(model)[0]  # raises where there are none
+        sealed = self.gates.sealed.nonzero().flatten().tolist()
+        if sealed or self.gates.num_tasks < len(tasks):
+            raise TaskError(
+                f"hat: the model has room for {self.gates.num_tasks} tasks, of which {sealed or 'none'} are sealed; "
+                f"{len(tasks)} are to be learned, from the first on: convert it anew with num_tasks={len(tasks)}"
+            )
+
+    def begin(self, model: nn.Module, stage: int) -> None:
+        self.stage = stage
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[Learning]:
+        with learn(model, self.stage, optimizer, steps) as self.learning:
+            yield self.learning
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return batch.loss(model) + self.learning.penalty()
+
+    def scoring(self, model: nn.Module, index: int) -> contextlib.AbstractContextManager[nn.Module]:
+        return task(model, index)
+
+    @contextlib.contextmanager
+    def saving(self, model: nn.Module) -> Iterator[None]:
+        """As the task is without hatcl: pairs that it does not use are zero, heads are its own. So the adapter that a
+        task leaves behind is an ordinary one, and computes what the task computes."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            for module in model.modules():
+                copies = getattr(module, "hat_tasks", None) if isinstance(module, HATLayer) else None
+                for name, own in copies[self.stage].named_parameters() if copies is not None else ():
+                    shared = module.get_parameter(name)
+                    kept.append((shared, shared.clone()))
+                    shared.copy_(own)
+            for h in held(model):
+                if h.task is None and h.plan is not None and not h.plain and h.plan.axes:
+                    kept.append((h.param, h.param.clone()))
+                    h.param.masked_fill_(~h.live(self.stage), 0)
+            try:
+                with task(model, None):
+                    yield
+            finally:
+                for p, was in kept:
+                    p.copy_(was)
+
+    def save(self, folder: Path) -> None:
+        (folder / DIGESTS).write_text(json.dumps(self.gates.digests))
+
+    def load(self, folder: Path, model: nn.Module) -> None:
+        stored = json.loads((folder / DIGESTS).read_text())
+        self.gates.digests = {int(t): d for t, d in stored.items()}
