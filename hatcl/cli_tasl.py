@@ -17,8 +17,10 @@ from rich.table import Table
 from . import continual
 from .cli_atlas_run import Bar, absolute, err, out
 from .cli_options import chosen, key_values, usable_device
+from .config import HATConfig
 from .continual import folder as kept
 from .continual.options import EVALUATE, SCHEDULES, LearnOptions
+from .convert import convert
 from .errors import ConfigError, HATError
 from .files import complete, write_files
 from .report.skills import draw_overlap, draw_skills
@@ -26,7 +28,7 @@ from .report.tables import matrix_table
 from .skills.scores import SkillScores, localize
 from .training import checkpoints
 
-COMMAND = "command.json"
+COMMAND, HAT = "command.json", "hat"
 FORMS = ("auto", "labels", "seq2seq", "causal")
 SKILLS, OVERLAP = "skills.png", "overlap.png"
 SHARE = 0.2  # of the units, for the picture of the overlap
@@ -60,7 +62,11 @@ def run_command(
     method: Annotated[str, typer.Option(help="How to learn them; see hatcl tasl methods.")] = "tasl",
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method, such as grain=matrix; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="An option of the method, such as grain=matrix; with hat, of HATConfig. Repeatable.",
+        ),
     ] = None,
     form: Annotated[
         str,
@@ -113,7 +119,9 @@ def run_command(
     chosen("--evaluate", evaluate, EVALUATE)
     where = usable_device(device)
     options = LearnOptions(epochs, batch_size, lr, weight_decay, schedule, warmup, clip_grad, evaluate)
-    chosen_method = continual.make_method(method, key_values("--set", set_))
+    settings = key_values("--set", set_)
+    gates = HATConfig.from_dict(settings) if method == HAT else None
+    chosen_method = continual.make_method(method, None if gates else settings)
     paths = _tasks(task)
     words = _words(word, list(paths))
     given = {n: v for n, v in context.params.items() if n not in ("output", "device")}
@@ -130,6 +138,8 @@ def run_command(
     adapted, tokenizer, form = _model(model, form, seed, rank, alpha, target, dropout)
     adapted.to(where)
     tasks = [_task(form, n, d, adapted, tokenizer, words.get(n), max_input, max_output) for n, d in data.items()]
+    if gates is not None:
+        adapted = convert(adapted, len(tasks), _example(tasks[0]), config=gates)
     stages = chosen_method.stages(len(tasks))
     total = sum(options.epochs * -(-len(t.train) // options.batch_size) for t in tasks)
     fresh = not (output / COMMAND).exists()
@@ -265,6 +275,12 @@ def _task(
         raise ConfigError("--word: only with --form labels")
     make = {"seq2seq": continual.seq2seq_task, "causal": continual.causal_task}[form]
     return make(name, data, tokenizer, max_input=max_input, max_output=max_output)
+
+
+def _example(task: continual.ContinualTask) -> dict[str, Any]:
+    """What the model's forward takes, for the trace."""
+    batch = task.collate(list(task.train[:2]))
+    return dict(batch[0] if isinstance(batch, tuple) else batch)
 
 
 def _same_command(folder: Path, command: Mapping[str, Any]) -> None:

@@ -173,3 +173,16 @@ def test_a_folder_that_holds_another_run(here, tmp_path, capsys):
     assert run(tmp_path / "file") == 2
     assert hatcl("show", str(tmp_path / "other")) == 2
     assert "holds no run of hatcl tasl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["bert", "t5", "gpt2"])
+def test_hat_lays_gates_over_the_pairs(here, tmp_path, capsys, model):
+    assert (
+        run(
+            tmp_path / "run", "--method", "hat", "--set", "init=sparse", "--rank", "8", "--max-output", "4", model=model
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["backward_transfer"] == 0
+    assert run(tmp_path / "other", "--method", "hat", "--set", "inlt=dense", model=model) == 2
+    assert "HATConfig has no option 'inlt'; did you mean 'init'" in capsys.readouterr().err
