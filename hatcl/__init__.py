@@ -1,5 +1,6 @@
 """hatcl: models that learn task after task. What an earlier task learned stays, bit for bit."""
 
+from . import atlas, continual
 from .certify import Certificate, certify
 from .config import HATConfig
 from .convert import convert
@@ -57,6 +58,7 @@ from .skills import (
     localize,
     orthogonality,
     overlap,
+    skill_tensors,
 )
 from .training.learn import Learning, add_tasks, learn, task_parameters
 from .vectors.compose import Composer, compose
@@ -74,9 +76,10 @@ __all__ = [
     "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm", "TaskIndexedInstanceNorm1d",
     "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm", "TaskIndexedLinear",
     "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError", "accumulate", "add_tasks",
-    "certify", "compose", "consolidate", "convert", "describe", "forget_task", "from_pretrained", "learn",
-    "list_merges", "list_models", "localize", "merge", "merge_method", "orthogonality", "overlap", "register",
-    "save_pretrained", "set_task", "sign_conflicts", "task", "task_parameters", "tasks",
+    "atlas", "certify", "compose", "consolidate", "continual", "convert", "describe", "forget_task",
+    "from_pretrained", "learn", "list_merges", "list_models", "localize", "merge", "merge_method", "orthogonality",
+    "overlap", "register", "save_pretrained", "set_task", "sign_conflicts", "skill_tensors", "task",
+    "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

@@ -151,6 +151,11 @@ class Skill:
         """What each group is called, on or off."""
         return self._parts.labels
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the groups that belong to it are called."""
+        return tuple(label for label, on in zip(self.labels, self.on.tolist(), strict=True) if on)
+
     def expand(self) -> dict[str, Tensor]:
         """The skill as bool tensors that broadcast over the tensors it speaks of."""
         return self._parts.expand(self.on)

@@ -150,7 +150,7 @@ def test_a_threshold_outside_its_range(threshold):
 
 def test_expanded_over_the_tensors():
     found = localize(SkillScores("lora_pair", PAIRS, torch.tensor([0.0, 1.0, 0.0, 0.0, 2.0])), 0.4)
-    assert [label for label, on in zip(found.labels, found.on, strict=True) if on] == ["m.q[1]", "m.v[2]"]
+    assert found.names == ("m.q[1]", "m.v[2]")
     masks = {n: m.expand(PAIRS[n]) for n, m in found.expand().items()}
     assert list(masks) == list(PAIRS) and all(m.dtype == torch.bool for m in masks.values())
     for name, rows in (("m.q", [False, True]), ("m.v", [False, False, True])):
