@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .delta import Delta
 
-CHUNK = 1 << 18  # elements that a CPU core keeps in its cache while all vectors pass over them
+CHUNK = 1 << 19  # elements that a CPU core keeps in its cache while all vectors pass over them
 
 
 @dataclass
@@ -94,10 +94,14 @@ class Block:
         terms: list[tuple[Any, Tensor]] = [
             (lam[i], self._flat(self.deltas[i].value)) for i in self.changing if isinstance(lam, Tensor) or lam[i]
         ]
+        whole = local is None and out.dtype is kind and bool(terms)
         for at in self.pieces():
-            piece = flat[at].copy_(start[at]) if out.dtype is kind else start[at].to(kind, copy=True)
+            if whole:  # the first term with the copy
+                piece = torch.add(start[at], terms[0][1][at], alpha=terms[0][0], out=flat[at])
+            else:
+                piece = flat[at].copy_(start[at]) if out.dtype is kind else start[at].to(kind, copy=True)
             ids = None if local is None else local[at].int()
-            for c, value in terms:
+            for c, value in terms[1:] if whole else terms:
                 if ids is None:
                     piece.add_(value[at], alpha=c)
                 else:
