@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +150,11 @@ def write_adapter(model: nn.Module, folder: Path, names: list[str] | None = None
         tensors = {n: p.detach().cpu().contiguous().clone() for n, p in skill_tensors(model).items()}
         save_file(tensors, folder / f"{WEIGHTS}.safetensors")
         return
-    chosen = [n for n in (names or peft.active_adapters) if n in adapters_of(peft)]
-    peft.save_pretrained(str(folder), selected_adapters=chosen, save_embedding_layers=False)
+    if callable(peft.active_adapters):  # transformers' own add_adapter: the active one is all that it saves
+        peft.save_pretrained(str(folder))
+    else:
+        chosen = [n for n in (names or peft.active_adapters) if n in adapters_of(peft)]
+        peft.save_pretrained(str(folder), selected_adapters=chosen, save_embedding_layers=False)
     for path in sorted(folder.rglob("adapter_config.json")):
         content = {k: sorted(v) if k in _SETS and isinstance(v, list) else v for k, v in _json(path).items()}
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -170,14 +172,10 @@ _SETS = ("target_modules", "modules_to_save", "exclude_modules", "layers_to_tran
 
 def _peft_model(model: nn.Module) -> Any:
     """The PeftModel that a model is, or that lies in it; also a transformers model with peft adapters of its own."""
-    for module in _modules(model):
+    for module in model.modules():
         if hasattr(module, "peft_config") and hasattr(module, "save_pretrained") and adapters_of(module):
             return module
     return None
-
-
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    yield from model.modules()
 
 
 def _json(path: Path) -> dict[str, Any]:

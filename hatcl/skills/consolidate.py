@@ -61,11 +61,12 @@ class ConsolidateOptions:
         one_of("mode", self.mode, MODES)
         one_of("average", self.average, AVERAGES)
         for name in ("both", "previous_only", "current_only", "neither", "coarse"):
-            value = tuple(getattr(self, name))
+            given = getattr(self, name)
+            value = tuple(given) if isinstance(given, (tuple, list)) else ()
             # two decimal numbers that sum to one do so but for a rounding, 1e-16
             if len(value) != 2 or not min(value) >= 0 or not abs(sum(value) - 1) < 1e-9:
                 raise ConfigError(
-                    f"{name}: got {getattr(self, name)!r}, expected two weights, of the previous and of the current "
+                    f"{name}: got {given!r}, expected two weights, of the previous and of the current "
                     "adapter, that are at least 0 and sum to 1"
                 )
             object.__setattr__(self, name, value)
@@ -75,6 +76,11 @@ class ConsolidateOptions:
             raise ConfigError(f"share: got {self.share!r}, expected a share of the groups above 0 and at most 1")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold: got {self.threshold!r}, expected a score between 0 and 1, or None")
+
+    @property
+    def unscored(self) -> Weights:
+        """The weights of a tensor of which no score speaks."""
+        return {"cases": self.neither, "adaptive": (0.5, 0.5), "coarse": self.coarse}[self.mode]
 
     def changed(self, options: Options) -> ConsolidateOptions:
         """These options with some changed, or others in their place.
@@ -185,9 +191,8 @@ def _current_weight(
     _same_shapes(current.shapes, "scores", {n: s for n, s in shapes.items() if n in current.shapes}, "adapters")
     _same_shapes(current.shapes, "scores", make_grain(current.grain, shapes).shapes, "adapters")
     grain = make_grain(current.grain, current.shapes)  # in the scores' own order, by which their groups are counted
-    other = {"cases": options.neither, "adaptive": (0.5, 0.5), "coarse": options.coarse}[options.mode]
     return {
-        **dict.fromkeys(tensors, torch.tensor(other[1], dtype=torch.float64)),
+        **dict.fromkeys(tensors, torch.tensor(options.unscored[1], dtype=torch.float64)),
         **grain.expand(weights[:, 1]),
     }
 

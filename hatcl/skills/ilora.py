@@ -395,7 +395,19 @@ class ILoRA:
 
     def remember(self, examples: Iterable[Any]) -> None:
         """Offer a task's examples to the memory, each once, when the task was learned. The memory is a uniform sample
-        of all that were ever offered."""
+        of all that were ever offered.
+
+        Args:
+            examples: one by one, as a data set has them (`collate` makes batches of them).
+
+        Raises:
+            SkillError: a batch in their place.
+        """
+        if isinstance(examples, Mapping):
+            raise SkillError(
+                f"remember: got a {type(examples).__name__}, one batch, expected its examples one by one, such as the "
+                "data set behind a loader"
+            )
         if self.enabled:
             for example in examples:
                 self.memory.add(example)
@@ -407,10 +419,18 @@ class ILoRA:
             n: how many; default: `batch_size`.
 
         Raises:
-            SkillError: the memory is empty.
+            SkillError: the memory is empty, or its examples do not fit in one batch without a `collate`.
         """
-        collate = self.collate or default_collate
-        return _moved(collate(self.memory.sample(n or self.batch_size)), self._device())
+        examples = self.memory.sample(n or self.batch_size)
+        if self.collate is not None:
+            return _moved(self.collate(examples), self._device())
+        try:
+            return _moved(default_collate(examples), self._device())
+        except (RuntimeError, TypeError, KeyError) as error:
+            raise SkillError(
+                f"torch's default_collate makes no batch of the memory's examples ({error}); pass collate=, such as "
+                "the collator that pads your batches"
+            ) from error
 
     def _has_memory(self) -> bool:
         if len(self.memory) or self._first:
@@ -501,7 +521,10 @@ def _loss_of(model: Any, batch: Any) -> Tensor:
     out = model(**batch) if isinstance(batch, Mapping) else None
     value = getattr(out, "loss", None)
     if value is None:
-        raise SkillError("selective_update: model(**batch) gave no loss; pass loss=, or remember examples with labels")
+        raise SkillError(
+            "model(**batch) gave no loss, which selective_update and replay need; pass loss=, or remember examples "
+            "with labels"
+        )
     return value
 
 

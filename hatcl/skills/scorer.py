@@ -14,7 +14,7 @@ from ..config import one_of
 from ..errors import ConfigError, SkillError
 from ..map.grains import make_grain
 from .scores import GRAINS, SkillScores
-from .tensors import skill_tensors
+from .tensors import adapters_of, skill_tensors
 
 IMPORTANCE = ("mixed", "first", "second")
 TIMINGS = ("before", "after")
@@ -68,6 +68,11 @@ class SkillScorer:
             if not 0 < beta < 1:
                 raise ConfigError(f"{name}: got {beta!r}, expected a number between 0 and 1, without these")
         tensors = skill_tensors(model, adapter)
+        if grain == "lora_pair" and not adapters_of(model):
+            raise ConfigError(
+                f"grain: got lora_pair, but {type(model).__name__} has no LoRA adapter; score what is trained in full "
+                "by grain='matrix' or 'block'"
+            )
         self._grain = make_grain(grain, {n: p.shape for n, p in tensors.items()})
         self.grain, self.importance, self.beta1, self.beta2 = grain, importance, beta1, beta2
         self.steps = 0

@@ -24,6 +24,11 @@ def check_peft(model: nn.Module) -> None:
         raise SkillError(
             f"{type(model).__name__} is no peft model; wrap it with peft.get_peft_model(model, LoraConfig())"
         )
+    if callable(getattr(model, "active_adapters", None)):  # in peft a property
+        raise SkillError(
+            f"{type(model).__name__}: its adapters were added by transformers' own add_adapter, which adds and "
+            "switches them in another way; wrap the base instead, with peft.get_peft_model(model, LoraConfig())"
+        )
     merged = next((n for n, m in model.named_modules() if getattr(m, "merged", False) is True), None)
     if merged is not None:
         raise SkillError(f"{merged}: the adapter is merged into its base; call unmerge_adapter() first")
@@ -117,6 +122,7 @@ def add_copy(model: Any, source: str, name: str) -> None:
             p.requires_grad_(flag)
         for module in set(model.modules()) - modules:
             module.training = model.training
+    config.init_lora_weights = model.peft_config[source].init_lora_weights  # as saved: it tells what the base became
     ours, theirs = pairs(model, source, name)
     copied = adapter_buffers(model, source)
     with torch.no_grad():
@@ -134,7 +140,12 @@ def using(model: Any, adapter: str, *, evaluate: bool = False) -> Iterator[None]
 
     Args:
         evaluate: in evaluation mode: no dropout, so no random number is drawn, and no running statistics move.
+
+    Raises:
+        SkillError: the model has no such adapter (any more).
     """
+    if adapter not in model.peft_config:
+        raise SkillError(f"no adapter {adapter!r}; the model has {', '.join(model.peft_config)}")
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()] if evaluate else []
     active, inner = model.active_adapter, model.base_model.active_adapter  # peft keeps it twice

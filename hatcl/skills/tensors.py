@@ -27,7 +27,10 @@ def active_adapter(model: nn.Module) -> str | None:
     active = active() if callable(active) else active  # a method in transformers, a property in peft
     names: Sequence[str] = adapters_of(model) if active is None else active
     if len(names) != 1:
-        raise SkillError(f"{len(names)} adapters are active ({', '.join(names)}), expected one; pass adapter=")
+        raise SkillError(
+            f"{len(names)} adapters are active ({', '.join(names)}), expected one; activate one by set_adapter(), or "
+            "pass adapter="
+        )
     return names[0]
 
 
@@ -46,7 +49,8 @@ def skill_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, nn.
     if adapter is None:
         adapter = active_adapter(model)
     if adapter is None:
-        out = {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
+        out = {".".join(_parts(n)): p for n, p in trained}
         if not out:
             raise SkillError(f"{type(model).__name__} has no LoRA adapter and no parameter that requires a gradient")
         return out
@@ -65,6 +69,11 @@ def skill_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, nn.
 
 def _split(name: str) -> tuple[str, str] | None:
     """Name without the adapter, and the adapter."""
-    parts = name.split(".")
+    parts = _parts(name)
     at = factor_in(parts[:-1])
     return None if at is None else (".".join([*parts[: at + 1], *parts[at + 2 :]]), parts[at + 1])
+
+
+def _parts(name: str) -> list[str]:
+    """The segments of a name, without those that torch.compile puts in."""
+    return [part for part in name.split(".") if part != "_orig_mod"]

@@ -79,6 +79,16 @@ def test_tasl_leaves_its_scores(tmp_path):
     assert not np.allclose(now.normalised().values, all_.values)
 
 
+def test_an_adapter_that_transformers_added(tmp_path):
+    model = bert()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["query"]))
+    run("tasl", tmp_path / "run", model=model)
+    loaded = peft.PeftModel.from_pretrained(bert(), tmp_path / "run" / "tasks" / "2_task_2" / "adapter")
+    assert torch.equal(_states(loaded), _states(model))
+    with pytest.raises(SkillError, match="transformers' own add_adapter"):
+        run("ilora", model=model)
+
+
 def test_a_run_does_not_go_on_with_something_else(tmp_path):
     folder = tmp_path / "run"
     run("tasl", folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 
 from hatcl.errors import ConfigError, SkillError
 from hatcl.map.grains import make_grain
-from hatcl.skills import consolidate as module
 from hatcl.skills.consolidate import AVERAGES, MODES, ConsolidateOptions, consolidate, group_weights
 from hatcl.skills.scores import GRAINS, SkillScores
 from hatcl.skills.tensors import skill_tensors
 
+module = importlib.import_module("hatcl.skills.consolidate")  # the package has the function by this name
 A, B = "q.lora_A.weight", "q.lora_B.weight"
 PAIR = {A: (4, 3), B: (5, 4)}
 FULL = {"fc.weight": (3, 2), "fc.bias": (3,), "out.weight": (2, 3), "norm.weight": (3,)}
@@ -557,7 +558,7 @@ def test_options_out_of_range(name, value, text):
     [
         (name, value)
         for name in ["both", "previous_only", "current_only", "neither", "coarse"]
-        for value in [(0.7, 0.7), (0.3, 0.3), (1.5, -0.5), (1.0,), (math.nan, 0.5), (math.inf, -math.inf)]
+        for value in [(0.7, 0.7), (0.3, 0.3), (1.5, -0.5), (1.0,), (math.nan, 0.5), (math.inf, -math.inf), 0.7]
     ],
 )
 def test_weights_that_are_no_mean(name, value):

@@ -693,6 +693,15 @@ def test_labels_that_are_all_masked():
         ilora.step()
 
 
+def test_a_batch_in_place_of_examples_and_examples_that_make_no_batch():
+    ilora = made()
+    with pytest.raises(SkillError, match="remember: got a dict, one batch, expected its examples one by one"):
+        ilora.remember(batch_of(texts()))
+    ilora.remember({"input_ids": torch.ones(n, dtype=torch.long)} for n in (3, 4))
+    with pytest.raises(SkillError, match="default_collate makes no batch of the memory's examples .* pass collate="):
+        ilora.memory_batch()
+
+
 def test_a_model_without_hidden_states_or_loss():
     class Plain(nn.Module):
         def __init__(self):
@@ -706,7 +715,9 @@ def test_a_model_without_hidden_states_or_loss():
     with pytest.raises(SkillError, match="gave no hidden_states; pass hidden_states=, which gives a list of tensors"):
         ilora.consistency({"x": torch.ones(1, 4)})
     ilora.remember([{"x": torch.ones(4)}])
-    with pytest.raises(SkillError, match=r"selective_update: model\(\*\*batch\) gave no loss; pass loss="):
+    with pytest.raises(
+        SkillError, match=r"model\(\*\*batch\) gave no loss, which selective_update and replay need; pass"
+    ):
         ilora.step()
 
 

@@ -58,7 +58,10 @@ def test_a_load_that_forgets_the_stable_adapter_is_found_out(tmp_path, monkeypat
         test_the_next_tasks_stable_adapter_is_this_ones_byte_for_byte(tmp_path)
 
 
-@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"target_modules": ["word_embeddings", "query"]}])
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"use_dora": True}, {"target_modules": ["word_embeddings", "query"]}, {"init_lora_weights": "pissa"}],
+)
 def test_peft_itself_reads_both_adapters(tmp_path, lora):
     ilora = made(bert(**lora))
     disturb(ilora.model, "stable")

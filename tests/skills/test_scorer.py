@@ -547,7 +547,7 @@ def test_full_fine_tuning():
         scorer = SkillScorer(model, grain)
         scorer.update()
         assert list(scorer.scores().labels) == list(names)
-    with pytest.raises(ConfigError, match="lora_pair finds nothing to speak of"):
+    with pytest.raises(ConfigError, match="Net has no LoRA adapter; score what is trained in full by grain='matrix'"):
         SkillScorer(model)
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from ilora_parts import adapted, batch_of, bert, disturb, same, state, texts
+from ilora_parts import adapted, batch_of, bert, disturb, plain_bert, same, state, texts
 from torch import nn
 
 from hatcl.errors import SkillError
@@ -143,6 +143,10 @@ def test_other_variants_are_copied_whole(option):
 def test_what_is_no_peft_model_or_is_merged():
     with pytest.raises(SkillError, match="Linear is no peft model; wrap it with peft.get_peft_model"):
         check_peft(nn.Linear(2, 2))
+    native = plain_bert()
+    native.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(SkillError, match="were added by transformers' own add_adapter.* wrap the base instead, with"):
+        check_peft(native)
     model = bert()
     model.merge_adapter()
     with pytest.raises(SkillError, match=r"query: the adapter is merged into its base; call unmerge_adapter\(\) first"):
@@ -164,6 +168,14 @@ def test_another_kind_and_options_that_two_adapters_would_share():
         add_copy(ia3, "default", "stable")
     with pytest.raises(SkillError, match="no adapter 'defalt'; the model has default; did you mean 'default'"):
         add_copy(bert(), "defalt", "stable")
+
+
+def test_an_adapter_that_was_deleted():
+    model = bert()
+    add_copy(model, "default", "stable")
+    model.delete_adapter("stable")
+    with pytest.raises(SkillError, match="no adapter 'stable'; the model has default"), using(model, "stable"):
+        pass
 
 
 def test_what_peft_itself_cannot_hold_twice(monkeypatch):

@@ -41,6 +41,11 @@ def test_two_adapters_have_the_same_names_and_other_tensors():
     assert adapters_of(model) == ["default", "default_2"] and active_adapter(model) == "default"
 
 
+def test_a_compiled_model_has_the_same_names():
+    for model in (adapted(), Net()):
+        assert list(skill_tensors(torch.compile(model, backend="eager"))) == list(skill_tensors(model))
+
+
 def test_an_adapter_that_matches_nothing_raises_and_names_those_there():
     with pytest.raises(SkillError, match=r"adapter 'defalt' matches no LoRA .* it has default; did you mean 'default'"):
         skill_tensors(adapted(), "defalt")
@@ -52,7 +57,7 @@ def test_several_active_adapters_raise():
     model = adapted()
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["words", "fc"]))
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(SkillError, match=r"2 adapters are active \(default, other\), expected one; pass adapter="):
+    with pytest.raises(SkillError, match=r"2 adapters are active \(default, other\), expected one; activate one"):
         skill_tensors(model)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, SkillError
 from ...map.lora import factor_in
+from ...skills.switch import check_peft
 from ...skills.tensors import active_adapter, adapters_of, skill_tensors
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -48,9 +49,18 @@ class OLoRA(Method):
                     raise ConfigError(f"{name}: got {value!r}, expected a number of at least 0")
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
+        check_peft(model)
         name = active_adapter(model)
-        if name is None or not hasattr(model, "add_adapter") or not hasattr(model, "base_model"):
-            raise SkillError(f"olora: {type(model).__name__} is no peft model with a LoRA adapter; use get_peft_model")
+        if name is None:
+            raise SkillError(f"olora: {type(model).__name__} has no LoRA adapter; add one with peft.get_peft_model")
+        factors = {id(p) for p in skill_tensors(model, name).values()}
+        beside = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
+        if beside:
+            raise SkillError(
+                f"olora: {beside[0]} is trained beside A and B ({len(beside)} such), which adapters that add up cannot "
+                "have each of their own; make the adapter without modules_to_save (a task_type for classification adds "
+                "the head), bias, use_dora and single tokens, or take another method"
+            )
         taken = [n for n in adapters_of(model) if n.startswith("olora_")]
         if taken:
             raise SkillError(f"olora: the model has adapters named {', '.join(taken)} already; delete or rename them")

@@ -30,6 +30,9 @@ class TaSL(Method):
     """Train task k from the consolidated adapter of tasks 1 .. k-1, score the adapter's units at each step, consolidate
     the adapter before and after the task by the scores of both, and take the task's scores into the memory
     `C_k = N(0.3 N(I_k) + 0.7 N(C_{k-1}))`. The first task is not consolidated. No example of an earlier task is needed.
+
+    What is trained beside A and B (heads in `modules_to_save`, DoRA's magnitudes, biases) has no score: it is averaged
+    as what is important to neither. (TaSL's code has nothing of that kind.)
     """
 
     @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class TaSL(Method):
             object.__setattr__(self, "consolidate", ConsolidateOptions().changed(self.consolidate))
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
-        self.previous: dict[str, Tensor] | None = None
+        self.previous: tuple[dict[str, Tensor], ...] | None = None
         self.current: SkillScores | None = None
         self.cumulative: SkillScores | None = None
         self.regularised = bool(self.options.orthogonality) and bool(adapters_of(model))
@@ -72,7 +75,7 @@ class TaSL(Method):
 
     def begin(self, model: nn.Module, stage: int) -> None:
         self.scorer = self._scorer(model)
-        self.previous = _copies(model) if stage else None
+        self.previous = tuple({n: p.detach().clone() for n, p in x.items()} for x in _trained(model)) if stage else None
 
     def watching(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
@@ -89,9 +92,12 @@ class TaSL(Method):
     def end(self, model: nn.Module, stage: int) -> None:
         self.current = self.scorer.scores()
         if self.previous is not None:
-            tensors = skill_tensors(model)
-            merged = consolidate(self.previous, dict(tensors), self.cumulative, self.current, self.options.consolidate)
-            for name, p in tensors.items():
+            how = self.options.consolidate
+            (scored, beside), (factors, others) = _trained(model), self.previous
+            merged = consolidate(factors, dict(scored), self.cumulative, self.current, how)
+            if beside:
+                merged |= consolidate(others, dict(beside), None, None, {"mode": "coarse", "coarse": how.unscored})
+            for name, p in {**scored, **beside}.items():
                 p.copy_(merged[name])
         self.cumulative = accumulate(self.current, self.cumulative, self.options.memory)
 
@@ -108,5 +114,8 @@ class TaSL(Method):
         self.cumulative = SkillScores.load(path) if path.exists() else None
 
 
-def _copies(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in skill_tensors(model).items()}
+def _trained(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """What has scores, and what else is trained."""
+    scored = skill_tensors(model)
+    known = {id(p) for p in scored.values()}
+    return scored, {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in known}

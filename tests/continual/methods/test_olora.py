@@ -18,6 +18,7 @@ from continual_parts import (  # noqa: E402
 from hatcl.continual import (  # noqa: E402
     learn_sequence,
 )
+from hatcl.errors import SkillError  # noqa: E402
 from hatcl.skills.tensors import skill_tensors  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,3 +42,20 @@ def test_olora_keeps_earlier_adapters_and_holds_the_new_one_apart():
         ours, theirs = skill_tensors(model, "default"), skill_tensors(model, "olora_0")
         across[weight] = sum(float((theirs[n] @ ours[n].t()).detach().abs().sum()) for n in ours if "lora_A" in n)
     assert across[0.5] < 0.5 * across[0.0]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"target_modules": ["query"], "modules_to_save": ["value"]},
+        {"trainable_token_indices": {"word_embeddings": [1]}},
+    ],
+    ids=lambda option: list(option)[-1],
+)
+def test_olora_refuses_what_is_trained_beside_the_pairs_before_it_learns(option):
+    model = adapted(**option)
+    with pytest.raises(SkillError, match="olora: .* is trained beside A and B .* without modules_to_save"):
+        learn_sequence(model, text_tasks(bert(), 2), "olora", QUICK)
+    assert list(model.peft_config) == ["default"]
