@@ -93,7 +93,7 @@ def run_command(
         typer.Option(help="A module to adapt, such as query; may be repeated. By default peft's for the model."),
     ] = None,
     dropout: Annotated[float, typer.Option(help="LoRA's dropout.")] = 0.0,
-    max_input: Annotated[int, typer.Option(help="Tokens of an input.")] = 128,
+    max_input: Annotated[int, typer.Option(help="Tokens of an input; what is longer is cut.")] = 256,
     max_output: Annotated[int, typer.Option(help="Tokens of an output, in generation.")] = 32,
     epochs: Annotated[int, typer.Option(help="Passes over each task.")] = DEFAULT.epochs,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = DEFAULT.batch_size,

@@ -20,6 +20,7 @@ from .errors import ConfigError, ConversionError
 from .gates import Gates, Units
 from .layers.gated import Axis, Binding, ParameterPlan, task_class
 from .layers.norm import kind_of_norm
+from .map.lora import factor_in
 from .map.trace import call, tensors_of, trace
 from .map.units import Entry, UnitMap, resolve
 from .registry import layer_for, source_of
@@ -61,6 +62,7 @@ def convert(
         )
     if hasattr(model, GATES):
         raise ConversionError(f"{type(model).__name__} has an attribute {GATES!r}, where its gates would go; rename it")
+    _check_adapters(model)
     if unit_map is None and example_inputs is None:
         raise ConversionError(
             "example_inputs: got None; pass an input of the model's forward: a tensor, a tuple or a dict"
@@ -87,6 +89,19 @@ def convert(
         _widen_heads(made, num_classes)
     made.get_submodule(GATES).source = source_of(source)  # type: ignore[assignment]
     return made
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """Of a model with LoRA the pairs are gated: they must be there to be computed with, and to be learned."""
+    factors = [p for n, p in model.named_parameters() if factor_in(n.split(".")) is not None]
+    merged = next((n for n, m in model.named_modules() if getattr(m, "merged", False) is True), None)
+    if factors and merged is not None:
+        raise ConversionError(f"{merged}: the adapter is merged into its base; call unmerge_adapter() first")
+    if factors and not any(p.requires_grad for p in factors):
+        raise ConversionError(
+            f"{type(model).__name__}: none of its LoRA tensors requires a gradient, so no pair could be learned; load "
+            "the adapter with is_trainable=True, or call set_adapter on it"
+        )
 
 
 def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:

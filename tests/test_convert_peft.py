@@ -203,3 +203,15 @@ def test_what_lora_trains_in_full_is_copied_where_no_pair_says_whose_it_is():
     }  # fmt: skip
     parts.pretend(model)
     assert hatcl.certify(model, torch.randn(3, 6)).exact
+
+
+def test_adapters_that_nothing_could_be_learned_in_are_refused():
+    source, inputs = bert()
+    source.merge_adapter()
+    with pytest.raises(hatcl.ConversionError, match=r"query: the adapter is merged into its base; call unmerge_adapte"):
+        hatcl.convert(source, 2, inputs)
+    source.unmerge_adapter()
+    for name, p in source.named_parameters():
+        p.requires_grad_("lora_" not in name and p.requires_grad)
+    with pytest.raises(hatcl.ConversionError, match="none of its LoRA tensors requires a gradient.*is_trainable=True"):
+        hatcl.convert(source, 2, inputs)

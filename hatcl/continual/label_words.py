@@ -50,11 +50,18 @@ def label_word_task(
         Its score is the accuracy on the test pairs; `validate` that on the validation pairs.
 
     Raises:
-        ConfigError: fewer than two labels, a pair whose label is none of them, or an encoder without hidden states.
+        ConfigError: fewer than two labels, a label word without a letter, a pair whose label is none of them, or an
+            encoder without hidden states.
     """
     words = dict(labels) if isinstance(labels, Mapping) else {y: y for y in labels or data.labels}
     if len(words) < 2:
         raise ConfigError(f"task {name}: got the labels {list(words)}, expected at least two")
+    mute = [w for w in words.values() if not any(c.isalpha() for c in w)]
+    if mute:
+        raise ConfigError(
+            f"task {name}: the label word {mute[0]!r} says nothing of what it means; give words for labels, such as "
+            f"labels={{{next(iter(words))!r}: 'bad', ...}} (--word {name}:{next(iter(words))}=bad)"
+        )
     place = {y: i for i, y in enumerate(words)}
     for x, y in [*data.train, *data.validation, *data.test]:
         if y not in place:

@@ -92,6 +92,10 @@ class ConsolidateOptions:
             return self
         if isinstance(options, ConsolidateOptions):
             return options
+        if not isinstance(options, Mapping):
+            raise ConfigError(
+                f"consolidate: got {options!r}, expected ConsolidateOptions or a mapping of what to change"
+            )
         known_options(type(self), options)
         return dataclasses.replace(self, **options)
 

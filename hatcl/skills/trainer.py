@@ -1,4 +1,4 @@
-"""TaSL's scores and I-LoRA in transformers' Trainer: a callback, and a thin subclass where the loss needs it.
+"""TaSL and I-LoRA in transformers' Trainer: a callback, and thin subclasses where the loss needs it.
 
 Not imported by `import hatcl`, which works without transformers: `from hatcl.skills.trainer import ILoRATrainer`.
 """
@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from ..config import one_of
 from ..errors import ConfigError, SkillError
 from .ilora import ILoRA
+from .orthogonality import orthogonality
 from .scorer import TIMINGS, SkillScorer
 
 STATE = "ilora"  # the folder inside a checkpoint
@@ -73,7 +74,57 @@ class _Follow(TrainerCallback):
             self.trainer.ilora.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE)
 
 
-class ILoRATrainer(Trainer):
+class _Adding(Trainer):
+    """A `Trainer` that adds a term to the loss while learning."""
+
+    def term(self, inputs: Any) -> Tensor | None:
+        """What is added for a batch, as a mean over it, so that micro-batches share its weight; None = nothing."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """`Trainer`'s loss and, while learning, the term."""
+        batch = dict(inputs) if isinstance(inputs, Mapping) else inputs  # Trainer may take the labels out
+        out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        term = self.term(batch) if model.training else None
+        if term is None:
+            return out
+        if self._summed(num_items_in_batch):
+            # the task's loss is a part of the whole step's mean; else Trainer divides what comes from here
+            term = term / self.current_gradient_accumulation_steps
+        loss, *outputs = out if return_outputs else (out,)
+        loss = loss + term.to(loss.device)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _summed(self, num_items_in_batch: Any) -> bool:
+        """Is the task's loss normalised over all micro-batches of a step, as `Trainer.training_step` sees it?"""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
+
+class SkillTrainer(_Adding):
+    """A `Trainer` that adds TaSL's regulariser, `weight * orthogonality(model)`, to the loss. With
+    `callbacks=[SkillCallback(scorer)]` it learns a task as TaSL does.
+
+    Args:
+        weight, squared: see `orthogonality`. The other arguments are `Trainer`'s.
+    """
+
+    def __init__(self, *args: Any, weight: float = 0.1, squared: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight, self.squared = weight, squared
+
+    def term(self, inputs: Any) -> Tensor:
+        return self.weight * orthogonality(self.model, squared=self.squared)
+
+
+class ILoRATrainer(_Adding):
     """A `Trainer` that learns with I-LoRA: adds `ILoRA.loss` to the loss, moves the stable adapter after each step of
     the optimizer, and remembers the training examples once they were learned.
 
@@ -110,25 +161,8 @@ class ILoRATrainer(Trainer):
             if ilora.collate is None:
                 ilora.collate = self._get_collator_with_removed_columns(self.data_collator)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """`Trainer`'s loss and, while learning, `ILoRA.loss`: a mean over the batch, so that micro-batches share its
-        weight."""
-        if not (self.ilora.enabled and model.training):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = dict(inputs) if isinstance(inputs, Mapping) else inputs  # Trainer may take the labels out
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        term = self.ilora.loss(batch)
-        if self._summed(num_items_in_batch):
-            # the task's loss is a part of the whole step's mean; else Trainer divides what comes from here
-            term = term / self.current_gradient_accumulation_steps
-        loss = loss + term.to(loss.device)
-        return (loss, outputs) if return_outputs else loss
+    def term(self, inputs: Any) -> Tensor | None:
+        return self.ilora.loss(inputs) if self.ilora.enabled else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; then the memory is offered the training examples."""
@@ -136,12 +170,6 @@ class ILoRATrainer(Trainer):
         if self.remember and self.ilora.enabled:
             self.ilora.remember(self.train_dataset)
         return out
-
-    def _summed(self, num_items_in_batch: Any) -> bool:
-        """Is the task's loss normalised over all micro-batches of a step, as `Trainer.training_step` sees it?"""
-        if self.loss_is_scaled_for_ga is not None:
-            return bool(self.loss_is_scaled_for_ga)
-        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.ilora.enabled:

@@ -553,6 +553,12 @@ def test_options_out_of_range(name, value, text):
     refused(ConfigError, lambda: ConsolidateOptions().changed({name: value}), text)
 
 
+def test_options_that_are_none():
+    refused(
+        ConfigError, lambda: ConsolidateOptions().changed("adaptive"), "got 'adaptive', expected ConsolidateOptions or"
+    )
+
+
 @pytest.mark.parametrize(
     "name, value",
     [

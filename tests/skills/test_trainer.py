@@ -14,6 +14,7 @@ from torch import nn
 
 from hatcl.errors import ConfigError, SkillError
 from hatcl.skills.ilora import ILoRA
+from hatcl.skills.orthogonality import orthogonality
 from hatcl.skills.scorer import SkillScorer
 from hatcl.skills.switch import adapter_tensors
 
@@ -21,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 if transformers:
-    from hatcl.skills.trainer import ILoRATrainer, SkillCallback
+    from hatcl.skills.trainer import ILoRATrainer, SkillCallback, SkillTrainer
 
 MODELS = {"bert": bert, "t5": t5, "gpt2": gpt2}
 LR, CLIP, STEPS = 1e-2, 0.5, 2
@@ -58,7 +59,7 @@ def trainer(ilora, folder, name, **options):
     )
 
 
-def loop(ilora, name, micro=4, accumulate=1, watch=None):
+def loop(ilora, name, micro=4, accumulate=1, watch=None, term=None):
     """What the Trainer does, by hand; transformers normalises a step's loss by the labels that it counts."""
     model = ilora.model
     counts = transformers.Trainer(model, arguments(tempfile.gettempdir()), data_collator=batch_of)
@@ -71,7 +72,8 @@ def loop(ilora, name, micro=4, accumulate=1, watch=None):
             part = micros[i : i + accumulate]
             total = counts._get_num_items_in_batch(part, torch.device("cpu"))
             for b in part:
-                (model(**b, num_items_in_batch=total).loss + ilora.loss(b) / len(part)).backward()
+                loss = model(**b, num_items_in_batch=total).loss  # draws first, as in the Trainer
+                (loss + (ilora.loss(b) if term is None else term()) / len(part)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
@@ -216,6 +218,23 @@ def test_another_model_and_a_stream_without_end(tmp_path):
         ILoRATrainer(ilora.model, arguments(tmp_path, max_steps=1), **options)
     ILoRATrainer(ilora.model, arguments(tmp_path, max_steps=1), **options, remember=False).train()
     assert ilora.steps == 1 and ilora.memory.seen == 6
+
+
+# --- TaSL's regulariser ---
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_regulariser_in_the_trainer(accumulate, tmp_path):
+    a, b, plain = MODELS["bert"](), MODELS["bert"](), MODELS["bert"]()
+    options = {"train_dataset": data("bert"), "data_collator": batch_of}
+    steps = {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 4 // accumulate}
+    SkillTrainer(a, arguments(tmp_path, **steps), weight=0.5, squared=True, **options).train()
+    SkillTrainer(plain, arguments(tmp_path, **steps), weight=0.0, **options).train()
+    loop(
+        ILoRA(b, {"use_ilora": False}), "bert", 4 // accumulate, accumulate,
+        term=lambda: 0.5 * orthogonality(b, squared=True),
+    )  # fmt: skip
+    assert same(state(a), state(b)) and not same(state(a), state(plain))
 
 
 # --- scores ---

@@ -28,8 +28,8 @@ COUNTS = "counts.json"
 class InterpolatedLoRA(Method):
     """The loss of a batch, plus `replay` times that of examples of earlier tasks, plus `consistency_weight` times the
     mean squared error between the plastic and the stable adapter's hidden states of those; after each step
-    `stable = ema_alpha * stable + (1 - ema_alpha) * plastic`. The plastic adapter goes on from task to task. Scored is
-    the stable one.
+    `stable = ema_alpha * stable + (1 - ema_alpha) * plastic`. The plastic adapter goes on from task to task, and stays
+    the active one; what is scored is the stable one: `model.set_adapter("stable")` gives the scores reported.
 
     The authors' code has the mean of the two losses; up to the weight of the consistency that is `replay=1`. Examples
     of several tasks are batched task by task, and the error is the mean over those batches. The memory is as in

@@ -27,7 +27,7 @@ class OLoRA(Method):
     """The model's output is that of the base and of all adapters together, `W + s sum_i B_i A_i`; while task t is
     learned the earlier ones are frozen, and the loss gets
 
-        orthogonality * sum_{i<t} sum |A_i A_t^T|  +  l2 * sum ||A_t||_F + ||B_t||_F
+        orthogonality * sum_{i<t} sum |A_i A_t^T|  +  l2 * sum (||A_t||_F + ||B_t||_F)
 
     over all adapted layers, as in the paper's code. After a task its adapter is kept as `olora_0`, `olora_1`, ... and
     the adapter that is trained starts anew, by peft's own initialisation.

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import one_of
 from ...errors import ConfigError
 from ...skills.consolidate import ConsolidateOptions, consolidate
 from ...skills.orthogonality import orthogonality
-from ...skills.scorer import SkillScorer
-from ...skills.scores import SkillScores, accumulate
+from ...skills.scorer import IMPORTANCE, TIMINGS, SkillScorer
+from ...skills.scores import GRAINS, SkillScores, accumulate
 from ...skills.tensors import adapters_of, skill_tensors
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -57,6 +58,8 @@ class TaSL(Method):
         consolidate: ConsolidateOptions = field(default_factory=ConsolidateOptions)
 
         def __post_init__(self) -> None:
+            for name, choices in (("grain", GRAINS), ("importance", IMPORTANCE), ("timing", TIMINGS)):
+                one_of(name, getattr(self, name), choices)
             if not (math.isfinite(self.orthogonality) and self.orthogonality >= 0):
                 raise ConfigError(f"orthogonality: got {self.orthogonality!r}, expected a number of at least 0")
             object.__setattr__(self, "memory", tuple(self.memory))

@@ -31,3 +31,9 @@ def test_every_method(name):
     for field in dataclasses.fields(method.options):
         with pytest.raises(ConfigError, match=f"did you mean {field.name!r}"):
             make_method(name, {f"{field.name}_": 1})
+
+
+@pytest.mark.parametrize("name, value", [("grain", "pair"), ("timing", "befor"), ("importance", "thrid")])
+def test_tasl_says_at_once_what_is_no_option(name, value):
+    with pytest.raises(ConfigError, match=f"{name}: got {value!r}, expected one of .*; did you mean"):
+        make_method("tasl", {name: value})
