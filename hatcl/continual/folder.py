@@ -188,7 +188,7 @@ def _difference(was: Any, now: Any) -> tuple[Any, Any]:
     """The first entry that differs, where both are mappings."""
     if isinstance(was, dict) and isinstance(now, dict):
         key = next(k for k in sorted({*was, *now}) if was.get(k) != now.get(k))
-        return _difference({key: was.get(key)}[key], now.get(key)) if isinstance(was.get(key), dict) else (
-            f"{key}={was.get(key)}", f"{key}={now.get(key)}"
-        )  # fmt: skip
+        if isinstance(was.get(key), dict):
+            return _difference(was[key], now.get(key))
+        return f"{key}={was.get(key)}", f"{key}={now.get(key)}"
     return was, now

@@ -24,6 +24,7 @@ from ..config import known_options, one_of
 from ..errors import ConfigError, SkillError
 from . import ilora_files
 from .reservoir import Reservoir
+from .steps import at_steps
 from .switch import adapter_buffers, add_copy, check_peft, pairs, using
 from .tensors import active_adapter
 
@@ -291,22 +292,7 @@ class ILoRA:
         """
         if not self.enabled:
             return RemovableHandle(OrderedDict())
-        inner: Any = optimizer
-        while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
-            inner = inner.optimizer  # accelerate's wrapper has no hooks of its own
-        held = {id(p) for group in inner.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self._plastic):
-            raise SkillError(
-                f"{type(inner).__name__} holds none of the {len(self._plastic)} tensors of the adapter "
-                f"{self.plastic!r}; build it over this model's parameters"
-            )
-
-        def hook(stepped: Any, args: Any, kwargs: Any) -> None:
-            skipped = getattr(stepped, "found_inf", None)  # a fused optimizer is called in any case, and skips itself
-            if skipped is None or not bool(skipped):
-                self.step()
-
-        return inner.register_step_post_hook(hook)
+        return at_steps(optimizer, self._plastic, f"of the adapter {self.plastic!r}", lambda _: self.step())
 
     def _better(self) -> bool:
         if not self._has_memory():

@@ -14,6 +14,7 @@ from ..config import one_of
 from ..errors import ConfigError, SkillError
 from ..map.grains import make_grain
 from .scores import GRAINS, SkillScores
+from .steps import at_steps
 from .tensors import adapters_of, skill_tensors
 
 IMPORTANCE = ("mixed", "first", "second")
@@ -107,24 +108,9 @@ class SkillScorer:
             ConfigError: another timing. SkillError: the optimizer has none of the tensors.
         """
         one_of("timing", timing, TIMINGS)
-        inner: Any = optimizer
-        while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
-            inner = inner.optimizer  # accelerate's wrapper has no hooks of its own
-        held = {id(p) for group in inner.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self._params.values()):
-            raise SkillError(
-                f"{type(inner).__name__} holds none of the {len(self._params)} tensors that are scored (first "
-                f"{next(iter(self._params))}); build it over this model's parameters, after the adapter was added"
-            )
-
-        def hook(stepped: Any, args: Any, kwargs: Any) -> None:
-            # a fused optimizer is called in every case and skips by itself; it leaves the gradients unscaled
-            skipped, scale = getattr(stepped, "found_inf", None), getattr(stepped, "grad_scale", None)
-            if skipped is None or not bool(skipped):
-                self._update(scale if timing == "before" else None)
-
-        before = timing == "before"
-        return inner.register_step_pre_hook(hook) if before else inner.register_step_post_hook(hook)
+        scored = list(self._params.values())
+        what = f"that are scored (first {next(iter(self._params))})"
+        return at_steps(optimizer, scored, what, self._update, before=timing == "before")
 
     @torch.no_grad()
     def _update(self, scale: Tensor | None) -> None:
