@@ -191,7 +191,7 @@ def test_errors_before_anything_is_written(tmp_path):
         (ConfigError, "buffer_size: got 0", {"method": "replay", "method_options": {"buffer_size": 0}}),
         (ConfigError, "leave them out", {"method": Spy(), "method_options": {"a": 1}}),
         (ConfigError, "seed: got -1", {"seed": -1}),
-        (SkillError, "olora: Sequential is no peft model", {"method": "olora"}),
+        (SkillError, "Sequential is no peft model", {"method": "olora"}),
         (SkillError, "is no peft model", {"method": "ilora"}),
         (ConfigError, "orthogonality: got -1", {"method": "tasl", "method_options": {"orthogonality": -1}}),
         (ConfigError, "mode: got 'case'", {"method": "tasl", "method_options": {"consolidate": {"mode": "case"}}}),
