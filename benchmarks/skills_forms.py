@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from hatcl.continual import ContinualTask, causal_task, learn_sequence, read_texts, seq2seq_task
 
 SERVICES = ("media_2", "homes_2", "trains_1")
-TRAIN, TEST = 240, 120
+TRAIN, TEST, INPUT = {"t5": 240, "gpt2": 96}, 120, {"t5": 192, "gpt2": 96}
 OPTIONS = {"epochs": 3, "batch_size": 16, "lr": 3e-3}
 
 
@@ -51,8 +51,8 @@ def language(form: str, seed: int) -> tuple[Any, list[ContinualTask]]:
         base, make, kind = GPT2LMHeadModel(config), causal_task, "CAUSAL_LM"
         targets = ["c_attn", "c_proj", "c_fc", "lm_head"]
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type=kind))
-    data = {name: read_texts(DATA / "text_dst" / f"sgd_{name}.json.gz").cut(TRAIN, TEST) for name in SERVICES}
-    return model, [make(name, d, tokenizer, max_input=192, max_output=12) for name, d in data.items()]
+    data = {name: read_texts(DATA / "text_dst" / f"sgd_{name}.json.gz").cut(TRAIN[form], TEST) for name in SERVICES}
+    return model, [make(name, d, tokenizer, max_input=INPUT[form], max_output=12) for name, d in data.items()]
 
 
 def images(seed: int) -> tuple[Any, list[ContinualTask]]:
