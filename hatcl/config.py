@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import ConfigError, nearest
 
@@ -96,6 +96,29 @@ class HATConfig:
     def replace(self, **changes: Any) -> HATConfig:
         """A copy with some options changed, checked like a new config."""
         return self.from_dict({**self.to_dict(), **changes})
+
+
+C = TypeVar("C", bound="Changeable")
+
+
+class Changeable:
+    """What the dataclasses of a procedure's options have in common: it may be given a mapping of what to change."""
+
+    def changed(self: C, options: C | Mapping[str, Any] | None) -> C:
+        """These options with some changed, or others in their place.
+
+        Raises:
+            ConfigError: an unknown name, with the nearest one.
+        """
+        kind = type(self)
+        if options is None:
+            return self
+        if isinstance(options, kind):
+            return options
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"options: got {options!r}, expected {kind.__name__} or a mapping of what to change")
+        known_options(kind, options)
+        return dataclasses.replace(self, **options)  # type: ignore[type-var]
 
 
 def known_options(cls: type, options: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from .errors import ConfigError, ConversionError
 from .gates import Gates, Units
 from .layers.gated import Axis, Binding, ParameterPlan, task_class
 from .layers.norm import kind_of_norm
-from .map.lora import factor_in
+from .map.lora import is_factor, merged_layer
 from .map.trace import call, tensors_of, trace
 from .map.units import Entry, UnitMap, resolve
 from .registry import layer_for, source_of
@@ -93,8 +93,8 @@ def convert(
 
 def _check_adapters(model: nn.Module) -> None:
     """Of a model with LoRA the pairs are gated: they must be there to be computed with, and to be learned."""
-    factors = [p for n, p in model.named_parameters() if factor_in(n.split(".")) is not None]
-    merged = next((n for n, m in model.named_modules() if getattr(m, "merged", False) is True), None)
+    factors = [p for n, p in model.named_parameters() if is_factor(n)]
+    merged = merged_layer(model)
     if factors and merged is not None:
         raise ConversionError(f"{merged}: the adapter is merged into its base; call unmerge_adapter() first")
     if factors and not any(p.requires_grad for p in factors):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import known_options, one_of
+from ..config import Changeable, one_of
 from ..errors import ConfigError
 
 SCHEDULES = ("constant", "cosine")
@@ -16,7 +15,7 @@ AMP = ("none", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
-class AtlasOptions:
+class AtlasOptions(Changeable):
     """How `fit` learns coefficients with AdamW. The defaults are those published for addition (Zhang et al. 2024,
     arXiv 2407.02880, and its repository); each procedure says which of them it changes.
 
@@ -60,19 +59,6 @@ class AtlasOptions:
             raise ConfigError(f"p: got {self.p!r}, expected 1 or 2")
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("amp", self.amp, AMP)
-
-    def changed(self, options: Options) -> AtlasOptions:
-        """These options with some changed, or others in their place.
-
-        Raises:
-            ConfigError: an unknown name, with the nearest one.
-        """
-        if options is None:
-            return self
-        if isinstance(options, AtlasOptions):
-            return options
-        known_options(type(self), options)
-        return dataclasses.replace(self, **options)
 
 
 Options = AtlasOptions | Mapping[str, Any] | None

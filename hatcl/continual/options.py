@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from ..config import known_options, one_of
+from ..config import Changeable, one_of
 from ..errors import ConfigError
 
 SCHEDULES = ("constant", "cosine")
@@ -16,7 +13,7 @@ EVALUATE = ("next", "all")
 
 
 @dataclass(frozen=True)
-class LearnOptions:
+class LearnOptions(Changeable):
     """How `learn_sequence` trains: AdamW, made anew for every task.
 
     Args:
@@ -68,16 +65,3 @@ class LearnOptions:
         if self.schedule == "constant":
             return self.lr
         return self.lr * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
-
-    def changed(self, options: LearnOptions | Mapping[str, Any] | None) -> LearnOptions:
-        """These options with some changed, or others in their place.
-
-        Raises:
-            ConfigError: an unknown name, with the nearest one.
-        """
-        if options is None:
-            return self
-        if isinstance(options, LearnOptions):
-            return options
-        known_options(type(self), options)
-        return dataclasses.replace(self, **options)

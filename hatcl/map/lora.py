@@ -3,6 +3,8 @@ accident."""
 
 from __future__ import annotations
 
+from torch import nn
+
 PARTNER = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 FACTORS = (*PARTNER, *PARTNER.values())
 
@@ -10,6 +12,16 @@ FACTORS = (*PARTNER, *PARTNER.values())
 def factor_in(parts: list[str]) -> int | None:
     """Which segment of a name says that it is a LoRA factor."""
     return next((i for i, part in enumerate(parts) if part in FACTORS), None)
+
+
+def is_factor(name: str) -> bool:
+    """Is this a LoRA factor's name?"""
+    return factor_in(name.split(".")) is not None
+
+
+def merged_layer(model: nn.Module) -> str | None:
+    """The first layer whose adapter is merged into its base."""
+    return next((n for n, m in model.named_modules() if getattr(m, "merged", False) is True), None)
 
 
 def starts_at_zero(name: str) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .labels import Ints
-from .lora import factor_in
+from .lora import is_factor
 from .trace import Trace
 
 NORM = "norm"  # why a parameter is copied
@@ -215,7 +215,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     is_unit[0] = False
     names = [n for n, _ in model.named_parameters()]
     # elsewhere what is not trained may be as little as a table of positions
-    adapted = any(factor_in(n.split(".")) is not None for n in names)
+    adapted = any(map(is_factor, names))
     fixed = {n for n in names if not model.get_parameter(n).requires_grad} if adapted else set()
     base = np.zeros(len(roots), dtype=bool)  # the components that it owns
     for (name, d), first in found.first.items():

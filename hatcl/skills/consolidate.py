@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import known_options, one_of
+from ..config import Changeable, one_of
 from ..errors import ConfigError, SkillError
 from ..map.grains import make_grain
 from .product import best_factors, factor_pairs, fit_each_other
@@ -24,7 +23,7 @@ Weights = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class ConsolidateOptions:
+class ConsolidateOptions(Changeable):
     """How `consolidate` weighs two adapters. Every pair of weights is (previous, current); both are at least 0 and sum
     to 1, because what is taken is a mean: another sum would shrink or grow the adapter with every task (and, with
     `factors`, its effect by the square).
@@ -81,23 +80,6 @@ class ConsolidateOptions:
     def unscored(self) -> Weights:
         """The weights of a tensor of which no score speaks."""
         return {"cases": self.neither, "adaptive": (0.5, 0.5), "coarse": self.coarse}[self.mode]
-
-    def changed(self, options: Options) -> ConsolidateOptions:
-        """These options with some changed, or others in their place.
-
-        Raises:
-            ConfigError: an unknown name, with the nearest one.
-        """
-        if options is None:
-            return self
-        if isinstance(options, ConsolidateOptions):
-            return options
-        if not isinstance(options, Mapping):
-            raise ConfigError(
-                f"consolidate: got {options!r}, expected ConsolidateOptions or a mapping of what to change"
-            )
-        known_options(type(self), options)
-        return dataclasses.replace(self, **options)
 
 
 Options = ConsolidateOptions | Mapping[str, Any] | None

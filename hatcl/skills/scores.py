@@ -32,7 +32,24 @@ Path_ = Union[str, "os.PathLike[str]"]
 
 
 @dataclass(frozen=True, eq=False)
-class SkillScores:
+class _Groups:
+    """Groups of some tensors, of which something is known."""
+
+    grain: str
+    shapes: Shapes
+
+    @functools.cached_property
+    def _parts(self) -> Grain:
+        return make_grain(self.grain, self.shapes)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each group is called: `...query[3]` for a pair, the tensor's name for a matrix or block."""
+        return self._parts.labels
+
+
+@dataclass(frozen=True, eq=False)
+class SkillScores(_Groups):
     """How important each group of some tensors is.
 
     Attributes:
@@ -44,8 +61,6 @@ class SkillScores:
         ConfigError: another grain. SkillError: not one number per group, or one that is not finite, by its label.
     """
 
-    grain: str
-    shapes: Shapes
     values: Tensor
 
     def __post_init__(self) -> None:
@@ -60,15 +75,6 @@ class SkillScores:
                 "the learning rate, clip, or use a GradScaler, and score anew"
             )
         object.__setattr__(self, "values", values)
-
-    @functools.cached_property
-    def _parts(self) -> Grain:
-        return make_grain(self.grain, self.shapes)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What each group is called: `...query[3]` for a pair, the tensor's name for a matrix or block."""
-        return self._parts.labels
 
     def normalised(self) -> SkillScores:
         """`N(x) = (x - min) / (max - min)`, float32; zeros where all are equal (TaSL's code divides by zero there)."""
@@ -122,7 +128,7 @@ class SkillScores:
 
 
 @dataclass(frozen=True, eq=False)
-class Skill:
+class Skill(_Groups):
     """The groups that matter for a task.
 
     Attributes:
@@ -132,8 +138,6 @@ class Skill:
         ConfigError: another grain. SkillError: not one bool per group.
     """
 
-    grain: str
-    shapes: Shapes
     on: Tensor
 
     def __post_init__(self) -> None:
@@ -141,15 +145,6 @@ class Skill:
         if self.on.dtype != torch.bool:
             raise SkillError(f"on: got {str(self.on.dtype).removeprefix('torch.')}, expected bool")
         object.__setattr__(self, "on", self.on.detach().cpu())
-
-    @functools.cached_property
-    def _parts(self) -> Grain:
-        return make_grain(self.grain, self.shapes)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What each group is called, on or off."""
-        return self._parts.labels
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -222,7 +217,7 @@ def overlap(a: Skill, b: Skill) -> float:
     return float((a.on & b.on).sum()) / float(b.on.sum())
 
 
-def check_same(a: SkillScores | Skill, b: SkillScores | Skill, what: tuple[str, str]) -> None:
+def check_same(a: _Groups, b: _Groups, what: tuple[str, str]) -> None:
     """Raise `SkillError` unless two speak of the same groups.
 
     Args:
@@ -243,7 +238,7 @@ def check_same(a: SkillScores | Skill, b: SkillScores | Skill, what: tuple[str, 
         )
 
 
-def _checked(of: SkillScores | Skill, vector: Tensor) -> Grain:
+def _checked(of: _Groups, vector: Tensor) -> Grain:
     """The grain of scores or a skill, whose shapes it narrows to those that it speaks of."""
     one_of("grain", of.grain, GRAINS)
     parts = make_grain(of.grain, of.shapes)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import SkillError, nearest
-from ..map.lora import factor_in
+from ..map.lora import factor_in, merged_layer
 from .tensors import skill_tensors
 
 # what peft holds per adapter beside A and B: DoRA's magnitudes, heads that are trained in full, single tokens
@@ -29,7 +29,7 @@ def check_peft(model: nn.Module) -> None:
             f"{type(model).__name__}: its adapters were added by transformers' own add_adapter, which adds and "
             "switches them in another way; wrap the base instead, with peft.get_peft_model(model, LoraConfig())"
         )
-    merged = next((n for n, m in model.named_modules() if getattr(m, "merged", False) is True), None)
+    merged = merged_layer(model)
     if merged is not None:
         raise SkillError(f"{merged}: the adapter is merged into its base; call unmerge_adapter() first")
 

@@ -17,7 +17,7 @@ from ..errors import HATError, TaskError
 from ..functional import scale_at
 from ..gates import Gates, check_room, check_task, gates_of
 from ..layers.gated import HATLayer
-from ..map.lora import factor_in
+from ..map.lora import is_factor
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def learn(
         empty = [
             name
             for name, start, stop in g.layers
-            if stop > start and not bool(g.masks[task, start:stop].any()) and factor_in(name.split(".")) is None
+            if stop > start and not bool(g.masks[task, start:stop].any()) and not is_factor(name)
         ]  # past a LoRA layer without pairs goes its base
         if empty:
             warnings.warn(
