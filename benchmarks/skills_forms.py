@@ -19,7 +19,7 @@ from typing import Any
 import timm
 import torch
 from common import DATA, load, read, save
-from skills import model_folder
+from pretrained import of_minilm
 from torch.nn import functional as F
 
 from hatcl.continual import ContinualTask, causal_task, learn_sequence, read_texts, seq2seq_task
@@ -31,9 +31,9 @@ OPTIONS = {"epochs": 3, "batch_size": 16, "lr": 3e-3}
 
 def language(form: str, seed: int) -> tuple[Any, list[ContinualTask]]:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+    from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    tokenizer = of_minilm("AutoTokenizer")
     tokenizer.eos_token, words = tokenizer.sep_token, len(tokenizer)
     special = {"eos_token_id": tokenizer.sep_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(seed)

@@ -156,7 +156,9 @@ def write_adapter(model: nn.Module, folder: Path, names: list[str] | None = None
         chosen = [n for n in (names or peft.active_adapters) if n in adapters_of(peft)]
         peft.save_pretrained(str(folder), selected_adapters=chosen, save_embedding_layers=False)
     for path in sorted(folder.rglob("adapter_config.json")):
-        content = {k: sorted(v) if k in _SETS and isinstance(v, list) else v for k, v in checkpoints.read_json(path).items()}
+        content = {
+            k: sorted(v) if k in _SETS and isinstance(v, list) else v for k, v in checkpoints.read_json(path).items()
+        }
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     for path in folder.rglob("README.md"):  # a model card to be filled in by hand
         path.unlink()
