@@ -239,7 +239,10 @@ def sentences(name: str, seed: int) -> Data:
 # examples per task. There is time for 60 in minilm; its rate is larger, so that coefficients get as far. Rates of
 # fine-tuning and the decay of minilm's heads come from a few tries on the validation examples of another seed, 7.
 NETWORKS = {
-    "convnext": Network(["mnist", "fashion_mnist", "notmnist", "cifar10"], convnext, images, epochs=3, lr=5e-4),
+    "convnext": Network(
+        ["mnist", "fashion_mnist", "notmnist", "cifar10"], convnext, images, epochs=3, lr=5e-4,
+        methods={"tsv": {"convs": True}, "wudi": {"convs": True}},
+    ),
     "resnet20": Network(
         ["mnist", "fashion_mnist", "notmnist", "cifar100_even"], resnet20, fewer_images, epochs=3, lr=1e-3, held=True,
         grid=[i / 4 for i in range(1, 9)], grams=256, steps=150, renewed=250,
