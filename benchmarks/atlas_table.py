@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from common import RESULTS
 
-FILES = {"convnext": "atlas_seed*", "resnet20": "atlas_resnet20_seed*", "minilm": "atlas_minilm_seed*"}
+NETWORKS = ("convnext", "resnet20", "minilm")
 PARTS = ("validation", "test")
 Rows = Mapping[str, Any]
 
@@ -80,8 +80,8 @@ def adaptation(runs: list[Rows]) -> None:
 
 
 def main() -> None:
-    for name in sys.argv[1:] or FILES:
-        runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(FILES[name] + ".json"))]
+    for name in sys.argv[1:] or NETWORKS:
+        runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"atlas_{name}_seed*.json"))]
         print(f"\n## {name}, {len(runs)} seeds")
         for part in (addition, negation, few_shot, partitions, adaptation):
             have = [run[part.__name__] for run in runs if part.__name__ in run]
