@@ -2,10 +2,10 @@
 
     python benchmarks/atlas_cost.py [--model vit_base_patch32_224] [--batch 8] [--rounds 9]
 
-Time: steps of plain AdamW fine-tuning and of composers over T = 1, 4, 8 task vectors take turns in one process;
-reported are the medians of CPU time as ratios to fine-tuning's, with their quartiles. Memory: one process per T takes
-three steps while its anonymous memory is polled; reported is the peak above import, in multiples of the parameters'
-own size.
+Time: steps of plain AdamW fine-tuning and of composers over T = 1, 4, 8 task vectors, in float32 and in bfloat16,
+take turns in one process; reported are the medians of CPU time as ratios to fine-tuning's, with their quartiles.
+Memory: one process per T takes three steps while its anonymous memory is polled; reported is the peak above import, in
+multiples of the parameters' own size.
 """
 
 from __future__ import annotations
@@ -60,14 +60,16 @@ def ratios(name: str, batch: int, rounds: int) -> dict[str, Any]:
     plain = timm.create_model(name, num_classes=10).eval()
     x, y = data(batch)
     vectors = vectors_of(plain, max(COUNTS))
-    composers = {t: hatcl.compose(plain, vectors[:t], check=False) for t in COUNTS}
+    composers = {f"T={t}": hatcl.compose(plain, vectors[:t], check=False) for t in COUNTS}
+    for t in COUNTS:  # task vectors in half the memory
+        composers[f"T={t}, bfloat16"] = hatcl.compose(plain, vectors[:t], dtype=torch.bfloat16, check=False)
     tuned = copy.deepcopy(plain)
     steps: dict[str, Callable[[], Any]] = {}
     plain_optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-5)
     steps["fine-tuning"] = lambda: step(tuned, plain_optimizer, x, y)
-    for t, composer in composers.items():
+    for k, composer in composers.items():
         optimizer = torch.optim.AdamW([composer.coefficients], lr=1e-3)
-        steps[f"T={t}"] = lambda c=composer, o=optimizer: step(c, o, x, y)  # type: ignore[misc]
+        steps[k] = lambda c=composer, o=optimizer: step(c, o, x, y)  # type: ignore[misc]
     taken: dict[str, list[float]] = {k: [] for k in steps}
     for i in range(rounds + 1):
         for k, work in steps.items():
@@ -77,12 +79,12 @@ def ratios(name: str, batch: int, rounds: int) -> dict[str, Any]:
     for composer in composers.values():
         with torch.no_grad():
             composer(x)  # folds, once
-    evaluation: dict[str, list[float]] = {k: [] for k in ["plain", *map(str, COUNTS)]}
+    evaluation: dict[str, list[float]] = {k: [] for k in ["plain", *composers]}
     with torch.no_grad():
         for _ in range(rounds):
             evaluation["plain"].append(clocked(lambda: plain(x)))
-            for t, composer in composers.items():
-                evaluation[str(t)].append(clocked(lambda c=composer: c(x)))  # type: ignore[misc]
+            for k, composer in composers.items():
+                evaluation[k].append(clocked(lambda c=composer: c(x)))  # type: ignore[misc]
     return {"step": dict(relative(taken)), "evaluation": dict(relative(evaluation))}
 
 

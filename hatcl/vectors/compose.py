@@ -178,9 +178,8 @@ class Composer(nn.Module):
             _Compose.apply(part.to(block.theta0.device), block, self._written)
             for block, part in zip(self.blocks, parts, strict=True)
         ]
-        for (
-            tensor
-        ) in composed:  # of what is ready, autograd runs the highest number first: no gradient waits for others
+        # of what is ready, autograd runs the highest number first: no gradient waits for others
+        for tensor in composed:
             if tensor.grad_fn is not None:
                 tensor.grad_fn._set_sequence_nr(FIRST)
         before = self._inside
