@@ -9,6 +9,7 @@ from .errors import (
     CapacityError,
     ConfigError,
     ConversionError,
+    GraftError,
     GuardError,
     HATError,
     IntegrityError,
@@ -20,6 +21,7 @@ from .errors import (
 )
 from .forget import ForgetReport, forget_task
 from .gates import set_task, task, tasks
+from .grafts import Graft, GraftOptions, GraftScores, hold, learn_graft, select_graft
 from .integrations.timm_names import install, list_models
 from .layers import (
     HATConv1d,
@@ -68,18 +70,18 @@ from .vectors.task_vector import TaskVector
 
 __version__ = "0.1.0"
 __all__ = [
-    "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions", "ConversionError",
-    "Description", "ForgetReport", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d",
-    "HATConvTranspose1d", "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer",
-    "HATLinear", "ILoRA", "ILoRAConfig", "IntegrityError", "IsolationError", "Learning", "NonFiniteLossError",
-    "SignConflicts", "Skill", "SkillError", "SkillScorer", "SkillScores", "TaskError", "TaskIndexedBatchNorm1d",
-    "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm", "TaskIndexedInstanceNorm1d",
-    "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm", "TaskIndexedLinear",
-    "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError", "accumulate", "add_tasks",
-    "atlas", "certify", "compose", "consolidate", "continual", "convert", "describe", "forget_task",
-    "from_pretrained", "learn", "list_merges", "list_models", "localize", "merge", "merge_method", "orthogonality",
-    "overlap", "register", "save_pretrained", "set_task", "sign_conflicts", "skill_tensors", "task",
-    "task_parameters", "tasks",
+    "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions", "ConversionError", "Description",
+    "ForgetReport", "Graft", "GraftError", "GraftOptions", "GraftScores", "GuardError", "HATConfig", "HATConv1d",
+    "HATConv2d", "HATConv3d", "HATConvTranspose1d", "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding",
+    "HATError", "HATLayer", "HATLinear", "ILoRA", "ILoRAConfig", "IntegrityError", "IsolationError", "Learning",
+    "NonFiniteLossError", "SignConflicts", "Skill", "SkillError", "SkillScorer", "SkillScores", "TaskError",
+    "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm",
+    "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm",
+    "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError",
+    "accumulate", "add_tasks", "atlas", "certify", "compose", "consolidate", "continual", "convert", "describe",
+    "forget_task", "from_pretrained", "hold", "learn", "learn_graft", "list_merges", "list_models", "localize", "merge",
+    "merge_method", "orthogonality", "overlap", "register", "save_pretrained", "select_graft", "set_task",
+    "sign_conflicts", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

@@ -28,6 +28,8 @@ from torch import nn
 import hatcl
 
 from .cli_atlas import app as atlas_app
+from .cli_finetune import finetune_command
+from .cli_graft import graft_command
 from .cli_options import key_values, usable_device
 from .cli_tasl import app as tasl_app
 from .config import HATConfig
@@ -58,6 +60,8 @@ app = typer.Typer(
 )
 app.add_typer(atlas_app)
 app.add_typer(tasl_app)
+app.command("finetune")(finetune_command)
+app.command("graft")(graft_command)
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -72,11 +72,14 @@ LEARNING = {
 }
 
 
-def spelled_out(learning: atlas.AtlasOptions | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def spelled_out(
+    learning: Any = None, says: Mapping[str, str] = LEARNING
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Spell parameters that are dataclasses out as options of their own, which typer reads.
 
     Args:
-        learning: the defaults of `AtlasOptions`, where the command has them.
+        learning: an instance of the one of them that typer's annotations are not written into: it has the defaults.
+        says: field of that one -> its help.
     """
 
     def spell(body: Callable[..., None]) -> Callable[..., None]:
@@ -86,7 +89,7 @@ def spelled_out(learning: atlas.AtlasOptions | None = None) -> Callable[[Callabl
         for name, parameter in inspect.signature(body).parameters.items():
             fields = [parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)]
             if name in groups:
-                fields = _fields(groups[name], learning)
+                fields = _fields(groups[name], learning, says)
             parts[name] = fields
 
         @functools.wraps(body)
@@ -103,13 +106,13 @@ def spelled_out(learning: atlas.AtlasOptions | None = None) -> Callable[[Callabl
     return spell
 
 
-def _fields(kind: Any, defaults: atlas.AtlasOptions | None) -> list[inspect.Parameter]:
+def _fields(kind: Any, defaults: Any, says: Mapping[str, str]) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(kind, include_extras=True)
     found = []
     for f in dataclasses.fields(kind):
         annotation, default = hints[f.name], f.default
-        if kind is atlas.AtlasOptions:
-            annotation, default = Annotated[annotation, typer.Option(help=LEARNING[f.name])], getattr(defaults, f.name)
+        if type(defaults) is kind:
+            annotation, default = Annotated[annotation, typer.Option(help=says[f.name])], getattr(defaults, f.name)
         if default is dataclasses.MISSING:
             default = inspect.Parameter.empty
         found.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +24,12 @@ import hatcl
 from . import atlas
 from .atlas.files import all_files, per_block, read_head, read_vector, write_coefficients, write_heads
 from .atlas.fitting import Fitted
-from .atlas.images import Images, held_out
+from .atlas.images import Images, held_out, preparation_for
 from .atlas.linear import Composed
 from .atlas.tasks import Head
 from .cli_options import chosen, key_values, usable_device
 from .errors import ConfigError, HATError, IntegrityError, VectorError
-from .files import write_files
+from .files import sha256_of, write_files
 from .gates import gates_of
 from .integrations.timm_names import PREFIX
 from .report.heatmap import draw_coefficients
@@ -255,17 +254,10 @@ def _classifiers(cfg: Any) -> tuple[str, ...]:
 
 
 def _preparation(reading: Reading, model: nn.Module, task: Task) -> Preparation:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    size = reading.size
-    if size is None:
-        own = key_values("--model-kwargs", reading.model_kwargs).get("img_size", cfg.get("input_size", (3, 224, 224)))
-        size = own if isinstance(own, int) else own[-1]
-    prepare = Preparation.of(task, size=size or None, fit=reading.fit)
-    if reading.normalise == "model":
-        full = 255.0 if task.x_train.dtype.kind in "ui" else 1.0
-        mean, std = (tuple(full * float(v) for v in cfg[k]) for k in ("mean", "std"))
-        prepare = dataclasses.replace(prepare, mean=mean, std=std)
-    return prepare
+    return preparation_for(
+        task, getattr(model, "pretrained_cfg", None) or {}, size=reading.size, fit=reading.fit,
+        image_size=key_values("--model-kwargs", reading.model_kwargs).get("img_size"), normalise=reading.normalise,
+    )  # fmt: skip
 
 
 # --- a run: learn, measure, write ---
@@ -323,7 +315,7 @@ class Run(Loaded):
     def read(self, vectors: Mapping[str, Path], data: Mapping[str, Path], *, needs_validation: bool = False) -> None:
         super().read(vectors, data, needs_validation=needs_validation)
         self.composer = self.compose(self.writing.grain)  # raises where something does not fit
-        inputs = {absolute(f): _sha256(f) for f in self.files}
+        inputs = {absolute(f): sha256_of(f) for f in self.files}
         if (self.folder / checkpoints.CONFIG).exists():
             stored = checkpoints.read_json(self.folder / checkpoints.CONFIG).get("inputs")
             changed = [f for f, digest in inputs.items() if not stored or stored.get(f) != digest]
@@ -536,11 +528,3 @@ def _show(folder: Path, report: Mapping[str, Any]) -> None:
     vectors, groups = report["coefficients"]
     out.print(f"coefficients ({vectors} x {groups}): {words}{f' of {last}' if epoch > 0 else ''}", soft_wrap=True)
     out.print(f"{folder}  ({report['seconds']:.0f} s)", style="dim", soft_wrap=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from .continual import folder as kept
 from .continual.options import EVALUATE, SCHEDULES, LearnOptions
 from .convert import convert
 from .errors import ConfigError, HATError
-from .files import complete, write_files
+from .files import complete, sha256_of, write_files
 from .report.skills import draw_overlap, draw_skills
 from .report.tables import matrix_table
 from .skills.scores import SkillScores, localize
@@ -53,7 +52,7 @@ def run_command(
         typer.Option(
             metavar="NAME=FILE",
             help="A task, in the order of learning: its name and a .json or .json.gz file with train, test and dev "
-            "lists of [input, output]; may be repeated.",
+            "lists of pairs of input and output; may be repeated.",
         ),
     ],
     output: Annotated[
@@ -129,7 +128,7 @@ def run_command(
     command = {
         **given,
         "model": absolute(folder) if folder.exists() else model,
-        "task": {n: {"file": absolute(p), "sha256": _sha256(p)} for n, p in paths.items()},
+        "task": {n: {"file": absolute(p), "sha256": sha256_of(p)} for n, p in paths.items()},
     }
     _same_command(output, command)
     data = {n: continual.read_texts(p).cut(train, test) for n, p in paths.items()}
@@ -301,10 +300,6 @@ def _same_command(folder: Path, command: Mapping[str, Any]) -> None:
                 f"--out: the run in {folder} was started with --{flag} {stored.get(name)}, now came {now.get(name)}; "
                 "give the same options to go on with it, or name another folder"
             )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # --- showing ---

@@ -51,6 +51,10 @@ class SkillError(HATError, ValueError):
     """Adapters, scores or skills that do not fit each other or the model."""
 
 
+class GraftError(HATError, ValueError):
+    """Grafts, masks or models that do not fit each other."""
+
+
 def nearest(name: object, choices: Iterable[str]) -> str:
     """Which of the choices a name that is none of them may have meant, for an error to ask."""
     return difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.0)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -106,6 +107,22 @@ def writing(path: Path, then: str = "") -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise IntegrityError(f"{path}: could not be written ({error}); is the disk full? {then}".rstrip()) from error
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file's content.
+
+    Raises:
+        IntegrityError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as f:
+            while chunk := f.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read ({error}); is the path right?") from error
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -169,98 +170,47 @@ def check(model: nn.Module, only: Sequence[int] | None = None) -> None:
 # ---- the guard -----------------------------------------------------------------------------------
 
 
-class Guard:
-    """Keeps what is frozen bit-identical while a task is learned.
+class Keeper:
+    """Keeps elements of parameters bit-identical, whatever optimizer steps.
 
-    Gradient hooks zero the gradient of frozen elements as it arrives, so that clipping sees the true norm; after every
-    `optimizer.step()` frozen elements are put back, so that momentum, weight decay and whatever else an optimizer
-    does cannot move them. What is frozen depends on the task being learned alone.
+    Gradient hooks zero their gradient as it arrives, so that clipping sees the true norm; after every
+    `optimizer.step()` they are put back, so that momentum, weight decay and whatever else an optimizer does cannot
+    move them. A parameter that is kept whole has no gradient at all.
 
     Args:
-        locked: sealed tasks that are held.
-        after_step: called after every step of the first optimizer.
+        frozen: parameters, and which of their elements: None = all; a bool mask of the parameter's shape; or flat
+            indices (int64, fewer than all), which cost memory by their number alone.
+        optimizers: those that will step. Parameters may join them later.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: int,
-        optimizers: Sequence[Any],
-        locked: Sequence[int],
-        after_step: Callable[[], None],
-    ) -> None:
-        self.task, self.after_step = task, after_step
+    def __init__(self, frozen: Sequence[tuple[nn.Parameter, Tensor | None]], optimizers: Sequence[Any]) -> None:
+        self.frozen, self._optimizers = list(frozen), list(optimizers)
         self.active = True
-        self.frozen: list[tuple[nn.Parameter, Tensor | None]] = []
-        self.shared: list[tuple[str, nn.Parameter, Tensor | None]] = []
-        self.gates = gates_of(model)
-        for h in held(model):
-            sealed_by = _SEALED_BY.get(h.param, lambda: None)()
-            if sealed_by is not None and bool(sealed_by.sealed.any()) and all(sealed_by is not g for g in self.gates):
-                raise HATError(
-                    f"{h.name} is also a parameter of another HAT model, whose sealed tasks would change; copy the "
-                    "parameter, or convert one model that contains both"
-                )
-            whole = h.plain or (h.task is not None and h.task != task)
-            mask: Tensor | None = None
-            if not whole and h.task is None:
-                if h.plan is None:
-                    whole = bool(locked)
-                else:
-                    mask = torch.zeros(h.plan.view, dtype=torch.bool, device=h.param.device)
-                    for t in locked:
-                        mask |= h.plan.live(t, h.param.device)
-                    mask = mask.reshape(h.param.shape)
-                    whole = bool(mask.all())
-                if not whole:
-                    self.shared.append((h.name, h.param, mask))
-            if whole:
-                self.frozen.append((h.param, None))
-            elif mask is not None and bool(mask.any()):
-                self.frozen.append((h.param, mask))
-        self.embeddings = [g.embeddings[task] for g in self.gates]
-        self._optimizers = self._check(model, optimizers)
         self._hooks: list[Any] = []
         self._steps: list[tuple[Any, Any, bool]] = []
 
-    def _check(self, model: nn.Module, optimizers: Sequence[Any]) -> list[Any]:
-        mine = {id(p) for p in model.parameters()}
-        covered: set[int] = set()
-        for o in optimizers:
-            kind = type(o).__name__
-            if not callable(getattr(o, "step", None)) or not hasattr(o, "param_groups"):
-                raise GuardError(
-                    f"optimizer: got {kind}, which has no step() and param_groups to guard; pass a "
-                    "torch.optim.Optimizer (or a list of them) that you call step() on yourself"
-                )
-            ids = {id(p) for group in o.param_groups for p in group["params"]}
-            if not ids & mine:
-                raise GuardError(
-                    f"optimizer: {kind} holds none of this model's parameters; build it over model.parameters() of the "
-                    "converted model (hatcl.convert returns a new model, the source's parameters are not its own)"
-                )
-            covered |= ids
-        left = [e for e in self.embeddings if id(e) not in covered and e.numel()]
-        if left:
-            raise GuardError(
-                f"optimizer: no optimizer holds task {self.task}'s gate embeddings; was it built before "
-                "hatcl.add_tasks or over a part of the model? Call "
-                f"optimizer.add_param_group({{'params': hatcl.task_parameters(model, {self.task})}})"
-            )
-        return list(optimizers)
+    def around(self, optimizer: Any, ids: set[int], first: bool) -> contextlib.AbstractContextManager[None]:
+        """Around an optimizer's step and the putting back.
+
+        Args:
+            ids: of the optimizer's parameters. first: is it the first of the optimizers?
+        """
+        return contextlib.nullcontext()
 
     # ---- on and off ------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> Guard:
-        for p, mask in self.frozen:
+    def __enter__(self) -> Keeper:
+        for p, which in self.frozen:
             if p.requires_grad:
-                self._hooks.append(p.register_post_accumulate_grad_hook(_zero(mask)))
+                self._hooks.append(p.register_post_accumulate_grad_hook(_zero(which)))
         for i, o in enumerate(self._optimizers):
-            for p, mask in self.frozen:
-                state = getattr(o, "state", {}).get(p, {}) if mask is not None else {}
+            for p, which in self.frozen:
+                if which is None:
+                    continue
+                state = getattr(o, "state", {}).get(p, {})
                 for key in FIRST_MOMENTS:  # or they decay into denormal floats, which cost a CPU more than the step
                     if isinstance(state.get(key), Tensor) and state[key].shape == p.shape:
-                        state[key].masked_fill_(mask, 0)
+                        _clear(state[key], which)
             had = "step" in vars(o)
             inner = o.step
             wrapped = self._wrap(o, inner, first=i == 0)
@@ -284,13 +234,11 @@ class Guard:
     def _wrap(self, optimizer: Any, inner: Callable[..., Any], first: bool) -> Callable[..., Any]:
         known: set[int] = set()
         held_here: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []
-        embeddings: list[tuple[Gates, nn.Parameter]] = []
 
         def hold() -> None:
             ids = {id(p) for group in optimizer.param_groups for p in group["params"]} - known
-            # frozen elements never change while the task is learned, so one copy at the start serves every step
-            held_here.extend((p, mask, p.detach().clone()) for p, mask in self.frozen if id(p) in ids)
-            embeddings.extend((g, e) for g, e in zip(self.gates, self.embeddings, strict=False) if id(e) in ids)
+            # frozen elements never change in between, so one copy at the start serves every step
+            held_here.extend((p, which, _kept(p, which)) for p, which in self.frozen if id(p) in ids)
             known.update(ids)
 
         hold()
@@ -300,32 +248,13 @@ class Guard:
                 return inner(*args, **kwargs)
             if sum(len(group["params"]) for group in optimizer.param_groups) != len(known):
                 hold()
-            with torch.no_grad():
-                for p, mask, _ in held_here:
-                    if mask is None:
-                        p.grad = None
-                before = [e.detach().clone() for _, e in embeddings]
-            skips = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step by themselves under a scaler
-            if skips is None or not bool(skips):
-                self.check_finite(gradients=True)
-            out = inner(*args, **kwargs)
-            with torch.no_grad():
-                for p, mask, old in held_here:
-                    if mask is None:
-                        p.copy_(old)
-                    else:
-                        torch.where(mask, old, p, out=p)
-                for (g, e), was in zip(embeddings, before, strict=False):
-                    c = g.config
-                    if g.settled:
-                        e.copy_(was)
-                        continue
-                    if c.embedding_lr_scale != 1.0:
-                        e.copy_(was + c.embedding_lr_scale * (e - was))
-                    e.clamp_(-c.clamp, c.clamp)
-            if first:
-                self.check_finite()
-                self.after_step()
+            for p, which, _ in held_here:
+                if which is None:
+                    p.grad = None
+            with self.around(optimizer, known, first):
+                out = inner(*args, **kwargs)
+                for p, which, old in held_here:
+                    _put_back(p, which, old)
             return out
 
         # schedulers look for these on a bound method
@@ -334,6 +263,117 @@ class Guard:
         if hasattr(inner, "_wrapped_by_lr_sched"):
             step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         return step
+
+
+def check_optimizers(model: nn.Module, optimizers: Sequence[Any], remedy: str) -> set[int]:
+    """The ids of all parameters that the optimizers hold.
+
+    Args:
+        remedy: what to do about an optimizer of another model, as the message's end.
+
+    Raises:
+        GuardError: something that has no `step()` to guard, or that holds none of the model's parameters.
+    """
+    mine = {id(p) for p in model.parameters()}
+    covered: set[int] = set()
+    for o in optimizers:
+        kind = type(o).__name__
+        if not callable(getattr(o, "step", None)) or not hasattr(o, "param_groups"):
+            raise GuardError(
+                f"optimizer: got {kind}, which has no step() and param_groups to guard; pass a "
+                "torch.optim.Optimizer (or a list of them) that you call step() on yourself"
+            )
+        ids = {id(p) for group in o.param_groups for p in group["params"]}
+        if not ids & mine:
+            raise GuardError(f"optimizer: {kind} holds none of this model's parameters; {remedy}")
+        covered |= ids
+    return covered
+
+
+class Guard(Keeper):
+    """Keeps what is frozen bit-identical while a task is learned. What that is depends on the task alone.
+
+    Args:
+        locked: sealed tasks that are held.
+        after_step: called after every step of the first optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: int,
+        optimizers: Sequence[Any],
+        locked: Sequence[int],
+        after_step: Callable[[], None],
+    ) -> None:
+        self.task, self.after_step = task, after_step
+        frozen: list[tuple[nn.Parameter, Tensor | None]] = []
+        self.shared: list[tuple[str, nn.Parameter, Tensor | None]] = []
+        self.gates = gates_of(model)
+        for h in held(model):
+            sealed_by = _SEALED_BY.get(h.param, lambda: None)()
+            if sealed_by is not None and bool(sealed_by.sealed.any()) and all(sealed_by is not g for g in self.gates):
+                raise HATError(
+                    f"{h.name} is also a parameter of another HAT model, whose sealed tasks would change; copy the "
+                    "parameter, or convert one model that contains both"
+                )
+            whole = h.plain or (h.task is not None and h.task != task)
+            mask: Tensor | None = None
+            if not whole and h.task is None:
+                if h.plan is None:
+                    whole = bool(locked)
+                else:
+                    mask = torch.zeros(h.plan.view, dtype=torch.bool, device=h.param.device)
+                    for t in locked:
+                        mask |= h.plan.live(t, h.param.device)
+                    mask = mask.reshape(h.param.shape)
+                    whole = bool(mask.all())
+                if not whole:
+                    self.shared.append((h.name, h.param, mask))
+            if whole:
+                frozen.append((h.param, None))
+            elif mask is not None and bool(mask.any()):
+                frozen.append((h.param, mask))
+        self.embeddings = [g.embeddings[task] for g in self.gates]
+        self._check(model, optimizers)
+        super().__init__(frozen, optimizers)
+
+    def _check(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+        covered = check_optimizers(
+            model,
+            optimizers,
+            "build it over model.parameters() of the converted model (hatcl.convert returns a new model, the source's "
+            "parameters are not its own)",
+        )
+        left = [e for e in self.embeddings if id(e) not in covered and e.numel()]
+        if left:
+            raise GuardError(
+                f"optimizer: no optimizer holds task {self.task}'s gate embeddings; was it built before "
+                "hatcl.add_tasks or over a part of the model? Call "
+                f"optimizer.add_param_group({{'params': hatcl.task_parameters(model, {self.task})}})"
+            )
+
+    @contextlib.contextmanager
+    def around(self, optimizer: Any, ids: set[int], first: bool) -> Iterator[None]:
+        """What a step makes of the embeddings is scaled and clamped, or undone where the gates are hard."""
+        mine = [(g, e) for g, e in zip(self.gates, self.embeddings, strict=False) if id(e) in ids]
+        before = [e.detach().clone() for _, e in mine]
+        skips = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step by themselves under a scaler
+        if skips is None or not bool(skips):
+            self.check_finite(gradients=True)
+        yield
+        with torch.no_grad():
+            for (g, e), was in zip(mine, before, strict=False):
+                c = g.config
+                if g.settled:
+                    e.copy_(was)
+                    continue
+                if c.embedding_lr_scale != 1.0:
+                    e.copy_(was + c.embedding_lr_scale * (e - was))
+                e.clamp_(-c.clamp, c.clamp)
+        if first:
+            self.check_finite()
+            self.after_step()
 
     # ---- what must not be sealed -------------------------------------------------------------------------------------
 
@@ -375,18 +415,59 @@ def _refill(x: Tensor, fresh: Tensor) -> None:
         x.copy_(torch.where(bad, fresh, x) if x.shape == fresh.shape else x.masked_fill(bad, 0))
 
 
-def _zero(mask: Tensor | None) -> Callable[[Tensor], None]:
+def _zero(which: Tensor | None) -> Callable[[Tensor], None]:
     def hook(p: Tensor) -> None:
         grad = p.grad
         if grad is None:
             return
-        if mask is None:
+        if which is None:
             p.grad = None
         elif grad.is_sparse:
             grad = grad.coalesce()
-            values = grad.values().masked_fill(mask[tuple(grad.indices())], 0)
+            values = grad.values().masked_fill(_mask(p, which)[tuple(grad.indices())], 0)
             p.grad = torch.sparse_coo_tensor(grad.indices(), values, grad.shape, check_invariants=False)
         else:
-            grad.masked_fill_(mask, 0)
+            _clear(grad, which)
 
     return hook
+
+
+# ---- elements of a tensor: all (None), by a mask, or by flat indices ------------------------------
+
+
+def _mask(x: Tensor, which: Tensor) -> Tensor:
+    if which.dtype == torch.bool:
+        return which
+    return torch.zeros(x.numel(), dtype=torch.bool, device=x.device).index_fill_(0, which, True).view(x.shape)
+
+
+def _at(x: Tensor, which: Tensor) -> tuple[Tensor, Any]:
+    """A view and what to index it with: flat where the elements lie in order, else one index per dimension."""
+    return (x.view(-1), which) if x.is_contiguous() else (x, torch.unravel_index(which, x.shape))
+
+
+@torch.no_grad()
+def _clear(x: Tensor, which: Tensor) -> None:
+    if which.dtype == torch.bool:
+        x.masked_fill_(which, 0)
+    else:
+        view, at = _at(x, which)
+        view[at] = 0
+
+
+def _kept(p: nn.Parameter, which: Tensor | None) -> Tensor:
+    if which is None or which.dtype == torch.bool:
+        return p.detach().clone()
+    view, at = _at(p.detach(), which)
+    return view[at]
+
+
+@torch.no_grad()
+def _put_back(p: nn.Parameter, which: Tensor | None, old: Tensor) -> None:
+    if which is None:
+        p.copy_(old)
+    elif which.dtype == torch.bool:
+        torch.where(which, old, p, out=p)
+    else:
+        view, at = _at(p, which)
+        view[at] = old

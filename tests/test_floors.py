@@ -14,22 +14,30 @@ FLOORS = [
     ["registry", "map"],
     ["gates", "layers", "guard"],
     ["certify", "describe", "forget", "extract", "convert", "pretrained", "vectors", "skills", "grafts"],
-    ["training", "atlas", "continual", "integrations", "report", "zoo"],
-    ["__init__", "cli_options", "cli_atlas_run", "cli_atlas", "cli_tasl", "cli", "__main__"],
+    ["training", "atlas", "continual", "integrations", "finetuning", "report", "zoo"],
+    "__init__ cli_options cli_atlas_run cli_atlas cli_tasl cli_finetune cli_graft_run cli_graft cli __main__".split(),
 ]
 ROOMS = [room for floor in FLOORS for room in floor]
 # who may know these libraries; everything else works with plain torch
 GUESTS = {
-    "timm": ["integrations/timm_names.py", "layers", "training/factories.py", "zoo", "cli_atlas_run.py", "cli.py"],
-    "transformers": ["integrations", "layers", "skills", "zoo", "cli_tasl.py"],
+    "timm": [
+        "integrations/timm_names.py",
+        "finetuning/loading.py",
+        "layers",
+        "training/factories.py",
+        "zoo",
+        "cli_atlas_run.py",
+        "cli.py",
+    ],
+    "transformers": ["integrations", "finetuning", "layers", "skills", "zoo", "cli_tasl.py"],
     "peft": ["integrations", "skills", "vectors/adapters.py", "cli_tasl.py"],
     "lightning": ["integrations"],
     "avalanche": ["integrations"],
-    "matplotlib": ["report/picture.py", "report/heatmap.py"],
+    "matplotlib": ["report/calibration.py", "report/picture.py", "report/heatmap.py"],
     "sklearn": ["training/stream.py"],
     "torchvision": ["training/stream.py", "zoo"],
-    "typer": ["cli.py", "cli_atlas.py", "cli_atlas_run.py", "cli_tasl.py"],
-    "rich": ["cli.py", "cli_atlas_run.py", "cli_tasl.py", "report/tables.py"],
+    "typer": ["cli.py", "cli_atlas.py", "cli_atlas_run.py", "cli_finetune.py", "cli_graft.py", "cli_tasl.py"],
+    "rich": ["cli.py", "cli_atlas_run.py", "cli_finetune.py", "cli_graft.py", "cli_tasl.py", "report/tables.py"],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

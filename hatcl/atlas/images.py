@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..training.stream import Preparation
+from ..training.stream import Preparation, Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,34 @@ class ImageBatches:
         order = torch.randperm(n) if self.shuffle else torch.arange(n)
         for ids in order.tensor_split(self.count) if self.count else ():
             yield images.prepare(images.x[ids.numpy()]), torch.from_numpy(images.y[ids.numpy()])
+
+
+def preparation_for(
+    task: Task,
+    cfg: Mapping[str, Any],
+    *,
+    size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
+    fit: str = "resize",
+    normalise: str = "data",
+) -> Preparation:
+    """How a timm model takes a task's images.
+
+    Args:
+        cfg: the model's `pretrained_cfg`. size: bring images to it; 0 keeps their own, None takes the model's, which is
+            `image_size` where it was made with one. fit: `resize` or `pad`.
+        normalise: by the mean and deviation of the `data`, or those of the `model`.
+    """
+    if size is None:
+        own = cfg.get("input_size") or (3, 224, 224)
+        chosen = own if image_size is None else image_size
+        size = chosen if isinstance(chosen, int) else int(chosen[-1])
+    prepare = Preparation.of(task, size=size or None, fit=fit)
+    if normalise == "model":
+        full = 255.0 if task.x_train.dtype.kind in "ui" else 1.0
+        mean, std = (tuple(full * float(v) for v in cfg[k]) for k in ("mean", "std"))
+        prepare = dataclasses.replace(prepare, mean=mean, std=std)
+    return prepare
 
 
 def held_out(labels: np.ndarray, share: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -53,22 +53,12 @@ def label_word_task(
         ConfigError: fewer than two labels, a label word without a letter, a pair whose label is none of them, or an
             encoder without hidden states.
     """
-    words = dict(labels) if isinstance(labels, Mapping) else {y: y for y in labels or data.labels}
-    if len(words) < 2:
-        raise ConfigError(f"task {name}: got the labels {list(words)}, expected at least two")
-    mute = [w for w in words.values() if not any(c.isalpha() for c in w)]
-    if mute:
-        raise ConfigError(
-            f"task {name}: the label word {mute[0]!r} says nothing of what it means; give words for labels, such as "
-            f"labels={{{next(iter(words))!r}: 'bad', ...}} (--word {name}:{next(iter(words))}=bad)"
-        )
+    words = check_labels(name, data, labels)
+    check_words(name, words)
     place = {y: i for i, y in enumerate(words)}
-    for x, y in [*data.train, *data.validation, *data.test]:
-        if y not in place:
-            raise ConfigError(f"task {name}: {x[:40]!r} has the label {y!r}, expected one of {', '.join(words)}")
     read = _Reader(tokenizer, max_length)
     anchors = label_embeddings(encoder, read, list(words.values()), name)
-    head = _LabelWords(anchors, scale, place)
+    head = LabelWords(anchors, scale, place)
 
     def collate(pairs: list[Pair]) -> tuple[Any, Tensor]:
         return read([x for x, _ in pairs]), torch.tensor([place[y] for _, y in pairs])
@@ -84,6 +74,32 @@ def label_word_task(
         else None,
         head.hidden,
     )
+
+
+def check_labels(name: str, data: TextData, labels: Mapping[str, str] | Sequence[str] | None = None) -> dict[str, str]:
+    """label -> the word or phrase that stands for it; those of the training data in their own words where none are
+    given.
+
+    Raises:
+        ConfigError: fewer than two labels, or a pair whose label is none of them.
+    """
+    words = dict(labels) if isinstance(labels, Mapping) else {y: y for y in labels or data.labels}
+    if len(words) < 2:
+        raise ConfigError(f"task {name}: got the labels {list(words)}, expected at least two")
+    for x, y in [*data.train, *data.validation, *data.test]:
+        if y not in words:
+            raise ConfigError(f"task {name}: {x[:40]!r} has the label {y!r}, expected one of {', '.join(words)}")
+    return words
+
+
+def check_words(name: str, words: Mapping[str, str]) -> None:
+    """Raises `ConfigError` if a label's word has no letter: its embedding says nothing of what it means."""
+    mute = [w for w in words.values() if not any(c.isalpha() for c in w)]
+    if mute:
+        raise ConfigError(
+            f"task {name}: the label word {mute[0]!r} says nothing of what it means; give words for labels, such as "
+            f"labels={{{next(iter(words))!r}: 'bad', ...}} (--word {name}:{next(iter(words))}=bad)"
+        )
 
 
 @torch.no_grad()
@@ -130,7 +146,9 @@ class _Reader:
 
 
 @dataclass(frozen=True, eq=False)
-class _LabelWords:
+class LabelWords:
+    """The labels' side: unit vectors `[classes, d]`, the scale of the cosines, and label -> class."""
+
     anchors: Tensor
     scale: float
     place: dict[str, int]
@@ -149,7 +167,7 @@ class _LabelWords:
 
 
 def _accuracy(
-    model: nn.Module, *, head: _LabelWords, collate: Callable[[list[Pair]], Any], pairs: Sequence[Pair], size: int
+    model: nn.Module, *, head: LabelWords, collate: Callable[[list[Pair]], Any], pairs: Sequence[Pair], size: int
 ) -> float:
     """Texts of like length are batched together, so that little is spent on padding."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))

@@ -149,7 +149,7 @@ class TaskVector(Mapping[str, Tensor]):
         theirs = parameters_of(finetuned, buffers)
         skip = set() if buffers else buffers_of(pretrained) | buffers_of(finetuned)  # files do not tell them apart
         tied = {**tied_names(finetuned), **tied_names(pretrained)}
-        ours, theirs = (_known_as(side, tied, skip) for side in (ours, theirs))
+        ours, theirs = (known_as(side, tied, skip) for side in (ours, theirs))
         check_fit(
             ours, theirs, ("the pretrained model", "the fine-tuned one"),
             "Are they of one architecture and vocabulary? Compare the parts that fit as state dicts",
@@ -522,7 +522,7 @@ def _joined(vectors: Sequence[TaskVector]) -> Mapping[str, str] | None:
     return out
 
 
-def _known_as(side: Mapping[str, Tensor], tied: Mapping[str, str], skip: set[str]) -> Mapping[str, Tensor]:
+def known_as(side: Mapping[str, Tensor], tied: Mapping[str, str], skip: set[str]) -> Mapping[str, Tensor]:
     """Tied tensors once, under the name that stands first in either model, whichever names this side stored."""
     names: dict[str, list[str]] = {}
     for name in side:

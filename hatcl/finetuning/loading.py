@@ -1,0 +1,133 @@
+"""A task from files: data, K-shot choice, model and tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..continual.text import TextData, read_texts
+from ..errors import ConfigError, nearest
+from ..training.stream import Task, npz_task
+from ..vectors.tensors import kinds_of, tensors_of
+from .modes import mode_of
+from .options import TaskOptions
+from .shots import k_shot
+from .state import load_state
+from .tasks import FinetuneTask
+
+
+def make_task(
+    options: TaskOptions, seed: int = 0, *, model: nn.Module | None = None, tokenizer: Any = None
+) -> FinetuneTask:
+    """The task that the options describe, with its pretrained model in evaluation mode on the CPU.
+
+    Args:
+        seed: of a new head (`FinetuneOptions.seed`). model, tokenizer: in place of what `options.model` names.
+
+    Raises:
+        ConfigError: an unknown mode, or a model, data or options that do not fit. IntegrityError: a file that is
+            missing or damaged.
+    """
+    mode = mode_of(options.mode)
+    data = read_data(options)
+    if model is None:
+        model, tokenizer = load_model(options)
+    return mode.make(options, data, model, tokenizer, seed)
+
+
+def read_data(options: TaskOptions) -> TextData | Task:
+    """The data of the options: texts after the K-shot choice, or images as they are (their mode makes the choice).
+
+    Raises:
+        ConfigError, IntegrityError: as `make_task`.
+    """
+    if not mode_of(options.mode).texts:
+        task = npz_task(options.data)
+        if options.test is not None:
+            task = Task(
+                task.name, task.x_train, task.y_train, task.x_test[: options.test], task.y_test[: options.test],
+                task.num_classes,
+            )  # fmt: skip
+        return task
+    data = read_texts(options.data, shots_seed=options.file_seed, seed=options.data_seed)
+    if options.plain:
+        data = data.plain()
+    if options.k is not None:
+        data = k_shot(data, options.k, options.data_seed, None if options.words is None else list(options.words))
+    return data.cut(test=options.test)
+
+
+def load_model(options: TaskOptions) -> tuple[nn.Module, Any]:
+    """The pretrained model, and its tokenizer where it reads texts.
+
+    Raises:
+        ConfigError: it cannot be loaded as the mode needs it, or lacks weights that the mode computes with.
+    """
+    mode = mode_of(options.mode)
+    return _text_model(options.model, mode.loads) if mode.texts else (_image_model(options), None)
+
+
+def _text_model(name: str, loads: str) -> tuple[nn.Module, Any]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"fine-tuning on texts needs {error.name}; run: pip install 'hatcl[hf]'") from error
+    try:
+        with _quiet(transformers):
+            model, report = getattr(transformers, loads).from_pretrained(
+                name, output_loading_info=True, dtype=torch.float32
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model: transformers cannot load {name} as {loads} ({str(error).splitlines()[0]})"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing and loads != "AutoModel":  # of a bare model only a pooler may be missing, which nothing here uses
+        raise ConfigError(
+            f"model: {name} lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: it has no pretrained "
+            f"language model head ({loads}); take mode 'labels' or 'finetune', or a checkpoint that has one"
+        )
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without progress bars and reports of what a checkpoint has beside the model."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _image_model(options: TaskOptions) -> nn.Module:
+    """timm's model, with the tensors of `weights` where they are given, its old classifier included."""
+    import timm
+
+    name, kwargs = options.model, dict(options.model_kwargs)
+    if not timm.is_model(name):
+        near = nearest(name.split(".")[0], timm.list_models())
+        raise ConfigError(f"model: timm has no {name!r}; did you mean {near!r}?")
+    stored = None if options.weights is None else tensors_of(Path(options.weights))
+    try:
+        if stored is not None and "num_classes" not in kwargs:
+            classifier = (timm.get_pretrained_cfg(name) or timm.create_model(name).pretrained_cfg).classifier
+            weight = kinds_of(stored).get(f"{classifier}.weight")
+            kwargs["num_classes"] = 1000 if weight is None else weight.shape[0]
+        model: nn.Module = timm.create_model(name, **kwargs)
+    except (TypeError, RuntimeError, AssertionError, ValueError, OSError) as error:
+        raise ConfigError(f"model, model_kwargs: timm cannot make {name} with {kwargs} ({error})") from error
+    if stored is not None:
+        load_state(model, stored, str(options.weights), lacking=("num_batches_tracked",))
+    return model

@@ -1,0 +1,63 @@
+"""A causal language model goes on with a label's word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ...continual.text import TextData
+from ..forwards import WordForward, copied, embedding_names, language_head_names, with_forward
+from ..options import TaskOptions
+from ..prompts import CAUSAL, PromptReader, check_length, label_tokens
+from ..tasks import FinetuneTask
+from ..texts import text_task, words_of
+from .registry import finetune_mode
+
+
+def autoregressive_task(
+    data: TextData,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    words: Mapping[str, str] | None = None,
+    template: str = CAUSAL,
+    max_length: int = 128,
+    cut: str = "end",
+    name: str = "task",
+) -> FinetuneTask:
+    """A task for a causal language model (transformers' AutoModelForCausalLM): its logits of the token after the
+    template over the label words' tokens.
+
+    Args:
+        words: label -> word, one token each; default: the labels in their own words. Class i is the i-th of them.
+        template: around `{text}`; `{mask}` may stand last, to say by a space in front of it that words have one (they
+            also have where it is left out). max_length, cut: see `PromptReader`.
+
+    Of GPT-2 the published code takes the last norm for part of the head; here the head is the output embeddings.
+
+    Raises:
+        ConfigError: words, a template, a tokenizer or a model that do not fit; see `label_tokens`, `PromptReader`.
+    """
+    found = words_of(name, data, words)
+    if "{mask}" not in template:
+        template = template.rstrip(" ") + " {mask}"
+    read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at="last")
+    tokens = label_tokens(tokenizer, found, "mask" in read.template.spaced)
+    check_length(model, max_length)
+    out = copied(model)
+    with_forward(out, WordForward(out, tokens))
+    return text_task(
+        name, "autoregressive", found, data, out, tokenizer, read, embedding_names(out), language_head_names(out)
+    )  # fmt: skip
+
+
+@finetune_mode(
+    "autoregressive", loads="AutoModelForCausalLM", paper="Panigrahi et al. 2023, arXiv 2302.06600, as for GPT-2"
+)
+def _make(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
+    return autoregressive_task(
+        data, model, tokenizer, words=options.words, template=options.template or CAUSAL,
+        max_length=options.max_length, cut=options.cut, name=options.name,
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""A new linear head on the hidden state of one token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...config import one_of
+from ...continual.label_words import check_labels
+from ...continual.text import TextData
+from ...errors import ConfigError
+from ..forwards import HEAD, HeadForward, copied, embedding_names, with_forward
+from ..heads import fit_head, new_head
+from ..options import HEADS, TaskOptions
+from ..prompts import MASKED, PromptReader, check_length
+from ..tasks import FinetuneTask
+from ..texts import text_task
+from .registry import finetune_mode
+
+
+def head_task(
+    data: TextData,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    token: str = "cls",
+    template: str | None = None,
+    head: str = "random",
+    max_length: int = 128,
+    cut: str = "end",
+    seed: int = 0,
+    name: str = "task",
+) -> FinetuneTask:
+    """A task for a bare encoder or decoder (transformers' AutoModel): logits `W h + b` of the hidden state h of one
+    token, with new W `[C, d]` and b.
+
+    Args:
+        token: whose state: `cls` (the first), `mask` (of the template; without one "{text} It was {mask}."), `last`.
+        head: `random` (torch's initialisation, from the seed), or `fitted`: logistic regression on the pretrained
+            model's features of the training examples.
+
+    Raises:
+        ConfigError: labels, a tokenizer or a model that do not fit; see `PromptReader`.
+    """
+    one_of("head", head, HEADS)
+    labels = check_labels(name, data)
+    if token == "mask" and template is None:
+        template = MASKED
+    read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at=token)
+    check_length(model, max_length)
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    if not isinstance(width, int):
+        raise ConfigError(f"{type(model).__name__} has no config.hidden_size; mode finetune needs a transformers model")
+    if hasattr(model, HEAD):
+        raise ConfigError(f"{type(model).__name__} has a {HEAD!r} already; mode finetune needs a bare AutoModel")
+    out = copied(model)
+    out.add_module(HEAD, new_head(width, len(labels), seed).to(next(out.parameters())))
+    with_forward(out, HeadForward(out))
+    names = (f"{HEAD}.weight", f"{HEAD}.bias")
+    task = text_task(
+        name, "finetune", labels, data, out, tokenizer, read, embedding_names(out), names, fresh=names,
+        fixed_head=head == "fitted",
+    )  # fmt: skip
+    if head == "fitted":
+        fit_head(task, HEAD)
+    return task
+
+
+@finetune_mode("finetune", loads="AutoModel", paper="Panigrahi et al. 2023, arXiv 2302.06600")
+def _make(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
+    return head_task(
+        data, model, tokenizer, token=options.token, template=options.template, head=options.head,
+        max_length=options.max_length, cut=options.cut, seed=seed, name=options.name,
+    )  # fmt: skip

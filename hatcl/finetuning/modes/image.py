@@ -1,0 +1,118 @@
+"""An image classifier with a new linear head."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...atlas.images import Images, held_out, preparation_for
+from ...config import one_of
+from ...errors import ConfigError
+from ...training.stream import Preparation, Task
+from ..forwards import embedding_names
+from ..heads import fit_head, linear_at, new_head
+from ..options import HEADS, TaskOptions
+from ..shots import k_shot_images
+from ..tasks import Batch, FinetuneTask
+from .registry import finetune_mode
+
+HELD_OUT = 0.1  # share of each class's training images that validate where there is no k
+
+
+def image_task(
+    data: Task,
+    model: nn.Module,
+    *,
+    prepare: Preparation | None = None,
+    classifier: str | None = None,
+    head: str = "random",
+    k: int | None = None,
+    data_seed: int = 0,
+    validation: float = HELD_OUT,
+    seed: int = 0,
+    name: str | None = None,
+) -> FinetuneTask:
+    """A task of images for a timm model or any other whose last layer is linear; that layer is made anew for the task's
+    classes, on a copy of the model.
+
+    Args:
+        prepare: None = by the mean and deviation of the training images, in their own size.
+        classifier: path of the last layer; None = what timm says of the model.
+        head: `random` (torch's initialisation, from the seed), or `fitted` on the pretrained model's features of the
+            training examples.
+        k: so many of each class to learn from, and others to validate on; None = all, of which the share `validation`
+            of each class is held out. data_seed: of both.
+
+    Raises:
+        ConfigError: a classifier that is not linear, images that the model does not take, or too few of a class.
+    """
+    one_of("head", head, HEADS)
+    images = Images(data.x_train, data.y_train, prepare or Preparation.of(data))
+    if k is not None:
+        train, held = k_shot_images(images, k, data_seed)
+    else:
+        keep, out = held_out(data.y_train, validation, data_seed)
+        train, held = images.at(keep), images.at(out)
+    path = classifier or _classifier(model)
+    made = copy.deepcopy(model).eval()
+    old = linear_at(made, path)
+    owner, _, leaf = path.rpartition(".")
+    setattr(made.get_submodule(owner), leaf, new_head(old.in_features, data.num_classes, seed).to(old.weight))
+    _try(made, train, data.num_classes)
+    first = {id(p): n for n, p in made.named_parameters()}
+    names = tuple(first[id(p)] for p in linear_at(made, path).parameters())
+    task = FinetuneTask(
+        name or data.name, "image", tuple(str(c) for c in range(data.num_classes)), made, train, held,
+        Images(data.x_test, data.y_test, images.prepare), _collate, None, embedding_names(made), names, names,
+        fixed_head=head == "fitted",
+    )  # fmt: skip
+    if head == "fitted":
+        fit_head(task, path)
+    return task
+
+
+@finetune_mode("image", loads="", paper="grafts of vision models, beside the paper")
+def _make(options: TaskOptions, data: Task, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
+    prepare = preparation_for(
+        data, getattr(model, "pretrained_cfg", None) or {}, size=options.size, fit=options.fit,
+        image_size=options.model_kwargs.get("img_size"), normalise=options.normalise,
+    )  # fmt: skip
+    return image_task(
+        data, model, prepare=prepare, head=options.head, k=options.k,
+        data_seed=options.data_seed, seed=seed, name=options.name,
+    )  # fmt: skip
+
+
+def _collate(images: Images) -> Batch:
+    return images.prepare(images.x), torch.from_numpy(images.y)
+
+
+def _classifier(model: nn.Module) -> str:
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    found = cfg.get("classifier")
+    if not isinstance(found, str):
+        raise ConfigError(
+            f"classifier: timm names {found!r} for {type(model).__name__}, expected one linear layer; name it "
+            "(image_task(classifier=...)), or take another model"
+        )
+    return found
+
+
+@torch.no_grad()
+def _try(model: nn.Module, images: Images, classes: int) -> None:
+    """Do two images pass through the model, and are there logits then?"""
+    x = images.prepare(images.x[:2]).to(next(model.parameters()).device)
+    try:
+        shape = list(model(x).shape)
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"data: {type(model).__name__} does not take images of {list(x.shape[1:])} ({str(error).splitlines()[0]}); "
+            "bring them to another size (--size), or give model_kwargs img_size"
+        ) from error
+    if shape != [len(x), classes]:
+        raise ConfigError(
+            f"classifier: {type(model).__name__} gives {shape}, expected {[len(x), classes]}; name its last layer"
+        )

@@ -1,0 +1,58 @@
+"""The nearest label word, for encoders without a head for masked words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ...continual.label_words import SCALE, LabelWords, check_labels, check_words, label_embeddings
+from ...continual.text import TextData
+from ..forwards import CosineForward, copied, embedding_names, with_forward
+from ..options import TaskOptions
+from ..prompts import PromptReader, check_length
+from ..tasks import FinetuneTask
+from ..texts import text_task
+from .registry import finetune_mode
+
+
+def labels_task(
+    data: TextData,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    words: Mapping[str, str] | None = None,
+    template: str | None = None,
+    max_length: int = 128,
+    cut: str = "end",
+    scale: float = SCALE,
+    name: str = "task",
+) -> FinetuneTask:
+    """A task for a bare encoder (transformers' AutoModel): `scale cos(mean hidden state of the text, that of the
+    label's word or phrase)`; the labels' side is the pretrained model's and stays. There is no head to train.
+
+    Args:
+        words: label -> word or phrase, of any number of tokens. template: around `{text}`, without a mask.
+
+    Raises:
+        ConfigError: words, a template, a tokenizer or a model that do not fit.
+    """
+    found = check_labels(name, data, words)
+    check_words(name, found)
+    read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at=None)
+    alone = PromptReader(tokenizer, None, max_length=max_length, cut=cut, at=None)
+    check_length(model, max_length)
+    out = copied(model)
+    anchors = label_embeddings(out, alone, list(found.values()), name)
+    head = LabelWords(anchors, scale, {y: i for i, y in enumerate(found)})
+    with_forward(out, CosineForward(out, head))
+    return text_task(name, "labels", found, data, out, tokenizer, read, embedding_names(out), ())
+
+
+@finetune_mode("labels", loads="AutoModel", paper="label words' embeddings as a fixed head, see hatcl.continual")
+def _make(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
+    return labels_task(
+        data, model, tokenizer, words=options.words, template=options.template, max_length=options.max_length,
+        cut=options.cut, scale=options.scale, name=options.name,
+    )  # fmt: skip

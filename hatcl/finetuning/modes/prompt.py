@@ -1,0 +1,56 @@
+"""A masked language model fills in a label's word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ...continual.text import TextData
+from ..forwards import WordForward, copied, embedding_names, language_head_names, with_forward
+from ..options import TaskOptions
+from ..prompts import MASKED, PromptReader, check_length, label_tokens
+from ..tasks import FinetuneTask
+from ..texts import text_task, words_of
+from .registry import finetune_mode
+
+
+def prompt_task(
+    data: TextData,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    words: Mapping[str, str] | None = None,
+    template: str = MASKED,
+    max_length: int = 128,
+    cut: str = "end",
+    name: str = "task",
+) -> FinetuneTask:
+    """A task for a masked language model (transformers' AutoModelForMaskedLM): its logits at the mask over the label
+    words' tokens.
+
+    Args:
+        words: label -> word, one token each; default: the labels in their own words. Class i is the i-th of them.
+        template: around `{text}`, with `{mask}`. max_length, cut: see `PromptReader`.
+
+    Raises:
+        ConfigError: words, a template, a tokenizer or a model that do not fit; see `label_tokens`, `PromptReader`.
+    """
+    found = words_of(name, data, words)
+    read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at="mask")
+    tokens = label_tokens(tokenizer, found, "mask" in read.template.spaced)
+    check_length(model, max_length)
+    out = copied(model)
+    with_forward(out, WordForward(out, tokens))
+    return text_task(
+        name, "prompt", found, data, out, tokenizer, read, embedding_names(out), language_head_names(out)
+    )  # fmt: skip
+
+
+@finetune_mode("prompt", loads="AutoModelForMaskedLM", paper="Gao et al. 2021, arXiv 2012.15723")
+def _make(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
+    return prompt_task(
+        data, model, tokenizer, words=options.words, template=options.template or MASKED,
+        max_length=options.max_length, cut=options.cut, name=options.name,
+    )  # fmt: skip

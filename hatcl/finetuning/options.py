@@ -1,0 +1,206 @@
+"""What is fine-tuned on what, and how: two frozen, JSON-able dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import Changeable, one_of
+from ..errors import ConfigError
+from ..training.stream import FITS
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("auto", "constant", "linear", "cosine")
+STATISTICS = ("held", "learned")
+TOKENS = ("cls", "mask", "last")
+CUTS = ("end", "head")
+HEADS = ("random", "fitted")
+NORMALISE = ("data", "model")
+SHOTS_SEED = 13  # the first of the five that LM-BFF and its successors use
+
+
+@dataclass(frozen=True)
+class TaskOptions(Changeable):
+    """A task made from files: which model, which data, and how the one reads the other.
+
+    Args:
+        mode: one of `list_finetune_modes()`.
+        model: a folder of transformers or a name on its hub, passed to `from_pretrained` as it is; in mode `image`
+            timm's name.
+        data: a file: texts as `hatcl.continual.read_texts` reads them, images as `.npz`.
+        k: so many examples of each class to learn from, and as many to validate on, see `k_shot`; None = all.
+        data_seed: of the choice of these. file_seed: which of the seeds of a file that holds several choices.
+        test: at most so many test examples, always the same random ones; None = all.
+        words: label -> the word that stands for it (its class's name); default: the label itself.
+        template: text around `{text}` with a `{mask}`, for `prompt`, for `autoregressive` (where `{mask}` may only
+            stand last) and for `finetune` with token `mask`; None = the mode's.
+        max_length: tokens of an example with its template. cut: what a long text loses, its `end` or its `head`.
+        token: with `finetune`, whose hidden state the head reads: `cls` (the first), `mask` or `last`.
+        head: a new head starts `random`, or `fitted` on the pretrained model's features of the training examples, so
+            that the pretrained model is better than chance and the body's share of the gain can be told.
+        scale: with `labels`, of the cosines.
+        plain: without the inputs' first line (the question) and a last `Answer:`.
+        weights: with `image`, a safetensors file of the model's weights; its old classifier may be of other classes.
+        model_kwargs: with `image`, what timm makes the model with, such as `img_size` or `pretrained`.
+        size, fit: with `image`, bring images to this size by `resize` or `pad`; None = the model's, 0 = their own.
+        normalise: with `image`, by mean and deviation of the `data` or those of the `model`.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    mode: str
+    model: str
+    data: str
+    k: int | None = None
+    data_seed: int = 0
+    file_seed: int = SHOTS_SEED
+    test: int | None = None
+    words: Mapping[str, str] | None = None
+    template: str | None = None
+    max_length: int = 128
+    cut: str = "end"
+    token: str = "cls"
+    head: str = "random"
+    scale: float = 20.0
+    plain: bool = False
+    weights: str | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    size: int | None = None
+    fit: str = "resize"
+    normalise: str = "data"
+
+    def __post_init__(self) -> None:
+        for name in ("k", "test", "max_length"):
+            _whole(name, getattr(self, name), 1, name != "max_length")
+        for name in ("data_seed", "file_seed", "size"):
+            _whole(name, getattr(self, name), 0, name == "size")
+        one_of("cut", self.cut, CUTS)
+        one_of("token", self.token, TOKENS)
+        one_of("head", self.head, HEADS)
+        one_of("fit", self.fit, FITS)
+        one_of("normalise", self.normalise, NORMALISE)
+        _number("scale", self.scale, above=True)
+
+    @property
+    def name(self) -> str:
+        """What the task is called: after its file, or after the folder where the file is `data.npz`."""
+        path = Path(self.data)
+        stem = path.name.split(".")[0]
+        return path.parent.name if stem == "data" and path.parent.name else stem
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `TaskOptions(**fields)` reads it back."""
+        out = dataclasses.asdict(self)
+        return {**out, "words": None if self.words is None else dict(self.words)}
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(Changeable):
+    """How a model is fine-tuned. Defaults are those of Panigrahi et al. 2023 (arXiv 2302.06600) and its repository
+    where it has one: SGD at a constant rate without momentum, 1,000 steps, the best of every 100 on validation,
+    embeddings and language model head fixed, dropout on. (Its scripts also set a weight decay of 1e-4; here it is 0,
+    since decay moves every weight a little, which is what a graft must then tell from learning.)
+
+    Args:
+        optimizer: `sgd`, after which few weights hold the skill, or `adamw`, after which they do so only with `l1`.
+        lr: the highest learning rate. momentum: of SGD.
+        weight_decay: of SGD in the gradient, of AdamW decoupled; not of biases and norms, as published.
+        max_steps: how many steps, however many passes they take; None = `epochs`. epochs: passes; None = `max_steps`.
+        batch_size: examples per step.
+        schedule: after the warm-up `constant`, `linear` or `cosine` down to 0; `auto` is what was published: constant
+            for SGD, linear for AdamW. warmup: share of the steps in which the rate rises linearly from 0.
+        train_bias_only: of the pretrained model only biases are trained; a new head is trained whole.
+        fix_embeddings: leave embeddings as they are, those of positions and the norm beside them included.
+        fix_head: leave the head as it is; None = as the mode has it: a language model's or a fitted head is fixed, a
+            new random one learns. A tensor that is both (tied output embeddings) is fixed if either is.
+        l1: pull to the pretrained weights, `l1 sum |theta - theta_pre|`, as a proximal step after each of the
+            optimizer's (see `finetune_`): many weights end exactly at the pretrained value. In the unit of the loss's
+            gradient for both optimizers; 1e-4 to 1e-2 is where it begins to matter.
+        clip_grad: clip the gradient's norm to this, 0 = off.
+        dropout: train in training mode. Off: in evaluation mode.
+        statistics: running statistics of batch norms are `held`, so that weights are all that changes, or `learned`.
+        evaluate_every: steps between two validations; the best state is kept, of equal ones the last.
+        seed: of a new head, the order of examples and dropout.
+
+    Raises:
+        ConfigError: a value outside its range, or both or neither of `max_steps` and `epochs`.
+    """
+
+    optimizer: str = "sgd"
+    lr: float = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    max_steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 8
+    schedule: str = "auto"
+    warmup: float = 0.0
+    train_bias_only: bool = False
+    fix_embeddings: bool = True
+    fix_head: bool | None = None
+    l1: float = 0.0
+    clip_grad: float = 1.0
+    dropout: bool = True
+    statistics: str = "held"
+    evaluate_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("statistics", self.statistics, STATISTICS)
+        _number("lr", self.lr, above=True)
+        for name in ("weight_decay", "l1", "clip_grad"):
+            _number(name, getattr(self, name))
+        for name in ("momentum", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a share from 0 to below 1")
+        if self.momentum and self.optimizer != "sgd":
+            raise ConfigError(f"momentum: got {self.momentum!r} for {self.optimizer}; it is SGD's, leave it at 0")
+        if self.max_steps is not None and self.epochs is not None:
+            raise ConfigError(f"max_steps={self.max_steps} and epochs={self.epochs}: give one of the two")
+        for name in ("max_steps", "epochs"):
+            _whole(name, getattr(self, name), 1, True)
+        for name in ("batch_size", "evaluate_every"):
+            _whole(name, getattr(self, name), 1)
+        _whole("seed", self.seed, 0)
+
+    def steps(self, examples: int) -> int:
+        """How many steps learning from so many examples takes; 1,000 where neither steps nor epochs are given."""
+        if self.epochs is not None:
+            return self.epochs * -(-examples // self.batch_size)
+        return 1000 if self.max_steps is None else self.max_steps
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step 0, 1, ... of `steps`: with w = round(warmup * steps), `lr (step + 1) / w` while
+        step < w; then with p = (step - w) / (steps - w) `lr` (constant), `lr (1 - p)` (linear) or
+        `lr (1 + cos(pi p)) / 2` (cosine)."""
+        rising = round(self.warmup * steps)
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        schedule = self.schedule
+        if schedule == "auto":
+            schedule = "constant" if self.optimizer == "sgd" else "linear"
+        p = (step - rising) / max(1, steps - rising)
+        if schedule == "constant":
+            return self.lr
+        return self.lr * ((1 - p) if schedule == "linear" else (1 + math.cos(math.pi * p)) / 2)
+
+
+def _whole(name: str, value: Any, low: int, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(
+            f"{name}: got {value!r}, expected an integer of at least {low}{', or None' if optional else ''}"
+        )
+
+
+def _number(name: str, value: float, above: bool = False) -> None:
+    if not (math.isfinite(value) and (value > 0 if above else value >= 0)):
+        raise ConfigError(f"{name}: got {value!r}, expected a number {'above' if above else 'of at least'} 0")

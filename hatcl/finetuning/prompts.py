@@ -1,0 +1,245 @@
+"""Texts in templates, and words for labels: what a language model reads and where its answer stands.
+
+    "{text} It was {mask}."  with  {"0": "terrible", "1": "great"}      (LM-BFF, Gao et al. 2021, arXiv 2012.15723)
+
+The parts of a template become tokens by themselves, so that a text that is too long loses tokens of its own and never
+of the template. A space in front of `{text}` or `{mask}` belongs to what comes after it, as tokenizers on bytes and
+SentencePiece have it: after "It was " the word is " great", one token of RoBERTa or GPT-2.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import one_of
+from ..errors import ConfigError, nearest
+from .options import CUTS, TOKENS
+
+SLOTS = ("text", "mask")
+MASKED = "{text} It was {mask}."
+CAUSAL = "{text} It was {mask}"
+
+
+@dataclass(frozen=True)
+class Template:
+    """A text around `{text}`, with one `{mask}` where it has one. `{{` and `}}` stand for braces.
+
+    Attributes:
+        parts: literals and slots (`{text}`, `{mask}`) in their order. spaced: the slots with a space in front of them;
+            a mask that stands first counts as one, as published.
+
+    Raises:
+        ConfigError: no `{text}`, a slot twice, another slot, or braces that do not match.
+    """
+
+    source: str
+    parts: tuple[str, ...] = field(init=False)
+    spaced: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts: list[str] = []
+        spaced: set[str] = set()
+        try:
+            parsed = list(string.Formatter().parse(self.source))
+        except ValueError as error:
+            raise ConfigError(f"template: {self.source!r} cannot be read ({error}); braces are {{{{ and }}}}") from None
+        for literal, slot, spec, change in parsed:
+            if literal and parts and parts[-1] not in ("{text}", "{mask}"):
+                parts[-1] += literal  # an escaped brace ends a literal in between
+            elif literal:
+                parts.append(literal)
+            if slot is None:
+                continue
+            if slot not in SLOTS or spec or change:
+                raise ConfigError(
+                    f"template: {self.source!r} has the slot {slot!r}, expected {{text}} and {{mask}}; did you mean "
+                    f"{nearest(slot, SLOTS)!r}? Braces of your own are {{{{ and }}}}"
+                )
+            if f"{{{slot}}}" in parts:
+                raise ConfigError(f"template: {self.source!r} has {{{slot}}} twice, expected it once")
+            if parts and parts[-1].endswith(" ") and parts[-1] not in ("{text}", "{mask}"):
+                parts[-1] = parts[-1][:-1]
+                spaced.add(slot)
+            if slot == "mask" and not parts:
+                spaced.add(slot)
+            parts.append(f"{{{slot}}}")
+        if "{text}" not in parts:
+            raise ConfigError(f"template: {self.source!r} has no {{text}}, expected it once")
+        object.__setattr__(self, "parts", tuple(p for p in parts if p))
+        object.__setattr__(self, "spaced", frozenset(spaced))
+
+    @property
+    def masked(self) -> bool:
+        return "{mask}" in self.parts
+
+
+class PromptReader:
+    """Texts to tokens, padded on the right to the longest, with the place whose hidden state is read.
+
+    Args:
+        template: None = the text alone. max_length: tokens, special ones and the template's included.
+        cut: what a long text loses, its `end` or its `head`.
+        at: the place: `cls` (the first token), `mask`, or `last`; with `last` nothing comes after the template (no
+            token that ends a sequence), and a `{mask}` of the template is left out. None = no place, for models that
+            take all tokens together.
+
+    Raises:
+        ConfigError: a tokenizer without the token that is needed, a template without a mask where it is to be read, or
+            one that leaves no room for a text.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: str | None, *, max_length: int = 128, cut: str = "end", at: str | None = "mask"
+    ) -> None:
+        one_of("cut", cut, CUTS)
+        if at is not None:
+            one_of("token", at, TOKENS)
+        self.tokenizer, self.cut, self.at = tokenizer, cut, at
+        self.template = Template("{text}" if template is None else template)
+        if at == "mask" and not self.template.masked:
+            raise ConfigError(f"template: {self.template.source!r} has no {{mask}}, whose place is to be read")
+        if at == "last" and self.template.masked and self.template.parts[-1] != "{mask}":
+            raise ConfigError(
+                f"template: {self.template.source!r} goes on after {{mask}}; a causal model reads only what stands "
+                "before its answer: put {mask} last, or leave it out"
+            )
+        if at == "cls" and getattr(tokenizer, "cls_token_id", None) is None:
+            raise ConfigError(
+                f"token: {type(tokenizer).__name__} has no cls token in front of a text; give token='last' (--token)"
+            )
+        mask: Any = getattr(tokenizer, "mask_token_id", None)
+        if at != "last" and self.template.masked and mask is None:
+            raise ConfigError(
+                f"mode, token: {type(tokenizer).__name__} has no mask token; fill masks with a masked language model's "
+                "tokenizer, or take mode 'autoregressive' or 'finetune' with token 'cls' or 'last'"
+            )
+        start, end = _frame(tokenizer)
+        sides: list[list[int]] = [list(start), []]
+        self.mask: tuple[int, int] | None = None  # which side of the text, where on it
+        side = 0
+        for part in self.template.parts:
+            if part == "{text}":
+                side = 1
+            elif part != "{mask}":
+                sides[side] += _ids(tokenizer, part)
+            elif at != "last":
+                self.mask = (side, len(sides[side]))
+                sides[side].append(int(mask))
+        sides[1] += _without_end(tokenizer, end) if at == "last" else end
+        self.before, self.after = sides
+        self.room = max_length - len(self.before) - len(self.after)
+        if self.room < 1:
+            raise ConfigError(
+                f"max_length: got {max_length}, but the template {self.template.source!r} takes "
+                f"{max_length - self.room} tokens itself; give more (--max-length) or a shorter template"
+            )
+        self._known: dict[str, tuple[list[int], int]] = {}
+
+    def read(self, text: str) -> tuple[list[int], int]:
+        """The tokens of a text in its template, and the place that is read."""
+        if text not in self._known:
+            own = _ids(self.tokenizer, " " * ("text" in self.template.spaced) + text)
+            if len(own) > self.room:
+                own = own[: self.room] if self.cut == "end" else own[-self.room :]
+            ids = [*self.before, *own, *self.after]
+            place = 0
+            if self.at == "last":
+                place = len(ids) - 1
+            elif self.at == "mask" and self.mask is not None:
+                side, at = self.mask
+                place = at if side == 0 else len(self.before) + len(own) + at
+            self._known[text] = (ids, place)
+            if not ids:
+                raise ConfigError(f"{text!r} has no tokens in the template {self.template.source!r}")
+        return self._known[text]
+
+    def length(self, text: str) -> int:
+        """How many tokens that is."""
+        return len(self.read(text)[0])
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` `[B, L]`, and `place` `[B]` where one is read."""
+        rows = [self.read(x) for x in texts]
+        width = max(len(ids) for ids, _ in rows)
+        pad = self.tokenizer.pad_token_id or 0  # masked, and after all that is read
+        out = {
+            "input_ids": torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids, _ in rows]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
+        }
+        return out if self.at is None else {**out, "place": torch.tensor([place for _, place in rows])}
+
+
+def label_tokens(tokenizer: Any, words: Mapping[str, str], spaced: bool = True) -> list[int]:
+    """The one token that stands for each label.
+
+    Args:
+        words: label -> word. spaced: with a space in front of it, which is part of the token where tokenizers work on
+            bytes or with SentencePiece, and nothing elsewhere.
+
+    Raises:
+        ConfigError: a word of several tokens (which are shown), one that the vocabulary does not have, or two labels
+            with one token.
+    """
+    found: dict[int, str] = {}
+    for label, word in words.items():
+        ids = _ids(tokenizer, " " * spaced + word)
+        what = f"words: {word!r} (label {label!r})"
+        if len(ids) != 1:
+            shown = " ".join(tokenizer.convert_ids_to_tokens(ids)) or "nothing"
+            other = _ids(tokenizer, " " * (not spaced) + word)
+            fits = len(other) == 1 and other[0] != tokenizer.unk_token_id
+            hint = (
+                f"{'with' if not spaced else 'without'} a space in front of {{mask}} it would be one; " if fits else ""
+            )
+            raise ConfigError(
+                f"{what} splits into {len(ids)} tokens ({shown}), expected one; {hint}give a word that is one token "
+                f"(words={{{label!r}: ...}}, --word {label}=...)"
+            )
+        if ids[0] == tokenizer.unk_token_id:
+            raise ConfigError(f"{what} is not in the tokenizer's vocabulary; give another (--word {label}=...)")
+        if ids[0] in found:
+            raise ConfigError(f"{what} is the same token as that of label {found[ids[0]]!r}; give each its own")
+        found[ids[0]] = label
+    return list(found)
+
+
+def check_length(model: nn.Module, max_length: int) -> None:
+    """Raises `ConfigError` if a model has fewer positions than `max_length`, before a long text meets them."""
+    config: Any = getattr(model, "config", None)
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(most, int):
+        return
+    tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
+    if tables and tables[0].padding_idx is not None:
+        most -= tables[0].padding_idx + 1  # RoBERTa counts positions from there
+    if max_length > most:
+        raise ConfigError(f"max_length: got {max_length}, but the model has {most} positions; give at most that many")
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts in front of a text and after it."""
+    probe = "a"
+    bare, whole = _ids(tokenizer, probe), [int(i) for i in tokenizer(probe)["input_ids"]]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
+    if at is None or not bare:
+        raise ConfigError(
+            f"tokenizer: {type(tokenizer).__name__} makes {whole} of {probe!r} and {bare} without special tokens; "
+            "expected the one inside the other"
+        )
+    return whole[:at], whole[at + len(bare) :]
+
+
+def _without_end(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Without what ends a sequence or parts it from another: a causal model goes on from there."""
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
+    return [i for i in ids if i not in ends]

@@ -1,0 +1,310 @@
+"""Fine-tuning as a run with a folder, which `hatcl graft` goes on from.
+
+    config.json               the options, the inputs' digests, how the plain model is made again, what was trained
+    pretrained.safetensors    the weights it started from, a new head included
+    finetuned.safetensors     the weights it ended with
+    tokenizer/                of a text model
+    metrics.json              accuracies, history, counts
+
+The folder is written beside its place and renamed when all of it is there. It needs the data file still, but neither
+the model's folder nor its hub.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, HATError, IntegrityError
+from ..files import replaced_folder, sha256_of
+from ..integrations.timm_names import timm_source
+from ..registry import build_source, source_of
+from ..training.checkpoints import CONFIG, METRICS, read_json, write_json
+from ..vectors.files import write_tensors
+from ..vectors.tensors import kinds_of, tensors_of
+from .loading import load_model, make_task
+from .modes import mode_of
+from .options import FinetuneOptions, TaskOptions
+from .state import load_state, state_of
+from .tasks import FinetuneTask
+from .tune import Told, finetune_, trained_names
+
+FORMAT, KIND = 1, "finetune"
+PRETRAINED, FINETUNED, TOKENIZER = "pretrained.safetensors", "finetuned.safetensors", "tokenizer"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished fine-tuning.
+
+    Attributes:
+        task: `task.model` is `pretrained`. pretrained, finetuned: the two models, in evaluation mode.
+        learning: how it was fine-tuned. trained: the parameters that were, what a graft can be of.
+        metrics: the content of metrics.json. options: what the task was made of; None = in memory.
+    """
+
+    task: FinetuneTask
+    pretrained: nn.Module
+    finetuned: nn.Module
+    learning: FinetuneOptions
+    trained: tuple[str, ...]
+    metrics: dict[str, Any]
+    options: TaskOptions | None = None
+
+
+def finetune_run(
+    options: TaskOptions | FinetuneTask,
+    learning: FinetuneOptions | Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    on_progress: Told | None = None,
+) -> Run:
+    """Make the task, fine-tune a copy of its model, measure both, and keep them in a folder.
+
+    Args:
+        options: what to fine-tune on what, or a task made in memory (`load_run` then needs it again).
+        folder: where the run is kept; a finished run of the same options and inputs is read instead.
+        device: where to compute; both models stay there. on_progress: see `finetune_`.
+
+    Raises:
+        ConfigError: options that do not fit, or a folder that holds something else. IntegrityError: an input file is
+            missing, damaged, or not what the folder's run was made of. NonFiniteLossError: see `finetune_`.
+    """
+    chosen = FinetuneOptions().changed(learning)
+    where = None if folder is None else Path(folder)
+    given = options if isinstance(options, FinetuneTask) else None
+    described = None if isinstance(options, FinetuneTask) else options
+    if where is not None and holds(where, described, chosen):
+        return load_run(where, task=given, device=device)
+    source = None
+    if isinstance(options, FinetuneTask):
+        made = options
+    else:
+        model, tokenizer = load_model(options)
+        source = _source(options, model)
+        made = make_task(options, chosen.seed, model=model, tokenizer=tokenizer)
+    names = trained_names(made, chosen)
+    made.model.to(device)
+    began = time.perf_counter()
+    finetuned = copy.deepcopy(made.model).eval()
+    before = _accuracies(made, made.model)
+    history = finetune_(finetuned, made, chosen, on_progress)
+    metrics = {
+        "accuracy": {"pretrained": before, "finetuned": _accuracies(made, finetuned)},
+        "examples": {part: len(made.part(part)) for part in ("train", "validation", "test")},
+        "classes": list(made.labels),
+        "trained": _moved(made.model, finetuned, names),
+        "history": history,
+        "seconds": time.perf_counter() - began,
+    }
+    run = Run(made, made.model, finetuned, chosen, tuple(names), metrics, described)
+    if where is not None:
+        save_run(where, run, source)
+    return run
+
+
+def save_run(folder: str | Path, run: Run, source: Mapping[str, Any] | None = None) -> None:
+    """Write a run's folder, all or nothing.
+
+    Args:
+        source: how to make the plain model again (`hatcl.registry`); None = `load_run` needs the task.
+
+    Raises:
+        ConfigError: the folder holds something. IntegrityError: an input file is missing, the disk is full.
+    """
+    target = Path(folder)
+    _check_free(target)
+    config = {**_described(run.options, run.learning), "source": source, "trained": list(run.trained)}
+    with replaced_folder(target) as new:
+        for file, model in ((PRETRAINED, run.pretrained), (FINETUNED, run.finetuned)):
+            state = state_of(model)
+            write_tensors(new / file, kinds_of(state), lambda name, state=state: {name: state[name]})  # type: ignore[misc]
+        if run.task.tokenizer is not None:
+            run.task.tokenizer.save_pretrained(str(new / TOKENIZER))
+        write_json(new / METRICS, run.metrics)
+        write_json(new / CONFIG, config)
+
+
+def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: torch.device | str = "cpu") -> Run:
+    """A run as it was saved: both models bit for bit, and the same examples.
+
+    Args:
+        task: of a run that was made in memory, or of a model class that cannot be made by itself; its model gets the
+            run's pretrained weights.
+
+    Raises:
+        IntegrityError: a file is missing or damaged, or the data file is not the one that the run was made of.
+        ConfigError: no run, or one that needs `task`. VectorError: a task whose model does not fit.
+    """
+    path = Path(folder)
+    config = _config(path)
+    learning = FinetuneOptions().changed(config["learning"])
+    options = None if config["task"] is None else TaskOptions(**config["task"])
+    stored = tensors_of(path / PRETRAINED)
+    if task is None:
+        if options is None or config["source"] is None:
+            raise ConfigError(
+                f"{path}: its model or data came from memory; pass the task that it was made with: load_run(..., task=)"
+            )
+        _same_inputs(path, {str(options.data): config["inputs"].get(str(options.data), "")})
+        task = _remade(path, config, options, learning, stored)
+    load_state(task.model, stored, str(path / PRETRAINED))
+    task.model.to(device).eval()
+    finetuned = copy.deepcopy(task.model)
+    load_state(finetuned, tensors_of(path / FINETUNED), str(path / FINETUNED))
+    return Run(task, task.model, finetuned, learning, tuple(config["trained"]), read_json(path / METRICS), options)
+
+
+def holds(folder: str | Path, options: TaskOptions | None, learning: FinetuneOptions) -> bool:
+    """Does a folder hold the finished run of these options?
+
+    Raises:
+        ConfigError: it holds a run of other options, or something else. IntegrityError: an input file changed since.
+    """
+    path = Path(folder)
+    if not (path / CONFIG).exists():
+        _check_free(path)
+        return False
+    config = _config(path)
+    now = _described(options, learning)
+    for part in ("task", "learning"):
+        was = config[part]
+        if (was is None) != (now[part] is None):
+            raise ConfigError(f"folder: {path} holds a run of another task; name another folder (--out)")
+        for name in sorted({*(was or {}), *(now[part] or {})}):
+            if was.get(name) != now[part].get(name):
+                raise ConfigError(
+                    f"folder: the run in {path} was started with {name} {was.get(name)}, now came "
+                    f"{now[part].get(name)}; give the same options to go on with it, or name another folder (--out)"
+                )
+    _same_inputs(path, config["inputs"])
+    return True
+
+
+# --- what a run is of ---
+
+
+def inputs_of(options: TaskOptions) -> dict[str, str]:
+    """The files that a task is made of, with their sha256: data, weights, and the model's folder where it is one.
+
+    Raises:
+        IntegrityError: one cannot be read.
+    """
+    paths = [Path(options.data), *([Path(options.weights)] if options.weights is not None else [])]
+    model = Path(options.model)
+    if mode_of(options.mode).texts and model.is_dir():
+        paths += sorted(f for f in model.iterdir() if f.is_file())
+    return {str(p): sha256_of(p) for p in paths}
+
+
+def absolute(options: TaskOptions) -> TaskOptions:
+    """The options with absolute paths, as config.json holds them; a name on a hub stays as it is."""
+    model = Path(options.model)
+    return dataclasses.replace(
+        options,
+        data=str(Path(options.data).absolute()),
+        weights=None if options.weights is None else str(Path(options.weights).absolute()),
+        model=str(model.absolute()) if mode_of(options.mode).texts and model.is_dir() else options.model,
+    )
+
+
+def _described(options: TaskOptions | None, learning: FinetuneOptions) -> dict[str, Any]:
+    full = None if options is None else absolute(options)
+    return {
+        "format": FORMAT,
+        "kind": KIND,
+        "task": None if full is None else full.to_dict(),
+        "learning": dataclasses.asdict(learning),
+        "inputs": {} if full is None else inputs_of(full),
+    }
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not (path / CONFIG).exists():
+        raise ConfigError(f"{path}: holds no run of hatcl finetune (no {CONFIG}); name the folder of one")
+    config = read_json(path / CONFIG)
+    if not isinstance(config, dict) or config.get("kind") != KIND:
+        raise ConfigError(f"{path}: holds something else than a run of hatcl finetune; name another folder")
+    if config.get("format") != FORMAT:
+        raise IntegrityError(
+            f"{path / CONFIG}: format {config.get('format')!r}, this hatcl reads {FORMAT}; install the hatcl that "
+            "wrote it"
+        )
+    missing = {"task", "learning", "inputs", "source", "trained"} - set(config)
+    if missing:
+        raise IntegrityError(f"{path / CONFIG}: lacks {', '.join(sorted(missing))}; it was edited. Copy the run again")
+    return config
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"folder: {path} is a file, expected a folder (--out)")
+    if path.exists() and any(path.iterdir()):
+        raise ConfigError(f"folder: {path} holds something else than a run of hatcl finetune; name another (--out)")
+
+
+def _same_inputs(path: Path, stored: Mapping[str, str]) -> None:
+    for file, digest in stored.items():
+        if sha256_of(Path(file)) != digest:
+            raise IntegrityError(
+                f"{file} is not what the run in {path} was made of: it changed since; put it back, or fine-tune anew "
+                "into another folder"
+            )
+
+
+def _source(options: TaskOptions, model: nn.Module) -> dict[str, Any] | None:
+    if mode_of(options.mode).texts:
+        return source_of(model)
+    kept = {k: v for k, v in options.model_kwargs.items() if not k.startswith("pretrained")}
+    return timm_source(options.model, {**kept, "num_classes": model.num_classes})
+
+
+@torch.no_grad()
+def _remade(
+    path: Path, config: Mapping[str, Any], options: TaskOptions, learning: FinetuneOptions, stored: Mapping[str, Any]
+) -> FinetuneTask:
+    """The task around a plain model with the run's pretrained weights; a new head gets its own afterwards."""
+    try:
+        plain = build_source(config["source"])
+    except HATError:
+        raise
+    except Exception as error:  # whatever a library makes of an edited or newer config
+        raise IntegrityError(f"{path / CONFIG}: no model can be made from it ({error}); was it edited?") from error
+    kinds = kinds_of(stored)
+    for name, t in state_of(plain).items():
+        if name in kinds and kinds[name].shape == tuple(t.shape):
+            t.copy_(stored[name])
+    tokenizer = None
+    if mode_of(options.mode).texts:
+        import transformers
+
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path / TOKENIZER))
+        except (OSError, ValueError, KeyError) as error:
+            raise IntegrityError(f"{path / TOKENIZER}: no tokenizer can be read from it ({error})") from error
+    made = make_task(dataclasses.replace(options, head="random"), learning.seed, model=plain, tokenizer=tokenizer)
+    return dataclasses.replace(made, fixed_head=made.fixed_head or options.head == "fitted")
+
+
+# --- measures ---
+
+
+def _accuracies(task: FinetuneTask, model: nn.Module) -> dict[str, float]:
+    return {part: task.accuracy(model, part) for part in ("validation", "test") if len(task.part(part))}
+
+
+@torch.no_grad()
+def _moved(pretrained: nn.Module, finetuned: nn.Module, names: list[str]) -> dict[str, Any]:
+    """How many elements were trained, and how many of them are not what they were."""
+    before, after = dict(pretrained.named_parameters()), dict(finetuned.named_parameters())
+    changed = sum(int((before[n] != after[n]).sum()) for n in names)
+    return {"tensors": len(names), "elements": sum(before[n].numel() for n in names), "changed": changed}

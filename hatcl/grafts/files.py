@@ -1,0 +1,72 @@
+"""Grafts and scores as safetensors files: one file each, which says which of the two it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import GraftError, IntegrityError
+from ..files import write_files
+from ..functional import digest_of
+from ..vectors.files import read_metadata
+from ..vectors.tensors import tensors_of
+
+ABOUT = "hatcl.graft"  # one entry of metadata, since safetensors writes several in any order
+BITS, SCORES = "bits", "scores"
+LOADED_BY = {BITS: "Graft.load", SCORES: "GraftScores.load"}
+
+
+def write(path: str | os.PathLike[str], holds: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:
+    """Write one file, all or nothing. Its metadata say what it holds, and a digest of all its tensors.
+
+    Raises:
+        GraftError: another ending. IntegrityError: the disk is full or not writable.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise GraftError(f"{path}: got {path.suffix or 'no ending'}, expected a file that ends in .safetensors")
+    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}  # safetensors refuses views
+    text = json.dumps({"holds": holds, **about, "digest": _digest(own)})
+    write_files({path: lambda new: save_file(own, new, metadata={ABOUT: text})})
+    return path
+
+
+def read(path: str | os.PathLike[str], holds: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file that `write` wrote, and what it says about them.
+
+    Raises:
+        IntegrityError: the file is missing or damaged. GraftError: it holds the other kind, or something else.
+    """
+    stored, text = tensors_of(path), read_metadata(path).get(ABOUT)
+    if text is None:
+        raise GraftError(
+            f"{path}: holds {', '.join(sorted(stored)[:5]) or 'nothing'}, and does not say whether that is bits or "
+            "scores; expected a file that Graft.save or GraftScores.save wrote. Masks of one's own become a graft by "
+            "Graft.from_masks"
+        )
+    try:
+        about = json.loads(text)
+        found, digest = about["holds"], about["digest"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{path}: what it says of itself cannot be read ({error!r}); save it again") from error
+    if found != holds:
+        raise GraftError(
+            f"{path}: holds {found}, expected {holds}; call {LOADED_BY.get(found, 'what wrote it')} in place of "
+            f"{LOADED_BY[holds]}" + ("; its .graft(sparsity=...) gives the bits" if found == SCORES else "")
+        )
+    tensors = {name: stored[name].clone() for name in stored}  # what files give is mapped
+    if _digest(tensors) != digest:
+        raise IntegrityError(f"{path}: its content is not what was saved; the file is damaged, save it again")
+    return tensors, about
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    rows = "\n".join(f"{n} {list(tensors[n].shape)} {digest_of(tensors[n])}" for n in sorted(tensors))
+    return hashlib.sha256(rows.encode()).hexdigest()

@@ -1,0 +1,510 @@
+"""Grafts: a few elements of a fine-tuned model put into the pretrained one (Panigrahi et al. 2023, arXiv 2302.06600).
+
+`theta(gamma) = theta_pre + gamma * (theta_ft - theta_pre)` with gamma 0 or 1 for every element. Nothing is added here:
+where gamma is 1 the fine-tuned value is copied, so that every bit of it arrives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from ..config import one_of
+from ..errors import GraftError, IntegrityError
+from ..functional import digest_of
+from ..vectors.delta import Delta, difference
+from ..vectors.task_vector import TaskVector, digests_of
+from ..vectors.tensors import Lazy, Source, kinds_of, parameters_of, pick, tensors_of, tied_names
+from . import files, inplace
+
+AT, VALUE = ":at", ":value"  # endings of the names under which a tensor's indices and values are saved
+OVERLAPS = ("equal", "mean", "first")
+
+
+@dataclass(frozen=True, eq=False)
+class Graft:
+    """Some elements of some tensors, and, where it is filled, the values of a fine-tuned model there. It is kept on
+    the CPU, as indices: its memory goes with its size k, not with the model's.
+
+    Attributes:
+        shapes: of all tensors that took part, also of those with no element in it, so that shares are of N.
+        indices: name -> flat indices in row order, `[k_name]`, ascending; int32 where they fit.
+        values: name -> the values there, in their own dtype; None = bits alone, which cannot be applied.
+        base: name -> digest of the pretrained model's tensor, of those that are changed; None = not known.
+
+    Raises:
+        GraftError: indices that are not ascending or lie outside their tensor, values or digests that do not fit them.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    indices: dict[str, Tensor]
+    values: dict[str, Tensor] | None = None
+    base: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(int(i) for i in shape) for name, shape in self.shapes.items()}
+        if not shapes:
+            raise GraftError("a graft of no tensors; which tensors took part?")
+        unknown = next((name for name in self.indices if name not in shapes), None)
+        if unknown is not None:
+            raise GraftError(f"{unknown}: has indices, but is not among the {len(shapes)} tensors that took part")
+        given = {n: _indices(n, self.indices[n], math.prod(shapes[n])) for n in shapes if n in self.indices}
+        indices = {n: at for n, at in given.items() if len(at)}
+        object.__setattr__(self, "shapes", shapes)
+        object.__setattr__(self, "indices", indices)
+        if self.values is not None:
+            object.__setattr__(self, "values", {n: _values(n, at, self.values) for n, at in indices.items()})
+        if self.base is not None:
+            missing = [name for name in indices if name not in self.base]
+            if missing:
+                raise GraftError(f"{missing[0]}: no digest of the pretrained model's tensor; pass all, or base=None")
+            object.__setattr__(self, "base", {name: self.base[name] for name in indices})
+
+    # ---- where it comes from -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def from_masks(
+        masks: Mapping[str, Tensor], finetuned: Source | None = None, pretrained: Source | None = None
+    ) -> Graft:
+        """The elements where a mask is on.
+
+        Args:
+            masks: bool, of every tensor that takes part, in its full shape. finetuned: where the values come from;
+                None = bits alone. pretrained: what it is to be applied to, for the digests.
+
+        Raises:
+            GraftError: a mask that is not bool, or tensors that a model lacks or that have another shape.
+        """
+        wrong = next((n for n, m in masks.items() if m.dtype != torch.bool), None)
+        if wrong is not None:
+            raise GraftError(
+                f"{wrong}: got a mask of {_dtype(masks[wrong].dtype)}, expected bool; scores become a mask by >"
+            )
+        shapes = {n: tuple(m.shape) for n, m in masks.items()}
+        bits = Graft(shapes, {n: m.reshape(-1).nonzero().view(-1) for n, m in masks.items()})
+        if pretrained is not None:
+            bits = Graft(bits.shapes, bits.indices, None, bits._digests(pretrained))
+        return bits if finetuned is None else bits.fill(finetuned)
+
+    def fill(self, finetuned: Source) -> Graft:
+        """The same elements, with the values of a model.
+
+        Raises:
+            GraftError: the model lacks a tensor, or has it in another shape or not in floating point.
+        """
+        tensors = self._tensors(finetuned, "the fine-tuned model")
+        values = {n: inplace.take(t, self.indices[n].to(t.device, torch.long)) for n, t in tensors.items()}
+        return Graft(self.shapes, self.indices, values, self.base)
+
+    def bits(self) -> Graft:
+        """The same elements, without values."""
+        return Graft(self.shapes, self.indices, None, self.base)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Graft:
+        """What `save` wrote.
+
+        Raises:
+            IntegrityError: the file is missing or damaged. GraftError: it holds scores, or something else.
+        """
+        tensors, about = files.read(path, files.BITS)
+        try:
+            shapes = {n: tuple(s) for n, s in about["shapes"].items()}
+            indices = {n.removesuffix(AT): t for n, t in tensors.items() if n.endswith(AT)}
+            values = {n.removesuffix(VALUE): t for n, t in tensors.items() if n.endswith(VALUE)}
+            return Graft(shapes, indices, values if about["values"] else None, about["base"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"{path}: its parts do not fit each other ({error}); save the graft again") from error
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one `.safetensors` file, which says that it holds bits; a few bytes per element of the graft.
+
+        Raises:
+            GraftError: another ending. IntegrityError: the disk is full or not writable.
+        """
+        tensors = {n + AT: at for n, at in self.indices.items()}
+        tensors |= {n + VALUE: v for n, v in (self.values or {}).items()}
+        about = {"shapes": self.shapes, "base": self.base, "values": self.values is not None}
+        return files.write(path, files.BITS, tensors, about)
+
+    # ---- what is in it -----------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def size(self) -> int:
+        """How many elements it has, k."""
+        return sum(len(at) for at in self.indices.values())
+
+    @functools.cached_property
+    def numel(self) -> int:
+        """How many elements the tensors that took part have, N."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def sparsity(self) -> float:
+        """`k / N`."""
+        return self.size / self.numel if self.numel else 0.0
+
+    def masks(self) -> dict[str, Tensor]:
+        """The elements as bool tensors, of all tensors that took part."""
+        out = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in self.shapes.items()}
+        for name, at in self.indices.items():
+            out[name].view(-1)[at.long()] = True
+        return out
+
+    def __repr__(self) -> str:
+        filled = "with values" if self.values is not None else "bits alone"
+        return f"{type(self).__name__}({self.size:,} of {self.numel:,} elements, {self.sparsity:.2g}, {filled})"
+
+    # ---- several of them ---------------------------------------------------------------------------------------
+
+    def __and__(self, other: Graft) -> Graft:
+        """The elements in both, with this one's values."""
+        return self._kept(other, True) if isinstance(other, Graft) else NotImplemented
+
+    def __sub__(self, other: Graft) -> Graft:
+        """The elements that are in this one alone."""
+        return self._kept(other, False) if isinstance(other, Graft) else NotImplemented
+
+    def __or__(self, other: Graft) -> Graft:
+        """The elements in either; `union` says what is raised where their values differ."""
+        return union([self, other]) if isinstance(other, Graft) else NotImplemented
+
+    def _kept(self, other: Graft, inside: bool) -> Graft:
+        check_same(self, other, ("the first graft", "the other"))
+        none = torch.zeros(0, dtype=torch.int32)
+        on = {n: torch.isin(at, other.indices.get(n, none)) == inside for n, at in self.indices.items()}
+        values = None if self.values is None else {n: v[on[n]] for n, v in self.values.items()}
+        return Graft(self.shapes, {n: at[on[n]] for n, at in self.indices.items()}, values, self.base)
+
+    def overlap(self, other: Graft) -> float:
+        """`|self & other| / |other|`: what share of the other's elements is in this one as well.
+
+        Raises:
+            GraftError: grafts over other tensors; the other has no element.
+        """
+        if not other.size:
+            raise GraftError("the other graft has no element, so no share of it can be in this one")
+        return (self & other).size / other.size
+
+    # ---- putting it to use -------------------------------------------------------------------------------------
+
+    @overload
+    def apply_to(self, model: nn.Module, *, check: bool = ...) -> nn.Module: ...
+    @overload
+    def apply_to(
+        self, model: Mapping[str, Tensor] | str | os.PathLike[str], *, check: bool = ...
+    ) -> Mapping[str, Tensor]: ...
+    def apply_to(self, model: Any, *, check: bool = True) -> Any:
+        """`theta_pre + gamma * (theta_ft - theta_pre)`: a new model, or new tensors for a state dict or files (from
+        files: made when asked for). Where gamma is 0 the model's bits stay; where it is 1 they are the fine-tuned
+        model's. In a new state dict the tensors that nothing changes are the given ones.
+
+        Args:
+            check: compare the tensors that are changed with those that the graft was made for.
+
+        Raises:
+            GraftError: bits alone, or tensors that the model lacks or that have another shape. IntegrityError: another
+                base.
+        """
+        if isinstance(model, nn.Module):
+            self._checked(model, check)
+            out = copy.deepcopy(model)
+            for name, t in self._tensors(out).items():
+                self._put(name, t)
+            return out
+        every = tensors_of(model)
+        lazy = isinstance(every, Lazy)
+        found = self._checked(model, check and not lazy)
+        mine = {found[name]: name for name in self.indices}
+
+        def one(first: str) -> Tensor:
+            t = every[first]
+            if first not in mine:
+                return t
+            if check and lazy:
+                self._check_base(mine[first], digest_of(t))
+            t = t.detach().clone()
+            self._put(mine[first], t)
+            return t
+
+        if lazy:
+            return Lazy(kinds_of(every), one)
+        new = {first: one(first) for first in every}
+        return {name: new[first] for name, first in tied_names(model).items()}
+
+    def apply_(self, model: nn.Module, *, check: bool = True) -> None:
+        """Write the values into a module's own tensors. `remove_` puts back every bit.
+
+        Args:
+            check: compare the tensors that are changed with those that the graft was made for, as they were before
+                any graft was applied.
+
+        Raises:
+            GraftError: bits alone, or tensors that the model lacks or that have another shape. IntegrityError: another
+                base.
+        """
+        _module(model, "apply_")
+        found = self._checked(model, check)
+        tensors = self._tensors(model)
+        inplace.write_in(model, self, {found[n]: (t, *self._part(n, t)) for n, t in tensors.items()})
+
+    def remove_(self, model: nn.Module, *, check: bool = True) -> None:
+        """Put back what was there before the last `apply_`, every bit. Of grafts that share elements the one that was
+        applied last is removed first.
+
+        Args:
+            check: compare the elements with what `apply_` wrote.
+
+        Raises:
+            GraftError: it is not applied to this module; one that was applied later shares elements with it; elements
+                changed since.
+        """
+        _module(model, "remove_")
+        inplace.take_out(model, self, tensors_of(model), check)
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module, *, check: bool = True) -> Iterator[None]:
+        """`apply_` on entering, `remove_` on leaving."""
+        self.apply_(model, check=check)
+        try:
+            yield
+        finally:
+            self.remove_(model)
+
+    def vector(self, pretrained: Source) -> TaskVector:
+        """The graft as a task vector: the difference to the pretrained model inside, zero outside. Sums of grafts are
+        sums of these. With coefficient 1 it gives what `apply_to` gives, bit for bit.
+
+        Raises:
+            GraftError: bits alone, or another model. IntegrityError: another base.
+        """
+        found = self._checked(pretrained, True)
+        names = dict.fromkeys([*parameters_of(pretrained), *found.values()])
+        whole = pick(tensors_of(pretrained), list(names))
+        kinds = {n: torch.promote_types(k.dtype, torch.float32) for n, k in kinds_of(whole).items()}
+        deltas = {n: Delta(torch.zeros(k.shape, dtype=kinds[n])) for n, k in kinds_of(whole).items()}
+        for name, first in ((n, found[n]) for n in self.indices):
+            at, values = self._part(name, whole[first])
+            inside = difference(inplace.take(whole[first], at), values).to("cpu")
+            zeros = deltas[first].value
+            zeros.view(-1)[at.cpu()] = inside.value
+            if inside.at is not None:
+                deltas[first] = Delta(zeros, self.indices[name][inside.at.long()], inside.rest)
+        return TaskVector(deltas, digests_of(whole))
+
+    def _checked(self, model: Source, check: bool) -> dict[str, str]:
+        """Raise unless it can be applied; what the model calls the tensors."""
+        if self.values is None:
+            raise GraftError(
+                "this graft holds bits alone, no values to apply; graft.fill(finetuned) takes them from the fine-tuned "
+                "model"
+            )
+        found = found_in(model, self.shapes, "the model")
+        if check and self.base is not None:
+            for name, digest in self._digests(model).items():
+                self._check_base(name, digest)
+        return found
+
+    def _check_base(self, name: str, digest: str) -> None:
+        if self.base is not None and digest != self.base[name]:
+            raise IntegrityError(
+                f"{name} is not what this graft was made for; apply it to its own pretrained model, or pass check=False"
+            )
+
+    def _tensors(self, model: Source, what: str = "the model") -> dict[str, Tensor]:
+        """A model's tensors that it changes, under the graft's names."""
+        found, every = found_in(model, self.shapes, what), tensors_of(model)
+        return {name: every[found[name]] for name in self.indices}
+
+    def _digests(self, model: Source) -> dict[str, str]:
+        """Of a model's tensors that it changes, as they were before any graft was applied."""
+        found = found_in(model, self.shapes, "the pretrained model")
+        return {n: digest_of(inplace.original(model, found[n], t)) for n, t in self._tensors(model).items()}
+
+    def _part(self, name: str, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and values for one tensor, where that lies and in its dtype."""
+        assert self.values is not None  # `_checked` saw them
+        return self.indices[name].to(t.device, torch.long), self.values[name].to(t.device, t.dtype)
+
+    def _put(self, name: str, t: Tensor) -> None:
+        inplace.put(t, *self._part(name, t))
+
+
+def union(grafts: Sequence[Graft], overlap: str = "equal") -> Graft:
+    """The elements that are in any of the grafts, with their values if all have them.
+
+    Args:
+        overlap: which value an element gets that is in several. `equal`: they must be the same. `mean`: theirs, summed
+            in float64 and rounded once. `first`: that of the first graft which has it.
+
+    Raises:
+        GraftError: no graft; grafts over other tensors or made for other bases; bits alone beside values; with `equal`,
+            values that differ. ConfigError: an unknown `overlap`.
+    """
+    one_of("overlap", overlap, OVERLAPS)
+    if not grafts:
+        raise GraftError("a union of no grafts; pass at least one")
+    first = grafts[0]
+    for other in grafts[1:]:
+        check_same(first, other, ("the first graft", "another"))
+        if (first.values is None) != (other.values is None):
+            raise GraftError(
+                "some grafts hold values, others bits alone; fill these (graft.fill), or take .bits() of all"
+            )
+    base: dict[str, str] | None = {}
+    for graft in grafts:
+        for name, digest in (graft.base or {}).items():
+            if base is not None and base.setdefault(name, digest) != digest:
+                raise GraftError(f"{name}: the grafts were made for different bases; all must start from one model")
+    if any(graft.base is None for graft in grafts):
+        base = None
+    indices, values = {}, {}
+    for name in first.shapes:
+        holders = [graft for graft in grafts if name in graft.indices]
+        if not holders:
+            continue
+        at, which = torch.unique(torch.cat([graft.indices[name] for graft in holders]), return_inverse=True)
+        indices[name] = at
+        if first.values is not None:
+            parts = [graft.values[name] for graft in holders if graft.values is not None]
+            values[name] = _joined(name, parts, which, len(at), overlap)
+    return Graft(first.shapes, indices, None if first.values is None else values, base)
+
+
+def _joined(name: str, parts: Sequence[Tensor], which: Tensor, count: int, overlap: str) -> Tensor:
+    """Several grafts' values of one tensor as one value per element; `which` says whose element each is."""
+    other = next((p for p in parts if p.dtype != parts[0].dtype), None)
+    if other is not None:
+        raise GraftError(
+            f"{name} is {_dtype(parts[0].dtype)} in one graft, {_dtype(other.dtype)} in another; fill both alike"
+        )
+    every = torch.cat(list(parts))
+    out = torch.empty(count, dtype=every.dtype)
+    end = len(every)
+    for part in reversed(parts):  # so that the first graft's values stay
+        inplace.put(out, which[end - len(part) : end], part)
+        end -= len(part)
+    differ = inplace.bits(every) != inplace.bits(out)[which]
+    if overlap == "first" or not bool(differ.any()):
+        return out
+    if overlap == "equal":
+        many = len(which[differ].unique())
+        raise GraftError(
+            f"{name}: {many} elements have different values in the grafts; union(grafts, overlap='mean') or 'first' "
+            "takes one value for each, .bits() leaves them out"
+        )
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, which, every.double())
+    means = sums / torch.bincount(which, minlength=count)
+    changed = which[differ].unique()  # where all are the same it stays, every bit
+    inplace.put(out, changed, means[changed].to(out.dtype))
+    return out
+
+
+def overlaps(grafts: Sequence[Graft]) -> Tensor:
+    """`|g_i & g_j| / |g_j|`, row i, column j: float64 `[T, T]`, with ones on the diagonal.
+
+    Raises:
+        GraftError: grafts over other tensors; one has no element.
+    """
+    return torch.tensor([[a.overlap(b) for b in grafts] for a in grafts], dtype=torch.float64).reshape(
+        len(grafts), len(grafts)
+    )
+
+
+def check_same(a: Graft, b: Graft, what: tuple[str, str]) -> None:
+    """Raise `GraftError` unless two are over the same tensors.
+
+    Args:
+        what: how to call the two.
+    """
+    for name in [*a.shapes, *b.shapes]:
+        ours, theirs = (list(g.shapes[name]) if name in g.shapes else "lacking" for g in (a, b))
+        if ours != theirs:
+            raise GraftError(
+                f"{name} is {ours} in {what[0]}, {theirs} in {what[1]}; take both from one model, with the same "
+                "parameters taking part"
+            )
+
+
+def found_in(source: Source, shapes: Mapping[str, Sequence[int]], what: str) -> dict[str, str]:
+    """What a source calls some tensors: by the same name, or where it is tied to another by the name that stands
+    first. Nothing is read.
+
+    Raises:
+        GraftError: tensors that it lacks, that have another shape there or are no floating point (they are listed), or
+            two that are one there.
+    """
+    kinds, tied = kinds_of(tensors_of(source)), tied_names(source)
+    found = {name: name if name in kinds else tied.get(name, name) for name in shapes}
+    problems = []
+    for name, first in found.items():
+        kind = kinds.get(first)
+        if kind is None or kind.shape != tuple(shapes[name]):
+            has = "no such tensor" if kind is None else list(kind.shape)
+            problems.append(f"{name} is {list(shapes[name])}, {what} has {has}")
+        elif not kind.dtype.is_floating_point or kind.dtype.itemsize < 2:
+            problems.append(f"{name} is {_dtype(kind.dtype)} in {what}, expected float16 or wider")
+    if problems:
+        raise GraftError(
+            f"{len(problems)} of the {len(found)} tensors do not fit: {'; '.join(problems[:5])}"
+            f"{' ...' if len(problems) > 5 else ''}. Are the graft and the model of one architecture?"
+        )
+    twice = [name for name, first in found.items() if name != first and first in found]
+    if twice:
+        raise GraftError(
+            f"{twice[0]} and {found[twice[0]]} are one tensor in {what} and two in the graft; untie them, or make the "
+            "graft from models where they are tied"
+        )
+    return found
+
+
+def size_of(sparsity: float, numel: int) -> int:
+    """`k = int(sparsity * N)`.
+
+    Raises:
+        GraftError: it is none of the elements, or all.
+    """
+    if not 0 <= sparsity <= 1:
+        raise GraftError(f"sparsity: got {sparsity!r}, expected a share of the elements between 0 and 1")
+    k = int(sparsity * numel)
+    if not 0 < k < numel:
+        raise GraftError(
+            f"sparsity: {sparsity!r} of {numel:,} elements selects {'all' if k else 'none'}; "
+            + ("that is the fine-tuned model" if k else f"take at least 1/{numel:,}")
+        )
+    return k
+
+
+def _indices(name: str, at: Tensor, numel: int) -> Tensor:
+    if at.dim() != 1 or at.dtype not in (torch.int32, torch.int64):
+        raise GraftError(f"{name}: got indices of {_dtype(at.dtype)} {list(at.shape)}, expected integers [k]")
+    if len(at) and not (0 <= int(at[0]) and int(at[-1]) < numel and bool((at[1:] > at[:-1]).all())):
+        raise GraftError(f"{name}: expected ascending indices from 0 to {numel - 1}, got {at[:3].tolist()} ...")
+    return at.detach().to("cpu", torch.int32 if numel < 2**31 else torch.int64)
+
+
+def _values(name: str, at: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    v = values.get(name)
+    if v is None or v.shape != at.shape or not v.dtype.is_floating_point or v.dtype.itemsize < 2:
+        got = "none" if v is None else f"{_dtype(v.dtype)} {list(v.shape)}"
+        raise GraftError(f"{name}: got values {got}, expected one number, float16 or wider, for each of {len(at)}")
+    return v.detach().cpu()
+
+
+def _module(model: Any, verb: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise GraftError(f"{verb}: got {type(model).__name__}, expected a module; apply_to gives new tensors")
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,84 @@
+"""Training around grafts: their elements stay, bit for bit, while everything else learns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GraftError, IntegrityError
+from ..guard import Keeper, check_optimizers
+from ..vectors.tensors import tied_names
+from . import inplace
+from .graft import Graft, found_in
+
+
+@contextlib.contextmanager
+def hold(model: nn.Module, grafts: Graft | Sequence[Graft], optimizer: Any) -> Iterator[None]:
+    """Keep the elements of some grafts bit-identical to what they are now, whatever optimizer trains the model:
+
+        graft.apply_(model)
+        with hatcl.hold(model, graft, optimizer):
+            ...                                    # loss.backward(); optimizer.step()
+
+    Their gradient is zeroed as it arrives, so that clipping sees the norm of what is trained, and they are put back
+    after every step (see `hatcl.guard.Keeper`). Momentum that an optimizer brings along is zeroed there. Normal leaving
+    compares the elements with what they were.
+
+    Args:
+        grafts: with or without values: what is held is what the model has at their elements now.
+        optimizer: one or several, that will step inside the block.
+
+    Raises:
+        GraftError: grafts that do not fit the model, or that hold elements of buffers. GuardError: an optimizer that
+            cannot be guarded, or of another model. IntegrityError: on leaving, something else than these optimizers
+            wrote to the elements; they are put back.
+    """
+    given = [grafts] if isinstance(grafts, Graft) else list(grafts)
+    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    held = _held(model, given)
+    check_optimizers(model, optimizers, "build it over the parameters of the model that is to be held")
+    frozen: list[tuple[nn.Parameter, Tensor | None]] = []
+    for params, at in held.values():
+        frozen += [(p, None if len(at) == p.numel() else at) for p in params]
+    before = {name: inplace.take(params[0], at) for name, (params, at) in held.items()}
+    with Keeper(frozen, optimizers):
+        yield
+    changed = []
+    for name, (params, at) in held.items():
+        if not inplace.bits(inplace.take(params[0], at)).equal(inplace.bits(before[name])):
+            inplace.put(params[0], at, before[name])
+            changed.append(name)
+    if changed:
+        raise IntegrityError(
+            f"{changed[0]}: elements that are held changed ({len(changed)} such tensors), though not by the optimizer "
+            "given; they were put back. Give hold every optimizer that steps, and write to the model outside of it"
+        )
+
+
+def _held(model: nn.Module, grafts: Sequence[Graft]) -> dict[str, tuple[list[nn.Parameter], Tensor]]:
+    """Name -> the parameters that are this tensor (several where they share memory), and flat indices beside it."""
+    if not isinstance(model, nn.Module):
+        raise GraftError(f"hold: got {type(model).__name__}, expected a module")
+    tied = tied_names(model)
+    params: dict[str, dict[int, nn.Parameter]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        params.setdefault(tied[name], {})[id(p)] = p
+    parts: dict[str, list[Tensor]] = {}
+    for graft in grafts:
+        found = found_in(model, graft.shapes, "the model")
+        for name, at in graft.indices.items():
+            if found[name] not in params:
+                raise GraftError(
+                    f"{name} is a buffer, which a forward pass writes to and no optimizer; leave it out of the graft "
+                    "(the parameters take part alone) to hold it"
+                )
+            parts.setdefault(found[name], []).append(at)
+    out = {}
+    for name, ats in parts.items():
+        every = list(params[name].values())
+        out[name] = (every, torch.unique(torch.cat(ats)).to(every[0].device, torch.long))
+    return out

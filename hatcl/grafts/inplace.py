@@ -1,0 +1,117 @@
+"""Writing a graft's values into a module's own tensors, and taking them out again, bit for bit."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GraftError
+
+BY_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Elements of one tensor: flat indices, int64 `[M]`, the values that were there and those that are there now."""
+
+    at: Tensor
+    old: Tensor
+    new: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """A graft (or whatever asks for it) that was written into a module, and where."""
+
+    by: Any
+    places: dict[str, Place]
+
+
+_APPLIED: weakref.WeakKeyDictionary[nn.Module, list[Applied]] = weakref.WeakKeyDictionary()
+
+
+def bits(t: Tensor) -> Tensor:
+    """A floating-point tensor's memory as integers: these are equal where every bit is, and copying them keeps all
+    (signs of zeros, payloads of NaN)."""
+    return t.detach().view(BY_SIZE[t.element_size()])
+
+
+def take(t: Tensor, at: Tensor) -> Tensor:
+    """Some elements, given by flat indices (int64, in row order), however the tensor lies in memory."""
+    b = bits(t)
+    return (b.view(-1)[at] if b.is_contiguous() else b[torch.unravel_index(at, b.shape)]).view(t.dtype)
+
+
+def put(t: Tensor, at: Tensor, values: Tensor) -> None:
+    """Write values of the tensor's own dtype into some elements."""
+    b = bits(t)
+    if b.is_contiguous():
+        b.view(-1)[at] = bits(values)
+    else:
+        b[torch.unravel_index(at, b.shape)] = bits(values)
+
+
+def write_in(model: nn.Module, by: Any, what: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Write values into some of a module's tensors and keep what was there.
+
+    Args:
+        what: name -> the tensor, flat indices, and the values in the tensor's dtype.
+    """
+    places = {name: Place(at, take(t, at), new) for name, (t, at, new) in what.items()}
+    for t, at, new in what.values():
+        put(t, at, new)
+    _APPLIED.setdefault(model, []).append(Applied(by, places))
+
+
+def original(model: Any, name: str, t: Tensor) -> Tensor:
+    """A tensor of a module as it was before anything was written into it."""
+    stack = _APPLIED.get(model, []) if isinstance(model, nn.Module) else []
+    places = [a.places[name] for a in stack if name in a.places]
+    if not places:
+        return t
+    t = t.detach().clone()
+    for place in reversed(places):
+        _put_back(t, place)
+    return t
+
+
+def _put_back(t: Tensor, place: Place) -> None:
+    put(t, place.at.to(t.device), place.old.to(t))  # the module may have been moved or cast since
+
+
+def take_out(model: nn.Module, by: Any, tensors: Mapping[str, Tensor], check: bool) -> None:
+    """Put back what was there before the last `write_in` by the same.
+
+    Raises:
+        GraftError: there was none; a later one holds some of the elements; with `check`, elements that changed since.
+    """
+    stack = _APPLIED.get(model, [])
+    i = next((i for i in reversed(range(len(stack))) if stack[i].by is by), None)
+    if i is None:
+        raise GraftError(
+            f"this graft is not applied to this {type(model).__name__}; only what apply_ wrote into the same module "
+            "can be removed (a copy of the module, or one that apply_to gave, has nothing to put back)"
+        )
+    for later in stack[i + 1 :]:
+        for name in later.places.keys() & stack[i].places.keys():
+            both = int(torch.isin(stack[i].places[name].at.cpu(), later.places[name].at.cpu()).sum())
+            if both:
+                raise GraftError(
+                    f"{name}: {both} elements of this graft are also in one that was applied later; remove that first"
+                )
+    if check:
+        for name, place in stack[i].places.items():
+            now = take(tensors[name], place.at.to(tensors[name].device))
+            if now.dtype != place.new.dtype or not bits(now).equal(bits(place.new.to(now.device))):
+                raise GraftError(
+                    f"{name}: elements of this graft changed since it was applied; train on what apply_to gives, or "
+                    "pass check=False to put the old values back in any case"
+                )
+    for name, place in stack[i].places.items():
+        _put_back(tensors[name], place)
+    del stack[i]

@@ -1,0 +1,554 @@
+"""Learned grafts: which elements of a fine-tuned model the pretrained one needs, by gradient descent on the task's loss
+(Panigrahi et al. 2023, arXiv 2302.06600, section 3)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, GraftError, NonFiniteLossError
+from ..vectors.merging.batches import Evaluating, split
+from ..vectors.select import largest
+from ..vectors.tensors import Kind, Lazy, Source, tied_names
+from . import inplace
+from .graft import Graft, size_of
+from .options import GraftOptions
+from .scores import GraftScores, highest
+from .selection import Pairs, Patterns, candidates, check_moved, difference_of, filled
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+STRIDE = 64  # of the sample of logits from which `top` guesses where the k-th lies
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LearnedGraft(Graft):
+    """A graft with how it was learned.
+
+    Attributes:
+        scores: the logits after the last step. (Those of the best step would be another float per element.)
+        history: per mask, from that of step 0, the start: `step`; `size`; `changed`, how many of its elements are not
+            in the start; `loss`, the mean training loss of what the model computed with; `validation`.
+        step: after how many steps the graft's mask was reached.
+    """
+
+    scores: GraftScores | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    step: int = 0
+
+
+def learn_graft(
+    pretrained: nn.Module,
+    finetuned: Source,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    sparsity: float = 1e-4,
+    *,
+    start: Graft | GraftScores | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    only: Patterns = (),
+    skip: Patterns = (),
+    options: GraftOptions | Mapping[str, Any] | None = None,
+    on_progress: Callable[[dict[str, float]], None] | None = None,
+) -> LearnedGraft:
+    """The elements, `k = int(sparsity * N)` of all N candidates, with which the loss is lowest.
+
+    The paper starts from a base patch b and learns `gamma = b + (1 - 2b) * sigmoid(S - bias)`. As `1 - sigmoid(x) =
+    sigmoid(-x)`, that is `gamma = sigmoid(L)` with the logit `L = (1 - 2b) * (S - bias)`, and its update, whose sign
+    depends on b, is gradient descent on L: `dL = -lr * g * delta * sigmoid'(L)`, where g is the loss's gradient by the
+    weights and `delta = theta_ft - theta_pre`. That is `GraftOptions(rule="plain")`; the default is its natural
+    gradient in other units, `dL = -lr * 2 * bias * loss / squares * g * delta` (see `GraftOptions`). All of the
+    published procedure is `PUBLISHED`.
+
+    Of the masks after each step, and of the start, the one with the highest `validate` is kept, or with the lowest
+    training loss; the first of equal ones. What is kept is therefore never worse than the start by that measure. (The
+    published release does not look at the start, and measures training and validation accuracy together.)
+
+    The model computes in evaluation mode: without dropout, with running statistics. The pretrained model is lent: its
+    elements take fine-tuned values while learning, and whatever happens, its bits, gradients, modes and what of it
+    requires gradients are as before at the end. The fine-tuned one is only read. With hard gamma and plain SGD that
+    takes, beside the two models, one float per candidate, three numbers per element of the graft, and no more: a
+    gradient is used as soon as it arrives, and freed.
+
+    Args:
+        pretrained: the module that computes. finetuned: a module, state dict, or files of the same names and shapes.
+        loss_fn: (model, batch) -> the mean loss of a batch.
+        batches: a list or a DataLoader; it starts over when it runs out. Of (inputs, labels) and of mappings every
+            example has the same weight; batches of another form count as one example each.
+        sparsity: the share of the candidates that a graft has.
+        start: the base patch (its size may differ from k), or the first logits; None = the k largest `|delta|`.
+        validate: (model with the mask applied) -> a number, the higher the better.
+        only, skip: patterns of names, see `candidates`.
+        options: `GraftOptions`, or a mapping of what to change.
+        on_progress: told each entry of the history.
+
+    Raises:
+        GraftError: models that do not fit each other, do not differ or are not finite; a sparsity that selects nothing
+            or everything; a start over other tensors; a loss that no candidate has a gradient of.
+        ConfigError: an unknown option, patterns that match nothing, no batches, or batches that can be read only once.
+        NonFiniteLossError: a loss, a gradient or a validation that is not finite.
+    """
+    settings = GraftOptions().changed(options)
+    if not isinstance(pretrained, nn.Module):
+        raise GraftError(
+            f"pretrained: got {type(pretrained).__name__}, expected the module that computes; load files into it first"
+        )
+    pairs = candidates(pretrained, finetuned, only, skip)
+    if not isinstance(finetuned, nn.Module):  # files would be read anew for every gradient
+        read = {n: pairs[n] for n in pairs}
+        pairs = Lazy(pairs.kinds, read.__getitem__)
+    check_moved(pairs)
+    k = size_of(sparsity, sum(math.prod(kind.shape) for kind in pairs.kinds.values()))
+    weights = (_Hard if settings.gamma == "hard" else _Soft)(pairs)
+    learner = _Learner(pretrained, weights, _start(pairs, k, start, settings), k, loss_fn, settings)
+    with _lent(pretrained, pairs), torch.random.fork_rng(_devices(pretrained)), contextlib.closing(weights):
+        torch.manual_seed(settings.seed)
+        stream = _Stream(batches, settings.accumulate)
+        learner.run(stream, validate, on_progress)
+    graft = filled(pairs, learner.best)
+    scores = GraftScores(dict(learner.logits))
+    return LearnedGraft(
+        graft.shapes, graft.indices, graft.values, graft.base, scores, learner.history, learner.best_step
+    )
+
+
+# ---- the start -------------------------------------------------------------------------------------------------
+
+
+def _start(pairs: Pairs, k: int, start: Graft | GraftScores | None, options: GraftOptions) -> Lazy[Tensor]:
+    """The first logits, made when asked for: always the same ones."""
+    shapes = {n: kind.shape for n, kind in pairs.kinds.items()}
+    if start is not None:
+        theirs = (
+            {n: tuple(x.shape) for n, x in start.values.items()} if isinstance(start, GraftScores) else start.shapes
+        )
+        wrong = next((n for n in [*shapes, *theirs] if shapes.get(n) != theirs.get(n)), None)
+        if wrong is not None:
+            ours, other = (list(s[wrong]) if wrong in s else "no part of it" for s in (shapes, theirs))
+            raise GraftError(
+                f"start: {wrong} is {other} there and {ours} among the candidates; it must be over the same tensors "
+                "(pass the only= and skip= that it was made with)"
+            )
+    if isinstance(start, GraftScores):
+        values = start.values
+        return _lazy(shapes, lambda name: values[name].clone())
+    if start is not None:
+        members = dict(start.indices)
+    else:
+        scores = _lazy(shapes, lambda name: difference_of(pairs[name]).abs())
+        cut = largest(scores, k)
+        found = {n: cut.mask(n, scores[n]).reshape(-1).nonzero().view(-1).cpu() for n in scores}
+        members = {n: _small(at, scores.kinds[n]) for n, at in found.items()}
+    order = {name: i for i, name in enumerate(sorted(shapes))}
+
+    def make(name: str) -> Tensor:
+        generator = torch.Generator().manual_seed((options.seed << 20) + order[name])
+        out = torch.rand(shapes[name], generator=generator).sub_(options.bias)
+        if name in members:
+            out.view(-1)[members[name].long()] *= -1
+        return out
+
+    return _lazy(shapes, make)
+
+
+def _lazy(shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor]) -> Lazy[Tensor]:
+    return Lazy({n: Kind(s, torch.float32) for n, s in shapes.items()}, make)
+
+
+# ---- what the model computes with --------------------------------------------------------------------------------
+
+
+class _Hard:
+    """The pretrained tensors, with fine-tuned values at the members of a mask. What was there is kept."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+        self.kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def compute_with(self, members: Mapping[str, Tensor], logits: Mapping[str, Tensor]) -> None:
+        self.show(members)
+
+    @torch.no_grad()
+    def show(self, members: Mapping[str, Tensor]) -> None:
+        self.close()
+        for name, at in members.items():
+            before, after = self.pairs[name]
+            long = at.to(before.device, torch.long)
+            self.kept[name] = at, inplace.take(before, long)
+            inplace.put(before, long, _taken(after, long).to(before))
+
+    def delta(self, name: str) -> Tensor:
+        d = difference_of(self.pairs[name])
+        if name in self.kept:
+            at, was = self.kept[name]
+            long = at.to(was.device, torch.long)
+            inplace.put(d, long, difference_of((was, _taken(self.pairs[name][1], long))).to(d))
+        return d
+
+    def close(self) -> None:
+        with torch.no_grad():
+            for name, (at, was) in self.kept.items():
+                inplace.put(self.pairs[name][0], at.to(was.device, torch.long), was)
+        self.kept = {}
+
+
+class _Soft:
+    """`theta_pre + sigmoid(L) * delta`, as published. What was there is kept, a copy of all candidates."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+        self.kept: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def compute_with(self, members: Mapping[str, Tensor], logits: Mapping[str, Tensor]) -> None:
+        self._keep()
+        for name, was in self.kept.items():
+            d = self.delta(name)
+            self.pairs[name][0].copy_(torch.addcmul(was.to(d), logits[name].to(d.device).sigmoid(), d))
+
+    @torch.no_grad()
+    def show(self, members: Mapping[str, Tensor]) -> None:
+        self._keep()
+        for name, was in self.kept.items():
+            before, after = self.pairs[name]
+            before.copy_(was)
+            if name in members:
+                at = members[name].to(before.device, torch.long)
+                inplace.put(before, at, _taken(after, at).to(before))
+
+    def delta(self, name: str) -> Tensor:
+        return difference_of((self.kept[name], self.pairs[name][1]))
+
+    def _keep(self) -> None:
+        if not self.kept:
+            self.kept = {n: self.pairs[n][0].clone() for n in self.pairs}
+
+    def close(self) -> None:
+        with torch.no_grad():
+            for name, was in self.kept.items():
+                self.pairs[name][0].copy_(was)
+        self.kept = {}
+
+
+def _taken(t: Tensor, at: Tensor) -> Tensor:
+    return inplace.take(t, at.to(t.device))
+
+
+# ---- learning ----------------------------------------------------------------------------------------------------
+
+
+class _Learner:
+    """The logits, the current mask, and the best one so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: _Hard | _Soft,
+        start: Lazy[Tensor],
+        k: int,
+        loss_fn: LossFn,
+        options: GraftOptions,
+    ) -> None:
+        self.model, self.weights, self.k, self.loss_fn, self.options = model, weights, k, loss_fn, options
+        self.kinds, self.numel = start.kinds, sum(math.prod(kind.shape) for kind in start.kinds.values())
+        self.scale: float | None = None if options.rule == "natural" else 1.0
+        # with plain SGD by the natural rule, what a batch adds to a logit does not depend on it: no sum is kept apart
+        self.in_place = options.rule == "natural" and options.optimizer == "sgd" and not options.momentum
+        self.logits: Mapping[str, Tensor] = start
+        self.sums: dict[str, Tensor] = {}
+        self.weight = 1.0  # of the batch whose gradients arrive
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_step, self.best_score = 0, -math.inf
+
+    def run(
+        self,
+        stream: _Stream,
+        validate: Callable[[nn.Module], float] | None,
+        on_progress: Callable[[dict[str, float]], None] | None,
+    ) -> None:
+        first = members = self._members()
+        for step in range(self.options.steps + 1):
+            entry: dict[str, float] = {"step": step, "size": _size(members), "changed": _outside(members, first)}
+            if validate is not None:
+                self.weights.show(members)
+                with torch.no_grad():
+                    entry["validation"] = _finite(float(validate(self.model)), "validation", step)
+            last = step == self.options.steps
+            if not last or validate is None:
+                self.weights.compute_with(members, self.logits)
+                entry["loss"] = self._pass(stream, step, backward=not last)
+            score = entry["validation"] if validate is not None else -entry["loss"]
+            if score > self.best_score and 0 < _size(members) < self.numel:
+                self.best, self.best_step, self.best_score = members, step, score
+            self.history.append(entry)
+            if on_progress is not None:
+                on_progress(dict(entry))
+            if not last:
+                self._move(step)
+                members = self._members()
+        if not self.best:
+            raise GraftError(
+                f"every mask has all of {self.numel:,} elements or none; start from logits on both sides of 0, or set "
+                "size='fixed'"
+            )
+
+    def _members(self) -> dict[str, Tensor]:
+        """The mask: flat indices by name, ascending."""
+        if self.options.size == "fixed":
+            return top(self.logits, self.k)
+        found = {n: (self.logits[n].reshape(-1) > 0).nonzero().view(-1) for n in self.logits}
+        return {n: _small(at, self.kinds[n]).cpu() for n, at in found.items() if len(at)}
+
+    # ---- gradients ---------------------------------------------------------------------------------------------
+
+    def _pass(self, stream: _Stream, step: int, backward: bool) -> float:
+        """The mean loss over the batches of a step, every example with the same weight."""
+        total, self.seen, self.arrived = 0.0, 0, set[str]()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(backward))
+            for p, name in _parameters(self.model, self.kinds).items() if backward else ():
+                stack.enter_context(_removed(p.register_post_accumulate_grad_hook(functools.partial(self._take, name))))
+            for batch in stream.step():
+                self.weight = examples(batch)
+                loss = self.loss_fn(self.model, batch)
+                if not isinstance(loss, Tensor) or loss.numel() != 1 or (backward and not loss.requires_grad):
+                    got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                    raise GraftError(
+                        f"loss_fn: gave {got}, expected a scalar tensor with a gradient: the mean loss of a batch, "
+                        "computed with the model that it is given"
+                    )
+                total += self.weight * _finite(float(loss.detach()), "loss", step)
+                self.seen += self.weight
+                if backward:
+                    loss.backward()
+        if backward and not self.arrived:
+            raise GraftError(
+                f"the loss has no gradient by any of {len(self.kinds)} tensors that take part; does loss_fn compute "
+                "with the model that it is given, and do only= and skip= leave tensors that it uses?"
+            )
+        return total / self.seen
+
+    @torch.no_grad()
+    def _take(self, name: str, p: nn.Parameter) -> None:
+        """Use a gradient, and free it."""
+        assert p.grad is not None
+        g, p.grad = p.grad.to_dense() if p.grad.is_sparse else p.grad, None
+        self.arrived.add(name)
+        moves_now = self.in_place and self.scale is not None
+        into = self.logits if moves_now else self.sums
+        if name not in into:
+            self.sums[name] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+        factor = self._factor() if moves_now else 1.0
+        into[name].addcmul_(g.to(torch.float32), self.weights.delta(name).to(torch.float32), value=factor * self.weight)
+
+    # ---- steps -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _move(self, step: int) -> None:
+        """Move the logits by the gradients of a step."""
+        if self.scale is None:
+            self.scale = self._unit()
+            if self.in_place:
+                factor = self._factor()
+                for name in self.kinds:  # the sums become the logits: no second float
+                    x = self._begun(name)
+                    self.sums[name] = self.sums[name].mul_(factor).add_(x) if name in self.sums else x
+                self.logits, self.sums = self.sums, {}
+        if not self.in_place:
+            self._optimize()
+        for name, x in self.logits.items():
+            _finite(float(x.sum()), f"gradient of {name}", step)
+
+    def _begun(self, name: str) -> Tensor:
+        """The first logits of a tensor, where that lies."""
+        return self.logits[name].to(self.weights.pairs[name][0].device)
+
+    def _factor(self) -> float:
+        """From `g * delta` to logits."""
+        assert self.scale is not None
+        return -self.options.lr * 2 * self.options.bias / self.scale
+
+    def _unit(self) -> float:
+        """`sum (g * delta)^2 / |loss|` over the k elements of the first step where it is largest, both as sums over its
+        examples."""
+        sizes = _lazy({n: tuple(x.shape) for n, x in self.sums.items()}, lambda name: self.sums[name].abs())
+        found = top(sizes, min(self.k, sum(x.numel() for x in self.sums.values())))
+        parts = [sizes[n].view(-1)[at.long()].double() for n, at in found.items()]
+        squares = sum(float(x.square().sum()) for x in parts)
+        if not (math.isfinite(squares) and squares > 0):
+            raise NonFiniteLossError(
+                f"the squares of the first step's gradients sum up to {squares:g}, expected a number above 0; the "
+                "models are as they were before. Is the loss constant, or does it overflow?"
+            )
+        loss = abs(self.history[0]["loss"]) * self.seen or sum(
+            float(x.sum()) for x in parts
+        )  # 0: what there is to gain
+        return squares / loss
+
+    def _optimize(self) -> None:
+        """A step of torch's optimizer on sums that were kept apart."""
+        options = self.options
+        if self.optimizer is None:
+            self.logits = {n: self._begun(n) for n in self.kinds}
+            self.sums |= {n: torch.zeros_like(x) for n, x in self.logits.items() if n not in self.sums}
+            parameters = list(self.logits.values())
+            lr = options.lr * (2 * options.bias if options.rule == "natural" else 1.0)
+            self.optimizer = (
+                torch.optim.Adam(parameters, lr=lr, foreach=False)
+                if options.optimizer == "adam"
+                else torch.optim.SGD(parameters, lr=lr, momentum=options.momentum, foreach=False)
+            )
+        assert self.scale is not None
+        for name, x in self.logits.items():
+            g = self.sums[name]
+            if options.rule == "natural":
+                g /= self.scale
+            else:
+                gamma = x.sigmoid()
+                g *= gamma * (1 - gamma) / self.seen
+            x.grad = g
+        self.optimizer.step()
+        for name, x in self.logits.items():
+            x.grad = None
+            self.sums[name].zero_()
+
+
+def top(values: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """Flat indices, on the CPU, of the k highest values over all tensors; ties as in `highest`. To save memory and time
+    a sample of the values tells a bound that some more than k reach, and only these are gathered and ordered."""
+    sample = torch.cat([values[n].reshape(-1)[::STRIDE].cpu() for n in values])
+    wanted = 2 * k + 20 * STRIDE
+    while True:
+        rank = wanted // STRIDE
+        bound = float(sample.topk(rank, sorted=False).values.min()) if rank < len(sample) else -math.inf
+        found = {}
+        for n in values:
+            x = values[n].reshape(-1)
+            at = (x >= bound).nonzero().view(-1)
+            if len(at):
+                found[n] = _small(at, Kind(tuple(x.shape), x.dtype)).cpu(), x[at].cpu()
+        if sum(len(at) for at, _ in found.values()) >= k:
+            break
+        wanted *= 2
+    on = highest({n: x for n, (_, x) in found.items()}, k)
+    return {n: at[on[n]] for n, (at, _) in found.items() if bool(on[n].any())}
+
+
+def examples(batch: Any) -> int:
+    """How many examples a batch of (inputs, labels) or a mapping has; others count as one."""
+    inputs, labels = split(batch)
+    for part in (labels, *(inputs.values() if isinstance(inputs, Mapping) else (inputs,))):
+        if isinstance(part, Tensor) and part.dim() and len(part):
+            return len(part)
+    return 1
+
+
+class _Stream:
+    """The batches of one step after another.
+
+    Raises:
+        ConfigError: there are none, or they can be read only once.
+    """
+
+    def __init__(self, batches: Iterable[Any], accumulate: int | None) -> None:
+        if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
+            raise ConfigError(
+                f"batches: got {type(batches).__name__}, expected batches that can be read again; pass a list or a "
+                "DataLoader"
+            )
+        self.batches, self.accumulate = batches, accumulate
+        self.endless = self._again()
+
+    def step(self) -> Iterator[Any]:
+        return self._pass() if self.accumulate is None else itertools.islice(self.endless, self.accumulate)
+
+    def _pass(self) -> Iterator[Any]:
+        seen = 0
+        for batch in self.batches:
+            seen += 1
+            yield batch
+        if not seen:
+            raise ConfigError("batches: there are none; pass a list or a DataLoader with batches in it")
+
+    def _again(self) -> Iterator[Any]:
+        while True:
+            yield from self._pass()
+
+
+# ---- what is lent ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _lent(model: nn.Module, pairs: Pairs) -> Iterator[None]:
+    """Evaluation mode and gradients of the candidates alone inside; after it gradients, modes, buffers and what
+    requires gradients are as before."""
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    mine = _parameters(model, pairs)
+    try:
+        with Evaluating(model):
+            for p, _, _ in parameters:
+                p.grad = None
+                p.requires_grad_(p in mine)
+            yield
+    finally:
+        for p, required, grad in parameters:
+            p.requires_grad_(required)
+            p.grad = grad
+        with torch.no_grad():
+            for module, name, b, was in buffers:
+                b.copy_(was)
+                module._buffers[name] = b
+
+
+def _parameters(model: nn.Module, pairs: Mapping[str, Any]) -> dict[nn.Parameter, str]:
+    """The parameters that are candidates, with their names; of several that share their elements all."""
+    tied = tied_names(model)
+    return {p: tied[n] for n, p in model.named_parameters() if tied[n] in pairs}
+
+
+@contextlib.contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _small(at: Tensor, kind: Kind) -> Tensor:
+    """Indices as int32 where they fit."""
+    return at.to(torch.int32) if math.prod(kind.shape) < 2**31 else at
+
+
+def _size(members: Mapping[str, Tensor]) -> int:
+    return sum(len(at) for at in members.values())
+
+
+def _outside(members: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> int:
+    """How many of the members are not among the others."""
+    return sum(
+        int((~torch.isin(at, others[n], assume_unique=True)).sum()) if n in others else len(at)
+        for n, at in members.items()
+    )
+
+
+def _finite(value: float, what: str, step: int) -> float:
+    if not math.isfinite(value):
+        raise NonFiniteLossError(
+            f"step {step}: the {what} is {value}, expected a finite number; the models are as they were before. Look "
+            "for NaN in the inputs, or lower lr"
+        )
+    return value

