@@ -68,9 +68,8 @@ def addition(seed: int, world: World) -> dict[str, Any]:
     composer = hatcl.compose(base, vectors, "block")
     fitted = atlas.add(composer, tasks, warm_start=isotropic.coefficients, options=options)
     out["anisotropic"] = {"epoch": fitted.epoch, **row(composer)}
-    for method in ("mean", "ties", "dare_ties", "breadcrumbs", "magmax", "tsv", "wudi"):
-        own = {"seed": seed} if method == "dare_ties" else network.methods.get(method, {})
-        merged = hatcl.merge(vectors, method, **own)
+    for method, own in network.merges.items():
+        merged = hatcl.merge(vectors, method, **{**own, **({"seed": seed} if method == "dare_ties" else {})})
         composer = hatcl.compose(base, [merged], "global")
         found = atlas.search(composer, atlas.addition.mean_normalised(composer, tasks), network.grid)
         out[f"{method} at the best scale"] = {"scale": float(found.coefficients[0, 0]), **row(composer)}

@@ -86,7 +86,7 @@ class Network:
         epochs, lr, batch: of fine-tuning. held: in evaluation mode, so that running statistics stay and a vector of
             weights is all that fine-tuning changes.
         options: of `atlas.add`, beside its seed. scales: of the search. grid: of merging methods.
-        methods: options of merging methods. grams: examples per task for RegMean. steps: of AdaMerging.
+        merges: methods to compare with, and their options. grams: examples per task for RegMean. steps: of AdaMerging.
         renewed: training examples per task from which running statistics are taken anew; 0 = it has none.
     """
 
@@ -102,7 +102,7 @@ class Network:
     options: Mapping[str, Any] = field(default_factory=dict)
     scales: Sequence[float] = SCALES
     grid: Sequence[float] = tuple(i / 10 for i in range(1, 21))
-    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    merges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     grams: int = 512
     steps: int = 200
     renewed: int = 0
@@ -263,6 +263,7 @@ def sentences(name: str, seed: int) -> Data:
     return out
 
 
+COMMON = {"mean": {}, "ties": {}, "dare_ties": {}}
 # Coefficients are learned as published (rate 1e-3, 20 epochs) in convnext and resnet20: 160 steps each, of 128 and 25
 # examples per task. There is time for 60 in minilm; its rate is larger, so that coefficients get as far. Rates of
 # fine-tuning come from a few tries on the validation examples of another seed, 7.
@@ -270,16 +271,16 @@ NETWORKS = {
     "convnext": Network(
         ["mnist", "fashion_mnist", "notmnist", "cifar10"], convnext, images, epochs=3, lr=5e-4,
         parts=("addition", "negation", "partitions", "adaptation"),
-        methods={"tsv": {"convs": True}, "wudi": {"convs": True}},
+        merges={**COMMON, "breadcrumbs": {}, "magmax": {}},
     ),
     "resnet20": Network(
         ["mnist", "fashion_mnist", "notmnist", "cifar100_even"], resnet20, fewer_images, epochs=3, lr=1e-3, held=True,
         grid=[i / 4 for i in range(1, 9)], grams=256, steps=150, renewed=250,
-        methods={"tsv": {"convs": True}, "wudi": {"convs": True}},
+        merges={**COMMON, "breadcrumbs": {}, "magmax": {}, "tsv": {"convs": True}, "wudi": {"convs": True}},
     ),
     "minilm": Network(
         ["sst2", "subj", "agnews", "amazon"], minilm, sentences, epochs=3, lr=2e-4, batch=32,
-        parts=("addition", "few_shot"), head=named_head,
+        parts=("few_shot", "addition"), head=named_head, merges={**COMMON, "wudi": {}},
         options={"lr": 3e-3, "epochs": 10}, scales=[i / 10 for i in range(11)], grid=[i / 4 for i in range(1, 7)],
         grams=256, steps=50,
     ),
