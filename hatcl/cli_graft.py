@@ -16,6 +16,7 @@ import hatcl
 from .cli_atlas import spelled_out
 from .cli_atlas_run import Bar, err, out
 from .cli_graft_run import (
+    CHOOSE,
     MASK,
     MEASURED,
     MODELS,
@@ -43,7 +44,8 @@ GRAFTS, RELIABILITY, CURVE = "grafts", "reliability.png", "curve.png"
 SPARSITY = 1e-4  # the paper's headline: 0.01 % of the weights
 HIGHEST = "highest_movement"  # the paper's word for the base patch of the largest differences
 LEARNING = {
-    "lr": "Learning: how far a strong element's logit moves in a step; with --rule plain the published rate, near 1e7.",
+    "lr": "Learning: the share of the loss that the first step would remove, to first order, if the gates that matter "
+    "most moved; with --rule plain the published rate, near 1e7.",
     "steps": "Learning: how often the logits move.",
     "accumulate": "Learning: so many batches make one step; without it all of them.",
     "gamma": "Learning: what the model computes with: hard (0 or 1) or soft (sigmoid of the logits, as published).",
@@ -104,6 +106,21 @@ def graft_command(
             metavar="FILE", help="Also write the learned graft here, a .safetensors file. With --no-train read it here."
         ),
     ] = None,
+    choose: Annotated[
+        str,
+        typer.Option(
+            help="Learning: the mask that is kept is that of the lowest loss on the training examples, or of the "
+            "highest accuracy on training and validation examples, as published; few of them choose by chance."
+        ),
+    ] = CHOOSE[0],
+    keep_scores: Annotated[
+        bool,
+        typer.Option(
+            "--keep-scores",
+            help="Learning: also write the logits after the last step, 4 bytes for each element that takes part, for "
+            "--mask-path.",
+        ),
+    ] = False,
     fix_embeddings: Annotated[
         bool, typer.Option("--fix-embeddings", help="Embeddings take no part, where fine-tuning has trained them.")
     ] = False,
@@ -143,12 +160,14 @@ def graft_command(
 
     The table has the pretrained and the fine-tuned model and each graft: accuracy, F1, the share of the fine-tuning
     gain that is kept, agreement with the fine-tuned model, expected calibration error, and accuracy on other data.
-    Choosing uses the run's training and validation examples; test examples are only reported. A graft that is there
-    already is not made again, so that the same command goes on after an interruption.
+    Choosing uses the run's training examples (with --choose accuracy its validation examples as well); test examples
+    are only reported. A graft that is there already is not made again, so that the same command goes on after an
+    interruption.
     """
     for name, value in (("--test", test), ("--bins", bins), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: got {value}, expected at least 1")
+    chosen("--choose", choose, CHOOSE)
     where = usable_device(device)
     folder = output or run / GRAFTS
     if folder.exists() and not folder.is_dir():
@@ -164,10 +183,10 @@ def graft_command(
     parts = Parts(loaded, fix_embeddings=fix_embeddings, fix_head=fix_head, only=only or (), skip=skip or ())
     scene = Scene(loaded, ood or (), test, bins)
     inputs = inputs_of(run)
-    maker = Maker(loaded, parts, learning, batch_size, inputs, start, file)
+    maker = Maker(loaded, parts, learning, batch_size, inputs, start, file, choose, keep_scores)
     maker.check(wanted)
-    kept = {w: maker.kept(folder, w) for w in wanted}
-    missing = [w for w in wanted if kept[w] is None]
+    kept = {w: graft for w in wanted if (graft := maker.kept(folder, w)) is not None}
+    missing = [w for w in wanted if w not in kept]
     settings = {**scene.settings, "inputs": inputs, "finetuned_head": parts.given}
     try:
         with Bar(sum(learning.steps + 1 if w.by == "learned" else 1 for w in missing) + len(wanted), "steps") as bar:
@@ -179,13 +198,13 @@ def graft_command(
                     best = f", best after step {graft.step}" if isinstance(graft, LearnedGraft) else ""
                     out.print(f"{w.name}: {graft.size:,} of {graft.numel:,} elements{best}", soft_wrap=True)
             if checkpoint_location is not None and not no_train:
-                _found(kept, next(w for w in wanted if w.by == "learned")).save(checkpoint_location)
+                kept[next(w for w in wanted if w.by == "learned")].save(checkpoint_location)
             bar.says("measuring")
             for name in MODELS:
                 models[name] = measured(folder / f"{name}.json", settings, functools.partial(scene.model, name))
             rows = []
             for w in wanted:
-                measure = functools.partial(scene.graft, _found(kept, w))
+                measure = functools.partial(scene.graft, kept[w])
                 row = measured(folder / w.name / MEASURED, settings, measure)
                 rows.append({"by": w.rule, "sparsity": w.sparsity, "folder": w.name, **with_gain(row, models)})
                 bar.advance()
@@ -197,12 +216,6 @@ def graft_command(
     _conclude(folder, models, rows)
 
 
-def _found(kept: Mapping[Wanted, Graft | None], wanted: Wanted) -> Graft:
-    graft = kept[wanted]
-    assert graft is not None
-    return graft
-
-
 # --- reading ---
 
 
@@ -212,7 +225,8 @@ def _wanted(
     rules = [chosen("--by", rule, RULES) for rule in by or [RULES[0]]]
     shares = list(sparsity or [SPARSITY])
     grains = list(grain or ["element"])
-    for name, values in (("--by", rules), ("--sparsity", shares), ("--grain", grains)):
+    named = [f"{share:g}" for share in shares]  # folders are called by these
+    for name, values in (("--by", rules), ("--sparsity", named), ("--grain", grains)):
         twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
         if twice is not None:
             raise ConfigError(f"{name}: got {twice} twice, expected each once")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +28,17 @@ from .finetuning.run import FINETUNED, PRETRAINED
 from .finetuning.tasks import Examples
 from .gates import gates_of
 from .grafts import Graft, GraftOptions, GraftScores, LearnedGraft, candidates, learn_graft, select_graft
+from .grafts import files as graft_files
 from .grafts.graft import size_of
 from .grafts.measures import Predictions, agreement, gain_kept, predict
+from .map.grains import make_grain
+from .map.units import UnitMap
 from .training import checkpoints
 from .training.stream import npz_task
 
 RULES = ("learned", "magnitude", "random")
 MASK = "mask"  # the rule of a graft that is read from a file
+CHOOSE = ("loss", "accuracy")
 ABOUT, MEASURED, GRAFT, SCORES = "about.json", "measured.json", "graft.safetensors", "scores.safetensors"
 HISTORY = "history.json"
 MODELS = ("pretrained", "finetuned")
@@ -100,6 +106,8 @@ class Maker:
 
     Args:
         start: a graft or scores that learning starts from; of the rule `mask` what is measured. file: where it is from.
+        choose: among the masks of learning the one of the lowest `loss` on the training examples, or of the highest
+            `accuracy` on training and validation examples. keep_scores: keep the logits of a learned graft as well.
     """
 
     def __init__(
@@ -111,22 +119,32 @@ class Maker:
         inputs: Mapping[str, str],
         start: Graft | GraftScores | None = None,
         file: Path | None = None,
+        choose: str = CHOOSE[0],
+        keep_scores: bool = False,
     ) -> None:
         self.run, self.parts, self.options, self.batch_size = run, parts, options, batch_size
         self.inputs, self.start, self.file = dict(inputs), start, file
+        self.choose, self.keep_scores = choose, keep_scores
 
     def check(self, wanted: Iterable[Wanted]) -> None:
-        """Raise `GraftError` for a sparsity that selects nothing or everything, before anything is made."""
-        total = sum(self.run.pretrained.get_parameter(name).numel() for name in self.parts.names)
+        """Before anything is made.
+
+        Raises:
+            GraftError: a sparsity that selects nothing or everything. ConfigError: an unknown grain.
+        """
+        shapes = {name: tuple(self.run.pretrained.get_parameter(name).shape) for name in self.parts.names}
+        total = sum(math.prod(shape) for shape in shapes.values())
         for w in wanted:
             if w.by != MASK:
                 size_of(w.sparsity, total)
+            if w.grain != "unit":
+                make_grain(w.grain, shapes)
 
     def kept(self, folder: Path, wanted: Wanted) -> Graft | None:
         """The graft that the folder holds; None if it holds none.
 
         Raises:
-            ConfigError: it holds one that was made in another way.
+            ConfigError: it holds one that was made in another way, or without the scores that are to be kept.
         """
         at = complete(folder / wanted.name)
         if not at.exists():
@@ -145,6 +163,8 @@ class Maker:
                 f"--out: {at} was made with {key} {_shown(was)}, now came {_shown(is_now)}; give the same options to "
                 "keep it, or name another folder"
             )
+        if self.keep_scores and wanted.by == "learned" and not (at / SCORES).exists():
+            raise ConfigError(f"--keep-scores: {at} was made without; name another folder (--out), or remove that one")
         return Graft.load(at / GRAFT)
 
     def keep(self, folder: Path, wanted: Wanted, bar: Bar) -> Graft:
@@ -152,24 +172,23 @@ class Maker:
         graft = self.make(wanted, bar)
         with replaced_folder(folder / wanted.name) as new:
             graft.save(new / GRAFT)
-            if isinstance(graft, LearnedGraft) and graft.scores is not None:
-                graft.scores.save(new / SCORES)
+            if isinstance(graft, LearnedGraft):
+                if self.keep_scores and graft.scores is not None:
+                    graft.scores.save(new / SCORES)
                 checkpoints.write_json(new / HISTORY, {"step": graft.step, "history": graft.history})
+                graft = dataclasses.replace(graft, scores=None)  # a float per element that takes part
             checkpoints.write_json(new / ABOUT, self.about(wanted))
         return graft
 
     def make(self, wanted: Wanted, bar: Bar) -> Graft:
-        run, names = self.run, self.parts.names
+        run, names = self.run, [glob.escape(name) for name in self.parts.names]
         if wanted.by == MASK:
             return self._from_file(wanted)
         if wanted.by != "learned":
-            unit_map = None
-            if wanted.grain == "unit":
-                inputs = run.task.batch("train", [0, 1])[0]
-                unit_map = gates_of(hatcl.convert(run.pretrained, 1, inputs, verify=False))[0].unit_map
             return select_graft(
                 run.pretrained, run.finetuned, wanted.sparsity, wanted.by, per_layer=wanted.per_layer,
-                grain=wanted.grain, unit_map=unit_map, only=names, seed=self.options.seed,
+                grain=wanted.grain, unit_map=self.unit_map if wanted.grain == "unit" else None, only=names,
+                seed=self.options.seed,
             )  # fmt: skip
 
         def tell(entry: Mapping[str, float]) -> None:
@@ -185,16 +204,39 @@ class Maker:
             batches = torch.utils.data.DataLoader(ids, size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
         return learn_graft(
             run.pretrained, run.finetuned, task.loss, batches, wanted.sparsity, start=self.start,
-            validate=self.validate, only=names, options=self.options, on_progress=tell,
+            validate=self._validate(), only=names, options=self.options, on_progress=tell,
         )  # fmt: skip
 
-    def validate(self, model: nn.Module) -> float:
-        """Training and validation accuracy together, as published: of few examples one alone has many ties. Of training
-        as many examples as a step learns from."""
-        task, seen = self.run.task, self.options.accumulate
-        count = len(task.train) if seen is None else min(len(task.train), seen * self.batch_size)
-        total = task.accuracy(model, some(task.train, count))
+    @functools.cached_property
+    def unit_map(self) -> UnitMap:
+        """Of the run's model."""
+        inputs = self.run.task.batch("train", [0, 1])[0]
+        return gates_of(hatcl.convert(self.run.pretrained, 1, inputs, verify=False))[0].unit_map
+
+    def _validate(self) -> Callable[[nn.Module], float] | None:
+        """By what the best mask is chosen; None = by the losses that learning sees: that is so where each is of all
+        training examples and of the mask itself."""
+        if self.choose == "accuracy":
+            return self.accuracy
+        own = self.options.accumulate is None and self.options.gamma == "hard"
+        return None if own else self.minus_loss
+
+    def sample(self) -> Examples:
+        """As many training examples as a step learns from, always the same."""
+        seen = self.options.accumulate
+        return some(self.run.task.train, None if seen is None else seen * self.batch_size)
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Training and validation accuracy together, as published: of few examples one alone has many ties."""
+        task = self.run.task
+        total = task.accuracy(model, self.sample())
         return total + (task.accuracy(model, "validation") if len(task.validation) else 0.0)
+
+    def minus_loss(self, model: nn.Module) -> float:
+        """The mean training loss, with its sign turned."""
+        task, data = self.run.task, self.sample()
+        batches = task.batches(data, EVALUATION_BATCH)
+        return -sum(len(y) * float(task.loss(model, (x, y))) for x, y in batches) / len(data)
 
     def about(self, wanted: Wanted) -> dict[str, Any]:
         """How it was made, to be kept beside it and compared."""
@@ -204,7 +246,9 @@ class Maker:
         if wanted.by != MASK:
             made["parts"] = self.parts.to_dict()
         if wanted.by == "learned":
-            made["learning"] = {**dataclasses.asdict(self.options), "batch_size": self.batch_size}
+            made["learning"] = {
+                **dataclasses.asdict(self.options), "batch_size": self.batch_size, "choose": self.choose
+            }  # fmt: skip
         if wanted.by == "random" or wanted.grain.startswith("partition"):
             made["learning"] = {"seed": self.options.seed}
         return made
@@ -228,12 +272,7 @@ def read_mask(path: Path) -> Graft | GraftScores:
     Raises:
         GraftError: neither. IntegrityError: it is missing or damaged.
     """
-    try:
-        return Graft.load(path)
-    except GraftError as error:
-        if "holds scores" not in str(error):
-            raise
-        return GraftScores.load(path)
+    return GraftScores.load(path) if graft_files.held_by(path) == graft_files.SCORES else Graft.load(path)
 
 
 def _shown(value: Any) -> str:
@@ -308,9 +347,9 @@ def further(run: Run, path: Path) -> Examples:
     task, options = run.task, run.options
     if isinstance(task.test, Images):
         other = npz_task(path)
-        if other.num_classes > len(task.labels):
+        if other.num_classes != len(task.labels):  # labels are numbered anew: of fewer none could be told
             raise ConfigError(
-                f"--ood: {path} has {other.num_classes} classes, expected at most the {len(task.labels)} of {task.name}"
+                f"--ood: {path} has {other.num_classes} classes, expected the {len(task.labels)} of {task.name}"
             )
         return Images(other.x_test, other.y_test, task.test.prepare)
     data = read_texts(path) if options is None else read_texts(path, shots_seed=options.file_seed)

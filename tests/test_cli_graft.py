@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from finetuning_parts import (  # noqa: E402
 
 from hatcl import cli, cli_graft, cli_graft_run  # noqa: E402
 from hatcl.continual import TextData  # noqa: E402
+from hatcl.errors import ConfigError  # noqa: E402
 from hatcl.finetuning import load_run  # noqa: E402
 from hatcl.grafts import Graft, GraftScores, predict  # noqa: E402
 from hatcl.report.calibration import draw_graft_curve, draw_reliability  # noqa: E402
@@ -100,6 +102,7 @@ def test_every_mode_of_texts_from_fine_tuning_to_a_graft(here, tmp_path, capsys,
     assert [g["by"] for g in stored["grafts"]] == ["learned", "random"]
     loaded = load_run(run)
     assert loaded.learning.seed == 0 and loaded.options.data_seed == 3 and loaded.options.k == 2
+    assert not any("pooler" in n for n in loaded.trained)  # no mode's logits use it
     total = sum(loaded.pretrained.get_parameter(n).numel() for n in loaded.trained if n not in loaded.task.fresh)
     assert all(g["numel"] == total and g["size"] == int(0.05 * total) for g in stored["grafts"])
 
@@ -183,7 +186,10 @@ def test_the_table_and_the_figures(here, tmp_path, capsys, monkeypatch):
     learned = tmp_path / "g" / "learned_0.1"
     history = json.loads((learned / "history.json").read_text())
     assert [entry["step"] for entry in history["history"]] == [0, 1, 2, 3]
-    assert GraftScores.load(learned / "scores.safetensors").graft(sparsity=0.1).size == 249  # int(0.1 * 2,496)
+    assert all("loss" in entry and "validation" not in entry for entry in history["history"])
+    losses = [entry["loss"] for entry in history["history"]]
+    assert history["step"] == losses.index(min(losses))
+    assert not (learned / "scores.safetensors").exists()
     assert files(here / "run").keys() >= {"config.json", "finetuned.safetensors"}
 
 
@@ -243,11 +249,9 @@ def test_images_and_grafts_of_whole_channels_at_one_size(here, tmp_path, capsys)
 
 def test_a_mask_is_measured_or_is_where_learning_starts(here, tmp_path, capsys):
     first, second = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    tight = ["--sparsity", "0.05", "--steps", "2"]
-    assert (
-        graft("run", *tight, "--checkpoint-location", first, "--mask-path", "highest_movement", "--out", tmp_path / "a")
-        == 0
-    )
+    tight = ["--sparsity", "0.05", "--steps", "2", "--keep-scores"]
+    besides = ["--checkpoint-location", first, "--mask-path", "highest_movement"]
+    assert graft("run", *tight, *besides, "--out", tmp_path / "a") == 0
     learned = Graft.load(first)
     made = Graft.load(tmp_path / "a" / "learned_0.05" / "graft.safetensors")
     assert learned.indices.keys() == made.indices.keys() and learned.size == made.size
@@ -271,7 +275,7 @@ def test_a_mask_is_measured_or_is_where_learning_starts(here, tmp_path, capsys):
         == 0
     )
     found = json.loads((tmp_path / "b" / "metrics.json").read_text())["grafts"]
-    assert [(r["by"], r["size"]) for r in found] == [("mask", 49), ("random", 49)]  # int(0.02 * 2,496)
+    assert [(r["by"], r["size"]) for r in found] == [("mask", 44), ("random", 44)]  # int(0.02 * 2,224)
     assert graft("run", "--no-train", "--mask-path", scores, "--out", tmp_path / "c") == 0
     found = json.loads((tmp_path / "c" / "metrics.json").read_text())["grafts"]
     assert found[0]["size"] == GraftScores.load(scores).graft().size
@@ -281,10 +285,57 @@ def test_a_mask_is_measured_or_is_where_learning_starts(here, tmp_path, capsys):
         out = tmp_path / f"from-{path.stem}"
         assert graft("run", *tight, "--mask-path", path, "--checkpoint-location", second, "--out", out) == 0
         history = json.loads((out / "learned_0.05" / "history.json").read_text())
-        assert history["history"][0]["size"] == int(0.05 * 2496)
+        assert history["history"][0]["size"] == int(0.05 * 2224)
         capsys.readouterr()
         assert graft("run", *tight, "--out", out) == 2
         assert "was made with mask {'file'" in said(capsys)[1]
+
+
+@pytest.mark.parametrize(
+    "more, key",
+    [([], "loss"), (["--choose", "accuracy"], "validation"), (["--gamma", "soft"], "validation"),
+     (["--accumulate", "1", "--batch-size", "3"], "validation")],
+)  # fmt: skip
+def test_how_the_best_mask_is_chosen(here, tmp_path, more, key):
+    assert graft("run", "--sparsity", "0.05", "--steps", "2", *more, "--out", tmp_path / "g") == 0
+    stored = json.loads((tmp_path / "g" / "learned_0.05" / "history.json").read_text())
+    scores = [entry[key] * (-1 if key == "loss" else 1) for entry in stored["history"]]
+    assert stored["step"] == scores.index(max(scores)) and ("validation" in stored["history"][0]) == (key != "loss")
+    run = load_run("run")
+    with torch.no_grad():
+        for name in run.task.fresh:
+            run.pretrained.get_parameter(name).copy_(run.finetuned.get_parameter(name))
+    model = Graft.load(tmp_path / "g" / "learned_0.05" / "graft.safetensors").apply_to(run.pretrained)
+    if "accuracy" in more:
+        wanted = run.task.accuracy(model, "train") + run.task.accuracy(model, "validation")
+    else:  # a mean over the same examples, of `--accumulate` over as many as a step has: of the mask, not of soft gates
+        data = cli_graft_run.some(run.task.train, 3) if "3" in more else run.task.train
+        wanted = -float(run.task.loss(model, run.task.batch(data, range(len(data)))))
+    assert max(scores) == pytest.approx(wanted, abs=1e-5)  # float32, in batches of another size
+
+
+def test_a_late_mistake_is_seen_before_anything_is_made(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_graft_run.Maker, "make", lambda *a: pytest.fail("made a graft"))
+    more = ["--by", "learned", "--by", "random", "--grain", "element", "--grain", "unti", "--sparsity", "0.1"]
+    assert graft("run", *more, "--out", tmp_path / "g") == 2 and not (tmp_path / "g").exists()
+
+
+def test_a_run_without_test_examples():
+    with pytest.raises(ConfigError, match="the run has no test examples; fine-tune on a data file that has some"):
+        cli_graft_run.Scene(SimpleNamespace(task=SimpleNamespace(test=[])), [], None, 15)
+
+
+def test_scores_that_were_not_kept(here, tmp_path, capsys):
+    more = ["--sparsity", "0.1", "--steps", "1", "--out", tmp_path / "g"]
+    assert graft("run", *more) == 0
+    before = files(tmp_path)
+    assert graft("run", *more, "--keep-scores") == 2
+    assert "--keep-scores:" in (text := said(capsys)[1]) and "learned_0.1 was made without; name another folder" in text
+    assert files(tmp_path) == before
+    shutil.rmtree(tmp_path / "g" / "learned_0.1")
+    assert graft("run", *more, "--keep-scores") == 0 and graft("run", *more) == 0
+    scores = GraftScores.load(tmp_path / "g" / "learned_0.1" / "scores.safetensors")
+    assert scores.graft(sparsity=0.1).size == 222  # int(0.1 * 2,224)
 
 
 def test_which_tensors_take_part(here, tmp_path):
@@ -338,7 +389,7 @@ def test_errors_of_grafts(here, masks, tmp_path, capsys):
         (["--sparsity", "0.1", "--sparsitylevel", "0.1"], "--sparsity: got 0.1 twice"),
         (["--sparsity", "0"], "--sparsity: got 0.0, expected a share between 0 and 1"),
         (["--sparsity", "1"], "--sparsity: got 1.0, expected a share between 0 and 1"),
-        (["--sparsity", "1e-5"], "of 2,496 elements selects none"),
+        (["--sparsity", "1e-5"], "of 2,224 elements selects none"),
         (["--sparsity", "0.1", "--sparsity", "1e-5"], "selects none"),
         (["--test", "0"], "--test: got 0, expected at least 1"),
         (["--bins", "0"], "--bins: got 0, expected at least 1"),
@@ -348,7 +399,9 @@ def test_errors_of_grafts(here, masks, tmp_path, capsys):
         (["--grain", "unit"], "--grain unit: is of --by magnitude and random"),
         (["--per-layer"], "--per-layer: is of --by magnitude and random"),
         (["--by", "random", "--per-layer", "--grain", "unit"], "--per-layer: got --grain unit, expected element"),
-        (["--by", "random", "--grain", "unti", "--sparsity", "0.1"], "unti"),
+        (["--by", "random", "--grain", "unti", "--sparsity", "0.1"], "got 'unti', expected one of element, unit"),
+        (["--sparsity", "0.1234567", "--sparsity", "0.1234568"], "--sparsity: got 0.123457 twice"),  # one folder
+        (["--choose", "los"], "--choose: got 'los', expected one of loss, accuracy; did you mean 'loss'?"),
         (["--no-train"], "--no-train: nothing to measure; give --mask-path"),
         (
             ["--no-train", "--mask-path", "bits.safetensors", "--checkpoint-location", "scores.safetensors"],
@@ -370,7 +423,7 @@ def test_errors_of_grafts(here, masks, tmp_path, capsys):
         ([*learn, "--mask-path", "bits.safetensors"], "it must be over the same tensors"),
         (["--only", "*atention*"], "matches none of"),
         (["--only", "*attention*", "--skip", "encoder.*"], "leave"),
-        (["--only", "embeddings.*"], "none is left of the 20 tensors that fine-tuning has trained"),
+        (["--only", "embeddings.*"], "none is left of the 18 tensors that fine-tuning has trained"),
         ([*learn, "--ood", "none.json"], "none.json"),
         ([*learn, "--ood", "named.json.gz"], "--ood: named.json.gz has the label 'a', expected one of 0, 1"),
         ([*learn, "--ood", "others.json.gz", "--ood", "others.json.gz"], "--ood: two files are called 'others'"),
@@ -385,12 +438,12 @@ def test_errors_of_grafts(here, masks, tmp_path, capsys):
     assert "holds something else than a run of hatcl finetune" in said(capsys)[1]
     assert graft("none", "--out", tmp_path / "g") == 2
     assert "none: holds no run of hatcl finetune" in said(capsys)[1]
-    np.savez(here / "many.npz", **{
-        f"{a}_{p}": np.zeros((5, 8, 8), np.uint8) if a == "x" else np.arange(5) for a in "xy" for p in ("train", "test")
-    })  # fmt: skip
-    assert graft("img", "--sparsity", "0.1", "--ood", "many.npz", "--out", tmp_path / "g") == 2
-    assert "has 5 classes, expected at most the 3 of bars" in said(capsys)[1]
-    (here / "many.npz").unlink()
+    for labels in (np.arange(5), np.array([0, 2, 2])):  # of 0 and 2 the file would make 0 and 1
+        x = np.zeros((len(labels), 8, 8), np.uint8)
+        np.savez(here / "other.npz", x_train=x, y_train=labels, x_test=x, y_test=labels)
+        assert graft("img", "--sparsity", "0.1", "--ood", "other.npz", "--out", tmp_path / "g") == 2
+        assert f"has {len(set(labels))} classes, expected the 3 of bars" in said(capsys)[1]
+    (here / "other.npz").unlink()
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,11 +50,9 @@ def read_data(options: TaskOptions) -> TextData | Task:
     """
     if not mode_of(options.mode).texts:
         task = npz_task(options.data)
-        if options.test is not None:
-            task = Task(
-                task.name, task.x_train, task.y_train, task.x_test[: options.test], task.y_test[: options.test],
-                task.num_classes,
-            )  # fmt: skip
+        if options.test is not None and options.test < len(task.y_test):  # files have class after class
+            ids = sorted(random.Random(0).sample(range(len(task.y_test)), options.test))
+            task = dataclasses.replace(task, x_test=task.x_test[ids], y_test=task.y_test[ids])
         return task
     data = read_texts(options.data, shots_seed=options.file_seed, seed=options.data_seed)
     if options.plain:
@@ -87,12 +87,15 @@ def _text_model(name: str, loads: str) -> tuple[nn.Module, Any]:
         raise ConfigError(
             f"model: transformers cannot load {name} as {loads} ({str(error).splitlines()[0]})"
         ) from error
-    missing = sorted(report["missing_keys"])
-    if missing and loads != "AutoModel":  # of a bare model only a pooler may be missing, which nothing here uses
+    bare = loads == "AutoModel"  # of which nothing here uses a pooler
+    missing = sorted(n for n in report["missing_keys"] if not (bare and "pooler" in n.split(".")))
+    if missing:
+        what = f"model: {name} lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
         raise ConfigError(
-            f"model: {name} lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: it has no pretrained "
-            f"language model head ({loads}); take mode 'labels' or 'finetune', or a checkpoint that has one"
-        )
+            f"{what}, which would be random; give a whole checkpoint" if bare else
+            f"{what}: it has no pretrained language model head ({loads}); take mode 'labels' or 'finetune', or a "
+            "checkpoint that has one"
+        )  # fmt: skip
     return model, tokenizer
 
 

@@ -35,7 +35,7 @@ from .modes import mode_of
 from .options import FinetuneOptions, TaskOptions
 from .state import load_state, state_of
 from .tasks import FinetuneTask
-from .tune import Told, finetune_, trained_names
+from .tune import Told, finetune_, reached, trained_names
 
 FORMAT, KIND = 1, "finetune"
 PRETRAINED, FINETUNED, TOKENIZER = "pretrained.safetensors", "finetuned.safetensors", "tokenizer"
@@ -47,7 +47,8 @@ class Run:
 
     Attributes:
         task: `task.model` is `pretrained`. pretrained, finetuned: the two models, in evaluation mode.
-        learning: how it was fine-tuned. trained: the parameters that were, what a graft can be of.
+        learning: how it was fine-tuned. trained: the parameters that were, what a graft can be of: those of
+            `trained_names` that a gradient reached (not a pooler that no logits use).
         metrics: the content of metrics.json. options: what the task was made of; None = in memory.
     """
 
@@ -97,7 +98,9 @@ def finetune_run(
     began = time.perf_counter()
     finetuned = copy.deepcopy(made.model).eval()
     before = _accuracies(made, made.model)
-    history = finetune_(finetuned, made, chosen, on_progress)
+    with reached(finetuned) as found:
+        history = finetune_(finetuned, made, chosen, on_progress)
+    names = [n for n in names if n in found]
     metrics = {
         "accuracy": {"pretrained": before, "finetuned": _accuracies(made, finetuned)},
         "examples": {part: len(made.part(part)) for part in ("train", "validation", "test")},
@@ -148,7 +151,7 @@ def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: to
     path = Path(folder)
     config = _config(path)
     learning = FinetuneOptions().changed(config["learning"])
-    options = None if config["task"] is None else TaskOptions(**config["task"])
+    options = None if config["task"] is None else _options(path, config["task"])
     stored = tensors_of(path / PRETRAINED)
     if task is None:
         if options is None or config["source"] is None:
@@ -243,6 +246,15 @@ def _config(path: Path) -> dict[str, Any]:
     if missing:
         raise IntegrityError(f"{path / CONFIG}: lacks {', '.join(sorted(missing))}; it was edited. Copy the run again")
     return config
+
+
+def _options(path: Path, fields: Mapping[str, Any]) -> TaskOptions:
+    try:
+        return TaskOptions(**fields)
+    except TypeError as error:
+        raise IntegrityError(
+            f"{path / CONFIG}: no task can be made from it ({error}); was it edited, or written by a newer hatcl?"
+        ) from error
 
 
 def _check_free(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,7 +18,8 @@ Told = Callable[[dict[str, float]], None]
 
 
 def trained_names(task: FinetuneTask, options: FinetuneOptions | Mapping[str, Any] | None = None) -> list[str]:
-    """The parameters of the task's model that fine-tuning with these options changes: what a graft can be of.
+    """The parameters of the task's model that fine-tuning with these options may change; `reached` tells which of them
+    the loss depends on at all.
 
     Parameters that require no gradient are left alone. Of tied tensors the first name stands for all.
 
@@ -39,6 +41,23 @@ def trained_names(task: FinetuneTask, options: FinetuneOptions | Mapping[str, An
     return names
 
 
+@contextlib.contextmanager
+def reached(model: nn.Module) -> Iterator[set[str]]:
+    """The names of the parameters that a gradient reaches inside: those of `trained_names` without what no logits use,
+    such as BERT's pooler under label words. They are what a graft can be of."""
+    found: set[str] = set()
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda _, name=name: found.add(name))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def finetune_(
     model: nn.Module,
     task: FinetuneTask,
@@ -48,7 +67,7 @@ def finetune_(
     """Fine-tune a model in place on a task, by the cross-entropy of its logits.
 
     The weights with the best accuracy on validation are kept, of equal ones the last; without validation the last. All
-    but the parameters of `trained_names` keeps every bit (with `statistics="learned"` running statistics move too). The
+    but the parameters of `trained_names` keeps every bit, buffers included (but for `statistics="learned"`). The
     same seed gives the same bits on the same machine; the caller's random state, gradients, `requires_grad` and the
     model's mode are put back. After an exception the model is what it was.
 
@@ -83,6 +102,11 @@ def finetune_(
     flags = {p: p.requires_grad for p in model.parameters()}
     grads = {p: p.grad for p in model.parameters()}
     watched = {**trained, **(_statistics(model) if chosen.statistics == "learned" else {})}
+    ids = {id(t) for t in watched.values()}
+    buffers = [
+        (m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items()
+        if b is not None and id(b) not in ids
+    ]  # fmt: skip
     start = {n: t.detach().clone() for n, t in watched.items()}
     device = next(model.parameters()).device
     done = False
@@ -99,6 +123,9 @@ def finetune_(
         finally:
             if not done:
                 _put(watched, start)
+            for m, n, b, was in buffers:
+                b.copy_(was)
+                m._buffers[n] = b
             for p, flag in flags.items():
                 p.requires_grad_(flag)
                 p.grad = grads[p]

@@ -44,18 +44,8 @@ def read(path: str | os.PathLike[str], holds: str) -> tuple[dict[str, Tensor], d
     Raises:
         IntegrityError: the file is missing or damaged. GraftError: it holds the other kind, or something else.
     """
-    stored, text = tensors_of(path), read_metadata(path).get(ABOUT)
-    if text is None:
-        raise GraftError(
-            f"{path}: holds {', '.join(sorted(stored)[:5]) or 'nothing'}, and does not say whether that is bits or "
-            "scores; expected a file that Graft.save or GraftScores.save wrote. Masks of one's own become a graft by "
-            "Graft.from_masks"
-        )
-    try:
-        about = json.loads(text)
-        found, digest = about["holds"], about["digest"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"{path}: what it says of itself cannot be read ({error!r}); save it again") from error
+    stored, about = tensors_of(path), _about(path)
+    found, digest = about["holds"], about["digest"]
     if found != holds:
         raise GraftError(
             f"{path}: holds {found}, expected {holds}; call {LOADED_BY.get(found, 'what wrote it')} in place of "
@@ -65,6 +55,30 @@ def read(path: str | os.PathLike[str], holds: str) -> tuple[dict[str, Tensor], d
     if _digest(tensors) != digest:
         raise IntegrityError(f"{path}: its content is not what was saved; the file is damaged, save it again")
     return tensors, about
+
+
+def held_by(path: str | os.PathLike[str]) -> str:
+    """What a file says that it holds, `bits` or `scores`; its tensors are not read.
+
+    Raises:
+        IntegrityError, GraftError: as `read`.
+    """
+    return str(_about(path)["holds"])
+
+
+def _about(path: str | os.PathLike[str]) -> dict[str, Any]:
+    stored, text = tensors_of(path), read_metadata(path).get(ABOUT)
+    if text is None:
+        raise GraftError(
+            f"{path}: holds {', '.join(sorted(stored)[:5]) or 'nothing'}, and does not say whether that is bits or "
+            "scores; expected a file that Graft.save or GraftScores.save wrote. Masks of one's own become a graft by "
+            "Graft.from_masks"
+        )
+    try:
+        about: dict[str, Any] = json.loads(text)
+        return {**about, "holds": about["holds"], "digest": about["digest"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"{path}: what it says of itself cannot be read ({error!r}); save it again") from error
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -274,12 +274,15 @@ class Graft:
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module, *, check: bool = True) -> Iterator[None]:
-        """`apply_` on entering, `remove_` on leaving."""
+        """`apply_` on entering, `remove_` on leaving. After an exception inside the old values are put back also where
+        elements changed meanwhile."""
         self.apply_(model, check=check)
         try:
             yield
-        finally:
-            self.remove_(model)
+        except BaseException:
+            self.remove_(model, check=False)
+            raise
+        self.remove_(model)
 
     def vector(self, pretrained: Source) -> TaskVector:
         """The graft as a task vector: the difference to the pretrained model inside, zero outside. Sums of grafts are

@@ -88,7 +88,8 @@ def take_out(model: nn.Module, by: Any, tensors: Mapping[str, Tensor], check: bo
     """Put back what was there before the last `write_in` by the same.
 
     Raises:
-        GraftError: there was none; a later one holds some of the elements; with `check`, elements that changed since.
+        GraftError: there was none; a later one holds some of the elements; a tensor is gone; with `check`, elements
+            that changed since.
     """
     stack = _APPLIED.get(model, [])
     i = next((i for i in reversed(range(len(stack))) if stack[i].by is by), None)
@@ -104,6 +105,12 @@ def take_out(model: nn.Module, by: Any, tensors: Mapping[str, Tensor], check: bo
                 raise GraftError(
                     f"{name}: {both} elements of this graft are also in one that was applied later; remove that first"
                 )
+    gone = next((name for name in stack[i].places if name not in tensors), None)
+    if gone is not None:
+        raise GraftError(
+            f"{gone}: this {type(model).__name__} no longer has it; put the module that was replaced or renamed since "
+            "the graft was applied back in its place"
+        )
     if check:
         for name, place in stack[i].places.items():
             now = take(tensors[name], place.at.to(tensors[name].device))

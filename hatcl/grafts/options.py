@@ -20,8 +20,9 @@ class GraftOptions(Changeable):
 
     Args:
         lr: by the natural rule the share of the loss that the first step would remove, to first order, if the k gates
-            that matter most moved in proportion: rates of order 1 fit every model, loss and size (1 and 2 lowered the
-            loss in every step of some tries, 4 overshot at first). By the plain rule the factor of its formula.
+            that matter most moved in proportion: rates of order 1 fit every model, loss and size. (In a few tries 1
+            lowered the loss in every step; 2 ended lower, in one of them after it had overshot; 4 overshot more often.)
+            By the plain rule the factor of its formula.
         steps: how often the logits move.
         accumulate: so many batches make one step, every example with the same weight; None = one pass over all.
         gamma: what the model computes with. hard: 0 or 1, with gradients as though it were gamma (straight-through),

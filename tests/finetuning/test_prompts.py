@@ -159,6 +159,17 @@ def test_a_text_without_tokens_and_a_tokenizer_that_changes_them():
         PromptReader(Odd(), None, at="cls")
 
 
+def test_a_tokenizer_that_reads_a_text_in_another_way_beside_special_tokens():
+    class Strange:
+        cls_token_id = 0
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [0, 7, 1] if add_special_tokens else [8]}
+
+    with pytest.raises(ConfigError, match=r"tokenizer: Strange makes \[0, 7, 1\] of 'a' and \[8\] without special"):
+        PromptReader(Strange(), None, at="cls")
+
+
 def test_positions_of_a_model():
     check_length(bare(), 40)
     check_length(roberta(), 41)  # 42 rows, of which positions from padding_idx + 1 = 1 are used

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 
 import pytest
 import timm
@@ -40,6 +41,7 @@ from hatcl.finetuning import (  # noqa: E402
     make_task,
     prompt_task,
     run,
+    trained_names,
 )
 from hatcl.training.stream import npz_task  # noqa: E402
 
@@ -121,6 +123,14 @@ def test_images_and_back(tmp_path):
     assert same(made.pretrained, again.pretrained) and same(made.finetuned, again.finetuned)
     assert torch.equal(logits(made, made.finetuned), logits(again, again.finetuned))
     assert len(again.task.test) == 5 and again.task.fixed_head
+
+
+def test_a_few_test_images_are_of_all_classes_though_the_file_has_class_after_class(tmp_path):
+    options = TaskOptions("image", "test_resnet", str(image_file(tmp_path, each=20)), size=0, test=12)
+    found, again = (make_task(options).test for _ in range(2))
+    assert len(found) == 12 and set(found.y) == {0, 1, 2}
+    assert (found.x == again.x).all() and (found.y == again.y).all()
+    assert len(make_task(options.changed({"test": 1000})).test) == 60
 
 
 def test_the_files_are_those_of_a_plain_model(tmp_path):
@@ -229,6 +239,7 @@ def test_damaged_runs(tmp_path):
         ({"source": "gone", "trained": "gone"}, IntegrityError, "lacks source, trained; it was edited"),
         ({"source": {**config["source"], "class": "BertForNothing"}}, IntegrityError, "no model can be made from it"),
         ({"learning": {"lrr": 1}}, ConfigError, "no option 'lrr'"),
+        ({"task": {**config["task"], "kk": 1}}, IntegrityError, "no task can be made from it .*'kk'.*was it edited"),
     ):
         edited(**changes)
         with pytest.raises(error, match=words):
@@ -240,6 +251,16 @@ def test_damaged_runs(tmp_path):
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(IntegrityError, match="tokenizer: no tokenizer can be read from it"):
         load_run(folder)
+
+
+@pytest.mark.parametrize("name", ["finetune", "labels"])
+def test_what_no_gradient_reaches_is_no_part_of_a_graft(name, tmp_path):
+    made = finetune_run(options_of(name, tmp_path), {**dataclasses.asdict(LEARNING), "optimizer": "adamw", "l1": 1e-4})
+    left = set(trained_names(made.task, made.learning)) - set(made.trained)
+    assert left == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert list(made.trained) == [n for n, _ in made.pretrained.named_parameters() if n in made.trained]
+    assert made.metrics["trained"]["tensors"] == len(made.trained)
+    assert not any(p._post_accumulate_grad_hooks for p in made.finetuned.parameters())
 
 
 # --- tasks from memory ---
@@ -291,6 +312,12 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
 # --- loading models ---
 
 
+def test_without_transformers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"fine-tuning on texts needs .*pip install 'hatcl\[hf\]'"):
+        make_task(TaskOptions("prompt", "any", str(text_file(tmp_path)), words=WORDS))
+
+
 def test_a_name_on_a_hub_is_passed_as_it_is(tmp_path, monkeypatch):
     asked = []
 
@@ -316,8 +343,17 @@ def test_models_that_cannot_be_loaded(tmp_path):
         ConfigError, match="lacks cls.predictions.*no pretrained language model head.*take mode 'labels'"
     ):
         make_task(options.changed({"model": str(tmp_path / "bare")}))
-    assert make_task(options.changed({"mode": "labels", "model": str(tmp_path / "bare"), "max_length": 32, "words":
-                                      {"0": "bad", "1": "good"}})).mode == "labels"  # fmt: skip
+    weights = load_file(tmp_path / "bare" / "model.safetensors")
+    labels = options.changed({"mode": "labels", "model": str(tmp_path / "bare"), "max_length": 32, "words":
+                              {"0": "bad", "1": "good"}})  # fmt: skip
+    for left_out in ("pooler", "attention.self.query"):
+        kept = {n: t for n, t in weights.items() if left_out not in n}
+        save_file(kept, tmp_path / "bare" / "model.safetensors", {"format": "pt"})
+        if left_out == "pooler":  # which is not used
+            assert make_task(labels).mode == "labels"
+            continue
+        with pytest.raises(ConfigError, match="bare lacks encoder.layer.0.attention.self.query.bias, .* be random"):
+            make_task(labels)
     images = TaskOptions("image", "resnet_18", str(image_file(tmp_path)))
     with pytest.raises(ConfigError, match="model: timm has no 'resnet_18'; did you mean 'resnet18'"):
         make_task(images)

@@ -346,6 +346,40 @@ def test_learned_statistics_go_with_the_weights_that_are_kept(tmp_path, monkeypa
     assert not changed(states[0], task.model) and changed(states[2], task.model)
 
 
+class Counting(nn.Linear):
+    """Buffers that learning writes to: one in place, one replaced."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+            self.last = self.last + 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_of_other_kinds_stay(fails):
+    model = Counting()
+    object.__setattr__(task := linear(), "model", model)
+    seen, last = model.seen, model.last
+
+    def tell(told):
+        assert model.seen == told["step"] == model.last
+        if fails and told["step"] == 2:
+            raise KeyError
+
+    if fails:
+        with pytest.raises(KeyError):
+            finetune_(model, task, FAST, tell)
+    else:
+        finetune_(model, task, FAST, tell)
+    assert model.seen is seen and model.last is last and seen == last == 0
+
+
 # --- the best on validation ---
 
 

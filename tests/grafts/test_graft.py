@@ -291,6 +291,31 @@ def test_after_an_exception_every_bit_is_back():
     assert parts.same(parts.bits(pre), before)
 
 
+def test_after_an_exception_every_bit_is_back_also_of_elements_that_changed():
+    pre, ft = parts.pair("linear")
+    before, g = parts.bits(pre), parts.graft(pre, ft, 2)
+    with pytest.raises(KeyError, match="mine"), g.applied(pre), torch.no_grad():
+        pre[0].weight.mul_(2)
+        raise KeyError("mine")
+    assert parts.same(parts.bits(pre), before)
+    with pytest.raises(GraftError, match="changed since it was applied"), g.applied(pre), torch.no_grad():
+        pre[0].weight.mul_(2)  # without one it is told
+    g.remove_(pre, check=False)
+    assert parts.same(parts.bits(pre), before)
+
+
+def test_a_tensor_that_is_gone():
+    pre, ft = parts.pair("linear")
+    g, last = parts.graft(pre, ft, 2), pre[2]
+    before = parts.bits(pre)
+    g.apply_(pre)
+    pre[2] = nn.Identity()
+    refused(GraftError, lambda: g.remove_(pre), "2.weight: this Sequential no longer has it; put the module that was")
+    pre[2] = last
+    g.remove_(pre)
+    assert parts.same(parts.bits(pre), before)
+
+
 def test_a_second_graft_is_checked_against_the_model_before_the_first():
     pre, ft = parts.pair("linear")
     a, b = parts.graft(pre, ft, 0.9, 1), parts.graft(pre, ft, 0.9, 2)
@@ -466,6 +491,8 @@ def test_files_of_another_kind(tmp_path):
     refused(
         GraftError, lambda: Graft.load(tmp_path / "t.safetensors"), "holds a, and does not say whether that is bits"
     )
+    assert files.held_by(tmp_path / "s.safetensors") == "scores"
+    assert files.held_by(parts.graft(pre, ft).save(tmp_path / "holds scores.safetensors")) == "bits"
     TaskVector.between(pre, ft).save(tmp_path / "v.safetensors")
     refused(GraftError, lambda: Graft.load(tmp_path / "v.safetensors"), "does not say whether that is bits or scores")
     refused(
