@@ -280,7 +280,7 @@ NETWORKS = {
     ),
     "minilm": Network(
         ["sst2", "subj", "agnews", "amazon"], minilm, sentences, epochs=3, lr=2e-4, batch=32,
-        parts=("few_shot", "addition"), head=named_head, merges={**COMMON, "wudi": {}},
+        parts=("few_shot", "addition"), head=named_head, merges={**COMMON, "tsv": {}, "wudi": {}},
         options={"lr": 3e-3, "epochs": 10}, scales=[i / 10 for i in range(11)], grid=[i / 4 for i in range(1, 7)],
         grams=256, steps=50,
     ),
