@@ -73,7 +73,7 @@ class Bench:
     def learn(self, sparsity: float, steps: int, on_progress: Callable[[dict[str, float]], None] | None = None) -> None:
         learn_graft(
             self.pretrained, self.finetuned, self.loss, [self.batch], sparsity, skip=SKIP,
-            options={"steps": steps, "accumulate": 1}, on_progress=on_progress,
+            options={"steps": steps}, on_progress=on_progress,
         )  # fmt: skip
 
 

@@ -192,7 +192,11 @@ class Maker:
             )  # fmt: skip
 
         def tell(entry: Mapping[str, float]) -> None:
-            words = [f"{key} {entry[key]:.4g}" for key in ("loss", "validation") if key in entry]
+            words = [
+                f"{key.replace('_', ' ')} {entry[key]:.4g}"
+                for key in ("loss", "mask_loss", "validation")
+                if key in entry
+            ]
             bar.says(f"{wanted.name}, step {int(entry['step'])}: {', '.join(words)}")
             bar.advance()
 
@@ -202,9 +206,10 @@ class Maker:
             ids = torch.arange(len(task.train))
             collate = functools.partial(task.batch, "train")
             batches = torch.utils.data.DataLoader(ids, size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+        validate = self.accuracy if self.choose == "accuracy" else None
         return learn_graft(
             run.pretrained, run.finetuned, task.loss, batches, wanted.sparsity, start=self.start,
-            validate=self._validate(), only=names, options=self.options, on_progress=tell,
+            validate=validate, only=names, options=self.options, on_progress=tell,
         )  # fmt: skip
 
     @functools.cached_property
@@ -212,14 +217,6 @@ class Maker:
         """Of the run's model."""
         inputs = self.run.task.batch("train", [0, 1])[0]
         return gates_of(hatcl.convert(self.run.pretrained, 1, inputs, verify=False))[0].unit_map
-
-    def _validate(self) -> Callable[[nn.Module], float] | None:
-        """By what the best mask is chosen; None = by the losses that learning sees: that is so where each is of all
-        training examples and of the mask itself."""
-        if self.choose == "accuracy":
-            return self.accuracy
-        own = self.options.accumulate is None and self.options.gamma == "hard"
-        return None if own else self.minus_loss
 
     def sample(self) -> Examples:
         """As many training examples as a step learns from, always the same."""
@@ -231,12 +228,6 @@ class Maker:
         task = self.run.task
         total = task.accuracy(model, self.sample())
         return total + (task.accuracy(model, "validation") if len(task.validation) else 0.0)
-
-    def minus_loss(self, model: nn.Module) -> float:
-        """The mean training loss, with its sign turned."""
-        task, data = self.run.task, self.sample()
-        batches = task.batches(data, EVALUATION_BATCH)
-        return -sum(len(y) * float(task.loss(model, (x, y))) for x, y in batches) / len(data)
 
     def about(self, wanted: Wanted) -> dict[str, Any]:
         """How it was made, to be kept beside it and compared."""

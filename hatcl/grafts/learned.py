@@ -22,10 +22,10 @@ from . import inplace
 from .graft import Graft, size_of
 from .options import GraftOptions
 from .scores import GraftScores, highest
-from .selection import Pairs, Patterns, candidates, check_moved, difference_of, filled
+from .selection import Pairs, Patterns, candidates, check_moved, difference_of, drawn, filled, seed_of
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-STRIDE = 64  # of the sample of logits from which `top` guesses where the k-th lies
+STRIDE = 61  # of the sample from which `top` guesses where the k-th lies; prime, so that it meets all columns
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,7 +35,9 @@ class LearnedGraft(Graft):
     Attributes:
         scores: the logits after the last step. (Those of the best step would be another float per element.)
         history: per mask, from that of step 0, the start: `step`; `size`; `changed`, how many of its elements are not
-            in the start; `loss`, the mean training loss of what the model computed with; `validation`.
+            in the start; `loss`, the mean loss of what the model computed with on the batches of the step that
+            follows; and by what the mask is chosen where that is not `loss`: `validation`, or `mask_loss`, the mean
+            loss of the mask itself on examples that are the same for all masks.
         step: after how many steps the graft's mask was reached.
     """
 
@@ -69,12 +71,15 @@ def learn_graft(
 
     Of the masks after each step, and of the start, the one with the highest `validate` is kept, or with the lowest
     training loss; the first of equal ones. What is kept is therefore never worse than the start by that measure. (The
-    published release does not look at the start, and measures training and validation accuracy together.)
+    published release does not look at the start, and measures training and validation accuracy together.) The losses
+    are those of the masks, gamma 0 or 1, on the same examples: of all batches; with `accumulate`, of the first so many
+    batches of one pass, which are kept for it. What learning computes anyway is such a loss where gamma is hard and a
+    step is a pass; otherwise each mask is measured by further forward passes.
 
     The model computes in evaluation mode: without dropout, with running statistics. The pretrained model is lent: its
     elements take fine-tuned values while learning, and whatever happens, its bits, gradients, modes and what of it
     requires gradients are as before at the end. The fine-tuned one is only read. With hard gamma and plain SGD that
-    takes, beside the two models, one float per candidate, three numbers per element of the graft, and no more: a
+    takes, beside the two models, one float per candidate, up to five numbers per element of the graft, and no more: a
     gradient is used as soon as it arrives, and freed.
 
     Args:
@@ -109,7 +114,7 @@ def learn_graft(
     weights = (_Hard if settings.gamma == "hard" else _Soft)(pairs)
     learner = _Learner(pretrained, weights, _start(pairs, k, start, settings), k, loss_fn, settings)
     with _lent(pretrained, pairs), torch.random.fork_rng(_devices(pretrained)), contextlib.closing(weights):
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(seed_of("batches", settings.seed))
         stream = _Stream(batches, settings.accumulate)
         learner.run(stream, validate, on_progress)
     graft = filled(pairs, learner.best)
@@ -146,11 +151,9 @@ def _start(pairs: Pairs, k: int, start: Graft | GraftScores | None, options: Gra
         cut = largest(scores, k)
         found = {n: cut.mask(n, scores[n]).reshape(-1).nonzero().view(-1).cpu() for n in scores}
         members = {n: _small(at, scores.kinds[n]) for n, at in found.items()}
-    order = {name: i for i, name in enumerate(sorted(shapes))}
 
     def make(name: str) -> Tensor:
-        generator = torch.Generator().manual_seed((options.seed << 20) + order[name])
-        out = torch.rand(shapes[name], generator=generator).sub_(options.bias)
+        out = drawn(shapes[name], "start", options.seed, name).sub_(options.bias)
         if name in members:
             out.view(-1)[members[name].long()] *= -1
         return out
@@ -171,13 +174,17 @@ class _Hard:
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
         self.kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self.shown: Mapping[str, Tensor] | None = None
 
     def compute_with(self, members: Mapping[str, Tensor], logits: Mapping[str, Tensor]) -> None:
         self.show(members)
 
     @torch.no_grad()
     def show(self, members: Mapping[str, Tensor]) -> None:
+        if self.shown is members:
+            return
         self.close()
+        self.shown = members
         for name, at in members.items():
             before, after = self.pairs[name]
             long = at.to(before.device, torch.long)
@@ -196,7 +203,7 @@ class _Hard:
         with torch.no_grad():
             for name, (at, was) in self.kept.items():
                 inplace.put(self.pairs[name][0], at.to(was.device, torch.long), was)
-        self.kept = {}
+        self.kept, self.shown = {}, None
 
 
 class _Soft:
@@ -276,17 +283,22 @@ class _Learner:
         on_progress: Callable[[dict[str, float]], None] | None,
     ) -> None:
         first = members = self._members()
+        # is the loss that a step begins with that of the mask, on the same examples for every mask?
+        telling = self.options.gamma == "hard" and stream.accumulate is None
         for step in range(self.options.steps + 1):
             entry: dict[str, float] = {"step": step, "size": _size(members), "changed": _outside(members, first)}
             if validate is not None:
                 self.weights.show(members)
                 with torch.no_grad():
                     entry["validation"] = _finite(float(validate(self.model)), "validation", step)
+            elif not telling:
+                self.weights.show(members)
+                entry["mask_loss"] = self._pass(stream.sample(), step, backward=False)
             last = step == self.options.steps
-            if not last or validate is None:
+            if not last or (validate is None and telling):
                 self.weights.compute_with(members, self.logits)
-                entry["loss"] = self._pass(stream, step, backward=not last)
-            score = entry["validation"] if validate is not None else -entry["loss"]
+                entry["loss"] = self._pass(stream.step(), step, backward=not last)
+            score = entry["validation"] if validate is not None else -entry["loss" if telling else "mask_loss"]
             if score > self.best_score and 0 < _size(members) < self.numel:
                 self.best, self.best_step, self.best_score = members, step, score
             self.history.append(entry)
@@ -310,14 +322,14 @@ class _Learner:
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 
-    def _pass(self, stream: _Stream, step: int, backward: bool) -> float:
-        """The mean loss over the batches of a step, every example with the same weight."""
+    def _pass(self, batches: Iterable[Any], step: int, backward: bool) -> float:
+        """The mean loss over some batches, every example with the same weight."""
         total, self.seen, self.arrived = 0.0, 0, set[str]()
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(backward))
             for p, name in _parameters(self.model, self.kinds).items() if backward else ():
                 stack.enter_context(_removed(p.register_post_accumulate_grad_hook(functools.partial(self._take, name))))
-            for batch in stream.step():
+            for batch in batches:
                 self.weight = examples(batch)
                 loss = self.loss_fn(self.model, batch)
                 if not isinstance(loss, Tensor) or loss.numel() != 1 or (backward and not loss.requires_grad):
@@ -426,21 +438,23 @@ def top(values: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     """Flat indices, on the CPU, of the k highest values over all tensors; ties as in `highest`. To save memory and time
     a sample of the values tells a bound that some more than k reach, and only these are gathered and ordered."""
     sample = torch.cat([values[n].reshape(-1)[::STRIDE].cpu() for n in values])
-    wanted = k + k // 4 + 20 * STRIDE
+    # more than k by five standard deviations of what a random sample would say, a twentieth, and a few
+    wanted = k + k // 20 + STRIDE * (20 + 5 * math.isqrt(k // STRIDE))
     while True:
         rank = wanted // STRIDE
         bound = float(sample.topk(rank, sorted=False).values.min()) if rank < len(sample) else -math.inf
         found = {}
-        for n in values:
+        for n in sorted(values):  # the order in which `highest` settles ties
             x = values[n].reshape(-1)
             at = (x >= bound).nonzero().view(-1)
             if len(at):
-                found[n] = _small(at, Kind(tuple(x.shape), x.dtype)).cpu(), x[at].cpu()
+                found[n] = _small(at, Kind(tuple(x.shape), x.dtype)).cpu(), x.index_select(0, at).cpu()
         if sum(len(at) for at, _ in found.values()) >= k:
             break
         wanted *= 2
-    on = highest({n: x for n, (_, x) in found.items()}, k)
-    return {n: at[on[n]] for n, (at, _) in found.items() if bool(on[n].any())}
+    on = highest({"": torch.cat([part for _, part in found.values()])}, k)[""]  # faster than many small tensors
+    parts = on.split([len(at) for at, _ in found.values()])
+    return {n: at[part] for (n, (at, _)), part in zip(found.items(), parts, strict=True) if bool(part.any())}
 
 
 def examples(batch: Any) -> int:
@@ -467,9 +481,17 @@ class _Stream:
             )
         self.batches, self.accumulate = batches, accumulate
         self.endless = self._again()
+        self.first: list[Any] = []
 
     def step(self) -> Iterator[Any]:
         return self._pass() if self.accumulate is None else itertools.islice(self.endless, self.accumulate)
+
+    def sample(self) -> Iterable[Any]:
+        """What masks are compared on: a pass, or always the same batches, as many as a step has."""
+        if self.accumulate is None:
+            return self._pass()
+        self.first = self.first or list(itertools.islice(self._pass(), self.accumulate))
+        return self.first
 
     def _pass(self) -> Iterator[Any]:
         seen = 0
@@ -542,8 +564,8 @@ def _outside(members: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> int
     out = _size(members)
     for n, at in members.items():
         if n in others:
-            near = torch.searchsorted(others[n], at).clamp(max=len(others[n]) - 1)
-            out -= int((others[n][near] == at).sum())
+            on = torch.zeros(1 + int(max(at[-1], others[n][-1])), dtype=torch.bool)
+            out -= int(on.scatter_(0, others[n].long(), True).index_select(0, at).sum())
     return out
 
 

@@ -24,7 +24,8 @@ class GraftOptions(Changeable):
             lowered the loss in every step; 2 ended lower, in one of them after it had overshot; 4 overshot more often.)
             By the plain rule the factor of its formula.
         steps: how often the logits move.
-        accumulate: so many batches make one step, every example with the same weight; None = one pass over all.
+        accumulate: so many batches make one step, every example with the same weight; None = one pass over all. Masks
+            are then compared on the first so many of one pass, so that batches in a telling order are to be shuffled.
         gamma: what the model computes with. hard: 0 or 1, with gradients as though it were gamma (straight-through),
             so that the loss is the graft's own. soft: sigmoid(L), as published; needs another copy of the candidates.
         rule: natural: `dL = -lr * 2 * bias * loss / squares * g * delta`. That is gradient descent divided by

@@ -4,6 +4,7 @@ chance, or a score of one's own."""
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..vectors.select import largest
 from ..vectors.task_vector import known_as
 from ..vectors.tensors import Kind, Lazy, Source, buffers_of, check_fit, kinds_of, parameters_of, tied_names
 from .graft import Graft, size_of
-from .scores import highest
+from .scores import GraftScores, highest
 
 BY = ("magnitude", "random")
 ALWAYS_ON = 0  # the number of the grain `unit`'s group of what no unit owns
@@ -80,7 +81,7 @@ def select_graft(
     pretrained: Source,
     finetuned: Source,
     sparsity: float,
-    by: str | Mapping[str, Tensor] = "magnitude",
+    by: str | Mapping[str, Tensor] | GraftScores = "magnitude",
     *,
     per_layer: bool = False,
     grain: str = "element",
@@ -96,12 +97,13 @@ def select_graft(
     Args:
         pretrained, finetuned: as for `candidates`, with `only` and `skip`.
         by: `magnitude`; `random`; or scores by name, tensors that broadcast over the candidates, the higher the
-            better: what a grain of the map expands, such as TaSL's importance.
+            better: what a grain of the map expands, such as TaSL's importance; or `GraftScores`.
         per_layer: `int(sparsity * n)` of each tensor's n elements instead.
         grain: `element`, or another grain of the map: then whole groups, in the order of their mean score, each that
             still fits into what is left of k. Elements that the grain does not speak of stay out; of `unit` those
             that no unit owns do, too.
-        unit_map: of the model, for the grain `unit`. seed: of `random`, and of the grain `partition:K`.
+        unit_map: of the model, for the grain `unit`. seed: of `random`, and of the grain `partition:K`; any whole
+            number from 0.
 
     Returns:
         A graft with the fine-tuned values.
@@ -115,6 +117,7 @@ def select_graft(
         raise ConfigError(f"seed: got {seed!r}, expected an integer of at least 0")
     pairs = candidates(pretrained, finetuned, only, skip)
     check_moved(pairs)
+    by = by.values if isinstance(by, GraftScores) else by
     scores = _scores(pairs, by, seed)
     if per_layer and grain != "element":
         raise ConfigError(f"per_layer: got grain {grain!r}, expected element; groups are taken over all tensors")
@@ -166,6 +169,17 @@ def difference_of(pair: tuple[Tensor, Tensor]) -> Tensor:
     return after.to(before.device, kind) - before.to(kind)
 
 
+def seed_of(*words: object) -> int:
+    """A seed for torch's generators of a purpose, a seed of any size, and whatever else tells draws apart. (Two seeds
+    that agree in their low 32 bits are one to torch's generator on the CPU.)"""
+    return int.from_bytes(hashlib.sha256(":".join(map(str, words)).encode()).digest()[:4], "little")
+
+
+def drawn(shape: Sequence[int], purpose: str, seed: int, name: str) -> Tensor:
+    """Numbers in [0, 1) for one tensor: always the same ones, and others for each purpose, seed and name."""
+    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed_of(purpose, seed, name)))
+
+
 def _scores(pairs: Pairs, by: str | Mapping[str, Tensor], seed: int) -> Lazy[Tensor]:
     """Scores of all elements, made when asked for."""
     make: Callable[[str], Tensor]
@@ -176,11 +190,9 @@ def _scores(pairs: Pairs, by: str | Mapping[str, Tensor], seed: int) -> Lazy[Ten
             return by[name].detach().to(torch.float32).expand(pairs.kinds[name].shape)
 
     elif by == "random":
-        order = {name: i for i, name in enumerate(sorted(pairs))}
 
         def make(name: str) -> Tensor:
-            generator = torch.Generator().manual_seed((seed << 20) + order[name])
-            return torch.rand(pairs.kinds[name].shape, generator=generator)
+            return drawn(pairs.kinds[name].shape, "random", seed, name)
 
     else:
         one_of("by", str(by), BY)

@@ -184,7 +184,8 @@ def test_many_batches_are_one_large_one(rule):
     for split, accumulate in ((batches, None), (uneven, None), (uneven, 3), ([(x, y)], 1)):
         got = learn_graft(pre, ft, loss_of, split, 0.1, options={**options, "accumulate": accumulate})
         assert at(got) == at(whole)
-        assert [h["loss"] for h in got.history] == pytest.approx([h["loss"] for h in whole.history], rel=1e-5)
+        key = "mask_loss" if accumulate else "loss"
+        assert [h[key] for h in got.history] == pytest.approx([h["loss"] for h in whole.history], rel=1e-5)
         worst = max(float((got.scores.values[n] - t).abs().max()) for n, t in whole.scores.values.items())
         assert worst < 2e-4  # logits of up to 60 in float32, summed in another order; measured 4e-5
 
@@ -198,7 +199,8 @@ def test_batches_follow_one_another_and_start_over():
         return loss_of(model, batch)
 
     graft = learn_graft(pre, ft, loss, batches, 0.1, options={"steps": 3, "accumulate": 2})
-    assert seen == [0, 1, 2, 0, 1, 2, 0, 1] and len(graft.history) == 4  # the last two measure the last mask
+    # the first two measure each mask, of which there are four; three steps learn from two each
+    assert seen == [0, 1, 0, 1, 0, 1, 2, 0, 0, 1, 1, 2, 0, 1] and len(graft.history) == 4
     seen.clear()
     learn_graft(pre, ft, loss, batches, 0.1, options={"steps": 2, "accumulate": 2}, validate=lambda m: 1.0)
     assert seen == [0, 1, 2, 0]
@@ -255,6 +257,71 @@ def test_without_validation_the_lowest_loss_is_kept():
     assert graft.step == losses.index(min(losses)) > 0
     with graft.applied(pre), torch.no_grad():
         assert sum(float(loss_of(pre.eval(), b)) for b in batches) / 3 == pytest.approx(min(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("gamma", ["hard", "soft"])
+@pytest.mark.parametrize("accumulate", [None, 1])
+def test_masks_are_compared_by_their_own_loss_on_the_same_examples(gamma, accumulate):
+    pre, ft, batches = small()
+    data = torch.utils.data.TensorDataset(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    loader = torch.utils.data.DataLoader(data, 16, shuffle=True)
+    calls = []
+
+    def loss(model, batch):
+        with torch.no_grad():
+            found = float(loss_of(model, batch))
+        calls.append((torch.is_grad_enabled(), bits(model), batch, found))
+        return loss_of(model, batch)
+
+    options = {"steps": 4, "gamma": gamma, "accumulate": accumulate}
+    graft = learn_graft(pre, ft, loss, loader, 0.1, options=options)
+    own = gamma == "hard" and accumulate is None
+    losses = [h["loss" if own else "mask_loss"] for h in graft.history]
+    assert len(losses) == 5 and graft.step == losses.index(min(losses)) > 0
+    if own:
+        assert all("mask_loss" not in h for h in graft.history) and len(calls) == 5 * 3  # nothing is computed twice
+        return
+    measured = [call for call in calls if not call[0]]
+    size = accumulate or 3
+    assert len(measured) == 5 * size
+    assert ["loss" in h for h in graft.history] == [True] * 4 + [False]
+    for i, value in enumerate(losses):
+        part = measured[i * size : (i + 1) * size]
+        assert value == pytest.approx(sum(found for *_, found in part) / size, rel=1e-5)  # of float32 sums
+        seen = torch.cat([batch[0] for _, _, batch, _ in part])
+        first = torch.cat([batch[0] for _, _, batch, _ in measured[:size]])
+        assert torch.equal(seen.sort(0).values, first.sort(0).values)
+        if i == graft.step:
+            assert unchanged(graft.apply_to(pre), part[0][1])
+
+
+def test_easy_batches_first_do_not_keep_the_start():
+    """A first batch of no loss says nothing of the start beside later masks on other batches."""
+    pre, ft, batches = small()
+    easy = (batches[0][0], 0.05), *((x, 1.0) for x, _ in batches[1:])
+    labels = {id(x): y for x, y in batches}
+
+    def loss(model, batch):
+        return batch[1] * F.cross_entropy(model(batch[0]), labels[id(batch[0])])
+
+    graft = learn_graft(pre, ft, loss, easy, 0.1, options={"steps": 3, "accumulate": 1})
+    steps = [h["loss"] for h in graft.history[:3]]
+    assert steps.index(min(steps)) == 0  # the loss on each step's own batch would have kept the start
+    assert graft.step > 0 and graft.history[graft.step]["mask_loss"] < graft.history[0]["mask_loss"]
+
+
+def test_any_seed_and_others_for_each_purpose():
+    pre, ft, batches = small()
+    still = {"lr": 1e-12, "steps": 1}
+    logits = {}
+    for seed in (0, 4096, 2**32, 2**45, 2**200):  # to torch's generator 2**32 is 0
+        graft = learn_graft(pre, ft, loss_of, batches, 0.1, options={**still, "seed": seed})
+        logits[seed] = torch.cat([x.view(-1) for x in graft.scores.values.values()])
+    assert len({tuple(x.tolist()) for x in logits.values()}) == 5
+    start = learn_graft(pre, ft, loss_of, batches, 0.1, options={**still, "bias": 1.0}).scores.values["0.weight"].abs()
+    # S of the start, 1 - |L|, tells nothing of who is among the random ones: correlation of 128, deviation .09
+    rule = select_graft(pre, ft, 0.5, "random").masks()["0.weight"].float()
+    assert abs(float(torch.corrcoef(torch.stack([1 - start.view(-1), rule.view(-1)]))[0, 1])) < 0.3
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -536,7 +603,9 @@ def test_what_is_refused():
     free = torch.ones((), requires_grad=True)
     refused(GraftError, go(pre, ft, lambda m, b: free * 1), "no gradient by any of 6 tensors", "only=")
     refused(NonFiniteLossError, go(pre, ft, lambda m, b: loss_of(m, b) * math.inf), "step 0: the loss is inf")
-    refused(NonFiniteLossError, go(pre, ft, lambda m, b: loss_of(m, b) * 0), "sum up to 0, expected", "constant")
+    constant = go(pre, ft, lambda m, b: loss_of(m, b) * 0)
+    text = "the squares of the first step's gradients sum up to 0, expected a number above 0"
+    refused(NonFiniteLossError, constant, text, "Is the loss constant")
     below = GraftScores({n: -torch.ones_like(p) for n, p in pre.named_parameters()})
     empty = go(start=below, options={"size": "free", "lr": 1e-9})
     refused(GraftError, empty, "every mask has all of 227 elements or none", "size='fixed'")

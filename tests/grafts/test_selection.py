@@ -17,7 +17,8 @@ import hatcl
 from hatcl.errors import ConfigError, GraftError
 from hatcl.functional import digest_of
 from hatcl.grafts import selection
-from hatcl.grafts.selection import candidates, select_graft
+from hatcl.grafts.scores import GraftScores
+from hatcl.grafts.selection import candidates, drawn, select_graft
 
 PRE = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
 # |delta| in order: b2 .9, a3 .8, a1 .7, b0 .5, a5 .4, a0 .3, b3 .2, a2 .1, a4 0, b1 0
@@ -60,6 +61,15 @@ def test_scores_of_ones_own_count_with_their_signs():
     assert at(select_graft(PRE, FT, 0.4, scores)) == {"a": [3, 4, 5], "b": [0]}
     # fewer positive ones than k: the negative ones nearest to zero follow
     assert at(select_graft(PRE, FT, 0.6, scores)) == {"a": [3, 4, 5], "b": [0, 1, 3]}
+
+
+def test_scores_as_they_are_saved():
+    values = {"a": torch.tensor([[-9.0, -8.0, -7.0], [2.0, 1.5, 2.5]]), "b": torch.tensor([3.0, -1.0, -2.0, 1.0])}
+    graft = select_graft(PRE, FT, 0.4, GraftScores(values))
+    assert at(graft) == at(select_graft(PRE, FT, 0.4, values)) == {"a": [3, 4, 5], "b": [0]}
+    assert graft.values["b"].tolist() == [0.5]
+    few = GraftScores({"a": values["a"]})
+    refused(GraftError, lambda: select_graft(PRE, FT, 0.4, few), "by: no scores for b (1 such tensors)")
 
 
 def test_of_equal_scores_the_first():
@@ -112,6 +122,19 @@ def test_chance_is_even_over_tensors_and_differs_by_seed():
     # 1000 of 4000 expected in a, standard deviation sqrt(4000 * .25 * .75 * .9) = 26
     assert abs(len(one.indices["a"]) - 1000) < 130
     assert abs((one & two).size - 400) < 100  # hypergeometric, standard deviation 18
+
+
+def test_any_seed_and_a_tensors_draw_does_not_depend_on_the_others():
+    sizes = {"a": 3000, "b": 3000}
+    pre, ft = ({n: torch.full((s,), v) for n, s in sizes.items()} for v in (0.0, 1.0))
+    grafts = [select_graft(pre, ft, 0.1, "random", seed=s) for s in (0, 4096, 2**32, 2**45, 2**200)]
+    for i, one in enumerate(grafts):
+        assert one.size == 600
+        # hypergeometric, 60 expected, standard deviation 7
+        assert all(abs((one & two).size - 60) < 35 for two in grafts[i + 1 :])
+    a, b = drawn((9,), "random", 0, "a"), drawn((9,), "random", 0, "b")
+    assert torch.equal(a, drawn((9,), "random", 0, "a")) and not torch.equal(a, b)
+    assert not torch.equal(a, drawn((9,), "start", 0, "a"))
 
 
 # --- what takes part ---
@@ -189,11 +212,17 @@ def test_what_is_refused():
     refused(GraftError, lambda: select_graft(PRE, {"a": FT["a"]}, 0.5), "b only in the pretrained model")
     refused(GraftError, lambda: select_graft(PRE, {**FT, "b": torch.ones(5)}, 0.5), "b is [4] in the pre", "[5] in the")
     refused(GraftError, lambda: select_graft({"n": torch.ones(3).int()}, {"n": torch.zeros(3).int()}, 0.5), "integers")
+    whole = {"n": torch.ones(3).int()}
+    refused(GraftError, lambda: candidates(whole, whole), "the pretrained model has no floating-point parameters, only")
     refused(ConfigError, lambda: select_graft(PRE, FT, 0.5, "magnitud"), "did you mean 'magnitude'")
     refused(ConfigError, lambda: select_graft(PRE, FT, 0.5, grain="rows"), "did you mean 'row'")
     refused(ConfigError, lambda: select_graft(PRE, FT, 0.5, grain="row", per_layer=True), "per_layer", "'row'")
     refused(ConfigError, lambda: select_graft(PRE, FT, 0.5, "random", seed=-1), "seed: got -1")
-    refused(GraftError, lambda: select_graft(PRE, FT, 0.3, grain="block"), "3 elements are less", "of 2 groups", "4;")
+    refused(
+        GraftError,
+        lambda: select_graft(PRE, FT, 0.3, grain="block"),
+        "3 elements are less than the smallest of 2 groups of the grain block has, 4;",
+    )
 
 
 def test_scores_that_do_not_fit_are_refused():

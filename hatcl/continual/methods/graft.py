@@ -45,7 +45,8 @@ class Grafts(Method):
     class Options:
         """Args:
         sparsity: share of what is trained that a task's graft has. by: how it is chosen, `magnitude` of the change,
-            `random`, or `learned` with the task's examples and loss.
+            `random`, or `learned` with the task's examples and loss (on which its mask is chosen as well: accuracy on
+            a small validation set would choose by chance).
         scored: a task's score is that with the grafts up to its `own`, or with `all` there are.
         only, skip: patterns of names that take part or do not; what takes no part is trained, and put back.
         learn: `GraftOptions` for `learned`, or a mapping of what to change. batch_size: examples per batch there.
@@ -111,7 +112,7 @@ class Grafts(Method):
         with torch.enable_grad():
             return learn_graft(
                 model, {**others, **after}, task.loss, _Batches(task, o.batch_size), o.sparsity,
-                validate=task.validate, only=names, options=o.learn,
+                only=names, options=o.learn,
             )  # fmt: skip
 
     @contextlib.contextmanager

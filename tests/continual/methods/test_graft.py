@@ -150,19 +150,30 @@ def test_an_adapter_has_grafts_too(tmp_path):
     assert result.backward_transfer == 0
 
 
-def test_learned_grafts_use_the_tasks_own_loss_and_validation():
-    seen = []
+def test_learned_grafts_are_chosen_by_the_tasks_own_training_loss(monkeypatch):
+    grafts, seen = [], []
+    inner = module.learn_graft
+
+    def spied(*args, **options):
+        seen.clear()
+        grafts.append(inner(*args, **options))
+        assert seen == [10, 10, 4] * 3  # the start and two steps, and nothing beside
+        return grafts[-1]
 
     def watched(task):
-        def validate(model):
-            seen.append(task.name)
-            return task.score(model)
+        def loss(model, batch):
+            seen.append(len(batch[1]))
+            return task.loss(model, batch)
 
-        return dataclasses.replace(task, validate=validate)
+        return dataclasses.replace(task, loss=loss, validate=lambda model: pytest.fail("chosen by validation"))
 
+    monkeypatch.setattr(module, "learn_graft", spied)
     method = make_method("graft", {"by": "learned", "sparsity": 0.1, "learn": {"steps": 2}, "batch_size": 10})
     learn_sequence(plain(), [watched(t) for t in tasks()], method, QUICK)
-    assert seen == [f"task {i}" for i in range(3) for _ in range(3)]  # the start and two steps
+    assert len(grafts) == 3
+    for graft in grafts:
+        losses = [h["loss"] for h in graft.history]
+        assert graft.step == losses.index(min(losses)) and not any("validation" in h for h in graft.history)
     assert method.to_dict()["options"]["learn"]["steps"] == 2
 
 
