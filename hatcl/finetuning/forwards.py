@@ -71,11 +71,8 @@ class WordForward(Own):
             output[next(iter(output.keys()))] = at
             return output
 
-        handle = base.register_forward_hook(pick)
-        try:
+        with base.register_forward_hook(pick):
             found = super().__call__(*args, **inputs).logits[:, 0]
-        finally:
-            handle.remove()
         return found[:, self.words.to(found.device)]
 
 

@@ -1,7 +1,8 @@
-"""What the modes for texts share: labels, and pairs to batches."""
+"""What the modes for texts share: labels, pairs to batches, and tasks of a language model's label words."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import nn
 from ..continual.label_words import check_labels
 from ..continual.text import Pair, TextData
 from ..errors import ConfigError
-from .prompts import PromptReader
+from .forwards import WordForward, copied, embedding_names, language_head_names, with_forward
+from .prompts import PromptReader, check_length, label_tokens
 from .tasks import Batch, FinetuneTask
 
 
-def words_of(name: str, data: TextData, words: Any) -> dict[str, str]:
+def _words_of(name: str, data: TextData, words: Any) -> dict[str, str]:
     """label -> word, in the order of `words`, for language models.
 
     Raises:
@@ -30,6 +32,32 @@ def words_of(name: str, data: TextData, words: Any) -> dict[str, str]:
             )
         return found
     return check_labels(name, data, words)
+
+
+def word_task(
+    mode: str,
+    at: str,
+    data: TextData,
+    model: nn.Module,
+    tokenizer: Any,
+    words: Mapping[str, str] | None,
+    template: str,
+    max_length: int,
+    cut: str,
+    name: str,
+) -> FinetuneTask:
+    """A task of a language model's logits over the label words' tokens.
+
+    Args:
+        at: where the logits are read, see `PromptReader`.
+    """
+    found = _words_of(name, data, words)
+    read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at=at)
+    tokens = label_tokens(tokenizer, found, "mask" in read.template.spaced)
+    check_length(model, max_length)
+    out = copied(model)
+    with_forward(out, WordForward(out, tokens))
+    return text_task(name, mode, found, data, out, tokenizer, read, embedding_names(out), language_head_names(out))
 
 
 def text_task(

@@ -328,7 +328,7 @@ class _Learner:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(backward))
             for p, name in _parameters(self.model, self.kinds).items() if backward else ():
-                stack.enter_context(_removed(p.register_post_accumulate_grad_hook(functools.partial(self._take, name))))
+                stack.enter_context(p.register_post_accumulate_grad_hook(functools.partial(self._take, name)))
             for batch in batches:
                 self.weight = examples(batch)
                 loss = self.loss_fn(self.model, batch)
@@ -401,10 +401,8 @@ class _Learner:
                 f"the squares of the first step's gradients sum up to {squares:g}, expected a number above 0; the "
                 "models are as they were before. Is the loss constant, or does it overflow?"
             )
-        loss = abs(self.history[0]["loss"]) * self.seen or sum(
-            float(x.sum()) for x in parts
-        )  # 0: what there is to gain
-        return squares / loss
+        gain = sum(float(x.sum()) for x in parts)  # what there is to gain, where the loss is 0 already
+        return squares / (abs(self.history[0]["loss"]) * self.seen or gain)
 
     def _optimize(self) -> None:
         """A step of torch's optimizer on sums that were kept apart."""
@@ -536,14 +534,6 @@ def _parameters(model: nn.Module, pairs: Mapping[str, Any]) -> dict[nn.Parameter
     """The parameters that are candidates, with their names; of several that share their elements all."""
     tied = tied_names(model)
     return {p: tied[n] for n, p in model.named_parameters() if tied[n] in pairs}
-
-
-@contextlib.contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _devices(model: nn.Module) -> list[int]:

@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 
 from ...continual.text import TextData
-from ..forwards import WordForward, copied, embedding_names, language_head_names, with_forward
 from ..options import TaskOptions
-from ..prompts import CAUSAL, PromptReader, check_length, label_tokens
+from ..prompts import CAUSAL
 from ..tasks import FinetuneTask
-from ..texts import text_task, words_of
+from ..texts import word_task
 from .registry import finetune_mode
 
 
@@ -40,17 +39,9 @@ def autoregressive_task(
     Raises:
         ConfigError: words, a template, a tokenizer or a model that do not fit; see `label_tokens`, `PromptReader`.
     """
-    found = words_of(name, data, words)
     if "{mask}" not in template:
         template = template.rstrip(" ") + " {mask}"
-    read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at="last")
-    tokens = label_tokens(tokenizer, found, "mask" in read.template.spaced)
-    check_length(model, max_length)
-    out = copied(model)
-    with_forward(out, WordForward(out, tokens))
-    return text_task(
-        name, "autoregressive", found, data, out, tokenizer, read, embedding_names(out), language_head_names(out)
-    )  # fmt: skip
+    return word_task("autoregressive", "last", data, model, tokenizer, words, template, max_length, cut, name)
 
 
 @finetune_mode(
