@@ -57,9 +57,9 @@ TUNED: dict[str, dict[str, FinetuneOptions]] = {
         ),
     },
     "resnet20": {
-        "sgd": FinetuneOptions(lr=0.1, epochs=3, batch_size=64, evaluate_every=47),
-        "adamw": FinetuneOptions(optimizer="adamw", lr=1e-3, epochs=3, batch_size=64, evaluate_every=47),
-        "adamw_l1": FinetuneOptions(optimizer="adamw", lr=1e-3, epochs=3, batch_size=64, evaluate_every=47, l1=3e-4),
+        "sgd": FinetuneOptions(lr=0.1, epochs=6, batch_size=64, evaluate_every=47),
+        "adamw": FinetuneOptions(optimizer="adamw", lr=1e-3, epochs=6, batch_size=64, evaluate_every=47),
+        "adamw_l1": FinetuneOptions(optimizer="adamw", lr=1e-3, epochs=6, batch_size=64, evaluate_every=47, l1=3e-4),
     },
 }
 

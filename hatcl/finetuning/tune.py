@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, NonFiniteLossError
+from ..vectors.merging.batches import lent
 from .options import FinetuneOptions
 from .tasks import FinetuneTask
 
@@ -98,39 +99,18 @@ def finetune_(
     trained = _trained(model, task, chosen)
     if not len(task.train):
         raise ConfigError(f"task {task.name}: no training examples")
-    modes = {m: m.training for m in model.modules()}
-    flags = {p: p.requires_grad for p in model.parameters()}
-    grads = {p: p.grad for p in model.parameters()}
-    watched = {**trained, **(_statistics(model) if chosen.statistics == "learned" else {})}
-    ids = {id(t) for t in watched.values()}
-    buffers = [
-        (m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items()
-        if b is not None and id(b) not in ids
-    ]  # fmt: skip
+    statistics = _statistics(model) if chosen.statistics == "learned" else {}
+    watched = {**trained, **statistics}
     start = {n: t.detach().clone() for n, t in watched.items()}
     device = next(model.parameters()).device
-    done = False
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with rng, lent(model, trained.values(), statistics.values()):
         torch.manual_seed(chosen.seed)
         try:
-            for p in model.parameters():
-                p.grad = None
-                p.requires_grad_(False)
-            for p in trained.values():
-                p.requires_grad_(True)
             history = _loop(model, task, chosen, trained, watched, start, on_progress or (lambda told: None))
-            done = True
-        finally:
-            if not done:
-                _put(watched, start)
-            for m, n, b, was in buffers:
-                b.copy_(was)
-                m._buffers[n] = b
-            for p, flag in flags.items():
-                p.requires_grad_(flag)
-                p.grad = grads[p]
-            for m, mode in modes.items():
-                m.training = mode
+        except BaseException:
+            _put(watched, start)
+            raise
     return history
 
 

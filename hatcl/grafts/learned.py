@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, GraftError, NonFiniteLossError
-from ..vectors.merging.batches import Evaluating, split
+from ..vectors.merging.batches import lent, split
 from ..vectors.select import largest
 from ..vectors.tensors import Kind, Lazy, Source, tied_names
 from . import inplace
@@ -113,7 +113,9 @@ def learn_graft(
     k = size_of(sparsity, sum(math.prod(kind.shape) for kind in pairs.kinds.values()))
     weights = (_Hard if settings.gamma == "hard" else _Soft)(pairs)
     learner = _Learner(pretrained, weights, _start(pairs, k, start, settings), k, loss_fn, settings)
-    with _lent(pretrained, pairs), torch.random.fork_rng(_devices(pretrained)), contextlib.closing(weights):
+    taking_part = _parameters(pretrained, pairs)
+    with lent(pretrained, taking_part), torch.random.fork_rng(_devices(pretrained)), contextlib.closing(weights):
+        pretrained.eval()
         torch.manual_seed(seed_of("batches", settings.seed))
         stream = _Stream(batches, settings.accumulate)
         learner.run(stream, validate, on_progress)
@@ -502,32 +504,6 @@ class _Stream:
     def _again(self) -> Iterator[Any]:
         while True:
             yield from self._pass()
-
-
-# ---- what is lent ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _lent(model: nn.Module, pairs: Pairs) -> Iterator[None]:
-    """Evaluation mode and gradients of the candidates alone inside; after it gradients, modes, buffers and what
-    requires gradients are as before."""
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
-    mine = _parameters(model, pairs)
-    try:
-        with Evaluating(model):
-            for p, _, _ in parameters:
-                p.grad = None
-                p.requires_grad_(p in mine)
-            yield
-    finally:
-        for p, required, grad in parameters:
-            p.requires_grad_(required)
-            p.grad = grad
-        with torch.no_grad():
-            for module, name, b, was in buffers:
-                b.copy_(was)
-                module._buffers[name] = b
 
 
 def _parameters(model: nn.Module, pairs: Mapping[str, Any]) -> dict[nn.Parameter, str]:

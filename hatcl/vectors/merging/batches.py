@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
@@ -75,3 +77,30 @@ class Evaluating:
     def __exit__(self, *_: object) -> None:
         for module, mode in self.modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def lent(model: nn.Module, trained: Collection[nn.Parameter], moved: Collection[Tensor] = ()) -> Iterator[None]:
+    """A model to train for a while: inside, only `trained` require gradients, and none has one yet. After it
+    gradients, modes and what requires gradients are as before, and buffers too, but for those in `moved`."""
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    own, moving = {id(p) for p in trained}, {id(b) for b in moved}
+    buffers = [
+        (m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items()
+        if b is not None and id(b) not in moving
+    ]  # fmt: skip
+    modes = Evaluating(model)
+    try:
+        for p, _, _ in parameters:
+            p.grad = None
+            p.requires_grad_(id(p) in own)
+        yield
+    finally:
+        for p, required, grad in parameters:
+            p.requires_grad_(required)
+            p.grad = grad
+        with torch.no_grad():
+            for module, name, b, was in buffers:
+                b.copy_(was)
+                module._buffers[name] = b
+        modes.__exit__()
