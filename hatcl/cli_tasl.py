@@ -18,10 +18,11 @@ from .cli_atlas_run import Bar, absolute, err, out
 from .cli_options import chosen, key_values, usable_device
 from .config import HATConfig
 from .continual import folder as kept
-from .continual.options import EVALUATE, SCHEDULES, LearnOptions
+from .continual.options import EVALUATE, LearnOptions
 from .convert import convert
 from .errors import ConfigError, HATError
 from .files import complete, sha256_of, write_files
+from .functional import RATES
 from .report.skills import draw_overlap, draw_skills
 from .report.tables import matrix_table
 from .skills.scores import SkillScores, localize
@@ -98,7 +99,7 @@ def run_command(
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = DEFAULT.batch_size,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = DEFAULT.lr,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = DEFAULT.weight_decay,
-    schedule: Annotated[str, typer.Option(help="constant, or cosine down to 0 over each task.")] = DEFAULT.schedule,
+    schedule: Annotated[str, typer.Option(help="constant, linear, or cosine, per task.")] = DEFAULT.schedule,
     warmup: Annotated[float, typer.Option(help="Share of a task's steps in which the rate rises.")] = DEFAULT.warmup,
     clip_grad: Annotated[float, typer.Option(help="Clip the gradients' norm, 0 = off.")] = DEFAULT.clip_grad,
     evaluate: Annotated[
@@ -114,7 +115,7 @@ def run_command(
     """
     chosen("--method", method, list(continual.list_continual_methods()))
     chosen("--form", form, FORMS)
-    chosen("--schedule", schedule, SCHEDULES)
+    chosen("--schedule", schedule, RATES)
     chosen("--evaluate", evaluate, EVALUATE)
     where = usable_device(device)
     options = LearnOptions(epochs, batch_size, lr, weight_decay, schedule, warmup, clip_grad, evaluate)

@@ -17,6 +17,9 @@ SMALLEST_GATE = 1e-4
 """Soft gates below this are exact zeros. A gradient passes two gates and an optimizer squares it: smaller gates make
 denormal floats there, which cost a CPU many times the step. Their embeddings still learn (see `soft_gate`)."""
 
+RATES = ("constant", "linear", "cosine")
+"""How a learning rate goes on after its warm-up."""
+
 
 def scale_at(step: int, steps: int, max_scale: float, schedule: str = "linear") -> float:
     """The scale s at step b = `step` of B = `steps` of one annealing cycle.
@@ -34,6 +37,21 @@ def scale_at(step: int, steps: int, max_scale: float, schedule: str = "linear") 
     if schedule == "exponential":
         return float(max_scale ** (2.0 * progress - 1.0))
     return max_scale
+
+
+def rate_at(step: int, steps: int, lr: float, schedule: str = "constant", warmup: float = 0.0) -> float:
+    """The learning rate of step 0, 1, ... of `steps`, one of `RATES`: with w = round(warmup * steps), `lr (step + 1) /
+    w` while step < w; then with p = (step - w) / (steps - w)
+
+        constant: lr;   linear: lr (1 - p);   cosine: lr (1 + cos(pi p)) / 2
+    """
+    rising = round(warmup * steps)
+    if step < rising:
+        return lr * (step + 1) / rising
+    p = (step - rising) / max(1, steps - rising)
+    if schedule == "linear":
+        return lr * (1 - p)
+    return lr * (1 + math.cos(math.pi * p)) / 2 if schedule == "cosine" else lr
 
 
 class _Gate(torch.autograd.Function):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ..config import Changeable, one_of
 from ..errors import ConfigError
+from ..functional import RATES, rate_at
 
-SCHEDULES = ("constant", "cosine")
 EVALUATE = ("next", "all")
 
 
@@ -19,7 +19,7 @@ class LearnOptions(Changeable):
     Args:
         epochs: passes over a task's examples. batch_size: examples per step.
         lr: the highest learning rate. weight_decay: decoupled, on all that is trained.
-        schedule: after the warm-up `constant`, or `cosine` down to 0 at a task's last step.
+        schedule: after the warm-up `constant`, or `linear` or `cosine` down to 0 at a task's last step.
         warmup: share of a task's steps in which the learning rate rises linearly from 0.
         clip_grad: clip the gradient's norm to this, 0 = off.
         evaluate: after each task, score the tasks learned so far and the `next` one, which is what the measures need,
@@ -53,15 +53,9 @@ class LearnOptions(Changeable):
                 raise ConfigError(f"{name}: got {value!r}, expected a number of at least 0")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup: got {self.warmup!r}, expected a share from 0 to below 1")
-        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("schedule", self.schedule, RATES)
         one_of("evaluate", self.evaluate, EVALUATE)
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step 0, 1, ... of `steps`: with w = round(warmup * steps), `lr (step + 1) / w` while
-        step < w, then lr, or `lr (1 + cos(pi (step - w) / (steps - w))) / 2`."""
-        rising = round(self.warmup * steps)
-        if step < rising:
-            return self.lr * (step + 1) / rising
-        if self.schedule == "constant":
-            return self.lr
-        return self.lr * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
+        """The learning rate of step 0, 1, ... of a task's `steps`, see `hatcl.functional.rate_at`."""
+        return rate_at(step, steps, self.lr, self.schedule, self.warmup)

@@ -11,10 +11,11 @@ from typing import Any
 
 from ..config import Changeable, one_of
 from ..errors import ConfigError
+from ..functional import RATES, rate_at
 from ..training.stream import FITS
 
 OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("auto", "constant", "linear", "cosine")
+SCHEDULES = ("auto", *RATES)
 STATISTICS = ("held", "learned")
 TOKENS = ("cls", "mask", "last")
 CUTS = ("end", "head")
@@ -177,19 +178,9 @@ class FinetuneOptions(Changeable):
         return 1000 if self.max_steps is None else self.max_steps
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step 0, 1, ... of `steps`: with w = round(warmup * steps), `lr (step + 1) / w` while
-        step < w; then with p = (step - w) / (steps - w) `lr` (constant), `lr (1 - p)` (linear) or
-        `lr (1 + cos(pi p)) / 2` (cosine)."""
-        rising = round(self.warmup * steps)
-        if step < rising:
-            return self.lr * (step + 1) / rising
-        schedule = self.schedule
-        if schedule == "auto":
-            schedule = "constant" if self.optimizer == "sgd" else "linear"
-        p = (step - rising) / max(1, steps - rising)
-        if schedule == "constant":
-            return self.lr
-        return self.lr * ((1 - p) if schedule == "linear" else (1 + math.cos(math.pi * p)) / 2)
+        """The learning rate of step 0, 1, ... of `steps`, see `hatcl.functional.rate_at`."""
+        auto = "constant" if self.optimizer == "sgd" else "linear"
+        return rate_at(step, steps, self.lr, auto if self.schedule == "auto" else self.schedule, self.warmup)
 
 
 def _whole(name: str, value: Any, low: int, optional: bool = False) -> None:
