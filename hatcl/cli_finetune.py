@@ -114,8 +114,9 @@ def finetune_command(
 ) -> None:
     """Fine-tune a model on one classification task, for hatcl graft.
 
-    RUN holds both models' weights, the options and digests of what was read, and accuracies; it is written when all is
-    done. Validation examples choose among the steps; test examples are only reported.
+    RUN holds both models' weights, the options and digests of what was read, and accuracies. Interrupted, the same
+    command goes on from the last checkpoint; there is one a minute. Validation examples choose among the steps; test
+    examples are only reported.
     """
     chosen("--mode", mode, list(list_finetune_modes()))
     where = usable_device(device)
@@ -135,7 +136,7 @@ def finetune_command(
             bar.says("reading")
             run = finetune_run(options, learning, output, device=where, on_progress=_Telling(bar))
     except KeyboardInterrupt:
-        err.print("\nstopped; nothing was written", soft_wrap=True)
+        err.print("\nstopped. The same command goes on from the last checkpoint, one a minute", soft_wrap=True)
         raise typer.Exit(130) from None
     if finished:
         out.print(f"{output} is finished already.", soft_wrap=True)

@@ -140,13 +140,13 @@ def test_errors_of_fine_tuning(here, tmp_path, capsys):
         assert not list(tmp_path.iterdir()), message
 
 
-def test_fine_tuning_that_is_stopped_writes_nothing(here, tmp_path, capsys, monkeypatch):
+def test_fine_tuning_that_is_stopped_says_how_it_goes_on(here, tmp_path, capsys, monkeypatch):
     def stops(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hatcl.cli_finetune.finetune_run", stops)
     assert hatcl("finetune", "bert", *TEXT, *QUICK, "--out", tmp_path / "out") == 130
-    assert "stopped; nothing was written" in said(capsys)[1]
+    assert "stopped. The same command goes on from the last checkpoint, one a minute" in said(capsys)[1]
     assert not list(tmp_path.iterdir())
 
 

@@ -6,8 +6,8 @@
     tokenizer/                of a text model
     metrics.json              accuracies, history, counts
 
-The folder is written beside its place and renamed when all of it is there. It needs the data file still, but neither
-the model's folder nor its hub.
+The folder is written beside its place and renamed when all of it is there; until then it has at most `checkpoint/`,
+from which the same call goes on. It needs the data file still, but neither the model's folder nor its hub.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, HATError, IntegrityError
-from ..files import replaced_folder, sha256_of
+from ..files import beside, complete, replaced_folder, sha256_of
 from ..integrations.timm_names import timm_source
 from ..registry import build_source, source_of
-from ..training.checkpoints import CONFIG, METRICS, read_json, write_json
+from ..training.checkpoints import CHECKPOINT, CONFIG, METRICS, read_json, write_json
 from ..vectors.files import write_tensors
 from ..vectors.tensors import kinds_of, tensors_of
 from .loading import load_model, make_task
 from .modes import mode_of
 from .options import FinetuneOptions, TaskOptions
+from .standing import Standing
 from .state import load_state, state_of
 from .tasks import FinetuneTask
 from .tune import Told, finetune_, reached, trained_names
@@ -68,13 +69,16 @@ def finetune_run(
     *,
     device: torch.device | str = "cpu",
     on_progress: Told | None = None,
+    seconds: float = 60.0,
 ) -> Run:
     """Make the task, fine-tune a copy of its model, measure both, and keep them in a folder.
 
     Args:
         options: what to fine-tune on what, or a task made in memory (`load_run` then needs it again).
-        folder: where the run is kept; a finished run of the same options and inputs is read instead.
-        device: where to compute; both models stay there. on_progress: see `finetune_`.
+        folder: where the run is kept; a finished run of the same options and inputs is read instead, one that was
+            killed goes on, and ends with the same bits.
+        device: where to compute; both models stay there. on_progress: see `finetune_`. seconds: between two
+            checkpoints.
 
     Raises:
         ConfigError: options that do not fit, or a folder that holds something else. IntegrityError: an input file is
@@ -93,13 +97,16 @@ def finetune_run(
         model, tokenizer = load_model(options)
         source = _source(options, model)
         made = make_task(options, chosen.seed, model=model, tokenizer=tokenizer)
-    names = trained_names(made, chosen)
+    names: Sequence[str] = trained_names(made, chosen)
     made.model.to(device)
     began = time.perf_counter()
     finetuned = copy.deepcopy(made.model).eval()
+    standing = None
+    if where is not None:
+        standing = Standing(where / CHECKPOINT, lambda: _config_of(described, chosen, source, names), seconds)
     before = _accuracies(made, made.model)
     with reached(finetuned) as found:
-        history = finetune_(finetuned, made, chosen, on_progress)
+        history = finetune_(finetuned, made, chosen, on_progress, standing)
     names = [n for n in names if n in found]
     metrics = {
         "accuracy": {"pretrained": before, "finetuned": _accuracies(made, finetuned)},
@@ -126,7 +133,7 @@ def save_run(folder: str | Path, run: Run, source: Mapping[str, Any] | None = No
     """
     target = Path(folder)
     _check_free(target)
-    config = {**_described(run.options, run.learning), "source": source, "trained": list(run.trained)}
+    config = _config_of(run.options, run.learning, source, run.trained)
     with replaced_folder(target) as new:
         for file, model in ((PRETRAINED, run.pretrained), (FINETUNED, run.finetuned)):
             state = state_of(model)
@@ -171,13 +178,16 @@ def holds(folder: str | Path, options: TaskOptions | None, learning: FinetuneOpt
     """Does a folder hold the finished run of these options?
 
     Raises:
-        ConfigError: it holds a run of other options, or something else. IntegrityError: an input file changed since.
+        ConfigError: it holds a run of other options, finished or not, or something else. IntegrityError: an input file
+            changed since.
     """
     path = Path(folder)
-    if not (path / CONFIG).exists():
+    finished = (path / CONFIG).exists()
+    if not finished:
         _check_free(path)
-        return False
-    config = _config(path)
+        if not complete(path / CHECKPOINT).exists():
+            return False
+    config = _config(path if finished else complete(path / CHECKPOINT))
     now = _described(options, learning)
     for part in ("task", "learning"):
         was = config[part]
@@ -190,7 +200,7 @@ def holds(folder: str | Path, options: TaskOptions | None, learning: FinetuneOpt
                     f"{now[part].get(name)}; give the same options to go on with it, or name another folder (--out)"
                 )
     _same_inputs(path, config["inputs"])
-    return True
+    return finished
 
 
 # --- what a run is of ---
@@ -220,6 +230,12 @@ def absolute(options: TaskOptions) -> TaskOptions:
     )
 
 
+def _config_of(
+    options: TaskOptions | None, learning: FinetuneOptions, source: Mapping[str, Any] | None, trained: Sequence[str]
+) -> dict[str, Any]:
+    return {**_described(options, learning), "source": source, "trained": list(trained)}
+
+
 def _described(options: TaskOptions | None, learning: FinetuneOptions) -> dict[str, Any]:
     full = None if options is None else absolute(options)
     return {
@@ -232,6 +248,8 @@ def _described(options: TaskOptions | None, learning: FinetuneOptions) -> dict[s
 
 
 def _config(path: Path) -> dict[str, Any]:
+    if not (path / CONFIG).exists() and complete(path / CHECKPOINT).exists():
+        raise ConfigError(f"{path}: this run is not finished; the command that began it goes on with it")
     if not (path / CONFIG).exists():
         raise ConfigError(f"{path}: holds no run of hatcl finetune (no {CONFIG}); name the folder of one")
     config = read_json(path / CONFIG)
@@ -260,7 +278,8 @@ def _options(path: Path, fields: Mapping[str, Any]) -> TaskOptions:
 def _check_free(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"folder: {path} is a file, expected a folder (--out)")
-    if path.exists() and any(path.iterdir()):
+    ours = {p.name for p in (path / CHECKPOINT, beside(path / CHECKPOINT, "new"), beside(path / CHECKPOINT, "old"))}
+    if path.exists() and any(p.name not in ours for p in path.iterdir()):
         raise ConfigError(f"folder: {path} holds something else than a run of hatcl finetune; name another (--out)")
 
 

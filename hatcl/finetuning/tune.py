@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, NonFiniteLossError
 from ..vectors.merging.batches import lent
 from .options import FinetuneOptions
+from .standing import Standing
 from .tasks import FinetuneTask
 
 Told = Callable[[dict[str, float]], None]
@@ -64,6 +65,7 @@ def finetune_(
     task: FinetuneTask,
     options: FinetuneOptions | Mapping[str, Any] | None = None,
     on_progress: Told | None = None,
+    standing: Standing | None = None,
 ) -> list[dict[str, float]]:
     """Fine-tune a model in place on a task, by the cross-entropy of its logits.
 
@@ -87,6 +89,8 @@ def finetune_(
     Args:
         model: the task's own, or a copy of it. options: `FinetuneOptions`, or a mapping of what to change.
         on_progress: told after each step {step, steps, loss}, and beside these {validation} when it has validated.
+        standing: where it is kept how far this got, after every minute or as it says; a fine-tuning that was killed
+            goes on from there, and ends with the bits of one that was not.
 
     Returns:
         One entry per validation (and for the last step): step, the mean loss since the entry before, lr, validation
@@ -107,7 +111,7 @@ def finetune_(
     with rng, lent(model, trained.values(), statistics.values()):
         torch.manual_seed(chosen.seed)
         try:
-            history = _loop(model, task, chosen, trained, watched, start, on_progress or (lambda told: None))
+            history = _loop(model, task, chosen, trained, watched, start, on_progress or (lambda told: None), standing)
         except BaseException:
             _put(watched, start)
             raise
@@ -122,15 +126,23 @@ def _loop(
     watched: dict[str, Tensor],
     start: dict[str, Tensor],
     tell: Told,
+    standing: Standing | None,
 ) -> list[dict[str, float]]:
     optimizer = _optimizer(model, trained, options)
     steps = options.steps(len(task.train))
     order = _order(len(task.train), options.batch_size, options.seed)
+    begun = 0
     history: list[dict[str, float]] = []
     losses: list[float] = []
     best: tuple[float, dict[str, Tensor], int] | None = None
     _mode(model, options)
-    for step in range(steps):
+    if standing is not None and (kept := standing.read(start)) is not None:
+        begun, history, losses, best = (kept[name] for name in ("step", "history", "losses", "best"))
+        _put(watched, kept["tensors"])
+        optimizer.load_state_dict(kept["optimizer"])
+        for _ in range(begun):
+            next(order)
+    for step in range(begun, steps):
         rate = options.rate(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -159,6 +171,11 @@ def _loop(
                     best = (entry["validation"], {n: t.detach().clone() for n, t in watched.items()}, len(history))
             history.append(entry)
             losses = []
+        if standing is not None and step + 1 < steps and standing.due():
+            standing.write(
+                step=step + 1, history=history, losses=losses, best=best, optimizer=optimizer.state_dict(),
+                tensors={n: t.detach() for n, t in watched.items()},
+            )  # fmt: skip
         tell(told)
     if best is not None:
         _put(watched, best[1])

@@ -59,16 +59,24 @@ def load_checkpoint(run: Path, device: torch.device) -> Checkpoint | None:
     if not folder.exists():
         return None
     progress = read_json(folder / "progress.json")
-    path = folder / "training.pt"
+    training = read_torch(folder / "training.pt")
+    return Checkpoint(from_pretrained(folder / MODEL).to(device), training, progress)
+
+
+def read_torch(path: Path) -> Any:
+    """Tensors and plain values that `torch.save` wrote, on the CPU.
+
+    Raises:
+        IntegrityError: the file is missing, truncated or of another kind.
+    """
     try:
-        training = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise IntegrityError(
-            f"{path} cannot be read as tensors and plain values ({first_line}); expected what hatcl train wrote. "
-            "Copy the run folder again, or start a new run"
+            f"{path} cannot be read as tensors and plain values ({first_line}); expected what hatcl wrote. Copy the "
+            "run folder again, or start a new run"
         ) from error
-    return Checkpoint(from_pretrained(folder / MODEL).to(device), training, progress)
 
 
 def tidy(run: Path) -> None:
@@ -148,8 +156,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise IntegrityError(
-            f"{path} cannot be read as JSON ({error}); expected what hatcl train wrote. Copy the run folder again, "
-            "or start a new run"
+            f"{path} cannot be read as JSON ({error}); expected what hatcl wrote. Copy the run folder again, or "
+            "start a new run"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -34,6 +35,7 @@ import hatcl  # noqa: E402
 from hatcl.errors import ConfigError, IntegrityError, VectorError  # noqa: E402
 from hatcl.finetuning import (  # noqa: E402
     FinetuneOptions,
+    FinetuneTask,
     TaskOptions,
     finetune_run,
     image_task,
@@ -41,7 +43,9 @@ from hatcl.finetuning import (  # noqa: E402
     make_task,
     prompt_task,
     run,
+    standing,
     trained_names,
+    tune,
 )
 from hatcl.training.stream import npz_task  # noqa: E402
 
@@ -391,3 +395,151 @@ def test_an_in_memory_prompt_task_has_its_tokenizer_kept(tmp_path):
     task = prompt_task(texts(), masked(), minilm(), words=WORDS, max_length=32)
     finetune_run(task, LEARNING, tmp_path / "run")
     assert (tmp_path / "run" / "tokenizer").is_dir()
+
+
+# --- killed and gone on with ---
+
+LONGER = {
+    "dropout": ("prompt", {"lr": 0.05}),
+    "momentum": ("labels", {"momentum": 0.9, "evaluate_every": 3}),
+    "adamw and l1": ("finetune", {"optimizer": "adamw", "lr": 1e-3, "l1": 1e-2, "warmup": 0.5}),
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(step):
+    def tell(told):
+        if told["step"] == step:
+            raise Killed
+
+    return tell
+
+
+def longer(name, tmp_path):
+    mode, options = LONGER[name]
+    return options_of(mode, tmp_path), FinetuneOptions(
+        **{"max_steps": 7, "evaluate_every": 2, "batch_size": 2, **options}
+    )
+
+
+def killed(options, learning, folder, step):
+    with pytest.raises(Killed):
+        finetune_run(options, learning, folder, on_progress=killed_after(step), seconds=0)
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(name, tmp_path):
+    options, learning = longer(name, tmp_path)
+    whole = finetune_run(options, learning, tmp_path / "whole", seconds=0)
+    told = []
+    for step in (1, 4, 6):
+        killed(options, learning, tmp_path / "run", step)
+        assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint"]
+    again = finetune_run(options, learning, tmp_path / "run", on_progress=told.append, seconds=0)
+    assert [t["step"] for t in told] == [7.0]
+    assert same(whole.finetuned, again.finetuned) and same(whole.pretrained, again.pretrained)
+    assert whole.metrics["history"] == again.metrics["history"] and whole.trained == again.trained
+    files = [sorted(p.name for p in (tmp_path / where).iterdir()) for where in ("whole", "run")]
+    assert files[0] == files[1] and "checkpoint" not in files[0]
+
+
+@pytest.mark.parametrize("lost", ["random", "optimizer", "best", "order"])
+def test_without_a_part_of_the_checkpoint_the_bits_are_others(lost, tmp_path, monkeypatch):
+    """The twin: what goes on from less than all of it does not end where it should."""
+    options, learning = longer({"random": "dropout", "optimizer": "adamw and l1"}.get(lost, "momentum"), tmp_path)
+    if lost == "best":
+        scores = iter([0.9, 0.1, 0.1, 0.1])  # the state before the kill is the best one
+        monkeypatch.setattr(FinetuneTask, "accuracy", lambda self, model, part: next(scores) if model.training else 0.5)
+    whole = finetune_run(options, learning)
+    scores = iter([0.9, 0.1, 0.1, 0.1])
+    killed(options, learning, tmp_path / "run", 5)
+    read = standing.Standing.read
+
+    def less(self, start):
+        state = torch.get_rng_state()
+        kept = read(self, start)
+        if lost == "random":
+            torch.set_rng_state(state)
+        elif lost == "optimizer":
+            kept["optimizer"]["state"] = {}
+        elif lost == "best":
+            kept["best"] = None
+        return kept
+
+    monkeypatch.setattr(standing.Standing, "read", less)
+    if lost == "order":
+        order = tune._order
+        monkeypatch.setattr(tune, "_order", lambda *given: itertools.chain([None] * 5, order(*given)))
+    again = finetune_run(options, learning, tmp_path / "run")
+    assert not same(whole.finetuned, again.finetuned)
+
+
+def test_learned_statistics_go_on_too(tmp_path):
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet", num_classes=4).state_dict(), tmp_path / "base.safetensors")
+    options = TaskOptions(
+        "image", "test_resnet", str(image_file(tmp_path)), weights=str(tmp_path / "base.safetensors"), size=0
+    )
+    learning = FinetuneOptions(lr=0.1, max_steps=4, batch_size=4, evaluate_every=3, statistics="learned")
+    whole = finetune_run(options, learning)
+    killed(options, learning, tmp_path / "run", 2)
+    again = finetune_run(options, learning, tmp_path / "run")
+    means = [m.conv1[1].running_mean for m in (whole.pretrained, whole.finetuned)]
+    assert same(whole.finetuned, again.finetuned) and not torch.equal(*means)
+
+
+def test_a_task_in_memory_goes_on_too(tmp_path):
+    options, learning = longer("momentum", tmp_path)
+    whole = finetune_run(make_task(options), learning)
+    killed(make_task(options), learning, tmp_path / "run", 5)
+    again = finetune_run(make_task(options), learning, tmp_path / "run")
+    assert same(whole.finetuned, again.finetuned)
+    with pytest.raises(ConfigError, match="holds a run of another task"):
+        killed(make_task(options), learning, tmp_path / "other", 5)
+        finetune_run(options, learning, tmp_path / "other")
+
+
+def test_a_kill_while_a_checkpoint_is_replaced(tmp_path):
+    options, learning = longer("momentum", tmp_path)
+    whole = finetune_run(options, learning)
+    killed(options, learning, tmp_path / "run", 3)
+    (tmp_path / "run" / "checkpoint").rename(tmp_path / "run" / ".checkpoint.old")
+    (tmp_path / "run" / ".checkpoint.new").mkdir()
+    told = []
+    again = finetune_run(options, learning, tmp_path / "run", on_progress=told.append)
+    assert told[0]["step"] == 4.0 and same(whole.finetuned, again.finetuned)
+
+
+def test_a_quick_run_keeps_no_checkpoint(tmp_path):
+    options, learning = longer("momentum", tmp_path)
+    with pytest.raises(Killed):
+        finetune_run(options, learning, tmp_path / "run", on_progress=killed_after(5))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_an_unfinished_run_refuses(tmp_path):
+    options, learning = longer("momentum", tmp_path)
+    folder = tmp_path / "run"
+    killed(options, learning, folder, 3)
+    with pytest.raises(ConfigError, match="started with lr 0.001, now came 0.5; give the same options"):
+        finetune_run(options, learning.changed({"lr": 0.5}), folder)
+    with pytest.raises(ConfigError, match="this run is not finished; the command that began it goes on with it"):
+        load_run(folder)
+    state = folder / "checkpoint" / "state.pt"
+    whole = state.read_bytes()
+    state.write_bytes(whole[:1000])
+    with pytest.raises(IntegrityError, match="state.pt cannot be read as tensors and plain values"):
+        finetune_run(options, learning, folder)
+    state.write_bytes(whole)
+    task = make_task(options, learning.seed)
+    first = next(n for n in trained_names(task, learning))
+    with torch.no_grad():
+        task.model.get_parameter(first).add_(1)
+    with pytest.raises(IntegrityError, match=f"{first} had other values when this fine-tuning began"):
+        tune.finetune_(task.model, task, learning, standing=standing.Standing(folder / "checkpoint", dict))
+    (tmp_path / "films.json.gz").write_bytes(b"other")
+    with pytest.raises(IntegrityError, match="is not what the run in .* was made of: it changed since"):
+        finetune_run(options, learning, folder)
