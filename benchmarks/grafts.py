@@ -3,7 +3,8 @@
     python benchmarks/grafts.py [--network minilm|resnet20] [--seed 0] [--tasks agnews sst-2 cr]
     python benchmarks/grafts.py --overlap [--seed 0]        # four tasks: overlap of their grafts, and unions
     python benchmarks/grafts.py --sequence [--seed 0]       # four tasks one after another, with and without grafts
-    python benchmarks/grafts.py --table                     # means and standard deviations over the seeds
+    python benchmarks/grafts.py --table                     # means, standard deviations over the seeds, differences
+    python benchmarks/grafts.py --picture docs/grafts.png   # the gain that MiniLM's grafts keep against their size
 
 Each task is fine-tuned by SGD, by AdamW, and by AdamW with the L1 pull; from each result grafts of 10, 1, 0.1 and
 0.01 % of the weights are taken: the largest changes, learned ones (up to 1 %), and after SGD random ones and whole
@@ -21,6 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ import hatcl
 from hatcl import atlas, grafts
 from hatcl.continual import LearnOptions, TextData, label_word_task, learn_sequence, read_texts
 from hatcl.finetuning import FinetuneOptions, FinetuneTask, finetune_, k_shot, labels_task, trained_names
+from hatcl.report.calibration import draw_graft_curve
 
 SPARSITIES = (0.1, 0.01, 1e-3, 1e-4)
 SENTIMENT = {"0": "negative", "1": "positive"}
@@ -292,11 +295,8 @@ def cell(values: list[float]) -> str:
 def table() -> None:
     """Means over tasks and seeds, with the standard deviation over seeds."""
     for network, names in NAMES.items():
-        runs = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"grafts_{network}_seed*.json"))]
-        for optimizer in TUNED[network]:
-            have = [r for r in runs if all(optimizer in r.get(n, {}) for n in names)]
-            if not have:
-                continue
+        have = runs_of(network)
+        for optimizer in TUNED[network] if have else ():
             print(f"\n### {network}, {optimizer}: {len(have)} seeds, {', '.join(names)}")
             measures = ["accuracy", "gain", "ece", "agreement", *(["ood"] if network == "minilm" else [])]
             print("| |", " | ".join(measures), "|\n|" + "---|" * (len(measures) + 1))
@@ -313,6 +313,53 @@ def table() -> None:
                 print("|", key, "|", " | ".join(cells), "|")
 
 
+def runs_of(network: str) -> list[dict[str, Any]]:
+    """The results of the seeds that are whole."""
+    found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"grafts_{network}_seed*.json"))]
+    return [r for r in found if all(o in r.get(n, {}) for n in NAMES[network] for o in TUNED[network])]
+
+
+def differences() -> None:
+    """Paired: both sides have the seed and the task in common. How often the left one is ahead, level, behind."""
+    for network, names in NAMES.items():
+        have = runs_of(network)
+        print(f"\n### {network}: differences in points, {len(have)} seeds of {', '.join(names)}")
+        print("| | measure | share | difference (sd over seeds) | ahead, level, behind |\n|---|---|---|---|---|")
+        rows = [(f"learned - largest, {o}", "accuracy", (o, "learned"), (o, "largest")) for o in TUNED[network]]
+        rows += [("largest - random, sgd", "accuracy", ("sgd", "largest"), ("sgd", "random"))]
+        rows += [("largest - units, sgd", "accuracy", ("sgd", "largest"), ("sgd", "units"))]
+        for by in ("largest", "learned"):
+            rows += [(f"sgd - adamw, {by}", "gain", ("sgd", by), ("adamw", by))]
+            rows += [(f"adamw with L1 - adamw, {by}", "gain", ("adamw_l1", by), ("adamw", by))]
+        for title, measure, left, right in rows:
+            for s in SPARSITIES:
+                per_seed = [
+                    [r[n][left[0]]["grafts"][f"{left[1]} {s:g}"][measure]
+                     - r[n][right[0]]["grafts"][f"{right[1]} {s:g}"][measure] for n in names]
+                    for r in have
+                    if all(f"{by} {s:g}" in r[names[0]][o]["grafts"] for o, by in (left, right))
+                ]  # fmt: skip
+                if not per_seed:
+                    continue
+                every = [round(d, 9) for seed in per_seed for d in seed if d == d]
+                counts = [sum(d > 0 for d in every), sum(d == 0 for d in every), sum(d < 0 for d in every)]
+                ahead = ", ".join(map(str, counts))
+                print("|", title, "|", measure, "|", f"{s:g}", "|", cell([_mean(d) for d in per_seed]), "|", ahead, "|")
+
+
+def picture(path: str) -> None:
+    lines = {
+        "learned, SGD": ("sgd", "learned"), "largest, SGD": ("sgd", "largest"), "random, SGD": ("sgd", "random"),
+        "largest, AdamW+L1": ("adamw_l1", "largest"), "largest, AdamW": ("adamw", "largest"),
+    }  # fmt: skip
+    rows = [
+        {"by": title, "sparsity": s, "gain kept": _mean([r[n][o]["grafts"][f"{by} {s:g}"]["gain"] for n in NAMES["minilm"]])}
+        for title, (o, by) in lines.items() for s in SPARSITIES for r in runs_of("minilm")
+        if f"{by} {s:g}" in r["agnews"][o]["grafts"]
+    ]  # fmt: skip
+    Path(path).write_bytes(draw_graft_curve(rows, pretrained=0.0, finetuned=1.0, measure="gain kept"))
+
+
 def _mean(values: list[float]) -> float:
     have = [v for v in values if v == v]
     return statistics.fmean(have) if have else float("nan")
@@ -327,11 +374,15 @@ def main() -> None:
     parser.add_argument("--sequence", action="store_true")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--picture")
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = tuple(args.tasks or NAMES[args.network])
     if args.table:
         table()
+        differences()
+    elif args.picture:
+        picture(args.picture)
     elif args.tune:
         for name in names:
             tune(args.network, name)
