@@ -352,11 +352,14 @@ def picture(path: str) -> None:
         "learned, SGD": ("sgd", "learned"), "largest, SGD": ("sgd", "largest"), "random, SGD": ("sgd", "random"),
         "largest, AdamW+L1": ("adamw_l1", "largest"), "largest, AdamW": ("adamw", "largest"),
     }  # fmt: skip
-    rows = [
-        {"by": title, "sparsity": s, "gain kept": _mean([r[n][o]["grafts"][f"{by} {s:g}"]["gain"] for n in NAMES["minilm"]])}
-        for title, (o, by) in lines.items() for s in SPARSITIES for r in runs_of("minilm")
-        if f"{by} {s:g}" in r["agnews"][o]["grafts"]
-    ]  # fmt: skip
+    rows = []
+    for title, (o, by) in lines.items():
+        for s in SPARSITIES:
+            for r in runs_of("minilm"):
+                grafts_ = [r[n][o]["grafts"] for n in NAMES["minilm"]]
+                if f"{by} {s:g}" in grafts_[0]:
+                    kept = _mean([g[f"{by} {s:g}"]["gain"] for g in grafts_])
+                    rows.append({"by": title, "sparsity": s, "gain kept": kept})
     Path(path).write_bytes(draw_graft_curve(rows, pretrained=0.0, finetuned=1.0, measure="gain kept"))
 
 
