@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import hatcl
+from hatcl.continual import list_continual_methods
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -75,3 +76,8 @@ def test_links_lead_somewhere(page):
 def test_every_option_is_documented_with_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", (ROOT / "docs/hat.md").read_text(), flags=re.M))
     assert rows == {f.name: repr(f.default).replace("'", '"') for f in dataclasses.fields(hatcl.HATConfig)}
+
+
+def test_every_method_of_the_loop_is_in_the_table():
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \|$", (ROOT / "docs/tasl.md").read_text(), flags=re.M)
+    assert sorted(rows) == sorted(list_continual_methods())
