@@ -135,11 +135,26 @@ def learned(task: FinetuneTask, finetuned: nn.Module, sparsity: float, seed: int
     )  # fmt: skip
 
 
-def rows(task: FinetuneTask, other: FinetuneTask | None, finetuned: nn.Module, seed: int, units: Any) -> dict[str, Any]:
+def wanted(optimizer: str) -> list[tuple[str, float]]:
+    """Which grafts of a model fine-tuned like this: what is dear is measured after SGD."""
+    found = [("largest", s) for s in SPARSITIES] + [("learned", s) for s in SPARSITIES if s <= 0.01]
+    if optimizer == "sgd":
+        found += [("learned", 0.1), *(("random", s) for s in SPARSITIES), ("units", 0.1), ("units", 0.01)]
+    return found
+
+
+def rows(
+    task: FinetuneTask,
+    other: FinetuneTask | None,
+    finetuned: nn.Module,
+    seed: int,
+    optimizer: str,
+    known: dict[str, Any],
+) -> dict[str, Any]:
     """Of the pretrained model, the fine-tuned one and grafts: what they do on the test set.
 
     Args:
-        other: whose test set is out of distribution. units: the map; None = only learned grafts and the largest.
+        other: whose test set is out of distribution. known: the rows of grafts that are there.
     """
     test, outside = (list(t.batches("test", 64)) if t else [] for t in (task, other))
     only = trained_names(task, FinetuneOptions())
@@ -151,23 +166,25 @@ def rows(task: FinetuneTask, other: FinetuneTask | None, finetuned: nn.Module, s
         out = {"accuracy": found.accuracy, "ece": found.calibration().ece, "agreement": grafts.agreement(found, truth)}
         return out | ({"ood": grafts.predict(model, outside, task.logits).accuracy} if outside else {})
 
+    def graft(way: str, s: float) -> hatcl.Graft:
+        if way == "learned":
+            return learned(task, finetuned, s, seed)
+        if way == "units":
+            return hatcl.select_graft(base, finetuned, s, grain="unit", unit_map=units_of(task), only=only)
+        rule = {"largest": "magnitude", "random": "random"}[way]
+        return hatcl.select_graft(base, finetuned, s, rule, only=only, seed=seed)
+
     pairs = [(base.get_parameter(n), finetuned.get_parameter(n)) for n in only]
     share = sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
-    out: dict[str, Any] = {"pretrained": row(base), "finetuned": row(finetuned), "moved": share, "grafts": {}}
+    out: dict[str, Any] = {"pretrained": row(base), "finetuned": row(finetuned), "moved": share, "grafts": dict(known)}
     ends = [out[end]["accuracy"] for end in ("pretrained", "finetuned")]
-    for s in SPARSITIES:
-        found = {"largest": hatcl.select_graft(base, finetuned, s, only=only)}
-        if s <= 0.01:
-            found["learned"] = learned(task, finetuned, s, seed)
-        if units is not None:
-            found["random"] = hatcl.select_graft(base, finetuned, s, "random", only=only, seed=seed)
-            if s >= 0.01:
-                found["units"] = hatcl.select_graft(base, finetuned, s, grain="unit", unit_map=units, only=only)
-        for way, graft in found.items():
-            with graft.applied(base):
+    for way, s in wanted(optimizer):
+        if f"{way} {s:g}" not in known:
+            made = graft(way, s)
+            with made.applied(base):
                 measured = row(base)
             gain = grafts.gain_kept(*ends, measured["accuracy"])
-            out["grafts"][f"{way} {s:g}"] = {**measured, "gain": gain, "size": graft.size}
+            out["grafts"][f"{way} {s:g}"] = {**measured, "gain": gain, "size": made.size}
     return out
 
 
@@ -182,18 +199,16 @@ def run(network: str, seed: int, names: tuple[str, ...]) -> None:
     for name in names:
         task = MAKE[network](name, seed)
         other = TEXTS[name][2] if network == "minilm" else None
-        units = units_of(task)
         for optimizer, options in TUNED[network].items():
             content = read(file)
-            if optimizer in content.get(name, {}):
+            was = content.get(name, {}).get(optimizer, {"grafts": {}, "seconds": 0.0})
+            if all(f"{way} {s:g}" in was["grafts"] for way, s in wanted(optimizer)):
                 continue
             began = time.time()
-            whole = optimizer == "sgd"
-            found = rows(
-                task, MAKE[network](other, seed) if other and whole else None, tuned(task, options, seed), seed,
-                units if whole else None,
-            )  # fmt: skip
-            content.setdefault(name, {})[optimizer] = {**found, "seconds": time.time() - began}
+            outside = MAKE[network](other, seed) if other and optimizer == "sgd" else None
+            found = rows(task, outside, tuned(task, options, seed), seed, optimizer, was["grafts"])
+            found["seconds"] = was["seconds"] + time.time() - began
+            content.setdefault(name, {})[optimizer] = found
             save(file, content)
             print(name, optimizer, json.dumps(found, indent=1), flush=True)
 
