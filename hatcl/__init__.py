@@ -1,6 +1,7 @@
 """hatcl: models that learn task after task. What an earlier task learned stays, bit for bit."""
 
 from . import atlas, continual
+from .adapter import as_adapter
 from .certify import Certificate, certify
 from .config import HATConfig
 from .convert import convert
@@ -78,10 +79,10 @@ __all__ = [
     "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm",
     "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm",
     "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError",
-    "accumulate", "add_tasks", "atlas", "certify", "compose", "consolidate", "continual", "convert", "describe",
-    "forget_task", "from_pretrained", "hold", "learn", "learn_graft", "list_merges", "list_models", "localize", "merge",
-    "merge_method", "orthogonality", "overlap", "register", "save_pretrained", "select_graft", "set_task",
-    "sign_conflicts", "skill_tensors", "task", "task_parameters", "tasks",
+    "accumulate", "add_tasks", "as_adapter", "atlas", "certify", "compose", "consolidate", "continual", "convert",
+    "describe", "forget_task", "from_pretrained", "hold", "learn", "learn_graft", "list_merges", "list_models",
+    "localize", "merge", "merge_method", "orthogonality", "overlap", "register", "save_pretrained", "select_graft",
+    "set_task", "sign_conflicts", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

@@ -12,7 +12,7 @@ from .errors import ConfigError, nearest
 
 
 def key_values(flag: str, pairs: Sequence[str] | None) -> dict[str, Any]:
-    """`key=value` pairs, values read as Python literals where they are ones and as text otherwise.
+    """`key=value` pairs, values read as Python literals where they are ones (true and false too) and as text otherwise.
 
     Raises:
         ConfigError: something else.
@@ -23,7 +23,7 @@ def key_values(flag: str, pairs: Sequence[str] | None) -> dict[str, Any]:
         if not equals or not key.isidentifier():
             raise ConfigError(f"{flag}: got {pair!r}, expected key=value")
         try:
-            values[key] = ast.literal_eval(text)
+            values[key] = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
         except (ValueError, SyntaxError):
             values[key] = text
     return values

@@ -20,8 +20,9 @@ from .config import HATConfig
 from .continual import folder as kept
 from .continual.options import EVALUATE, LearnOptions
 from .convert import convert
-from .errors import ConfigError, HATError
+from .errors import ConfigError
 from .files import complete, sha256_of, write_files
+from .finetuning.prompts import positions_of
 from .functional import RATES
 from .report.skills import draw_overlap, draw_skills
 from .report.tables import matrix_table
@@ -150,7 +151,7 @@ def run_command(
             result = continual.learn_sequence(
                 adapted, tasks, chosen_method, options, folder=output, seed=seed, on_progress=tell
             )
-    except HATError:
+    except Exception:
         if fresh and not (output / checkpoints.CONFIG).exists():
             (output / COMMAND).unlink(missing_ok=True)
         raise
@@ -265,6 +266,12 @@ def _task(
     max_input: int,
     max_output: int,
 ) -> continual.ContinualTask:
+    most = None if form == "seq2seq" else positions_of(model)
+    needed = max_input + max_output if form == "causal" else max_input
+    if most is not None and needed > most:
+        raise ConfigError(
+            f"--max-input{', --max-output' * (form == 'causal')}: {needed} tokens, but the model has {most} positions"
+        )
     if form == "labels":
         labels = {y: (words or {}).get(y, y) for y in data.labels}
         unknown = [y for y in words or {} if y not in labels]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -65,19 +66,15 @@ class HATConfig:
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("penalty", self.penalty, PENALTIES)
         one_of("reuse", self.reuse, REUSE)
-        if not isinstance(self.num_tasks, int) or self.num_tasks < 1:
-            raise ConfigError(f"num_tasks: got {self.num_tasks!r}, expected an integer of at least 1")
+        whole("num_tasks", self.num_tasks)
+        number("init_value", self.init_value)
         for name, low in (("max_scale", 1.0), ("clamp", 0.0), ("compensation_clamp", 0.0), ("embedding_lr_scale", 0.0)):
-            if not getattr(self, name) > low:
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a number above {low:g}")
-        if self.penalty_weight < 0:
-            raise ConfigError(f"penalty_weight: got {self.penalty_weight!r}, expected a number of at least 0")
+            number(name, getattr(self, name), low, without="low")
+        number("penalty_weight", self.penalty_weight, 0)
         for name in ("init_density", "forgiven", "settle"):
-            share = getattr(self, name)
-            if share is not None and not 0 <= share <= 1:
-                raise ConfigError(f"{name}: got {share!r}, expected a share between 0 and 1")
-        if self.cycles is not None and self.cycles < 1:
-            raise ConfigError(f"cycles: got {self.cycles!r}, expected at least 1 (or None for one per epoch)")
+            if name != "forgiven" or self.forgiven is not None:
+                number(name, getattr(self, name), 0, 1, what="a share")
+        whole("cycles", self.cycles, optional=True)
         if self.locked is not None:
             object.__setattr__(self, "locked", tuple(int(t) for t in self.locked))
 
@@ -99,6 +96,7 @@ class HATConfig:
 
 
 C = TypeVar("C", bound="Changeable")
+V = TypeVar("V")
 
 
 class Changeable:
@@ -138,3 +136,56 @@ def one_of(name: str, value: str, choices: Sequence[str]) -> None:
         raise ConfigError(
             f"{name}: got {value!r}, expected one of {', '.join(choices)}; did you mean {nearest(value, choices)!r}?"
         )
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    without: str = "",
+    what: str = "a number",
+) -> float:
+    """The value of an option that is a finite number within [low, high].
+
+    Args:
+        without: which ends are outside: `low`, `high` or `both`. what: how the error calls it.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+    above, below = without in ("low", "both"), without in ("high", "both")
+    if wrong or not (low < value if above else low <= value) or not (value < high if below else value <= high):
+        if low == -math.inf:
+            expected = what.replace("a ", "a finite ", 1)
+        elif high == math.inf:
+            expected = f"{what} {'above' if above else 'of at least'} {low:g}"
+        elif above == below:
+            expected = f"{what} between {low:g} and {high:g}{', without these' if above else ''}"
+        else:
+            ends = ("above", "at most") if above else ("of at least", "below")
+            expected = f"{what} {ends[0]} {low:g} and {ends[1]} {high:g}"
+        raise ConfigError(f"{name}: got {value!r}, expected {expected}")
+    return float(value)
+
+
+def whole(name: str, value: V, low: int = 1, *, optional: bool = False) -> V:
+    """The value of an option that is an integer of at least `low` or, where it is optional, None.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    if not fits and not (optional and value is None):
+        raise ConfigError(
+            f"{name}: got {value!r}, expected an integer of at least {low}{', or None' if optional else ''}"
+        )
+    return value
+
+
+def flag(name: str, value: Any) -> None:
+    """Raise `ConfigError` for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: got {value!r}, expected True or False")

@@ -7,10 +7,13 @@ import contextlib
 import errno
 import hashlib
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from .errors import IntegrityError
@@ -107,6 +110,22 @@ def writing(path: Path, then: str = "") -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise IntegrityError(f"{path}: could not be written ({error}); is the disk full? {then}".rstrip()) from error
+
+
+def read_torch(path: Path) -> Any:
+    """Tensors and plain values that `torch.save` wrote, on the CPU.
+
+    Raises:
+        IntegrityError: the file is missing, truncated or of another kind.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise IntegrityError(
+            f"{path} cannot be read as tensors and plain values ({first_line}); expected what hatcl wrote. Copy the "
+            "run folder again, or start a new run"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

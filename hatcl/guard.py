@@ -64,7 +64,8 @@ def held(model: nn.Module) -> list[Held]:
                         f"{prefix}{name} and {first} are one parameter but belong to two converted models; "
                         "convert the model that contains both, or copy the parameter"
                     )
-            if id(p) not in out or (out[id(p)].task is None and out[id(p)].plan is None):
+            known = out.get(id(p))
+            if known is None or (plan is not None and known.task is None and known.plan is None):
                 out[id(p)] = Held(f"{prefix}{name}", p, plan, None, plan is not None and plan.copied)
         if hat is not None:
             for t, copy in enumerate(getattr(module, "hat_tasks", ())):

@@ -78,7 +78,8 @@ def test_a_misspelled_option_is_told_its_nearest(name):
         ({"clamp": -1}, "clamp: got -1, expected a number above 0"),
         ({"penalty_weight": -0.1}, "penalty_weight: got -0.1, expected a number of at least 0"),
         ({"forgiven": 1.5}, "forgiven: got 1.5, expected a share between 0 and 1"),
-        ({"cycles": 0}, "cycles: got 0, expected at least 1"),
+        ({"cycles": 0}, "cycles: got 0, expected an integer of at least 1, or None"),
+        ({"penalty_weight": "1"}, "penalty_weight: got '1', expected a number of at least 0"),
         ({"max_scale": float("nan")}, "max_scale: got nan"),
     ],
 )

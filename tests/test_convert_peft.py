@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import parts
 import pytest
 import timm
@@ -113,6 +115,7 @@ def test_the_units_are_the_pairs(made):
             assert "lora_" in h.name
     copied = {h.name for h in guard.held(model) if h.plain}
     assert all("modules_to_save" in n for n in copied), "the base is never copied"
+    assert f"{sum(ranks)} units" in str(hatcl.describe(model))
 
 
 def test_without_a_task_it_is_the_peft_model(made):
@@ -215,3 +218,39 @@ def test_adapters_that_nothing_could_be_learned_in_are_refused():
         p.requires_grad_("lora_" not in name and p.requires_grad)
     with pytest.raises(hatcl.ConversionError, match="none of its LoRA tensors requires a gradient.*is_trainable=True"):
         hatcl.convert(source, 2, inputs)
+
+
+def reloaded(source, folder):
+    """The adapter in a folder over the base that it was made for."""
+    base = copy.deepcopy(source).unload()
+    return peft.PeftModel.from_pretrained(base, folder).eval()
+
+
+def test_a_tasks_adapter_is_an_ordinary_one(made, tmp_path):
+    source, inputs, model = made
+    learn(model, 0, inputs)
+    learn(model, 1, inputs)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for t in (0, 1):
+        with hatcl.as_adapter(model, t):
+            model.save_pretrained(tmp_path / str(t))
+        with torch.no_grad(), hatcl.task(model, t):
+            want = first_output(model, inputs)
+        with torch.no_grad():
+            got = first_output(reloaded(source, tmp_path / str(t)), inputs)
+        # pairs that are off are multiplied by 0 in one and are 0 in the other: the sums round alike
+        assert torch.allclose(got, want, rtol=0, atol=2e-6), (got - want).abs().max()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    model.save_pretrained(tmp_path / "bare")  # the twin: what peft writes without it is no task's adapter
+    with torch.no_grad():
+        bare = first_output(reloaded(source, tmp_path / "bare"), inputs)
+    assert (bare - want).abs().max() > 1e-4
+
+
+def test_as_adapter_refuses():
+    model = hatcl.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), 2, torch.randn(3, 4))
+    with pytest.raises(hatcl.TaskError, match="task 0 is not sealed, so it has no hard gates yet"):
+        hatcl.as_adapter(model, 0).__enter__()
+    parts.pretend(model)
+    with pytest.raises(hatcl.TaskError, match="0.weight is gated and no LoRA factor, so that no adapter computes what"):
+        hatcl.as_adapter(model, 0).__enter__()

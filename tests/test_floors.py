@@ -13,7 +13,7 @@ FLOORS = [
     ["errors", "config", "files", "functional"],
     ["registry", "map"],
     ["gates", "layers", "guard"],
-    ["certify", "describe", "forget", "extract", "convert", "pretrained", "vectors", "skills", "grafts"],
+    ["certify", "describe", "forget", "adapter", "extract", "convert", "pretrained", "vectors", "skills", "grafts"],
     ["training", "atlas", "continual", "integrations", "finetuning", "report", "zoo"],
     "__init__ cli_options cli_atlas_run cli_atlas cli_tasl cli_finetune cli_graft_run cli_graft cli __main__".split(),
 ]

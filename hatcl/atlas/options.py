@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Changeable, one_of
+from ..config import Changeable, number, one_of, whole
 from ..errors import ConfigError
 
 SCHEDULES = ("constant", "cosine")
@@ -45,16 +44,11 @@ class AtlasOptions(Changeable):
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"lr: got {self.lr!r}, expected a number above 0")
+        number("lr", self.lr, 0, without="low")
         for name in ("weight_decay", "clip", "regulariser"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name}: got {value!r}, expected a number of at least 0")
+            number(name, getattr(self, name), 0)
         for name in ("epochs", "accumulate"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}: got {value!r}, expected an integer of at least 1")
+            whole(name, getattr(self, name))
         if self.p not in (1, 2):
             raise ConfigError(f"p: got {self.p!r}, expected 1 or 2")
         one_of("schedule", self.schedule, SCHEDULES)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from ..config import Changeable, one_of
-from ..errors import ConfigError
+from ..config import Changeable, flag, number, one_of, whole
 from ..functional import RATES, rate_at
 
 EVALUATE = ("next", "all")
@@ -42,17 +40,12 @@ class LearnOptions(Changeable):
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}: got {value!r}, expected an integer of at least 1")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"lr: got {self.lr!r}, expected a number above 0")
+            whole(name, getattr(self, name))
+        number("lr", self.lr, 0, without="low")
         for name in ("weight_decay", "clip_grad"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name}: got {value!r}, expected a number of at least 0")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(f"warmup: got {self.warmup!r}, expected a share from 0 to below 1")
+            number(name, getattr(self, name), 0)
+        number("warmup", self.warmup, 0, 1, without="high", what="a share")
+        flag("baseline", self.baseline)
         one_of("schedule", self.schedule, RATES)
         one_of("evaluate", self.evaluate, EVALUATE)
 

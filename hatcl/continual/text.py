@@ -151,13 +151,18 @@ def _pairs(path: Path, part: str, rows: Any) -> list[Pair]:
             raise ConfigError(
                 f"{path}: {part}[{i}] is {str(row)[:60]!r}, expected [input, output] or [instruction, ...]"
             )
+        wrong = next((v for v in row if not isinstance(v, (str, int, float))), "")
+        if not isinstance(wrong, str):
+            raise ConfigError(f"{path}: {part}[{i}] holds {str(wrong)[:60]!r}, expected texts and numbers")
         *before, output = (str(v) for v in row)
         out.append(("\n".join(before), output))
     return out
 
 
-def _turns(path: Path, text: str, count: int) -> list[Turn]:
+def _turns(path: Path, text: Any, count: int) -> list[Turn]:
     """Lines `dialogue|||dialogue|||turn|||...|||service|||slot`."""
+    if not isinstance(text, str):
+        raise ConfigError(f"{path}: test_idx is a {type(text).__name__}, expected one text with a line per test row")
     lines = [line.split("|||") for line in text.splitlines() if line.strip()]
     if len(lines) != count:
         raise ConfigError(f"{path}: test_idx has {len(lines)} lines for {count} test rows; expected one of each")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import Changeable, one_of
+from ..config import Changeable, flag, number, one_of, whole
 from ..errors import ConfigError
 from ..functional import RATES, rate_at
 from ..training.stream import FITS
@@ -77,15 +76,15 @@ class TaskOptions(Changeable):
 
     def __post_init__(self) -> None:
         for name in ("k", "test", "max_length"):
-            _whole(name, getattr(self, name), 1, name != "max_length")
+            whole(name, getattr(self, name), optional=name != "max_length")
         for name in ("data_seed", "file_seed", "size"):
-            _whole(name, getattr(self, name), 0, name == "size")
+            whole(name, getattr(self, name), 0, optional=name == "size")
         one_of("cut", self.cut, CUTS)
         one_of("token", self.token, TOKENS)
         one_of("head", self.head, HEADS)
         one_of("fit", self.fit, FITS)
         one_of("normalise", self.normalise, NORMALISE)
-        _number("scale", self.scale, above=True)
+        number("scale", self.scale, 0, without="low")
 
     @property
     def name(self) -> str:
@@ -155,21 +154,22 @@ class FinetuneOptions(Changeable):
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("statistics", self.statistics, STATISTICS)
-        _number("lr", self.lr, above=True)
+        number("lr", self.lr, 0, without="low")
         for name in ("weight_decay", "l1", "clip_grad"):
-            _number(name, getattr(self, name))
+            number(name, getattr(self, name), 0)
         for name in ("momentum", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected a share from 0 to below 1")
+            number(name, getattr(self, name), 0, 1, without="high", what="a share")
+        for name in ("train_bias_only", "fix_embeddings", "dropout"):
+            flag(name, getattr(self, name))
         if self.momentum and self.optimizer != "sgd":
             raise ConfigError(f"momentum: got {self.momentum!r} for {self.optimizer}; it is SGD's, leave it at 0")
         if self.max_steps is not None and self.epochs is not None:
             raise ConfigError(f"max_steps={self.max_steps} and epochs={self.epochs}: give one of the two")
         for name in ("max_steps", "epochs"):
-            _whole(name, getattr(self, name), 1, True)
+            whole(name, getattr(self, name), optional=True)
         for name in ("batch_size", "evaluate_every"):
-            _whole(name, getattr(self, name), 1)
-        _whole("seed", self.seed, 0)
+            whole(name, getattr(self, name))
+        whole("seed", self.seed, 0)
 
     def steps(self, examples: int) -> int:
         """How many steps learning from so many examples takes; 1,000 where neither steps nor epochs are given."""
@@ -181,17 +181,3 @@ class FinetuneOptions(Changeable):
         """The learning rate of step 0, 1, ... of `steps`, see `hatcl.functional.rate_at`."""
         auto = "constant" if self.optimizer == "sgd" else "linear"
         return rate_at(step, steps, self.lr, auto if self.schedule == "auto" else self.schedule, self.warmup)
-
-
-def _whole(name: str, value: Any, low: int, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(
-            f"{name}: got {value!r}, expected an integer of at least {low}{', or None' if optional else ''}"
-        )
-
-
-def _number(name: str, value: float, above: bool = False) -> None:
-    if not (math.isfinite(value) and (value > 0 if above else value >= 0)):
-        raise ConfigError(f"{name}: got {value!r}, expected a number {'above' if above else 'of at least'} 0")

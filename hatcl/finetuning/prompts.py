@@ -209,16 +209,22 @@ def label_tokens(tokenizer: Any, words: Mapping[str, str], spaced: bool = True) 
     return list(found)
 
 
-def check_length(model: nn.Module, max_length: int) -> None:
-    """Raises `ConfigError` if a model has fewer positions than `max_length`, before a long text meets them."""
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens a text model has positions for; None = not known, or no limit."""
     config: Any = getattr(model, "config", None)
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if not isinstance(most, int):
-        return
+        return None
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
     if tables and tables[0].padding_idx is not None:
         most -= tables[0].padding_idx + 1  # RoBERTa counts positions from there
-    if max_length > most:
+    return most
+
+
+def check_length(model: nn.Module, max_length: int) -> None:
+    """Raises `ConfigError` if a model has fewer positions than `max_length`, before a long text meets them."""
+    most = positions_of(model)
+    if most is not None and max_length > most:
         raise ConfigError(f"max_length: got {max_length}, but the model has {most} positions; give at most that many")
 
 

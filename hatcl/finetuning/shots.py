@@ -9,6 +9,7 @@ import torch
 
 from ..atlas.fewshot import sample_shots
 from ..atlas.images import Images
+from ..config import whole
 from ..continual.text import TextData
 from ..errors import ConfigError
 
@@ -63,8 +64,7 @@ def draw(
     Raises:
         ConfigError: k below 1, or a class with too few, by name.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ConfigError(f"k: got {k!r}, expected an integer of at least 1")
+    whole("k", k)
     first: dict[Hashable, int] = {}
     for i, key in enumerate(keys):
         first.setdefault(key, i)

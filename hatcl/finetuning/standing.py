@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import IntegrityError
-from ..files import complete, replaced_folder
+from ..files import complete, read_torch, replaced_folder
 from ..functional import digest_of
-from ..training.checkpoints import CONFIG, read_torch, write_json
+from ..training.checkpoints import CONFIG, write_json
 
 STATE = "state.pt"
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from ..config import Changeable, one_of
-from ..errors import ConfigError
+from ..config import Changeable, number, one_of, whole
 
 OPTIMIZERS = ("sgd", "adam")
 GAMMAS = ("hard", "soft")
@@ -61,20 +59,12 @@ class GraftOptions(Changeable):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"lr: got {self.lr!r}, expected a number above 0")
-        if not (math.isfinite(self.bias) and self.bias >= 1):
-            raise ConfigError(f"bias: got {self.bias!r}, expected a number of at least 1 (S goes up to 1)")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum: got {self.momentum!r}, expected a number from 0 to below 1")
-        for name, value, least in (
-            ("steps", self.steps, 1),
-            ("accumulate", self.accumulate, 1),
-            ("seed", self.seed, 0),
-        ):
-            none = name == "accumulate" and value is None
-            if not none and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ConfigError(f"{name}: got {value!r}, expected an integer of at least {least}")
+        number("lr", self.lr, 0, without="low")
+        number("bias", self.bias, 1)  # S goes up to 1
+        number("momentum", self.momentum, 0, 1, without="high")
+        whole("steps", self.steps)
+        whole("accumulate", self.accumulate, optional=True)
+        whole("seed", self.seed, 0)
         one_of("gamma", self.gamma, GAMMAS)
         one_of("rule", self.rule, RULES)
         one_of("size", self.size, SIZES)

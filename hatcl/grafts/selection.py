@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import one_of
+from ..config import one_of, whole
 from ..errors import ConfigError, GraftError, VectorError, nearest
 from ..functional import digest_of
 from ..map.grains import make_grain
@@ -113,8 +113,7 @@ def select_graft(
             selects nothing or everything, scores that do not fit the candidates.
         ConfigError: patterns that match nothing, an unknown rule or grain.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed: got {seed!r}, expected an integer of at least 0")
+    whole("seed", seed, 0)
     pairs = candidates(pretrained, finetuned, only, skip)
     check_moved(pairs)
     by = by.values if isinstance(by, GraftScores) else by

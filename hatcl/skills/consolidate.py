@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Changeable, one_of
+from ..config import Changeable, number, one_of
 from ..errors import ConfigError, SkillError
 from ..map.grains import make_grain
 from .product import best_factors, factor_pairs, fit_each_other
@@ -62,19 +61,18 @@ class ConsolidateOptions(Changeable):
         for name in ("both", "previous_only", "current_only", "neither", "coarse"):
             given = getattr(self, name)
             value = tuple(given) if isinstance(given, (tuple, list)) else ()
+            numbers = len(value) == 2 and all(isinstance(w, (int, float)) for w in value)
             # two decimal numbers that sum to one do so but for a rounding, 1e-16
-            if len(value) != 2 or not min(value) >= 0 or not abs(sum(value) - 1) < 1e-9:
+            if not numbers or not min(value) >= 0 or not abs(sum(value) - 1) < 1e-9:
                 raise ConfigError(
                     f"{name}: got {given!r}, expected two weights, of the previous and of the current "
                     "adapter, that are at least 0 and sum to 1"
                 )
             object.__setattr__(self, name, value)
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ConfigError(f"temperature: got {self.temperature!r}, expected a number above 0")
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"share: got {self.share!r}, expected a share of the groups above 0 and at most 1")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise ConfigError(f"threshold: got {self.threshold!r}, expected a score between 0 and 1, or None")
+        number("temperature", self.temperature, 0, without="low")
+        number("share", self.share, 0, 1, without="low", what="a share of the groups")
+        if self.threshold is not None:
+            number("threshold", self.threshold, 0, 1, what="a normalised score")
 
     @property
     def unscored(self) -> Weights:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.hooks import RemovableHandle
 
-from ..config import known_options, one_of
+from ..config import flag, known_options, number, one_of, whole
 from ..errors import ConfigError, SkillError
 from . import ilora_files
 from .reservoir import Reservoir
 from .steps import at_steps
-from .switch import adapter_buffers, add_copy, check_peft, pairs, using
+from .switch import adapter_buffers, add_copy, check_peft, of_adapters, pairs, using
 from .tensors import active_adapter
 
 log = logging.getLogger(__name__)
@@ -75,17 +74,11 @@ class ILoRAConfig:
 
     def __post_init__(self) -> None:
         for name in ("use_ilora", "selective_update", "save_ema_adapter"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected True or False")
-        if not 0 <= self.ema_alpha <= 1:
-            raise ConfigError(f"ema_alpha: got {self.ema_alpha!r}, expected a number between 0 and 1")
-        if not (math.isfinite(self.consistency_weight) and self.consistency_weight >= 0):
-            raise ConfigError(f"consistency_weight: got {self.consistency_weight!r}, expected a number of at least 0")
-        if not math.isfinite(self.min_update_threshold):
-            raise ConfigError(f"min_update_threshold: got {self.min_update_threshold!r}, expected a finite number")
-        size = self.ilora_buffer_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"ilora_buffer_size: got {size!r}, expected an integer of at least 1")
+            flag(name, getattr(self, name))
+        number("ema_alpha", self.ema_alpha, 0, 1)
+        number("consistency_weight", self.consistency_weight, 0)
+        number("min_update_threshold", self.min_update_threshold)
+        whole("ilora_buffer_size", self.ilora_buffer_size)
         layers = self.hidden_state_layers
         if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not layers:
             raise ConfigError(f"hidden_state_layers: got {layers!r}, expected a list of layers, such as [-1]")
@@ -93,8 +86,12 @@ class ILoRAConfig:
             raise ConfigError(f"hidden_state_layers: got {list(layers)!r}, expected integers")
         object.__setattr__(self, "hidden_state_layers", tuple(layers))
         for name in ("ema_adapter_path", "previous_task_model"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, (str, os.PathLike)):
+                raise ConfigError(f"{name}: got {value!r}, expected a folder")
+            object.__setattr__(self, name, os.fspath(value))
         inside = Path(self.ema_adapter_path or ilora_files.STABLE).parts
         if not inside or inside[0] in (ilora_files.ADAPTER, ilora_files.MEMORY, ilora_files.ABOUT):
             raise ConfigError(f"ema_adapter_path: got {self.ema_adapter_path!r}, where something else is kept")
@@ -188,10 +185,10 @@ class ILoRA:
         seed: int = 0,
     ) -> None:
         one_of("on", on, ON)
-        if batch_size < 1:
-            raise ConfigError(f"batch_size: got {batch_size!r}, expected at least 1")
-        if not (math.isfinite(replay) and replay >= 0) or (replay and on == "batch"):
-            raise ConfigError(f"replay: got {replay!r} with on={on!r}, expected a number of at least 0, of the memory")
+        whole("batch_size", batch_size)
+        number("replay", replay, 0)
+        if replay and on == "batch":
+            raise ConfigError(f"replay: got {replay!r} with on='batch', expected 0; it is of the memory's examples")
         config = ILoRAConfig() if config is None else config
         self.config = config if isinstance(config, ILoRAConfig) else ILoRAConfig.from_dict(config)
         self.model, self.stable, self.on, self.batch_size, self.replay = model, stable, on, batch_size, replay
@@ -209,6 +206,12 @@ class ILoRA:
             raise SkillError(f"{type(model).__name__} has no LoRA adapter; add one with peft.get_peft_model")
         if name == stable:
             raise SkillError(f"the adapter {name!r} is to be plastic and stable at once; name another one by stable=")
+        loose = [n for n, p in model.named_parameters() if p.requires_grad and not of_adapters(n)]
+        if loose:
+            raise SkillError(
+                f"{loose[0]} is trained outside the adapter ({len(loose)} such), so that both adapters would share it; "
+                "name it in LoraConfig(modules_to_save=...), or freeze it"
+            )
         self.plastic = name
         added = stable not in model.peft_config
         try:
@@ -301,12 +304,9 @@ class ILoRA:
         losses = []
         for name in (self.plastic, self.stable):
             with using(self.model, name, evaluate=True):
-                losses.append(float(self._loss(self.model, batch)))
-            if not math.isfinite(losses[-1]):
-                raise SkillError(
-                    f"the loss of the adapter {name!r} on {self.batch_size} examples of the memory is {losses[-1]}; "
-                    "are all their labels masked (-100), or has learning diverged?"
-                )
+                loss = self._loss(self.model, batch)
+            self._check_finite(name, loss)
+            losses.append(float(loss))
         return losses[1] - losses[0] >= self.config.min_update_threshold
 
     # ---- the consistency --------------------------------------------------------------------------------------------
@@ -317,7 +317,8 @@ class ILoRA:
         not looked at.
 
         Raises:
-            SkillError: see `consistency`; or the memory is empty after the first task. ConfigError: no batch.
+            SkillError: see `consistency`; the memory is empty after the first task; the loss on it is not finite.
+            ConfigError: no batch.
         """
         zero = torch.zeros((), device=self._device())
         if not self.enabled or not (self.config.consistency_weight or self.replay):
@@ -331,7 +332,18 @@ class ILoRA:
             return zero
         weight = self.config.consistency_weight
         total = weight * self.consistency(batch) if weight else zero
-        return total + self.replay * self._loss(self.model, batch) if self.replay else total
+        if not self.replay:
+            return total
+        again = self._loss(self.model, batch)
+        self._check_finite(self.plastic, again)
+        return total + self.replay * again
+
+    def _check_finite(self, adapter: str, loss: Tensor) -> None:
+        if not bool(torch.isfinite(loss)):
+            raise SkillError(
+                f"the loss of the adapter {adapter!r} on {self.batch_size} examples of the memory is "
+                f"{float(loss.detach())}; are all their labels masked (-100), or has learning diverged?"
+            )
 
     def consistency(self, batch: Any) -> Tensor:
         """The mean squared error between the plastic and the stable adapter's hidden states of a batch: over the
@@ -387,12 +399,14 @@ class ILoRA:
             examples: one by one, as a data set has them (`collate` makes batches of them).
 
         Raises:
-            SkillError: a batch in their place.
+            SkillError: a batch, or a loader of batches, in their place.
         """
-        if isinstance(examples, Mapping):
+        batched = isinstance(examples, DataLoader) and examples.batch_size is not None
+        if isinstance(examples, Mapping) or batched:
+            what = "whose items are batches" if batched else "one batch"
             raise SkillError(
-                f"remember: got a {type(examples).__name__}, one batch, expected its examples one by one, such as the "
-                "data set behind a loader"
+                f"remember: got a {type(examples).__name__}, {what}, expected examples one by one, such as the data "
+                "set behind a loader (loader.dataset)"
             )
         if self.enabled:
             for example in examples:

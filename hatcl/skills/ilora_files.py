@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import IntegrityError, SkillError
-from ..files import complete, replaced_folder
+from ..files import complete, read_torch, replaced_folder
 from ..functional import digest_of
 from ..vectors.adapters import CONFIG, WEIGHTS
 from ..vectors.tensors import tensors_of
@@ -99,7 +99,7 @@ def load(ilora: ILoRA, folder: Path, task_id: str | None) -> None:
             f"{where}: this is not the stable adapter that the task {saved['current_task_id']!r} was saved with; it "
             "was written over or damaged. Learn that task again, with an ema_adapter_path of its own"
         )
-    memory = _unpacked(at / MEMORY)
+    memory = read_torch(at / MEMORY)
     ilora.memory.load_state_dict(memory)  # checks before it changes
     _put(model, ilora.plastic, plastic)
     _put(model, ilora.stable, stable)
@@ -246,14 +246,6 @@ def _packed(state: dict[str, Any]) -> bytes:
             "and plain values"
         ) from error
     return data.getvalue()
-
-
-def _unpacked(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise IntegrityError(f"{path} cannot be read as a memory ({first}); learn that task again") from error
 
 
 # ---- what may be replaced --------------------------------------------------------------------------------------------

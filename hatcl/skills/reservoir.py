@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..config import whole
 from ..errors import ConfigError, SkillError
 
 
@@ -26,8 +27,7 @@ class Reservoir:
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"size: got {size!r}, expected an integer of at least 1")
+        whole("size", size)
         self.size, self.seen = size, 0
         self._examples: list[Any] = []
         self._keep = torch.Generator().manual_seed(2 * seed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..config import one_of
+from ..config import number, one_of
 from ..errors import ConfigError, SkillError
 from ..map.grains import make_grain
 from .scores import GRAINS, SkillScores
@@ -66,8 +66,7 @@ class SkillScorer:
         one_of("grain", grain, GRAINS)
         one_of("importance", importance, IMPORTANCE)
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 < beta < 1:
-                raise ConfigError(f"{name}: got {beta!r}, expected a number between 0 and 1, without these")
+            number(name, beta, 0, 1, without="both")
         tensors = skill_tensors(model, adapter)
         if grain == "lora_pair" and not adapters_of(model):
             raise ConfigError(
@@ -163,7 +162,7 @@ class SkillScorer:
         """The score of each group.
 
         Raises:
-            SkillError: nothing was scored yet, or a score is not finite, by its label.
+            SkillError: nothing was scored yet, all scores are 0, or one is not finite, by its label.
         """
         self._scored()
         values = torch.ones(self._grain.size, dtype=torch.float64)
@@ -173,6 +172,11 @@ class SkillScorer:
             scored = self._element(name)
             over = [d for d in range(scored.dim()) if groups.dim() == 0 or groups.shape[d] == 1]
             values[groups.flatten()] *= (scored.mean(over) if over else scored).flatten()
+        if not bool(values.any()):
+            raise SkillError(
+                f"all {len(values)} scores are 0 after {self.steps} steps: no group had weights and gradients that are "
+                "not 0. Are all labels masked (-100), or was only the first step of a new adapter scored?"
+            )
         return SkillScores(self.grain, self._grain.shapes, values)
 
     def element_scores(self) -> dict[str, Tensor]:

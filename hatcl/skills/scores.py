@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save as as_bytes
 from torch import Tensor
 
-from ..config import one_of
+from ..config import number, one_of
 from ..errors import ConfigError, SkillError
 from ..files import write_files
 from ..map.grains import Grain, make_grain
@@ -171,13 +171,20 @@ def accumulate(
         SkillError: scores of another grain or of other tensors, by name. ConfigError: weights that are negative, not
             finite or both zero.
     """
-    if len(weights) != 2 or not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
-        raise ConfigError(f"weights: got {weights!r}, expected two numbers of at least 0, not both 0")
+    weights = two_weights("weights", weights)
     if previous is None:
         return current.normalised()
     check_same(current, previous, ("the current scores", "the previous scores"))
     now, before = (scores.normalised().values.double() for scores in (current, previous))
     return SkillScores(current.grain, current.shapes, weights[0] * now + weights[1] * before).normalised()
+
+
+def two_weights(name: str, value: Any) -> tuple[float, float]:
+    """An option that is the weights of two scores. Raises `ConfigError` for other values."""
+    given = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(given) != 2 or not all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in given) or not any(given):
+        raise ConfigError(f"{name}: got {value!r}, expected two numbers of at least 0, not both 0")
+    return given[0], given[1]
 
 
 def localize(scores: SkillScores, share: float = 0.2, threshold: float | None = None) -> Skill:
@@ -194,11 +201,9 @@ def localize(scores: SkillScores, share: float = 0.2, threshold: float | None = 
         ConfigError: a share or threshold outside its range.
     """
     if threshold is not None:
-        if not 0 <= threshold <= 1:
-            raise ConfigError(f"threshold: got {threshold!r}, expected a normalised score between 0 and 1")
+        number("threshold", threshold, 0, 1, what="a normalised score")
         return Skill(scores.grain, scores.shapes, scores.normalised().values > threshold)
-    if not 0 < share <= 1:
-        raise ConfigError(f"share: got {share!r}, expected a share of the groups above 0 and at most 1")
+    number("share", share, 0, 1, without="low", what="a share of the groups")
     on = torch.zeros(len(scores.values), dtype=torch.bool)
     count = max(1, round(share * len(on)))
     on[torch.sort(scores.values, descending=True, stable=True).indices[:count]] = True

@@ -29,6 +29,11 @@ def check_peft(model: nn.Module) -> None:
             f"{type(model).__name__}: its adapters were added by transformers' own add_adapter, which adds and "
             "switches them in another way; wrap the base instead, with peft.get_peft_model(model, LoraConfig())"
         )
+    if not isinstance(getattr(model, "active_adapter", None), str):
+        raise SkillError(
+            f"{type(model).__name__}: several adapters are active at once, expected a PeftModel with one; make it with "
+            "peft.get_peft_model(model, LoraConfig())"
+        )
     merged = merged_layer(model)
     if merged is not None:
         raise SkillError(f"{merged}: the adapter is merged into its base; call unmerge_adapter() first")

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..config import one_of
+from ..config import number, one_of
 from ..errors import ConfigError, SkillError
+from ..files import read_torch, write_files
 from .ilora import ILoRA
 from .orthogonality import orthogonality
 from .scorer import TIMINGS, SkillScorer
@@ -24,21 +26,42 @@ STATE = "ilora"  # the folder inside a checkpoint
 class SkillCallback(TrainerCallback):
     """Scores each optimizer step of a `Trainer`: `Trainer(..., callbacks=[SkillCallback(scorer)])`.
 
+    Checkpoints hold what was scored so far, so that a resumed run has the scores of one that was not interrupted.
+
     Args:
         scorer: a `SkillScorer`. timing: `before` the optimizer's step (clipped gradient, old weights;
             `on_pre_optimizer_step`) or `after` it (clipped gradient, new weights; `on_optimizer_step`). At
-            `on_step_end`, where patched Trainers score, the gradients are gone.
+            `on_step_end`, where patched Trainers score, the gradients are gone. name: of the file in a checkpoint; of
+            several callbacks each needs its own.
 
     Raises:
         ConfigError: another timing.
     """
 
-    def __init__(self, scorer: SkillScorer, timing: str = "before") -> None:
+    def __init__(self, scorer: SkillScorer, timing: str = "before", name: str = "skills") -> None:
         one_of("timing", timing, TIMINGS)
-        self.scorer, self.timing = scorer, timing
+        self.scorer, self.timing, self.name = scorer, timing, name
+
+    def _state(self, args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / f"{self.name}.pt"
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            write_files({self._state(args, state): lambda path: torch.save(self.scorer.state_dict(), path)})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises `ConfigError` where gradients would be scored with their loss scale, which clipping takes out."""
+        """Raises `SkillError` where a resumed run lacks the scores of the steps before, `ConfigError` where gradients
+        would be scored with their loss scale, which clipping takes out."""
+        if state.global_step:
+            path = self._state(args, state)
+            if path.exists():
+                self.scorer.load_state_dict(read_torch(path))
+            elif self.scorer.steps != state.global_step:
+                raise SkillError(
+                    f"{path} is not there, so the scores of the {state.global_step} steps before are lost; resume from "
+                    "a checkpoint in output_dir that was written with this callback, or give another's skills.pt to "
+                    "scorer.load_state_dict first"
+                )
         if args.fp16 and not args.max_grad_norm:
             raise ConfigError(
                 f"max_grad_norm: got {args.max_grad_norm!r} with fp16, so that gradients keep the loss scale; set "
@@ -114,9 +137,13 @@ class SkillTrainer(_Adding):
 
     Args:
         weight, squared: see `orthogonality`. The other arguments are `Trainer`'s.
+
+    Raises:
+        ConfigError: a negative weight.
     """
 
     def __init__(self, *args: Any, weight: float = 0.1, squared: bool = False, **kwargs: Any) -> None:
+        number("weight", weight, 0)
         super().__init__(*args, **kwargs)
         self.weight, self.squared = weight, squared
 
@@ -137,7 +164,7 @@ class ILoRATrainer(_Adding):
 
     Args:
         ilora: over the same model; one without a `collate` gets the Trainer's. remember: offer the training set's
-            examples to the memory at the end of `train()`. The other arguments are `Trainer`'s.
+            examples to the memory at the end of the first `train()` with it. The other arguments are `Trainer`'s.
 
     Raises:
         SkillError: an `ilora` over another model, or a training set without a length to remember.
@@ -156,6 +183,7 @@ class ILoRATrainer(_Adding):
                 "pass remember=False, and call ilora.remember(examples) yourself"
             )
         self.ilora, self.remember = ilora, remember
+        self._remembered: Any = None
         if ilora.enabled:
             self.add_callback(_Follow(self))
             if ilora.collate is None:
@@ -167,9 +195,16 @@ class ILoRATrainer(_Adding):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; then the memory is offered the training examples."""
         out = super().train(*args, **kwargs)
-        if self.remember and self.ilora.enabled:
+        if self.remember and self.ilora.enabled and self.train_dataset is not self._remembered:
             self.ilora.remember(self.train_dataset)
+            self._remembered = self.train_dataset
         return out
+
+    def _load_best_model(self) -> None:
+        """Both adapters are those of the best checkpoint, with the memory as it was then."""
+        super()._load_best_model()
+        if self.ilora.enabled:
+            self.ilora.load(Path(self.state.best_model_checkpoint) / STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.ilora.enabled:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import random
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import IntegrityError
-from ..files import beside, complete, replaced_folder, write_files
+from ..files import beside, complete, read_torch, replaced_folder, write_files
 from ..pretrained import from_pretrained, save_pretrained
 
 CHECKPOINT = "checkpoint"
@@ -61,22 +60,6 @@ def load_checkpoint(run: Path, device: torch.device) -> Checkpoint | None:
     progress = read_json(folder / "progress.json")
     training = read_torch(folder / "training.pt")
     return Checkpoint(from_pretrained(folder / MODEL).to(device), training, progress)
-
-
-def read_torch(path: Path) -> Any:
-    """Tensors and plain values that `torch.save` wrote, on the CPU.
-
-    Raises:
-        IntegrityError: the file is missing, truncated or of another kind.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise IntegrityError(
-            f"{path} cannot be read as tensors and plain values ({first_line}); expected what hatcl wrote. Copy the "
-            "run folder again, or start a new run"
-        ) from error
 
 
 def tidy(run: Path) -> None:

@@ -545,7 +545,9 @@ def test_options_are_json_and_come_back():
         ("temperature", math.nan, "temperature: got nan, expected a number above 0"),
         ("share", 0.0, "share: got 0.0, expected a share of the groups above 0 and at most 1"),
         ("share", 1.5, "share: got 1.5"),
-        ("threshold", 1.5, "threshold: got 1.5, expected a score between 0 and 1, or None"),
+        ("threshold", 1.5, "threshold: got 1.5, expected a normalised score between 0 and 1"),
+        ("temperature", "hot", "temperature: got 'hot', expected a number above 0"),
+        ("both", ("a", "b"), "both: got .*, expected two weights"),
         ("bothe", (1, 0), "ConsolidateOptions has no option 'bothe'; did you mean 'both'?"),
     ],
 )

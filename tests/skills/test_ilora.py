@@ -596,6 +596,9 @@ def test_a_second_ilora_goes_on_with_the_stable_adapter_that_is_there():
         ({"hidden_state_layers": -1}, "hidden_state_layers: got -1, expected a list of layers"),
         ({"hidden_state_layers": [0.5]}, r"hidden_state_layers: got \[0.5\], expected integers"),
         ({"use_ilora": 1}, "use_ilora: got 1, expected True or False"),
+        ({"ema_alpha": "0.9"}, "ema_alpha: got '0.9', expected a number between 0 and 1"),
+        ({"ema_alpha": None}, "ema_alpha: got None, expected a number between 0 and 1"),
+        ({"ema_adapter_path": 3}, "ema_adapter_path: got 3, expected a folder"),
         ({"current_task_id": "a/b"}, "current_task_id: got 'a/b', expected a name that can be a folder's"),
         ({"prev_task_id": ".."}, "prev_task_id: got '..', expected a name"),
         ({"ema_adapter_path": "adapter/x"}, "ema_adapter_path: got 'adapter/x', where something else is kept"),
@@ -612,9 +615,9 @@ def test_options_outside_their_range(options, text):
     "options, text",
     [
         ({"on": "memroy"}, "on: got 'memroy', expected one of memory, batch; did you mean 'memory'"),
-        ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
-        ({"replay": -1.0}, "replay: got -1.0 with on='memory', expected a number of at least 0, of the memory"),
-        ({"replay": 1.0, "on": "batch"}, "replay: got 1.0 with on='batch'"),
+        ({"batch_size": 0}, "batch_size: got 0, expected an integer of at least 1"),
+        ({"replay": -1.0}, "replay: got -1.0, expected a number of at least 0"),
+        ({"replay": 1.0, "on": "batch"}, "replay: got 1.0 with on='batch', expected 0; it is of the memory's examples"),
     ],
 )
 def test_arguments_outside_their_range(options, text):
@@ -695,8 +698,11 @@ def test_labels_that_are_all_masked():
 
 def test_a_batch_in_place_of_examples_and_examples_that_make_no_batch():
     ilora = made()
-    with pytest.raises(SkillError, match="remember: got a dict, one batch, expected its examples one by one"):
+    with pytest.raises(SkillError, match="remember: got a dict, one batch, expected examples one by one"):
         ilora.remember(batch_of(texts()))
+    with pytest.raises(SkillError, match="remember: got a DataLoader, whose items are batches, expected examples one"):
+        ilora.remember(torch.utils.data.DataLoader([{"x": 1.0}] * 4, batch_size=2))
+    assert not len(ilora.memory)
     ilora.remember({"input_ids": torch.ones(n, dtype=torch.long)} for n in (3, 4))
     with pytest.raises(SkillError, match="default_collate makes no batch of the memory's examples .* pass collate="):
         ilora.memory_batch()
@@ -732,3 +738,28 @@ def test_another_adapter_is_active_or_another_optimizer():
         SkillError, match="SGD holds none of the 10 tensors of the adapter 'default'; build it over this"
     ):
         ilora.watch(torch.optim.SGD(bert().parameters(), lr=0.1))
+
+
+def test_what_is_trained_outside_the_adapter_is_refused():
+    """Both adapters would share it, and a saved task would lack it."""
+    model = bert()
+    name, p = next((n, p) for n, p in model.named_parameters() if "LayerNorm" in n)
+    p.requires_grad_(True)
+    with pytest.raises(
+        SkillError, match=f"{name} is trained outside the adapter .1 such., so that both adapters would"
+    ):
+        made(model)
+    assert "stable" not in model.peft_config
+
+
+def test_a_mixed_model_is_refused():
+    model = peft.PeftMixedModel(bert().get_base_model(), peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(SkillError, match="PeftMixedModel: several adapters are active at once, expected a PeftModel"):
+        made(model)
+
+
+def test_replay_of_masked_examples_is_said():
+    ilora = made(replay=1.0, loss=lambda model, batch: torch.tensor(math.nan))
+    ilora.remember(texts(6))
+    with pytest.raises(SkillError, match="on 4 examples of the memory is nan; are all their labels masked .-100."):
+        ilora.loss()

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -194,6 +194,8 @@ def test_pairs_move_with_their_ranks():
 @settings(max_examples=25, deadline=None)
 @given(exponent=st.integers(-20, 20), gradient=st.floats(-4, 4, width=16), weight=st.floats(-4, 4, width=16))
 def test_first_order_scales_with_the_gradient(exponent, gradient, weight):
+    assume(gradient and weight)
+
     def score(factor: float) -> float:
         model = one(weight, gradient * factor)
         scorer = SkillScorer(model, "block", importance="first")
@@ -604,3 +606,15 @@ def test_states_that_do_not_fit_leave_the_scorer_as_it_was(spoil, text):
     with pytest.raises(SkillError, match=text):
         scorer.load_state_dict(spoil(other.state_dict()))
     assert scorer.steps == 1 and same(before, kept(scorer))
+
+
+def test_scores_that_are_all_zero_are_no_skill():
+    model = adapted(rank=4)
+    scorer = SkillScorer(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    scorer.update()
+    with pytest.raises(
+        SkillError, match="scores are 0 after 1 steps: .* Are all labels masked .-100., or was only the"
+    ):
+        scorer.scores()

@@ -172,6 +172,73 @@ def test_a_resumed_run_is_the_same_run(task_id, tmp_path):
         )
 
 
+STEPWISE = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+
+
+def scoring(folder, **options):
+    model = bert()
+    scorer = SkillScorer(model)
+    run = transformers.Trainer(
+        model, arguments(folder, **STEPWISE, **options), train_dataset=data("bert"), data_collator=batch_of
+    )
+    run.add_callback(SkillCallback(scorer))
+    return scorer, run
+
+
+def test_a_resumed_run_has_the_scores_of_one_that_was_not_interrupted(tmp_path):
+    whole, run = scoring(tmp_path)
+    run.train()
+    again, run = scoring(tmp_path)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.steps == whole.steps == 4
+    assert torch.equal(again.scores().values, whole.scores().values)
+
+
+def test_twin_without_the_state_the_scores_are_others_and_it_is_said(tmp_path, monkeypatch):
+    whole, run = scoring(tmp_path)
+    run.train()
+    other, run = scoring(tmp_path / "other")
+    with pytest.raises(
+        SkillError, match="skills.pt is not there, so the scores of the 2 steps before are lost; resume"
+    ):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    by_hand, run = scoring(tmp_path / "other")
+    by_hand.load_state_dict(torch.load(tmp_path / "checkpoint-2/skills.pt", weights_only=True))
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(by_hand.scores().values, whole.scores().values)
+    monkeypatch.setattr(SkillCallback, "on_train_begin", lambda *args, **kwargs: None)
+    other, run = scoring(tmp_path)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert other.steps == 2 and not torch.equal(other.scores().values, whole.scores().values)
+
+
+def test_the_best_model_is_both_adapters_of_its_checkpoint(tmp_path):
+    ilora = with_memory("bert")
+    run = ILoRATrainer(
+        ilora.model, arguments(tmp_path, **STEPWISE, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        learning_rate=0.5), train_dataset=data("bert"), eval_dataset=data("bert"), data_collator=batch_of, ilora=ilora,
+    )  # fmt: skip
+    run.train()
+    best = run.state.best_model_checkpoint
+    assert best and not best.endswith("-4")  # such steps diverge
+    other = with_memory("bert")
+    other.load(f"{best}/ilora")
+    assert alike(ilora, other)
+
+
+def test_training_on_remembers_the_same_examples_once(tmp_path):
+    ilora = ILoRA(bert(), {"use_ilora": True})
+    run = trainer(ilora, tmp_path, "bert")
+    run.train()
+    run.train()
+    assert ilora.memory.seen == 8
+
+
+def test_a_negative_weight(tmp_path):
+    with pytest.raises(ConfigError, match=r"weight: got -1.0, expected a number of at least 0"):
+        SkillTrainer(bert(), arguments(tmp_path), weight=-1.0)
+
+
 def test_the_memory_is_collated_by_the_trainer_if_by_nobody_else(tmp_path):
     ilora = ILoRA(bert(), {"use_ilora": True})
     run = trainer(ilora, tmp_path, "bert")
@@ -277,7 +344,7 @@ def test_scores_in_half_precision_leave_out_what_the_loss_scaling_skips():
         for timing, name in (("before", "on_pre_optimizer_step"), ("after", "on_optimizer_step")):
             calls.clear()
             callback = SkillCallback(scorer, timing)
-            callback.on_train_begin(args, None, None)
+            callback.on_train_begin(args, types.SimpleNamespace(global_step=0), None)
             for event in ("on_pre_optimizer_step", "on_optimizer_step"):
                 getattr(callback, event)(args, None, None, model=model)
                 assert len(calls) == (counts if event == name or timing == "before" else 0)

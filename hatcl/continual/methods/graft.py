@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import one_of
-from ...errors import ConfigError
+from ...config import number, one_of, whole
 from ...functional import digest_of
 from ...grafts import inplace
 from ...grafts.graft import Graft, union
@@ -63,10 +62,8 @@ class Grafts(Method):
         def __post_init__(self) -> None:
             one_of("by", self.by, BY)
             one_of("scored", self.scored, SCORED)
-            if not 0 < self.sparsity < 1:
-                raise ConfigError(f"sparsity: got {self.sparsity!r}, expected a share between 0 and 1")
-            if self.batch_size < 1:
-                raise ConfigError(f"batch_size: got {self.batch_size!r}, expected at least 1")
+            number("sparsity", self.sparsity, 0, 1, without="both", what="a share")
+            whole("batch_size", self.batch_size)
             for name in ("only", "skip"):
                 given = getattr(self, name)
                 object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))

@@ -6,14 +6,15 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...adapter import as_adapter
 from ...errors import TaskError
 from ...gates import gates_of, task
-from ...guard import held
-from ...layers.gated import HATLayer
+from ...skills.tensors import adapters_of
 from ...training.learn import Learning, learn
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -55,28 +56,9 @@ class HardAttention(Method):
     def scoring(self, model: nn.Module, index: int) -> contextlib.AbstractContextManager[nn.Module]:
         return task(model, index)
 
-    @contextlib.contextmanager
-    def saving(self, model: nn.Module) -> Iterator[None]:
-        """As the task is without hatcl: pairs that it does not use are zero, heads are its own. So the adapter that a
-        task leaves behind is an ordinary one, and computes what the task computes."""
-        kept: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad():
-            for module in model.modules():
-                copies = getattr(module, "hat_tasks", None) if isinstance(module, HATLayer) else None
-                for name, own in copies[self.stage].named_parameters() if copies is not None else ():
-                    shared = module.get_parameter(name)
-                    kept.append((shared, shared.clone()))
-                    shared.copy_(own)
-            for h in held(model):
-                if h.task is None and h.plan is not None and not h.plain and h.plan.axes:
-                    kept.append((h.param, h.param.clone()))
-                    h.param.masked_fill_(~h.live(self.stage), 0)
-            try:
-                with task(model, None):
-                    yield
-            finally:
-                for p, was in kept:
-                    p.copy_(was)
+    def saving(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """The adapter that a task leaves behind is an ordinary one, and computes what the task computes."""
+        return as_adapter(model, self.stage) if adapters_of(model) else contextlib.nullcontext()
 
     def save(self, folder: Path) -> None:
         (folder / DIGESTS).write_text(json.dumps(self.gates.digests))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import one_of
+from ...config import number, one_of, whole
 from ...errors import ConfigError, SkillError
 from ...skills.ilora import Hidden, ILoRA, ILoRAConfig, hidden_states_of
 from ..tasks import ContinualTask
@@ -61,12 +60,10 @@ class InterpolatedLoRA(Method):
             object.__setattr__(self, "hidden_state_layers", self.config.hidden_state_layers)
             one_of("on", self.on, ("memory", "batch"))
             one_of("scored", self.scored, ("stable", "plastic"))
-            if self.samples < 1:
-                raise ConfigError(f"samples: got {self.samples!r}, expected at least 1")
-            if not (math.isfinite(self.replay) and self.replay >= 0) or (self.replay and self.on == "batch"):
-                raise ConfigError(
-                    f"replay: got {self.replay!r} with on={self.on!r}, expected a number of at least 0, with batch 0"
-                )
+            whole("samples", self.samples)
+            number("replay", self.replay, 0)
+            if self.replay and self.on == "batch":
+                raise ConfigError(f"replay: got {self.replay!r} with on='batch', expected 0; it is of the memory")
 
         @property
         def config(self) -> ILoRAConfig:
@@ -78,7 +75,7 @@ class InterpolatedLoRA(Method):
                 ilora_buffer_size=self.ilora_buffer_size,
                 selective_update=self.selective_update,
                 min_update_threshold=self.min_update_threshold,
-                hidden_state_layers=tuple(self.hidden_state_layers),
+                hidden_state_layers=self.hidden_state_layers,
             )
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, SkillError
+from ...config import number
+from ...errors import SkillError
 from ...map.lora import factor_in
 from ...skills.switch import check_peft
 from ...skills.tensors import active_adapter, adapters_of, skill_tensors
@@ -44,9 +44,7 @@ class OLoRA(Method):
 
         def __post_init__(self) -> None:
             for name in ("orthogonality", "l2"):
-                value = getattr(self, name)
-                if not (math.isfinite(value) and value >= 0):
-                    raise ConfigError(f"{name}: got {value!r}, expected a number of at least 0")
+                number(name, getattr(self, name), 0)
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
         check_peft(model)

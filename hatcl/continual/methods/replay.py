@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
+from ...config import whole
 from ...skills.reservoir import Reservoir
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -38,10 +38,8 @@ class Replay(Method):
         samples: int | None = None
 
         def __post_init__(self) -> None:
-            for name in ("buffer_size", "samples"):
-                value = getattr(self, name)
-                if value is not None and value < 1:
-                    raise ConfigError(f"{name}: got {value!r}, expected at least 1")
+            whole("buffer_size", self.buffer_size)
+            whole("samples", self.samples, optional=True)
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
         self.tasks = tasks

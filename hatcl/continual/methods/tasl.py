@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import one_of
-from ...errors import ConfigError
+from ...config import flag, number, one_of
 from ...skills.consolidate import ConsolidateOptions, consolidate
 from ...skills.orthogonality import orthogonality
 from ...skills.scorer import IMPORTANCE, TIMINGS, SkillScorer
-from ...skills.scores import GRAINS, SkillScores, accumulate
+from ...skills.scores import GRAINS, SkillScores, accumulate, two_weights
 from ...skills.tensors import adapters_of, skill_tensors
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -60,9 +58,11 @@ class TaSL(Method):
         def __post_init__(self) -> None:
             for name, choices in (("grain", GRAINS), ("importance", IMPORTANCE), ("timing", TIMINGS)):
                 one_of(name, getattr(self, name), choices)
-            if not (math.isfinite(self.orthogonality) and self.orthogonality >= 0):
-                raise ConfigError(f"orthogonality: got {self.orthogonality!r}, expected a number of at least 0")
-            object.__setattr__(self, "memory", tuple(self.memory))
+            for name in ("beta1", "beta2"):
+                number(name, getattr(self, name), 0, 1, without="both")
+            number("orthogonality", self.orthogonality, 0)
+            flag("squared", self.squared)
+            object.__setattr__(self, "memory", two_weights("memory", self.memory))
             object.__setattr__(self, "consolidate", ConsolidateOptions().changed(self.consolidate))
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:

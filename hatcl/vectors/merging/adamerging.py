@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import number, whole
 from ...errors import ConfigError
 from ..compose import Composer
 from ..task_vector import TaskVector
 from .batches import Forward, again, logits, split
-from .blocks import aligned, average, blockwise, count, number, per_vector, weighted
+from .blocks import aligned, average, blockwise, per_vector, weighted
 from .registry import merge_method
 
 GRAINS = ("block", "global")
@@ -64,7 +65,7 @@ def adamerging(
     """
     if grain not in GRAINS:
         raise ConfigError(f"grain: got {grain!r}, expected {' or '.join(GRAINS)}; hatcl.compose has the others")
-    first, rate, steps = number("start", start, 0, 1), number("lr", lr, 0), count("steps", steps, 0)
+    first, rate, steps = number("start", start, 0, 1), number("lr", lr, 0), whole("steps", steps, 0)
     tasks = [again(b, i) for i, b in enumerate(per_vector("batches", batches, vectors, "iterable of batches"))]
     in_place = [v._map(lambda _, d: d._replace(value=aligned(d.value))) for v in vectors]
     composer = Composer(model, in_place, grain).eval()

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from ...config import number
 from ...errors import ConfigError
 from ..task_vector import TaskVector
-from .blocks import blockwise, number, weighted
+from .blocks import blockwise, weighted
 from .registry import merge_method
 
 log = logging.getLogger(__name__)

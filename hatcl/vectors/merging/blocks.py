@@ -1,9 +1,8 @@
-"""What the methods share: working tensor by tensor, and checking numbers."""
+"""What the methods share: working tensor by tensor."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,30 +40,6 @@ def weighted(taus: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tenso
 def average(taus: Sequence[Tensor]) -> Tensor:
     """`sum_t tau_t / T`."""
     return weighted(taus, [1.0] * len(taus)) / len(taus)
-
-
-def number(option: str, value: object, low: float = -math.inf, high: float = math.inf, *, below: bool = False) -> float:
-    """An option's value, checked to be finite and within [low, high], or with `below` within [low, high).
-
-    Raises:
-        ConfigError: it is not.
-    """
-    wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
-    if wrong or not low <= value <= high or (below and value == high):  # type: ignore[operator]
-        bounds = (
-            "" if low == -math.inf else f" of at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-        )
-        if below:
-            bounds = f" of at least {low:g} and below {high:g}"
-        raise ConfigError(f"{option}: got {value!r}, expected a number{bounds}")
-    return float(value)  # type: ignore[arg-type]
-
-
-def count(option: str, value: object, low: int = 1) -> int:
-    """An option's value, checked to be a whole number of at least `low`. Raises `ConfigError` where it is not."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{option}: got {value!r}, expected a whole number of at least {low}")
-    return value
 
 
 def per_vector(option: str, values: object, vectors: Sequence[TaskVector], what: str) -> list:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...config import number
 from ..select import largest
 from ..task_vector import TaskVector
-from .blocks import blockwise, number, weighted
+from .blocks import blockwise, weighted
 from .registry import merge_method
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...config import number, whole
 from ...functional import hashed
 from ..task_vector import TaskVector
-from .blocks import blockwise, count, number, weighted
+from .blocks import blockwise, weighted
 from .registry import merge_method
 from .ties import cut, elected_mean, trimmed
 
@@ -30,7 +31,7 @@ def dare_linear(vectors: Sequence[TaskVector], *, drop: float = 0.9, scale: floa
     Raises:
         ConfigError: `drop` outside 0 to 1, 1 excluded.
     """
-    p, factor, seed = number("drop", drop, 0, 1, below=True), number("scale", scale), count("seed", seed, 0)
+    p, factor, seed = number("drop", drop, 0, 1, without="high"), number("scale", scale), whole("seed", seed, 0)
     return blockwise(
         vectors, lambda name, taus: weighted(_dropped(name, taus, p, seed), [1.0] * len(taus)) * (factor / (1 - p))
     )
@@ -51,7 +52,7 @@ def dare_ties(
     Raises:
         ConfigError: `drop` outside 0 to 1, 1 excluded, or a density outside 0 to 1.
     """
-    p, factor, seed = number("drop", drop, 0, 1, below=True), number("scale", scale), count("seed", seed, 0)
+    p, factor, seed = number("drop", drop, 0, 1, without="high"), number("scale", scale), whole("seed", seed, 0)
     share = number("density", density, 0, 1)
 
     def left(i: int) -> Callable[[str], Tensor]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
+from ...config import number, whole
 from ...errors import ConfigError, VectorError
 from ..task_vector import TaskVector
 from ..tensors import check_fit, kinds_of, pick
 from .batches import Forward, examples, logits, split
-from .blocks import average, blockwise, count, number, per_vector, weighted
+from .blocks import average, blockwise, per_vector, weighted
 from .registry import merge_method
 
 LABELS = ("expected", "sampled", "given")
@@ -123,7 +124,7 @@ def diagonal_fisher(
     """
     if labels not in LABELS:
         raise ConfigError(f"labels: got {labels!r}, expected one of {', '.join(LABELS)}")
-    count("seed", seed, 0)
+    whole("seed", seed, 0)
     model = copy.deepcopy(model).eval().requires_grad_(True)
     named = {n: p for n, p in model.named_parameters() if p.dtype.is_floating_point}
     params = list(named.values())

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...config import number
 from ..task_vector import TaskVector
-from .blocks import blockwise, number
+from .blocks import blockwise
 from .registry import merge_method
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
+from ...config import number
 from ...errors import ConfigError, VectorError
 from ..task_vector import TaskVector
 from .batches import Evaluating, Forward, logits, split
-from .blocks import average, blockwise, number, per_vector, weighted
+from .blocks import average, blockwise, per_vector, weighted
 from .registry import merge_method
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ...config import number
 from ...errors import ConfigError
 from ..task_vector import TaskVector
-from .blocks import blockwise, number, weighted
+from .blocks import blockwise, weighted
 from .registry import merge_method
 
 PARALLEL = 0.9995  # beyond this cosine the angle's sine is too small to divide by (mergekit's threshold)

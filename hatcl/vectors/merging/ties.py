@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...config import number
 from ..select import Cut, largest
 from ..task_vector import TaskVector
 from ..tensors import Lazy
-from .blocks import blockwise, number, weighted
+from .blocks import blockwise, weighted
 from .registry import merge_method
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...config import number
 from ..task_vector import TaskVector
-from .blocks import average, blockwise, matrix, number
+from .blocks import average, blockwise, matrix
 from .registry import merge_method
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...config import number, whole
 from ..task_vector import TaskVector
-from .blocks import average, blockwise, count, matrix, number, weighted
+from .blocks import average, blockwise, matrix, weighted
 from .registry import merge_method
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's usual ones, which the paper keeps
@@ -32,7 +33,7 @@ def wudi(vectors: Sequence[TaskVector], *, steps: int = 300, lr: float = 1e-5, c
     Raises:
         ConfigError: no steps, or a negative learning rate.
     """
-    steps, rate = count("steps", steps), number("lr", lr, 0)
+    steps, rate = whole("steps", steps), number("lr", lr, 0)
 
     def one(_: str, taus: list[Tensor]) -> Tensor:
         matrices = [m for tau in taus if (m := matrix(tau, convs)) is not None]

@@ -191,7 +191,7 @@ def test_nothing_learned_is_an_error_that_names_the_way_out():
             "by: got 'magnitud', expected one of magnitude, random, learned; did you mean 'magnitude'",
         ),
         ({"scored": "every"}, "scored: got 'every', expected one of own, all"),
-        ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        ({"batch_size": 0}, "batch_size: got 0, expected an integer of at least 1"),
         ({"learn": {"step": 3}}, "GraftOptions has no option 'step'; did you mean 'steps'"),
     ],
 )

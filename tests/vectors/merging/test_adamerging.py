@@ -109,11 +109,11 @@ def test_refused(base, vectors, batches):
 
     with pytest.raises(ConfigError, match="grain: got 'unit', expected block or global; hatcl.compose has the others"):
         run(grain="unit")
-    with pytest.raises(ConfigError, match="steps: got -1, expected a whole number of at least 0"):
+    with pytest.raises(ConfigError, match="steps: got -1, expected an integer of at least 0"):
         run(steps=-1)
     with pytest.raises(ConfigError, match="lr: got -1, expected a number of at least 0"):
         run(lr=-1)
-    with pytest.raises(ConfigError, match="start: got 2, expected a number of at least 0 and at most 1"):
+    with pytest.raises(ConfigError, match="start: got 2, expected a number between 0 and 1"):
         run(start=2)
     with pytest.raises(ConfigError, match="batches: got 2, expected a list of 3: one iterable of batches per vector"):
         run(batches=batches[:2])

@@ -127,5 +127,5 @@ def test_values_outside_their_range(method, option, two):
     for value in NUMBERS[method, option]:
         if (method, value) == ("arithmetic", None):
             continue
-        with pytest.raises(ConfigError, match=f"{option}: got .*, expected a (whole )?number"):
+        with pytest.raises(ConfigError, match=f"{option}: got .*, expected (an integer|a (finite )?number)"):
             merge(two, method, **{option: value})

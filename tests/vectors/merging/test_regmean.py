@@ -188,7 +188,7 @@ def test_refused(base, vectors, batches):
     good = {"w": torch.eye(3).unsqueeze(0)}
     with pytest.raises(ConfigError, match="regmean needs model: .*, or grams= instead"):
         merge(two, "regmean")
-    with pytest.raises(ConfigError, match="alpha: got 1.5, expected a number of at least 0 and at most 1"):
+    with pytest.raises(ConfigError, match="alpha: got 1.5, expected a number between 0 and 1"):
         merge(two, "regmean", grams=[good, good], alpha=1.5)
     with pytest.raises(ConfigError, match="grams: got 1, expected a list of 2: one mapping per vector"):
         merge(two, "regmean", grams=[good])

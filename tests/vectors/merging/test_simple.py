@@ -71,7 +71,7 @@ def test_arithmetic_refuses():
             merge(two, "arithmetic", **{option: value})
     with pytest.raises(ConfigError, match="scales: got none, expected at least one"):
         merge(two, "arithmetic", evaluate=lambda v: 0.0, scales=[])
-    with pytest.raises(ConfigError, match="scales: got 'a', expected a number"):
+    with pytest.raises(ConfigError, match="scales: got 'a', expected a finite number"):
         merge(two, "arithmetic", evaluate=lambda v: 0.0, scales=[0.1, "a"])
     with pytest.raises(ConfigError, match="evaluate: got nan at scale 0.1, expected a finite score"):
         merge(two, "arithmetic", evaluate=lambda v: float("nan"), scales=[0.1])
