@@ -547,7 +547,7 @@ def test_options_are_json_and_come_back():
         ("share", 1.5, "share: got 1.5"),
         ("threshold", 1.5, "threshold: got 1.5, expected a normalised score between 0 and 1"),
         ("temperature", "hot", "temperature: got 'hot', expected a number above 0"),
-        ("both", ("a", "b"), "both: got .*, expected two weights"),
+        ("both", ("a", "b"), "expected two weights, of the previous and of the current adapter"),
         ("bothe", (1, 0), "ConsolidateOptions has no option 'bothe'; did you mean 'both'?"),
     ],
 )

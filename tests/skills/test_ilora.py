@@ -759,7 +759,7 @@ def test_a_mixed_model_is_refused():
 
 
 def test_replay_of_masked_examples_is_said():
-    ilora = made(replay=1.0, loss=lambda model, batch: torch.tensor(math.nan))
+    ilora = made(replay=1.0, loss=lambda model, batch: torch.tensor(float("nan")))
     ilora.remember(texts(6))
-    with pytest.raises(SkillError, match="on 4 examples of the memory is nan; are all their labels masked .-100."):
+    with pytest.raises(SkillError, match="on 16 examples of the memory is nan; are all their labels masked .-100."):
         ilora.loss()
