@@ -260,8 +260,8 @@ def overlap(seed: int) -> None:
 SEQUENCES: dict[str, tuple[str, dict[str, Any]]] = {
     "sequential": ("sequential", {}),
     "graft": ("graft", {"sparsity": 0.01}),
-    "graft, all": ("graft", {"sparsity": 0.01, "scored": "all"}),
     "graft, learned": ("graft", {"sparsity": 0.01, "by": "learned"}),
+    "graft of 10 %": ("graft", {"sparsity": 0.1}),
 }
 
 
