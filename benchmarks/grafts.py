@@ -330,8 +330,7 @@ def table() -> None:
 
 def runs_of(network: str) -> list[dict[str, Any]]:
     """The results of the seeds that are whole."""
-    found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"grafts_{network}_seed*.json"))]
-    return [r for r in found if all(o in r.get(n, {}) for n in NAMES[network] for o in TUNED[network])]
+    return [r for r in seeds_of(network) if all(o in r.get(n, {}) for n in NAMES[network] for o in TUNED[network])]
 
 
 def differences() -> None:
@@ -360,6 +359,51 @@ def differences() -> None:
                 counts = [sum(d > 0 for d in every), sum(d == 0 for d in every), sum(d < 0 for d in every)]
                 ahead = ", ".join(map(str, counts))
                 print("|", title, "|", measure, "|", f"{s:g}", "|", cell([_mean(d) for d in per_seed]), "|", ahead, "|")
+
+
+def seeds_of(what: str) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"grafts_{what}_seed*.json"))]
+
+
+def several() -> None:
+    """Overlap, unions and sequences, over the seeds."""
+    have = [r for r in seeds_of("overlap") if "mean of whole task vectors" in r]
+    names = have[0]["tasks"] if have else []
+    for s in ("0.01", "0.001") if have else ():
+        print(f"\n### overlap |row & column| / |column| of learned grafts of {s}, in %, {len(have)} seeds")
+        print("| |", " | ".join(names), "|\n|" + "---|" * (len(names) + 1))
+        for i, name in enumerate(names):
+            print(
+                "|", name, "|", " | ".join(cell([r[s]["overlap"][i][j] for r in have]) for j in range(len(names))), "|"
+            )
+    print(
+        "\n### accuracy of one model on all tasks\n| |",
+        " | ".join([*names, "mean"]),
+        "|\n|" + "---|" * (len(names) + 2),
+    )
+    rows: dict[str, Callable[[dict[str, Any]], list[float]]] = {
+        "pretrained": lambda r: r["pretrained"],
+        "each task's fine-tuned model": lambda r: r["finetuned"],
+        **{
+            f"{what} ({s})": lambda r, s=s, what=what: (
+                [r[s][f"graft of {n}"][i] for i, n in enumerate(names)] if what == "each task's graft" else r[s][what]
+            )
+            for s in ("0.01", "0.001") for what in ("each task's graft", "union", "sum")
+        },
+        "sum of whole task vectors": lambda r: r["sum of whole task vectors"],
+        "mean of whole task vectors": lambda r: r["mean of whole task vectors"],
+    }  # fmt: skip
+    for title, of in rows.items() if have else ():
+        each = [of(r) for r in have]
+        cells = [cell([e[i] for e in each]) for i in range(len(names))] + [cell([_mean(e) for e in each])]
+        print("|", title, "|", " | ".join(cells), "|")
+    have = [r for r in seeds_of("sequence") if all(way in r for way in SEQUENCES)]
+    print(f"\n### one after another, {len(have)} seeds\n| | average | right after each task | BWT |\n|---|---|---|---|")
+    for way in SEQUENCES if have else ():
+        matrices = [r[way]["matrix"] for r in have]
+        after = [_mean([m[i][i] for i in range(len(m))]) for m in matrices]
+        back = [_mean([m[-1][i] - m[i][i] for i in range(len(m) - 1)]) for m in matrices]
+        print("|", way, "|", " | ".join(map(cell, ([_mean(m[-1]) for m in matrices], after, back))), "|")
 
 
 def picture(path: str) -> None:
@@ -399,6 +443,7 @@ def main() -> None:
     if args.table:
         table()
         differences()
+        several()
     elif args.picture:
         picture(args.picture)
     elif args.tune:
