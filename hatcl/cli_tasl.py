@@ -94,7 +94,9 @@ def run_command(
         typer.Option(help="A module to adapt, such as query; may be repeated. By default peft's for the model."),
     ] = None,
     dropout: Annotated[float, typer.Option(help="LoRA's dropout.")] = 0.0,
-    max_input: Annotated[int, typer.Option(help="Tokens of an input; what is longer is cut.")] = 256,
+    max_input: Annotated[
+        int, typer.Option(help="Tokens of an input, at most what the model takes; longer is cut.")
+    ] = 256,
     max_output: Annotated[int, typer.Option(help="Tokens of an output, in generation.")] = 32,
     epochs: Annotated[int, typer.Option(help="Passes over each task.")] = DEFAULT.epochs,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = DEFAULT.batch_size,
@@ -267,11 +269,11 @@ def _task(
     max_output: int,
 ) -> continual.ContinualTask:
     most = None if form == "seq2seq" else positions_of(model)
-    needed = max_input + max_output if form == "causal" else max_input
-    if most is not None and needed > most:
-        raise ConfigError(
-            f"--max-input{', --max-output' * (form == 'causal')}: {needed} tokens, but the model has {most} positions"
-        )
+    if most is not None:
+        room = most - (max_output if form == "causal" else 0)
+        if room < 1:
+            raise ConfigError(f"--max-output: got {max_output}, but the model has {most} positions, input included")
+        max_input = min(max_input, room)
     if form == "labels":
         labels = {y: (words or {}).get(y, y) for y in data.labels}
         unknown = [y for y in words or {} if y not in labels]

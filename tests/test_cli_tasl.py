@@ -141,6 +141,11 @@ def test_errors(here, tmp_path, capsys):
         ({"more": ["--target", "qurey"]}, "it has the linear modules dense, key, query, value"),
         ({"more": ["--rank", "0"]}, "--target, --rank: peft cannot adapt"),
         ({"more": ["--epochs", "0"]}, "epochs: got 0"),
+        ({"more": ["--max-output", "9999"], "model": "gpt2"}, "--max-output: got 9999, but the model has"),
+        ({"more": ["--method", "tasl", "--set", "beta1=abc"]}, "beta1: got 'abc', expected a number between 0 and 1"),
+        ({"more": ["--method", "tasl", "--set", "memory=[0,0]"]}, "memory: got [0, 0], expected two numbers of at"),
+        ({"more": ["--method", "tasl", "--set", "squared=0"]}, "squared: got 0, expected True or False"),
+        ({"more": ["--method", "ilora", "--set", "hidden_state_layers=-1"]}, "hidden_state_layers: got -1, expected a"),
     ]
     for changes, message in cases:
         out = tmp_path / "run"

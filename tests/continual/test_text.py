@@ -80,6 +80,8 @@ def test_cut_plain_and_renamed():
         ({"train": [], "test": PAIRS}, "train is empty"),
         ({"train": [["a"]], "test": PAIRS}, r"train\[0\] is .*, expected \[input, output\]"),
         ({"train": PAIRS, "test": PAIRS, "test_idx": "a|||b"}, "test_idx has 1 lines for 10 test rows"),
+        ({"train": PAIRS, "test": PAIRS, "test_idx": ["a|||b"]}, "test_idx is a list, expected one text with a line"),
+        ({"train": [["x", None]], "test": PAIRS}, r"train.0. holds 'None', expected texts and numbers"),
         ({"train": PAIRS, "test": PAIRS[:1], "test_idx": "a|||b"}, "a line of 2 parts .a...b., expected 6"),
     ],
 )
