@@ -315,15 +315,15 @@ def table() -> None:
             print(f"\n### {network}, {optimizer}: {len(have)} seeds, {', '.join(names)}")
             measures = ["accuracy", "gain", "ece", "agreement", *(["ood"] if network == "minilm" else [])]
             print("| |", " | ".join(measures), "|\n|" + "---|" * (len(measures) + 1))
-            first = have[0][names[0]][optimizer]
-            for key in ("pretrained", "finetuned", *first["grafts"]):
+            keys = dict.fromkeys(key for r in have for key in r[names[0]][optimizer]["grafts"])
+            for key in ("pretrained", "finetuned", *keys):
                 cells = []
                 for measure in measures:
                     per_seed = []
                     for r in have:
-                        rows = [r[n][optimizer] for n in names]
-                        rows = [x[key] if key in x else x["grafts"][key] for x in rows]
-                        per_seed.append(_mean([x[measure] for x in rows if measure in x]))
+                        every = [{**r[n][optimizer], **r[n][optimizer]["grafts"]} for n in names]
+                        if all(key in rows for rows in every):
+                            per_seed.append(_mean([rows[key][measure] for rows in every if measure in rows[key]]))
                     cells.append(cell(per_seed))
                 print("|", key, "|", " | ".join(cells), "|")
 
@@ -351,7 +351,7 @@ def differences() -> None:
                     [r[n][left[0]]["grafts"][f"{left[1]} {s:g}"][measure]
                      - r[n][right[0]]["grafts"][f"{right[1]} {s:g}"][measure] for n in names]
                     for r in have
-                    if all(f"{by} {s:g}" in r[names[0]][o]["grafts"] for o, by in (left, right))
+                    if all(f"{by} {s:g}" in r[n][o]["grafts"] for n in names for o, by in (left, right))
                 ]  # fmt: skip
                 if not per_seed:
                     continue
