@@ -408,9 +408,13 @@ def several() -> None:
 
 def picture(path: str) -> None:
     lines = {
-        "learned, SGD": ("sgd", "learned"), "largest, SGD": ("sgd", "largest"), "random, SGD": ("sgd", "random"),
-        "largest, AdamW+L1": ("adamw_l1", "largest"), "largest, AdamW": ("adamw", "largest"),
-    }  # fmt: skip
+        "learned, SGD": ("sgd", "learned"),
+        "largest, SGD": ("sgd", "largest"),
+        "random, SGD": ("sgd", "random"),
+        "learned, AdamW": ("adamw", "learned"),
+        "largest, with L1": ("adamw_l1", "largest"),
+        "largest, AdamW": ("adamw", "largest"),
+    }
     rows = []
     for title, (o, by) in lines.items():
         for s in SPARSITIES:
