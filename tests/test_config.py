@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hatcl
-from hatcl.config import INITS, PENALTIES, REUSE, SCHEDULES
+from hatcl.config import INITS, PENALTIES, REUSE, SCHEDULES, flag, number, whole
 
 valid = st.fixed_dictionaries(
     {},
@@ -88,3 +88,36 @@ def test_values_out_of_range(options, text):
         hatcl.HATConfig(**options)
     with pytest.raises(ValueError, match=text):  # for those who catch torch's and Python's own
         hatcl.HATConfig().replace(**options)
+
+
+@pytest.mark.parametrize(
+    "value, bounds, text",
+    [
+        ("a", {}, "x: got 'a', expected a finite number"),
+        (float("nan"), {"low": 0}, "x: got nan, expected a number of at least 0"),
+        (True, {"low": 0, "without": "low"}, "x: got True, expected a number above 0"),
+        (1.5, {"low": 0, "high": 1}, "x: got 1.5, expected a number between 0 and 1"),
+        (0, {"low": 0, "high": 1, "without": "both"}, "x: got 0, expected a number between 0 and 1, without these"),
+        (
+            1,
+            {"low": 0, "high": 1, "without": "high", "what": "a share"},
+            "got 1, expected a share of at least 0 and below",
+        ),
+        (0, {"low": 0, "high": 1, "without": "low"}, "x: got 0, expected a number above 0 and at most 1"),
+    ],
+)
+def test_numbers(value, bounds, text):
+    with pytest.raises(hatcl.ConfigError) as caught:
+        number("x", value, **bounds)
+    assert text in str(caught.value)
+    assert number("x", 0.5, **bounds) == 0.5
+
+
+def test_integers_and_flags():
+    assert whole("x", 3) == 3 and whole("x", None, optional=True) is None
+    for value in (0, 1.0, True, None):
+        with pytest.raises(hatcl.ConfigError, match=f"x: got {value!r}, expected an integer of at least 1"):
+            whole("x", value)
+    flag("x", False)
+    with pytest.raises(hatcl.ConfigError, match="x: got 0, expected True or False"):
+        flag("x", 0)
