@@ -55,16 +55,16 @@ def as_adapter(model: nn.Module, index: int) -> Iterator[None]:
     kept: list[tuple[Tensor, Tensor]] = [(h.param, h.param.clone()) for h in gated]
     copies = [(m, m._modules.pop("hat_tasks")) for m in layers.values()]  # of all tasks: no part of this adapter
     try:
-        with task(model, None), torch.no_grad():
-            for h in gated:
-                h.param.masked_fill_(~h.live(chosen), 0)
-            for module, of_tasks in copies:
-                for held_by in ("_parameters", "_buffers"):
-                    for name, own in getattr(of_tasks[chosen], held_by).items():
-                        shared = getattr(module, held_by)[name]
-                        kept.append((shared, shared.clone()))
-                        shared.copy_(own)
         with task(model, None):
+            with torch.no_grad():
+                for h in gated:
+                    h.param.masked_fill_(~h.live(chosen), 0)
+                for module, of_tasks in copies:
+                    for held_by in ("_parameters", "_buffers"):
+                        for name, own in getattr(of_tasks[chosen], held_by).items():
+                            shared = getattr(module, held_by)[name]
+                            kept.append((shared, shared.clone()))
+                            shared.copy_(own)
             yield
     finally:
         for module, of_tasks in copies:

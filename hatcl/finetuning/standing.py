@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,23 +30,29 @@ class Standing:
     def __init__(self, folder: Path, about: Callable[[], Mapping[str, Any]], seconds: float = 60.0) -> None:
         self.folder, self.about, self.seconds = folder, about, seconds
         self.last = time.monotonic()
-        self.began: dict[str, str] = {}
+        self.start: Mapping[str, Tensor] = {}
+
+    @functools.cached_property
+    def _began(self) -> dict[str, str]:
+        """Digests of the start; most runs are over before they are asked for."""
+        return {name: digest_of(t) for name, t in self.start.items()}
 
     def read(self, start: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """What `write` kept, or None; sets torch's generators as they were then.
 
         Args:
-            start: the tensors that are trained, as they are before the first step.
+            start: a copy of the tensors that are trained, as they are before the first step.
 
         Raises:
             IntegrityError: a damaged file, or a start with other bits.
         """
-        self.began = {name: digest_of(t) for name, t in start.items()}
+        self.start = start
         path = complete(self.folder) / STATE
         if not path.exists():
             return None
         state: dict[str, Any] = read_torch(path)
-        wrong = next((n for n in {**self.began, **state["began"]} if self.began.get(n) != state["began"].get(n)), None)
+        ours, theirs = self._began, state["began"]
+        wrong = next((n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)), None)
         if wrong is not None:
             raise IntegrityError(
                 f"{path}: {wrong} had other values when this fine-tuning began; give the model that it began with, or "
@@ -62,7 +69,7 @@ class Standing:
 
     def write(self, **state: Any) -> None:
         """Keep this, with the states of torch's generators."""
-        state |= {"began": self.began, "random": torch.get_rng_state()}
+        state |= {"began": self._began, "random": torch.get_rng_state()}
         if torch.cuda.is_initialized():
             state["cuda"] = torch.cuda.get_rng_state()
         with replaced_folder(self.folder) as new:

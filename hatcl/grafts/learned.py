@@ -115,7 +115,6 @@ def learn_graft(
     learner = _Learner(pretrained, weights, _start(pairs, k, start, settings), k, loss_fn, settings)
     taking_part = _parameters(pretrained, pairs)
     with lent(pretrained, taking_part), torch.random.fork_rng(_devices(pretrained)), contextlib.closing(weights):
-        pretrained.eval()
         torch.manual_seed(seed_of("batches", settings.seed))
         stream = _Stream(batches, settings.accumulate)
         learner.run(stream, validate, on_progress)

@@ -43,7 +43,7 @@ class SkillCallback(TrainerCallback):
         self.scorer, self.timing, self.name = scorer, timing, name
 
     def _state(self, args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / f"{self.name}.pt"
+        return _checkpoint(args, state) / f"{self.name}.pt"
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
@@ -77,6 +77,11 @@ class SkillCallback(TrainerCallback):
             self.scorer.update()
 
 
+def _checkpoint(args: Any, state: Any) -> Path:
+    """Where a `Trainer` keeps the step that it is at."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
 def _counts(args: Any, model: nn.Module) -> bool:
     """False for a step that fp16's loss scaling skips, because a gradient is not finite."""
     return not args.fp16 or all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
@@ -94,7 +99,7 @@ class _Follow(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
-            self.trainer.ilora.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE)
+            self.trainer.ilora.save(_checkpoint(args, state) / STATE)
 
 
 class _Adding(Trainer):

@@ -81,20 +81,21 @@ class Evaluating:
 
 @contextlib.contextmanager
 def lent(model: nn.Module, trained: Collection[nn.Parameter], moved: Collection[Tensor] = ()) -> Iterator[None]:
-    """A model to train for a while: inside, only `trained` require gradients, and none has one yet. After it
-    gradients, modes and what requires gradients are as before, and buffers too, but for those in `moved`."""
+    """A model to train for a while: inside it is in evaluation mode, only `trained` require gradients, and none has one
+    yet. After it gradients, modes and what requires gradients are as before, and buffers too, but for those in `moved`.
+    """
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     own, moving = {id(p) for p in trained}, {id(b) for b in moved}
     buffers = [
         (m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items()
         if b is not None and id(b) not in moving
     ]  # fmt: skip
-    modes = Evaluating(model)
     try:
-        for p, _, _ in parameters:
-            p.grad = None
-            p.requires_grad_(id(p) in own)
-        yield
+        with Evaluating(model):
+            for p, _, _ in parameters:
+                p.grad = None
+                p.requires_grad_(id(p) in own)
+            yield
     finally:
         for p, required, grad in parameters:
             p.requires_grad_(required)
@@ -103,4 +104,3 @@ def lent(model: nn.Module, trained: Collection[nn.Parameter], moved: Collection[
             for module, name, b, was in buffers:
                 b.copy_(was)
                 module._buffers[name] = b
-        modes.__exit__()
