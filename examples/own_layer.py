@@ -19,9 +19,9 @@ class MeanAbsNorm(nn.Module):
 
 @hatcl.register(MeanAbsNorm)
 class HATMeanAbsNorm(hatcl.HATLayer):
-    is_norm, output_dim, owner_dims, copied = True, -1, {"weight": 0}, ("weight",)  # a weight per task
+    hat_is_norm, hat_output_dim, hat_owner_dims, hat_copied = True, -1, {"weight": 0}, ("weight",)  # a weight per task
 
-    def fold_gate(self, name: str, gate: torch.Tensor) -> torch.Tensor:
+    def hat_fold_gate(self, name: str, gate: torch.Tensor) -> torch.Tensor:
         return (gate != 0) * gate.mean()  # the mean divides by all U; with n of them on, n / U corrects it
 
 

@@ -111,13 +111,13 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
         names[id(p)]
         for m in model.modules()
         for n, p in m._parameters.items()
-        if p is not None and n in layer_for(type(m)).copied
+        if p is not None and n in layer_for(type(m)).hat_copied
     ]
     try:
         found = trace(
             model,
             example_inputs,
-            norms=lambda m: layer_for(type(m)).is_norm,
+            norms=lambda m: layer_for(type(m)).hat_is_norm,
         )
     except ConversionError:
         raise
@@ -143,7 +143,7 @@ def moving_buffers(model: nn.Module, inputs: Any) -> dict[str, tuple[str, ...]]:
     """Module path -> the buffers that a training forward writes (running statistics, power iterations) and that no
     registered layer says are the task's. All of a module's, where such a forward fails. The model is put back."""
     unknown = {
-        path: {n: b for n, b in m._buffers.items() if b is not None and n not in layer_for(type(m)).task_buffers}
+        path: {n: b for n, b in m._buffers.items() if b is not None and n not in layer_for(type(m)).hat_task_buffers}
         for path, m in model.named_modules()
     }
     unknown = {path: {n: b for n, b in bs.items() if b.is_floating_point()} for path, bs in unknown.items()}
@@ -209,8 +209,8 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
         layer = layer_for(type(m), norm.kind if norm is not None else "")
         own = {n: p for n, p in m._parameters.items() if p is not None}
         moving = unit_map.buffers.get(path, ())
-        known = any(m._buffers.get(b) is not None for b in layer.task_buffers)
-        if not (own or norm is not None or known or moving or layer.always):
+        known = any(m._buffers.get(b) is not None for b in layer.hat_task_buffers)
+        if not (own or norm is not None or known or moving or layer.hat_always):
             continue
         hat = Binding(gates, buffers=moving)
         for name, p in own.items():
@@ -225,21 +225,21 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
                 a for (user, other), axes in unit_map.folds.items() for a in axes
                 if other == entry.name and user not in holders[entry.name]
             }  # fmt: skip
-            fold_output = layer.fold_output and not elsewhere
-            if path in unit_map.outputs or fold_output:
+            hat_fold_output = layer.hat_fold_output and not elsewhere
+            if path in unit_map.outputs or hat_fold_output:
                 owners = {f.axis for f in entry.factors if f.owner}
-                if fold_output and fold_axes & owners:
-                    hat.output = (layer.output_dim, units(next(f.units for f in entry.factors if f.owner)))
+                if hat_fold_output and fold_axes & owners:
+                    hat.output = (layer.hat_output_dim, units(next(f.units for f in entry.factors if f.owner)))
                 fold_axes -= owners
             fold_axes |= elsewhere
-            if norm is not None and norm.across and layer.is_norm:
+            if norm is not None and norm.across and layer.hat_is_norm:
                 # the weight carries the factor of the statistics; of a class that is not known, the output does
                 fold_axes = set() if norm.kind else fold_axes | {f.axis for f in entry.factors}
             axes_ = tuple(Axis(units(f.units), f.shape, f.owner) for f in entry.factors)
             fold = tuple(i for i, f in enumerate(entry.factors) if f.axis in fold_axes)
             hat.params[name] = ParameterPlan(entry.view, axes_, fold, entry.copied, entry.standardised)
         if path in unit_map.outputs:
-            hat.output = (layer.output_dim, units(unit_map.outputs[path]))
+            hat.output = (layer.hat_output_dim, units(unit_map.outputs[path]))
         if norm is not None:
             across = norm.across or not hasattr(layer, "eps")
             if across:
@@ -250,7 +250,7 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
         plan.append((m, task_class(layer, type(m), tuple(own), moving), hat))
     for m, cls, hat in plan:
         m.__class__ = cls
-        m.attach(hat, config.num_tasks)  # type: ignore[operator]
+        m._hat_attach(hat, config.num_tasks)  # type: ignore[operator]
     model.add_module(GATES, gates)
     model.register_load_state_dict_pre_hook(_take_plain_weights)
     gates.unit_map = unit_map
@@ -354,5 +354,5 @@ def _widen_heads(model: nn.Module, num_classes: Sequence[int]) -> None:
         for task, n in enumerate(num_classes):
             if n != width:
                 own = module.hat_tasks[task]._parameters
-                for name, value in module.redrawn(rows=n).items():
+                for name, value in module._hat_redrawn(rows=n).items():
                     own[name] = nn.Parameter(value.to(own[name]))

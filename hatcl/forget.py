@@ -103,18 +103,20 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
                 n: p for n, p in module._parameters.items() if p is not None and id(p) in plan and id(p) not in done
             }
             if mine:
-                fresh = module.redrawn()
+                fresh = module._hat_redrawn()
                 for name, p in mine.items():
                     full_name, erased = plan[id(p)]
                     new = torch.zeros_like(p) if starts_at_zero(full_name) else fresh[name].to(p)
                     p.copy_(torch.where(erased, new, p))
                     done.add(id(p))
             if "hat_tasks" in module._modules:
-                old, first = module.hat_tasks[task], module.new_copy()
+                old, first = module.hat_tasks[task], module._hat_new_copy()
                 start = dict(first.named_parameters())
                 for name, p in old.named_parameters():
                     same = p.shape == start[name].shape
-                    p.copy_(start[name] if same else module.redrawn(rows=p.shape[0])[name])  # an optimizer may hold p
+                    p.copy_(
+                        start[name] if same else module._hat_redrawn(rows=p.shape[0])[name]
+                    )  # an optimizer may hold p
                 for b, fresh_b in zip(old.buffers(), first.buffers(), strict=True):
                     b.copy_(fresh_b)
     for g in gates:

@@ -88,7 +88,7 @@ def shared_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, (Gates, TaskCopy)):
             continue
         hat = isinstance(module, HATLayer) and module.__dict__.get("_hat") is not None
-        own = module._copied_buffers() if hat else ()
+        own = module._hat_copied_buffers() if hat else ()
         for name, b in module._buffers.items():
             if b is not None and name not in own and name not in module._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, b
@@ -403,7 +403,7 @@ class Guard(Keeper):
                 _refill(e, g.fresh_embedding(g.num_units, e.detach()))
             for module in model.modules():
                 if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
-                    fresh = module.new_copy().state_dict()
+                    fresh = module._hat_new_copy().state_dict()
                     for name, x in module.hat_tasks[self.task].state_dict().items():
                         _refill(x, fresh[name])
         return names

@@ -109,7 +109,7 @@ def put_back(model, kept):
 
 
 def test_an_attacker_with_the_old_gates_head_and_norms_is_at_chance(learned):
-    """They are put back as they were. What looks redrawn may also be set to zero or scaled."""
+    """They are put back as they were. What looks _hat_redrawn may also be set to zero or scaled."""
     name, model = learned
     kept = copy.deepcopy(model)
     data = problem(name, 1, seed=1)
@@ -145,7 +145,7 @@ def test_twin_without_redrawing_the_attacker_has_it_all_back(learned, monkeypatc
         params = {n: p.detach() for n, p in self._parameters.items() if p is not None}
         return params if rows is None else {n: p.new_zeros(rows, *p.shape[1:]) for n, p in params.items()}
 
-    monkeypatch.setattr(HATLayer, "redrawn", as_it_was)
+    monkeypatch.setattr(HATLayer, "_hat_redrawn", as_it_was)
     hatcl.forget_task(model, 1)
     put_back(model, kept)
     assert accuracy(model, 1, data) == accuracy(kept, 1, data)

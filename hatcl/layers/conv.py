@@ -13,31 +13,31 @@ from .gated import HATLayer, task_parameter
 
 
 class _Conv(HATLayer):
-    owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
-    reader_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
+    hat_owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+    hat_reader_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
     weight = task_parameter("weight")
     bias = task_parameter("bias")
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.gate_output(super().forward(*args, **kwargs))  # type: ignore[misc]
+        return self._hat_gate_output(super().forward(*args, **kwargs))  # type: ignore[misc]
 
-    def _bind_by_hand(self, num_tasks: Any, units: Any, reads: Any, config: Any) -> None:
+    def _hat_bind_by_hand(self, num_tasks: Any, units: Any, reads: Any, config: Any) -> None:
         if getattr(self, "groups", 1) > 1 and reads is not None:
             raise ValueError(
                 f"{type(self).__name__} with groups={self.groups}: reads= is for groups=1; leave it out "  # type: ignore[attr-defined]
                 "(frozen by output unit alone) or use hatcl.convert, which maps groups exactly"
             )
-        super()._bind_by_hand(num_tasks, units, reads, config)
+        super()._hat_bind_by_hand(num_tasks, units, reads, config)
 
 
 class _ConvTranspose(_Conv):
-    owner_dims: ClassVar[Mapping[str, int]] = {"weight": 1, "bias": 0}
-    reader_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
+    hat_owner_dims: ClassVar[Mapping[str, int]] = {"weight": 1, "bias": 0}
+    hat_reader_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
-    def _bind_by_hand(self, *args: Any) -> None:
+    def _hat_bind_by_hand(self, *args: Any) -> None:
         if self.groups > 1:  # type: ignore[attr-defined]
             raise ValueError(f"{type(self).__name__} with groups={self.groups} by hand is not known; use hatcl.convert")  # type: ignore[attr-defined]
-        super()._bind_by_hand(*args)
+        super()._hat_bind_by_hand(*args)
 
 
 @register(nn.Conv1d)

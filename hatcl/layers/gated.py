@@ -122,7 +122,7 @@ def task_parameter(name: str) -> property:
             return raw
         if plan.copied:
             raw = self.hat_tasks[hat.gates.task]._parameters[name]
-        return self.folded(name, raw)
+        return self._hat_folded(name, raw)
 
     return property(get)
 
@@ -173,21 +173,21 @@ class HATLayer:
     gates.
 
     Class attributes (for authors of further layers):
-        owner_dims / reader_dims: parameter name -> dimension written / read.
-        output_dim: the dimension of the output that carries the units.
-        copied: parameters, and task_buffers: buffers, of which every task has its own.
-        fold_output: multiply the output by the gate instead of the weight.
-        always: convert also instances that hold nothing of their own.
+        hat_owner_dims / hat_reader_dims: parameter name -> dimension written / read.
+        hat_output_dim: the dimension of the output that carries the units.
+        hat_copied: parameters, and hat_task_buffers: buffers, of which every task has its own.
+        hat_fold_output: multiply the output by the gate instead of the weight.
+        hat_always: convert also instances that hold nothing of their own.
     """
 
-    owner_dims: ClassVar[Mapping[str, int]] = {}
-    reader_dims: ClassVar[Mapping[str, int]] = {}
-    output_dim: ClassVar[int] = 1
-    copied: ClassVar[tuple[str, ...]] = ()
-    task_buffers: ClassVar[tuple[str, ...]] = ()
-    fold_output: ClassVar[bool] = False
-    always: ClassVar[bool] = False
-    is_norm: ClassVar[bool] = False
+    hat_owner_dims: ClassVar[Mapping[str, int]] = {}
+    hat_reader_dims: ClassVar[Mapping[str, int]] = {}
+    hat_output_dim: ClassVar[int] = 1
+    hat_copied: ClassVar[tuple[str, ...]] = ()
+    hat_task_buffers: ClassVar[tuple[str, ...]] = ()
+    hat_fold_output: ClassVar[bool] = False
+    hat_always: ClassVar[bool] = False
+    hat_is_norm: ClassVar[bool] = False
     _hat: Binding
     hat_tasks: Any
 
@@ -202,21 +202,21 @@ class HATLayer:
     ) -> None:
         super().__init__(*args, **kwargs)
         if num_tasks is not None or units is not None or reads is not None:
-            self._bind_by_hand(num_tasks, units, reads, config)
+            self._hat_bind_by_hand(num_tasks, units, reads, config)
 
     # ---- by hand -----------------------------------------------------------------------------------------------
 
-    def _width(self) -> int:
-        name, dim = next(iter(self.owner_dims.items()))
+    def _hat_width(self) -> int:
+        name, dim = next(iter(self.hat_owner_dims.items()))
         return int(self._parameters[name].shape[dim])  # type: ignore[attr-defined]
 
-    def _bind_by_hand(self, num_tasks: int | None, units: Any, reads: Any, config: HATConfig | None) -> None:
+    def _hat_bind_by_hand(self, num_tasks: int | None, units: Any, reads: Any, config: HATConfig | None) -> None:
         source = units_of(units) if units is not None else None
         read = units_of(reads) if reads is not None else None
-        if source is None and self.owner_dims and not self.is_norm:
+        if source is None and self.hat_owner_dims and not self.hat_is_norm:
             config = (config or HATConfig()).replace(num_tasks=num_tasks or (read.gates.num_tasks if read else 1))
-            self.gates = Gates(self._width(), config)
-            source = Units(self.gates, np.arange(1, self._width() + 1))
+            self.gates = Gates(self._hat_width(), config)
+            source = Units(self.gates, np.arange(1, self._hat_width() + 1))
         some = source or read
         if some is None:
             self.gates = Gates(0, (config or HATConfig()).replace(num_tasks=num_tasks or 1))
@@ -226,22 +226,22 @@ class HATLayer:
                 continue
             axes: list[Axis] = []
             fold: tuple[int, ...] = ()
-            for dims, which, owner in ((self.owner_dims, source, True), (self.reader_dims, read, False)):
+            for dims, which, owner in ((self.hat_owner_dims, source, True), (self.hat_reader_dims, read, False)):
                 if name in dims and which is not None:
-                    self._check_width(name, p, dims[name], which)
+                    self._hat_check_width(name, p, dims[name], which)
                     shape = [1] * p.dim()
                     shape[dims[name]] = -1
                     if owner:
                         fold = (len(axes),)
                     axes.append(Axis(which, tuple(shape), owner))
-            hat.params[name] = ParameterPlan(tuple(p.shape), tuple(axes), fold, name in self.copied)
-        self.attach(hat, num_tasks or hat.gates.num_tasks)
+            hat.params[name] = ParameterPlan(tuple(p.shape), tuple(axes), fold, name in self.hat_copied)
+        self._hat_attach(hat, num_tasks or hat.gates.num_tasks)
         if source is not None:
-            self._hat.norm = (self.output_dim, source) if self.is_norm else None
+            self._hat.norm = (self.hat_output_dim, source) if self.hat_is_norm else None
 
-    def _check_width(self, name: str, p: Tensor, dim: int, units: Units) -> None:
+    def _hat_check_width(self, name: str, p: Tensor, dim: int, units: Units) -> None:
         if p.shape[dim] != len(units):
-            side = "output" if dim == self.owner_dims.get(name) else "input"
+            side = "output" if dim == self.hat_owner_dims.get(name) else "input"
             raise ValueError(
                 f"{type(self).__name__}.{name}: gate has {len(units)} units, {side} has {p.shape[dim]}; "
                 f"pass {'units' if side == 'output' else 'reads'}= a layer with {p.shape[dim]} output units"
@@ -249,31 +249,31 @@ class HATLayer:
 
     # ---- by the converter --------------------------------------------------------------------------------------
 
-    def attach(self, hat: Binding, num_tasks: int) -> None:
+    def _hat_attach(self, hat: Binding, num_tasks: int) -> None:
         """Bind to gates and make the task copies, which start as the plain values."""
         self.__dict__["_hat"] = hat
         hat.params = {n: p for n, p in hat.params.items() if p.axes or p.copied or p.fold}
-        if self._copied_names() or self._copied_buffers():
-            self.hat_tasks = nn.ModuleList(self.new_copy() for _ in range(num_tasks))
+        if self._hat_copied_names() or self._hat_copied_buffers():
+            self.hat_tasks = nn.ModuleList(self._hat_new_copy() for _ in range(num_tasks))
 
-    def _copied_names(self) -> list[str]:
+    def _hat_copied_names(self) -> list[str]:
         return [n for n, p in self._hat.params.items() if p.copied]
 
-    def _copied_buffers(self) -> list[str]:
-        names = dict.fromkeys((*self.task_buffers, *self._hat.buffers))
+    def _hat_copied_buffers(self) -> list[str]:
+        names = dict.fromkeys((*self.hat_task_buffers, *self._hat.buffers))
         return [n for n in names if self._buffers.get(n) is not None]  # type: ignore[attr-defined]
 
-    def new_copy(self) -> TaskCopy:
+    def _hat_new_copy(self) -> TaskCopy:
         """A task's copy, with the plain model's values."""
         copy = TaskCopy()
-        for name in self._copied_names():
+        for name in self._hat_copied_names():
             p = self._parameters[name]  # type: ignore[attr-defined]
             copy.register_parameter(name, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
-        for name in self._copied_buffers():
+        for name in self._hat_copied_buffers():
             copy.register_buffer(name, self._buffers[name].clone())  # type: ignore[attr-defined]
         return copy
 
-    def redrawn(self, rows: int | None = None) -> dict[str, Tensor]:
+    def _hat_redrawn(self, rows: int | None = None) -> dict[str, Tensor]:
         """Fresh values for the parameters, by the layer's own initialiser; where it has none, with the spread and mean
         that they have now. rows: that many entries in the first dimension instead."""
         bare = nn.Module.__new__(getattr(type(self), "_hat_source", (None, type(self)))[1])
@@ -299,12 +299,12 @@ class HATLayer:
     # ---- at work -----------------------------------------------------------------------------------------------
 
     @property
-    def active(self) -> Binding | None:
+    def _hat_active(self) -> Binding | None:
         """The binding while a task is active, else None (the plain model)."""
         hat: Binding | None = self.__dict__.get("_hat")
         return hat if hat is not None and hat.gates.task is not None else None
 
-    def folded(self, name: str, raw: Tensor) -> Tensor:
+    def _hat_folded(self, name: str, raw: Tensor) -> Tensor:
         """`raw` times the active task's gates along its folded axes."""
         hat: Binding = self._hat
         plan = hat.params[name]
@@ -326,7 +326,7 @@ class HATLayer:
                 axis = plan.axes[i]
                 gate = axis.units.gate()
                 assert gate is not None
-                value = value * self.fold_gate(name, gate).to(value.dtype).view(axis.shape)
+                value = value * self.hat_fold_gate(name, gate).to(value.dtype).view(axis.shape)
             value = value.view(raw.shape)
         if (
             fixed
@@ -335,20 +335,20 @@ class HATLayer:
             hat.cache[name] = (key, value)
         return value
 
-    def fold_gate(self, name: str, gate: Tensor) -> Tensor:
+    def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
         """By what a parameter is multiplied where its gate is `gate`."""
         return gate
 
-    def gate_output(self, out: Tensor) -> Tensor:
-        hat = self.active
+    def _hat_gate_output(self, out: Tensor) -> Tensor:
+        hat = self._hat_active
         if hat is None or hat.output is None:
             return out
         dim, units = hat.output
         return multiply(out, units, dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        hat = self.active
-        if hat is None or name not in self._buffers or name not in self._copied_buffers():  # type: ignore[attr-defined]
+        hat = self._hat_active
+        if hat is None or name not in self._buffers or name not in self._hat_copied_buffers():  # type: ignore[attr-defined]
             super().__setattr__(name, value)
         elif hat.gates.task == hat.gates.learning:  # a sealed task's statistics stay as they are
             self.hat_tasks[hat.gates.task]._buffers[name] = value

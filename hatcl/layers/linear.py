@@ -20,14 +20,14 @@ class HATLinear(HATLayer, nn.Linear):
     Shapes: x `[..., in]`, y `[..., out]`, gate `[out]`.
     """
 
-    owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
-    reader_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
-    output_dim: ClassVar[int] = -1
+    hat_owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+    hat_reader_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
+    hat_output_dim: ClassVar[int] = -1
     weight = task_parameter("weight")
     bias = task_parameter("bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        hat = self.active
+        hat = self._hat_active
         plan = hat.params.get("weight") if hat is not None and torch.is_grad_enabled() else None
         raw: Any = self._parameters.get("weight")  # a parametrized one is not there
         if hat is not None and plan is not None and x.numel() < raw.shape[1] ** 2:
@@ -38,27 +38,27 @@ class HATLinear(HATLayer, nn.Linear):
                     bias = self._parameters["bias"]
                     if bias is None or (b := hat.params.get("bias")) is not None and b.fold and not b.copied:
                         return multiply(tf.linear(x, raw, bias), fold[0].units, -1)
-        return self.gate_output(super().forward(x))
+        return self._hat_gate_output(super().forward(x))
 
 
 class TaskIndexedLinear(HATLinear):
     """A head: every task has its own weight and bias. By hand: `TaskIndexedLinear(64, 10, num_tasks=5,
     reads=layer)`."""
 
-    owner_dims: ClassVar[Mapping[str, int]] = {}
-    copied: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    hat_owner_dims: ClassVar[Mapping[str, int]] = {}
+    hat_copied: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
 
 class TaskIndexedParameter(HATLayer, nn.Module):
     """A free parameter of which every task has its own copy; calling the module returns the active one."""
 
-    copied: ClassVar[tuple[str, ...]] = ("weight",)
+    hat_copied: ClassVar[tuple[str, ...]] = ("weight",)
     weight = task_parameter("weight")
 
     def __init__(self, value: Tensor, num_tasks: int) -> None:
         nn.Module.__init__(self)
         self.register_parameter("weight", nn.Parameter(value))
-        self._bind_by_hand(num_tasks, None, None, None)
+        self._hat_bind_by_hand(num_tasks, None, None, None)
 
     def forward(self) -> Tensor:
         return self.weight
@@ -71,23 +71,23 @@ class HATEmbedding(HATLayer, nn.Embedding):
     Shapes: i integers of any shape `S`, y `[*S, dim]`, gate `[dim]`.
     """
 
-    owner_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
-    output_dim: ClassVar[int] = -1
-    fold_output: ClassVar[bool] = True
+    hat_owner_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
+    hat_output_dim: ClassVar[int] = -1
+    hat_fold_output: ClassVar[bool] = True
     weight = task_parameter("weight")
 
-    def _bind_by_hand(self, *args: Any) -> None:
-        super()._bind_by_hand(*args)
+    def _hat_bind_by_hand(self, *args: Any) -> None:
+        super()._hat_bind_by_hand(*args)
         plan = self._hat.params["weight"]
         self._hat.output, plan.fold = (-1, plan.axes[0].units), ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.max_norm is None or self.active is None:
-            return self.gate_output(super().forward(*args, **kwargs))
+        if self.max_norm is None or self._hat_active is None:
+            return self._hat_gate_output(super().forward(*args, **kwargs))
         index = args[0] if args else kwargs["input"]
         # torch would scale the table's rows in place, for all tasks: here what was looked up, over units that are on
         table = self.weight
         rows = tf.embedding(index, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
-        rows = self.gate_output(rows)
+        rows = self._hat_gate_output(rows)
         size = rows.detach().norm(self.norm_type, -1, keepdim=True)
         return rows * torch.where(size > self.max_norm, self.max_norm / (size + 1e-7), 1.0)

@@ -23,20 +23,20 @@ log = logging.getLogger(__name__)
 
 
 class _Norm(HATLayer):
-    is_norm: ClassVar[bool] = True
-    owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
-    copied: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    hat_is_norm: ClassVar[bool] = True
+    hat_owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+    hat_copied: ClassVar[tuple[str, ...]] = ("weight", "bias")
     weight = task_parameter("weight")
     bias = task_parameter("bias")
 
-    def _has_affine(self) -> bool:
+    def _hat_has_affine(self) -> bool:
         return self._parameters.get("weight") is not None  # type: ignore[attr-defined]
 
 
 class _PerChannel(_Norm):
     """Statistics per channel: nothing crosses units, and the affine parameters carry the gate."""
 
-    task_buffers: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
+    hat_task_buffers: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
     running_mean = task_buffer("running_mean")
     running_var = task_buffer("running_var")
     num_batches_tracked = task_buffer("num_batches_tracked")
@@ -47,7 +47,7 @@ class _PerChannel(_Norm):
         (`Learning` sets their count to zero), as those of soft gates lag behind what the hard ones give."""
         if "momentum" not in self.__dict__:
             return nn.Module.__getattr__(self, "momentum")  # type: ignore[arg-type]
-        hat = self.active
+        hat = self._hat_active
         counted = isinstance(self, _BatchNorm) and self._buffers.get("num_batches_tracked") is not None
         settling = hat is not None and hat.gates.settled and hat.gates.task == hat.gates.learning
         return None if counted and settling else self.__dict__["momentum"]
@@ -58,8 +58,8 @@ class _PerChannel(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)  # type: ignore[misc]
-        hat = self.active
-        if hat is not None and hat.norm is not None and not self._has_affine():
+        hat = self._hat_active
+        if hat is not None and hat.norm is not None and not self._hat_has_affine():
             out = multiply(out, hat.norm[1], hat.norm[0])
         return out
 
@@ -113,19 +113,19 @@ class _OverUnits(_Norm):
     Deviation: HAT (Serra et al. 2018) has no norms over units, and HAT-CL normalises over all of them.
     """
 
-    centred: ClassVar[bool] = True
+    hat_centred: ClassVar[bool] = True
 
-    def _dims(self) -> tuple[int, ...]:
+    def _hat_dims(self) -> tuple[int, ...]:
         return tuple(range(-len(self.normalized_shape), 0))  # type: ignore[attr-defined]
 
-    def fold_gate(self, name: str, gate: Tensor) -> Tensor:
+    def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
         return gate if name == "bias" else (gate != 0) * share_on(gate).sqrt()
 
     @property
     def eps(self) -> Any:
         """The plain eps, times n / U where a sealed task is active."""
         plain = self.__dict__["eps"]
-        hat = self.active
+        hat = self._hat_active
         if plain is None or hat is None or hat.norm is None or hat.gates.is_soft():
             return plain
         return plain * hat.norm[1].share()
@@ -135,32 +135,32 @@ class _OverUnits(_Norm):
         self.__dict__["eps"] = value
 
     def forward(self, x: Tensor) -> Tensor:
-        hat = self.active
+        hat = self._hat_active
         if hat is None or hat.norm is None:
-            return self.gate_output(super().forward(x))  # type: ignore[misc]
+            return self._hat_gate_output(super().forward(x))  # type: ignore[misc]
         dim, units = hat.norm
         gate = units.gate()
         assert gate is not None
         gate = gate.to(x.dtype)
         if hat.dirty:
             x = x * along(gate, x, dim)
-        if self.centred:
+        if self.hat_centred:
             share = None if hat.gates.is_soft() else units.share()
-            x = F.centre(x, gate, dim, self._dims() if len(self._dims()) > 1 else (dim,), share)
+            x = F.centre(x, gate, dim, self._hat_dims() if len(self._hat_dims()) > 1 else (dim,), share)
         out = super().forward(x)  # type: ignore[misc]
-        return out if self._has_affine() else out * along(self.fold_gate("weight", gate), out, dim)
+        return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, dim)
 
 
 @register(nn.LayerNorm)
 class TaskIndexedLayerNorm(_OverUnits, nn.LayerNorm):
     """Layer norm over the units that are on; per task: weight and bias. Shapes: x `[..., U]`."""
 
-    output_dim: ClassVar[int] = -1
+    hat_output_dim: ClassVar[int] = -1
 
 
 class _RootMeanSquare(_OverUnits):
-    centred: ClassVar[bool] = False
-    output_dim: ClassVar[int] = -1
+    hat_centred: ClassVar[bool] = False
+    hat_output_dim: ClassVar[int] = -1
 
 
 @register(nn.RMSNorm)
@@ -184,17 +184,17 @@ class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
     that of its n_g units; the weight takes the scale back.
     """
 
-    def _per_group(self, gate: Tensor) -> Tensor:
+    def _hat_per_group(self, gate: Tensor) -> Tensor:
         share = gate.view(self.num_groups, -1).mean(1, keepdim=True).clamp(min=F.SMALLEST_GATE)
         return share.sqrt().expand(-1, gate.numel() // self.num_groups).reshape(-1)
 
-    def fold_gate(self, name: str, gate: Tensor) -> Tensor:
-        return gate if name == "bias" else (gate != 0) * self._per_group(gate)
+    def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
+        return gate if name == "bias" else (gate != 0) * self._hat_per_group(gate)
 
     def forward(self, x: Tensor) -> Tensor:
-        hat = self.active
+        hat = self._hat_active
         if hat is None or hat.norm is None:
-            return self.gate_output(super().forward(x))
+            return self._hat_gate_output(super().forward(x))
         gate = hat.norm[1].gate()
         assert gate is not None
         gate = gate.to(x.dtype)
@@ -206,8 +206,8 @@ class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
         mean = groups.flatten(2).sum(2) / (by_group.sum(1) * space).clamp(min=F.SMALLEST_GATE)
         mean = mean.view(*mean.shape, *[1] * (groups.dim() - 2))
         centred = (groups - mean * by_group.view(1, *by_group.shape, *[1] * (groups.dim() - 3))).view(x.shape)
-        out = super().forward(centred / along(self._per_group(gate), x, 1))
-        return out if self._has_affine() else out * along(self.fold_gate("weight", gate), out, 1)
+        out = super().forward(centred / along(self._hat_per_group(gate), x, 1))
+        return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, 1)
 
 
 class _FoundNorm(HATLayer):
@@ -218,11 +218,11 @@ class _FoundNorm(HATLayer):
     computes, whatever it does with its weight, bias `f(0)` and eps.
     """
 
-    is_norm: ClassVar[bool] = True
-    centred: ClassVar[bool] = False
+    hat_is_norm: ClassVar[bool] = True
+    hat_centred: ClassVar[bool] = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        hat = self.active
+        hat = self._hat_active
         if hat is None or hat.norm is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         dim, units = hat.norm
@@ -230,7 +230,7 @@ class _FoundNorm(HATLayer):
         assert gate is not None
         if hat.dirty:
             x = x * along(gate.to(x.dtype), x, dim)
-        if self.centred:
+        if self.hat_centred:
             x = F.centre(x, gate.to(x.dtype), dim, (dim,))
         share = share_on(gate).sqrt().to(x.dtype)
         out = super().forward(x / share, *args, **kwargs)  # type: ignore[misc]
@@ -249,7 +249,7 @@ class _FoundRootMeanSquare(_FoundNorm):
 class _FoundLayerNorm(_FoundNorm):
     """Like a layer norm."""
 
-    centred: ClassVar[bool] = True
+    hat_centred: ClassVar[bool] = True
 
 
 def kind_of_norm(module: nn.Module, ndim: int, dim: int, width: int) -> str:

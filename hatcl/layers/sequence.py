@@ -28,7 +28,7 @@ class _Recurrent(HATLayer):
 
     def flatten_parameters(self) -> None:
         """Only the plain model's weights lie in one piece of memory."""
-        if self.active is None:
+        if self._hat_active is None:
             super().flatten_parameters()  # type: ignore[misc]
 
 
@@ -36,7 +36,7 @@ def _plain_only(name: str, otherwise: Any) -> property:
     """An attribute that reads as `otherwise` while a task is active."""
 
     def get(self: Any) -> Any:
-        return self.__dict__[name] if self.active is None else otherwise
+        return self.__dict__[name] if self._hat_active is None else otherwise
 
     def put(self: Any, value: Any) -> None:
         self.__dict__[name] = value
@@ -48,7 +48,7 @@ def _plain_only(name: str, otherwise: Any) -> property:
 class _Encoder(HATLayer):
     """Nested tensors are for the fused layer alone (see `_EncoderLayer`)."""
 
-    always: ClassVar[bool] = True
+    hat_always: ClassVar[bool] = True
     use_nested_tensor = _plain_only("use_nested_tensor", False)
 
 
@@ -57,5 +57,5 @@ class _EncoderLayer(HATLayer):
     """In evaluation torch runs the whole layer as one fused operation, whose norms would take their statistics over all
     units. It does so for these two activations only, so a task has neither."""
 
-    always: ClassVar[bool] = True
+    hat_always: ClassVar[bool] = True
     activation_relu_or_gelu = _plain_only("activation_relu_or_gelu", 0)

@@ -191,4 +191,4 @@ def add_tasks(model: nn.Module, count: int) -> None:
         g.add(count)
     for module in model.modules():
         if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
-            module.hat_tasks.extend(module.new_copy() for _ in range(count))
+            module.hat_tasks.extend(module._hat_new_copy() for _ in range(count))
