@@ -23,6 +23,7 @@ from .errors import (
 from .forget import ForgetReport, forget_task
 from .gates import set_task, task, tasks
 from .grafts import Graft, GraftOptions, GraftScores, hold, learn_graft, select_graft
+from .guard import seal
 from .integrations.timm_names import install, list_models
 from .layers import (
     HATConv1d,
@@ -81,7 +82,7 @@ __all__ = [
     "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError",
     "accumulate", "add_tasks", "as_adapter", "atlas", "certify", "compose", "consolidate", "continual", "convert",
     "describe", "forget_task", "from_pretrained", "hold", "learn", "learn_graft", "list_merges", "list_models",
-    "localize", "merge", "merge_method", "orthogonality", "overlap", "register", "save_pretrained", "select_graft",
+    "localize", "merge", "merge_method", "orthogonality", "overlap", "register", "save_pretrained", "seal", "select_graft",
     "set_task", "sign_conflicts", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import IsolationError, TaskError
-from .gates import gates_of, set_task
+from .gates import gates_of
+from .gates import task as active
 from .guard import check, held, own_buffers, sealed_tasks
 from .map.trace import call, tensors_of
 
@@ -80,8 +81,8 @@ def attack(model: nn.Module, task: int, only: set[str] | None = None, seed: int 
 
 def outputs_of(model: nn.Module, inputs: Any, task: int) -> list[Tensor]:
     """Every tensor that the model puts out for a task."""
-    set_task(model, task)
-    return [x.detach().clone() for x in tensors_of(call(model, inputs))]
+    with active(model, task):
+        return [x.detach().clone() for x in tensors_of(call(model, inputs))]
 
 
 def certify(model: nn.Module, inputs: Any, *, strict: bool = False) -> Certificate:

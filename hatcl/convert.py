@@ -18,6 +18,7 @@ from .certify import attack, difference, outputs_of
 from .config import HATConfig
 from .errors import ConfigError, ConversionError
 from .gates import Gates, Units
+from .guard import refresh_copy
 from .layers.gated import Axis, Binding, ParameterPlan, task_class
 from .layers.norm import kind_of_norm
 from .map.lora import is_factor, merged_layer
@@ -212,9 +213,10 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
         known = any(m._buffers.get(b) is not None for b in layer.hat_task_buffers)
         if not (own or norm is not None or known or moving or layer.hat_always):
             continue
-        hat = Binding(gates, buffers=moving)
+        hat = Binding(gates, buffers=moving, path=path)
         for name, p in own.items():
             entry = unit_map.entries[names[id(p)]]
+            hat.shapes[name] = entry.shape
             if entry.shape != tuple(p.shape):
                 raise ConversionError(
                     f"{path}.{name}: the map says shape {list(entry.shape)}, it has {list(p.shape)}; "
@@ -252,10 +254,19 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
         m.__class__ = cls
         m._hat_attach(hat, config.num_tasks)  # type: ignore[operator]
     model.add_module(GATES, gates)
+    gates.bound = tuple(hat.path for _, _, hat in plan)
+    model.register_forward_pre_hook(_before_forward)
     model.register_load_state_dict_pre_hook(_take_plain_weights)
     gates.unit_map = unit_map
     gates.train(model.training)
     return model
+
+
+def _before_forward(model: nn.Module, args: Any) -> None:
+    """A copy that is averaged with a model that is learning keeps what is frozen as the model has it."""
+    gates = model._modules[GATES]
+    if gates is not None and gates.origin is not None and not torch.compiler.is_compiling():
+        refresh_copy(model)
 
 
 def _take_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -56,24 +56,27 @@ def rate_at(step: int, steps: int, lr: float, schedule: str = "constant", warmup
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(e: Tensor, scale: Tensor, max_scale: float, clamp: float) -> Tensor:
+    def forward(e: Tensor, scale: Tensor, max_scale: float, clamp: float, hardened: Tensor) -> Tensor:
         gate = torch.sigmoid(scale * e)
-        return torch.where(gate < SMALLEST_GATE, 0.0, gate)
+        return torch.where(hardened > 0, (e > 0).to(gate.dtype), torch.where(gate < SMALLEST_GATE, 0.0, gate))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        e, scale, ctx.max_scale, ctx.clamp = inputs
-        ctx.save_for_backward(e, scale)
+        e, scale, ctx.max_scale, ctx.clamp, hardened = inputs
+        ctx.save_for_backward(e, scale, hardened)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        e, scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        e, scale, hardened = ctx.saved_tensors
         half = torch.sigmoid(e)
         beyond = torch.relu((scale * e).abs() - ctx.clamp)
-        return grad * (ctx.max_scale * half * (1 - half) * torch.exp(-beyond)), None, None, None
+        factor = ctx.max_scale * half * (1 - half) * torch.exp(-beyond)
+        return grad * torch.where(hardened > 0, 0.0, factor), None, None, None, None
 
 
-def soft_gate(e: Tensor, scale: Tensor, max_scale: float, clamp: float = 50.0) -> Tensor:
+def soft_gate(
+    e: Tensor, scale: Tensor, max_scale: float, clamp: float = 50.0, hardened: Tensor | None = None
+) -> Tensor:
     """`a = sigmoid(s * e)` with HAT's gradient compensation built into its derivative.
 
     HAT (eq. 6) multiplies the gradient q of an embedding by `s_max/s * (cosh(clamp(s e, +-c)) + 1) / (cosh(e) + 1)`.
@@ -85,8 +88,9 @@ def soft_gate(e: Tensor, scale: Tensor, max_scale: float, clamp: float = 50.0) -
         e: embeddings, any shape.
         scale: s, a tensor of no dimensions.
         max_scale: s_max. clamp: c.
+        hardened: a tensor of no dimensions; where it is not 0 the gate is that at infinite scale, and its derivative 0.
     """
-    return _Gate.apply(e, scale, max_scale, clamp)
+    return _Gate.apply(e, scale, max_scale, clamp, torch.zeros_like(scale) if hardened is None else hardened)
 
 
 def hard_gate(e: Tensor) -> Tensor:
@@ -173,6 +177,28 @@ def hashed(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
     x = ((x ^ (x >> 15)) * 0x846CA68B) & low
     return x ^ (x >> 16)
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(x: Tensor) -> Tensor:
+    """A tensor's memory as integers, which are equal where every bit is: -0.0 is not 0.0, and a NaN is itself."""
+    x = x.detach()
+    if x.dtype == torch.complex128:
+        x = torch.view_as_real(x.resolve_conj())
+    return x.view(_INTEGERS[x.element_size()]) if x.is_floating_point() or x.is_complex() else x
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Have two tensors the same type, shape and bits?"""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, or its shard of a `DTensor`."""
+    part = getattr(x, "_local_tensor", None)
+    return x if part is None else part
 
 
 def digest_of(value: Tensor) -> str:

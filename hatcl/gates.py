@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
+import itertools
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,29 +14,78 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import active
 from . import functional as F
 from .config import HATConfig
 from .errors import CapacityError, TaskError
+
+SLOTS, SLOT_BYTES = 256, 16
+"""Size of a task's row in `Gates.digest_table`."""
+
+_keys = itertools.count()
+
+
+class Origin:
+    """Which gates some gates were copied from, and which task those were learning when they last wrote to the copy: an
+    averaged copy of a model (EMA) evaluates the task that the model is learning.
+
+    Attributes:
+        task: the one that the copy follows. own: tasks that the copy sealed by itself. kept: tensors of the copy, which
+            of their elements those tasks use (None: all), and their values. seen: the versions of its tensors when what
+            is sealed was last put back.
+    """
+
+    def __init__(self, source: Gates, copied: Gates) -> None:
+        self.gates = weakref.ref(source)
+        self.task = source.learning
+        self.own: set[int] = set()
+        self.kept: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self.seen: Any = None
+        self._versions = [e._version for e in copied.embeddings]
+
+    def model(self) -> nn.Module | None:
+        """The model that was copied, if it has learned anything since."""
+        source = self.gates()
+        return None if source is None or source.model is None else source.model()
+
+    def follow(self, copied: Gates) -> bool:
+        """Has the copy been averaged with a model that is learning another task than the one followed so far?"""
+        source = self.gates()
+        task = None if source is None else source.learning
+        if task is None or task == self.task or task >= len(self._versions):
+            return False
+        if copied.embeddings[task]._version == self._versions[task]:
+            return False  # only a copy; nothing was written to it
+        self.task = task
+        return True
 
 
 class Gates(nn.Module):
     """The gates of `U` units for `T` tasks.
 
-    A task's gate is `a = sigmoid(s * e)` while it is learned and exactly 0 or 1 once sealed. The active task is a
-    property of the gates (`task`), as is the task being learned (`learning`): what a layer computes follows the first,
-    what is frozen follows the second.
+    A task's gate is `a = sigmoid(s * e)` while it is learned and exactly 0 or 1 once sealed. What a layer computes
+    follows the active task (`task`), what is frozen follows the task being learned (`learning`).
 
     Attributes:
         embeddings: T parameters `[U]`.
         masks: `[T, U]` bool, the hard gates of sealed tasks. sealed: `[T]` bool.
+        digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
+            fixed size for state dicts (see `guard.table_of`).
+        cut: a task with hard gates computes with its live elements alone, zeros for all others, so that nothing else
+            enters its arithmetic. Without it, it computes by the folds of the map, as while it is learned.
+        hardened: 1 while the task being learned settles, its gates hard already; a tensor, so that the program stays
+            the same.
         unit_map: the map the model was converted on (None for layers put together by hand).
         source: how to make the plain model again (its timm name, say), for `from_pretrained`.
         layers: (name, start, stop) bounds of the layers' units, 0-based, for penalties per layer and tables.
+        bound: paths of the modules that the map bound to these gates, as they were at conversion.
     """
 
     masks: Tensor
     sealed: Tensor
     scale: Tensor
+    hardened: Tensor
+    digest_table: Tensor
 
     def __init__(self, units: int, config: HATConfig, layers: Sequence[tuple[str, int, int]] | None = None) -> None:
         super().__init__()
@@ -42,21 +94,66 @@ class Gates(nn.Module):
         self.embeddings = nn.ParameterList([self.fresh_embedding(units) for _ in range(config.num_tasks)])
         self.register_buffer("masks", torch.zeros(config.num_tasks, units, dtype=torch.bool))
         self.register_buffer("sealed", torch.zeros(config.num_tasks, dtype=torch.bool))
+        self.register_buffer("digest_table", torch.zeros(config.num_tasks, SLOTS, SLOT_BYTES, dtype=torch.uint8))
         self.register_buffer("scale", torch.tensor(float(config.max_scale)), persistent=False)
-        self.task: int | None = None
+        self.register_buffer("hardened", torch.tensor(0.0), persistent=False)
+        self.key = next(_keys)
         self.learning: int | None = None
+        self.learner: int | None = None
         self.soft = False
-        self.settled = False
+        self.cut = True
         self.epoch = 0
         self.from_map = layers is not None
-        self._taken_by: tuple[Any, Tensor] = (None, torch.zeros(0, dtype=torch.bool))
         self.digests: dict[int, dict[str, str]] = {}
         self.unit_map: Any = None
         self.source: dict[str, Any] | None = None
+        self.bound: tuple[str, ...] = ()
+        self.origin: Origin | None = None
+        self.model: weakref.ref[nn.Module] | None = None
+        self._default: int | None = None
+        self._ever_active = False
+        self._taken_by: tuple[Any, Tensor] = (None, torch.zeros(0, dtype=torch.bool))
 
     def forward(self, x: Any) -> Any:
         """Nothing: where the converted model is an `nn.Sequential`, its gates are one step of it."""
         return x
+
+    # ---- the active task ---------------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> int | None:
+        """The active task: this context's, else the default; in a recomputation that of its forward."""
+        if self.origin is not None and not torch.compiler.is_compiling():
+            self.notice()
+        if not self._ever_active:
+            return None
+        task = active.chosen(self.key, self._default)
+        return task if torch.compiler.is_compiling() else active.of_forward(self.key, task, self.training)
+
+    @task.setter
+    def task(self, task: int | None) -> None:
+        """Set the default of all threads."""
+        self._default = task
+        self._ever_active |= task is not None
+
+    def choose(self) -> None:
+        """Some context is about to choose a task."""
+        self._ever_active = True
+
+    def notice(self) -> None:
+        """A copy that has been averaged with a model that is learning follows it."""
+        if self.origin is not None and self.origin.follow(self):
+            self.task = self.origin.task
+
+    def is_open(self, task: int | None) -> bool:
+        """May this task's gates change from one step to the next? A sealed task's are constants."""
+        return task is not None and (task == self.learning or (self.origin is not None and task == self.origin.task))
+
+    def is_soft(self, task: int | None) -> bool:
+        """Are a task's gates soft now? In evaluation without gradients they are what sealing would give."""
+        if task is None or task != self.learning:
+            return False
+        return self.soft or self.training or torch.is_grad_enabled()
 
     # ---- what layers ask ---------------------------------------------------------------------------------------
 
@@ -68,22 +165,20 @@ class Gates(nn.Module):
     def num_tasks(self) -> int:
         return self.masks.shape[0]
 
-    def is_soft(self) -> bool:
-        """Are the active task's gates soft now? In evaluation without gradients they are what sealing would give."""
-        if self.task is None or self.task != self.learning:
-            return False
-        return self.soft or (not self.settled and (self.training or torch.is_grad_enabled()))
+    def select(self, task: int, index: slice | Tensor) -> Tensor:
+        """A task's gates of some units, as floats."""
+        e = self.embeddings[task]
+        if self.is_soft(task):
+            c = self.config
+            a = F.soft_gate(e[index], self.scale, c.max_scale, c.compensation_clamp, self.hardened)
+            return a if c.reuse == "all" else torch.where(self._taken(task)[index], 0.0, a)
+        return self.on(task)[index].to(e.dtype)
 
-    def select(self, index: slice | Tensor) -> Tensor | None:
-        """The active task's gates of some units, as floats; None for the plain model."""
-        if self.task is None:
-            return None
-        e = self.embeddings[self.task]
-        if self.is_soft():
-            a = F.soft_gate(e[index], self.scale, self.config.max_scale, self.config.compensation_clamp)
-            return a if self.config.reuse == "all" else torch.where(self._taken(self.task)[index], 0.0, a)
-        on = self._hard_now(self.task) if self.task == self.learning else self.masks[self.task]
-        return on[index].to(e.dtype)
+    def on(self, task: int) -> Tensor:
+        """`[U]` bool: a task's hard gates, without asking a device whether it is sealed."""
+        if task == self.learning:
+            return self._hard_now(task)
+        return self.hard(task) if self.is_open(task) else self.masks[task]
 
     def hard(self, task: int) -> Tensor:
         """`[U]` bool: a task's gates as sealed, or as sealing would make them now."""
@@ -95,10 +190,10 @@ class Gates(nn.Module):
 
     def _taken(self, task: int) -> Tensor:
         """`[U]` bool: units that other sealed tasks use."""
-        key = (task, self.epoch)
-        if self._taken_by[0] != key:
-            self._taken_by = (key, self.used(without=task))
-        return self._taken_by[1]
+        key, taken = (task, self.epoch), self._taken_by
+        if taken[0] != key:
+            self._taken_by = taken = (key, self.used(without=task))
+        return taken[1]
 
     # ---- life of a task ----------------------------------------------------------------------------------------
 
@@ -130,18 +225,21 @@ class Gates(nn.Module):
         """Forget a task's gates: its row is empty and its embedding new."""
         self.masks[task] = False
         self.sealed[task] = False
+        self.digest_table[task] = 0
+        self.digests.pop(task, None)
+        self._taken_by = (None, self.masks[task])
         with torch.no_grad():
             self.embeddings[task].copy_(self.fresh_embedding(self.num_units))
         self.epoch += 1
 
     def add(self, tasks: int) -> None:
-        device = self.masks.device
         self.config = self.config.replace(num_tasks=self.num_tasks + tasks)
         like = self.embeddings[0].detach()
         for _ in range(tasks):
             self.embeddings.append(self.fresh_embedding(self.num_units, like))
-        self.masks = torch.cat([self.masks, torch.zeros(tasks, self.num_units, dtype=torch.bool, device=device)])
-        self.sealed = torch.cat([self.sealed, torch.zeros(tasks, dtype=torch.bool, device=device)])
+        for name in ("masks", "sealed", "digest_table"):
+            rows = getattr(self, name)
+            setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
         self.epoch += 1
 
     def room(self, task: int) -> dict[str, bool]:
@@ -153,7 +251,7 @@ class Gates(nn.Module):
         """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""
         c = self.config
         e = self.embeddings[self.learning if self.learning is not None else 0]
-        a = F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp)
+        a = F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp, self.hardened)
         bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
         return c.penalty_weight * F.sparsity_penalty(a, self.used(), bounds, c.forgiven or 0.0)
 
@@ -161,27 +259,50 @@ class Gates(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is not being learned, also where it was made inside a `hatcl.learn` block."""
-        task = None if self.task == self.learning else self.task
-        return {**self.__dict__, "task": task, "learning": None, "settled": False, "soft": False}
+        task = None if self._default == self.learning else self._default
+        state = {
+            **self.__dict__,
+            "_default": task,
+            "learning": None,
+            "learner": None,
+            "soft": False,
+            "origin": None,
+            "model": None,
+        }
+        return {**state, "key": None, "_taken_by": (None, torch.zeros(0, dtype=torch.bool))}
 
-    def get_extra_state(self) -> Tensor:
-        """Digests as bytes: state dicts and safetensors files hold tensors."""
-        return torch.frombuffer(
-            bytearray(json.dumps({str(t): d for t, d in self.digests.items()}).encode()), dtype=torch.uint8
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.key = next(_keys)  # a choice of a context is for one model, not for its copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
+        made: Gates = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        made.origin = Origin(self, made)
+        if self.learning is not None and self._default == self.learning:
+            made._default = self.learning
+        return made
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise TaskError(
+            "torch.nn.DataParallel runs copies of a model in threads of its own, where hatcl cannot keep tasks apart; "
+            "use torch.nn.parallel.DistributedDataParallel"
         )
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self.digests = {int(t): d for t, d in json.loads(bytes(state.cpu().tolist())).items()}
-
     def _apply(self, fn: Any, recurse: bool = True) -> Gates:
-        scale = self.scale
+        kept = {name: self._buffers[name] for name in ("scale", "hardened")}
         super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)  # s keeps float32: bfloat16 has too few steps for its annealing
+        for name, x in kept.items():  # s keeps float32: bfloat16 has too few steps for its annealing
+            assert x is not None
+            self._buffers[name] = x.to(self.masks.device)
         self.epoch += 1
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}digest_table" in state_dict:
+            self.digests = {}  # they are of what was there before; the table tells what belongs to the new
         self.epoch += 1
 
     def extra_repr(self) -> str:
@@ -199,7 +320,8 @@ class Units:
         run = first > 0 and bool((self.numbers == np.arange(first, first + n)).all())
         self.run = slice(first - 1, first - 1 + n) if run else None
         self._share: tuple[Any, float] = (None, 1.0)
-        self._fixed: tuple[Any, Tensor | None] = (None, None)
+        self._fixed: tuple[Any, Tensor] = (None, torch.zeros(0))
+        self._fixed_on: tuple[Any, Tensor] = (None, torch.zeros(0))
         always = self.numbers == 0
         self._index: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
         if not run:
@@ -210,7 +332,8 @@ class Units:
         return len(self.numbers)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fixed": (None, None)}
+        none = (None, torch.zeros(0))
+        return {**self.__dict__, "_fixed": none, "_fixed_on": none}
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         if device not in self._index:
@@ -221,35 +344,51 @@ class Units:
     def gate(self) -> Tensor | None:
         """The active task's gate per entry, `[n]`; None for the plain model."""
         gates = self.gates
-        if gates.task is None:
-            return None
-        if gates.task == gates.learning:
-            return self._select()
-        key = (gates.task, gates.epoch)  # a sealed task's gates are constants
-        if self._fixed[0] != key:
+        task = gates.task
+        return None if task is None else self.gate_of(task)
+
+    def gate_of(self, task: int) -> Tensor:
+        """A task's gate per entry, `[n]`."""
+        gates = self.gates
+        if gates.is_open(task):
+            return self._select(task)
+        key, fixed = (task, gates.epoch), self._fixed  # another thread may replace it meanwhile
+        if fixed[0] != key:
             with torch.inference_mode(False):
-                self._fixed = (key, self._select())
-        return self._fixed[1]
+                self._fixed = fixed = (key, self._select(task))
+        return fixed[1]
 
-    def _select(self) -> Tensor | None:
+    def on(self, task: int) -> Tensor:
+        """A task's hard gate per entry, `[n]` bool; a constant for a sealed task."""
+        gates = self.gates
+        if gates.is_open(task):
+            return self.hard(task)
+        key, fixed = (task, gates.epoch), self._fixed_on
+        if fixed[0] != key:
+            with torch.inference_mode(False):
+                self._fixed_on = fixed = (key, self._of(gates.masks[task]))
+        return fixed[1]
+
+    def _select(self, task: int) -> Tensor:
         if self.run is not None:
-            return self.gates.select(self.run)
+            return self.gates.select(task, self.run)
         index, always = self._on(self.gates.masks.device)
-        a = self.gates.select(index)
-        return a if always is None or a is None else torch.where(always, 1.0, a)
+        a = self.gates.select(task, index)
+        return a if always is None else torch.where(always, 1.0, a)
 
-    def share(self) -> float:
-        """The share of entries that the active task has on, never quite zero."""
-        key = (self.gates.task, self.gates.epoch)
-        if self._share[0] != key or self.gates.task == self.gates.learning:
-            assert self.gates.task is not None
-            on = self.hard(self.gates.task)
-            self._share = (key, max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE))
-        return self._share[1]
+    def share(self, task: int) -> float:
+        """The share of entries that a task has on, never quite zero."""
+        key, share = (task, self.gates.epoch), self._share
+        if share[0] != key or self.gates.is_open(task):
+            on = self.hard(task)
+            self._share = share = (key, max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE))
+        return share[1]
 
     def hard(self, task: int) -> Tensor:
-        """A task's hard gate per entry, `[n]` bool."""
-        on = self.gates.hard(task)
+        """A task's hard gate per entry as sealed, or as sealing would make it now, `[n]` bool."""
+        return self._of(self.gates.hard(task))
+
+    def _of(self, on: Tensor) -> Tensor:
         if self.run is not None:
             return on[self.run]
         index, always = self._on(on.device)
@@ -305,28 +444,58 @@ def check_room(model: nn.Module, task: int) -> None:
 
 
 def set_task(model: nn.Module, task: int | None) -> None:
-    """Make `task` the active one: 0, 1, ... computes with that task's gates, None is the plain model.
+    """Make `task` the default of the model, in every thread: 0, 1, ... computes with that task's gates, None is the
+    plain model. `with hatcl.task(...)` chooses for one thread, and for a while.
 
     Raises:
-        TaskError: there is no such task, or it is neither sealed nor being learned.
+        TaskError: there is no such task, or it is neither sealed nor being learned; inside `with hatcl.task(...)`,
+            where the default does not count; from another thread than the one that is learning a task.
     """
     gates = gates_of(model)
-    if task is not None and task != gates[0].learning:
-        task = check_task(model, task, sealed=True)
+    task = _usable(gates, model, task)
+    if any(active.is_chosen(g.key) for g in gates):
+        raise TaskError(
+            f"set_task: got task {task} inside a `with hatcl.task(...)` block of the same model, which keeps its own "
+            "task active; leave the block first, or put another `with hatcl.task(...)` into it"
+        )
+    if gates[0].learning is not None and gates[0].learner != threading.get_ident():
+        raise TaskError(
+            f"set_task: got task {task} while another thread is learning task {gates[0].learning}, whose steps would "
+            "be "
+            "taken under the wrong task; evaluate inside `with hatcl.task(model, ...)`, which belongs to a thread"
+        )
     for g in gates:
         g.task = task
 
 
 @contextlib.contextmanager
 def task(model: nn.Module, task: int | None) -> Iterator[nn.Module]:
-    """`with hatcl.task(model, 2): ...` computes with task 2's gates inside the block and restores what was active."""
-    before = [(g, g.task) for g in gates_of(model)]
-    set_task(model, task)
-    try:
+    """`with hatcl.task(model, 2): ...` computes with task 2's gates inside the block, in this thread (or asyncio task)
+    alone. So several threads can serve several tasks of one model:
+
+        def answer(task, x):
+            with hatcl.task(model, task), torch.no_grad():
+                return model(x)
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(answer, ids, batches))
+
+    Raises:
+        TaskError: there is no such task, or it is neither sealed nor being learned.
+    """
+    gates = gates_of(model)
+    task = _usable(gates, model, task)
+    for g in gates:
+        g.choose()
+    with active.choose([g.key for g in gates], task):
         yield model
-    finally:
-        for g, t in before:
-            g.task = t
+
+
+def _usable(gates: Sequence[Gates], model: nn.Module, task: int | None) -> int | None:
+    """The task, if it has gates to compute with."""
+    for g in gates:
+        g.notice()
+    return task if task is None or gates[0].is_open(task) else check_task(model, task, sealed=True)
 
 
 def tasks(model: nn.Module) -> list[int]:

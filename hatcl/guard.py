@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,21 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .errors import GuardError, HATError, IntegrityError, NonFiniteLossError
-from .functional import digest_of
-from .gates import Gates, gates_of
+from .errors import GuardError, HATError, IntegrityError, NonFiniteLossError, TaskError
+from .functional import digest_of, local, same_bits
+from .gates import SLOT_BYTES, SLOTS, Gates, gates_of
+from .keeper import Keeper, Kept, StoredWeights, check_optimizers, taken
 from .layers.gated import Binding, HATLayer, ParameterPlan, TaskCopy
-
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+from .map.lora import is_factor
 
 
 @dataclass
 class Held:
-    """A parameter of a HAT model. task: whose own it is (None: shared). plan: its axes, for a shared one."""
+    """A parameter of a HAT model. task: whose own it is (None: shared). plan: its axes, for a shared one. plain: the
+    plain model's value of what every task has a copy of. module: where it is."""
 
     name: str
     param: nn.Parameter
     plan: ParameterPlan | None
+    module: nn.Module
     task: int | None = None
     plain: bool = False
 
@@ -49,7 +52,7 @@ def held(model: nn.Module) -> list[Held]:
         prefix = f"{path}." if path else ""
         if isinstance(module, Gates):
             for t, e in enumerate(module.embeddings):
-                out[id(e)] = Held(f"{prefix}embeddings.{t}", e, None, t)
+                out[id(e)] = Held(f"{prefix}embeddings.{t}", e, None, module.embeddings, t)
             continue
         hat: Binding | None = module.__dict__.get("_hat") if isinstance(module, HATLayer) else None
         for name, p in module._parameters.items():
@@ -66,11 +69,11 @@ def held(model: nn.Module) -> list[Held]:
                     )
             known = out.get(id(p))
             if known is None or (plan is not None and known.task is None and known.plan is None):
-                out[id(p)] = Held(f"{prefix}{name}", p, plan, None, plan is not None and plan.copied)
+                out[id(p)] = Held(f"{prefix}{name}", p, plan, module, None, plan is not None and plan.copied)
         if hat is not None:
             for t, copy in enumerate(getattr(module, "hat_tasks", ())):
                 for name, p in copy.named_parameters():
-                    out[id(p)] = Held(f"{prefix}hat_tasks.{t}.{name}", p, None, t)
+                    out[id(p)] = Held(f"{prefix}hat_tasks.{t}.{name}", p, None, copy, t)
     return list(out.values())
 
 
@@ -131,15 +134,37 @@ def _shared_path(names: Sequence[str]) -> str:
     return "".join(f"{part}." for part in first[:same])
 
 
+def table_of(digests: dict[str, str]) -> Tensor:
+    """`[256, 16]` uint8, of the same size for every model, so that state dicts can be averaged and exchanged: a name's
+    digest goes into one of 256 slots, and a slot's row is the start of the SHA-256 of what is in it."""
+    slots: dict[int, list[str]] = {}
+    for name in sorted(digests):
+        slots.setdefault(_slot(name), []).append(f"{name}={digests[name]}")
+    table = torch.zeros(SLOTS, SLOT_BYTES, dtype=torch.uint8)
+    for slot, lines in slots.items():
+        row = hashlib.sha256("\n".join(lines).encode()).digest()[:SLOT_BYTES]
+        table[slot] = torch.frombuffer(bytearray(row), dtype=torch.uint8)
+    return table
+
+
+def _slot(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:2], "big") % SLOTS
+
+
 _SEALED_BY = WeakTensorKeyDictionary()  # parameter -> the gates of the model that sealed a task with it
 
 
 def record(model: nn.Module, task: int) -> None:
     """Store a task's digest with its gates."""
     gates = gates_of(model)[0]
-    gates.digests[task] = digest(model, task)
+    _store(gates, task, digest(model, task))
     for h in held(model):
         _SEALED_BY[h.param] = weakref.ref(gates)
+
+
+def _store(gates: Gates, task: int, digests: dict[str, str]) -> None:
+    gates.digests[task] = digests
+    gates.digest_table[task] = table_of(digests).to(gates.digest_table.device)
 
 
 def check(model: nn.Module, only: Sequence[int] | None = None) -> None:
@@ -150,145 +175,208 @@ def check(model: nn.Module, only: Sequence[int] | None = None) -> None:
     Raises:
         IntegrityError: names the task and the parameters that changed.
     """
-    store = gates_of(model)[0].digests
+    gates = gates_of(model)[0]
     for task in sealed_tasks(model) if only is None else only:
-        if task not in store:
-            continue
+        row = gates.digest_table[task].cpu()
+        if task not in gates.digests and not bool(row.any()):
+            continue  # sealed by hand
         now = digest(model, task)
-        changed = []
-        for name, was in store[task].items():
-            if name not in now or (now[name] != was and now[name].split(":")[0] == was.split(":")[0]):
-                changed.append(name)
+        was = gates.digests.get(task)
+        if was is None:  # the state was loaded, and brought the table alone
+            changed = _changed_slots(row, now)
+        else:
+            changed = [
+                name for name, d in was.items()
+                if name not in now or (now[name] != d and now[name].split(":")[0] == d.split(":")[0])
+            ]  # fmt: skip
         if changed:
+            copied = (
+                " It is a copy that was averaged with the model; hatcl.seal(copy) seals what it is now."
+                if gates.origin is not None and gates.origin.task is not None
+                else ""
+            )
             raise IntegrityError(
                 f"task {task} was sealed, but {len(changed)} of what it uses changed since: {', '.join(changed[:5])}"
                 f"{' ...' if len(changed) > 5 else ''}. Something outside hatcl.learn wrote to the model; "
-                "load the last saved model, or forget the task (hatcl.forget_task)"
+                f"load the last saved model, or forget the task (hatcl.forget_task).{copied}"
             )
-        store[task] = now
+        _store(gates, task, now)
+
+
+def _changed_slots(row: Tensor, now: dict[str, str]) -> list[str]:
+    """The names whose slot of a table is another one, or that share it with one that is."""
+    differ = set((table_of(now) != row).any(1).nonzero().flatten().tolist())
+    named = [name for name in now if _slot(name) in differ]
+    return named or [f"slot {slot} of its digests" for slot in sorted(differ)]
+
+
+def seal(model: nn.Module, task: int | None = None) -> None:
+    """Harden a task's gates and record what it uses: what leaving `hatcl.learn` does, for copies that are averaged with
+    the model while it learns (timm's `ModelEmaV3`, torch's `AveragedModel`):
+
+        with hatcl.learn(model, 1, optimizer, steps):
+            ...
+            ema.update(model)
+        hatcl.seal(ema.module)
+
+    What tasks use that were sealed before stays as the model has it, bit for bit.
+
+    Args:
+        task: the task that is sealed; default: the one that the copy follows.
+
+    Raises:
+        TaskError: the model is no copy of one that learned, or it is being learned itself. IntegrityError: a task that
+            was sealed before changed.
+
+    Warns:
+        UserWarning: a layer is left without units.
+    """
+    gates = gates_of(model)
+    origin = gates[0].origin
+    for g in gates:
+        g.notice()
+    if task is None:
+        if origin is None or origin.task is None:
+            raise TaskError(
+                f"seal: {type(model).__name__} is no copy that was averaged with a model that learns a task, so there "
+                "is "
+                "nothing to seal; hatcl.learn seals the model itself"
+            )
+        task = origin.task
+    if gates[0].learning is not None:
+        raise TaskError(f"seal: task {gates[0].learning} is being learned; leaving its hatcl.learn block seals it")
+    refresh_copy(model)
+    check(model, [t for t in sealed_tasks(model) if t != task])
+    harden(model, task)
+    if origin is not None:
+        origin.own.add(task)
+        origin.task = None
+        origin.kept = _used_by(model, sorted(origin.own))
+
+
+def harden(model: nn.Module, task: int) -> None:
+    """Make a task's gates hard, the task the active one, and record what it uses."""
+    for g in gates_of(model):
+        g.seal(task)
+        g.task = task
+        empty = [
+            name
+            for name, start, stop in g.layers
+            if stop > start and not bool(g.masks[task, start:stop].any()) and not is_factor(name)
+        ]  # past a LoRA layer without pairs goes its base
+        if empty:
+            warnings.warn(
+                f"task {task} uses no unit of {', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}, so nothing "
+                "passes there; lower HATConfig.penalty_weight, start denser (init), or use a wider model",
+                stacklevel=4,
+            )
+    record(model, task)
+
+
+def _used_by(model: nn.Module, tasks: Sequence[int]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """Tensors, which of their elements some tasks use (None: all), and their values."""
+    out: list[tuple[Tensor, Tensor | None, Tensor]] = []
+    for h in held(model):
+        where = _live_for(h, tasks) if h.task is None and not h.plain else None
+        if where is not None or h.task in tasks:
+            out.append((h.param, where, h.param.detach().clone()))
+    buffers = [b for t in tasks for _, b in own_buffers(model, t)]
+    return out + [(b, None, b.clone()) for b in buffers] + [(g.masks, None, g.masks.clone()) for g in gates_of(model)]
+
+
+# ---- the structure -------------------------------------------------------------------------------------------------
+
+
+def check_structure(model: nn.Module) -> None:
+    """Every module that was bound to gates at conversion is still there, bound, and has parameters of the same shapes.
+
+    Wrapping the model or its modules is allowed (DistributedDataParallel, `fully_shard`, `torch.compile`, peft): a
+    module is known by its binding, not by where it is.
+
+    Raises:
+        HATError: names the module or the parameter.
+    """
+    bound: dict[int, dict[str, Any]] = {}
+    for module in model.modules():
+        hat: Binding | None = module.__dict__.get("_hat")
+        if hat is not None:
+            bound.setdefault(id(hat.gates), {})[hat.path] = module
+    for gates in gates_of(model):
+        here = bound.get(id(gates), {})
+        missing = [path for path in gates.bound if path not in here]
+        if missing:
+            raise HATError(
+                f"{missing[0] or type(model).__name__}: the module that hatcl.convert bound to its gates is no longer "
+                f"there ({len(missing)} such modules), so nothing keeps tasks apart in what took its place. Change the "
+                "plain model first (reset_classifier, resize_token_embeddings, set_input_size, ...) and convert it "
+                "then; hatcl.convert(..., num_classes=[...]) gives tasks heads of their own widths"
+            )
+        for path, layer in here.items():
+            for name, shape in layer._hat.shapes.items():
+                p = layer._parameters.get(name)
+                if p is not None and tuple(p.shape) != shape:
+                    raise HATError(
+                        f"{path}.{name}: it has shape {list(p.shape)}, hatcl.convert mapped {list(shape)}; change the "
+                        "shape of the plain model before it is converted"
+                    )
+
+
+# ---- averaged copies -----------------------------------------------------------------------------------------------
+
+
+def refresh_copy(model: nn.Module) -> None:
+    """In a copy that is averaged with the model it was copied from (EMA), put everything that sealed tasks use back to
+    what it is there: an average of equal numbers may round, and that of two -0.0 is 0.0. What the copy sealed itself is
+    put back to what it was then."""
+    gates = gates_of(model)
+    if gates[0].origin is None:
+        return
+    now = tuple(x._version for x in (*model.parameters(), *model.buffers()))
+    if gates[0].origin.seen == now:
+        return
+    origin = gates[0].origin
+    other = origin.model()
+    if other is not None:
+        _copy_sealed(other, model, [t for t in sealed_tasks(model) if t not in origin.own and t != origin.task])
+    with torch.no_grad():
+        for x, where, old in origin.kept:
+            x.copy_(old if where is None else torch.where(where, old, x))
+    origin.seen = tuple(x._version for x in (*model.parameters(), *model.buffers()))
+
+
+def _copy_sealed(source: nn.Module, model: nn.Module, tasks: Sequence[int]) -> None:
+    tasks = [t for t in tasks if t in sealed_tasks(source)]
+    theirs = {h.name: h for h in held(source)}
+    mine = held(model)
+    a, b = _shared_path(list(theirs)), _shared_path([h.name for h in mine])
+    known = {name.removeprefix(a): h for name, h in theirs.items()}
+    with torch.no_grad():
+        for h in mine:
+            other = known.get(h.name.removeprefix(b))
+            if other is None or other.param.shape != h.param.shape:
+                continue
+            if h.task is None and not h.plain:
+                live = _live_for(h, tasks)
+                if live is not None:
+                    h.param.copy_(torch.where(live, other.param, h.param))
+            elif h.plain or h.task in tasks:
+                h.param.copy_(other.param)
+        buffers = {n.removeprefix(a): x for t in tasks for n, x in own_buffers(source, t)}
+        for t in tasks:
+            for name, x in own_buffers(model, t):
+                if (was := buffers.get(name.removeprefix(b))) is not None:
+                    x.copy_(was)
+
+
+def _live_for(h: Held, tasks: Sequence[int]) -> Tensor | None:
+    """Which elements are live for any of the tasks; None where none is."""
+    mask: Tensor | None = None
+    for t in tasks:
+        mask = h.live(t) if mask is None else mask | h.live(t)
+    return mask
 
 
 # ---- the guard -----------------------------------------------------------------------------------
-
-
-class Keeper:
-    """Keeps elements of parameters bit-identical, whatever optimizer steps.
-
-    Gradient hooks zero their gradient as it arrives, so that clipping sees the true norm; after every
-    `optimizer.step()` they are put back, so that momentum, weight decay and whatever else an optimizer does cannot
-    move them. A parameter that is kept whole has no gradient at all.
-
-    Args:
-        frozen: parameters, and which of their elements: None = all; a bool mask of the parameter's shape; or flat
-            indices (int64, fewer than all), which cost memory by their number alone.
-        optimizers: those that will step. Parameters may join them later.
-    """
-
-    def __init__(self, frozen: Sequence[tuple[nn.Parameter, Tensor | None]], optimizers: Sequence[Any]) -> None:
-        self.frozen, self._optimizers = list(frozen), list(optimizers)
-        self.active = True
-        self._hooks: list[Any] = []
-        self._steps: list[tuple[Any, Any, bool]] = []
-
-    def around(self, optimizer: Any, ids: set[int], first: bool) -> contextlib.AbstractContextManager[None]:
-        """Around an optimizer's step and the putting back.
-
-        Args:
-            ids: of the optimizer's parameters. first: is it the first of the optimizers?
-        """
-        return contextlib.nullcontext()
-
-    # ---- on and off ------------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> Keeper:
-        for p, which in self.frozen:
-            if p.requires_grad:
-                self._hooks.append(p.register_post_accumulate_grad_hook(_zero(which)))
-        for i, o in enumerate(self._optimizers):
-            for p, which in self.frozen:
-                if which is None:
-                    continue
-                state = getattr(o, "state", {}).get(p, {})
-                for key in FIRST_MOMENTS:  # or they decay into denormal floats, which cost a CPU more than the step
-                    if isinstance(state.get(key), Tensor) and state[key].shape == p.shape:
-                        _clear(state[key], which)
-            had = "step" in vars(o)
-            inner = o.step
-            wrapped = self._wrap(o, inner, first=i == 0)
-            o.step = wrapped
-            self._steps.append((o, wrapped, had))
-            if had:
-                wrapped.__dict__["_hat_inner"] = inner
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.active = False
-        for h in self._hooks:
-            h.remove()
-        for o, wrapped, had in self._steps:
-            if vars(o).get("step") is wrapped:  # else a scheduler wrapped it in turn, and ours passes calls through
-                if had:
-                    o.step = wrapped.__dict__["_hat_inner"]
-                else:
-                    del o.step
-
-    def _wrap(self, optimizer: Any, inner: Callable[..., Any], first: bool) -> Callable[..., Any]:
-        known: set[int] = set()
-        held_here: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []
-
-        def hold() -> None:
-            ids = {id(p) for group in optimizer.param_groups for p in group["params"]} - known
-            # frozen elements never change in between, so one copy at the start serves every step
-            held_here.extend((p, which, _kept(p, which)) for p, which in self.frozen if id(p) in ids)
-            known.update(ids)
-
-        hold()
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            if not self.active:
-                return inner(*args, **kwargs)
-            if sum(len(group["params"]) for group in optimizer.param_groups) != len(known):
-                hold()
-            for p, which, _ in held_here:
-                if which is None:
-                    p.grad = None
-            with self.around(optimizer, known, first):
-                out = inner(*args, **kwargs)
-                for p, which, old in held_here:
-                    _put_back(p, which, old)
-            return out
-
-        # schedulers look for these on a bound method
-        step.__func__ = lambda _, *args, **kwargs: step(*args, **kwargs)  # type: ignore[attr-defined]
-        step.__self__ = optimizer  # type: ignore[attr-defined]
-        if hasattr(inner, "_wrapped_by_lr_sched"):
-            step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-        return step
-
-
-def check_optimizers(model: nn.Module, optimizers: Sequence[Any], remedy: str) -> set[int]:
-    """The ids of all parameters that the optimizers hold.
-
-    Args:
-        remedy: what to do about an optimizer of another model, as the message's end.
-
-    Raises:
-        GuardError: something that has no `step()` to guard, or that holds none of the model's parameters.
-    """
-    mine = {id(p) for p in model.parameters()}
-    covered: set[int] = set()
-    for o in optimizers:
-        kind = type(o).__name__
-        if not callable(getattr(o, "step", None)) or not hasattr(o, "param_groups"):
-            raise GuardError(
-                f"optimizer: got {kind}, which has no step() and param_groups to guard; pass a "
-                "torch.optim.Optimizer (or a list of them) that you call step() on yourself"
-            )
-        ids = {id(p) for group in o.param_groups for p in group["params"]}
-        if not ids & mine:
-            raise GuardError(f"optimizer: {kind} holds none of this model's parameters; {remedy}")
-        covered |= ids
-    return covered
 
 
 class Guard(Keeper):
@@ -296,7 +384,7 @@ class Guard(Keeper):
 
     Args:
         locked: sealed tasks that are held.
-        after_step: called after every step of the first optimizer.
+        after: called with the number of steps taken, when that has grown.
     """
 
     def __init__(
@@ -305,39 +393,55 @@ class Guard(Keeper):
         task: int,
         optimizers: Sequence[Any],
         locked: Sequence[int],
-        after_step: Callable[[], None],
+        after: Callable[[int], None],
     ) -> None:
-        self.task, self.after_step = task, after_step
-        frozen: list[tuple[nn.Parameter, Tensor | None]] = []
-        self.shared: list[tuple[str, nn.Parameter, Tensor | None]] = []
+        self.model, self.task, self.after = model, task, after
         self.gates = gates_of(model)
-        for h in held(model):
+        self.embeddings = [g.embeddings[task] for g in self.gates]
+        self._own = {id(e) for e in self.embeddings}
+        self._counts: dict[int, int] = {}
+        self.steps = 0
+        super().__init__(self._frozen(locked), optimizers)
+        self._check(model, optimizers)
+
+    def _frozen(self, locked: Sequence[int]) -> list[Kept]:
+        """What must stay while the task is learned."""
+        self.locked = list(locked)
+        self.shared: list[tuple[str, nn.Parameter]] = []
+        self.heldless: list[str] = []
+        frozen: list[Kept] = []
+        self._modules: list[nn.Module] = []
+        for h in held(self.model):
             sealed_by = _SEALED_BY.get(h.param, lambda: None)()
             if sealed_by is not None and bool(sealed_by.sealed.any()) and all(sealed_by is not g for g in self.gates):
                 raise HATError(
                     f"{h.name} is also a parameter of another HAT model, whose sealed tasks would change; copy the "
                     "parameter, or convert one model that contains both"
                 )
-            whole = h.plain or (h.task is not None and h.task != task)
+            whole = h.plain or (h.task is not None and h.task != self.task)
             mask: Tensor | None = None
             if not whole and h.task is None:
                 if h.plan is None:
                     whole = bool(locked)
+                    if whole and h.param.requires_grad:
+                        self.heldless.append(h.name)
                 else:
-                    mask = torch.zeros(h.plan.view, dtype=torch.bool, device=h.param.device)
-                    for t in locked:
-                        mask |= h.plan.live(t, h.param.device)
-                    mask = mask.reshape(h.param.shape)
-                    whole = bool(mask.all())
+                    mask = _live_for(h, locked)
+                    whole = mask is not None and bool(mask.all())
                 if not whole:
-                    self.shared.append((h.name, h.param, mask))
-            if whole:
-                frozen.append((h.param, None))
-            elif mask is not None and bool(mask.any()):
-                frozen.append((h.param, mask))
-        self.embeddings = [g.embeddings[task] for g in self.gates]
-        self._check(model, optimizers)
-        super().__init__(frozen, optimizers)
+                    self.shared.append((h.name, h.param))
+            if whole or (mask is not None and bool(mask.any())):
+                frozen.append(Kept(h.param, None if whole else mask, h.name))
+                self._modules.append(h.module)
+        tensors = [*shared_buffers(self.model)]
+        tensors += [(n, b) for t in locked for n, b in own_buffers(self.model, t)]
+        tensors += [(f"gates {i}", x) for i, g in enumerate(self.gates) for x in (g.masks, g.sealed)]
+        self.buffers = [(name, b, b.clone()) for name, b in tensors]
+        return frozen
+
+    def relock(self, locked: Sequence[int]) -> None:
+        """A state was loaded: from now on hold what it brought."""
+        self.hold_instead(self._frozen(locked))
 
     def _check(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
         covered = check_optimizers(
@@ -353,36 +457,83 @@ class Guard(Keeper):
                 "hatcl.add_tasks or over a part of the model? Call "
                 f"optimizer.add_param_group({{'params': hatcl.task_parameters(model, {self.task})}})"
             )
+        names = {h.name: id(h.param) for h in held(model)}
+        alone = [name for name in self.heldless if names.get(name) in covered]
+        if alone:
+            warnings.warn(
+                f"{alone[0]}: the optimizer holds {len(alone)} parameters that no gate knows, so they are frozen whole "
+                "from the first sealed task on and will not learn. Put such modules into the model before "
+                "hatcl.convert "
+                "(each task then gets its own head), or use hatcl.TaskIndexedLinear",
+                stacklevel=5,
+            )
 
-    @contextlib.contextmanager
-    def around(self, optimizer: Any, ids: set[int], first: bool) -> Iterator[None]:
-        """What a step makes of the embeddings is scaled and clamped, or undone where the gates are hard."""
-        mine = [(g, e) for g, e in zip(self.gates, self.embeddings, strict=False) if id(e) in ids]
-        before = [e.detach().clone() for _, e in mine]
-        skips = getattr(optimizer, "found_inf", None)  # fused optimizers skip a step by themselves under a scaler
-        if skips is None or not bool(skips):
+    # ---- around a step ---------------------------------------------------------------------------------------------
+
+    def concerns(self, p: Tensor) -> bool:
+        return id(p) in self._own
+
+    def before_step(self, optimizer: Any) -> list[tuple[Gates, nn.Parameter, Tensor]]:
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not _skips(optimizer):  # fused optimizers skip a step by themselves under a scaler
             self.check_finite(gradients=True)
-        yield
-        with torch.no_grad():
-            for (g, e), was in zip(mine, before, strict=False):
-                c = g.config
-                if g.settled:
-                    e.copy_(was)
-                    continue
-                if c.embedding_lr_scale != 1.0:
-                    e.copy_(was + c.embedding_lr_scale * (e - was))
-                e.clamp_(-c.clamp, c.clamp)
-        if first:
-            self.check_finite()
-            self.after_step()
+        pairs = zip(self.gates, self.embeddings, strict=True)
+        return [(g, e, local(e.detach()).clone()) for g, e in pairs if id(e) in ids]
 
-    # ---- what must not be sealed -------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def after_step(self, optimizer: Any, state: list[tuple[Gates, nn.Parameter, Tensor]], innermost: bool) -> None:
+        """What a step makes of the embeddings is scaled and clamped, or undone where the gates are hard."""
+        for g, e, was in state:
+            c, now = g.config, local(e.detach())
+            if bool(g.hardened):
+                now.copy_(was)
+                continue
+            if innermost and c.embedding_lr_scale != 1.0:
+                now.copy_(was + c.embedding_lr_scale * (now - was))
+            now.clamp_(-c.clamp, c.clamp)
+        self.check_finite()
+        if innermost and not _skips(optimizer):
+            self._counts[id(optimizer)] = self._counts.get(id(optimizer), 0) + 1
+            if self._counts[id(optimizer)] > self.steps:  # the one of several optimizers that steps most
+                self.steps += 1
+                self.after(self.steps)
+
+    # ---- on leaving ------------------------------------------------------------------------------------------------
+
+    def put_back(self) -> list[str]:
+        names = super().put_back()
+        with torch.no_grad():
+            for k, module in zip(self.kept, self._modules, strict=True):
+                put = module._parameters.get(k.name.rpartition(".")[2])
+                if put is not None and put is not k.param and put.shape == k.old.shape:  # another in its place
+                    put.copy_(k.old if k.which is None else torch.where(k.which, k.old, put))
+                    names.append(k.name)
+            for name, b, old in self.buffers:
+                if not same_bits(b, old):
+                    b.copy_(old)
+                    names.append(name)
+        return names
+
+    def store_weights(self) -> None:
+        """The task is sealed: what the optimizers store of the weights that it uses is set to what was sealed, or they
+        would write other values later (a schedule-free method's `eval()`, Lookahead's sync)."""
+        optimizers = [o for o, *_ in self._wrapped]
+        every = [
+            Kept(h.param, None if h.task == self.task else h.live(self.task), h.name)
+            for h in held(self.model)
+            if h.task == self.task or (h.task is None and not h.plain)
+        ]
+        for k in every:
+            k.old = taken(k.param, k.which)
+        for o in optimizers:
+            ids = {id(p) for group in o.param_groups for p in group["params"]}
+            StoredWeights(o, [k for k in every if id(k.param) in ids]).put_back()
 
     def check_finite(self, gradients: bool = False) -> None:
         """A loss that is not finite reaches every embedding's gradient, so it is seen before any weight takes the
         step."""
         seen = [e.grad if gradients else e for e in self.embeddings]
-        if not all(bool(torch.isfinite(x).all()) for x in seen if x is not None):
+        if not all(bool(torch.isfinite(local(x)).all()) for x in seen if x is not None):
             raise NonFiniteLossError(
                 f"task {self.task}: its gate embeddings or their gradients are no longer finite, so the loss was NaN "
                 "or infinite. Nothing was sealed and earlier tasks are as they were; lower the learning rate, clip "
@@ -390,85 +541,34 @@ class Guard(Keeper):
             )
 
     def repair(self, model: nn.Module) -> list[str]:
-        """Set shared elements that are not finite to zero: a sealed task multiplies them with zero, and `0 * NaN` is
-        NaN."""
+        """Set shared elements that are not finite to zero: a later task may start from them."""
         names = []
         with torch.no_grad():
-            for name, p, _ in self.shared:
-                bad = ~torch.isfinite(p)
+            for name, p in self.shared:
+                bad = ~torch.isfinite(local(p))
                 if bool(bad.any()):
-                    p.masked_fill_(bad, 0)
+                    local(p).masked_fill_(bad, 0)
                     names.append(name)
             for g, e in zip(self.gates, self.embeddings, strict=True):
-                _refill(e, g.fresh_embedding(g.num_units, e.detach()))
+                _refill(local(e), local(g.fresh_embedding(g.num_units, e.detach())))
             for module in model.modules():
                 if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
                     fresh = module._hat_new_copy().state_dict()
                     for name, x in module.hat_tasks[self.task].state_dict().items():
-                        _refill(x, fresh[name])
+                        _refill(local(x), local(fresh[name]))
         return names
+
+
+def _skips(optimizer: Any) -> bool:
+    """Is this a step that the optimizer skips, since a gradient scaler found an infinity?"""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def _refill(x: Tensor, fresh: Tensor) -> None:
     """Replace what is not finite."""
+    if not x.is_floating_point() and not x.is_complex():
+        return
     bad = ~torch.isfinite(x)
     if bool(bad.any()):
         x.copy_(torch.where(bad, fresh, x) if x.shape == fresh.shape else x.masked_fill(bad, 0))
-
-
-def _zero(which: Tensor | None) -> Callable[[Tensor], None]:
-    def hook(p: Tensor) -> None:
-        grad = p.grad
-        if grad is None:
-            return
-        if which is None:
-            p.grad = None
-        elif grad.is_sparse:
-            grad = grad.coalesce()
-            values = grad.values().masked_fill(_mask(p, which)[tuple(grad.indices())], 0)
-            p.grad = torch.sparse_coo_tensor(grad.indices(), values, grad.shape, check_invariants=False)
-        else:
-            _clear(grad, which)
-
-    return hook
-
-
-# ---- elements of a tensor: all (None), by a mask, or by flat indices ------------------------------
-
-
-def _mask(x: Tensor, which: Tensor) -> Tensor:
-    if which.dtype == torch.bool:
-        return which
-    return torch.zeros(x.numel(), dtype=torch.bool, device=x.device).index_fill_(0, which, True).view(x.shape)
-
-
-def _at(x: Tensor, which: Tensor) -> tuple[Tensor, Any]:
-    """A view and what to index it with: flat where the elements lie in order, else one index per dimension."""
-    return (x.view(-1), which) if x.is_contiguous() else (x, torch.unravel_index(which, x.shape))
-
-
-@torch.no_grad()
-def _clear(x: Tensor, which: Tensor) -> None:
-    if which.dtype == torch.bool:
-        x.masked_fill_(which, 0)
-    else:
-        view, at = _at(x, which)
-        view[at] = 0
-
-
-def _kept(p: nn.Parameter, which: Tensor | None) -> Tensor:
-    if which is None or which.dtype == torch.bool:
-        return p.detach().clone()
-    view, at = _at(p.detach(), which)
-    return view[at]
-
-
-@torch.no_grad()
-def _put_back(p: nn.Parameter, which: Tensor | None, old: Tensor) -> None:
-    if which is None:
-        p.copy_(old)
-    elif which.dtype == torch.bool:
-        torch.where(which, old, p, out=p)
-    else:
-        view, at = _at(p, which)
-        view[at] = old

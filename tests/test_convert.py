@@ -176,7 +176,7 @@ def test_a_conversion_that_fails_leaves_the_source_as_it_was(monkeypatch):
         source, lambda: hatcl.convert(source, 2, x[:, :2]), hatcl.ConversionError, "its forward failed on example"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(HATLayer, "attach", lambda *args: 1 / 0)  # while modules are being swapped
+        patch.setattr(HATLayer, "_hat_attach", lambda *args: 1 / 0)  # while modules are being swapped
         unchanged(source, lambda: hatcl.convert(source, 2, x), ZeroDivisionError, "division")
     with monkeypatch.context() as patch:
         patch.setattr(converting, "_leaks", lambda *args: ["conv1.0.weight"])

@@ -144,7 +144,7 @@ def test_what_is_sealed_stays_and_is_certified(made):
 def test_twin_without_the_gates_the_attack_gets_in(made, monkeypatch):
     _, inputs, model = made
     parts.pretend(model, own=False)
-    monkeypatch.setattr("hatcl.layers.gated.HATLayer._hat_folded", lambda self, name, raw: raw)
+    monkeypatch.setattr("hatcl.layers.gated.HATLayer._hat_folded", lambda self, name, raw, task: raw)
     monkeypatch.setattr("hatcl.layers.gated.HATLayer._hat_gate_output", lambda self, out: out)
     assert not hatcl.certify(model, inputs).exact
 

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hatcl"
 FLOORS = [
     ["errors", "config", "files", "functional"],
-    ["registry", "map"],
+    ["registry", "map", "keeper", "active"],
     ["gates", "layers", "guard"],
     ["certify", "describe", "forget", "adapter", "extract", "convert", "pretrained", "vectors", "skills", "grafts"],
     ["training", "atlas", "continual", "integrations", "finetuning", "report", "zoo"],

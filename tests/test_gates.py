@@ -41,26 +41,26 @@ def test_the_active_task_and_the_learned_task_are_two_things():
     g = gates()
     g.learning = 1
     g.task = 1
-    assert g.is_soft()
+    assert g.is_soft(g.task)
     with torch.no_grad():
-        assert g.is_soft()
+        assert g.is_soft(g.task)
         g.eval()
-        assert not g.is_soft()
+        assert not g.is_soft(g.task)
         g.soft = True
-        assert g.is_soft()
+        assert g.is_soft(g.task)
     g.task = 0
-    assert not g.is_soft()
+    assert not g.is_soft(g.task)
 
 
 def test_hard_in_evaluation_is_what_sealing_gives():
     g = gates().eval()
     g.task = g.learning = 0
     with torch.no_grad():
-        before = g.select(slice(None)).clone()
+        before = g.select(g.task, slice(None)).clone()
     assert torch.equal(before, (g.embeddings[0] > 0).float())
     g.seal(0)
     g.learning = None
-    assert torch.equal(g.select(slice(None)), before) and torch.equal(g.hard(0), before.bool())
+    assert torch.equal(g.select(g.task, slice(None)), before) and torch.equal(g.hard(0), before.bool())
 
 
 def test_a_sealed_tasks_gates_do_not_follow_its_embedding():
@@ -80,7 +80,7 @@ def test_units_pick_their_gates_and_zero_is_always_on(numbers):
     units = Units(g, np.array(numbers))
     want = torch.tensor([1.0 if n == 0 else float(g.masks[0][n - 1]) for n in numbers])
     assert torch.equal(units.gate(), want) and torch.equal(units.hard(0), want.bool())
-    assert units.share() == pytest.approx(max(float(want.mean()), 1e-4))
+    assert units.share(g.task) == pytest.approx(max(float(want.mean()), 1e-4))
     g.task = None
     assert units.gate() is None
 
@@ -113,7 +113,7 @@ def test_units_that_other_tasks_use_are_out_of_reach_without_reuse():
     g.seal(1)
     assert torch.equal(g.masks[1], ~g.masks[0])
     g.task = g.learning = 2
-    assert g.select(slice(None)).sum().item() == 0 and not bool(g.hard(2).any())
+    assert g.select(g.task, slice(None)).sum().item() == 0 and not bool(g.hard(2).any())
     model = parts.converted("mlp", reuse="none", init="sparse")
     x = parts.images("mlp")
     for t in range(3):

@@ -14,7 +14,7 @@ from torch.nn import functional as tf
 from torch.utils.checkpoint import checkpoint
 
 import hatcl
-from hatcl import guard
+from hatcl import guard, keeper
 from hatcl.errors import IntegrityError
 
 TORCH = {
@@ -72,23 +72,13 @@ def test_earlier_tasks_stay_bit_for_bit(name, optimizer, kept, autocast, accumul
 
 
 def without_restoring(monkeypatch):
-    """Take out the guard around `optimizer.step()`: the gradient hooks are all that is left."""
-
-    def wrap(self, optimizer, inner, first):
-        def step(*args, **kwargs):
-            out = inner(*args, **kwargs)
-            if first:
-                self.after_step()
-            return out
-
-        return step
-
-    monkeypatch.setattr(guard.Guard, "_wrap", wrap)
+    """Take out the putting back after every step and on leaving: the gradient hooks are all that is left."""
+    monkeypatch.setattr(keeper, "_put_back", lambda p, which, old: None)
 
 
 def without_hooks(monkeypatch):
     """Take out the hooks on the gradients."""
-    monkeypatch.setattr(guard, "_zero", lambda mask: lambda p: None)
+    monkeypatch.setattr(keeper, "_zero", lambda mask: lambda p: None)
 
 
 def without_digests(monkeypatch):
@@ -186,7 +176,9 @@ def test_frozen_is_the_or_over_tasks_and_less_than_the_cumulative_mask_freezes()
     masks = model.hat_gates.masks[:2]
     weight = model[4].weight
     frozen = next(
-        m for p, m in guard.Guard(model, 2, [Shake(model.parameters())], [0, 1], lambda: None).frozen if p is weight
+        k.which
+        for k in guard.Guard(model, 2, [Shake(model.parameters())], [0, 1], lambda taken: None).kept
+        if k.param is weight
     )
     naive = torch.zeros(weight.shape, dtype=torch.bool)
     for i in range(weight.shape[0]):

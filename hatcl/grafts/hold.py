@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import GraftError, IntegrityError
-from ..guard import Keeper, check_optimizers
+from ..errors import GraftError
+from ..keeper import Keeper, Kept, check_optimizers
 from ..vectors.tensors import tied_names
-from . import inplace
 from .graft import Graft, found_in
 
 
@@ -25,8 +25,8 @@ def hold(model: nn.Module, grafts: Graft | Sequence[Graft], optimizer: Any) -> I
             ...                                    # loss.backward(); optimizer.step()
 
     Their gradient is zeroed as it arrives, so that clipping sees the norm of what is trained, and they are put back
-    after every step (see `hatcl.guard.Keeper`). Momentum that an optimizer brings along is zeroed there. Normal leaving
-    compares the elements with what they were.
+    after every step (see `hatcl.keeper.Keeper`). Momentum that an optimizer brings along is zeroed there. Normal
+    leaving compares the elements with what they were.
 
     Args:
         grafts: with or without values: what is held is what the model has at their elements now.
@@ -34,28 +34,26 @@ def hold(model: nn.Module, grafts: Graft | Sequence[Graft], optimizer: Any) -> I
 
     Raises:
         GraftError: grafts that do not fit the model, or that hold elements of buffers. GuardError: an optimizer that
-            cannot be guarded, or of another model. IntegrityError: on leaving, something else than these optimizers
-            wrote to the elements; they are put back.
+            cannot be guarded, or of another model.
+
+    Warns:
+        UserWarning: on leaving, something else than an optimizer wrote to the elements; they are put back.
     """
     given = [grafts] if isinstance(grafts, Graft) else list(grafts)
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     held = _held(model, given)
     check_optimizers(model, optimizers, "build it over the parameters of the model that is to be held")
-    frozen: list[tuple[nn.Parameter, Tensor | None]] = []
-    for params, at in held.values():
-        frozen += [(p, None if len(at) == p.numel() else at) for p in params]
-    before = {name: inplace.take(params[0], at) for name, (params, at) in held.items()}
-    with Keeper(frozen, optimizers):
+    frozen = [
+        Kept(p, None if len(at) == p.numel() else at, name) for name, (params, at) in held.items() for p in params
+    ]
+    keeper = Keeper(frozen, optimizers)
+    with keeper:
         yield
-    changed = []
-    for name, (params, at) in held.items():
-        if not inplace.bits(inplace.take(params[0], at)).equal(inplace.bits(before[name])):
-            inplace.put(params[0], at, before[name])
-            changed.append(name)
-    if changed:
-        raise IntegrityError(
-            f"{changed[0]}: elements that are held changed ({len(changed)} such tensors), though not by the optimizer "
-            "given; they were put back. Give hold every optimizer that steps, and write to the model outside of it"
+    if keeper.written:
+        warnings.warn(
+            f"{keeper.written[0]}: something else than a step of an optimizer wrote to elements that are held "
+            f"({len(keeper.written)} such tensors); they are put back. Write to the model outside of hatcl.hold",
+            stacklevel=3,
         )
 
 

@@ -15,6 +15,7 @@ from .gated import HATLayer, task_parameter
 class _Conv(HATLayer):
     hat_owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
     hat_reader_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
+    hat_direct: ClassVar[bool] = True
     weight = task_parameter("weight")
     bias = task_parameter("bias")
 

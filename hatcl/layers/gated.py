@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -42,7 +43,7 @@ class ParameterPlan:
     copied: bool = False
     standardised: bool = False
 
-    def over_units_on(self, value: Tensor) -> Tensor:
+    def over_units_on(self, value: Tensor, task: int) -> Tensor:
         """A weight whose rows are about to be normalised over all `N` elements that they read, made such that this is
         the normalisation over the `n` of units that are on.
 
@@ -56,21 +57,21 @@ class ParameterPlan:
         rows = 2 if any(axis.shape[0] != 1 for axis in read) else 1  # in a grouped weight's view a row has two indices
         mask = value.new_ones((1,) * rows + value.shape[rows:])
         for axis in read:
-            gate = axis.units.gate()
-            assert gate is not None
-            mask = mask * (gate != 0).to(value.dtype).view(axis.shape)
+            mask = mask * (axis.units.gate_of(task) != 0).to(value.dtype).view(axis.shape)
         over = tuple(range(rows, value.dim()))
         on = mask.sum(over, keepdim=True).clamp(min=1.0)
-        centred = (value - (value * mask).sum(over, keepdim=True) / on) * mask
+        value = torch.where(mask > 0, value, 0.0)  # zero times another task's infinity would be no zero
+        centred = (value - value.sum(over, keepdim=True) / on) * mask
         spread = (centred.square().sum(over, keepdim=True) / on).clamp(min=torch.finfo(value.dtype).tiny).sqrt()
         return centred + spread * _in_turn(1 - mask, rows)
 
     def live(self, task: int, device: torch.device) -> Tensor:
         """Which elements are live for a task: bool, broadcast over `view`."""
-        mask = torch.ones((), dtype=torch.bool, device=device)
+        mask: Tensor | None = None
         for axis in self.axes:
-            mask = mask & axis.units.hard(task).view(axis.shape)
-        return mask
+            on = axis.units.hard(task).view(axis.shape)
+            mask = on.clone() if mask is None else mask & on
+        return torch.ones((), dtype=torch.bool, device=device) if mask is None else mask
 
 
 def _in_turn(off: Tensor, rows: int) -> Tensor:
@@ -88,7 +89,8 @@ def _in_turn(off: Tensor, rows: int) -> Tensor:
 class Binding:
     """What ties a layer to gates. output: units (and their dimension) that the layer's output is multiplied with.
     norm: units (and their dimension) over which a norm takes its statistics; dirty: its input is not zero where off.
-    buffers: those that a training forward writes, of which every task has its own."""
+    buffers: those that a training forward writes, of which every task has its own. path: where the module was when it
+    was converted. shapes: of its parameters then."""
 
     gates: Gates
     params: dict[str, ParameterPlan] = field(default_factory=dict)
@@ -96,7 +98,9 @@ class Binding:
     norm: tuple[int, Units] | None = None
     dirty: bool = False
     buffers: tuple[str, ...] = ()
-    cache: dict[str, tuple[Any, Tensor]] = field(default_factory=dict)
+    path: str = ""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    cache: dict[str, tuple[Any, Tensor, int]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cache": {}}
@@ -115,31 +119,37 @@ def task_parameter(name: str) -> property:
             return _inherited(self, name)
         raw = params[name]
         hat: Binding | None = self.__dict__.get("_hat")
-        if raw is None or hat is None or hat.gates.task is None:
+        if raw is None or hat is None:
             return raw
         plan = hat.params.get(name)
         if plan is None:
             return raw
+        task = hat.gates.task
+        if task is None:
+            return raw
         if plan.copied:
-            raw = self.hat_tasks[hat.gates.task]._parameters[name]
-        return self._hat_folded(name, raw)
+            raw = self.hat_tasks[task]._parameters[name]
+        return self._hat_folded(name, raw, task)
 
     return property(get)
 
 
 def task_buffer(name: str) -> property:
-    """Running statistics as the active task sees them."""
+    """Running statistics as the active task sees them. Those of a sealed task are copies: nothing that writes to them,
+    a forward in training mode or a `zero_()`, writes to the task's own."""
 
     def get(self: Any) -> Tensor | None:
         buffers = self.__dict__["_buffers"]
         if name not in buffers:
             return _inherited(self, name)
         hat: Binding | None = self.__dict__.get("_hat")
-        if hat is None or hat.gates.task is None or buffers[name] is None:
+        task = None if hat is None or buffers[name] is None else hat.gates.task
+        if hat is None or task is None:
             return buffers[name]
-        value = self.hat_tasks[hat.gates.task]._buffers.get(name, buffers[name])
-        # a forward of a sealed task in training mode uses batch statistics, but must not move the task's own
-        return value.clone() if self.training and hat.gates.task != hat.gates.learning else value
+        value = self.hat_tasks[task]._buffers.get(name, buffers[name])
+        if hat.gates.is_open(task):
+            return value
+        return value.clone() if self.training else self._hat_constant(name, value, task, value.clone)
 
     return property(get)
 
@@ -177,6 +187,8 @@ class HATLayer:
         hat_output_dim: the dimension of the output that carries the units.
         hat_copied: parameters, and hat_task_buffers: buffers, of which every task has its own.
         hat_fold_output: multiply the output by the gate instead of the weight.
+        hat_direct: its parameters are contracted with the input as they are, so that zeros for what a task does not use
+            change nothing.
         hat_always: convert also instances that hold nothing of their own.
     """
 
@@ -186,6 +198,7 @@ class HATLayer:
     hat_copied: ClassVar[tuple[str, ...]] = ()
     hat_task_buffers: ClassVar[tuple[str, ...]] = ()
     hat_fold_output: ClassVar[bool] = False
+    hat_direct: ClassVar[bool] = False
     hat_always: ClassVar[bool] = False
     hat_is_norm: ClassVar[bool] = False
     _hat: Binding
@@ -235,6 +248,7 @@ class HATLayer:
                         fold = (len(axes),)
                     axes.append(Axis(which, tuple(shape), owner))
             hat.params[name] = ParameterPlan(tuple(p.shape), tuple(axes), fold, name in self.hat_copied)
+            hat.shapes[name] = tuple(p.shape)
         self._hat_attach(hat, num_tasks or hat.gates.num_tasks)
         if source is not None:
             self._hat.norm = (self.hat_output_dim, source) if self.hat_is_norm else None
@@ -304,35 +318,77 @@ class HATLayer:
         hat: Binding | None = self.__dict__.get("_hat")
         return hat if hat is not None and hat.gates.task is not None else None
 
-    def _hat_folded(self, name: str, raw: Tensor) -> Tensor:
-        """`raw` times the active task's gates along its folded axes."""
+    def _hat_folded(self, name: str, raw: Tensor, task: int) -> Tensor:
+        """`raw` as a task sees it. While its gates are soft: times the gates along the folded axes. Hard: the task's
+        live elements, and zeros."""
         hat: Binding = self._hat
         plan = hat.params[name]
-        if not plan.fold and not plan.standardised:
+        if not plan.axes and not plan.standardised:
             return raw
+        if hat.output is not None and not plan.fold and not plan.standardised:
+            return raw  # the output is cut instead: rows that were looked up, not the whole table
         gates = hat.gates
+        if gates.is_soft(task) or not gates.cut:
+            return self._hat_by_folds(name, raw, plan, task) if plan.fold or plan.standardised else raw
         # sealed gates and no gradients: fold once, until anything changes
-        fixed = gates.task != gates.learning and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if fixed:
-            key = (gates.task, gates.epoch, raw._version, raw.data_ptr(), raw.dtype)
-            hit = hat.cache.get(name)
-            if hit is not None and hit[0] == key:
-                return hit[1]
-        with torch.inference_mode(False) if fixed else contextlib.nullcontext():
-            value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
-            if plan.standardised:
-                value = plan.over_units_on(value)
+        if gates.is_open(task) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._hat_cut(name, raw, plan, task)
+        return self._hat_constant(name, raw, task, lambda: self._hat_cut(name, raw, plan, task))
+
+    def _hat_by_folds(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
+        value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
+        if plan.standardised:
+            value = plan.over_units_on(value, task)
+        for i in plan.fold:
+            axis = plan.axes[i]
+            gate = axis.units.gate_of(task)
+            value = value * self.hat_fold_gate(name, gate).to(value.dtype).view(axis.shape)
+        return value.view(raw.shape)
+
+    def _hat_cut(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
+        """Zero, not a product with zero, where the task is off: `0 * inf` is no zero, and `0 * -1` is -0."""
+        hat: Binding = self._hat
+        # a copy is the task's own, and what is normalised before use must be whole: zeros may not be divided by their
+        # size
+        direct = self.hat_direct and hat.output is None and not plan.copied and not plan.standardised
+        axes = plan.axes if direct else [plan.axes[i] for i in plan.fold]
+        value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
+        if plan.standardised:
+            value = plan.over_units_on(value, task)
+        if type(self).hat_fold_gate is not HATLayer.hat_fold_gate:
             for i in plan.fold:
                 axis = plan.axes[i]
-                gate = axis.units.gate()
-                assert gate is not None
-                value = value * self.hat_fold_gate(name, gate).to(value.dtype).view(axis.shape)
-            value = value.view(raw.shape)
-        if (
-            fixed
-        ):  # detached at once, or the first forward would take other kernels than those that find it in the cache
-            value = value.detach()
-            hat.cache[name] = (key, value)
+                gate = self.hat_fold_gate(name, axis.units.gate_of(task))
+                value = value * gate.to(value.dtype).view(axis.shape)
+        live: Tensor | None = None
+        for axis in axes:
+            on = axis.units.on(task).view(axis.shape)
+            live = on if live is None else live & on
+        if live is not None:
+            value = torch.where(live, value, 0.0)
+        return value.view(raw.shape)
+
+    def _hat_constant(self, name: str, raw: Tensor, task: int, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, kept until the task, its gates or `raw` change. It is handed out itself, so that a write
+        to it is noticed and has no effect."""
+        if torch.compiler.is_compiling():
+            return make()
+        hat: Binding = self._hat
+        key = (task, hat.gates.epoch, raw._version, raw.data_ptr(), raw.dtype)
+        hit = hat.cache.get(name)  # one read: another thread may replace it
+        if hit is not None and hit[0] == key:
+            if hit[1]._version == hit[2]:
+                return hit[1]
+            warnings.warn(
+                f"{hat.path or type(self).__name__}.{name}: something wrote to the value that sealed task {task} "
+                "computes "
+                "with; the write is undone, sealed tasks do not change",
+                stacklevel=4,
+            )
+        with torch.inference_mode(False):
+            # detached at once, or the first forward would take other kernels than those that find it in the cache
+            value = make().detach()
+        hat.cache[name] = (key, value, value._version)
         return value
 
     def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
@@ -347,11 +403,14 @@ class HATLayer:
         return multiply(out, units, dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        hat = self._hat_active
-        if hat is None or name not in self._buffers or name not in self._hat_copied_buffers():  # type: ignore[attr-defined]
+        if name not in self.__dict__.get("_buffers", ()):
             super().__setattr__(name, value)
-        elif hat.gates.task == hat.gates.learning:  # a sealed task's statistics stay as they are
-            self.hat_tasks[hat.gates.task]._buffers[name] = value
+            return
+        hat = self._hat_active
+        if hat is None or name not in self._hat_copied_buffers():
+            super().__setattr__(name, value)
+        elif hat.gates.is_open(task := hat.gates.task):  # a sealed task's statistics stay as they are
+            self.hat_tasks[task]._buffers[name] = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         source = getattr(type(self), "_hat_source", None)
@@ -366,13 +425,16 @@ def _spread(p: Tensor) -> float:
 
 
 def multiply(x: Tensor, units: Units, dim: int) -> Tensor:
-    """`x` times the active gates along `dim`."""
-    gate = units.gate()
-    if gate is None:
+    """`x` times the active gates along `dim`; exactly zero where a hard gate is off, whatever stood there."""
+    gates = units.gates
+    task = gates.task
+    if task is None:
         return x
     shape = [1] * x.dim()
     shape[dim] = -1
-    return x * gate.to(x.dtype).view(shape)
+    if gates.is_soft(task) or not gates.cut:
+        return x * units.gate_of(task).to(x.dtype).view(shape)
+    return torch.where(units.on(task).view(shape), x, 0.0)
 
 
 def units_of(layer: Any) -> Units:

@@ -23,12 +23,14 @@ class HATLinear(HATLayer, nn.Linear):
     hat_owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
     hat_reader_dims: ClassVar[Mapping[str, int]] = {"weight": 1}
     hat_output_dim: ClassVar[int] = -1
+    hat_direct: ClassVar[bool] = True
     weight = task_parameter("weight")
     bias = task_parameter("bias")
 
     def forward(self, x: Tensor) -> Tensor:
         hat = self._hat_active
-        plan = hat.params.get("weight") if hat is not None and torch.is_grad_enabled() else None
+        soft = hat is not None and torch.is_grad_enabled() and hat.gates.is_soft(hat.gates.task)
+        plan = hat.params.get("weight") if hat is not None and soft else None
         raw: Any = self._parameters.get("weight")  # a parametrized one is not there
         if hat is not None and plan is not None and x.numel() < raw.shape[1] ** 2:
             if not plan.copied and type(self) is HATLinear:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .. import functional as F
 from ..registry import register
-from .gated import HATLayer, multiply, task_buffer, task_parameter
+from .gated import Binding, HATLayer, multiply, task_buffer, task_parameter
 
 log = logging.getLogger(__name__)
 
@@ -41,20 +42,19 @@ class _PerChannel(_Norm):
     running_var = task_buffer("running_var")
     num_batches_tracked = task_buffer("num_batches_tracked")
 
-    @property
-    def momentum(self) -> Any:
-        """The plain momentum; None, a cumulative average, while a task settles: its running statistics then start anew
-        (`Learning` sets their count to zero), as those of soft gates lag behind what the hard ones give."""
-        if "momentum" not in self.__dict__:
-            return nn.Module.__getattr__(self, "momentum")  # type: ignore[arg-type]
-        hat = self._hat_active
-        counted = isinstance(self, _BatchNorm) and self._buffers.get("num_batches_tracked") is not None
-        settling = hat is not None and hat.gates.settled and hat.gates.task == hat.gates.learning
-        return None if counted and settling else self.__dict__["momentum"]
-
-    @momentum.setter
-    def momentum(self, value: Any) -> None:
-        self.__dict__["momentum"] = value
+    def reset_running_stats(self) -> None:
+        """Those of the active task, where it is not sealed (`torch.optim.swa_utils.update_bn` calls this)."""
+        hat: Binding | None = self.__dict__.get("_hat")
+        task = None if hat is None else hat.gates.task
+        if hat is None or task is None or hat.gates.is_open(task):
+            super().reset_running_stats()  # type: ignore[misc]
+        else:
+            warnings.warn(
+                f"{hat.path or type(self).__name__}: the running statistics of sealed task {task} were not reset; "
+                "sealed "
+                "tasks do not change. Reset them while the task is learned, or forget it (hatcl.forget_task)",
+                stacklevel=2,
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)  # type: ignore[misc]
@@ -126,9 +126,10 @@ class _OverUnits(_Norm):
         """The plain eps, times n / U where a sealed task is active."""
         plain = self.__dict__["eps"]
         hat = self._hat_active
-        if plain is None or hat is None or hat.norm is None or hat.gates.is_soft():
+        if plain is None or hat is None or hat.norm is None:
             return plain
-        return plain * hat.norm[1].share()
+        task = hat.gates.task
+        return plain if task is None or hat.gates.is_soft(task) else plain * hat.norm[1].share(task)
 
     @eps.setter
     def eps(self, value: Any) -> None:
@@ -139,13 +140,13 @@ class _OverUnits(_Norm):
         if hat is None or hat.norm is None:
             return self._hat_gate_output(super().forward(x))  # type: ignore[misc]
         dim, units = hat.norm
-        gate = units.gate()
-        assert gate is not None
-        gate = gate.to(x.dtype)
+        task = hat.gates.task
+        assert task is not None
+        gate = units.gate_of(task).to(x.dtype)
         if hat.dirty:
-            x = x * along(gate, x, dim)
+            x = multiply(x, units, dim)
         if self.hat_centred:
-            share = None if hat.gates.is_soft() else units.share()
+            share = None if hat.gates.is_soft(task) else units.share(task)
             x = F.centre(x, gate, dim, self._hat_dims() if len(self._hat_dims()) > 1 else (dim,), share)
         out = super().forward(x)  # type: ignore[misc]
         return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, dim)
@@ -199,7 +200,7 @@ class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
         assert gate is not None
         gate = gate.to(x.dtype)
         if hat.dirty:
-            x = x * along(gate, x, 1)
+            x = multiply(x, hat.norm[1], 1)
         groups = x.unflatten(1, (self.num_groups, -1))
         by_group = gate.view(self.num_groups, -1)
         space = groups[0, 0, 0].numel()
@@ -229,7 +230,7 @@ class _FoundNorm(HATLayer):
         gate = units.gate()
         assert gate is not None
         if hat.dirty:
-            x = x * along(gate.to(x.dtype), x, dim)
+            x = multiply(x, units, dim)
         if self.hat_centred:
             x = F.centre(x, gate.to(x.dtype), dim, (dim,))
         share = share_on(gate).sqrt().to(x.dtype)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl import guard
-from hatcl.errors import GraftError, GuardError, IntegrityError
+from hatcl import guard, keeper
+from hatcl.errors import GraftError, GuardError
 from hatcl.grafts import Graft, hold
 
 OPTIMIZERS = {
@@ -112,16 +112,14 @@ def test_held_bit_for_bit_while_the_rest_learns(name, kind):
 
 @pytest.mark.parametrize("name", ["sgd with momentum and decay", "adamw", "foreach", "fused"])
 def test_twin_without_putting_back_they_move(monkeypatch, name):
-    monkeypatch.setattr(guard, "_put_back", lambda *args: None)
+    monkeypatch.setattr(keeper, "_put_back", lambda *args: None)
     model = network()
     optimizer, graft = OPTIMIZERS[name](model.parameters()), some(model)
     before = inside(model, graft)
-    with pytest.raises(
-        IntegrityError, match=r"0.weight: elements that are held changed \(4 such tensors\), though not by"
-    ):
+    with pytest.warns(UserWarning, match=r"0.weight: something else .* \(4 such tensors\); they are put back"):
         with hold(model, graft, optimizer):
             train(model, optimizer, batch(model))
-    assert parts.same(inside(model, graft), before)  # what is seen to have changed is put back
+    assert not parts.same(inside(model, graft), before)
 
 
 def test_momentum_from_before_does_not_move_them():
@@ -166,7 +164,7 @@ def test_twin_without_hooks_the_norm_is_that_of_everything(monkeypatch):
         with hold(model, some(model, 0.9), OPTIMIZERS["sgd"](model.parameters())):
             loss_of(model, batch(model)).backward()
             norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1e9)))
-        monkeypatch.setattr(guard, "_zero", lambda which: lambda p: None)
+        monkeypatch.setattr(keeper, "_zero", lambda which: lambda p: None)
     assert norms[0] < 0.9 * norms[1]
 
 
@@ -294,7 +292,7 @@ def test_a_write_that_is_no_step_is_seen_and_undone():
     model = network()
     optimizer, graft = OPTIMIZERS["sgd"](model.parameters()), some(model, 2)
     before = inside(model, graft)
-    with pytest.raises(IntegrityError, match=r"3.bias: elements that are held changed \(1 such tensors\).*put back"):
+    with pytest.warns(UserWarning, match=r"3.bias: something else than a step of an optimizer wrote .* put back"):
         with hold(model, graft, optimizer), torch.no_grad():
             model[3].bias.add_(1)
     assert parts.same(inside(model, graft), before)
@@ -302,13 +300,12 @@ def test_a_write_that_is_no_step_is_seen_and_undone():
 
 def test_memory_goes_with_the_graft(monkeypatch):
     kept = []
-    plain = guard._kept
-    monkeypatch.setattr(guard, "_kept", lambda p, which: kept.append(plain(p, which)) or kept[-1])
+    plain = keeper.taken
+    monkeypatch.setattr(keeper, "taken", lambda p, which: kept.append(plain(p, which)) or kept[-1])
     model = network()
     graft = some(model, 0.2)
     with hold(model, graft, OPTIMIZERS["sgd"](model.parameters())):
-        pass
-    assert sum(k.numel() for k in kept) == graft.size
+        assert sum(k.numel() for k in kept) == graft.size
 
 
 def test_refused():
@@ -337,5 +334,5 @@ def test_refused():
 
 
 def test_both_guards_are_one():
-    assert issubclass(guard.Guard, guard.Keeper)
-    assert importlib.import_module("hatcl.grafts.hold").Keeper is guard.Keeper
+    assert issubclass(guard.Guard, keeper.Keeper)
+    assert importlib.import_module("hatcl.grafts.hold").Keeper is keeper.Keeper

@@ -127,7 +127,7 @@ def test_the_certificate_sees_gates_that_are_not_there(name, monkeypatch):
     """Twin: parameters unfolded and outputs ungated, so that off units reach what follows."""
     model = parts.pretend(convert(name), share=0.5)
     x, _ = zoo.data(name)
-    monkeypatch.setattr(HATLayer, "_hat_folded", lambda self, name, raw: raw)
+    monkeypatch.setattr(HATLayer, "_hat_folded", lambda self, name, raw, task: raw)
     monkeypatch.setattr(HATLayer, "_hat_gate_output", lambda self, out: out)
     for module in ("gated", "norm", "linear"):
         monkeypatch.setattr(f"hatcl.layers.{module}.multiply", lambda x, units, dim: x)

@@ -172,7 +172,7 @@ def test_frozen_elements_that_move_fail(tmp_path, monkeypatch):
     plain = guard.Guard.__enter__
 
     def enter(self):
-        self.frozen = []
+        self.kept, self._modules = [], []
         return plain(self)
 
     monkeypatch.setattr(guard.Guard, "__enter__", enter)

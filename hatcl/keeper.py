@@ -1,0 +1,394 @@
+"""Elements of parameters kept bit for bit around any optimizer: while it steps, when it fails, and whatever else
+writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
+
+from .errors import GuardError
+from .functional import local, same_bits
+
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+
+
+@dataclass
+class Kept:
+    """Elements of a parameter that stay. which: None = all; a bool mask of the parameter's shape; or flat indices
+    (int64, fewer than all), which cost memory by their number alone. old: their values."""
+
+    param: nn.Parameter
+    which: Tensor | None
+    name: str = ""
+    old: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+@dataclass
+class _Step:
+    """An optimizer's step in progress. by_wrapper: seen by our wrapper, else by torch's hook alone. inner: another
+    optimizer has stepped within it (Lookahead, SAM)."""
+
+    optimizer: Any
+    by_wrapper: bool
+    state: Any
+    inner: bool = False
+
+
+class Keeper:
+    """Keeps elements of parameters bit-identical, whatever optimizer steps.
+
+    - Gradient hooks zero their gradient as it arrives, so that clipping sees the true norm. A parameter that is kept
+      whole has no gradient at all.
+    - After every step of an optimizer that holds such parameters they are put back, also where the step raised. That
+      is so for the optimizers given, and for every other `torch.optim.Optimizer`: one inside another, or one that
+      nobody mentioned.
+    - What an optimizer stores of weights beside them (the z of schedule-free methods, Lookahead's slow weights) is put
+      back as well, or it would be written into the parameters later.
+    - On leaving they are compared with what they were, and put back if anything else wrote to them.
+
+    Args:
+        kept: what stays. optimizers: those that will step. Parameters may join them later.
+    """
+
+    def __init__(self, kept: Sequence[Kept], optimizers: Sequence[Any]) -> None:
+        self.kept = list(kept)
+        self.optimizers = [unwrapped(o) for o in optimizers]
+        self.written: list[str] = []
+        self._hooks: list[Any] = []
+        self._around: list[Any] = []
+        self._wrapped: list[tuple[Any, Any, bool]] = []
+        self._running: list[_Step] = []
+        self._stored: dict[int, StoredWeights] = {}
+        self._known: dict[int, tuple[int, list[Kept], bool]] = {}
+        self._active = False
+
+    # ---- what else happens around a step -----------------------------------------------------------------------
+
+    def before_step(self, optimizer: Any) -> Any:
+        """Called before an optimizer steps; what it returns is given to `after_step`."""
+
+    def after_step(self, optimizer: Any, state: Any, innermost: bool) -> None:
+        """Called after a step that did not raise, with the kept elements back in place.
+
+        Args:
+            innermost: no other optimizer stepped within it.
+        """
+
+    def concerns(self, p: Tensor) -> bool:
+        """Is this a parameter whose optimizer is to be watched, though nothing of it is kept?"""
+        return False
+
+    # ---- on and off --------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Keeper:
+        self.hold()
+        for o in self.optimizers:
+            self._zero_moments(o)
+            self._wrap(o)
+        self._around = [
+            torch_optimizer.register_optimizer_step_pre_hook(lambda o, *_: self._begin(o)),
+            torch_optimizer.register_optimizer_step_post_hook(lambda o, *_: self._end(o, True)),
+        ]
+        self._active = True
+        return self
+
+    def hold(self) -> None:
+        """Take the values of now as those that stay."""
+        for k in self.kept:
+            k.old = taken(k.param, k.which)
+            if k.param.requires_grad:
+                self._hooks.append(k.param.register_post_accumulate_grad_hook(_zero(k.which)))
+        self._known, self._stored = {}, {}
+
+    def hold_instead(self, kept: Sequence[Kept]) -> None:
+        """Keep these from now on, as they are now."""
+        for h in self._hooks:
+            h.remove()
+        self._hooks, self.kept = [], list(kept)
+        self.hold()
+        for o in self.optimizers:
+            self._zero_moments(o)
+
+    def __exit__(self, *exc: object) -> None:
+        self._active = False
+        for h in (*self._hooks, *self._around):
+            h.remove()
+        for o, wrapped, had in self._wrapped:
+            if vars(o).get("step") is wrapped:  # else a scheduler wrapped it in turn, and ours passes calls through
+                if had:
+                    o.step = wrapped.__dict__["_hat_inner"]
+                else:
+                    del o.step
+        try:
+            self.written = self.put_back()
+        except BaseException:  # an interruption just here: what stays, stays
+            self.put_back()
+            raise
+
+    def put_back(self) -> list[str]:
+        """Put every kept element back. Returns the names of the parameters that had been written to."""
+        names = []
+        for k in self.kept:
+            if not same_bits(taken(k.param, k.which), k.old):
+                names.append(k.name)
+                _put_back(k.param, k.which, k.old)
+        for o in self.optimizers:
+            self._sync(o)
+        return names
+
+    # ---- around a step -----------------------------------------------------------------------------------------
+
+    def _wrap(self, optimizer: Any) -> None:
+        """Torch's hooks around every step do not run where it raises, nor for optimizers that are not torch's: those
+        that are given get a `step` of their own."""
+        had, inner = "step" in vars(optimizer), optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if not self._active:
+                return inner(*args, **kwargs)
+            self._begin(optimizer, by_wrapper=True)
+            done = False
+            try:
+                out = inner(*args, **kwargs)
+                done = True
+                return out
+            finally:
+                self._end(optimizer, done, by_wrapper=True)
+
+        # schedulers look for these on a bound method
+        step.__func__ = lambda _, *args, **kwargs: step(*args, **kwargs)  # type: ignore[attr-defined]
+        step.__self__ = optimizer  # type: ignore[attr-defined]
+        if hasattr(inner, "_wrapped_by_lr_sched"):
+            step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        if had:
+            step.__dict__["_hat_inner"] = inner
+        optimizer.step = step
+        self._wrapped.append((optimizer, step, had))
+
+    def _begin(self, optimizer: Any, by_wrapper: bool = False) -> None:
+        running = next((s for s in self._running if s.optimizer is optimizer), None)
+        if running is not None and running.by_wrapper:
+            return  # torch's hook within the wrapper
+        if running is not None:  # a step that raised, of which torch's hook tells nothing
+            del self._running[self._running.index(running) :]
+        kept, watched = self._mine(optimizer)
+        if watched:
+            for k in kept:
+                if k.which is None:
+                    k.param.grad = None
+            self._running.append(_Step(optimizer, by_wrapper, self.before_step(optimizer)))
+
+    def _end(self, optimizer: Any, done: bool, by_wrapper: bool = False) -> None:
+        at = next((i for i, s in enumerate(self._running) if s.optimizer is optimizer), None)
+        if at is None or self._running[at].by_wrapper != by_wrapper:
+            return
+        step = self._running[at]
+        del self._running[at:]
+        for k in self._mine(optimizer)[0]:
+            _put_back(k.param, k.which, k.old)
+        self._sync(optimizer)
+        if done:
+            for outer in self._running:
+                outer.inner = True
+            self.after_step(optimizer, step.state, not step.inner)
+
+    def _mine(self, optimizer: Any) -> tuple[list[Kept], bool]:
+        """What is kept of an optimizer's parameters, and whether its steps are watched at all."""
+        groups = getattr(optimizer, "param_groups", ())
+        count = sum(len(group["params"]) for group in groups)
+        known = self._known.get(id(optimizer))
+        if known is None or known[0] != count:
+            params = [p for group in groups for p in group["params"]]
+            ids = {id(p) for p in params}
+            kept = [k for k in self.kept if id(k.param) in ids]
+            given = any(o is optimizer for o in self.optimizers)
+            known = (count, kept, given or bool(kept) or any(map(self.concerns, params)))
+            self._known[id(optimizer)] = known
+        return known[1:]
+
+    # ---- what optimizers store beside the parameters -----------------------------------------------------------
+
+    def _zero_moments(self, optimizer: Any) -> None:
+        """Or they decay into denormal floats, which cost a CPU more than the step."""
+        for k in self.kept:
+            state = _state_of(optimizer, k.param)
+            for key in FIRST_MOMENTS:
+                moment = state.get(key)
+                if k.which is not None and isinstance(moment, Tensor) and moment.shape == k.param.shape:
+                    _clear(local(moment), k.which)
+
+    def _sync(self, optimizer: Any) -> None:
+        """Put back what an optimizer stores of weights."""
+        kept = self._mine(optimizer)[0]
+        if not kept:
+            return
+        stored = self._stored.get(id(optimizer))
+        if stored is None:
+            self._stored[id(optimizer)] = stored = StoredWeights(optimizer, kept)
+        stored.put_back()
+
+
+class StoredWeights:
+    """Tensors that an optimizer keeps of the weights themselves, and writes into them later: the z of schedule-free
+    methods, Lookahead's slow weights, a backup. They are found by what they are, not by name: a tensor of the
+    parameter's shape, in the optimizer's state or in a list as long as its parameters, whose kept elements point where
+    the parameter's do (cosine above .9) and have its size (a half to twice)."""
+
+    def __init__(self, optimizer: Any, kept: Sequence[Kept]) -> None:
+        self._optimizer, self._kept = optimizer, list(kept)
+        self._seen: dict[tuple[int, Any], bool] = {}
+        self._size = -1
+        self._found: list[tuple[Kept, Tensor]] = []
+
+    def put_back(self) -> None:
+        state = getattr(self._optimizer, "state", {})
+        size = sum(len(s) for s in state.values() if isinstance(s, dict))
+        if size != self._size:
+            self._size, self._found = size, list(self._look())
+        for k, tensor in self._found:
+            _put_back(tensor, k.which, k.old)
+
+    def _look(self) -> Iterator[tuple[Kept, Tensor]]:
+        for k in self._kept:
+            for key, x in _state_of(self._optimizer, k.param).items():
+                if self._is_weight(k, key, x):
+                    yield k, x
+        params = [p for group in getattr(self._optimizer, "param_groups", ()) for p in group["params"]]
+        for name, value in vars(self._optimizer).items():
+            beside = list(_tensors(value)) if isinstance(value, (list, tuple)) else []
+            if len(beside) == len(params):
+                own = {id(p): x for p, x in zip(params, beside, strict=True)}
+                for k in self._kept:
+                    if self._is_weight(k, name, own.get(id(k.param))):
+                        yield k, own[id(k.param)]
+
+    def _is_weight(self, k: Kept, key: Any, x: Any) -> bool:
+        if not isinstance(x, Tensor) or x.shape != k.param.shape or not x.is_floating_point() or x is k.param:
+            return False
+        seen = self._seen.get((id(k.param), key))
+        if seen is None:
+            a, b = k.old.double().flatten(), taken(x, k.which).double().flatten()
+            if k.which is not None and k.which.dtype == torch.bool:
+                at = local(k.which).flatten()
+                a, b = a[at], b[at]
+            size, other = float(a.norm()), float(b.norm())
+            seen = bool(0.5 * size < other < 2 * size and float(a @ b) > 0.9 * size * other)
+            self._seen[id(k.param), key] = seen
+        return seen
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that really steps: accelerate and Lightning wrap it, and call it only when gradients are
+    complete."""
+    while True:
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None or inner is optimizer or not hasattr(inner, "param_groups") or not hasattr(inner, "step"):
+            return optimizer
+        optimizer = inner
+
+
+def _state_of(optimizer: Any, p: Tensor) -> dict[Any, Any]:
+    state = getattr(optimizer, "state", {})
+    found = state.get(p) if hasattr(state, "get") else None
+    return found if isinstance(found, dict) else {}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    for x in value:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+
+
+def check_optimizers(model: nn.Module, optimizers: Sequence[Any], remedy: str) -> set[int]:
+    """The ids of all parameters that the optimizers hold.
+
+    Args:
+        remedy: what to do about an optimizer of another model, as the message's end.
+
+    Raises:
+        GuardError: something that has no `step()` to guard, or that holds none of the model's parameters.
+    """
+    mine = {id(p) for p in model.parameters()}
+    covered: set[int] = set()
+    for o in optimizers:
+        kind = type(o).__name__
+        if not callable(getattr(o, "step", None)) or not hasattr(o, "param_groups"):
+            raise GuardError(
+                f"optimizer: got {kind}, which has no step() and param_groups to guard; pass a "
+                "torch.optim.Optimizer (or a list of them) that you call step() on yourself"
+            )
+        ids = {id(p) for group in o.param_groups for p in group["params"]}
+        if not ids & mine:
+            raise GuardError(f"optimizer: {kind} holds none of this model's parameters; {remedy}")
+        covered |= ids
+    return covered
+
+
+# ---- elements of a tensor: all (None), by a mask, or by flat indices ------------------------------
+
+
+def _zero(which: Tensor | None) -> Callable[[Tensor], None]:
+    def hook(p: Tensor) -> None:
+        grad = p.grad
+        if grad is None:
+            return
+        if which is None:
+            p.grad = None
+        elif grad.is_sparse:
+            grad = grad.coalesce()
+            values = grad.values().masked_fill(_mask(p, which)[tuple(grad.indices())], 0)
+            p.grad = torch.sparse_coo_tensor(grad.indices(), values, grad.shape, check_invariants=False)
+        else:
+            _clear(local(grad), which)
+
+    return hook
+
+
+def _mask(x: Tensor, which: Tensor) -> Tensor:
+    if which.dtype == torch.bool:
+        return which
+    return torch.zeros(x.numel(), dtype=torch.bool, device=x.device).index_fill_(0, which, True).view(x.shape)
+
+
+def _at(x: Tensor, which: Tensor) -> tuple[Tensor, Any]:
+    """A view and what to index it with: flat where the elements lie in order, else one index per dimension."""
+    return (x.view(-1), which) if x.is_contiguous() else (x, torch.unravel_index(which, x.shape))
+
+
+@torch.no_grad()
+def _clear(x: Tensor, which: Tensor) -> None:
+    if which.dtype == torch.bool:
+        x.masked_fill_(which, 0)
+    else:
+        view, at = _at(x, which)
+        view[at] = 0
+
+
+def taken(p: Tensor, which: Tensor | None) -> Tensor:
+    """A copy of some elements; where they are given by a mask, of the whole tensor with zeros for the others."""
+    x = local(p.detach())
+    if which is None:
+        return x.clone()
+    if which.dtype == torch.bool:
+        return torch.where(which, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    view, at = _at(x, which)
+    return view[at]
+
+
+@torch.no_grad()
+def _put_back(p: Tensor, which: Tensor | None, old: Tensor) -> None:
+    x = local(p.detach())
+    if which is None:
+        x.copy_(old)
+    elif which.dtype == torch.bool:
+        torch.where(which, old, x, out=x)
+    else:
+        view, at = _at(x, which)
+        view[at] = old
