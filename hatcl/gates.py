@@ -71,6 +71,8 @@ class Gates(nn.Module):
         masks: `[T, U]` bool, the hard gates of sealed tasks. sealed: `[T]` bool.
         digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
             fixed size for state dicts (see `guard.table_of`).
+        learner: the thread that is learning. lock: what it holds while an optimizer steps, during which frozen elements
+            may be away from their place.
         cut: a task with hard gates computes with its live elements alone, zeros for all others, so that nothing else
             enters its arithmetic. Without it, it computes by the folds of the map, as while it is learned.
         hardened: 1 while the task being learned settles, its gates hard already; a tensor, so that the program stays
@@ -100,6 +102,7 @@ class Gates(nn.Module):
         self.key = next(_keys)
         self.learning: int | None = None
         self.learner: int | None = None
+        self.lock: Any = None
         self.soft = False
         self.cut = True
         self.epoch = 0
@@ -259,17 +262,10 @@ class Gates(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is not being learned, also where it was made inside a `hatcl.learn` block."""
-        task = None if self._default == self.learning else self._default
-        state = {
-            **self.__dict__,
-            "_default": task,
-            "learning": None,
-            "learner": None,
-            "soft": False,
-            "origin": None,
-            "model": None,
-        }
-        return {**state, "key": None, "_taken_by": (None, torch.zeros(0, dtype=torch.bool))}
+        state = {**self.__dict__, "_taken_by": (None, torch.zeros(0, dtype=torch.bool)), "soft": False}
+        if self._default == self.learning:
+            state["_default"] = None
+        return {**state, **dict.fromkeys(("key", "learning", "learner", "lock", "origin", "model"))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

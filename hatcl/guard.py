@@ -517,7 +517,6 @@ class Guard(Keeper):
     def store_weights(self) -> None:
         """The task is sealed: what the optimizers store of the weights that it uses is set to what was sealed, or they
         would write other values later (a schedule-free method's `eval()`, Lookahead's sync)."""
-        optimizers = [o for o, *_ in self._wrapped]
         every = [
             Kept(h.param, None if h.task == self.task else h.live(self.task), h.name)
             for h in held(self.model)
@@ -525,7 +524,7 @@ class Guard(Keeper):
         ]
         for k in every:
             k.old = taken(k.param, k.which)
-        for o in optimizers:
+        for o in self.stepped.values():
             ids = {id(p) for group in o.param_groups for p in group["params"]}
             StoredWeights(o, [k for k in every if id(k.param) in ids]).put_back()
 

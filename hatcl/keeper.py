@@ -3,7 +3,9 @@ writes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +55,10 @@ class Keeper:
 
     Args:
         kept: what stays. optimizers: those that will step. Parameters may join them later.
+
+    Attributes:
+        stepped: the optimizers that stepped. lock: held by the thread that steps. written: after leaving, the
+        parameters that something else wrote to.
     """
 
     def __init__(self, kept: Sequence[Kept], optimizers: Sequence[Any]) -> None:
@@ -62,10 +68,12 @@ class Keeper:
         self._hooks: list[Any] = []
         self._around: list[Any] = []
         self._wrapped: list[tuple[Any, Any, bool]] = []
+        self.stepped: dict[int, Any] = {}
         self._running: list[_Step] = []
         self._stored: dict[int, StoredWeights] = {}
         self._known: dict[int, tuple[int, list[Kept], bool]] = {}
         self._active = False
+        self.lock = threading.RLock()
 
     # ---- what else happens around a step -----------------------------------------------------------------------
 
@@ -137,7 +145,7 @@ class Keeper:
             if not same_bits(taken(k.param, k.which), k.old):
                 names.append(k.name)
                 _put_back(k.param, k.which, k.old)
-        for o in self.optimizers:
+        for o in self.stepped.values():
             self._sync(o)
         return names
 
@@ -151,14 +159,15 @@ class Keeper:
         def step(*args: Any, **kwargs: Any) -> Any:
             if not self._active:
                 return inner(*args, **kwargs)
-            self._begin(optimizer, by_wrapper=True)
-            done = False
-            try:
-                out = inner(*args, **kwargs)
-                done = True
-                return out
-            finally:
-                self._end(optimizer, done, by_wrapper=True)
+            with self.lock:
+                self._begin(optimizer, by_wrapper=True)
+                done = False
+                try:
+                    out = inner(*args, **kwargs)
+                    done = True
+                    return out
+                finally:
+                    self._end(optimizer, done, by_wrapper=True)
 
         # schedulers look for these on a bound method
         step.__func__ = lambda _, *args, **kwargs: step(*args, **kwargs)  # type: ignore[attr-defined]
@@ -178,6 +187,7 @@ class Keeper:
             del self._running[self._running.index(running) :]
         kept, watched = self._mine(optimizer)
         if watched:
+            self.stepped[id(optimizer)] = optimizer
             for k in kept:
                 if k.which is None:
                     k.param.grad = None
@@ -224,24 +234,28 @@ class Keeper:
 
     def _sync(self, optimizer: Any) -> None:
         """Put back what an optimizer stores of weights."""
-        kept = self._mine(optimizer)[0]
-        if not kept:
-            return
         stored = self._stored.get(id(optimizer))
         if stored is None:
-            self._stored[id(optimizer)] = stored = StoredWeights(optimizer, kept)
+            self._stored[id(optimizer)] = stored = StoredWeights(optimizer, self._mine(optimizer)[0])
         stored.put_back()
+
+
+_WEIGHTS: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
+"""Optimizer -> under which keys it stores weights, as was seen when they appeared: later they may have gone their
+ways."""
+_SOME = 4096
 
 
 class StoredWeights:
     """Tensors that an optimizer keeps of the weights themselves, and writes into them later: the z of schedule-free
-    methods, Lookahead's slow weights, a backup. They are found by what they are, not by name: a tensor of the
-    parameter's shape, in the optimizer's state or in a list as long as its parameters, whose kept elements point where
-    the parameter's do (cosine above .9) and have its size (a half to twice)."""
+    methods, Lookahead's slow weights, a backup. They are found by what they are, not by name: tensors of the
+    parameters' shapes, under one key of the optimizer's state or in a list as long as its parameters, which all
+    together point where the parameters do (cosine above .9) and have their size (a half to twice) when they are first
+    seen."""
 
     def __init__(self, optimizer: Any, kept: Sequence[Kept]) -> None:
         self._optimizer, self._kept = optimizer, list(kept)
-        self._seen: dict[tuple[int, Any], bool] = {}
+        self._is_weight = _WEIGHTS.setdefault(optimizer, {})
         self._size = -1
         self._found: list[tuple[Kept, Tensor]] = []
 
@@ -254,32 +268,30 @@ class StoredWeights:
             _put_back(tensor, k.which, k.old)
 
     def _look(self) -> Iterator[tuple[Kept, Tensor]]:
-        for k in self._kept:
-            for key, x in _state_of(self._optimizer, k.param).items():
-                if self._is_weight(k, key, x):
-                    yield k, x
         params = [p for group in getattr(self._optimizer, "param_groups", ()) for p in group["params"]]
+        beside: dict[Any, dict[int, tuple[Tensor, Tensor]]] = {}
+        for p in params:
+            for key, x in _state_of(self._optimizer, p).items():
+                if isinstance(x, Tensor) and x.shape == p.shape:
+                    beside.setdefault(key, {})[id(p)] = (p, x)
         for name, value in vars(self._optimizer).items():
-            beside = list(_tensors(value)) if isinstance(value, (list, tuple)) else []
-            if len(beside) == len(params):
-                own = {id(p): x for p, x in zip(params, beside, strict=True)}
-                for k in self._kept:
-                    if self._is_weight(k, name, own.get(id(k.param))):
-                        yield k, own[id(k.param)]
+            tensors = list(_tensors(value)) if isinstance(value, (list, tuple)) else []
+            if len(tensors) == len(params) and all(x.shape == p.shape for x, p in zip(tensors, params, strict=True)):
+                beside[f".{name}"] = {id(p): (p, x) for p, x in zip(params, tensors, strict=True)}
+        for key, pairs in beside.items():
+            if key not in self._is_weight:
+                self._is_weight[key] = _alike(pairs.values())
+            if self._is_weight[key]:
+                yield from ((k, pairs[id(k.param)][1]) for k in self._kept if id(k.param) in pairs)
 
-    def _is_weight(self, k: Kept, key: Any, x: Any) -> bool:
-        if not isinstance(x, Tensor) or x.shape != k.param.shape or not x.is_floating_point() or x is k.param:
-            return False
-        seen = self._seen.get((id(k.param), key))
-        if seen is None:
-            a, b = k.old.double().flatten(), taken(x, k.which).double().flatten()
-            if k.which is not None and k.which.dtype == torch.bool:
-                at = local(k.which).flatten()
-                a, b = a[at], b[at]
-            size, other = float(a.norm()), float(b.norm())
-            seen = bool(0.5 * size < other < 2 * size and float(a @ b) > 0.9 * size * other)
-            self._seen[id(k.param), key] = seen
-        return seen
+
+def _alike(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Do the second of each pair, all together, point where the first do, with about their size?"""
+    both = one = other = 0.0
+    for a, b in pairs:
+        a, b = (local(x.detach()).flatten()[:_SOME].double() for x in (a, b))
+        both, one, other = both + float(a @ b), one + float(a @ a), other + float(b @ b)
+    return 0.25 * one < other < 4 * one and both > 0.9 * (one * other) ** 0.5
 
 
 def unwrapped(optimizer: Any) -> Any:

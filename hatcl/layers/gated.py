@@ -322,18 +322,26 @@ class HATLayer:
         """`raw` as a task sees it. While its gates are soft: times the gates along the folded axes. Hard: the task's
         live elements, and zeros."""
         hat: Binding = self._hat
-        plan = hat.params[name]
+        plan, gates = hat.params[name], hat.gates
         if not plan.axes and not plan.standardised:
             return raw
-        if hat.output is not None and not plan.fold and not plan.standardised:
-            return raw  # the output is cut instead: rows that were looked up, not the whole table
-        gates = hat.gates
-        if gates.is_soft(task) or not gates.cut:
-            return self._hat_by_folds(name, raw, plan, task) if plan.fold or plan.standardised else raw
-        # sealed gates and no gradients: fold once, until anything changes
-        if gates.is_open(task) or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._hat_cut(name, raw, plan, task)
+        soft = gates.is_soft(task) or not gates.cut
+        changing = gates.is_open(task) or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if not plan.fold and not plan.standardised and (soft or not self._hat_whole(plan)):
+            # of an embedding the rows that were looked up are cut, not the whole table
+            held = gates.lock is not None and not changing and not plan.copied
+            return self._hat_constant(name, raw, task, raw.clone) if held else raw
+        if soft:
+            return self._hat_by_folds(name, raw, plan, task)
+        if changing:
+            with _unmoved(gates):
+                return self._hat_cut(name, raw, plan, task)
         return self._hat_constant(name, raw, task, lambda: self._hat_cut(name, raw, plan, task))
+
+    def _hat_whole(self, plan: ParameterPlan) -> bool:
+        """Are a parameter's zeros harmless along all its axes? A copy is the task's own; what is normalised before use
+        must be whole, zeros may not be divided by their size."""
+        return self.hat_direct and self._hat.output is None and not plan.copied and not plan.standardised
 
     def _hat_by_folds(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
         value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
@@ -347,11 +355,7 @@ class HATLayer:
 
     def _hat_cut(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
         """Zero, not a product with zero, where the task is off: `0 * inf` is no zero, and `0 * -1` is -0."""
-        hat: Binding = self._hat
-        # a copy is the task's own, and what is normalised before use must be whole: zeros may not be divided by their
-        # size
-        direct = self.hat_direct and hat.output is None and not plan.copied and not plan.standardised
-        axes = plan.axes if direct else [plan.axes[i] for i in plan.fold]
+        axes = plan.axes if self._hat_whole(plan) else [plan.axes[i] for i in plan.fold]
         value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
         if plan.standardised:
             value = plan.over_units_on(value, task)
@@ -374,18 +378,20 @@ class HATLayer:
         if torch.compiler.is_compiling():
             return make()
         hat: Binding = self._hat
-        key = (task, hat.gates.epoch, raw._version, raw.data_ptr(), raw.dtype)
+        # while another task is learned it is held: what an optimizer does to it meanwhile is undone after the step
+        held = hat.gates.lock is not None and hat.gates.config.locked is None
+        version = None if held else raw._version
+        key = (task, hat.gates.epoch, version, raw.data_ptr(), raw.dtype)
         hit = hat.cache.get(name)  # one read: another thread may replace it
         if hit is not None and hit[0] == key:
             if hit[1]._version == hit[2]:
                 return hit[1]
             warnings.warn(
                 f"{hat.path or type(self).__name__}.{name}: something wrote to the value that sealed task {task} "
-                "computes "
-                "with; the write is undone, sealed tasks do not change",
+                "computes with; the write is undone, sealed tasks do not change",
                 stacklevel=4,
             )
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), _unmoved(hat.gates):
             # detached at once, or the first forward would take other kernels than those that find it in the cache
             value = make().detach()
         hat.cache[name] = (key, value, value._version)
@@ -422,6 +428,12 @@ class HATLayer:
 
 def _spread(p: Tensor) -> float:
     return float(p.detach().std()) if p.numel() > 1 else 0.02
+
+
+def _unmoved(gates: Gates) -> contextlib.AbstractContextManager[Any]:
+    """Inside, no optimizer that is guarded is in the middle of a step."""
+    lock: contextlib.AbstractContextManager[Any] | None = gates.lock
+    return contextlib.nullcontext() if lock is None or torch.compiler.is_compiling() else lock
 
 
 def multiply(x: Tensor, units: Units, dim: int) -> Tensor:

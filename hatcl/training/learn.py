@@ -188,7 +188,8 @@ def learn(
     before = [(g, g.task) for g in gates]
     for g in gates:
         g.task = g.learning = task
-        g.learner, g.model, g.origin = threading.get_ident(), weakref.ref(model), None
+        g.learner, g.lock = threading.get_ident(), guard.lock
+        g.model, g.origin = weakref.ref(model), None
     learning._set_scale()
     try:
         with _Loads(model, task, guard), guard:
@@ -214,7 +215,7 @@ def learn(
         raise
     _warn_of(learning, guard)
     for g in gates:
-        g.learning, g.learner = None, None
+        g.learning, g.learner, g.lock = None, None, None
         g.hardened.zero_()
     guards.harden(model, task)
     for t in [t for t in tasks(model) if t != task and t not in guard.locked]:
@@ -307,7 +308,7 @@ def _has_gates(module: nn.Module) -> bool:
 
 def _leave(before: list[tuple[Gates, int | None]]) -> None:
     for g, t in before:
-        g.learning, g.learner, g.task = None, None, t
+        g.learning, g.learner, g.lock, g.task = None, None, None, t
         g.hardened.zero_()
 
 
