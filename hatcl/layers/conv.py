@@ -25,8 +25,8 @@ class _Conv(HATLayer):
     def _hat_bind_by_hand(self, num_tasks: Any, units: Any, reads: Any, config: Any) -> None:
         if getattr(self, "groups", 1) > 1 and reads is not None:
             raise ValueError(
-                f"{type(self).__name__} with groups={self.groups}: reads= is for groups=1; leave it out "  # type:
-                ignore[attr-defined] "(frozen by output unit alone) or use hatcl.convert, which maps groups exactly"
+                f"{type(self).__name__} with groups={self.groups}: reads= is for groups=1; leave it out "  # type: ignore[attr-defined]
+                "(frozen by output unit alone) or use hatcl.convert, which maps groups exactly"
             )
         super()._hat_bind_by_hand(num_tasks, units, reads, config)
 
@@ -37,8 +37,8 @@ class _ConvTranspose(_Conv):
 
     def _hat_bind_by_hand(self, *args: Any) -> None:
         if self.groups > 1:  # type: ignore[attr-defined]
-            raise ValueError(f"{type(self).__name__} with groups={self.groups} by hand is not known; use
-        hatcl.convert")  # type: ignore[attr-defined] super()._hat_bind_by_hand(*args)
+            raise ValueError(f"{type(self).__name__} with groups={self.groups} by hand is not known; use hatcl.convert")  # type: ignore[attr-defined]
+        super()._hat_bind_by_hand(*args)
 
 
 @register(nn.Conv1d)
