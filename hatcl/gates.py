@@ -7,7 +7,7 @@ import copy
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,8 @@ class Gates(nn.Module):
             enters its arithmetic. Without it, it computes by the folds of the map, as while it is learned.
         hardened: 1 while the task being learned settles, its gates hard already; a tensor, so that the program stays
             the same.
+        epoch: counts whatever changes gates. sealings: task -> how often its hard gates changed, on which compiled
+            graphs depend.
         unit_map: the map the model was converted on (None for layers put together by hand).
         source: how to make the plain model again (its timm name, say), for `from_pretrained`.
         layers: (name, start, stop) bounds of the layers' units, 0-based, for penalties per layer and tables.
@@ -106,6 +108,7 @@ class Gates(nn.Module):
         self.soft = False
         self.cut = True
         self.epoch = 0
+        self.sealings: dict[int, int] = {}
         self.from_map = layers is not None
         self.digests: dict[int, dict[str, str]] = {}
         self.unit_map: Any = None
@@ -193,6 +196,8 @@ class Gates(nn.Module):
 
     def _taken(self, task: int) -> Tensor:
         """`[U]` bool: units that other sealed tasks use."""
+        if torch.compiler.is_compiling():
+            return self.used(without=task)
         key, taken = (task, self.epoch), self._taken_by
         if taken[0] != key:
             self._taken_by = taken = (key, self.used(without=task))
@@ -222,7 +227,13 @@ class Gates(nn.Module):
     def seal(self, task: int) -> None:
         self.masks[task] = self.hard(task)
         self.sealed[task] = True
+        self._changed([task])
+
+    def _changed(self, tasks: Iterable[int]) -> None:
+        """The hard gates of these tasks are others than before: whatever was kept of them is old."""
         self.epoch += 1
+        for t in tasks:
+            self.sealings[t] = self.sealings.get(t, 0) + 1
 
     def unseal(self, task: int) -> None:
         """Forget a task's gates: its row is empty and its embedding new."""
@@ -233,7 +244,7 @@ class Gates(nn.Module):
         self._taken_by = (None, self.masks[task])
         with torch.no_grad():
             self.embeddings[task].copy_(self.fresh_embedding(self.num_units))
-        self.epoch += 1
+        self._changed([task])
 
     def add(self, tasks: int) -> None:
         self.config = self.config.replace(num_tasks=self.num_tasks + tasks)
@@ -299,7 +310,7 @@ class Gates(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if f"{prefix}digest_table" in state_dict:
             self.digests = {}  # they are of what was there before; the table tells what belongs to the new
-        self.epoch += 1
+        self._changed(range(self.num_tasks))
 
     def extra_repr(self) -> str:
         return f"units={self.num_units}, tasks={self.num_tasks}, sealed={self.sealed.nonzero().flatten().tolist()}"
@@ -346,7 +357,7 @@ class Units:
     def gate_of(self, task: int) -> Tensor:
         """A task's gate per entry, `[n]`."""
         gates = self.gates
-        if gates.is_open(task):
+        if gates.is_open(task) or torch.compiler.is_compiling():
             return self._select(task)
         key, fixed = (task, gates.epoch), self._fixed  # another thread may replace it meanwhile
         if fixed[0] != key:
@@ -357,8 +368,8 @@ class Units:
     def on(self, task: int) -> Tensor:
         """A task's hard gate per entry, `[n]` bool; a constant for a sealed task."""
         gates = self.gates
-        if gates.is_open(task):
-            return self.hard(task)
+        if gates.is_open(task) or torch.compiler.is_compiling():
+            return self._of(gates.on(task))
         key, fixed = (task, gates.epoch), self._fixed_on
         if fixed[0] != key:
             with torch.inference_mode(False):
@@ -374,11 +385,19 @@ class Units:
 
     def share(self, task: int) -> float:
         """The share of entries that a task has on, never quite zero."""
+        if torch.compiler.is_compiling():
+            return self._share_of_sealed(task, self.gates.sealings.get(task, 0))
         key, share = (task, self.gates.epoch), self._share
         if share[0] != key or self.gates.is_open(task):
-            on = self.hard(task)
+            on = self.on(task)
             self._share = share = (key, max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE))
         return share[1]
+
+    @torch.compiler.assume_constant_result
+    def _share_of_sealed(self, task: int, sealings: int) -> float:
+        """A constant of a compiled graph, until the task is sealed again."""
+        on = self._of(self.gates.masks[task])
+        return max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE)
 
     def hard(self, task: int) -> Tensor:
         """A task's hard gate per entry as sealed, or as sealing would make it now, `[n]` bool."""

@@ -149,7 +149,8 @@ def task_buffer(name: str) -> property:
         value = self.hat_tasks[task]._buffers.get(name, buffers[name])
         if hat.gates.is_open(task):
             return value
-        return value.clone() if self.training else self._hat_constant(name, value, task, value.clone)
+        written = self.training or name in hat.buffers  # by the forward itself
+        return value.clone() if written else self._hat_constant(name, value, task, value.clone)
 
     return property(get)
 
@@ -163,10 +164,12 @@ def _inherited(module: Any, name: str) -> Any:
     return nn.Module.__getattr__(module, name)
 
 
-def task_class(layer: type, cls: type, names: tuple[str, ...], buffers: tuple[str, ...] = ()) -> type:
+def task_class(
+    layer: type, cls: type, names: tuple[str, ...], buffers: tuple[str, ...] = (), more: tuple[Any, ...] = ()
+) -> type:
     """The class that a converted instance of `cls` gets: `layer` in front of it, these parameters and buffers the
-    task's."""
-    return derive(layer, cls, (*((n, task_parameter) for n in names), *((n, task_buffer) for n in buffers)))
+    task's, and more attributes (name, how it is made)."""
+    return derive(layer, cls, (*((n, task_parameter) for n in names), *((n, task_buffer) for n in buffers), *more))
 
 
 def _rebuild(layer: type, cls: type, attributes: tuple) -> nn.Module:

@@ -129,7 +129,12 @@ class _OverUnits(_Norm):
         if plain is None or hat is None or hat.norm is None:
             return plain
         task = hat.gates.task
-        return plain if task is None or hat.gates.is_soft(task) else plain * hat.norm[1].share(task)
+        return plain if task is None or self._hat_plain_eps(hat, task) else plain * hat.norm[1].share(task)
+
+    def _hat_plain_eps(self, hat: Binding, task: int) -> bool:
+        """Soft gates, and those of a compiled graph that may be others in the next step, have no share that is
+        known."""
+        return hat.gates.is_soft(task) or (torch.compiler.is_compiling() and hat.gates.is_open(task))
 
     @eps.setter
     def eps(self, value: Any) -> None:
@@ -146,7 +151,7 @@ class _OverUnits(_Norm):
         if hat.dirty:
             x = multiply(x, units, dim)
         if self.hat_centred:
-            share = None if hat.gates.is_soft(task) else units.share(task)
+            share = None if self._hat_plain_eps(hat, task) else units.share(task)
             x = F.centre(x, gate, dim, self._hat_dims() if len(self._hat_dims()) > 1 else (dim,), share)
         out = super().forward(x)  # type: ignore[misc]
         return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, dim)
