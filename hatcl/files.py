@@ -1,14 +1,25 @@
-"""Files and folders, all or nothing: written beside their place under a fixed name, synced to disk, then renamed. A
-reader finds the old content or the new, complete, and a kill leaves at most one copy that the next write replaces."""
+"""Files and folders, all or nothing, whoever else writes the same at the same time.
+
+Each write gathers in a hidden folder of its own beside its place, `.NAME.MACHINE-PROCESS-RANDOM.new`, is synced to disk
+and then renamed: a reader finds the old content or the new, complete, and of several writers the last one stays. What
+a killed process leaves is removed by the next write of the same name.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
+import json
 import os
 import pickle
+import re
+import secrets
 import shutil
+import socket
+import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +28,10 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import IntegrityError
+
+TEMPORARY = re.compile(r"\.(?P<of>.+)\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.new")
+LONGEST = 24 * 3600  # seconds that a write takes at most, for what other machines left on a shared drive
+_writing: set[str] = set()  # the temporary names in use in this process
 
 
 def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]], *, then: str = "") -> None:
@@ -31,17 +46,15 @@ def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]], *, th
     Raises:
         IntegrityError: the disk is full or not writable.
     """
-    news = {path: beside(path, "new") for path in contents}
-    try:
+    with contextlib.ExitStack() as stack:
+        news: dict[Path, Path] = {}
         for path, content in contents.items():
             with writing(path, then):
                 if path.is_dir():  # or the files before it would be replaced
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if isinstance(content, bytes):
-                    news[path].write_bytes(content)
-                else:
-                    content(news[path])
+                news[path] = stack.enter_context(_temporary(path, 0o700)) / path.name
+                _fill(news[path], content)
                 _sync(news[path])
         for path, new in news.items():
             with writing(path, then):
@@ -49,10 +62,16 @@ def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]], *, th
         for folder in dict.fromkeys(path.parent for path in contents):
             with writing(folder, then):
                 _sync(folder)
-    finally:
-        for new in news.values():
-            with contextlib.suppress(OSError):  # the error that led here says more
-                new.unlink(missing_ok=True)
+
+
+def _fill(new: Path, content: bytes | Callable[[Path], object]) -> None:
+    with open(new, "xb") as f:  # "x" follows no link
+        mode = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
+        if isinstance(content, bytes):
+            f.write(content)
+    if not isinstance(content, bytes):
+        content(new)
+        os.chmod(new, mode)  # safetensors puts a file of its own there, which nobody else may read
 
 
 @contextlib.contextmanager
@@ -66,25 +85,22 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         IntegrityError: the disk is full or not writable. Errors of the block itself come as they are.
     """
     target = Path(os.path.abspath(target))
-    new, old = beside(target, "new"), beside(target, "old")
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-    try:
+    with contextlib.ExitStack() as stack:
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            new = stack.enter_context(_temporary(target))
         yield new
         with writing(target):
             for path in [*sorted(new.rglob("*")), new]:
                 _sync(path)
-            if target.exists():
+            old = beside(target, "old")
+            with alone(target.parent):
+                if target.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.rename(target, old)
+                os.rename(new, target)
+                _sync(target.parent)
                 shutil.rmtree(old, ignore_errors=True)
-                os.rename(target, old)
-            os.rename(new, target)
-            _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def complete(target: Path) -> Path:
@@ -94,9 +110,85 @@ def complete(target: Path) -> Path:
 
 
 def beside(path: Path, word: str) -> Path:
-    """The hidden name that a file or folder has while it is written (`new`) or on its way out (`old`)."""
+    """The hidden name that a folder has on its way out (`old`)."""
     path = Path(os.path.abspath(path))  # "." and ".." have a name too
     return path.with_name(f".{path.name}.{word}")
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process or thread is in such a block for the same folder. A killed process is in none."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network drives cannot lock folders
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a forked process may have the handle too, and closing is not enough then
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _temporary(target: Path, mode: int = 0o777) -> Iterator[Path]:
+    """A new folder beside the target, that is gone after the block unless it was renamed. Making a folder follows no
+    link, and nobody else knows its name before."""
+    target = Path(os.path.abspath(target))
+    drop_left_overs(target.parent, target.name)
+    new = target.with_name(f".{target.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.new")
+    _writing.add(new.name)
+    try:
+        new.mkdir(mode)
+        yield new
+    finally:
+        _writing.discard(new.name)
+        if new.parent.is_dir():
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def is_temporary(path: Path, of: str) -> bool:
+    """Is it what somebody writes, or was writing when killed, of that name?"""
+    name = TEMPORARY.fullmatch(path.name)
+    return name is not None and name["of"] == of
+
+
+def drop_left_overs(folder: Path, of: str | None = None) -> None:
+    """Remove what killed writers left in a folder, of one name there or of any. What others are writing stays."""
+    for path in folder.glob(".*.new"):
+        name = TEMPORARY.fullmatch(path.name)
+        if name and of in (None, name["of"]) and _is_left_over(path, name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_left_over(path: Path, name: re.Match[str]) -> bool:
+    with contextlib.suppress(OSError):  # somebody else removed it
+        if time.time() - path.lstat().st_mtime > LONGEST:
+            return True
+    if name["machine"] != _machine() or os.name != "posix":  # elsewhere, asking for a process may end it
+        return False
+    if int(name["process"]) == os.getpid():
+        return path.name not in _writing
+    try:
+        os.kill(int(name["process"]), 0)  # asks whether there is such a process
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # somebody else's
+        return False
+    return False
+
+
+@functools.cache
+def _machine() -> str:
+    """Where this process's number means something: the same for all processes that see each other."""
+    space = ""
+    with contextlib.suppress(OSError):  # Linux: containers number their processes themselves
+        space = os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
@@ -126,6 +218,44 @@ def read_torch(path: Path) -> Any:
             f"{path} cannot be read as tensors and plain values ({first_line}); expected what hatcl wrote. Copy the "
             "run folder again, or start a new run"
         ) from error
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The content of a JSON file that anybody may have written.
+
+    Args:
+        kind: what it is to be; `object` for anything.
+
+    Raises:
+        IntegrityError: the file is missing, no JSON, nested too deeply, or of another kind.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be read ({error}); is the path right, and the folder whole?") from error
+    return parse_json(text, path, kind)
+
+
+def parse_json(text: str | bytes, where: object, kind: type = dict) -> Any:
+    """The same of a text.
+
+    Args:
+        where: the file that it is from, for the error to name.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise IntegrityError(
+            f"{where} cannot be read as JSON ({why}); it is truncated, damaged or edited. Copy it again from where it "
+            "came, or write it anew"
+        ) from error
+    if not isinstance(content, kind):
+        raise IntegrityError(
+            f"{where} holds JSON of the kind {type(content).__name__}, expected {kind.__name__}; it was edited, or is "
+            "a file of something else. Copy it again from where it came, or write it anew"
+        )
+    return content
 
 
 def sha256_of(path: Path) -> str:

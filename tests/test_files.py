@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
+import random
 import re
 import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from hatcl import files
 from hatcl.errors import IntegrityError
-from hatcl.files import replaced_folder, write_files
+from hatcl.files import TEMPORARY, alone, drop_left_overs, parse_json, read_json, replaced_folder, write_files
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -38,10 +47,10 @@ def disk(monkeypatch):
         return call
 
     for owner, name in (
-        (os, "rename"), (os, "replace"), (os, "fsync"), (os, "mkdir"), (shutil, "rmtree"), (Path, "unlink"),
-        (Path, "write_bytes"),
+        (os, "rename"), (os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "chmod"), (shutil, "rmtree"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    monkeypatch.setattr(files, "open", counted(open), raising=False)
 
     def until(limit, act):
         calls.update(count=0, limit=limit)
@@ -140,7 +149,7 @@ def test_a_kill_at_any_call_leaves_each_file_old_or_new(tmp_path, disk):
         pair(folder, "old")
         finished = disk(limit, lambda: pair(folder, "new"))  # noqa: B023
         seen.append(read(folder))
-        assert set(names(folder)) <= {"a", "b", ".a.new", ".b.new"}
+        assert {n for n in names(folder) if not TEMPORARY.fullmatch(n)} <= {"a", "b"}
         pair(folder, "newer")  # the next process
         assert read(folder) == ("newer", "newer") and names(folder) == ["a", "b"]
         if finished:
@@ -148,9 +157,8 @@ def test_a_kill_at_any_call_leaves_each_file_old_or_new(tmp_path, disk):
     assert list(dict.fromkeys(seen)) == [("old", "old"), ("new", "old"), ("new", "new")] and limit > 6
 
 
-def test_twin_names_that_change_leave_more_and_more(tmp_path, disk, monkeypatch):
-    count = itertools.count()
-    monkeypatch.setattr(files, "beside", lambda path, word: path.with_name(f".{path.name}.{next(count)}"))
+def test_twin_what_nobody_removes_is_left(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(files, "drop_left_overs", lambda folder, of: None)
     with pytest.raises(AssertionError):
         test_a_kill_at_any_call_leaves_each_file_old_or_new(tmp_path, disk)
 
@@ -162,7 +170,7 @@ def test_all_is_on_disk_before_anything_is_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: done.append(("replace", str(b))) or replace(a, b))
     pair(tmp_path, "new")
     assert [(what, Path(path).name) for what, path in done] == [
-        ("fsync", ".a.new"), ("fsync", ".b.new"), ("replace", "a"), ("replace", "b"), ("fsync", tmp_path.name),
+        ("fsync", "a"), ("fsync", "b"), ("replace", "a"), ("replace", "b"), ("fsync", tmp_path.name),
     ]  # fmt: skip
 
 
@@ -276,3 +284,286 @@ def test_twin_a_reader_that_does_not_look_beside_finds_nothing(tmp_path, disk, m
     monkeypatch.setattr(files, "complete", lambda target: target)
     with pytest.raises(AssertionError):
         test_a_kill_at_any_call_leaves_the_old_folder_or_the_new(tmp_path, disk)
+
+
+# --- several at once, and killed ones ---
+
+
+def started(act):
+    """A forked process that does something."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        act()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def together(acts, meanwhile):
+    """Start a process for each, and do something again and again until all have ended."""
+    running = {started(act) for act in acts}
+    while running:
+        meanwhile()
+        running = {child for child in running if not os.waitpid(child, os.WNOHANG)[0]}
+
+
+def writers(write, count=4, times=40):
+    """Processes that write a letter each, so many times, and say so at their end."""
+
+    def act(letter):
+        for _ in range(times):
+            write(letter)
+        (DONE / letter).touch()
+
+    return [lambda letter=letter: act(letter) for letter in "abcdefgh"[:count]]
+
+
+DONE = Path()
+
+
+@pytest.fixture
+def done(tmp_path, monkeypatch):
+    folder = tmp_path / "done"
+    folder.mkdir()
+    monkeypatch.setitem(globals(), "DONE", folder)
+    return lambda: names(folder)
+
+
+SIZE = 200_000
+
+
+@pytest.mark.parametrize("how", ["bytes", "function"])
+def test_processes_that_write_one_file_at_once_all_succeed_and_a_reader_finds_it_whole(tmp_path, done, how):
+    target, reads = tmp_path / "place" / "a", []
+
+    def write(letter):
+        content = letter.encode() * SIZE
+        write_files({target: content if how == "bytes" else lambda new: new.write_bytes(content)})
+
+    def read_it():
+        found = target.read_bytes()
+        assert len(found) == SIZE and len(set(found)) == 1
+        reads.append(found[:1])
+
+    write("a")
+    together(writers(write), read_it)
+    assert done() == ["a", "b", "c", "d"] and len(reads) > 10
+    assert names(target.parent) == ["a"]
+
+
+@contextlib.contextmanager
+def fixed_name(target, mode=0o777):
+    new = target.with_name(f".{target.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(mode)
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def test_twin_one_name_for_all_processes(tmp_path, done, monkeypatch, capfd):
+    monkeypatch.setattr(files, "_temporary", fixed_name)
+    with pytest.raises(AssertionError):
+        test_processes_that_write_one_file_at_once_all_succeed_and_a_reader_finds_it_whole(tmp_path, done, "bytes")
+
+
+def test_processes_that_replace_one_folder_at_once_all_succeed(tmp_path, done):
+    target, reads = tmp_path / "place" / "model", []
+
+    def read_it():
+        with contextlib.suppress(FileNotFoundError):  # between the two steps, as a reader of run folders knows
+            reads.append(content(target))
+
+    together(writers(lambda letter: replace(target, letter)), read_it)
+    assert done() == ["a", "b", "c", "d"] and set(reads) <= {None, "a", "b", "c", "d"}
+    assert (
+        names(target.parent) == ["model"] and (target / "text").read_text() == (target / "deeper" / "more").read_text()
+    )
+
+
+def test_twin_two_steps_that_are_not_alone(tmp_path, done, monkeypatch, capfd):
+    monkeypatch.setattr(files, "alone", lambda folder: contextlib.nullcontext())
+    with pytest.raises(AssertionError):
+        test_processes_that_replace_one_folder_at_once_all_succeed(tmp_path, done)
+
+
+def test_a_process_killed_at_any_moment_leaves_a_file_whole_and_nothing_that_grows(tmp_path):
+    target, rng = tmp_path / "place" / "a", random.Random(0)
+    write_files({target: b"a" * SIZE})
+
+    def forever():
+        for letter in itertools.cycle([b"b", b"c"]):
+            write_files({target: lambda new: new.write_bytes(letter * SIZE)})  # noqa: B023
+
+    interrupted = 0
+    for _ in range(40):
+        child = started(forever)
+        time.sleep(rng.random() * 0.02)
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -signal.SIGKILL
+        found = target.read_bytes()
+        assert len(found) == SIZE and len(set(found)) == 1
+        assert len(names(target.parent)) <= 2  # one of the last killed
+        interrupted += len(names(target.parent)) - 1
+    assert interrupted > 3
+    write_files({target: b"d"})
+    assert names(target.parent) == ["a"]
+
+
+def test_alone_waits_and_a_killed_process_is_not_waited_for(tmp_path):
+    def hold():
+        with alone(tmp_path):
+            (tmp_path / "held").touch()
+            time.sleep(60)
+
+    child = started(hold)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.001)
+
+    def wait():
+        with alone(tmp_path):
+            (tmp_path / "waited").touch()
+
+    other = started(wait)
+    time.sleep(0.1)
+    assert not (tmp_path / "waited").exists()
+    os.kill(child, signal.SIGKILL)
+    assert ended(child) == -signal.SIGKILL and ended(other) == 0 and (tmp_path / "waited").exists()
+
+
+# --- what others left ---
+
+
+def left(folder, of="a", process=None, machine=None, age=0.0):
+    """A temporary folder as a writer makes it."""
+    path = folder / f".{of}.{machine or files._machine()}-{process or os.getpid()}-0123abcd.new"
+    path.mkdir()
+    (path / of).write_text("half")
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path.name
+
+
+def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path, monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    stale = [left(tmp_path, process=gone.pid), left(tmp_path, of="b", process=gone.pid)]
+    stale.append(left(tmp_path, machine="0" * 8, age=2 * files.LONGEST))
+    stale.append(left(tmp_path, of="mine"))  # of an earlier process with this one's number
+    alive = [left(tmp_path, process=os.getppid()), left(tmp_path, machine="1" * 8)]
+    alive.append(left(tmp_path, of="ours"))
+    monkeypatch.setattr(files, "_writing", {alive[-1]})
+    (tmp_path / ".other.new").mkdir()
+    (tmp_path / ".x.12345678-1-01234567.new").symlink_to(tmp_path / ".other.new")
+    write_files({tmp_path / "a": b"new"})
+    assert stale[0] not in names(tmp_path) and stale[1] in names(tmp_path)  # another name's
+    drop_left_overs(tmp_path)
+    assert names(tmp_path) == sorted([*alive, "a", ".other.new", ".x.12345678-1-01234567.new"])
+
+
+@pytest.mark.parametrize("error, is_left", [(ProcessLookupError(), True), (PermissionError(), False)], ids=repr)
+def test_another_users_process_is_alive(tmp_path, monkeypatch, error, is_left):
+    left(tmp_path, process=77)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda process, number: exec("raise error", {"error": error}))
+        drop_left_overs(tmp_path)
+    assert (names(tmp_path) == []) == is_left
+
+
+def test_a_write_inside_of_a_write_of_the_same_name(tmp_path):
+    write_files({tmp_path / "a": lambda new: (write_files({tmp_path / "a": b"inner"}), new.write_bytes(b"outer"))})
+    assert (tmp_path / "a").read_bytes() == b"outer" and names(tmp_path) == ["a"]
+
+
+# --- links and modes ---
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_files({path: b"new"}),
+    lambda path: write_files({path: lambda new: new.write_bytes(b"new")}),
+    lambda path: replace(path, "new"),
+], ids=["bytes", "function", "folder"])  # fmt: skip
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path, monkeypatch, write):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "01234567")  # as if it were known before
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "a").write_text("theirs")
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / f".a.{files._machine()}-{os.getpid()}-01234567.new").symlink_to(victim)
+    with pytest.raises(IntegrityError, match=r"a: could not be written \(.*File exists"):
+        write(place / "a")
+    assert names(victim) == ["a"] and (victim / "a").read_text() == "theirs" and not (place / "a").exists()
+
+
+def test_twin_a_folder_that_may_be_there_already(tmp_path, monkeypatch):
+    real = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda path, *a, **k: real(path, parents=True, exist_ok=True))
+    with pytest.raises(pytest.fail.Exception):
+        test_a_link_at_the_temporary_name_is_not_followed(tmp_path, monkeypatch, lambda path: replace(path, "new"))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_new_files_have(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        tensors = {"x": torch.zeros(2)}
+        write_files({tmp_path / "a": b"new", tmp_path / "b": lambda new: save_file(tensors, new)})
+        replace(tmp_path / "c", "new")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE((tmp_path / n).stat().st_mode) for n in "ab"} == {0o666 & ~mask}
+    assert stat.S_IMODE((tmp_path / "c").stat().st_mode) == 0o777 & ~mask
+
+
+def test_twin_safetensors_own_mode(tmp_path, monkeypatch):
+    write_files({tmp_path / "probe": lambda new: save_file({"x": torch.zeros(2)}, new)})
+    monkeypatch.setattr(os, "chmod", lambda path, mode: None)
+    write_files({tmp_path / "b": lambda new: save_file({"x": torch.zeros(2)}, new)})
+    own = tmp_path / "own"
+    save_file({"x": torch.zeros(2)}, own)
+    assert (tmp_path / "b").stat().st_mode == own.stat().st_mode
+    if stat.S_IMODE(own.stat().st_mode) == 0o600:  # safetensors from 0.8 on
+        with pytest.raises(AssertionError):
+            test_files_have_the_mode_that_new_files_have(tmp_path, 0o022)
+
+
+# --- JSON from anybody ---
+
+
+@pytest.mark.parametrize("text, kind, error", [
+    (b"{", dict, r"x.json cannot be read as JSON \(Expecting property name.*\); it is truncated, damaged or edited"),
+    (b"", dict, r"x.json cannot be read as JSON \(Expecting value"),
+    (b'{"a": "\xff"}', dict, r"x.json cannot be read as JSON \('utf-8' codec can't decode byte 0xff"),
+    (b"[" * 100_000, list, r"x.json cannot be read as JSON \(it is nested too deeply\); .* Copy it again"),
+    (b'{"a":' * 100_000, dict, r"x.json cannot be read as JSON \(it is nested too deeply\)"),
+    (b"1" * 10_000, int, r"x.json cannot be read as JSON \(Exceeds the limit"),
+    (b"[1]", dict, "x.json holds JSON of the kind list, expected dict; it was edited, or is a file of something else"),
+    (b"null", dict, "x.json holds JSON of the kind NoneType, expected dict"),
+])  # fmt: skip
+def test_json_that_is_none_or_of_another_kind(tmp_path, text, kind, error):
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(IntegrityError, match=error):
+        read_json(tmp_path / "x.json", kind)
+    with pytest.raises(IntegrityError, match=error.replace("x.json", "the header")):
+        parse_json(text, "the header", kind)
+
+
+def test_json_as_it_is(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": [1, Infinity, "\xc3\xa4"]}')
+    assert read_json(tmp_path / "x.json") == {"a": [1, float("inf"), "\u00e4"]}
+    assert parse_json("[1]", "x", list) == [1] and parse_json("1", "x", object) == 1
+
+
+def test_a_json_file_that_is_not_there(tmp_path):
+    with pytest.raises(IntegrityError, match=r"none.json cannot be read \(.*No such file.*\); is the path right, and"):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        read_json(tmp_path)

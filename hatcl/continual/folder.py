@@ -102,7 +102,7 @@ def check(folder: Path, config: dict[str, Any]) -> None:
             raise ConfigError(f"folder: {folder} holds a run without {checkpoints.CONFIG}; name another folder")
         return
     stored = checkpoints.read_json(path)
-    if not isinstance(stored, dict) or not set(config) <= set(stored):
+    if not set(config) <= set(stored):
         raise ConfigError(f"folder: {folder} holds something else than a run of learn_sequence; name another folder")
     if stored["base"] != config["base"]:
         raise SkillError(

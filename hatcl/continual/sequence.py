@@ -244,7 +244,7 @@ class _Run:
         read_state(self.model, at / STATE)
         self.result = SequenceResult.from_dict(progress["result"])
         if (folder / SECONDS).exists():
-            self.result.seconds = checkpoints.read_json(folder / SECONDS)[: progress["stages"]]
+            self.result.seconds = checkpoints.read_json(folder / SECONDS, list)[: progress["stages"]]
         return int(progress["stages"])
 
     def _write(self, folder: Path, stage: int) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import json
 import random
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, IntegrityError
+from ..files import parse_json
 
 Pair = tuple[str, str]
 HELD_OUT = 0.1  # share of {all} for test, and for validation
@@ -139,9 +140,10 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
 def _read(path: Path) -> Any:
     try:
         raw = path.read_bytes()
-        return json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
-    except (OSError, ValueError, EOFError) as error:
-        raise IntegrityError(f"{path} cannot be read as {'gzip ' * (path.suffix == '.gz')}JSON ({error})") from error
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise IntegrityError(f"{path} cannot be read ({error}); is the path right, and the file whole?") from error
+    return parse_json(raw, path, object)
 
 
 def _pairs(path: Path, part: str, rows: Any) -> list[Pair]:

@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, HATError, IntegrityError
-from ..files import beside, complete, replaced_folder, sha256_of
+from ..files import beside, complete, is_temporary, read_json, replaced_folder, sha256_of
 from ..integrations.timm_names import timm_source
 from ..registry import build_source, source_of
-from ..training.checkpoints import CHECKPOINT, CONFIG, METRICS, read_json, write_json
+from ..training.checkpoints import CHECKPOINT, CONFIG, METRICS, write_json
 from ..vectors.files import write_tensors
 from ..vectors.tensors import kinds_of, tensors_of
 from .loading import load_model, make_task
@@ -253,7 +253,7 @@ def _config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG).exists():
         raise ConfigError(f"{path}: holds no run of hatcl finetune (no {CONFIG}); name the folder of one")
     config = read_json(path / CONFIG)
-    if not isinstance(config, dict) or config.get("kind") != KIND:
+    if config.get("kind") != KIND:
         raise ConfigError(f"{path}: holds something else than a run of hatcl finetune; name another folder")
     if config.get("format") != FORMAT:
         raise IntegrityError(
@@ -278,8 +278,8 @@ def _options(path: Path, fields: Mapping[str, Any]) -> TaskOptions:
 def _check_free(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"folder: {path} is a file, expected a folder (--out)")
-    ours = {p.name for p in (path / CHECKPOINT, beside(path / CHECKPOINT, "new"), beside(path / CHECKPOINT, "old"))}
-    if path.exists() and any(p.name not in ours for p in path.iterdir()):
+    ours = CHECKPOINT, beside(path / CHECKPOINT, "old").name
+    if path.exists() and any(p.name not in ours and not is_temporary(p, CHECKPOINT) for p in path.iterdir()):
         raise ConfigError(f"folder: {path} holds something else than a run of hatcl finetune; name another (--out)")
 
 

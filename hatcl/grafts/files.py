@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import GraftError, IntegrityError
-from ..files import write_files
+from ..files import parse_json, write_files
 from ..functional import digest_of
 from ..vectors.files import read_metadata
 from ..vectors.tensors import tensors_of
@@ -75,7 +75,7 @@ def _about(path: str | os.PathLike[str]) -> dict[str, Any]:
             "Graft.from_masks"
         )
     try:
-        about: dict[str, Any] = json.loads(text)
+        about: dict[str, Any] = parse_json(text, path)
         return {**about, "holds": about["holds"], "digest": about["digest"]}
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{path}: what it says of itself cannot be read ({error!r}); save it again") from error

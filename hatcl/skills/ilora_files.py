@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import IntegrityError, SkillError
-from ..files import complete, read_torch, replaced_folder
+from ..files import complete, read_json, read_torch, replaced_folder
 from ..functional import digest_of
 from ..vectors.adapters import CONFIG, WEIGHTS
 from ..vectors.tensors import tensors_of
@@ -151,7 +151,7 @@ def _find(folder: Path, task_id: str | None) -> Path:
             if task_id is not None and found != task_id:
                 raise SkillError(f"{at} holds the task {found!r}, expected prev_task_id {task_id!r}")
             return at
-    inside = sorted(p.parent.name for p in folder.glob(f"*/{ABOUT}")) if folder.is_dir() else []
+    inside = sorted(p.parent.name for p in folder.glob(f"[!.]*/{ABOUT}")) if folder.is_dir() else []
     if task_id is None and len(inside) == 1:
         return folder / inside[0]
     named = "" if task_id is None else f" {task_id!r}"
@@ -160,11 +160,8 @@ def _find(folder: Path, task_id: str | None) -> Path:
 
 
 def _about(at: Path) -> dict[str, Any]:
-    try:
-        about = json.loads((at / ABOUT).read_text())
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{at / ABOUT}: not readable as JSON ({error}); learn that task again") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    about: dict[str, Any] = read_json(at / ABOUT)
+    if about.get("format") != FORMAT:
         raise IntegrityError(f"{at / ABOUT}: not of the format {FORMAT}; expected what ILoRA.save() wrote")
     return about
 
@@ -199,10 +196,7 @@ def _read_adapter(model: Any, adapter: str, folder: Path) -> dict[str, Tensor]:
             f"{folder} holds no adapter ({CONFIG} and {WEIGHTS}); give the folder where the task before was saved "
             "(previous_task_model) or its stable adapter (ema_adapter_path)"
         )
-    try:
-        options = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise IntegrityError(f"{folder / CONFIG}: not readable as JSON ({error}); save the adapter again") from error
+    options = read_json(folder / CONFIG)
     ours = model.peft_config[adapter].to_dict()
     for option in SAME:
         now, was = ours.get(option), options.get(option)

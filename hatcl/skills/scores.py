@@ -18,8 +18,8 @@ from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from ..config import number, one_of
-from ..errors import ConfigError, SkillError
-from ..files import write_files
+from ..errors import ConfigError, IntegrityError, SkillError
+from ..files import parse_json, write_files
 from ..map.grains import Grain, make_grain
 from ..vectors.files import read_metadata
 from ..vectors.tensors import tensors_of
@@ -119,10 +119,14 @@ class SkillScores(_Groups):
                 f"{path}: holds {', '.join(sorted(tensors)[:5]) or 'nothing'}, expected scores that SkillScores.save "
                 "wrote"
             )
-        options = json.loads(about)
-        shapes = {name: tuple(shape) for name, shape in options["shapes"].items()}
+        options = parse_json(about, path)
         try:
+            shapes = {name: tuple(shape) for name, shape in options["shapes"].items()}
             return cls(options["grain"], shapes, tensors[SCORES])
+        except (KeyError, AttributeError, TypeError) as error:
+            raise IntegrityError(
+                f"{path}: what it says of its scores cannot be read ({error!r}); save it again"
+            ) from error
         except SkillError as error:
             raise SkillError(f"{path}: {error}") from error
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import IntegrityError
-from ..files import beside, complete, read_torch, replaced_folder, write_files
+from ..files import beside, complete, drop_left_overs, read_json, read_torch, replaced_folder, write_files
 from ..pretrained import from_pretrained, save_pretrained
 
 CHECKPOINT = "checkpoint"
@@ -68,11 +68,7 @@ def tidy(run: Path) -> None:
     shutil.rmtree(beside(run / CHECKPOINT, "old"), ignore_errors=True)
     if (run / MODEL).exists():
         shutil.rmtree(beside(run / MODEL, "old"), ignore_errors=True)
-    for path in run.glob(".*.new"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    drop_left_overs(run)
 
 
 def save_model(run: Path, model: nn.Module) -> None:
@@ -131,17 +127,6 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file, all or nothing. Numbers that are not finite are written as null."""
     write_files({path: (json.dumps(_finite(content), indent=2, allow_nan=False) + "\n").encode()})
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises `IntegrityError` if it is missing or no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise IntegrityError(
-            f"{path} cannot be read as JSON ({error}); expected what hatcl wrote. Copy the run folder again, or "
-            "start a new run"
-        ) from error
 
 
 def _finite(content: Any) -> Any:

@@ -3,7 +3,6 @@ cross terms. peft's `add_weighted_adapter(combination_type="linear")` adds the f
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IntegrityError, VectorError
+from ..files import read_json
 from .delta import Delta, difference
 from .tensors import Kind, Lazy, kinds_of, tensors_of
 
@@ -109,10 +109,7 @@ def _of_model(model: Any) -> dict[str, Any]:
 
 
 def _of_folder(folder: Path, base: Mapping[str, Tensor] | None, model: nn.Module | None) -> Lazy[Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise IntegrityError(f"{folder / CONFIG}: not readable as JSON ({error}); save the adapter again") from error
+    config = read_json(folder / CONFIG)
     _refuse(config)
     tensors = tensors_of(folder / WEIGHTS)
     stored = kinds_of(tensors)

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import write_files, writing
+from ..files import alone, write_files, writing
 from .tensors import INDEX, IS_SHARD, SINGLE, Kind, files_of, kinds_of, opened, tensors_of
 
 SHARD_BYTES = 100 << 20
@@ -32,7 +32,8 @@ def write_tensors(
     recipe: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write tensors one shard after another. What lay there before stays readable until all of the new is written.
+    """Write tensors one shard after another. What lay there before stays readable until all of the new is written. A
+    second write of the same folder waits for the first.
 
     Args:
         path: a file that ends in `.safetensors`, or a folder: `model.safetensors`, or shards and an index in the way
@@ -52,18 +53,21 @@ def write_tensors(
             path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, list(kinds), make, meta, kinds, progress)
         return path
+    with writing(path, AGAIN):
+        path.mkdir(parents=True, exist_ok=True)
     shards = _plan(kinds, SHARD_BYTES if shard_bytes is None else shard_bytes)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = [SINGLE]
     scratch = path / UNFINISHED
-    _begin(scratch, recipe, shards)
-    for name, inside in zip(names, shards, strict=True):
-        if not (scratch / name).exists():
-            _write(scratch / name, inside, make, meta, kinds, progress)
-        elif progress is not None:
-            progress(sum(nbytes(kinds[n]) for n in inside))
-    _move_in(path, names)
+    with alone(path):
+        _begin(scratch, recipe, shards)
+        for name, inside in zip(names, shards, strict=True):
+            if not (scratch / name).exists():
+                _write(scratch / name, inside, make, meta, kinds, progress)
+            elif progress is not None:
+                progress(sum(nbytes(kinds[n]) for n in inside))
+        _move_in(path, names)
     return path
 
 

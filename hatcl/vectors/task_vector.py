@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IntegrityError, VectorError
+from ..files import parse_json
 from ..functional import digest_of
 from .delta import Delta, difference, restore
 from .files import read_metadata, write_tensors
@@ -181,7 +182,7 @@ class TaskVector(Mapping[str, Tensor]):
         names = [n for n in kinds if not n.endswith((AT, REST))]
         torn = [n for n in names if (n + AT in kinds) != (n + REST in kinds)]
         try:
-            about = json.loads(meta[FORMAT])
+            about = parse_json(meta[FORMAT], path)
             base, partial = about["base"], bool(about["partial"])
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(

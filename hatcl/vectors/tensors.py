@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import IntegrityError, VectorError
+from ..files import read_json
 
 Source = Union[nn.Module, Mapping[str, Tensor], str, "os.PathLike[str]"]
 SINGLE = "model.safetensors"
@@ -199,12 +199,18 @@ def shards_of(path: Path) -> dict[str, Path]:
     """The file that each tensor of an index lies in.
 
     Raises:
-        IntegrityError: not an index.
+        IntegrityError: not an index, or one that leads out of its folder.
     """
-    try:
-        return {str(n): path.parent / str(f) for n, f in json.loads(path.read_text())["weight_map"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise IntegrityError(f"{path}: not an index of safetensors shards ({error!r}); write it again") from error
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict):
+        raise IntegrityError(f"{path}: not an index of safetensors shards (it has no weight_map); write it again")
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).is_absolute() or not {"", ".."}.isdisjoint(file.split("/")):
+            raise IntegrityError(
+                f"{path}: {name} is to lie in {file!r}, expected a file in the same folder: an index names nothing "
+                "outside of it. Was it edited? Write it again"
+            )
+    return {name: path.parent / file for name, file in where.items()}
 
 
 def files_of(path: str | os.PathLike[str]) -> list[Path]:

@@ -93,8 +93,16 @@ def test_other_forms(tmp_path, content, message):
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "a.json.gz").write_bytes(b"{}")
     for name in ("a.json.gz", "none.json"):
-        with pytest.raises(IntegrityError, match="cannot be read as"):
+        with pytest.raises(IntegrityError, match=f"{name} cannot be read .*is the path right, and the file whole"):
             read_texts(tmp_path / name)
+    whole = bytearray(gzip.compress(b"{}" * 100))
+    whole[12] ^= 255
+    (tmp_path / "b.json.gz").write_bytes(whole)
+    with pytest.raises(IntegrityError, match="b.json.gz cannot be read .*is the path right, and the file whole"):
+        read_texts(tmp_path / "b.json.gz")
+    (tmp_path / "c.json").write_text("[" * 50_000)
+    with pytest.raises(IntegrityError, match="c.json cannot be read as JSON .it is nested too deeply"):
+        read_texts(tmp_path / "c.json")
 
 
 @pytest.mark.parametrize(

@@ -514,6 +514,8 @@ def test_damaged_files(tmp_path):
     file.write_bytes(whole)
     tensors = load_file(file)
     save_file(tensors, tmp_path / "b.safetensors", {files.ABOUT: "{"})
+    refused(IntegrityError, lambda: Graft.load(tmp_path / "b.safetensors"), "b.safetensors cannot be read as JSON")
+    save_file(tensors, tmp_path / "b.safetensors", {files.ABOUT: "{}"})
     refused(IntegrityError, lambda: Graft.load(tmp_path / "b.safetensors"), "what it says of itself cannot be read")
     save_file(tensors, tmp_path / "b.safetensors", {files.ABOUT: json.dumps({"holds": "masks", "digest": ""})})
     refused(

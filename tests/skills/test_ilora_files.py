@@ -116,6 +116,7 @@ def test_a_replacement_that_was_killed_between_its_moves_is_read(tmp_path):
 
 def test_the_only_task_in_a_folder_is_found(tmp_path):
     learned(current_task_id="a").save(tmp_path)
+    shutil.copytree(tmp_path / "a", tmp_path / ".a.0123abcd-77-0123abcd.new")  # what a killed process left is no task
     assert made(previous_task_model=tmp_path).steps == 5
     ilora = made()
     ilora.load(tmp_path, "a")
@@ -234,12 +235,12 @@ def test_damaged_files(tmp_path):
         return at
 
     cases = [
-        ("ilora.json", lambda p: p.write_text("{"), "ilora.json: not readable as JSON"),
+        ("ilora.json", lambda p: p.write_text("{"), "ilora.json cannot be read as JSON"),
         ("ilora.json", lambda p: p.write_text("{}"), "ilora.json: not of the format hatcl.ilora.1"),
         ("memory.pt", lambda p: p.write_bytes(b"x"), "memory.pt cannot be read as tensors and plain values"),
         ("memory.pt", lambda p: p.unlink(), "memory.pt cannot be read as tensors and plain values"),
         (f"adapter/{WEIGHTS}", lambda p: p.write_bytes(b"x"), "not readable as safetensors"),
-        ("adapter/adapter_config.json", lambda p: p.write_text("{"), "adapter_config.json: not readable as JSON"),
+        ("adapter/adapter_config.json", lambda p: p.write_text("{"), "adapter_config.json cannot be read as JSON"),
     ]
     for name, write, text in cases:
         at, ilora = damage(name, write), made()

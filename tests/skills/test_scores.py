@@ -245,6 +245,15 @@ def test_files_that_are_not_scores(tmp_path):
     save_file({"scores": torch.ones(3)}, other, about)
     with pytest.raises(SkillError, match=r"other.safetensors: got \[3\] values for the 1 groups of block"):
         SkillScores.load(other)
+    for text, error in (
+        ("[" * 50_000, "other.safetensors cannot be read as JSON .it is nested too deeply"),
+        ("[]", "other.safetensors holds JSON of the kind list, expected dict"),
+        ("{}", r"other.safetensors: what it says of its scores cannot be read .KeyError.'shapes'..; save it again"),
+        ('{"grain": "block", "shapes": [2]}', "what it says of its scores cannot be read .AttributeError"),
+    ):
+        save_file({"scores": torch.ones(3)}, other, {"hatcl.skills": text})
+        with pytest.raises(IntegrityError, match=error):
+            SkillScores.load(other)
     good = tmp_path / "good.safetensors"
     blocks(1.0, 2.0).save(good)
     good.write_bytes(good.read_bytes()[:-5])

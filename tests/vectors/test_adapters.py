@@ -348,7 +348,9 @@ def test_damaged_folders(tmp_path):
     file.unlink()
     refused(IntegrityError, lambda: TaskVector.between(base, folder), "adapter_model.safetensors: no such file")
     config.write_text("{")
-    refused(IntegrityError, lambda: TaskVector.between(base, folder), "adapter_config.json: not readable as JSON")
+    refused(IntegrityError, lambda: TaskVector.between(base, folder), "adapter_config.json cannot be read as JSON")
+    config.write_text("[]")
+    refused(IntegrityError, lambda: TaskVector.between(base, folder), "adapter_config.json holds JSON of the kind list")
 
 
 def test_what_is_an_adapter(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -317,3 +318,84 @@ def test_a_file_size_limit_in_the_middle(tmp_path):
     assert not list((tmp_path / UNFINISHED).glob("*.new"))
     assert process(tmp_path) == (0, [f"model-0000{i}-of-00005.safetensors" for i in (4, 5)])
     assert holds(tmp_path, REAL)
+
+
+def test_processes_that_write_one_folder_at_once_all_succeed(tmp_path):
+    contents = {n: {name: t + i for name, t in TENSORS.items()} for i, n in enumerate("abc")}
+    children = []
+    for tensors in contents.values():
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                for _ in range(15):
+                    write(tmp_path / "out", tensors)
+                    write(tmp_path / "one.safetensors", tensors)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    for path in (tmp_path / "out", tmp_path / "one.safetensors"):
+        assert sum(holds(path, tensors) for tensors in contents.values()) == 1  # one write's, not of two
+    assert names(tmp_path) == ["one.safetensors", "out"] and len(names(tmp_path / "out")) == 5
+
+
+def test_twin_writes_of_one_folder_that_do_not_wait(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(files, "alone", lambda folder: contextlib.nullcontext())
+    with pytest.raises((AssertionError, IntegrityError)):
+        test_processes_that_write_one_folder_at_once_all_succeed(tmp_path)
+
+
+# --- an index that somebody else wrote ---
+
+
+def leading(folder, where):
+    """A folder of shards whose index says that t0 lies elsewhere."""
+    write(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["t0"] = where
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("where", ["../x.safetensors", "{folder}/x.safetensors", "a/../../x.safetensors", "..", "", 3])
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, where):
+    write(tmp_path / "x.safetensors")
+    where = where.format(folder=tmp_path) if isinstance(where, str) else where
+    leading(tmp_path / "out", where)
+    for read in (tensors_of, read_metadata):
+        with pytest.raises(IntegrityError, match=(
+            f"model.safetensors.index.json: t0 is to lie in {re.escape(repr(where))}, expected a file in the same "
+            r"folder: an index names nothing outside of it. Was it edited\? Write it again"
+        )):  # fmt: skip
+            read(tmp_path / "out")
+
+
+def test_twin_a_path_that_is_only_joined_reads_outside(tmp_path):
+    """What an index may say is all that keeps a reader inside."""
+    write(tmp_path / "x.safetensors")
+    outside = tmp_path / "out" / "../x.safetensors"
+    (tmp_path / "out").mkdir()
+    assert holds(outside)
+
+
+def test_shards_that_are_links_are_read(tmp_path):
+    """As a hub's cache has them."""
+    write(tmp_path / "blobs")
+    (tmp_path / "out").mkdir()
+    for name in names(tmp_path / "blobs"):
+        (tmp_path / "out" / name).symlink_to(tmp_path / "blobs" / name)
+    assert holds(tmp_path / "out")
+
+
+@pytest.mark.parametrize("text, error", [
+    ("[" * 50_000, "index.json cannot be read as JSON .it is nested too deeply"),
+    ("[]", "index.json holds JSON of the kind list, expected dict"), ("{", "index.json cannot be read as JSON"),
+    ("", "index.json cannot be read as JSON"), ('{"weight_map": 3}', "index.json: not an index of safetensors shards"),
+    ("{}", r"index.json: not an index of safetensors shards \(it has no weight_map\); write it again"),
+    ('{"weight_map": []}', "index.json: not an index of safetensors shards"),
+])  # fmt: skip
+def test_an_index_that_is_none(tmp_path, text, error):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(IntegrityError, match=error):
+        tensors_of(tmp_path)

@@ -193,12 +193,6 @@ def test_shard_missing_truncated_or_of_another_write(pair, tmp_path):
     refused(IntegrityError, tmp_path, f"{second.name}: no such file")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": 3}'])
-def test_index_that_is_none(tmp_path, content):
-    (tmp_path / "model.safetensors.index.json").write_text(content)
-    refused(IntegrityError, tmp_path, "index.json: not an index of safetensors shards", "write it again")
-
-
 def test_an_index_by_another_name(pair, tmp_path):
     sharded(tmp_path, pair[0])
     (tmp_path / "model.safetensors.index.json").rename(tmp_path / "diffusion.safetensors.index.json")

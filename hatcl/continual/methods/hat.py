@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...adapter import as_adapter
 from ...errors import TaskError
+from ...files import read_json
 from ...gates import gates_of, task
 from ...skills.tensors import adapters_of
 from ...training.learn import Learning, learn
@@ -64,5 +65,5 @@ class HardAttention(Method):
         (folder / DIGESTS).write_text(json.dumps(self.gates.digests))
 
     def load(self, folder: Path, model: nn.Module) -> None:
-        stored = json.loads((folder / DIGESTS).read_text())
+        stored = read_json(folder / DIGESTS)
         self.gates.digests = {int(t): d for t, d in stored.items()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...config import number, one_of, whole
 from ...errors import ConfigError, SkillError
+from ...files import read_json, read_torch
 from ...skills.ilora import Hidden, ILoRA, ILoRAConfig, hidden_states_of
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -118,8 +119,8 @@ class InterpolatedLoRA(Method):
         (folder / COUNTS).write_text(json.dumps({"steps": self.two.steps, "moves": self.two.moves}))
 
     def load(self, folder: Path, model: nn.Module) -> None:
-        self.two.memory.load_state_dict(torch.load(folder / MEMORY, weights_only=True))
-        counts = json.loads((folder / COUNTS).read_text())
+        self.two.memory.load_state_dict(read_torch(folder / MEMORY))
+        counts = read_json(folder / COUNTS)
         self.two.steps, self.two.moves = counts["steps"], counts["moves"]
 
 

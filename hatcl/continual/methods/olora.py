@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...config import number
 from ...errors import SkillError
+from ...files import read_json
 from ...map.lora import factor_in
 from ...skills.switch import check_peft
 from ...skills.tensors import active_adapter, adapters_of, skill_tensors
@@ -110,7 +111,7 @@ class OLoRA(Method):
         (folder / ADAPTERS).write_text(json.dumps(self.earlier))
 
     def load(self, folder: Path, model: Any) -> None:
-        self.earlier = json.loads((folder / ADAPTERS).read_text())
+        self.earlier = read_json(folder / ADAPTERS, list)
         for name in self.earlier:
             model.add_adapter(name, model.peft_config[self.adapter])
         self._activate(model)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import whole
+from ...files import read_torch
 from ...skills.reservoir import Reservoir
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -59,7 +60,7 @@ class Replay(Method):
         torch.save(self.memory.state_dict(), folder / MEMORY)
 
     def load(self, folder: Path, model: nn.Module) -> None:
-        self.memory.load_state_dict(torch.load(folder / MEMORY, weights_only=True))
+        self.memory.load_state_dict(read_torch(folder / MEMORY))
 
 
 def together(tasks: Sequence[ContinualTask], drawn: Sequence[Any]) -> list[Batch]:
