@@ -15,6 +15,7 @@ from torch import nn
 import hatcl
 from hatcl import guard
 from hatcl.convert import map_of
+from hatcl.vectors.files import read_metadata
 from hatcl.zoo import catalog, proof
 
 TWO = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
@@ -262,7 +263,7 @@ def test_weights_that_were_tampered_with_fail(saved, monkeypatch):
     weights = saved / "model.safetensors"
     tensors = load_file(weights)
     tensors["3.weight"] += 1
-    save_file(tensors, weights)
+    save_file(tensors, weights, read_metadata(weights))
     with pytest.raises(hatcl.IntegrityError, match="task 0 was sealed, but 1 of what it uses changed since: 3.weight"):
         proof.reload(saved, mlp)
     monkeypatch.setattr(guard, "check", lambda *args: None)
