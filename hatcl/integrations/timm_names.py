@@ -14,12 +14,13 @@ from torch import nn
 
 from ..config import HATConfig
 from ..convert import convert
-from ..errors import ConfigError
+from ..errors import ConfigError, IntegrityError
 from ..gates import gates_of
 from ..registry import register_source
 
 log = logging.getLogger(__name__)
 PREFIX = "hat_"
+READING = ("checkpoint_path", "cache_dir", "file", "url", "hf_hub_id", "hf_hub_filename")  # and pretrained...
 
 
 class _Entrypoints(dict):
@@ -89,18 +90,33 @@ def create_hat_model(
     options = {k: v for k, v in options.items() if v is not None}
     base = timm.create_model(name, **options)
     model = convert(base, num_tasks, example_input(base, options), config=config, num_classes=widths, verify=verify)
-    kept = {
-        k: v
-        for k, v in options.items()
-        if isinstance(v, (bool, int, float, str, list, tuple)) and not k.startswith("pretrained")
-    }
+    kept = {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str, list, tuple))}
     gates_of(model)[0].source = timm_source(name, kept)
     return model
 
 
 def timm_source(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """What `hatcl.from_pretrained` makes a timm model from."""
-    return {"kind": "timm", "name": name, "options": dict(options)}
+    return {"kind": "timm", "name": name, "options": without_files(options)}
+
+
+def without_files(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `timm.create_model` that open no file and reach no network: weights are loaded afterwards."""
+    return {k: v for k, v in options.items() if not k.startswith("pretrained") and k not in READING}
+
+
+def check_name(name: object) -> str:
+    """A name from a file, if it is one of timm's own.
+
+    Raises:
+        IntegrityError: timm would look for it in a folder (`local-dir:`) or on the network (`hf-hub:`), or not find it.
+    """
+    if not isinstance(name, str) or set(name) & set(":/\\") or not timm.is_model(name):
+        raise IntegrityError(
+            f"the plain model is to be timm's {name!r}, expected one of timm.list_models(): a saved model names no "
+            "folder and no address to get a model from. Pass base= an instance of the plain module"
+        )
+    return name
 
 
 def example_input(model: nn.Module, options: Mapping[str, Any]) -> torch.Tensor:
@@ -117,4 +133,4 @@ def example_input(model: nn.Module, options: Mapping[str, Any]) -> torch.Tensor:
 
 @register_source("timm")
 def _remake(source: dict[str, Any]) -> nn.Module:
-    return timm.create_model(source["name"], **source["options"])
+    return timm.create_model(check_name(source["name"]), pretrained=False, **without_files(source["options"]))

@@ -10,7 +10,19 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import IntegrityError
 from ..registry import register_source
+from .timm_names import check_name, without_files
+
+# what makes transformers run code from elsewhere, or look for weights or kernels there
+IGNORED = {
+    "_name_or_path", "name_or_path", "auto_map", "trust_remote_code", "quantization_config", "use_kernels",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
+    "_experts_implementation", "_experts_implementation_internal", "use_pretrained_backbone", "use_timm_backbone",
+    "backbone_kwargs",
+}  # fmt: skip
+ATTENTION = (None, "eager", "sdpa", "flex_attention")  # torch's own; others may be kernels that a hub has
+REMEDY = "pass base= an instance of the plain module"
 
 
 def _recognise(model: nn.Module) -> dict[str, Any] | None:
@@ -27,13 +39,48 @@ def _recognise(model: nn.Module) -> dict[str, Any] | None:
 
 @register_source("transformers", _recognise)
 def _remake(source: dict[str, Any]) -> nn.Module:
-    import transformers
-
-    cls = getattr(transformers, source["class"])
+    cls, attention = _model_class(source["class"]), source["attention"]
+    if attention not in ATTENTION:
+        raise IntegrityError(
+            f"the plain model is to compute its attention by {attention!r}, expected one of "
+            f"{', '.join(map(repr, ATTENTION))}: transformers would get another one from a hub where it is not "
+            f"installed; {REMEDY}"
+        )
     with tempfile.TemporaryDirectory() as folder:  # only from a file are special values (infinity) read back
         path = Path(folder) / "config.json"
-        path.write_text(json.dumps(source["config"]))
+        path.write_text(json.dumps(_without_files(source["config"])))
         config = cls.config_class.from_json_file(path)
-    config._attn_implementation = source["attention"]
+    config._attn_implementation = attention
     made: nn.Module = cls(config)
     return made
+
+
+def _model_class(name: object) -> Any:
+    import transformers
+
+    cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    of_theirs = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not of_theirs or getattr(cls, "config_class", None) is None:
+        raise IntegrityError(f"the plain model is to be transformers' {name!r}, which is no model of it; {REMEDY}")
+    return cls
+
+
+def _without_files(config: Any) -> Any:
+    """A config, and those inside of it, without what makes transformers open files, run code or reach the network."""
+    if isinstance(config, list):
+        return [_without_files(x) for x in config]
+    if not isinstance(config, dict):
+        return config
+    kept = {k: _without_files(v) for k, v in config.items() if k not in IGNORED}
+    if isinstance(kept.get("architecture"), str):
+        check_name(kept["architecture"])
+    if isinstance(kept.get("model_args"), dict):
+        kept["model_args"] = without_files(kept["model_args"])
+    if isinstance(kept.get("backbone"), str):
+        if kept.get("model_type") != "timm_backbone":
+            raise IntegrityError(
+                f"the plain model is to have the backbone {kept['backbone']!r}, which transformers would look for on a "
+                f"hub; {REMEDY}"
+            )
+        check_name(kept["backbone"])
+    return kept

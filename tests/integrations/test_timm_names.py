@@ -16,6 +16,8 @@ from timm.models import _registry
 
 import hatcl
 from hatcl.gates import gates_of
+from hatcl.integrations import timm_names
+from hatcl.registry import build_source
 
 SMALL = [n for n in timm.list_models("test_*")]
 ROOT = Path(__file__).parents[2]
@@ -232,3 +234,105 @@ def test_a_model_on_the_meta_device_is_mapped_as_on_a_real_one():
 @pytest.mark.parametrize("name", timm.list_models())
 def test_every_name_can_be_created(name):
     assert hatcl.describe(on_meta(f"hat_{name}")).units > 0
+
+
+# ---- a saved model's source is not trusted --------------------------------------------------------
+
+
+def source(name="test_resnet", **options):
+    return {"kind": "timm", "name": name, "options": options}
+
+
+@pytest.fixture
+def traps(monkeypatch, tmp_path):
+    """Whatever timm opens or asks a network for; and a folder and weights that are there to be opened."""
+    touched = []
+
+    def trap(owner, name):
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: touched.append(name) or pytest.fail(name))
+
+    for owner, names in (
+        (timm.models._factory, ("load_model_config_from_hf", "load_model_config_from_path", "load_checkpoint")),
+        (timm.models._builder, ("load_pretrained",)),
+    ):
+        for name in names:
+            if hasattr(owner, name):
+                trap(owner, name)
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
+    return tmp_path, touched
+
+
+NAMES = [
+    "hf_hub:timm/test_resnet.r160_in1k", "hf-hub:timm/test_resnet.r160_in1k", "local-dir:{folder}", "{folder}",
+    "timm/test_resnet", "test_resnet:x", "no_such_model", "..", "", 3, None, ["test_resnet"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_a_name_that_is_none_of_timms_is_refused(traps, name):
+    folder, touched = traps
+    name = name.format(folder=folder) if isinstance(name, str) else name
+    with pytest.raises(hatcl.IntegrityError) as caught:
+        build_source(source(name))
+    assert str(caught.value) == (
+        f"the plain model is to be timm's {name!r}, expected one of timm.list_models(): a saved model names no folder "
+        "and no address to get a model from. Pass base= an instance of the plain module"
+    )
+    assert not touched
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_twin_timm_looks_for_any_name(traps, monkeypatch, name):
+    folder, touched = traps
+    monkeypatch.setattr(timm_names, "check_name", lambda name: name)
+    with pytest.raises(pytest.fail.Exception):
+        build_source(source(name.format(folder=folder)))
+    assert touched
+
+
+READ = [
+    {"pretrained": True}, {"checkpoint_path": "{folder}/w.pth"}, {"pretrained_cfg": {"file": "{folder}/w.pth"}},
+    {"pretrained": True, "pretrained_cfg_overlay": {"file": "{folder}/w.pth"}}, {"cache_dir": "{folder}/cache"},
+    {"pretrained": True, "pretrained_cfg": "r160_in1k"}, {"pretrained_strict": False},
+]  # fmt: skip
+
+
+def filled(x, folder):
+    if isinstance(x, dict):
+        return {k: filled(v, folder) for k, v in x.items()}
+    return x.format(folder=folder) if isinstance(x, str) else x
+
+
+@pytest.mark.parametrize("options", READ, ids=repr)
+def test_options_that_open_something_are_dropped(traps, options):
+    folder, touched = traps
+    model = build_source(source(num_classes=3, **filled(options, folder)))
+    assert model.num_classes == 3 and not touched and not (folder / "cache").exists()
+
+
+@pytest.mark.parametrize("options", READ[:2], ids=repr)
+def test_twin_all_options_reach_timm(traps, monkeypatch, options):
+    folder, touched = traps
+    monkeypatch.setattr(timm_names, "without_files", lambda options: dict(options))
+    with pytest.raises((pytest.fail.Exception, TypeError)):
+        build_source(source(**filled(options, folder)))
+
+
+def test_what_weights_a_model_had_first_is_not_saved(weights, tmp_path):
+    """They are opened once, and need not be there when the model is loaded."""
+    base, folder = weights
+    model = parts.pretend(make(num_tasks=2, num_classes=parts.CLASSES, checkpoint_path=str(folder / "w.pth")))
+    assert gates_of(model)[0].source == source(num_classes=parts.CLASSES)
+    (folder / "w.pth").unlink()
+    again, x = hatcl.from_pretrained(hatcl.save_pretrained(model, tmp_path / "m")), parts.images("resnet")
+    assert torch.equal(parts.logits(again, 0, x), parts.logits(model, 0, x))
+
+
+def test_a_saved_model_with_a_forged_source_is_refused(tmp_path, traps):
+    model = parts.pretend(make(num_tasks=2, num_classes=parts.CLASSES))
+    gates_of(model)[0].source = source("hf-hub:somebody/model")
+    folder = hatcl.save_pretrained(model, tmp_path / "m")
+    with pytest.raises(hatcl.IntegrityError, match="the plain model is to be timm's 'hf-hub:somebody/model', expected"):
+        hatcl.from_pretrained(folder)
+    base = timm.create_model("test_resnet", num_classes=parts.CLASSES)
+    assert hatcl.tasks(hatcl.from_pretrained(folder, base=base)) == [0, 1]

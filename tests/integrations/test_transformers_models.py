@@ -15,6 +15,7 @@ from torch import nn
 
 import hatcl
 from hatcl.certify import outputs_of
+from hatcl.integrations import transformers_models
 from hatcl.registry import build_source, source_of
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'hatcl[hf]'")
@@ -204,3 +205,92 @@ def test_a_config_with_infinity_in_it_is_read_back():
     )
     model = transformers.Mamba2ForCausalLM(config)
     assert build_source(source_of(model)).config.time_step_limit[1] == float("inf")
+
+
+# ---- a saved model's source is not trusted --------------------------------------------------------
+
+
+def changed(**changes):
+    """A classifier's source, of which something was changed in the file."""
+    return {**source_of(classifier()), "kind": "transformers", **changes}
+
+
+@pytest.mark.parametrize("name", [
+    "BertConfig", "BertTokenizer", "AutoModel", "pipeline", "nothing_like_it", "__name__", "models", 3, None, ["x"],
+], ids=repr)  # fmt: skip
+def test_a_class_that_is_no_model_of_transformers_is_refused(name):
+    with pytest.raises(hatcl.IntegrityError) as caught:
+        build_source(changed(**{"class": name}))
+    assert str(caught.value) == (
+        f"the plain model is to be transformers' {name!r}, which is no model of it; pass base= an instance of the "
+        "plain module"
+    )
+
+
+@pytest.mark.parametrize("attention", ["somebody/kernel", "flash_attention_2", "", ["sdpa"], {"": "somebody/kernel"}])
+def test_attention_that_a_hub_would_give_is_refused(attention):
+    with pytest.raises(hatcl.IntegrityError) as caught:
+        build_source(changed(attention=attention))
+    assert str(caught.value) == (
+        f"the plain model is to compute its attention by {attention!r}, expected one of None, 'eager', 'sdpa', "
+        "'flex_attention': transformers would get another one from a hub where it is not installed; pass base= an "
+        "instance of the plain module"
+    )
+
+
+OPENING = {
+    "auto_map": {"AutoModel": "somebody/code--model.Model"}, "trust_remote_code": True, "use_pretrained_backbone": True,
+    "_name_or_path": "somebody/model", "name_or_path": "/etc", "attn_implementation": "somebody/kernel",
+    "quantization_config": {"load_in_4bit": True},
+}  # fmt: skip
+
+
+def test_what_opens_something_in_a_config_is_dropped():
+    model = build_source(changed(config={**source_of(classifier())["config"], **OPENING}))
+    kept = model.config.to_dict()
+    assert not kept.get("_name_or_path") and model.config.name_or_path == "" and model.config._attn_implementation
+    assert not kept.keys() & (OPENING.keys() - {"_name_or_path", "use_pretrained_backbone"})
+    assert transformers_models._without_files({"vision_config": [OPENING]}) == {"vision_config": [{}]}
+
+
+def test_twin_the_config_as_it_is(monkeypatch):
+    monkeypatch.setattr(transformers_models, "_without_files", lambda config: config)
+    with pytest.raises(AssertionError):
+        test_what_opens_something_in_a_config_is_dropped()
+
+
+def wrapper(**changes):
+    config = transformers.TimmWrapperConfig(architecture="test_resnet", num_labels=4)
+    source = source_of(transformers.TimmWrapperForImageClassification(config))
+    return {**source, "kind": "transformers", "config": {**source["config"], **changes}}
+
+
+def test_a_timm_model_inside_of_transformers(tmp_path, monkeypatch):
+    import timm
+
+    assert build_source(wrapper()).config.architecture == "test_resnet"
+    real, seen = timm.create_model, []
+    monkeypatch.setattr(timm, "create_model", lambda *a, **options: seen.append((a, options)) or real(*a, **options))
+    build_source(wrapper(model_args={"drop_rate": 0.1, "checkpoint_path": str(tmp_path / "w.pth")}))
+    assert seen and all("checkpoint_path" not in options for _, options in seen)
+    assert seen[-1][1]["drop_rate"] == 0.1
+    for name in ("hf-hub:somebody/model", f"local-dir:{tmp_path}"):
+        with pytest.raises(hatcl.IntegrityError, match=f"the plain model is to be timm's '{name}', expected one of"):
+            build_source(wrapper(architecture=name))
+        monkeypatch.setattr(transformers_models, "check_name", lambda name: name)  # the twin: timm goes and looks
+        with pytest.raises((OSError, RuntimeError, ValueError)) as caught:
+            build_source(wrapper(architecture=name))
+        assert not isinstance(caught.value, hatcl.HATError)
+        monkeypatch.undo()
+
+
+def test_backbones():
+    without = transformers_models._without_files
+    inner = {"model_type": "timm_backbone", "backbone": "resnet18"}
+    assert without({"backbone_config": inner}) == {"backbone_config": inner}
+    with pytest.raises(hatcl.IntegrityError, match="the plain model is to be timm's 'hf-hub:a/b', expected one of"):
+        without({"backbone_config": {**inner, "backbone": "hf-hub:a/b"}})
+    with pytest.raises(hatcl.IntegrityError, match=(
+        "the plain model is to have the backbone 'a/b', which transformers would look for on a hub; pass base= an inst"
+    )):  # fmt: skip
+        without({"model_type": "detr", "backbone": "a/b"})
