@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import layers as _layers  # registers the HAT layers
 from .certify import attack, difference, outputs_of
 from .config import HATConfig
+from .distributed import check_forward, leave_out
 from .errors import ConfigError, ConversionError
 from .gates import Gates, Units
 from .guard import refresh_copy
@@ -259,14 +260,18 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
     model.register_load_state_dict_pre_hook(_take_plain_weights)
     gates.unit_map = unit_map
     gates.train(model.training)
+    leave_out(model)
     return model
 
 
 def _before_forward(model: nn.Module, args: Any) -> None:
     """A copy that is averaged with a model that is learning keeps what is frozen as the model has it."""
+    if torch.compiler.is_compiling():
+        return
     gates = model._modules[GATES]
-    if gates is not None and gates.origin is not None and not torch.compiler.is_compiling():
+    if gates is not None and gates.origin is not None:
         refresh_copy(model)
+    check_forward(model)
 
 
 def _take_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -139,7 +139,7 @@ def table_of(digests: dict[str, str]) -> Tensor:
     digest goes into one of 256 slots, and a slot's row is the start of the SHA-256 of what is in it."""
     slots: dict[int, list[str]] = {}
     for name in sorted(digests):
-        slots.setdefault(_slot(name), []).append(f"{name}={digests[name]}")
+        slots.setdefault(slot_of(name), []).append(f"{name}={digests[name]}")
     table = torch.zeros(SLOTS, SLOT_BYTES, dtype=torch.uint8)
     for slot, lines in slots.items():
         row = hashlib.sha256("\n".join(lines).encode()).digest()[:SLOT_BYTES]
@@ -147,7 +147,8 @@ def table_of(digests: dict[str, str]) -> Tensor:
     return table
 
 
-def _slot(name: str) -> int:
+def slot_of(name: str) -> int:
+    """Where a name's digest is in `table_of`."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:2], "big") % SLOTS
 
 
@@ -206,7 +207,7 @@ def check(model: nn.Module, only: Sequence[int] | None = None) -> None:
 def _changed_slots(row: Tensor, now: dict[str, str]) -> list[str]:
     """The names whose slot of a table is another one, or that share it with one that is."""
     differ = set((table_of(now) != row).any(1).nonzero().flatten().tolist())
-    named = [name for name in now if _slot(name) in differ]
+    named = [name for name in now if slot_of(name) in differ]
     return named or [f"slot {slot} of its digests" for slot in sorted(differ)]
 
 

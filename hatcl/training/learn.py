@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import guard as guards
 from ..active import is_chosen
 from ..config import HATConfig
+from ..distributed import Replicas, leave_out
 from ..errors import HATError, TaskError
 from ..functional import scale_at
 from ..gates import Gates, check_room, check_task, gates_of, tasks
@@ -180,11 +181,14 @@ def learn(
     _check_layers(model)
     guards.check_structure(model)
     check_room(model, task)
-    guards.check(model)
+    replicas = Replicas(model, task)
+    with replicas.together():
+        guards.check(model)
     learning = Learning(model, task, steps, epochs, start)
     optimizers: Sequence[Any] = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     guard = guards.Guard(model, task, optimizers, _locked(model), learning._advance)
     learning.guard = guard
+    replicas.joined = lambda: guard.relock(guard.locked)
     before = [(g, g.task) for g in gates]
     for g in gates:
         g.task = g.learning = task
@@ -192,7 +196,7 @@ def learn(
         g.model, g.origin = weakref.ref(model), None
     learning._set_scale()
     try:
-        with _Loads(model, task, guard), guard:
+        with _Loads(model, task, guard), replicas, guard:
             yield learning
             guard.check_finite()
     except BaseException:
@@ -204,12 +208,15 @@ def learn(
         _leave(before)
         raise
     try:
-        if guard.repair(model):
-            raise guards.NonFiniteLossError(
-                f"task {task}: shared weights are no longer finite; nothing was sealed, earlier tasks are as they were"
-            )
-        guards.check_structure(model)
-        guards.check(model, guard.locked)
+        with replicas.together():
+            if guard.repair(model):
+                raise guards.NonFiniteLossError(
+                    f"task {task}: shared weights are no longer finite; nothing was sealed, earlier tasks are as they "
+                    "were"
+                )
+            guards.check_structure(model)
+            guards.check(model, guard.locked)
+        replicas.agree()
     except BaseException:
         _leave(before)
         raise
@@ -340,3 +347,5 @@ def add_tasks(model: nn.Module, count: int) -> None:
     for module in model.modules():
         if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
             module.hat_tasks.extend(module._hat_new_copy() for _ in range(count))
+    for root in {id(m): m for m in (model, *filter(_has_gates, model.modules()))}.values():
+        leave_out(root)

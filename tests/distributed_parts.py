@@ -1,0 +1,318 @@
+"""What the tests of several processes run in each of them. `python tests/distributed_parts.py RANK FOLDER NAME...` runs
+these functions one after another and writes what came of each into the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import faulthandler
+import os
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional as tf
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+sys.path.insert(0, str(Path(__file__).parent))
+import parts  # noqa: E402
+
+import hatcl  # noqa: E402
+from hatcl.distributed import Replicas  # noqa: E402
+from hatcl.gates import gates_of  # noqa: E402
+
+WORLD = 2
+SCENARIOS = {}
+
+
+def scenario(function):
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def converted(name="resnet", rank=0, **options):
+    """The embeddings of every process are drawn anew, as they are where nobody sets a seed."""
+    torch.manual_seed(10 + rank)
+    return hatcl.convert(parts.plain(name), 3, parts.images(name, 2), config={"init": "normal", **options})
+
+
+def everywhere(x):
+    """A tensor of every process."""
+    out = [torch.empty_like(x) for _ in range(WORLD)]
+    distributed.all_gather(out, x.contiguous())
+    return out
+
+
+def different(model):
+    """What differs between processes: names of parameters, buffers and digests."""
+    names = []
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        x = x.detach()
+        a, b = everywhere(x.view(torch.uint8) if x.dtype == torch.bool else x)
+        if not torch.equal(a, b):
+            names.append(name)
+    return names
+
+
+def batch(rank, name, task, step, count=8):
+    x, y = parts.problem(parts.shape_of(name), task, 64)
+    at = (torch.arange(count) * WORLD + rank + 16 * step) % 64
+    return x[at], y[at]
+
+
+def learn(given, called, task, optimizer, rank, name="resnet", steps=5, accumulate=1, clip=None, inside=None):
+    """Learn a task as people do: `given` to hatcl.learn, `called` in the forward."""
+    with hatcl.learn(given, task, optimizer, steps) as learning:
+        called = called() if callable(called) and not isinstance(called, nn.Module) else called
+        for step in range(steps):
+            optimizer.zero_grad()
+            for part in range(accumulate):
+                x, y = batch(rank, name, task, step * accumulate + part)
+                last = part == accumulate - 1
+                with contextlib.nullcontext() if last else called.no_sync():
+                    loss = tf.cross_entropy(called(x), y) + learning.penalty()
+                    (loss / accumulate).backward()
+            if inside is not None:
+                inside(step)
+            if clip is not None:
+                nn.utils.clip_grad_norm_(given.parameters(), clip)
+            optimizer.step()
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.05)
+
+
+def adam(model):
+    return torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+
+
+def three_tasks(model, rank, name, learn_task):
+    """Learn three tasks; sealed outputs stay bit for bit and replicas are equal after each."""
+    model.train()
+    x = parts.images(name, 4, seed=9)
+    kept = {}
+    for task in range(3):
+        learn_task(task)
+        assert different(model) == []
+        tables = everywhere(gates_of(model)[0].digest_table)
+        assert torch.equal(*tables)
+        for t, was in kept.items():
+            assert torch.equal(parts.logits(model, t, x), was), f"task {t} moved"
+        kept[task] = parts.logits(model, task, x)
+        assert torch.equal(*everywhere(kept[task]))
+    assert hatcl.tasks(model) == [0, 1, 2]
+    assert hatcl.certify(model, x).exact
+
+
+@scenario
+def ddp_once(rank):
+    """One wrapper and one optimizer for all tasks, the wrapper given; no_sync, clipping."""
+    model = converted(rank=rank)
+    ddp = DDP(model)
+    optimizer = sgd(ddp)
+    grown = []
+
+    def inside(step):
+        grads = [p.grad for p in gates_of(model)[0].embeddings if p.grad is not None]
+        assert len(grads) == 1, "only the task that is learned"
+        assert torch.equal(*everywhere(grads[0]))
+        grown.append(float(grads[0].abs().sum()))
+
+    three_tasks(
+        model, rank, "resnet",
+        lambda t: learn(ddp, ddp, t, optimizer, rank, accumulate=2, clip=1.0, inside=inside),
+    )  # fmt: skip
+    assert grown[0] > 0
+
+
+@scenario
+def ddp_inner_given(rank):
+    """The inner model is given, the wrapper made before each block, new optimizers."""
+    model = converted("vit", rank)
+    three_tasks(model, rank, "vit", lambda t: learn(model, DDP(model), t, adam(model), rank, "vit"))
+
+
+@scenario
+def ddp_inside(rank):
+    """The wrapper is made inside each block."""
+    model = converted(rank=rank)
+    optimizer = adam(model)
+    three_tasks(model, rank, "resnet", lambda t: learn(model, lambda: DDP(model), t, optimizer, rank))
+
+
+@scenario
+def ddp_is_one_process_with_all_batches(rank):
+    """Twelve steps, the last of them settled: what DDP learns is what one process learns from all batches."""
+    model = converted("vit", rank)
+    ddp = DDP(model)
+    with hatcl.learn(ddp, 0, torch.optim.SGD(model.parameters(), 0.1), 12) as learning:
+        alone = None
+        for step in range(12):
+            x, y = batch(rank, "vit", 0, step)
+            loss = tf.cross_entropy(ddp(x), y) + learning.penalty()
+            if alone is None:  # the first forward gave every process the same embeddings
+                alone = copy.deepcopy(model)
+                other = torch.optim.SGD(alone.parameters(), 0.1)
+            learning.guard.optimizers[0].zero_grad()
+            loss.backward()
+            learning.guard.optimizers[0].step()
+        assert learning.settled
+    gates_of(alone)[0].task = None
+    with hatcl.learn(alone, 0, other, 12) as learning:
+        for step in range(12):
+            pairs = [batch(r, "vit", 0, step) for r in range(WORLD)]
+            x, y = (torch.cat(part) for part in zip(*pairs, strict=True))
+            other.zero_grad()
+            (tf.cross_entropy(alone(x), y) + learning.penalty()).backward()
+            other.step()
+    for (name, a), b in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), f"{name}: {(a - b).abs().max()}"
+    assert torch.equal(gates_of(model)[0].masks, gates_of(alone)[0].masks)
+
+
+@scenario
+def ddp_twin_without_averaging(rank):
+    """Without averaging of the task's own gradients the replicas drift apart, which is refused."""
+    model = converted("vit", rank)
+    before = Replicas._after_gradient
+    Replicas._after_gradient = lambda self, p: None
+    try:
+        learn(DDP(model), DDP(model), 0, adam(model), rank, "vit")
+        raise AssertionError("sealed what differs")
+    except hatcl.IntegrityError as error:
+        assert "learned different weights: pos_embed" in str(error), error
+    finally:
+        Replicas._after_gradient = before
+    assert hatcl.tasks(model) == [] and gates_of(model)[0].learning is None
+
+
+@scenario
+def ddp_twin_without_statistics(rank):
+    """Without agreeing on running statistics the digests differ."""
+    model = converted(rank=rank)
+    before = Replicas.agree
+    Replicas.agree = lambda self: None
+    try:
+        learn(DDP(model), DDP(model), 0, adam(model), rank)
+    finally:
+        Replicas.agree = before
+    assert not torch.equal(*everywhere(gates_of(model)[0].digest_table))
+    try:
+        learn(DDP(model), DDP(model), 1, adam(model), rank)
+        raise AssertionError("learned on with different sealed tasks")
+    except hatcl.IntegrityError as error:
+        assert "different sealed tasks" in str(error)
+
+
+@scenario
+def ddp_one_fails(rank):
+    """What goes wrong in one process at the end of a block is an error in both, and nothing is sealed."""
+    model = converted("vit", rank)
+    learn(DDP(model), DDP(model), 0, adam(model), rank, "vit")
+    optimizer, ddp = adam(model), DDP(model)
+    try:
+        with hatcl.learn(ddp, 1, optimizer, 3) as learning:
+            for step in range(3):
+                x, y = batch(rank, "vit", 1, step)
+                optimizer.zero_grad()
+                (tf.cross_entropy(ddp(x), y) + learning.penalty()).backward()
+                optimizer.step()
+            if rank == 1:
+                next(p for n, p in model.named_parameters() if n == "blocks.0.mlp.fc1.weight").data[:] = torch.nan
+        raise AssertionError("sealed")
+    except hatcl.HATError as error:
+        assert ("another process failed" if rank == 0 else "no longer finite") in str(error), error
+    assert hatcl.tasks(model) == [0]
+
+
+@scenario
+def ddp_refusals(rank):
+    """What cannot work is refused with the remedy, in both processes."""
+    model = converted("vit", rank)
+
+    def refused(words, do):
+        try:
+            do()
+        except hatcl.HATError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"not refused: {words}")
+
+    x, _ = batch(rank, "vit", 0, 0)
+    refused("no task active", lambda: DDP(model)(x))
+    outer = nn.Sequential(nn.Identity(), model)
+    refused("find_unused_parameters=True", lambda: learn(DDP(outer), DDP(outer), 0, adam(model), rank, "vit"))
+    assert gates_of(model)[0].learning is None
+    ddp = DDP(outer, find_unused_parameters=True)
+    for t in range(2):
+        learn(ddp, ddp, t, adam(model), rank, "vit")
+    assert different(model) == []
+    if rank == 1:
+        hatcl.forget_task(model, 1)
+    refused("different sealed tasks", lambda: learn(DDP(model), DDP(model), 2, adam(model), rank, "vit"))
+
+
+@scenario
+def ddp_options(rank):
+    """static_graph, find_unused_parameters, gradient_as_bucket_view, both kinds of checkpointing, tasks added later."""
+    for options in ({"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+        model = converted("vit", rank)
+        ddp = DDP(model, **options)
+        for t in range(2):
+            if options.get("static_graph"):
+                ddp = DDP(model, **options)
+            learn(ddp, ddp, t, adam(model), rank, "vit")
+        assert different(model) == [], options
+    model = converted("vit", rank)
+    model.set_grad_checkpointing()
+    ddp = DDP(model)
+    hatcl.add_tasks(model, 1)
+    optimizer = adam(model)
+    for t in (0, 3):
+        learn(ddp, ddp, t, optimizer, rank, "vit")
+    assert different(model) == []
+
+
+@scenario
+def ddp_compiled(rank):
+    model = converted("vit", rank)
+    ddp = torch.compile(DDP(model), backend="eager")
+    three_tasks(model, rank, "vit", lambda t: learn(ddp, ddp, t, adam(model), rank, "vit"))
+
+
+@scenario
+def ddp_of_compiled(rank):
+    model = converted("vit", rank)
+    ddp = DDP(torch.compile(model, backend="eager"))
+    three_tasks(model, rank, "vit", lambda t: learn(model, ddp, t, adam(model), rank, "vit"))
+
+
+def main(rank, folder, names):
+    faulthandler.dump_traceback_later(float(os.environ.get("HATCL_TEST_TIMEOUT", "100")), exit=True)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=30)
+    )
+    for name in names:
+        outcome = "ok"
+        try:
+            SCENARIOS[name](rank)
+        except BaseException:
+            outcome = traceback.format_exc()
+        new = folder / f"{name}.{rank}.new"
+        new.write_text(outcome)
+        new.rename(folder / f"{name}.{rank}")
+        if outcome != "ok":  # the processes are no longer at the same place
+            os._exit(1)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
