@@ -64,6 +64,7 @@ from .skills import (
     overlap,
     skill_tensors,
 )
+from .together import forward
 from .training.learn import Learning, add_tasks, learn, task_parameters
 from .vectors.compose import Composer, compose
 from .vectors.conflicts import SignConflicts, sign_conflicts
@@ -81,8 +82,8 @@ __all__ = [
     "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm",
     "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError",
     "accumulate", "add_tasks", "as_adapter", "atlas", "certify", "compose", "consolidate", "continual", "convert",
-    "describe", "forget_task", "from_pretrained", "hold", "learn", "learn_graft", "list_merges", "list_models",
-    "localize", "merge", "merge_method", "orthogonality", "overlap", "register", "save_pretrained", "seal",
+    "describe", "forget_task", "forward", "from_pretrained", "hold", "learn", "learn_graft", "list_merges",
+    "list_models", "localize", "merge", "merge_method", "orthogonality", "overlap", "register", "save_pretrained", "seal",
     "select_graft", "set_task", "sign_conflicts", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 

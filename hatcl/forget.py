@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .active import is_chosen
 from .errors import TaskError
 from .gates import check_task, gates_of
 from .guard import check, held, sealed_tasks
@@ -58,14 +59,17 @@ class ForgetReport:
 def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> ForgetReport:
     """Forget a sealed task: every element live for it and for no other sealed task is drawn anew by its layer's own
     initialiser (by zeros, where it is the factor of a LoRA pair that peft starts at zero), its gates, copies and head
-    are dropped, and its index is free to be learned again. Every other task stays bit-identical. If the task is active,
-    the plain model becomes active.
+    are dropped, and its index is free to be learned again. Every other task stays bit-identical. If the task is the
+    default, the plain model becomes it. Nothing of the task is left in the model: what was kept of it for speed and all
+    gradients of what was erased are gone too. What lies elsewhere is for you to delete: checkpoints and saved models,
+    metrics and logs of the task, its data, and the state of optimizers that trained it.
 
     Args:
         dry_run: only report; the report then lists exactly what a real run would erase.
 
     Raises:
-        TaskError: no such task, it is not sealed, or a task is being learned. IntegrityError: a sealed task changed.
+        TaskError: no such task, it is not sealed, a task is being learned, or some `with hatcl.task(...)` of this
+            context has the task active. IntegrityError: a sealed task changed.
     """
     task = check_task(model, task, sealed=True)
     gates = gates_of(model)
@@ -73,6 +77,8 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
         raise TaskError(
             f"task {gates[0].learning} is being learned; leave its hatcl.learn block before forgetting task {task}"
         )
+    if any(is_chosen(g.key) for g in gates) and gates[0].task == task:
+        raise TaskError(f"task {task} is active in a `with hatcl.task(...)` block; leave it before forgetting the task")
     check(model)
     others = [t for t in sealed_tasks(model) if t != task]
     plan: dict[int, tuple[str, Tensor]] = {}
@@ -93,34 +99,39 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
     )
     if dry_run:
         return report
-    active = gates[0].task
-    for g in gates:
-        g.task = None
-    done: set[int] = set()
+    writes = _draw(model, task, plan)  # everything is drawn before anything is written
     with torch.no_grad():
-        for module in [m for m in model.modules() if isinstance(m, HATLayer)]:
-            mine = {
-                n: p for n, p in module._parameters.items() if p is not None and id(p) in plan and id(p) not in done
-            }
-            if mine:
-                fresh = module._hat_redrawn()
-                for name, p in mine.items():
-                    full_name, erased = plan[id(p)]
-                    new = torch.zeros_like(p) if starts_at_zero(full_name) else fresh[name].to(p)
-                    p.copy_(torch.where(erased, new, p))
-                    done.add(id(p))
-            if "hat_tasks" in module._modules:
-                old, first = module.hat_tasks[task], module._hat_new_copy()
-                start = dict(first.named_parameters())
-                for name, p in old.named_parameters():
-                    same = p.shape == start[name].shape
-                    p.copy_(
-                        start[name] if same else module._hat_redrawn(rows=p.shape[0])[name]
-                    )  # an optimizer may hold p
-                for b, fresh_b in zip(old.buffers(), first.buffers(), strict=True):
-                    b.copy_(fresh_b)
+        for x, new in writes:
+            x.copy_(new)
+            x.grad = None
     for g in gates:
         g.unseal(task)
-        g.digests.pop(task, None)
-        g.task = None if active == task else active
+        if g.default == task:
+            g.task = None
+        g.embeddings[task].grad = None
+    for module in model.modules():
+        if isinstance(module, HATLayer) and "_hat" in module.__dict__:
+            module._hat.clear()
     return report
+
+
+def _draw(model: nn.Module, task: int, plan: dict[int, tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Tensors, and what takes their place."""
+    writes: list[tuple[Tensor, Tensor]] = []
+    done: set[int] = set()
+    for module in [m for m in model.modules() if isinstance(m, HATLayer)]:
+        mine = {n: p for n, p in module._parameters.items() if p is not None and id(p) in plan and id(p) not in done}
+        fresh = module._hat_redrawn() if mine else {}
+        for name, p in mine.items():
+            full_name, erased = plan[id(p)]
+            new = torch.zeros_like(p) if starts_at_zero(full_name) else fresh[name].to(p)
+            writes.append((p, torch.where(erased, new, p.detach())))
+            done.add(id(p))
+        if "hat_tasks" in module._modules:
+            old, first = module.hat_tasks[task], module._hat_new_copy()
+            start = dict(first.named_parameters())
+            for name, p in old.named_parameters():  # in place, as an optimizer may hold p
+                same = p.shape == start[name].shape
+                writes.append((p, (start[name] if same else module._hat_redrawn(rows=p.shape[0])[name]).detach()))
+            writes += list(zip(old.buffers(), first.buffers(), strict=True))
+    return writes

@@ -142,6 +142,11 @@ class Gates(nn.Module):
         self._default = task
         self._ever_active |= task is not None
 
+    @property
+    def default(self) -> int | None:
+        """The active task of every context that chose none."""
+        return self._default
+
     def choose(self) -> None:
         """Some context is about to choose a task."""
         self._ever_active = True
@@ -337,6 +342,11 @@ class Units:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    def clear(self) -> None:
+        """Drop what was kept of any task."""
+        self._fixed = self._fixed_on = (None, torch.zeros(0))
+        self._share = (None, 1.0)
 
     def __getstate__(self) -> dict[str, Any]:
         none = (None, torch.zeros(0))

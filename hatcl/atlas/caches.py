@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..vectors.merging.batches import Evaluating
+from ..lend import Evaluating
 from .fewshot import OPTIONS, STEPS, by_accuracy, repeated
 from .fitting import Fitted, Path_, fit, spread
 from .linear import Composed

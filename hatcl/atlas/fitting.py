@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, IntegrityError, NonFiniteLossError, VectorError
 from ..files import write_files
+from ..lend import Evaluating
 from ..training.checkpoints import random_state, set_random_state
-from ..vectors.merging.batches import Evaluating
 from .linear import Composed
 from .options import AtlasOptions
 from .regularisers import penalty

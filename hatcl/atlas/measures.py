@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..lend import Evaluating
 from ..vectors.compose import Composer
-from ..vectors.merging.batches import Evaluating
 from .tasks import Batches, Head, outputs
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, VectorError
+from ..lend import Evaluating
 from ..map.grains import Grain
 from ..vectors.merging.arithmetic import GRID
-from ..vectors.merging.batches import Evaluating
 from .fitting import Fitted, Select
 from .linear import Composed
 

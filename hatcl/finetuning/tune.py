@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, NonFiniteLossError
-from ..vectors.merging.batches import lent
+from ..lend import lent
 from .options import FinetuneOptions
 from .standing import Standing
 from .tasks import FinetuneTask

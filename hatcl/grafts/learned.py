@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, GraftError, NonFiniteLossError
-from ..vectors.merging.batches import lent, split
+from ..lend import lent
+from ..vectors.merging.batches import split
 from ..vectors.select import largest
 from ..vectors.tensors import Kind, Lazy, Source, tied_names
 from . import inplace

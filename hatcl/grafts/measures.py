@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraftError
+from ..lend import Evaluating
 from ..vectors.merging import batches as reading
 
 BINS = 15  # Guo et al. 2017 report all their figures with these
@@ -160,7 +161,7 @@ def predict(model: nn.Module, batches: Iterable[Any], logits_fn: LogitsFn | None
     """
     found: list[Tensor] = []
     labels: list[Tensor] = []
-    with reading.Evaluating(model):
+    with Evaluating(model):
         for batch in batches:
             if logits_fn is None:
                 inputs, y = reading.split(batch)

@@ -105,6 +105,16 @@ class Binding:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cache": {}}
 
+    def clear(self) -> None:
+        """Drop what was kept of any task."""
+        self.cache.clear()
+        for plan in self.params.values():
+            for axis in plan.axes:
+                axis.units.clear()
+        for pair in (self.output, self.norm):
+            if pair is not None:
+                pair[1].clear()
+
 
 class TaskCopy(nn.Module):
     """One task's own parameters and running statistics of a layer, under the layer's own names."""
@@ -300,10 +310,7 @@ class HATLayer:
             return tuple(p.shape) if rows is None else (rows, *p.shape[1:])
 
         state = {k: v for k, v in self.__dict__.items() if k not in ("_hat", "_parameters", "_buffers", "_modules")}
-        fresh = {
-            n: nn.Parameter(p.detach().new_empty(shape(p)).normal_(float(p.detach().mean()), _spread(p)))
-            for n, p in params.items()
-        }
+        fresh = {n: nn.Parameter(_drawn(p.detach(), shape(p))) for n, p in params.items()}
         buffers = {n: b if b is None else b.clone() for n, b in self._buffers.items()}  # type: ignore[attr-defined]
         absent = {n: None for n, p in self._parameters.items() if p is None}  # type: ignore[attr-defined]
         bare.__dict__.update({**state, "_parameters": {**fresh, **absent}, "_buffers": buffers, "_modules": {}})
@@ -429,8 +436,11 @@ class HATLayer:
         return _rebuild, source, dict(state)
 
 
-def _spread(p: Tensor) -> float:
-    return float(p.detach().std()) if p.numel() > 1 else 0.02
+def _drawn(p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Normal numbers with the mean and spread of `p`."""
+    if p.is_complex():
+        return torch.complex(_drawn(p.real, shape), _drawn(p.imag, shape))
+    return p.new_empty(shape).normal_(float(p.mean()), float(p.std()) if p.numel() > 1 else 0.02)
 
 
 def _unmoved(gates: Gates) -> contextlib.AbstractContextManager[Any]:

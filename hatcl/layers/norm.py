@@ -131,14 +131,14 @@ class _OverUnits(_Norm):
         task = hat.gates.task
         return plain if task is None or self._hat_plain_eps(hat, task) else plain * hat.norm[1].share(task)
 
+    @eps.setter
+    def eps(self, value: Any) -> None:
+        self.__dict__["eps"] = value
+
     def _hat_plain_eps(self, hat: Binding, task: int) -> bool:
         """Soft gates, and those of a compiled graph that may be others in the next step, have no share that is
         known."""
         return hat.gates.is_soft(task) or (torch.compiler.is_compiling() and hat.gates.is_open(task))
-
-    @eps.setter
-    def eps(self, value: Any) -> None:
-        self.__dict__["eps"] = value
 
     def forward(self, x: Tensor) -> Tensor:
         hat = self._hat_active

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import ConfigError
 
@@ -62,45 +60,3 @@ def again(batches: Iterable[Any], task: int) -> Iterator[Any]:
             why = "can be read only once" if rounds else "are none"
             raise ConfigError(f"batches: those of task {task} {why}; pass a list or a DataLoader with batches in it")
         rounds += 1
-
-
-class Evaluating:
-    """A model in evaluation mode for a while, and after that each module in the mode it was in."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.modes: Sequence[tuple[nn.Module, bool]] = [(m, m.training) for m in model.modules()]
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self.modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
-def lent(model: nn.Module, trained: Collection[nn.Parameter], moved: Collection[Tensor] = ()) -> Iterator[None]:
-    """A model to train for a while: inside it is in evaluation mode, only `trained` require gradients, and none has one
-    yet. After it gradients, modes and what requires gradients are as before, and buffers too, but for those in `moved`.
-    """
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    own, moving = {id(p) for p in trained}, {id(b) for b in moved}
-    buffers = [
-        (m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items()
-        if b is not None and id(b) not in moving
-    ]  # fmt: skip
-    try:
-        with Evaluating(model):
-            for p, _, _ in parameters:
-                p.grad = None
-                p.requires_grad_(id(p) in own)
-            yield
-    finally:
-        for p, required, grad in parameters:
-            p.requires_grad_(required)
-            p.grad = grad
-        with torch.no_grad():
-            for module, name, b, was in buffers:
-                b.copy_(was)
-                module._buffers[name] = b

@@ -12,8 +12,9 @@ from torch.nn import functional as tf
 
 from ...config import number
 from ...errors import ConfigError, VectorError
+from ...lend import Evaluating
 from ..task_vector import TaskVector
-from .batches import Evaluating, Forward, logits, split
+from .batches import Forward, logits, split
 from .blocks import average, blockwise, per_vector, weighted
 from .registry import merge_method
 
