@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -14,16 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from . import layers as _layers  # registers the HAT layers
-from .certify import attack, difference, outputs_of
+from .certify import RANDOM, attack, difference, difference_of, named_outputs
 from .config import HATConfig
 from .distributed import check_forward, leave_out
 from .errors import ConfigError, ConversionError
+from .forward import OutputError, call, device_of, seeded, shapes, tensors_of, values_of
+from .functional import same_bits
 from .gates import Gates, Units
 from .guard import refresh_copy
-from .layers.gated import Axis, Binding, ParameterPlan, task_class
+from .layers.gated import Axis, Binding, HATLayer, ParameterPlan, task_class
 from .layers.norm import kind_of_norm
+from .layers.state import STATES, Watch, copied, copy_of, hold, state_attributes
 from .map.lora import is_factor, merged_layer
-from .map.trace import call, tensors_of, trace
+from .map.trace import trace
 from .map.units import Entry, UnitMap, resolve
 from .registry import layer_for, source_of
 
@@ -58,6 +62,7 @@ def convert(
     config = config if isinstance(config, HATConfig) else HATConfig.from_dict(config or {})
     if num_tasks is not None:
         config = config.replace(num_tasks=num_tasks)
+    _check_names(model)
     if any(isinstance(m, Gates) for m in model.modules()):
         raise ConversionError(
             f"{type(model).__name__} is a HAT model already; hatcl.add_tasks(model, n) makes room for more"
@@ -74,7 +79,7 @@ def convert(
             f"num_classes: got {len(num_classes)} numbers for {config.num_tasks} tasks; pass one per task"
         )
     try:
-        source = copy.deepcopy(model)
+        source = copy_of(model)
     except Exception as error:
         raise ConversionError(
             f"{type(model).__name__}: it cannot be copied ({error}), so it cannot be converted without changing it; "
@@ -86,11 +91,22 @@ def convert(
     if any(p.is_meta for p in source.parameters()):
         log.info("%s is on the meta device: mapped and not verified", type(model).__name__)
     elif verify and example_inputs is not None:
+        _check_plain(made, source, example_inputs)
         made = _verified(made, source, unit_map, config, example_inputs)
     if isinstance(num_classes, Sequence):
         _widen_heads(made, num_classes)
     made.get_submodule(GATES).source = source_of(source)  # type: ignore[assignment]
     return made
+
+
+def _check_names(model: nn.Module) -> None:
+    """Names that HAT layers use must be free."""
+    for path, module in model.named_modules():
+        for name in ("_hat", "hat_tasks", STATES):
+            if not isinstance(module, HATLayer) and (name in vars(module) or name in module._modules):
+                raise ConversionError(
+                    f"{path or type(model).__name__}: it has an attribute {name!r}, which hatcl uses; rename it"
+                )
 
 
 def _check_adapters(model: nn.Module) -> None:
@@ -115,19 +131,27 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
         for n, p in m._parameters.items()
         if p is not None and n in layer_for(type(m)).hat_copied
     ]
+    trial = copy_of(model)  # a forward may change what the model keeps
+    watch = Watch(trial)
     try:
-        found = trace(
-            model,
-            example_inputs,
-            norms=lambda m: layer_for(type(m)).hat_is_norm,
-        )
+        with seeded(device=device_of(model)):
+            found = trace(
+                trial,
+                example_inputs,
+                norms=lambda m: layer_for(type(m)).hat_is_norm,
+            )
+        buffers, states = _moving(model, trial, watch, example_inputs)
     except ConversionError:
         raise
+    except OutputError as error:
+        raise ConversionError(f"{type(model).__name__}: {error}") from error
     except Exception as error:
         raise ConversionError(
             f"{type(model).__name__}: its forward failed on example_inputs = {shapes(example_inputs)}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    finally:
+        watch.put_back()
     for path, seen in found.mixing.items():
         module = model.get_submodule(path)
         for dim, ids in [(d, ids) for d, ids in seen.ids.items() if d in seen.over]:
@@ -137,55 +161,63 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
                 found.notes.pop(path, None)
                 copied += [names[id(p)] for p in module._parameters.values() if p is not None]
     unit_map = resolve(found, model, copied)
-    unit_map.buffers = moving_buffers(model, example_inputs)
+    unit_map.buffers, unit_map.states = buffers, states
     return unit_map
 
 
-def moving_buffers(model: nn.Module, inputs: Any) -> dict[str, tuple[str, ...]]:
-    """Module path -> the buffers that a training forward writes (running statistics, power iterations) and that no
-    registered layer says are the task's. All of a module's, where such a forward fails. The model is put back."""
-    unknown = {
-        path: {n: b for n, b in m._buffers.items() if b is not None and n not in layer_for(type(m)).hat_task_buffers}
-        for path, m in model.named_modules()
-    }
-    unknown = {path: {n: b for n, b in bs.items() if b.is_floating_point()} for path, bs in unknown.items()}
-    if not any(unknown.values()):
-        return {}
-    before = [(m, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
-    modes = [(m, m.training) for m in model.modules()]
-    moved: dict[str, tuple[str, ...]] = {}
+Names = dict[str, tuple[str, ...]]
+
+
+def _moving(model: nn.Module, trial: nn.Module, watch: Watch, inputs: Any) -> tuple[Names, Names]:
+    """Module path -> the buffers that a forward writes (running statistics, counters, power iterations) and that no
+    registered layer says are the task's, and whatever else it changes (see `layers/state.py`): in evaluation, which
+    `trial`, a copy of the model, has been through, and in training. All buffers, where that fails.
+
+    Raises:
+        ConversionError: a forward writes to a parameter, or changes what cannot be copied.
+    """
+    watch.look()
+    changed = dict(watch.changed)
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            call(model.train(), inputs)
-        for path, bs in unknown.items():
-            m = model.get_submodule(path)
-            old = {n: was for other, n, _, was in before if other is m}
-            moved[path] = tuple(n for n in bs if not _same(m._buffers[n], old[n]))
+        with torch.no_grad(), seeded(device=device_of(model)):
+            call(trial.train(), inputs)
+        watch.look()
+        changed = watch.changed
     except Exception as error:
         log.info("a training forward failed (%s): each task gets its own copy of every buffer", error)
-        moved = {path: tuple(bs) for path, bs in unknown.items()}
-    finally:
-        for m, n, b, was in before:
-            b.copy_(was)
-            m._buffers[n] = b
-        for m, training in modes:
-            m.training = training
-    return {path: names for path, names in moved.items() if names}
+        changed |= {(path, n): None for path, m in model.named_modules() for n, b in m._buffers.items() if _float(b)}
+    by_torch = {id(m._parameters["weight"]) for m in trial.modules() if getattr(m, "max_norm", None) is not None}
+    for (name, p), was in zip(trial.named_parameters(), model.parameters(), strict=True):
+        if id(p) not in by_torch and not p.is_meta and not same_bits(p.detach(), was.detach()):
+            raise ConversionError(
+                f"{name}: the forward itself writes to this parameter, which would change what sealed tasks use; keep "
+                "what it computes in a variable, or in a buffer"
+            )
+    buffers: dict[str, list[str]] = {}
+    states: dict[str, list[str]] = {}
+    for path, name in changed:
+        module, after = model.get_submodule(path), trial.get_submodule(path)._buffers.get(name)
+        if name in layer_for(type(module)).hat_task_buffers:
+            continue
+        before = module._buffers.get(name)
+        as_it_was = (
+            before is not None and after is not None and (before.shape, before.dtype) == (after.shape, after.dtype)
+        )
+        (buffers if as_it_was else states).setdefault(path, []).append(name)
+        if not as_it_was:
+            try:
+                copied(getattr(module, name, None))
+            except Exception as error:
+                raise ConversionError(
+                    f"{path or type(model).__name__}.{name}: the forward changes it, and it cannot be copied "
+                    f"({error}), so tasks cannot each have their own; keep there what can be copied: tensors, "
+                    "numbers, containers of them"
+                ) from error
+    return {p: tuple(n) for p, n in buffers.items()}, {p: tuple(n) for p, n in states.items()}
 
 
-def _same(a: Tensor | None, b: Tensor) -> bool:
-    return a is not None and difference(a, b) == 0
-
-
-def shapes(x: Any) -> str:
-    """Inputs in words, for messages."""
-    if isinstance(x, Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
-    if isinstance(x, Mapping):
-        return "{" + ", ".join(f"{k}: {shapes(v)}" for k, v in x.items()) + "}"
-    if isinstance(x, (list, tuple)):
-        return "(" + ", ".join(map(shapes, x)) + ")"
-    return type(x).__name__
+def _float(b: Tensor | None) -> bool:
+    return b is not None and b.is_floating_point()
 
 
 def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
@@ -206,13 +238,14 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
             if p is not None:
                 holders.setdefault(names[id(p)], set()).add(path)
     plan: list[tuple[nn.Module, type, Binding]] = []
+    stateful: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     for path, m in model.named_modules():
         norm = unit_map.norms.get(path)
         layer = layer_for(type(m), norm.kind if norm is not None else "")
         own = {n: p for n, p in m._parameters.items() if p is not None}
-        moving = unit_map.buffers.get(path, ())
+        moving, states = unit_map.buffers.get(path, ()), unit_map.states.get(path, ())
         known = any(m._buffers.get(b) is not None for b in layer.hat_task_buffers)
-        if not (own or norm is not None or known or moving or layer.hat_always):
+        if not (own or norm is not None or known or moving or states or layer.hat_always):
             continue
         hat = Binding(gates, buffers=moving, path=path)
         for name, p in own.items():
@@ -250,7 +283,10 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
             else:
                 hat.output = (norm.dim, units(norm.units))
             hat.dirty = not norm.clean
-        plan.append((m, task_class(layer, type(m), tuple(own), moving), hat))
+        plan.append((m, task_class(layer, type(m), tuple(own), moving, state_attributes(states)), hat))
+        if states:
+            stateful[path] = (m, states)
+    hold(model, stateful)
     for m, cls, hat in plan:
         m.__class__ = cls
         m._hat_attach(hat, config.num_tasks)  # type: ignore[operator]
@@ -287,6 +323,73 @@ def _take_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, *a
             state[name] = plain if plain is not None and plain.shape == value.shape else value
 
 
+def _check_plain(made: nn.Module, source: nn.Module, inputs: Any) -> None:
+    """Without a task the model must compute what the source does, bit for bit, in evaluation and in training.
+
+    Raises:
+        ConversionError: names the first module whose output differs.
+    """
+    for training in (False, True):
+        mode = "training" if training else "evaluation"
+        try:
+            want = _plain_outputs(source, inputs, training)
+        except Exception as error:
+            if not training:
+                raise
+            log.info("%s: a training forward failed (%s), so it is not compared", type(source).__name__, error)
+            return
+        try:
+            got = _plain_outputs(made, inputs, training)
+            where = difference_of(want, got)[1]
+        except Exception as error:
+            got, where = {}, f"{type(error).__name__}: {error}"
+        if not where:
+            continue
+        random = difference_of(want, _plain_outputs(source, inputs, training))[1]
+        if random and training:
+            log.info("%s: its training forward cannot be seeded, so it is not compared", type(source).__name__)
+            return
+        if random:
+            raise ConversionError(f"{type(source).__name__}: {RANDOM.format(where=random)}")
+        path = _first_that_differs(made, source, inputs, training)
+        raise ConversionError(
+            f"{path or type(source).__name__}: without a task, in {mode} mode, the converted module computes something "
+            f"else than the source ({where}). Conversion gives a module a class that is derived from its own: a "
+            "forward that compares classes (type(m) is nn.Linear) must use isinstance, and names that begin with "
+            "hat_ or _hat_ belong to hatcl"
+        )
+
+
+def _plain_outputs(model: nn.Module, inputs: Any, training: bool) -> dict[str, Tensor]:
+    trial = copy_of(model, share=True).train(training)
+    with torch.no_grad(), seeded(device=device_of(model)):
+        return {path: x.clone() for path, x in values_of(call(trial, inputs)).items()}
+
+
+def _first_that_differs(made: nn.Module, source: nn.Module, inputs: Any, training: bool) -> str:
+    """The path of the first module, in the order in which they end, whose output is another one in the converted
+    model."""
+
+    def run(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
+        trial, seen = copy_of(model, share=True).train(training), []
+
+        def note(path: str) -> Any:
+            return lambda m, args, out: seen.append((path, [x.detach().clone() for x in tensors_of(out)]))
+
+        for path, m in trial.named_modules():
+            if path in paths:
+                m.register_forward_hook(note(path))
+        with contextlib.suppress(Exception), torch.no_grad(), seeded(device=device_of(model)):
+            call(trial, inputs)
+        return seen
+
+    paths = {path for path, _ in source.named_modules()}
+    for (path, a), (other, b) in zip(run(source), run(made), strict=False):
+        if path != other or len(a) != len(b) or not all(map(same_bits, a, b)):
+            return path
+    return ""
+
+
 def _verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HATConfig, inputs: Any) -> nn.Module:
     """Attack with random gates. A parameter through which the attack gets out becomes a copy per task (M5)."""
     blamed: list[str] = []
@@ -321,22 +424,42 @@ def _leaks(model: nn.Module, inputs: Any) -> list[str] | None:
     exact = True
     for on in (mask, ~mask):
         gates.masks[0] = on.to(gates.masks.device)
-        gates.epoch += 1
+        _set_cut(gates, False)  # what the folds of the map alone give: this is what proves the map
         with torch.no_grad():
-            want = outputs_of(trial, inputs, 0)
+            want = named_outputs(trial, inputs, 0)
             groups = [names]
             while groups:
                 group = groups.pop()
                 with attack(trial, 0, only=None if group is names else set(group)):
-                    got = outputs_of(trial, inputs, 0)
-                if all(difference(a, b) == 0 for a, b in zip(want, got, strict=True)):
+                    got = named_outputs(trial, inputs, 0)
+                if _same_numbers(want, got):
                     continue
+                if exact and (where := difference_of(want, named_outputs(trial, inputs, 0))[1]):
+                    raise ConversionError(f"{type(model).__name__}: {RANDOM.format(where=where)}")
                 exact = False
                 if len(group) == 1:
                     found[group[0]] = None
                 elif group:
                     groups += [group[: len(group) // 2], group[len(group) // 2 :]]
+            _set_cut(gates, True)
+            if exact and not _same_numbers(want, got := named_outputs(trial, inputs, 0)):
+                diff, where = difference_of(want, got)
+                raise ConversionError(
+                    f"{type(model).__name__}: cut down to half of its units it computes another {where} (by "
+                    f"{diff:.2g}) than gated to them, so its map is not right; please report the model, or pass "
+                    "verify=False to convert without the guarantee"
+                )
     return None if exact else list(found) or names
+
+
+def _set_cut(gates: Gates, cut: bool) -> None:
+    gates.cut = cut
+    gates.epoch += 1
+
+
+def _same_numbers(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> bool:
+    """The same bits, but for the sign of zeros: without the cut a zero is a product, and has its sign."""
+    return want.keys() == got.keys() and all(difference(x + 0, got[path] + 0) == 0 for path, x in want.items())
 
 
 def _stirred(model: nn.Module, inputs: Any) -> nn.Module:
@@ -346,11 +469,12 @@ def _stirred(model: nn.Module, inputs: Any) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in trial.parameters():
-            if p.is_floating_point() and p.numel():
+            if (p.is_floating_point() or p.is_complex()) and p.numel():
                 fan_in = p.numel() / p.shape[0] if p.dim() > 1 else 25.0
                 size = max(0.5 * float(p.std()) if p.numel() > 1 else 0.0, 0.5 / math.sqrt(fan_in))
-                p.add_((torch.randn(p.shape, generator=generator) * size).to(p))
-        finite = all(bool(torch.isfinite(x).all()) for x in tensors_of(call(trial, inputs)) if x.is_floating_point())
+                dtype = torch.complex64 if p.is_complex() else torch.float32
+                p.add_((torch.randn(p.shape, generator=generator, dtype=dtype) * size).to(p))
+        finite = all(bool(torch.isfinite(x).all()) for x in named_outputs(trial, inputs, None).values())
     if not finite:
         log.info("%s overflows with noise on its parameters; attacked with its own values", type(model).__name__)
     return trial if finite else copy.deepcopy(model).eval()

@@ -79,7 +79,7 @@ def test_twin_if_less_were_live_the_certificate_would_fail(sealed, monkeypatch):
     certificate = hatcl.certify(model, x)
     assert not certificate.exact and str(certificate).startswith("NOT exact: of tasks 0, 1, 2, these moved: {0:")
     with pytest.raises(
-        hatcl.IsolationError, match="certify: NOT exact: .*Other tasks reach them; please report the model"
+        hatcl.IsolationError, match="certify: NOT exact: .*Other tasks reach output of task 0 in evaluation; please report the model"
     ):
         hatcl.certify(model, x, strict=True)
 

@@ -17,7 +17,7 @@ single numbers with zeros where an off unit would be.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ConversionError
+from ..forward import call, tensors_of
 from .labels import Ints, Labels
 from .shadow import Axis, Shadow, Slot, apply_as_is, reshape, settle, small, varying
 
@@ -1197,22 +1198,12 @@ def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
             m.training = training
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Run a model on a tensor, a tuple or list (positional) or a mapping (keywords)."""
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs)
-
-
 def trace(model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool]) -> Trace:
     """Run `model` on `inputs` once and return what was seen. `norms` says which modules are norm layers that
     gate their own output."""
     tracer = Tracer(model, norms)
-    for x in tree_flatten(inputs)[0]:
-        if isinstance(x, Tensor):
-            tracer.shadows[x] = Shadow()
+    for x in tensors_of(inputs, "inputs"):
+        tracer.shadows[x] = Shadow()
     try:
         with _watched(model, tracer), tracer:
             out = call(model, inputs)
@@ -1233,14 +1224,3 @@ def trace(model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool]) -> 
         tracer.labels, tracer.first, tracer.joint, tracer.folds, tracer.read_dirty, outputs[outputs != 0],
         tracer.norm_inputs, tracer.mixing, tracer.seen, tracer.standardised, tracer.notes,
     )  # fmt: skip
-
-
-def tensors_of(out: Any) -> list[Tensor]:
-    """Every tensor in a model's output: tensors, tuples, lists and mappings of them (model outputs of transformers)."""
-    if isinstance(out, Tensor):
-        return [out]
-    if isinstance(out, Mapping):
-        out = list(out.values())
-    if isinstance(out, (list, tuple)):
-        return [t for x in out for t in tensors_of(x)]
-    return []

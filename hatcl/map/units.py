@@ -103,7 +103,8 @@ class UnitMap:
         outputs: for module path, the units by which its output is multiplied instead of its weight.
         norms: what enters each norm.
         notes: what fell back, by module path.
-        buffers: for module path, the buffers of which every task has its own because a training forward writes them.
+        buffers: for module path, the buffers of which every task has its own because a forward writes them.
+        states: for module path, whatever else a forward changes (see `layers/state.py`).
     """
 
     num_units: int
@@ -114,6 +115,7 @@ class UnitMap:
     norms: dict[str, NormInput]
     notes: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    states: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def known(self) -> float:
@@ -150,6 +152,7 @@ class UnitMap:
             "norms": {path: norm(n) for path, n in self.norms.items()},
             "notes": self.notes,
             "buffers": {path: list(names) for path, names in self.buffers.items()},
+            "states": {path: list(names) for path, names in self.states.items()},
         }
 
     @classmethod
@@ -170,6 +173,7 @@ class UnitMap:
             {p: NormInput(**{**n, "units": unrun(n["units"])}) for p, n in data["norms"].items()},
             data["notes"],
             {path: tuple(names) for path, names in data["buffers"].items()},
+            {path: tuple(names) for path, names in data.get("states", {}).items()},
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import json
 import math
 import random
 import time
@@ -23,10 +22,10 @@ from ..certify import certify, difference
 from ..config import HATConfig
 from ..convert import convert, map_of
 from ..describe import describe
+from ..forward import call, tensors_of, values_of
 from ..gates import gates_of
 from ..gates import task as active
-from ..map.trace import call, tensors_of
-from ..pretrained import from_pretrained, save_pretrained
+from ..pretrained import from_pretrained, read_config, save_pretrained
 from ..training.learn import learn
 
 # about half of each task's units off, and they stay so: a few steps do not turn an embedding of 6 around
@@ -144,7 +143,7 @@ def reload(folder: Path, make: Callable[[], nn.Module]) -> None:
         ProofFailed: a task gives other outputs.
     """
     expected = torch.load(folder / EXPECTED, weights_only=True)
-    alone = json.loads((folder / "config.json").read_text())["source"] is not None
+    alone = read_config(folder)["source"] is not None
     model = from_pretrained(folder, base=None if alone else make())
     for t, want in enumerate(expected["sealed"]):
         with active(model, t):
@@ -165,7 +164,7 @@ def _outputs(model: nn.Module, inputs: Any, training: bool = False) -> list[Tens
     np.random.seed(0)  # transformers masks audio with it
     torch.manual_seed(0)
     with torch.no_grad():
-        return [t.detach().clone() for t in tensors_of(call(model.train(training), inputs))]
+        return [t.clone() for t in values_of(call(model.train(training), inputs)).values()]
 
 
 def _objective(out: Any, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from timm.models import _registry
 
 import hatcl
-from hatcl.map.trace import tensors_of
+from hatcl.forward import tensors_of
 from hatcl.zoo import catalog
 
 ROOT = Path(__file__).parents[2]

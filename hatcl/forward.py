@@ -1,0 +1,294 @@
+"""A model on any batch, and every value in what it gives.
+
+What is proved of a model is proved of what these functions find. So an object that they cannot look into is an error,
+never nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import enum
+import functools
+import numbers
+import random
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import SUPPORTED_NODES
+
+from .errors import HATError
+from .functional import digest_of
+
+
+class OutputError(HATError, TypeError):
+    """A forward gives something in which no value can be found."""
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on a tensor, a tuple or list (positional) or a mapping (keywords)."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (list, tuple)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def tensors_of(out: Any, name: str = "output") -> list[Tensor]:
+    """Every tensor in what a forward gives or takes: in mappings, sequences, sets, dataclasses, named tuples, nodes of
+    torch's pytree, distributions, caches and any other object with attributes, however deep, each object once.
+
+    Raises:
+        OutputError: a part that cannot be looked into; says which.
+    """
+    return [x for _, x in _found(out, name) if isinstance(x, Tensor)]
+
+
+def values_of(out: Any) -> dict[str, Tensor]:
+    """Path -> every value in what a forward gives, as a dense tensor, detached: its tensors, the parts of sparse and
+    nested ones, numpy arrays, and also numbers and texts, which a forward may have computed as well.
+
+    Raises:
+        OutputError: there is no tensor in it, or a part that cannot be looked into; says which.
+    """
+    values: dict[str, Tensor] = {}
+    tensors = 0
+    for path, x in _found(out):
+        if isinstance(x, Tensor):
+            tensors += 1
+            values.update(_dense(path, x.detach()))
+        else:
+            values[path] = _as_tensor(path, x)
+    if not tensors:
+        raise OutputError(
+            f"its forward gives {_kind(out)}, in which there is no tensor, so there is nothing that could be compared; "
+            "return the tensors that it computes, by themselves or in a tuple, a dict, a dataclass or another object"
+        )
+    return values
+
+
+def shapes(x: Any) -> str:
+    """Inputs in words, for messages."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{k}: {shapes(v)}" for k, v in x.items()) + "}"
+    if isinstance(x, (list, tuple)):
+        return "(" + ", ".join(map(shapes, x)) + ")"
+    return type(x).__name__
+
+
+@contextlib.contextmanager
+def seeded(seed: int = 0, device: torch.device | None = None) -> Iterator[None]:
+    """Inside, torch, numpy and Python draw the same numbers each time; afterwards they go on as before."""
+    state = random.getstate(), np.random.get_state()
+    devices = [device] if device is not None and device.type not in ("cpu", "meta") else []
+    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: where its first parameter or buffer is, else the CPU."""
+    for tensors in (model.parameters(), model.buffers()):
+        for x in tensors:
+            return x.device
+    return torch.device("cpu")
+
+
+def inside(x: Any) -> Iterator[tuple[str, Any]]:
+    """Path and object of everything that an object consists of, itself first, each once. What cannot be looked into,
+    and modules, are not looked into."""
+    seen: dict[int, Any] = {}
+    stack: list[tuple[str, Any]] = [("", x)]
+    while stack:
+        path, x = stack.pop()
+        yield path, x
+        if isinstance(x, (Tensor, nn.Module, enum.Enum, *_VALUES, *_NOTHING)) or id(x) in seen:
+            continue
+        seen[id(x)] = x
+        with contextlib.suppress(OutputError):
+            stack += reversed(list(_parts(path, x)))
+
+
+# ---- looking into objects --------------------------------------------------------------------------------------------
+
+_NOTHING = (
+    type(None), type, types.ModuleType, types.BuiltinFunctionType, types.GenericAlias, torch.dtype, torch.device,
+    torch.layout, torch.memory_format, type(...), type(NotImplemented), property,
+)  # fmt: skip
+_VALUES = (numbers.Number, str, bytes, bytearray, np.ndarray, np.generic, range, datetime.date, datetime.time,
+           datetime.timedelta, torch.Generator)  # fmt: skip
+
+
+def _kind(x: Any) -> str:
+    name = type(x).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}" if x is not None else "None"
+
+
+def _found(out: Any, name: str = "output") -> Iterator[tuple[str, Any]]:
+    """Path and value of every tensor and every plain value, each object once, in an order that is the same each
+    time."""
+    seen: dict[int, Any] = {}  # holds what it has seen, so that no id is given twice
+    stack: list[tuple[str, Any]] = [(name, out)]
+    while stack:
+        path, x = stack.pop()
+        if isinstance(x, enum.Enum):
+            yield path, x.name
+        elif isinstance(x, _VALUES):
+            yield path, x
+        elif not isinstance(x, _NOTHING) and id(x) not in seen:
+            seen[id(x)] = x
+            if isinstance(x, Tensor):
+                yield path, x
+            else:
+                stack += reversed(list(_parts(path, x)))
+
+
+def _parts(path: str, x: Any) -> Iterator[tuple[str, Any]]:
+    """What an object consists of."""
+    known = False
+    if isinstance(x, nn.Module):
+        raise OutputError(
+            f"{path} is a module ({type(x).__name__}); a forward whose output holds a module cannot be compared, as "
+            "everything that the module holds belongs to all tasks; return what it computes"
+        )
+    if isinstance(x, Mapping):
+        known = True
+        yield from ((f"{path}[{key!r}]", value) for key, value in x.items())
+    elif isinstance(x, tuple) and hasattr(x, "_fields"):
+        known = True
+        yield from ((f"{path}.{name}", value) for name, value in zip(x._fields, x, strict=True))
+    elif isinstance(x, (list, tuple, deque)):
+        known = True
+        yield from ((f"{path}[{i}]", value) for i, value in enumerate(x))
+    elif isinstance(x, (set, frozenset)):
+        known = True
+        members = sorted(x, key=_order)  # tensors lie in a set in the order of their addresses
+        yield from ((f"{path}{{{i}}}", value) for i, value in enumerate(members))
+    elif isinstance(x, slice):
+        known = True
+        yield from ((f"{path}.{name}", getattr(x, name)) for name in ("start", "stop", "step"))
+    elif isinstance(x, functools.partial):
+        known = True
+        yield from ((f"{path}.{name}", getattr(x, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(x, types.MethodType):
+        known = True
+        yield f"{path}.__self__", x.__self__
+    elif isinstance(x, types.FunctionType):
+        known = True
+        for i, cell in enumerate(x.__closure__ or ()):
+            yield f"{path}.{x.__code__.co_freevars[i]}", cell.cell_contents
+        yield f"{path}.__defaults__", x.__defaults__
+        yield f"{path}.__kwdefaults__", x.__kwdefaults__
+    elif isinstance(x, weakref.ReferenceType):
+        known = True
+        yield f"{path}()", x()
+    elif isinstance(x, BaseException):
+        known = True
+        yield f"{path}.args", x.args
+    node = SUPPORTED_NODES.get(type(x))
+    if node is not None and not known:
+        known = True
+        children, context = node.flatten_fn(x)
+        yield from ((f"{path}<{i}>", child) for i, child in enumerate(children))
+    names = attributes_of(x)
+    if names is None and not known:
+        raise OutputError(
+            f"{path} is {_kind(x)}, and hatcl cannot look into it to compare what is in it; return tensors, or a "
+            "tuple, "
+            "a dict, a dataclass or an object whose attributes hold them"
+        )
+    yield from ((f"{path}.{name}", value) for name, value in (names or {}).items())
+
+
+def attributes_of(x: Any) -> dict[str, Any] | None:
+    """The attributes of an object, in `__dict__` and in slots; None where it can have none, as an object that is
+    written in C."""
+    slots = [name for cls in type(x).__mro__ for name in _slots(cls)]
+    own = getattr(x, "__dict__", None)
+    if own is None and not slots and not dataclasses.is_dataclass(x) and not _is_plain(type(x)):
+        return None
+    found = dict(own or {})
+    for name in slots:
+        with contextlib.suppress(AttributeError):  # declared, and not assigned
+            found[name] = object.__getattribute__(x, name)
+    return found
+
+
+def _slots(cls: type) -> list[str]:
+    names = cls.__dict__.get("__slots__", ())
+    names = [names] if isinstance(names, str) else list(names)
+    private = [n for n in names if n.startswith("__") and not n.endswith("__")]
+    return [
+        f"_{cls.__name__.lstrip('_')}{n}" if n in private else n for n in names if n not in ("__dict__", "__weakref__")
+    ]
+
+
+def _is_plain(cls: type) -> bool:
+    """Is a class written in Python, with no slots and no attributes of its own (`__slots__ = ()`)?"""
+    return all("__slots__" in base.__dict__ for base in cls.__mro__[:-1])
+
+
+def _order(x: Any) -> str:
+    return digest_of(x) if isinstance(x, Tensor) and x.layout == torch.strided else f"{type(x).__name__} {x!r}"
+
+
+def _dense(path: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor as dense ones."""
+    parts: dict[str, Callable[[], Tensor]]
+    if x.is_nested:
+        for i, part in enumerate(x.unbind()):
+            yield from _dense(f"{path}[{i}]", part)
+        return
+    if x.layout == torch.sparse_coo:
+        parts = {"indices": x._indices, "values": x._values}
+    elif x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = {"crow_indices": x.crow_indices, "col_indices": x.col_indices, "values": x.values}
+    elif x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = {"ccol_indices": x.ccol_indices, "row_indices": x.row_indices, "values": x.values}
+    elif x.is_quantized:
+        parts = {"int_repr": x.int_repr, "dequantize": x.dequantize}
+    elif x.layout != torch.strided:
+        parts = {"to_dense": x.to_dense}
+    else:
+        yield path, x.resolve_conj().resolve_neg()
+        return
+    yield f"{path}.shape", torch.tensor(x.shape)
+    for name, get in parts.items():
+        yield f"{path}.{name}", get().detach()
+
+
+def _as_tensor(path: str, x: Any) -> Tensor:
+    """A value that is no tensor as one of the same bits."""
+    if isinstance(x, torch.Generator):
+        return x.get_state()
+    if isinstance(x, (np.ndarray, np.generic)):
+        array = np.ascontiguousarray(x)
+        if array.dtype.hasobject:
+            raise OutputError(
+                f"{path} is a numpy array of Python objects, and hatcl cannot look into it; return arrays of numbers"
+            )
+        kind = str((array.dtype.str, np.shape(x)))
+        return torch.frombuffer(bytearray(array.tobytes() + kind.encode()), dtype=torch.uint8)
+    if type(x) in (bool, float, complex):
+        return torch.tensor(x, dtype={bool: torch.bool, float: torch.float64, complex: torch.complex128}[type(x)])
+    if type(x) is int and -(2**63) <= x < 2**63:
+        return torch.tensor(x)
+    text = bytes(x) if isinstance(x, (bytes, bytearray)) else str(x).encode("utf-8", "surrogatepass")
+    return torch.frombuffer(bytearray(type(x).__name__.encode() + b" " + text), dtype=torch.uint8)
