@@ -83,8 +83,8 @@ __all__ = [
     "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError",
     "accumulate", "add_tasks", "as_adapter", "atlas", "certify", "compose", "consolidate", "continual", "convert",
     "describe", "forget_task", "forward", "from_pretrained", "hold", "learn", "learn_graft", "list_merges",
-    "list_models", "localize", "merge", "merge_method", "orthogonality", "overlap", "register", "save_pretrained", "seal",
-    "select_graft", "set_task", "sign_conflicts", "skill_tensors", "task", "task_parameters", "tasks",
+    "list_models", "localize", "merge", "merge_method", "orthogonality", "overlap", "register", "save_pretrained",
+    "seal", "select_graft", "set_task", "sign_conflicts", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

@@ -10,10 +10,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hatcl"
 FLOORS = [
-    ["errors", "config", "files", "functional", "forward"],
+    ["errors", "config", "files", "functional", "forward", "lend"],
     ["registry", "map", "keeper", "active"],
     ["gates", "layers", "guard", "distributed"],
-    ["certify", "describe", "forget", "adapter", "extract", "convert", "together", "pretrained", "vectors", "skills", "grafts"],
+    "certify describe forget adapter extract convert together pretrained vectors skills grafts".split(),
     ["training", "atlas", "continual", "integrations", "finetuning", "report", "zoo"],
     "__init__ cli_options cli_atlas_run cli_atlas cli_tasl cli_finetune cli_graft_run cli_graft cli __main__".split(),
 ]
