@@ -20,7 +20,7 @@ from hatcl.functional import same_bits
 
 KINDS = {
     "timm v3": (lambda m: ModelEmaV3(m, decay=0.5), "update"),
-    "timm v2": (lambda m: ModelEmaV2(m, decay=0.5), "update"),
+    "timm v2": (lambda m: ModelEmaV2(m, decay=0.7), "update"),
     "averaged": (lambda m: AveragedModel(m, avg_fn=lambda a, p, n: 0.3 * a + 0.7 * p), "update_parameters"),
     "averaged buffers": (
         lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True), "update_parameters",

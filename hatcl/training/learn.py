@@ -71,10 +71,7 @@ class Learning:
         self.step = self._start + taken
         if self.settled:
             self._statistics.adopt(self.step - self._settled_at)
-        settled = self.settled
         self._set_scale()
-        if self.settled and not settled:
-            self._statistics.restart()
 
     def _set_scale(self) -> None:
         cycles = self.config.cycles or self.epochs
@@ -84,6 +81,7 @@ class Learning:
         settled = self.step >= self.steps * (1 - self.config.settle)
         if settled and not self.settled:
             self._settled_at = self.step
+            self._statistics.restart()
         self.settled = settled
         for g in self.gates:
             g.scale.fill_(value)
