@@ -259,3 +259,110 @@ def test_tasks_that_cannot_be_forgotten(run):
         assert parts.same(before, parts.snapshot(model))
         tf.cross_entropy(model(parts.images("mlp")), torch.zeros(8, dtype=torch.long)).backward()
         optimizer.step()
+
+
+# ---- nothing is left ----------------------------------------------------------------------------------------------
+
+
+def tensors_in(x, seen):
+    """Every tensor that can be reached from an object."""
+    if id(x) in seen:
+        return
+    seen.add(id(x))
+    if isinstance(x, torch.Tensor):
+        yield x
+        if x.grad is not None:
+            yield x.grad
+    elif isinstance(x, dict):
+        for v in x.values():
+            yield from tensors_in(v, seen)
+    elif isinstance(x, (list, tuple, set)):
+        for v in x:
+            yield from tensors_in(v, seen)
+    elif hasattr(x, "__dict__") and not isinstance(x, type):
+        yield from tensors_in(vars(x), seen)
+
+
+def left_over(model, secrets):
+    """Which of some values can still be found in the model, as a run of numbers in a tensor of any shape."""
+    every = [t.detach().flatten() for t in tensors_in(model, set()) if t.numel() > 3]
+    return [s for s in secrets if any(bool(torch.isin(s, t.to(s.dtype)).all()) for t in every)]
+
+
+def learned_and_served(model):
+    model = parts.pretend(model, tasks=[0, 1])
+    x = parts.images("mlp")
+    for t in (0, 1, 1):
+        parts.logits(model, t, x)  # fills what layers keep
+    for p in model.parameters():
+        p.grad = p.detach().clone()
+    live = {
+        h.name: h.param.detach()[h.live(1) & ~h.live(0)] for h in guard.held(model) if h.task is None and not h.plain
+    }
+    return model, [v for v in live.values() if v.numel() > 3]
+
+
+def test_no_cache_and_no_gradient_keeps_what_was_erased():
+    model, secrets = learned_and_served(parts.converted("mlp"))
+    assert len(left_over(model, secrets)) == len(secrets) > 0
+    gates = [model.hat_gates.masks[1].clone()]
+    hatcl.forget_task(model, 1)
+    assert left_over(model, secrets) == []
+    units = {
+        id(a.units): a.units
+        for m in model.modules()
+        if (h := m.__dict__.get("_hat"))
+        for p in h.params.values()
+        for a in p.axes
+    }
+    assert all(u._fixed[0] is None and u._fixed_on[0] is None for u in units.values()) and not torch.equal(
+        model.hat_gates.masks[1], gates[0]
+    )
+
+
+def test_twin_with_caches_left_it_can_be_read(monkeypatch):
+    from hatcl.layers.gated import Binding
+
+    monkeypatch.setattr(Binding, "clear", lambda self: None)
+    model, secrets = learned_and_served(parts.converted("mlp"))
+    hatcl.forget_task(model, 1)
+    assert left_over(model, secrets)
+
+
+class Complex(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(8, 16)
+        self.filter = torch.nn.Parameter(torch.randn(16, dtype=torch.complex64))
+        self.b = torch.nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.b(torch.view_as_real(self.a(x) * self.filter).sum(-1))
+
+
+def test_a_complex_parameter_is_forgotten_like_others():
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    model = parts.pretend(hatcl.convert(Complex(), 3, x), tasks=[0, 1])
+    want, before = parts.logits(model, 0, x), model.a._parameters["weight"].detach().clone()
+    hatcl.forget_task(model, 1)
+    assert hatcl.tasks(model) == [0] and torch.equal(parts.logits(model, 0, x), want)
+    assert not torch.equal(model.a._parameters["weight"], before) and hatcl.certify(model, x).exact
+
+
+def test_a_draw_that_fails_leaves_everything_as_it_was(monkeypatch):
+    model = parts.pretend(parts.converted("mlp"), tasks=[0, 1])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    plain, calls = HATLayer._hat_redrawn, []
+
+    def second_fails(self, rows=None):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("an initialiser of the user's")
+        return plain(self, rows)
+
+    monkeypatch.setattr(HATLayer, "_hat_redrawn", second_fails)
+    with pytest.raises(RuntimeError, match="an initialiser"):
+        hatcl.forget_task(model, 1)
+    assert hatcl.tasks(model) == [0, 1]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
