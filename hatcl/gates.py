@@ -41,6 +41,11 @@ class Origin:
         self.own: set[int] = set()
         self.kept: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self.seen: Any = None
+        self._sealed = set(copied.sealed.nonzero().flatten().tolist())
+        self.forget_writes(copied)
+
+    def forget_writes(self, copied: Gates) -> None:
+        """What was written to the copy until now, a state that was loaded for one, is no average."""
         self._versions = [e._version for e in copied.embeddings]
 
     def model(self) -> nn.Module | None:
@@ -49,12 +54,12 @@ class Origin:
         return None if source is None or source.model is None else source.model()
 
     def follow(self, copied: Gates) -> bool:
-        """Has the copy been averaged with a model that is learning another task than the one followed so far?"""
+        """Has the copy been averaged with a model that has learned on, another task than the one followed so far?"""
         source = self.gates()
-        task = None if source is None else source.learning
-        if task is None or task == self.task or task >= len(self._versions):
+        task = None if source is None else source.learned
+        if task is None or task == self.task or task in self._sealed or task in self.own:
             return False
-        if copied.embeddings[task]._version == self._versions[task]:
+        if task >= len(self._versions) or copied.embeddings[task]._version == self._versions[task]:
             return False  # only a copy; nothing was written to it
         self.task = task
         return True
@@ -71,8 +76,8 @@ class Gates(nn.Module):
         masks: `[T, U]` bool, the hard gates of sealed tasks. sealed: `[T]` bool.
         digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
             fixed size for state dicts (see `guard.table_of`).
-        learner: the thread that is learning. lock: what it holds while an optimizer steps, during which frozen elements
-            may be away from their place.
+        learned: the task that is being learned, or was last. learner: the thread that is learning. lock: what it holds
+            while an optimizer steps, during which frozen elements may be away from their place.
         cut: a task with hard gates computes with its live elements alone, zeros for all others, so that nothing else
             enters its arithmetic. Without it, it computes by the folds of the map, as while it is learned.
         hardened: 1 while the task being learned settles, its gates hard already; a tensor, so that the program stays
@@ -103,6 +108,7 @@ class Gates(nn.Module):
         self.register_buffer("hardened", torch.tensor(0.0), persistent=False)
         self.key = next(_keys)
         self.learning: int | None = None
+        self.learned: int | None = None
         self.learner: int | None = None
         self.lock: Any = None
         self.soft = False
@@ -119,6 +125,7 @@ class Gates(nn.Module):
         self._default: int | None = None
         self._ever_active = False
         self._taken_by: tuple[Any, Tensor] = (None, torch.zeros(0, dtype=torch.bool))
+        self.register_load_state_dict_post_hook(_loaded)
 
     def forward(self, x: Any) -> Any:
         """Nothing: where the converted model is an `nn.Sequential`, its gates are one step of it."""
@@ -281,7 +288,7 @@ class Gates(nn.Module):
         state = {**self.__dict__, "_taken_by": (None, torch.zeros(0, dtype=torch.bool)), "soft": False}
         if self._default == self.learning:
             state["_default"] = None
-        return {**state, **dict.fromkeys(("key", "learning", "learner", "lock", "origin", "model"))}
+        return {**state, **dict.fromkeys(("key", "learning", "learned", "learner", "lock", "origin", "model"))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -319,6 +326,11 @@ class Gates(nn.Module):
 
     def extra_repr(self) -> str:
         return f"units={self.num_units}, tasks={self.num_tasks}, sealed={self.sealed.nonzero().flatten().tolist()}"
+
+
+def _loaded(gates: Gates, _: Any) -> None:
+    if gates.origin is not None:
+        gates.origin.forget_writes(gates)
 
 
 class Units:

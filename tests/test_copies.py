@@ -92,6 +92,22 @@ def test_twin_without_putting_back_an_average_of_equal_numbers_rounds(kind, monk
     assert not same_bits(out(ema.module, 0), want)
 
 
+def test_a_copy_that_nobody_looked_at_inside_the_block():
+    model, want = learned()
+    ema = learn_beside(model, 1, ModelEmaV3(model, decay=0.5), "update", look=lambda at: None)
+    assert same_bits(out(ema.module, 0), want)
+    hatcl.seal(ema.module)
+    assert ema.module.hat_gates.task == 1 and hatcl.certify(ema.module, X).exact
+
+
+def test_a_state_that_is_loaded_into_a_copy_is_no_average():
+    model, want = learned()
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(model.state_dict())
+    train(model, 1)
+    assert copied.hat_gates.task == 0 and same_bits(plain(copied), want)
+
+
 def test_minus_zero_survives_in_a_copy():
     model, _ = learned()
     live = model[0]._hat.params["weight"].live(0, torch.device("cpu")).expand(24, 8)
@@ -134,9 +150,7 @@ def test_an_unsealed_copy_says_what_to_do():
     ema = ModelEmaV3(model, decay=0.5)
     learn_beside(model, 1, ema, "update", look=plain)
     ema.update(model)
-    with pytest.raises(
-        hatcl.IntegrityError, match=r"task 1 was sealed, but .* hatcl.seal\(copy\) seals what"
-    ):
+    with pytest.raises(hatcl.IntegrityError, match=r"task 1 was sealed, but .* hatcl.seal\(copy\) seals what"):
         hatcl.certify(ema.module, X)
     hatcl.seal(ema.module)
     assert hatcl.certify(ema.module, X).exact
@@ -160,9 +174,7 @@ def test_statistics_of_a_sealed_task_are_not_written_from_outside():
         model.eval()
         assert same_bits(out(model, 0), want)
         model[1].running_mean.zero_()
-    with pytest.warns(
-        UserWarning, match="1.running_mean: something wrote to the value that sealed task 0"
-    ):
+    with pytest.warns(UserWarning, match="1.running_mean: something wrote to the value that sealed task 0"):
         assert same_bits(out(model, 0), want)
     assert hatcl.certify(model, X).exact
     hatcl.set_task(model, None)

@@ -189,7 +189,7 @@ def learn(
     replicas.joined = lambda: guard.relock(guard.locked)
     before = [(g, g.task) for g in gates]
     for g in gates:
-        g.task = g.learning = task
+        g.task = g.learning = g.learned = task
         g.learner, g.lock = threading.get_ident(), guard.lock
         g.model, g.origin = weakref.ref(model), None
     learning._set_scale()
