@@ -123,7 +123,7 @@ def inside(x: Any) -> Iterator[tuple[str, Any]]:
             continue
         seen[id(x)] = x
         with contextlib.suppress(OutputError):
-            stack += reversed(list(_parts(path, x)))
+            stack += reversed(_parts(path, x))
 
 
 # ---- looking into objects --------------------------------------------------------------------------------------------
@@ -134,6 +134,12 @@ _NOTHING = (
 )  # fmt: skip
 _VALUES = (numbers.Number, str, bytes, bytearray, np.ndarray, np.generic, range, datetime.date, datetime.time,
            datetime.timedelta, torch.Generator)  # fmt: skip
+
+
+_BUILT_IN: dict[type, tuple[str, ...]] = {
+    slice: ("start", "stop", "step"), functools.partial: ("func", "args", "keywords"), types.MethodType: ("__self__",),
+    BaseException: ("args",),
+}  # fmt: skip
 
 
 def _kind(x: Any) -> str:
@@ -152,69 +158,55 @@ def _found(out: Any, name: str = "output") -> Iterator[tuple[str, Any]]:
             yield path, x.name
         elif isinstance(x, _VALUES):
             yield path, x
+        elif isinstance(x, Tensor):
+            yield path, x
         elif not isinstance(x, _NOTHING) and id(x) not in seen:
             seen[id(x)] = x
-            if isinstance(x, Tensor):
-                yield path, x
-            else:
-                stack += reversed(list(_parts(path, x)))
+            stack += reversed(_parts(path, x))
 
 
-def _parts(path: str, x: Any) -> Iterator[tuple[str, Any]]:
-    """What an object consists of."""
-    known = False
+def _parts(path: str, x: Any) -> list[tuple[str, Any]]:
+    """What an object consists of: its members, and its attributes where those are others."""
+    members = _members(path, x)
+    attributes = attributes_of(x)
+    if members is None and attributes is None:
+        raise OutputError(
+            f"{path} is {_kind(x)}, and hatcl cannot look into it to compare what is in it; return tensors, or a "
+            "tuple, a dict, a dataclass or an object whose attributes hold them"
+        )
+    known = {id(value) for _, value in members or ()}  # a model output of transformers has each member twice
+    more = [(f"{path}.{name}", value) for name, value in (attributes or {}).items() if id(value) not in known]
+    return [*(members or ()), *more]
+
+
+def _members(path: str, x: Any) -> list[tuple[str, Any]] | None:
+    """What an object of a known kind consists of."""
     if isinstance(x, nn.Module):
         raise OutputError(
             f"{path} is a module ({type(x).__name__}); a forward whose output holds a module cannot be compared, as "
             "everything that the module holds belongs to all tasks; return what it computes"
         )
     if isinstance(x, Mapping):
-        known = True
-        yield from ((f"{path}[{key!r}]", value) for key, value in x.items())
-    elif isinstance(x, tuple) and hasattr(x, "_fields"):
-        known = True
-        yield from ((f"{path}.{name}", value) for name, value in zip(x._fields, x, strict=True))
-    elif isinstance(x, (list, tuple, deque)):
-        known = True
-        yield from ((f"{path}[{i}]", value) for i, value in enumerate(x))
-    elif isinstance(x, (set, frozenset)):
-        known = True
-        members = sorted(x, key=_order)  # tensors lie in a set in the order of their addresses
-        yield from ((f"{path}{{{i}}}", value) for i, value in enumerate(members))
-    elif isinstance(x, slice):
-        known = True
-        yield from ((f"{path}.{name}", getattr(x, name)) for name in ("start", "stop", "step"))
-    elif isinstance(x, functools.partial):
-        known = True
-        yield from ((f"{path}.{name}", getattr(x, name)) for name in ("func", "args", "keywords"))
-    elif isinstance(x, types.MethodType):
-        known = True
-        yield f"{path}.__self__", x.__self__
-    elif isinstance(x, types.FunctionType):
-        known = True
-        for i, cell in enumerate(x.__closure__ or ()):
-            yield f"{path}.{x.__code__.co_freevars[i]}", cell.cell_contents
-        yield f"{path}.__defaults__", x.__defaults__
-        yield f"{path}.__kwdefaults__", x.__kwdefaults__
-    elif isinstance(x, weakref.ReferenceType):
-        known = True
-        yield f"{path}()", x()
-    elif isinstance(x, BaseException):
-        known = True
-        yield f"{path}.args", x.args
+        return [(f"{path}[{key!r}]", value) for key, value in x.items()]
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return [(f"{path}.{name}", value) for name, value in zip(x._fields, x, strict=True)]
+    if isinstance(x, (list, tuple, deque)):
+        return [(f"{path}[{i}]", value) for i, value in enumerate(x)]
+    if isinstance(x, (set, frozenset)):  # tensors lie in a set in the order of their addresses
+        return [(f"{path}{{{i}}}", value) for i, value in enumerate(sorted(x, key=_order))]
+    if isinstance(x, types.FunctionType):
+        cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
+        kept = [(f"{path}.{name}", cell.cell_contents) for name, cell in cells]
+        return [*kept, (f"{path}.__defaults__", x.__defaults__), (f"{path}.__kwdefaults__", x.__kwdefaults__)]
+    if isinstance(x, weakref.ReferenceType):
+        return [(f"{path}()", x())]
+    for kind, names in _BUILT_IN.items():
+        if isinstance(x, kind):
+            return [(f"{path}.{name}", getattr(x, name)) for name in names]
     node = SUPPORTED_NODES.get(type(x))
-    if node is not None and not known:
-        known = True
-        children, context = node.flatten_fn(x)
-        yield from ((f"{path}<{i}>", child) for i, child in enumerate(children))
-    names = attributes_of(x)
-    if names is None and not known:
-        raise OutputError(
-            f"{path} is {_kind(x)}, and hatcl cannot look into it to compare what is in it; return tensors, or a "
-            "tuple, "
-            "a dict, a dataclass or an object whose attributes hold them"
-        )
-    yield from ((f"{path}.{name}", value) for name, value in (names or {}).items())
+    if node is not None:
+        return [(f"{path}<{i}>", child) for i, child in enumerate(node.flatten_fn(x)[0])]
+    return None
 
 
 def attributes_of(x: Any) -> dict[str, Any] | None:
