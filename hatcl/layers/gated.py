@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -337,9 +337,9 @@ class HATLayer:
             return raw
         soft = gates.is_soft(task) or not gates.cut
         changing = gates.is_open(task) or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if not plan.fold and not plan.standardised and (soft or not self._hat_whole(plan)):
+        if not plan.fold and not plan.standardised and (soft or plan.copied or hat.output is not None):
             # of an embedding the rows that were looked up are cut, not the whole table
-            held = gates.lock is not None and not changing and not plan.copied
+            held = gates.lock is not None and not changing and not plan.copied and not soft
             return self._hat_constant(name, raw, task, raw.clone) if held else raw
         if soft:
             return self._hat_by_folds(name, raw, plan, task)
@@ -348,10 +348,10 @@ class HATLayer:
                 return self._hat_cut(name, raw, plan, task)
         return self._hat_constant(name, raw, task, lambda: self._hat_cut(name, raw, plan, task))
 
-    def _hat_whole(self, plan: ParameterPlan) -> bool:
-        """Are a parameter's zeros harmless along all its axes? A copy is the task's own; what is normalised before use
-        must be whole, zeros may not be divided by their size."""
-        return self.hat_direct and self._hat.output is None and not plan.copied and not plan.standardised
+    def _hat_contracted(self, plan: ParameterPlan) -> bool:
+        """Is a shared parameter multiplied with its input as it is, so that zeros for what is off change nothing?"""
+        owned = all(i in plan.fold for i, axis in enumerate(plan.axes) if axis.owner)
+        return (self.hat_direct or owned) and self._hat.output is None and not plan.standardised
 
     def _hat_by_folds(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
         value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
@@ -364,9 +364,14 @@ class HATLayer:
         return value.view(raw.shape)
 
     def _hat_cut(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
-        """Zero, not a product with zero, where the task is off: `0 * inf` is no zero, and `0 * -1` is -0."""
-        axes = plan.axes if self._hat_whole(plan) else [plan.axes[i] for i in plan.fold]
+        """Zero, not a product with zero, where the task is off: `0 * inf` is no zero, and `0 * -1` is -0. Where zeros
+        might be divided by their size (a weight that is normalised before use) foreign values are ones."""
+        folded = [plan.axes[i] for i in plan.fold]
         value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
+        if not plan.copied:
+            contracted = self._hat_contracted(plan)
+            value = _where_on(plan.axes, task, value, 0.0 if contracted else 1.0)
+            folded = [] if contracted else folded
         if plan.standardised:
             value = plan.over_units_on(value, task)
         if type(self).hat_fold_gate is not HATLayer.hat_fold_gate:
@@ -374,20 +379,14 @@ class HATLayer:
                 axis = plan.axes[i]
                 gate = self.hat_fold_gate(name, axis.units.gate_of(task))
                 value = value * gate.to(value.dtype).view(axis.shape)
-        live: Tensor | None = None
-        for axis in axes:
-            on = axis.units.on(task).view(axis.shape)
-            live = on if live is None else live & on
-        if live is not None:
-            value = torch.where(live, value, 0.0)
-        return value.view(raw.shape)
+        return _where_on(folded, task, value, 0.0).view(raw.shape)
 
     def _hat_constant(self, name: str, raw: Tensor, task: int, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives, kept until the task, its gates or `raw` change. It is handed out itself, so that a write
         to it is noticed and has no effect."""
-        if torch.compiler.is_compiling():
-            return make()
         hat: Binding = self._hat
+        if torch.compiler.is_compiling() or hat.gates.sharded:
+            return make()
         # while another task is learned it is held: what an optimizer does to it meanwhile is undone after the step
         held = hat.gates.lock is not None and hat.gates.config.locked is None
         version = None if held else raw._version
@@ -441,6 +440,15 @@ def _drawn(p: Tensor, shape: tuple[int, ...]) -> Tensor:
     if p.is_complex():
         return torch.complex(_drawn(p.real, shape), _drawn(p.imag, shape))
     return p.new_empty(shape).normal_(float(p.mean()), float(p.std()) if p.numel() > 1 else 0.02)
+
+
+def _where_on(axes: Sequence[Axis], task: int, value: Tensor, otherwise: float) -> Tensor:
+    """A value where a task has all axes on."""
+    live: Tensor | None = None
+    for axis in axes:
+        on = axis.units.on(task).view(axis.shape)
+        live = on if live is None else live & on
+    return value if live is None else torch.where(live, value, otherwise)
 
 
 def _unmoved(gates: Gates) -> contextlib.AbstractContextManager[Any]:
