@@ -25,11 +25,12 @@ from .gates import Gates, Units
 from .guard import refresh_copy
 from .layers.gated import Axis, Binding, HATLayer, ParameterPlan, task_class
 from .layers.norm import kind_of_norm
-from .layers.state import STATES, Watch, copied, copy_of, hold, state_attributes
+from .layers.state import STATES, Watch, classes_kept, copied, copy_of, hold, state_attributes
 from .map.lora import is_factor, merged_layer
 from .map.trace import trace
 from .map.units import Entry, UnitMap, resolve
 from .registry import layer_for, source_of
+from .shards import check_whole, is_sharded
 
 log = logging.getLogger(__name__)
 GATES = "hat_gates"
@@ -63,6 +64,7 @@ def convert(
     if num_tasks is not None:
         config = config.replace(num_tasks=num_tasks)
     _check_names(model)
+    check_whole(model, "convert", "convert the model first, and then call fully_shard on it and its blocks")
     if any(isinstance(m, Gates) for m in model.modules()):
         raise ConversionError(
             f"{type(model).__name__} is a HAT model already; hatcl.add_tasks(model, n) makes room for more"
@@ -91,8 +93,9 @@ def convert(
     if any(p.is_meta for p in source.parameters()):
         log.info("%s is on the meta device: mapped and not verified", type(model).__name__)
     elif verify and example_inputs is not None:
-        _check_plain(made, source, example_inputs)
-        made = _verified(made, source, unit_map, config, example_inputs)
+        with classes_kept(source):
+            _check_plain(made, source, example_inputs)
+            made = _verified(made, source, unit_map, config, example_inputs)
     if isinstance(num_classes, Sequence):
         _widen_heads(made, num_classes)
     made.get_submodule(GATES).source = source_of(source)  # type: ignore[assignment]
@@ -134,13 +137,10 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
     trial = copy_of(model)  # a forward may change what the model keeps
     watch = Watch(trial)
     try:
-        with seeded(device=device_of(model)):
-            found = trace(
-                trial,
-                example_inputs,
-                norms=lambda m: layer_for(type(m)).hat_is_norm,
-            )
-        buffers, states = _moving(model, trial, watch, example_inputs)
+        with classes_kept(model):
+            with seeded(device=device_of(model)):
+                found = trace(trial, example_inputs, norms=lambda m: layer_for(type(m)).hat_is_norm)
+            buffers, states = _moving(model, trial, watch, example_inputs)
     except ConversionError:
         raise
     except OutputError as error:
@@ -150,8 +150,6 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
             f"{type(model).__name__}: its forward failed on example_inputs = {shapes(example_inputs)}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    finally:
-        watch.put_back()
     for path, seen in found.mixing.items():
         module = model.get_submodule(path)
         for dim, ids in [(d, ids) for d, ids in seen.ids.items() if d in seen.over]:
@@ -307,6 +305,7 @@ def _before_forward(model: nn.Module, args: Any) -> None:
     gates = model._modules[GATES]
     if gates is not None and gates.origin is not None:
         refresh_copy(model)
+    gates.sharded = is_sharded(model)  # type: ignore[union-attr]
     check_forward(model)
 
 

@@ -14,6 +14,7 @@ from .errors import TaskError
 from .gates import check_task, gates_of
 from .guard import check, held, sealed_tasks
 from .layers.gated import HATLayer
+from .layers.state import forget_states
 from .map.lora import starts_at_zero
 
 
@@ -104,6 +105,7 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
         for x, new in writes:
             x.copy_(new)
             x.grad = None
+    forget_states(model, task)
     for g in gates:
         g.unseal(task)
         if g.default == task:

@@ -8,6 +8,7 @@ are no part of a state dict, as they are not in the plain model.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..forward import inside, values_of
 from ..functional import same_bits
+from ..shards import gathered, sharded_modules
 from .gated import Binding, HATLayer
 
 STATES = "_hat_states"
@@ -168,6 +170,8 @@ def copy_of(model: nn.Module, share: bool = False) -> nn.Module:
         for name, value in m.__dict__.items():
             if name not in _TORCHS and not name.startswith("_hat") and not isinstance(value, (str, int, float)):
                 _without_graphs(value, memo)
+    if sharded_modules(model):  # all processes are here
+        return gathered(model)
     return copy.deepcopy(model, memo)
 
 
@@ -194,12 +198,6 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._of_classes = [
-            (value, copied(value))
-            for m in model.modules()
-            for name, value in attributes(m)
-            if name not in m.__dict__ and name not in m._buffers
-        ]
         self.before = self._now()
         self.changed: dict[Key, None] = {}
 
@@ -225,9 +223,20 @@ class Watch:
             if key not in now or key not in self.before or not _same_parts(self.before[key], now[key]):
                 self.changed[key] = None
 
-    def put_back(self) -> None:
-        """What classes keep for all their instances is as it was; the model itself is a copy that is thrown away."""
-        for value, was in self._of_classes:
+
+@contextlib.contextmanager
+def classes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards, what the classes of a model's modules keep for all their instances is as it was."""
+    of_classes = [
+        (value, copied(value))
+        for m in model.modules()
+        for name, value in attributes(m)
+        if name not in m.__dict__ and name not in m._buffers
+    ]
+    try:
+        yield
+    finally:
+        for value, was in of_classes:
             if isinstance(value, Tensor):
                 value.detach().copy_(was)
             elif isinstance(value, list):
