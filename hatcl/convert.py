@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layers as _layers  # registers the HAT layers
-from .certify import RANDOM, attack, difference, difference_of, named_outputs
+from .certify import RANDOM, attack, attacked_outputs, difference, difference_of, named_outputs
 from .config import HATConfig
 from .distributed import check_forward, leave_out
 from .errors import ConfigError, ConversionError
@@ -430,7 +430,7 @@ def _leaks(model: nn.Module, inputs: Any) -> list[str] | None:
             while groups:
                 group = groups.pop()
                 with attack(trial, 0, only=None if group is names else set(group)):
-                    got = named_outputs(trial, inputs, 0)
+                    got = attacked_outputs(trial, inputs, 0)
                 if _same_numbers(want, got):
                     continue
                 if exact and (where := difference_of(want, named_outputs(trial, inputs, 0))[1]):

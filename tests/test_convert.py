@@ -443,3 +443,143 @@ def test_what_a_sealed_task_computes_with_needs_no_gradient_the_first_time_eithe
     model = parts.pretend(parts.converted("mlp"))
     with hatcl.task(model, 0), torch.no_grad():
         assert [model[1].weight.requires_grad for _ in range(2)] == [False, False]
+
+
+# ---- M2: without a task it is the source ------------------------------------------------------------
+
+
+class Asks(nn.Module):
+    def __init__(self, ask):
+        super().__init__()
+        self.stem, self.body, self.ask = nn.Linear(12, 16), Inner(ask), ask
+
+    def forward(self, x):
+        return self.body(torch.relu(self.stem(x)))
+
+
+class Inner(nn.Module):
+    def __init__(self, ask):
+        super().__init__()
+        self.fc, self.ask = nn.Linear(16, 4), ask
+
+    def forward(self, x):
+        return self.fc(x) if self.ask(self) else 2 * self.fc(x)
+
+
+ASKS = {
+    "the class": (lambda m: type(m.fc) is nn.Linear, "evaluation"),
+    "the name of the class": (lambda m: m.fc._get_name() == "Linear", "evaluation"),
+    "in training": (lambda m: type(m.fc) is nn.Linear or not m.training, "training"),
+    "an attribute of hatcl": (lambda m: not hasattr(m.fc, "hat_direct"), "evaluation"),
+}
+
+
+@pytest.mark.parametrize("what", ASKS)
+def test_a_model_that_would_compute_something_else_without_a_task_is_refused(what):
+    ask, mode = ASKS[what]
+    x = torch.randn(4, 12)
+    text = f"body: without a task, in {mode} mode, the converted module computes something else .*must use isinstance"
+    source = Asks(ask)
+    unchanged(source, lambda: hatcl.convert(source, 2, x), hatcl.ConversionError, text)
+    assert hatcl.convert(Asks(lambda m: isinstance(m.fc, nn.Linear)), 2, x)
+
+
+def test_twin_without_the_comparison_it_would_be_converted(monkeypatch):
+    ask, x = ASKS["the class"][0], torch.randn(4, 12)
+    monkeypatch.setattr(converting, "_check_plain", lambda *args: None)
+    source = Asks(ask)
+    model = hatcl.convert(source, 2, x)
+    assert not torch.equal(model(x), source(x))
+
+
+def test_a_training_forward_that_cannot_be_seeded_is_not_compared():
+    import numpy
+
+    class Noise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.generator = parts.mlp(), numpy.random.default_rng()
+
+        def forward(self, x):
+            fresh = numpy.random.default_rng().random() if self.training else 1.0
+            return self.body(x) * fresh
+
+    assert hatcl.convert(Noise(), 2, parts.images("mlp"))
+
+
+def test_random_state_is_as_it_was():
+    before = torch.get_rng_state()
+    source = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Dropout(0.5), nn.Linear(16, 4))
+    torch.set_rng_state(before)
+    made = converting._plain_outputs(source, parts.images("mlp"), True)
+    assert torch.equal(before, torch.get_rng_state()) and made
+
+
+@pytest.mark.parametrize("name", ["_hat", "hat_tasks", "_hat_states"])
+def test_names_that_hatcl_uses(name):
+    source = nn.Sequential(nn.Flatten(), parts.mlp())
+    source[1].__dict__[name] = 3
+    with pytest.raises(hatcl.ConversionError, match=f"1: it has an attribute '{name}', which hatcl uses; rename it"):
+        hatcl.convert(source, 2, parts.images("mlp"))
+
+
+def test_names_of_ones_own_are_free():
+    """`active`, `attach`, `folded` and others were names of HAT layers."""
+
+    class Named(nn.Linear):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.active, self.learning, self.output_dim, self.gates, self.units = True, False, 7, "g", 3
+
+        def attach(self):
+            return 2.0
+
+        def folded(self):
+            return 0.5
+
+        def forward(self, x):
+            return super().forward(x) * self.attach() * self.folded() if self.active else x[:, :4]
+
+    x = parts.images("mlp")
+    source = nn.Sequential(nn.Flatten(), Named(48, 16), nn.ReLU(), Named(16, 4))
+    model = hatcl.convert(source, 2, x)
+    assert torch.equal(model(x), source(x)) and model[1].output_dim == 7 and model[1].gates == "g"
+    assert hatcl.certify(parts.pretend(model), x, strict=True).exact
+
+
+def test_what_hat_layers_add_has_a_prefix():
+    from hatcl.registry import registered
+
+    layers = {HATLayer, *registered().values(), *registered("rms").values(), *registered("centred").values()}
+    for layer in layers:
+        torchs = {n for base in layer.__mro__ if "hatcl" not in base.__module__ for n in dir(base)} | set(
+            dir(nn.Module)
+        )
+        added = {n for base in layer.__mro__ if "hatcl" in base.__module__ for n in vars(base)} - torchs
+        bases = [b for b, found in registered().items() if found is layer]
+        known = {n for b in bases for n in (*dir(b), *getattr(b, "__annotations__", ()), *own_names(b))}
+        odd = {n for n in added - known if not n.startswith(("hat_", "_hat_", "__")) and n != "_hat"}
+        assert not odd, (layer, odd)
+
+
+def own_names(cls):
+    """Parameters and attributes that a class of torch gives its instances."""
+    return {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps"} | {
+        "_flat_weights", "use_nested_tensor", "activation_relu_or_gelu", "in_proj_weight", "in_proj_bias",
+        "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v", "gain",
+    }  # fmt: skip
+
+
+# ---- what came out of the map must hold for the cut network as well ----------------------------------
+
+
+def test_a_cut_that_computes_something_else_is_refused(monkeypatch):
+    plain = HATLayer._hat_cut
+
+    def wrong(self, name, raw, plan, task):
+        return plain(self, name, raw, plan, task) * 1.001
+
+    monkeypatch.setattr(HATLayer, "_hat_cut", wrong)
+    text = "Sequential: cut down to half of its units it computes another output .* than gated to them"
+    with pytest.raises(hatcl.ConversionError, match=text):
+        hatcl.convert(parts.plain("mlp"), 2, parts.images("mlp"))

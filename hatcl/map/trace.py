@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import ConversionError
-from ..forward import call, tensors_of
+from ..forward import call, tensors_of, values_of
 from .labels import Ints, Labels
 from .shadow import Axis, Shadow, Slot, apply_as_is, reshape, settle, small, varying
 
@@ -1215,7 +1215,7 @@ def trace(model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool]) -> 
             f"{path or type(model).__name__}: the trace cannot follow {operation} ({type(error).__name__}: {error}); "
             "please report the model"
         ) from error
-    leaves = tensors_of(out)
+    leaves = tensors_of(out) or list(values_of(out).values())  # the latter says why there is nothing
     found = [
         small(slot.ids).reshape(-1).numpy() for x in leaves if (s := tracer.shadow(x)) is not None for slot in s.slots
     ]
