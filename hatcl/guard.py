@@ -19,6 +19,7 @@ from .gates import SLOT_BYTES, SLOTS, Gates, gates_of
 from .keeper import Keeper, Kept, StoredWeights, check_optimizers, taken
 from .layers.gated import Binding, HATLayer, ParameterPlan, TaskCopy
 from .map.lora import is_factor
+from .shards import part_of, reshard, whole
 
 
 @dataclass
@@ -108,13 +109,14 @@ def digest(model: nn.Module, task: int) -> dict[str, str]:
     """name -> `dtype:sha256` of everything a sealed task computes with: live elements, own copies, statistics,
     gates."""
     out: dict[str, str] = {}
+    reshard(model)  # a hash shares memory with numpy, after which `fully_shard` could not free it
     every = held(model)
     names = [h.name for h in every]
     wrapped = _shared_path(names)  # a model inside DistributedDataParallel or torch.compile is the same model
     for h in every:
         if h.plain or (h.task is not None and h.task != task):
             continue
-        value = h.param.detach()
+        value = whole(h.param.detach())
         if h.task is None:
             value = value[h.live(task)] if h.plan is not None else value
         out[h.name.removeprefix(wrapped)] = digest_of(value)
@@ -330,8 +332,10 @@ def refresh_copy(model: nn.Module) -> None:
     what it is there: an average of equal numbers may round, and that of two -0.0 is 0.0. What the copy sealed itself is
     put back to what it was then."""
     gates = gates_of(model)
-    if gates[0].origin is None:
-        return
+    for g in gates:
+        g.notice()
+    if gates[0].origin is None or (gates[0].origin.task is None and not gates[0].origin.own):
+        return  # a copy that is not averaged is its owner's to write to
     now = tuple(x._version for x in (*model.parameters(), *model.buffers()))
     if gates[0].origin.seen == now:
         return
@@ -397,6 +401,7 @@ class Guard(Keeper):
         after: Callable[[int], None],
     ) -> None:
         self.model, self.task, self.after = model, task, after
+        reshard(model)
         self.gates = gates_of(model)
         self.embeddings = [g.embeddings[task] for g in self.gates]
         self._own = {id(e) for e in self.embeddings}
@@ -419,20 +424,20 @@ class Guard(Keeper):
                     f"{h.name} is also a parameter of another HAT model, whose sealed tasks would change; copy the "
                     "parameter, or convert one model that contains both"
                 )
-            whole = h.plain or (h.task is not None and h.task != self.task)
+            entire = h.plain or (h.task is not None and h.task != self.task)
             mask: Tensor | None = None
-            if not whole and h.task is None:
+            if not entire and h.task is None:
                 if h.plan is None:
-                    whole = bool(locked)
-                    if whole and h.param.requires_grad:
+                    entire = bool(locked)
+                    if entire and h.param.requires_grad:
                         self.heldless.append(h.name)
                 else:
                     mask = _live_for(h, locked)
-                    whole = mask is not None and bool(mask.all())
-                if not whole:
+                    entire = mask is not None and bool(mask.all())
+                if not entire:
                     self.shared.append((h.name, h.param))
-            if whole or (mask is not None and bool(mask.any())):
-                frozen.append(Kept(h.param, None if whole else mask, h.name))
+            if entire or (mask is not None and bool(mask.any())):
+                frozen.append(Kept(h.param, None if mask is None or entire else part_of(mask, h.param), h.name))
                 self._modules.append(h.module)
         tensors = [*shared_buffers(self.model)]
         tensors += [(n, b) for t in locked for n, b in own_buffers(self.model, t)]
@@ -502,6 +507,7 @@ class Guard(Keeper):
     # ---- on leaving ------------------------------------------------------------------------------------------------
 
     def put_back(self) -> list[str]:
+        reshard(self.model)
         names = super().put_back()
         with torch.no_grad():
             for k, module in zip(self.kept, self._modules, strict=True):
@@ -519,7 +525,7 @@ class Guard(Keeper):
         """The task is sealed: what the optimizers store of the weights that it uses is set to what was sealed, or they
         would write other values later (a schedule-free method's `eval()`, Lookahead's sync)."""
         every = [
-            Kept(h.param, None if h.task == self.task else h.live(self.task), h.name)
+            Kept(h.param, None if h.task == self.task else part_of(h.live(self.task), h.param), h.name)
             for h in held(self.model)
             if h.task == self.task or (h.task is None and not h.plain)
         ]
@@ -533,7 +539,7 @@ class Guard(Keeper):
         """A loss that is not finite reaches every embedding's gradient, so it is seen before any weight takes the
         step."""
         seen = [e.grad if gradients else e for e in self.embeddings]
-        if not all(bool(torch.isfinite(local(x)).all()) for x in seen if x is not None):
+        if not all(bool(torch.isfinite(whole(x)).all()) for x in seen if x is not None):
             raise NonFiniteLossError(
                 f"task {self.task}: its gate embeddings or their gradients are no longer finite, so the loss was NaN "
                 "or infinite. Nothing was sealed and earlier tasks are as they were; lower the learning rate, clip "

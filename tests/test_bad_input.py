@@ -330,9 +330,7 @@ def test_a_pickle_of_the_whole_model_is_torchs_business(model, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(pickle.dumps(model))
-    with pytest.raises(
-        hatcl.IntegrityError, match="lacks config, format, map, source, tied; expected a config written by"
-    ):
+    with pytest.raises(hatcl.IntegrityError, match="a pickle .*hatcl does not load pickles"):
         hatcl.from_pretrained(tmp_path / "model")
 
 

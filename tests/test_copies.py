@@ -100,6 +100,16 @@ def test_a_copy_that_nobody_looked_at_inside_the_block():
     assert ema.module.hat_gates.task == 1 and hatcl.certify(ema.module, X).exact
 
 
+def test_a_copy_is_its_owners_to_write_to():
+    model, want = learned()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied[3]._parameters["weight"].mul_(1.5)
+    assert not same_bits(out(copied, 0), want)
+    with pytest.raises(hatcl.IntegrityError, match="3.weight"):
+        hatcl.certify(copied, X)
+
+
 def test_a_state_that_is_loaded_into_a_copy_is_no_average():
     model, want = learned()
     copied = copy.deepcopy(model)

@@ -16,6 +16,7 @@ import hatcl
 from hatcl import guard
 from hatcl.convert import map_of
 from hatcl.gates import gates_of
+from hatcl.layers.gated import HATLayer
 from hatcl.map import trace as traces
 from hatcl.map.labels import Labels
 from hatcl.map.shadow import small
@@ -388,6 +389,7 @@ def test_twin_rows_of_a_weight_norm_that_are_held_in_part_leak(monkeypatch):
 
     monkeypatch.setattr(traces.Tracer, "weight_norm", by_element)
     monkeypatch.setattr(Labels, "mark", _unless_dropped(Labels.mark))
+    monkeypatch.setattr(HATLayer, "_hat_cut", HATLayer._hat_by_folds)  # or nothing foreign is ever computed with
     x = torch.randn(4, 5)
     model = parts.pretend(hatcl.convert(weight_normed(), 3, x, verify=False))
     assert units(gates_of(model)[0].unit_map, DIRECTION, False) is not None
@@ -520,6 +522,7 @@ def test_a_layer_norm_does_not_make_clean_what_runs_beside_it():
 
 def test_twin_were_it_clean_other_tasks_would_get_in_with_the_bias(monkeypatch):
     monkeypatch.setattr(traces.Tracer, "layer_norm", clean_beside_a_norm(traces.Tracer.layer_norm))
+    monkeypatch.setattr(HATLayer, "_hat_cut", HATLayer._hat_by_folds)  # or nothing foreign is ever computed with
     model = after_the_bias_moved(verify=False)
     assert 1 not in gates_of(model)[0].unit_map.folds["mix", "mix.weight"]
     assert None not in [parts.leaks(model, CHANNELS, t) for t in range(2)]
