@@ -110,6 +110,14 @@ def _check_names(model: nn.Module) -> None:
                 raise ConversionError(
                     f"{path or type(model).__name__}: it has an attribute {name!r}, which hatcl uses; rename it"
                 )
+        layer = layer_for(type(module))
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and isinstance(getattr(layer, name, None), property):
+                raise ConversionError(
+                    f"{path or type(model).__name__}.{name}: it is no parameter but a tensor that is made anew before "
+                    "every forward (the old torch.nn.utils.weight_norm or spectral_norm), which cannot be copied per "
+                    "task; use torch.nn.utils.parametrizations"
+                )
 
 
 def _check_adapters(model: nn.Module) -> None:
