@@ -50,6 +50,7 @@ from .layers import (
 from .map.units import UnitMap
 from .pretrained import from_pretrained, save_pretrained
 from .registry import register
+from .shards import gathered
 from .skills import (
     ConsolidateOptions,
     ILoRA,
@@ -82,7 +83,7 @@ __all__ = [
     "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm",
     "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError",
     "accumulate", "add_tasks", "as_adapter", "atlas", "certify", "compose", "consolidate", "continual", "convert",
-    "describe", "forget_task", "forward", "from_pretrained", "hold", "learn", "learn_graft", "list_merges",
+    "describe", "forget_task", "forward", "from_pretrained", "gathered", "hold", "learn", "learn_graft", "list_merges",
     "list_models", "localize", "merge", "merge_method", "orthogonality", "overlap", "register", "save_pretrained",
     "seal", "select_graft", "set_task", "sign_conflicts", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Several processes that train one model: replicas of it under `DistributedDataParallel`.
+"""Several processes that train one model: replicas of it under `DistributedDataParallel` (DDP), or shards of it under
+`fully_shard` (see `shards.py`).
 
 DDP averages gradients of all parameters that it was made with, and waits for each of them in every backward pass. What
 belongs to a task gets one only while that task is learned, so DDP is told to leave all of it alone, once and for all
@@ -18,6 +19,7 @@ from torch import Tensor, distributed, nn
 from . import guard as guards
 from .errors import HATError, IntegrityError, TaskError
 from .gates import gates_of
+from .shards import is_shard, reshard
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks
 
@@ -66,11 +68,12 @@ def check_forward(model: nn.Module) -> None:
 
 
 class Replicas:
-    """What the processes that train replicas of a model do together while a task is learned. Without DDP: nothing.
+    """What the processes that train one model do together while a task is learned. Where there is one: nothing.
 
     - When DDP is first seen, in what `hatcl.learn` was given or in a forward, every process gets rank 0's values of
       what DDP leaves alone, and sealed tasks are compared.
     - Gradients of the task's own parameters are averaged at the end of every backward pass in which DDP averages.
+    - Of a sharded model gradients are averaged by `fully_shard`, which must have all parameters that learn.
     - Before sealing, running statistics are averaged; what is sealed is the same in all processes, bit for bit.
 
     Args:
@@ -81,12 +84,16 @@ class Replicas:
         self.model, self.task = model, task
         self.joined: Callable[[], None] | None = None
         self._ddp: Any = None
+        self._group: Any = None  # None: one process
+        self._device = torch.device("cpu")
         self._own: list[nn.Parameter] = []
         self._hooks: list[Any] = []
         self._expected = self._queued = False
         self._used = distributed.is_available() and distributed.is_initialized()
         ddp = ddp_of(model)
-        if ddp is not None:
+        if reshard(model):
+            self._join_shards()
+        elif ddp is not None:
             self._join(ddp)
 
     def __enter__(self) -> Replicas:
@@ -105,7 +112,7 @@ class Replicas:
 
     def __getstate__(self) -> dict[str, Any]:
         """In a copy that is made inside the block, the hooks do nothing."""
-        return {"model": None, "_ddp": None, "_own": [], "_hooks": []}
+        return {"model": None, "_ddp": None, "_group": None, "_own": [], "_hooks": []}
 
     # ---- joining ---------------------------------------------------------------------------------------------------
 
@@ -129,7 +136,7 @@ class Replicas:
             self._expected = True  # DDP too decides in the forward whether the next backward averages
 
     def _join(self, ddp: Any) -> None:
-        self._ddp = ddp
+        self._ddp, self._group, self._device = ddp, ddp.process_group, ddp.device
         reduced = {id(p) for p in ddp._module_parameters if p.requires_grad}
         every = guards.held(self.model)
         others = [h.name for h in every if (h.plain or h.task not in (None, self.task)) and id(h.param) in reduced]
@@ -141,9 +148,35 @@ class Replicas:
                 "find_unused_parameters=True to DistributedDataParallel"
             )
         self._own = [h.param for h in every if h.task == self.task and id(h.param) not in reduced]
+        self._be_equal([h.param for h in every if h.plain or h.task is not None])
+
+    def _join_shards(self) -> None:
+        params = dict(self.model.named_parameters())
+        alone = [name for name, p in params.items() if p.requires_grad and not is_shard(p)]
+        if alone:
+            raise HATError(
+                f"{alone[0]} and {len(alone) - 1} more parameters are not sharded, so nobody averages their gradients; "
+                "call fully_shard on the converted model itself too, not on its blocks alone, and ignore none"
+            )
+        shard: Any = next(p for p in params.values() if is_shard(p))
+        mesh = shard.device_mesh
+        if mesh.ndim > 1 and mesh.size() != distributed.get_world_size():
+            raise HATError(
+                f"fully_shard: the mesh has {mesh.size()} of {distributed.get_world_size()} processes in {mesh.ndim} "
+                "dimensions; hatcl needs all of them, or a mesh of one dimension"
+            )
+        self._group = mesh.get_group() if mesh.ndim == 1 else distributed.group.WORLD
+        self._device = shard.to_local().device
+        for g in gates_of(self.model):
+            g.sharded = True
+        self._be_equal([p for p in params.values() if not is_shard(p)])
+
+    def _be_equal(self, tensors: list[Tensor]) -> None:
+        """Give every process rank 0's values of these and of statistics, but for sealed tasks: those are compared."""
         self._check_sealed()
         sealed = set(guards.sealed_tasks(self.model))
-        tensors: list[Tensor] = [h.param for h in every if h.plain or (h.task is not None and h.task not in sealed)]
+        kept = {id(h.param) for h in guards.held(self.model) if h.task in sealed}
+        tensors = [x for x in tensors if id(x) not in kept]
         for t in range(gates_of(self.model)[0].num_tasks):
             tensors += [b for _, b in guards.own_buffers(self.model, t) if t not in sealed]
         self._from_rank_0(tensors)
@@ -193,7 +226,7 @@ class Replicas:
             yield
         except BaseException as error:
             failed = error
-        if self._ddp is not None:
+        if self._group is not None:
             count = torch.tensor([float(failed is not None)], device=self._device)
             distributed.all_reduce(count, group=self._group)
             if failed is None and bool(count):
@@ -210,7 +243,7 @@ class Replicas:
         Raises:
             IntegrityError: it is not; names what differs.
         """
-        if self._ddp is None:
+        if self._group is None:
             return
         buffers = [b for _, b in guards.own_buffers(self.model, self.task)]
         self._average([b for b in buffers if b.is_floating_point()])
@@ -227,15 +260,6 @@ class Replicas:
             )
 
     # ---- collectives -----------------------------------------------------------------------------------------------
-
-    @property
-    def _group(self) -> Any:
-        return self._ddp.process_group
-
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = self._ddp.device
-        return device
 
     def _average(self, tensors: Iterable[Tensor]) -> None:
         size = distributed.get_world_size(self._group)

@@ -16,6 +16,7 @@ from .guard import check, held, sealed_tasks
 from .layers.gated import HATLayer
 from .layers.state import forget_states
 from .map.lora import starts_at_zero
+from .shards import check_whole
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
         TaskError: no such task, it is not sealed, a task is being learned, or some `with hatcl.task(...)` of this
             context has the task active. IntegrityError: a sealed task changed.
     """
+    check_whole(model, "forget_task")
     task = check_task(model, task, sealed=True)
     gates = gates_of(model)
     if gates[0].learning is not None:

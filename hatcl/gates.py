@@ -18,6 +18,7 @@ from . import active
 from . import functional as F
 from .config import HATConfig
 from .errors import CapacityError, TaskError
+from .shards import whole
 
 SLOTS, SLOT_BYTES = 256, 16
 """Size of a task's row in `Gates.digest_table`."""
@@ -80,6 +81,8 @@ class Gates(nn.Module):
             while an optimizer steps, during which frozen elements may be away from their place.
         cut: a task with hard gates computes with its live elements alone, zeros for all others, so that nothing else
             enters its arithmetic. Without it, it computes by the folds of the map, as while it is learned.
+        sharded: are the model's parameters shards (`fully_shard`)? They are gathered into memory that is used again, so
+            nothing made of them is kept.
         hardened: 1 while the task being learned settles, its gates hard already; a tensor, so that the program stays
             the same.
         epoch: counts whatever changes gates. sealings: task -> how often its hard gates changed, on which compiled
@@ -113,6 +116,7 @@ class Gates(nn.Module):
         self.lock: Any = None
         self.soft = False
         self.cut = True
+        self.sharded = False
         self.epoch = 0
         self.sealings: dict[int, int] = {}
         self.from_map = layers is not None
@@ -185,7 +189,7 @@ class Gates(nn.Module):
 
     def select(self, task: int, index: slice | Tensor) -> Tensor:
         """A task's gates of some units, as floats."""
-        e = self.embeddings[task]
+        e = whole(self.embeddings[task])
         if self.is_soft(task):
             c = self.config
             a = F.soft_gate(e[index], self.scale, c.max_scale, c.compensation_clamp, self.hardened)
@@ -203,7 +207,7 @@ class Gates(nn.Module):
         return self.masks[task] if bool(self.sealed[task]) else self._hard_now(task)
 
     def _hard_now(self, task: int) -> Tensor:
-        on = F.hard_gate(self.embeddings[task].detach())
+        on = F.hard_gate(whole(self.embeddings[task].detach()))
         return on if self.config.reuse == "all" else on & ~self._taken(task)
 
     def _taken(self, task: int) -> Tensor:
@@ -276,7 +280,7 @@ class Gates(nn.Module):
     def penalty(self) -> Tensor:
         """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""
         c = self.config
-        e = self.embeddings[self.learning if self.learning is not None else 0]
+        e = whole(self.embeddings[self.learning if self.learning is not None else 0])
         a = F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp, self.hardened)
         bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
         return c.penalty_weight * F.sparsity_penalty(a, self.used(), bounds, c.forgiven or 0.0)
@@ -285,7 +289,12 @@ class Gates(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is not being learned, also where it was made inside a `hatcl.learn` block."""
-        state = {**self.__dict__, "_taken_by": (None, torch.zeros(0, dtype=torch.bool)), "soft": False}
+        state = {
+            **self.__dict__,
+            "_taken_by": (None, torch.zeros(0, dtype=torch.bool)),
+            "soft": False,
+            "sharded": False,
+        }
         if self._default == self.learning:
             state["_default"] = None
         return {**state, **dict.fromkeys(("key", "learning", "learned", "learner", "lock", "origin", "model"))}

@@ -457,6 +457,11 @@ class Guard(Keeper):
             "parameters are not its own)",
         )
         left = [e for e in self.embeddings if id(e) not in covered and e.numel()]
+        if left and self.gates[0].sharded:
+            raise GuardError(
+                f"optimizer: it holds none of the shards of task {self.task}'s gate embeddings; a forward has gathered "
+                "the parameters, and it was built over those. Call model.reshard() before model.parameters()"
+            )
         if left:
             raise GuardError(
                 f"optimizer: no optimizer holds task {self.task}'s gate embeddings; was it built before "

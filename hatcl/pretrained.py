@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import distributed, nn
 
 from . import guard
 from .config import HATConfig
@@ -23,6 +23,7 @@ from .files import parse_json, sha256_of, write_files
 from .gates import gates_of
 from .map.units import UnitMap
 from .registry import build_source
+from .shards import gathered_in, sharded_modules
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 2
 TRIES = 100  # how often a file is read again that was replaced meanwhile
@@ -41,11 +42,24 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         checksum = hatcl.files.sha256_of(folder / "model.safetensors")
         model = hatcl.from_pretrained(folder, sha256=checksum)
 
+    Several processes: of a model in DistributedDataParallel, and of one that `fully_shard` was called on, the process
+    of rank 0 writes the file. All may call this, and of a sharded model all must; wait
+    (`torch.distributed.barrier()`) before another one reads it.
+
     Raises:
         IntegrityError: a sealed task changed since it was sealed; the disk is full or not writable. ValueError: layers
             put together by hand (save their `state_dict()`; there is no recipe to make the model again).
     """
+    writes = True
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        writes = distributed.get_rank() == 0
     model = next((m for m in model.modules() if GATES in m._modules), model)  # not what it is wrapped in
+    if sharded_modules(model):
+        writes = distributed.get_rank() == 0
+        whole = gathered_in(model, writes, "cpu")
+        model = model if whole is None else whole
+    if not writes:
+        return Path(folder)
     gates = gates_of(model)
     if len(gates) != 1 or gates[0].unit_map is None:
         raise ValueError(

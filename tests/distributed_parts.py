@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as tf
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -24,6 +25,7 @@ import parts  # noqa: E402
 import hatcl  # noqa: E402
 from hatcl.distributed import Replicas  # noqa: E402
 from hatcl.gates import gates_of  # noqa: E402
+from hatcl.shards import is_shard  # noqa: E402
 
 WORLD = 2
 SCENARIOS = {}
@@ -128,6 +130,11 @@ def ddp_once(rank):
         lambda t: learn(ddp, ddp, t, optimizer, rank, accumulate=2, clip=1.0, inside=inside),
     )  # fmt: skip
     assert grown[0] > 0
+    folder = Path(sys.argv[2]) / "replicas"
+    hatcl.save_pretrained(ddp, folder)
+    distributed.barrier()
+    again, x = hatcl.from_pretrained(folder, base=parts.plain("resnet")), parts.images("resnet", 4)
+    assert torch.equal(parts.logits(again, 2, x), parts.logits(model, 2, x))
 
 
 @scenario
@@ -290,6 +297,183 @@ def ddp_of_compiled(rank):
     model = converted("vit", rank)
     ddp = DDP(torch.compile(model, backend="eager"))
     three_tasks(model, rank, "vit", lambda t: learn(model, ddp, t, adam(model), rank, "vit"))
+
+
+# ---- fully_shard ---------------------------------------------------------------------------------------------------
+
+
+def sharded(name, rank, root_only=False, **options):
+    model = converted(name, rank)
+    if not root_only:
+        for block in model.blocks if name == "vit" else (model.layer1, model.layer2):
+            fully_shard(block)
+    return fully_shard(model, **options)
+
+
+def three_sharded_tasks(model, rank, name, make, **options):
+    model.train()
+    x = parts.images(name, 4, seed=9)
+    optimizer, kept = make(model), {}
+    for task in range(3):
+        learn(model, model, task, optimizer, rank, name, steps=10, clip=1.0, **options)
+        for buffer in model.buffers():
+            assert torch.equal(*everywhere(buffer.view(torch.uint8) if buffer.dtype == torch.bool else buffer))
+        for t, was in kept.items():
+            assert torch.equal(parts.logits(model, t, x), was), f"task {t} moved"
+        kept[task] = parts.logits(model, task, x)
+        assert torch.equal(*everywhere(kept[task]))
+    assert all(is_shard(p) for p in optimizer.param_groups[0]["params"])
+    certificate = hatcl.certify(model, x)
+    assert certificate.exact and all(certificate.overwritten.values()), certificate
+    plain = hatcl.gathered(model)
+    assert not any(is_shard(p) for p in plain.parameters())
+    assert all(torch.equal(parts.logits(plain, t, x), kept[t]) for t in kept)
+    return kept
+
+
+@scenario
+def fsdp_transformer(rank):
+    model = sharded("vit", rank)
+    kept = three_sharded_tasks(model, rank, "vit", adam)
+    folder = Path(sys.argv[2]) / "model"
+    hatcl.save_pretrained(model, folder)
+    distributed.barrier()
+    again = hatcl.from_pretrained(folder, base=parts.plain("vit"))
+    x = parts.images("vit", 4, seed=9)
+    assert all(torch.equal(parts.logits(again, t, x), kept[t]) for t in kept)
+    hatcl.forget_task(again, 1)
+    assert torch.equal(parts.logits(again, 0, x), kept[0])
+
+
+@scenario
+def fsdp_conv(rank):
+    """Running statistics, root and blocks."""
+    three_sharded_tasks(sharded("resnet", rank), rank, "resnet", sgd)
+
+
+@scenario
+def fsdp_root_only(rank):
+    """Sharded again after each forward, so that the penalty gathers the embeddings by itself."""
+    three_sharded_tasks(sharded("vit", rank, True, reshard_after_forward=True), rank, "vit", adam)
+
+
+@scenario
+def fsdp_is_one_process_with_all_batches(rank):
+    model = converted("vit")
+    alone = copy.deepcopy(model)
+    fully_shard(model, reshard_after_forward=True)
+    for net, ranks in ((model, [rank]), (alone, range(WORLD))):
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        with hatcl.learn(net, 0, optimizer, 12) as learning:
+            for step in range(12):
+                pairs = [batch(r, "vit", 0, step) for r in ranks]
+                x, y = (torch.cat(part) for part in zip(*pairs, strict=True))
+                optimizer.zero_grad()
+                (tf.cross_entropy(net(x), y) + learning.penalty()).backward()
+                optimizer.step()
+    plain = hatcl.gathered(model)
+    for (name, a), b in zip(plain.named_parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), f"{name}: {(a - b).abs().max()}"
+    assert torch.equal(gates_of(model)[0].masks, gates_of(alone)[0].masks)
+
+
+@scenario
+def fsdp_twin_without_guard(rank):
+    """Where frozen elements are not put back, a sealed task moves; at the end of the block nothing is sealed."""
+    model = sharded("vit", rank)
+    x = parts.images("vit", 4, seed=9)
+    learn(model, model, 0, adam(model), rank, "vit")
+    before = parts.logits(model, 0, x)
+    model.reshard()
+    optimizer = adam(model)
+    try:
+        with hatcl.learn(model, 1, optimizer, 3) as learning:
+            for h in learning.guard._hooks:
+                h.remove()
+            learning.guard.kept, learning.guard._modules, learning.guard._known = [], [], {}
+            for step in range(3):
+                a, b = batch(rank, "vit", 1, step)
+                optimizer.zero_grad()
+                (tf.cross_entropy(model(a), b) + learning.penalty()).backward()
+                optimizer.step()
+        raise AssertionError("sealed")
+    except hatcl.IntegrityError as error:
+        assert "task 0 was sealed" in str(error), error
+    assert not torch.equal(parts.logits(model, 0, x), before)
+    assert hatcl.tasks(model) == [0]
+
+
+@scenario
+def fsdp_refusals(rank):
+    """What cannot work on shards is refused with the remedy, before anything has changed."""
+
+    def refused(words, do):
+        try:
+            do()
+        except hatcl.HATError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"not refused: {words}")
+
+    model = converted("vit", rank)
+    for block in model.blocks:
+        fully_shard(block)
+    refused("call fully_shard on the converted model itself", lambda: learn(model, model, 0, adam(model), rank, "vit"))
+    assert gates_of(model)[0].learning is None
+    model = sharded("vit", rank)
+    learn(model, model, 0, adam(model), rank, "vit")
+    refused("do it before fully_shard", lambda: hatcl.forget_task(model, 0))
+    refused("do it before fully_shard", lambda: hatcl.add_tasks(model, 1))
+    parts.logits(model, 0, parts.images("vit", 2))
+    refused("model.reshard()", lambda: learn(model, model, 1, adam(model), rank, "vit"))
+    plain = fully_shard(parts.plain("vit"))
+    refused("convert the model first", lambda: hatcl.convert(plain, 2, parts.images("vit", 2)))
+    model.reshard()
+    optimizer = adam(model)
+    try:
+        with hatcl.learn(model, 1, optimizer, 3) as learning:
+            a, b = batch(rank, "vit", 1, 0)
+            loss = tf.cross_entropy(model(a), b) + learning.penalty()
+            (loss * (torch.nan if rank == 1 else 1.0)).backward()
+            optimizer.step()
+        raise AssertionError("sealed")
+    except hatcl.NonFiniteLossError:  # in both
+        pass
+    assert hatcl.tasks(model) == [0]
+
+
+@scenario
+def fsdp_skills(rank):
+    """A scorer of shards finds what one of the whole model finds; ILoRA refuses by name."""
+    import peft
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    small = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], init_lora_weights=False)
+    model = peft.get_peft_model(BertForSequenceClassification(small), lora).eval()
+    alone = copy.deepcopy(model)
+    fully_shard(model)
+    ids = torch.arange(24).view(4, 6)
+    found = []
+    for net in (model, alone):
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+        scorer = hatcl.SkillScorer(net)
+        with scorer.watch(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                net(input_ids=ids, labels=torch.arange(4) % 2).loss.backward()
+                optimizer.step()
+        found.append(scorer)
+    assert torch.allclose(found[0].scores().values, found[1].scores().values, rtol=1e-3)
+    other = hatcl.SkillScorer(model)
+    other.load_state_dict(found[0].state_dict())
+    assert torch.equal(other.scores().values, found[0].scores().values)
+    try:
+        hatcl.ILoRA(model, {"use_ilora": True})
+        raise AssertionError("not refused")
+    except hatcl.HATError as error:
+        assert "DistributedDataParallel" in str(error)
 
 
 def main(rank, folder, names):

@@ -15,9 +15,13 @@ import pytest
 from torch import distributed
 
 PARTS = Path(__file__).with_name("distributed_parts.py")
-QUICK = [
+DDP = [
     "ddp_once", "ddp_inner_given", "ddp_inside", "ddp_is_one_process_with_all_batches", "ddp_twin_without_averaging",
     "ddp_twin_without_statistics", "ddp_one_fails", "ddp_refusals", "ddp_options",
+]  # fmt: skip
+FSDP = [
+    "fsdp_transformer", "fsdp_conv", "fsdp_root_only", "fsdp_is_one_process_with_all_batches",
+    "fsdp_twin_without_guard", "fsdp_refusals", "fsdp_skills",
 ]  # fmt: skip
 SLOW = ["ddp_compiled", "ddp_of_compiled"]
 SECONDS = 120
@@ -54,9 +58,14 @@ def outcomes(*names):
     return {name: [files.get(f"{name}.{rank}", f"not reached; {last}") for rank in range(2)] for name in names}
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_two_processes(name):
-    assert outcomes(*QUICK)[name] == ["ok", "ok"], "\n".join(outcomes(*QUICK)[name])
+@pytest.mark.parametrize("name", DDP)
+def test_replicas(name):
+    assert outcomes(*DDP)[name] == ["ok", "ok"], "\n".join(outcomes(*DDP)[name])
+
+
+@pytest.mark.parametrize("name", FSDP)
+def test_shards(name):
+    assert outcomes(*FSDP)[name] == ["ok", "ok"], "\n".join(outcomes(*FSDP)[name])
 
 
 @pytest.mark.slow

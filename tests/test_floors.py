@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hatcl"
 FLOORS = [
     ["errors", "config", "files", "functional", "forward", "lend"],
-    ["registry", "map", "keeper", "active"],
+    ["registry", "map", "keeper", "active", "shards"],
     ["gates", "layers", "guard", "distributed"],
     "certify describe forget adapter extract convert together pretrained vectors skills grafts".split(),
     ["training", "atlas", "continual", "integrations", "finetuning", "report", "zoo"],

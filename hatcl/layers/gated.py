@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..config import HATConfig
 from ..gates import Gates, Units
 from ..registry import derive, register
+from ..shards import is_shard
 
 
 @dataclass
@@ -132,8 +133,8 @@ def task_parameter(name: str) -> property:
         if raw is None or hat is None:
             return raw
         plan = hat.params.get(name)
-        if plan is None:
-            return raw
+        if plan is None or (type(raw) is not nn.Parameter and is_shard(raw)):
+            return raw  # nobody computes with a shard: it is `fully_shard` that looks after it
         task = hat.gates.task
         if task is None:
             return raw
@@ -418,6 +419,10 @@ class HATLayer:
         return multiply(out, units, dim)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and name in self.__dict__.get("_parameters", ()):
+            # torch would first ask what the attribute is: the value folded with gates
+            self.__dict__["_parameters"][name] = value
+            return
         if name not in self.__dict__.get("_buffers", ()):
             super().__setattr__(name, value)
             return

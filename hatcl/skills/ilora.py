@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import flag, known_options, number, one_of, whole
 from ..errors import ConfigError, SkillError
+from ..shards import check_whole
 from . import ilora_files
 from .reservoir import Reservoir
 from .steps import at_steps
@@ -200,6 +201,9 @@ class ILoRA:
         self.plastic = ""
         if not self.config.use_ilora:
             return
+        check_whole(
+            model, "ILoRA", "its two adapters must be whole in each process: use DistributedDataParallel for this model"
+        )
         check_peft(model)
         name = adapter or active_adapter(model)
         if name is None:

@@ -12,7 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import number, one_of
 from ..errors import ConfigError, SkillError
+from ..functional import local
 from ..map.grains import make_grain
+from ..shards import gathered_part, part_of
 from .scores import GRAINS, SkillScores
 from .steps import at_steps
 from .tensors import adapters_of, skill_tensors
@@ -51,6 +53,9 @@ class SkillScorer:
     Raises:
         ConfigError: an option outside its range, or a grain that finds nothing to speak of.
         SkillError: the adapter is not there, or there is nothing to train.
+
+    Of a sharded model (`fully_shard`), `scores()`, `element_scores()` and `state_dict()` gather: all processes must
+    call them together.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class SkillScorer:
         self.steps = 0
         self._params = {n: tensors[n] for n in self._grain.shapes}
         self._smooth, self._uncertain = (
-            {n: torch.zeros(p.shape, device=p.device) for n, p in self._params.items()} for _ in range(2)
+            {n: torch.zeros(local(p).shape, device=p.device) for n, p in self._params.items()} for _ in range(2)
         )
 
     # ---- while learning ---------------------------------------------------------------------------------------------
@@ -189,7 +194,12 @@ class SkillScorer:
         return {n: self._element(n) for n in self._params}
 
     def _element(self, name: str) -> Tensor:
-        return self._smooth[name].cpu().double() * self._uncertain[name].cpu().double()
+        smooth, uncertain = self._whole(self._smooth, name), self._whole(self._uncertain, name)
+        return smooth.cpu().double() * uncertain.cpu().double()
+
+    def _whole(self, kept: Mapping[str, Tensor], name: str) -> Tensor:
+        """Of a sharded model (`fully_shard`) each process keeps its part."""
+        return gathered_part(kept[name], self._params[name])
 
     def _scored(self) -> None:
         if not self.steps:
@@ -202,8 +212,8 @@ class SkillScorer:
         return {
             **{option: getattr(self, option) for option in OPTIONS},
             "steps": self.steps,
-            "I": {n: t.clone() for n, t in self._smooth.items()},
-            "U": {n: t.clone() for n, t in self._uncertain.items()},
+            "I": {n: self._whole(self._smooth, n).clone() for n in self._smooth},
+            "U": {n: self._whole(self._uncertain, n).clone() for n in self._uncertain},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -232,7 +242,7 @@ class SkillScorer:
                     )
         for part, held in (("I", self._smooth), ("U", self._uncertain)):
             for name, t in held.items():
-                t.copy_(state[part][name])
+                t.copy_(part_of(state[part][name].to(t.device), self._params[name]))
         self.steps = int(state["steps"])
 
     def floats(self) -> float:
@@ -244,10 +254,10 @@ class SkillScorer:
 
 def _float(t: Tensor) -> Tensor:
     """In float32, where products of half-precision numbers do not vanish."""
-    return t.detach().to(torch.float32)
+    return local(t.detach()).to(torch.float32)
 
 
 def _gradient(p: nn.Parameter) -> Tensor:
     if p.grad is None:
-        return torch.zeros_like(p, dtype=torch.float32)
+        return torch.zeros_like(local(p), dtype=torch.float32)
     return _float(p.grad.to_dense() if p.grad.is_sparse else p.grad)

@@ -21,6 +21,7 @@ from ..errors import HATError, TaskError
 from ..functional import scale_at
 from ..gates import Gates, check_room, check_task, gates_of, tasks
 from ..layers.gated import HATLayer
+from ..shards import check_whole
 
 log = logging.getLogger(__name__)
 
@@ -340,6 +341,7 @@ def add_tasks(model: nn.Module, count: int) -> None:
     `optimizer.add_param_group({"params": hatcl.task_parameters(model, t)})`."""
     if count < 1:
         raise TaskError(f"count: got {count}, expected at least 1")
+    check_whole(model, "add_tasks")
     for g in gates_of(model):
         g.add(count)
     for module in model.modules():
