@@ -85,6 +85,18 @@ def check_whole(model: nn.Module, doing: str, remedy: str = REMEDY) -> None:
         raise HATError(f"{doing}: the parameters of {type(model).__name__} are shards (fully_shard); {remedy}")
 
 
+def check_precision(model: nn.Module) -> None:
+    """Raise `HATError` where a plain copy would compute in another dtype than the sharded model does."""
+    for m in sharded_modules(model):
+        dtype = m._get_fsdp_state()._mp_policy.param_dtype
+        if dtype is not None and any(p.dtype != dtype for p in m.parameters()):
+            raise HATError(
+                f"fully_shard: this model computes in {str(dtype).removeprefix('torch.')} (mp_policy), in which no "
+                "plain copy of it computes the same, so nothing can be proved by one; certify hatcl.gathered(model), which "
+                "proves it of the parameters' own dtype, and under bfloat16 autocast"
+            )
+
+
 def gathered(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
     """A plain copy of a model that was sharded, with all of its parameters. All processes must call it together.
 

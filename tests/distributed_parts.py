@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as tf
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -375,6 +375,26 @@ def fsdp_is_one_process_with_all_batches(rank):
     for (name, a), b in zip(plain.named_parameters(), alone.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5), f"{name}: {(a - b).abs().max()}"
     assert torch.equal(gates_of(model)[0].masks, gates_of(alone)[0].masks)
+
+
+@scenario
+def fsdp_mixed_precision(rank):
+    """In bfloat16 a sealed task stays too; what a float32 copy would prove is another model's certificate."""
+    model = converted("vit", rank)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in (*model.blocks, model):
+        fully_shard(block, mp_policy=policy)
+    optimizer, x = adam(model), parts.images("vit", 4)
+    learn(model, model, 0, optimizer, rank, "vit")
+    before = parts.logits(model, 0, x)
+    learn(model, model, 1, optimizer, rank, "vit")
+    assert before.dtype == torch.bfloat16 and torch.equal(parts.logits(model, 0, x), before)
+    try:
+        hatcl.certify(model, x)
+        raise AssertionError("not refused")
+    except hatcl.HATError as error:
+        assert "hatcl.gathered(model)" in str(error)
+    assert hatcl.certify(hatcl.gathered(model), x).exact
 
 
 @scenario

@@ -21,7 +21,7 @@ DDP = [
 ]  # fmt: skip
 FSDP = [
     "fsdp_transformer", "fsdp_conv", "fsdp_root_only", "fsdp_is_one_process_with_all_batches",
-    "fsdp_twin_without_guard", "fsdp_refusals", "fsdp_skills",
+    "fsdp_mixed_precision", "fsdp_twin_without_guard", "fsdp_refusals", "fsdp_skills",
 ]  # fmt: skip
 SLOW = ["ddp_compiled", "ddp_of_compiled"]
 SECONDS = 120

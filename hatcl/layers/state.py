@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..forward import inside, values_of
 from ..functional import same_bits
-from ..shards import gathered, sharded_modules
+from ..shards import check_precision, gathered, sharded_modules
 from .gated import Binding, HATLayer
 
 STATES = "_hat_states"
@@ -171,6 +171,7 @@ def copy_of(model: nn.Module, share: bool = False) -> nn.Module:
             if name not in _TORCHS and not name.startswith("_hat") and not isinstance(value, (str, int, float)):
                 _without_graphs(value, memo)
     if sharded_modules(model):  # all processes are here
+        check_precision(model)
         return gathered(model)
     return copy.deepcopy(model, memo)
 
