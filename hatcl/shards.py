@@ -92,8 +92,8 @@ def check_precision(model: nn.Module) -> None:
         if dtype is not None and any(p.dtype != dtype for p in m.parameters()):
             raise HATError(
                 f"fully_shard: this model computes in {str(dtype).removeprefix('torch.')} (mp_policy), in which no "
-                "plain copy of it computes the same, so nothing can be proved by one; certify hatcl.gathered(model), which "
-                "proves it of the parameters' own dtype, and under bfloat16 autocast"
+                "plain copy of it computes the same, so nothing can be proved by one; certify hatcl.gathered(model), "
+                "which proves it of the parameters' own dtype, and under bfloat16 autocast"
             )
 
 
