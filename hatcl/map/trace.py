@@ -942,15 +942,22 @@ class Tracer(TorchDispatchMode):
     def attention(self, args: tuple, out: Any) -> list[Shadow | None]:
         q, k, v = (self.shadow(x) or Shadow() for x in args[:3])
         last = args[0].dim() - 1
+        heads = args[0].shape[last - 2] if last > 1 else 1
 
         def one_position(x: Slot) -> Tensor:
-            return self.couple_along(x.ids, [last - 1]).narrow(last - 1, 0, 1)
+            """What holds at every position, for each head of the queries: a head of keys and values serves as many
+            query heads in a row as there are more of them (grouped-query and multi-query attention)."""
+            ids = self.couple_along(x.ids, [last - 1]).narrow(last - 1, 0, 1)
+            if last < 2 or ids.shape[last - 2] == heads:
+                return ids
+            return settle(ids.repeat_interleave(heads // ids.shape[last - 2], last - 2))
 
         q, k, v = (Shadow(tuple(self.as_activation(s.slots, {last}))) if s.of_parameters else s for s in (q, k, v))
         for x in q.slots:
             for y in k.slots:
                 if last in varying(x.ids) and last in varying(y.ids):
                     self.couple(one_position(x), one_position(y))
+                    self.mark("read", x.ids)  # also where a cache gives the keys out
         first, *rest = tree_flatten(out)[0]
         slots = tuple(replace(x, ids=one_position(x).expand(first.shape)) for x in v.slots)
         return [Shadow(slots), *[None] * len(rest)]
