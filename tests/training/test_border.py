@@ -97,9 +97,7 @@ def test_a_replaced_module_is_refused_by_name():
     x = torch.randn(2, 3, 16, 16)
     model = hatcl.convert(parts.vit(), 2, x)
     model.reset_classifier(2)
-    with pytest.raises(
-        hatcl.HATError, match="head: the module that hatcl.convert bound to its gates is no longer"
-    ):
+    with pytest.raises(hatcl.HATError, match="head: the module that hatcl.convert bound to its gates is no longer"):
         with hatcl.learn(model, 0, adamw(model), steps=1):
             pass
 
