@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [
     "README.md", "docs/hat.md", "docs/merging.md", "docs/atlas.md", "docs/tasl.md", "docs/ilora.md",
-    "docs/grafts.md", "docs/architecture.md",
+    "docs/grafts.md", "docs/architecture.md", "docs/exactness.md",
 ]  # fmt: skip
 EXTRAS = {"sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots"}
 
