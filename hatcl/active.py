@@ -24,15 +24,16 @@ from .errors import TaskError
 @dataclass(frozen=True, eq=False)
 class _Choice:
     keys: frozenset[int]
-    task: int | None
+    task: Any
 
 
 _CHOICES: ContextVar[tuple[_Choice, ...]] = ContextVar("hatcl_active_task", default=())
 
 
 @contextlib.contextmanager
-def choose(keys: Collection[int], task: int | None) -> Iterator[None]:
-    """Inside, in this context alone, `task` is active for the gates with these keys."""
+def choose(keys: Collection[int], task: Any) -> Iterator[None]:
+    """Inside, in this context alone, `task` is active for the gates with these keys: an index, None, or a tensor that
+    stands for several (see `hatcl.forward`)."""
     mine = _Choice(frozenset(keys), task)
     _CHOICES.set((mine, *_CHOICES.get()))
     try:
@@ -42,7 +43,7 @@ def choose(keys: Collection[int], task: int | None) -> Iterator[None]:
         _CHOICES.set(tuple(c for c in _CHOICES.get() if c is not mine))
 
 
-def chosen(key: int, default: int | None) -> int | None:
+def chosen(key: int, default: int | None) -> Any:
     """What this context chose for the gates with this key, else the default."""
     for choice in _CHOICES.get():
         if key in choice.keys:

@@ -149,6 +149,8 @@ class _Centre(torch.autograd.Function):
     """`centre` along the last dimension, with a derivative that passes over x-sized memory three times instead of
     seven."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = gate.sum().clamp(min=SMALLEST_GATE)

@@ -168,12 +168,15 @@ class Gates(nn.Module):
             self.task = self.origin.task
 
     def is_open(self, task: int | None) -> bool:
-        """May this task's gates change from one step to the next? A sealed task's are constants."""
+        """May this task's gates change from one step to the next? A sealed task's are constants. (Of a task that is a
+        tensor, and stands for several sealed ones, nothing is kept either.)"""
+        if isinstance(task, Tensor):
+            return True
         return task is not None and (task == self.learning or (self.origin is not None and task == self.origin.task))
 
     def is_soft(self, task: int | None) -> bool:
         """Are a task's gates soft now? In evaluation without gradients they are what sealing would give."""
-        if task is None or task != self.learning:
+        if task is None or isinstance(task, Tensor) or task != self.learning:
             return False
         return self.soft or self.training or torch.is_grad_enabled()
 
@@ -189,6 +192,8 @@ class Gates(nn.Module):
 
     def select(self, task: int, index: slice | Tensor) -> Tensor:
         """A task's gates of some units, as floats."""
+        if isinstance(task, Tensor):
+            return self.on(task)[index].to(self.embeddings[0].dtype)
         e = whole(self.embeddings[task])
         if self.is_soft(task):
             c = self.config
@@ -198,6 +203,8 @@ class Gates(nn.Module):
 
     def on(self, task: int) -> Tensor:
         """`[U]` bool: a task's hard gates, without asking a device whether it is sealed."""
+        if isinstance(task, Tensor):
+            return row(self.masks, task)
         if task == self.learning:
             return self._hard_now(task)
         return self.hard(task) if self.is_open(task) else self.masks[task]
@@ -340,6 +347,11 @@ class Gates(nn.Module):
 def _loaded(gates: Gates, _: Any) -> None:
     if gates.origin is not None:
         gates.origin.forget_writes(gates)
+
+
+def row(table: Tensor, task: Tensor) -> Tensor:
+    """The row of a task that is a tensor of no dimensions, one of several under `torch.vmap`."""
+    return table.index_select(0, task.reshape(1)).squeeze(0)
 
 
 class Units:

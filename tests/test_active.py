@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import border_parts as border
+import parts
 import pytest
 import torch
 from border_parts import X, out, train
@@ -300,6 +301,38 @@ def test_each_row_has_its_task_bit_for_bit():
     for t in (0, 1):
         assert torch.equal(got[ids == t], out(model, t, X[ids == t]))
     assert torch.equal(hatcl.forward(model, (X,), ids.tolist()), got)
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet", "vit"])
+def test_all_tasks_in_one_forward(name):
+    model = parts.pretend(parts.converted(name))
+    x = parts.images(name, 12)
+    ids = torch.tensor([0, 1, 2, 1] * 3)
+    want, got = hatcl.forward(model, x, ids), hatcl.forward(model, x, ids, fused=True)
+    # other kernels: measured 2e-7 of the largest
+    assert float((want - got).abs().max() / want.abs().max()) < 1e-5
+    assert not torch.equal(hatcl.forward(model, x, ids.flip(0), fused=True), got)
+
+
+def test_all_tasks_of_a_language_model_in_one_forward():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    plain = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    )
+    batch = {"input_ids": torch.randint(50, (4, 7)), "use_cache": False}
+    model = parts.pretend(hatcl.convert(plain, 2, batch))
+    want, got = (hatcl.forward(model, batch, [0, 1, 1, 0], fused=fused)["logits"] for fused in (False, True))
+    assert float((want - got).abs().max() / want.abs().max()) < 1e-5
+
+
+def test_models_that_cannot_be_fused():
+    model = hatcl.convert(border.net(), 2, X, num_classes=[3, 5])
+    for t in (0, 1):
+        train(model, t)
+    with pytest.raises(hatcl.TaskError, match=r"cannot compute tasks \[0, 1\] at once .*leave out fused"):
+        hatcl.forward(model, X, [0, 1] * 8, fused=True)
 
 
 def test_heads_of_different_widths_give_a_list_of_rows():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HATConfig
-from ..gates import Gates, Units
+from ..gates import Gates, Units, row
 from ..registry import derive, register
 from ..shards import is_shard
 
@@ -139,7 +139,7 @@ def task_parameter(name: str) -> property:
         if task is None:
             return raw
         if plan.copied:
-            raw = self.hat_tasks[task]._parameters[name]
+            raw = self._hat_own("_parameters", name, task)
         return self._hat_folded(name, raw, task)
 
     return property(get)
@@ -157,7 +157,7 @@ def task_buffer(name: str) -> property:
         task = None if hat is None or buffers[name] is None else hat.gates.task
         if hat is None or task is None:
             return buffers[name]
-        value = self.hat_tasks[task]._buffers.get(name, buffers[name])
+        value = self._hat_own("_buffers", name, task, buffers[name])
         if hat.gates.is_open(task):
             return value
         written = self.training or name in hat.buffers  # by the forward itself
@@ -283,6 +283,13 @@ class HATLayer:
         hat.params = {n: p for n, p in hat.params.items() if p.axes or p.copied or p.fold}
         if self._hat_copied_names() or self._hat_copied_buffers():
             self.hat_tasks = nn.ModuleList(self._hat_new_copy() for _ in range(num_tasks))
+
+    def _hat_own(self, kind: str, name: str, task: Any, otherwise: Any = None) -> Any:
+        """A task's own parameter or buffer."""
+        if not isinstance(task, Tensor):
+            return getattr(self.hat_tasks[task], kind).get(name, otherwise)
+        every = [getattr(own, kind).get(name, otherwise) for own in self.hat_tasks]
+        return row(torch.stack(every), task)
 
     def _hat_copied_names(self) -> list[str]:
         return [n for n, p in self._hat.params.items() if p.copied]

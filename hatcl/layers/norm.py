@@ -136,8 +136,10 @@ class _OverUnits(_Norm):
         self.__dict__["eps"] = value
 
     def _hat_plain_eps(self, hat: Binding, task: int) -> bool:
-        """Soft gates, and those of a compiled graph that may be others in the next step, have no share that is
-        known."""
+        """Soft gates, those of a compiled graph that may be others in the next step, and those of several tasks at once
+        have no share that is known as a number."""
+        if isinstance(task, Tensor):
+            return True
         return hat.gates.is_soft(task) or (torch.compiler.is_compiling() and hat.gates.is_open(task))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,6 +155,8 @@ class _OverUnits(_Norm):
         if self.hat_centred:
             share = None if self._hat_plain_eps(hat, task) else units.share(task)
             x = F.centre(x, gate, dim, self._hat_dims() if len(self._hat_dims()) > 1 else (dim,), share)
+        if isinstance(task, Tensor):
+            x = x / share_on(gate).sqrt()  # which scales eps by n / U
         out = super().forward(x)  # type: ignore[misc]
         return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, dim)
 
