@@ -42,7 +42,7 @@ def convert(
     num_tasks: int | None = None,
     example_inputs: Any = None,
     *,
-    num_classes: int | Sequence[int] | None = None,
+    num_classes: int | Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     config: HATConfig | Mapping[str, Any] | None = None,
     verify: bool = True,
     unit_map: UnitMap | None = None,
@@ -52,7 +52,8 @@ def convert(
     Args:
         num_tasks: how many tasks to make room for; default: the config's.
         example_inputs: what the model's forward takes: a tensor, a tuple (positional) or a dict (keywords).
-        num_classes: classes per task, where tasks differ: the head's copies get these widths.
+        num_classes: classes per task, where tasks differ: the head's copies get these widths. Of a model with several
+            heads name those that are meant: `{"cls": [3, 7]}`.
         config: options; a `HATConfig` or a mapping of them.
         verify: run the certificate's attack once with random gates before handing the model over (M7).
         unit_map: a map found earlier, instead of tracing.
@@ -76,10 +77,10 @@ def convert(
         raise ConversionError(
             "example_inputs: got None; pass an input of the model's forward: a tensor, a tuple or a dict"
         )
-    if isinstance(num_classes, Sequence) and len(num_classes) != config.num_tasks:
-        raise ConfigError(
-            f"num_classes: got {len(num_classes)} numbers for {config.num_tasks} tasks; pass one per task"
-        )
+    given = num_classes.values() if isinstance(num_classes, Mapping) else [num_classes]
+    for widths in given:
+        if isinstance(widths, Sequence) and len(widths) != config.num_tasks:
+            raise ConfigError(f"num_classes: got {len(widths)} numbers for {config.num_tasks} tasks; pass one per task")
     try:
         source = copy_of(model)
     except Exception as error:
@@ -96,7 +97,7 @@ def convert(
         with classes_kept(source):
             _check_plain(made, source, example_inputs)
             made = _verified(made, source, unit_map, config, example_inputs)
-    if isinstance(num_classes, Sequence):
+    if isinstance(num_classes, (Sequence, Mapping)):
         _widen_heads(made, num_classes)
     made.get_submodule(GATES).source = source_of(source)  # type: ignore[assignment]
     return made
@@ -487,18 +488,30 @@ def _stirred(model: nn.Module, inputs: Any) -> nn.Module:
     return trial if finite else copy.deepcopy(model).eval()
 
 
-def _widen_heads(model: nn.Module, num_classes: Sequence[int]) -> None:
-    """Give each task's copy of the head its own number of classes, drawn by the layer's initialiser."""
+def _widen_heads(model: nn.Module, num_classes: Sequence[int] | Mapping[str, Sequence[int]]) -> None:
+    """Give each task's copy of a head its own number of classes, drawn by the layer's initialiser."""
     entries: dict[str, Entry] = model.get_submodule(GATES).unit_map.entries  # type: ignore[assignment,union-attr]
-    heads = {n.rpartition(".")[0] for n, e in entries.items() if e.head}
+    names = sorted({n.rpartition(".")[0] for n, e in entries.items() if e.head})
+    heads: dict[str, Any] = {path: model.get_submodule(path) for path in names}
+    heads = {path: m for path, m in heads.items() if m._parameters.get("weight") is not None}
+    widths = {path: int(m._parameters["weight"].shape[0]) for path, m in heads.items()}
     if not heads:
         raise ConfigError(
             f"num_classes: {type(model).__name__} has no head whose width could differ per task; pass one number"
         )
-    for path in heads:
-        module: Any = model.get_submodule(path)
-        width = module._parameters["weight"].shape[0]
-        for task, n in enumerate(num_classes):
+    if not isinstance(num_classes, Mapping):
+        if len(set(widths.values())) > 1:
+            said = ", ".join(f"{path} ({n})" for path, n in widths.items())
+            raise ConfigError(
+                f"num_classes: {type(model).__name__} has several heads of different widths, {said}; name the one that "
+                f"is meant, such as num_classes={{{names[0]!r}: {list(num_classes)}}}"
+            )
+        num_classes = dict.fromkeys(heads, num_classes)
+    for path, classes in num_classes.items():
+        if path not in heads:
+            raise ConfigError(f"num_classes: got {path!r}, which is no head; the model has {', '.join(heads)}")
+        module, width = heads[path], widths[path]
+        for task, n in enumerate(classes):
             if n != width:
                 own = module.hat_tasks[task]._parameters
                 for name, value in module._hat_redrawn(rows=n).items():

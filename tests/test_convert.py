@@ -157,6 +157,31 @@ def test_numbers_of_classes_that_do_not_fit():
         hatcl.convert(body, 2, parts.images("mlp"), num_classes=[2, 4])
 
 
+class TwoHeads(nn.Module):
+    def __init__(self, boxes=4):
+        super().__init__()
+        self.body, self.cls, self.box = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, boxes)
+
+    def forward(self, x):
+        h = self.body(x).relu()
+        return self.cls(h), self.box(h)
+
+
+def test_of_several_heads_the_one_that_is_meant_is_named():
+    x = torch.randn(4, 8)
+    model = hatcl.convert(TwoHeads(), 2, x, num_classes={"cls": [3, 7]})
+    assert [[len(own.weight) for own in head.hat_tasks] for head in (model.cls, model.box)] == [[3, 7], [4, 4]]
+    text = r"several heads of different widths, box \(4\), cls \(3\); name the one that is meant, such as num_classes="
+    with pytest.raises(hatcl.ConfigError, match=text):
+        hatcl.convert(TwoHeads(), 2, x, num_classes=[3, 7])
+    with pytest.raises(hatcl.ConfigError, match="num_classes: got 'clss', which is no head; the model has box, cls"):
+        hatcl.convert(TwoHeads(), 2, x, num_classes={"clss": [3, 7]})
+    with pytest.raises(hatcl.ConfigError, match="num_classes: got 3 numbers for 2 tasks"):
+        hatcl.convert(TwoHeads(), 2, x, num_classes={"cls": [3, 7, 9]})
+    both = hatcl.convert(TwoHeads(3), 2, x, num_classes=[3, 7])  # as distilled models have them
+    assert [[len(own.weight) for own in head.hat_tasks] for head in (both.cls, both.box)] == [[3, 7], [3, 7]]
+
+
 # ---- M9: nothing half done ------------------------------------------------------------------------
 
 
