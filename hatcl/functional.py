@@ -55,6 +55,8 @@ def rate_at(step: int, steps: int, lr: float, schedule: str = "constant", warmup
 
 
 class _Gate(torch.autograd.Function):
+    generate_vmap_rule = True  # a forward may use `torch.func`
+
     @staticmethod
     def forward(e: Tensor, scale: Tensor, max_scale: float, clamp: float, hardened: Tensor) -> Tensor:
         gate = torch.sigmoid(scale * e)

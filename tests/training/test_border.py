@@ -218,3 +218,24 @@ def test_a_learning_model_by_a_timm_name_past_settling():
             want = parts.logits(model, 0, x)
             assert same_bits(inside, want)  # what is measured inside is what sealing gives
     assert same_bits(parts.logits(model, 0, x), want) and hatcl.certify(model, x).exact
+
+
+class Gradients(nn.Module):
+    """Computes with derivatives of a part of itself, as physics-informed and energy-based models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 24), nn.Linear(24, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        energy = torch.func.grad(lambda v: self.b(self.a(v).tanh()).sum())
+        return self.c(torch.func.vmap(energy)(x))
+
+
+def test_a_forward_with_functional_transforms():
+    torch.manual_seed(0)
+    model = hatcl.convert(Gradients(), 2, X)
+    train(model, 0)
+    want = out(model, 0)
+    train(model, 1)
+    assert same_bits(out(model, 0), want) and hatcl.certify(model, X).exact
