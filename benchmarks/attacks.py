@@ -332,15 +332,22 @@ def signals(t: Target) -> None:
     length = 2 * (time.perf_counter() - began)
     draw, optimizer = random.Random(0), adamw(t.model)
     for _ in range(INTERRUPTIONS):
+        sent: list[float] = []
 
-        def later(seconds: float = draw.uniform(0, length)) -> None:
+        def later(seconds: float = draw.uniform(0, length), sent: list[float] = sent) -> None:
             time.sleep(seconds)
+            sent.append(time.perf_counter())
             os.kill(os.getpid(), signal.SIGINT)
+
+        def step(sent: list[float] = sent) -> None:
+            optimizer.step()
+            if sent and time.perf_counter() > sent[0] + 1:  # Python drops one that arrives while it frees an object
+                raise KeyboardInterrupt
 
         sender = threading.Thread(target=later)
         try:
             sender.start()
-            t.train(2, optimizer, steps=100_000)
+            t.train(2, optimizer, steps=100_000, step=step)
         except KeyboardInterrupt:
             pass
         sender.join()
@@ -647,6 +654,19 @@ def replaced_head(t: Target) -> None:
         setattr(parent, path.rpartition(".")[2], nn.Linear(old.in_features, old.out_features))
     t.train(2, model=model)
     raise Broken("it learned with a head that no gate knows")
+
+
+@attack("set_input_size or resize_token_embeddings after conversion")
+def resized(t: Target) -> None:
+    model = copy.deepcopy(t.model)
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=48)
+    elif hasattr(model, "resize_token_embeddings"):
+        model.resize_token_embeddings(60)
+    else:
+        raise Absent
+    t.train(2, model=model)
+    raise Broken("it learned with parameters of another shape")
 
 
 @attack("torch.nn.utils.prune after conversion")
