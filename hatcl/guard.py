@@ -86,15 +86,15 @@ def own_buffers(model: nn.Module, task: int) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.hat_tasks.{task}.{name}", b
 
 
-def shared_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that all tasks read and none may write: those that are saved and are no task's own."""
+def shared_buffers(model: nn.Module, *, unsaved: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that all tasks read and none may write: those that are no task's own, and are saved unless `unsaved`."""
     for path, module in model.named_modules():
         if isinstance(module, (Gates, TaskCopy)):
             continue
         hat = isinstance(module, HATLayer) and module.__dict__.get("_hat") is not None
         own = module._hat_copied_buffers() if hat else ()
         for name, b in module._buffers.items():
-            if b is not None and name not in own and name not in module._non_persistent_buffers_set:
+            if b is not None and name not in own and (unsaved or name not in module._non_persistent_buffers_set):
                 yield f"{path}.{name}" if path else name, b
 
 
@@ -439,11 +439,18 @@ class Guard(Keeper):
             if entire or (mask is not None and bool(mask.any())):
                 frozen.append(Kept(h.param, None if mask is None or entire else part_of(mask, h.param), h.name))
                 self._modules.append(h.module)
-        tensors = [*shared_buffers(self.model)]
-        tensors += [(n, b) for t in locked for n, b in own_buffers(self.model, t)]
-        tensors += [(f"gates {i}", x) for i, g in enumerate(self.gates) for x in (g.masks, g.sealed)]
-        self.buffers = [(name, b, b.clone()) for name, b in tensors]
+        self.buffers = {name: b.clone() for name, b in self._buffers()}
         return frozen
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """What no step may write to, as it is now: a cast puts other tensors in its place."""
+        if self.locked:
+            yield from shared_buffers(self.model, unsaved=True)
+        for t in self.locked:
+            yield from own_buffers(self.model, t)
+        for i, g in enumerate(self.gates):
+            yield f"gates {i}", g.masks
+            yield f"gates {i}, sealed", g.sealed
 
     def relock(self, locked: Sequence[int]) -> None:
         """A state was loaded: from now on hold what it brought."""
@@ -520,8 +527,9 @@ class Guard(Keeper):
                 if put is not None and put is not k.param and put.shape == k.old.shape:  # another in its place
                     put.copy_(k.old if k.which is None else torch.where(k.which, k.old, put))
                     names.append(k.name)
-            for name, b, old in self.buffers:
-                if not same_bits(b, old):
+            for name, b in self._buffers():
+                old = self.buffers.get(name)
+                if old is not None and old.shape == b.shape and not same_bits(b, old):
                     b.copy_(old)
                     names.append(name)
         return names

@@ -211,6 +211,18 @@ def test_a_write_to_what_a_sealed_task_computes_with_is_undone():
     assert hatcl.certify(model, X).exact
 
 
+def test_a_head_of_the_tasks_own_is_handed_out_as_a_copy():
+    model, want = learned()
+    with hatcl.task(model, 0), torch.no_grad():
+        model(X)
+        model[5].weight.zero_()
+        model[5].bias.data.fill_(1.0)
+    own = model[5].hat_tasks[0]
+    assert bool((own.weight != 0).any()) and not bool((own.bias == 1).all())
+    model[5]._hat.cache.clear()
+    assert same_bits(out(model, 0), want) and hatcl.certify(model, X).exact
+
+
 # ---- hard gates cut -----------------------------------------------------------------------------------------------
 
 

@@ -316,6 +316,45 @@ def test_buffers_that_tasks_share_or_own_are_put_back():
     assert same_bits(parts.logits(model, 0, x), want)
 
 
+def test_a_cast_and_back_inside_the_block():
+    model = parts.converted("resnet")
+    parts.pretend(model, tasks=[0])
+    x, y = parts.problem(parts.shape_of("resnet"), 1)
+    want = parts.logits(model, 0, x)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="something else than a step"):
+        with hatcl.learn(model, 1, optimizer, steps=1) as learning:
+            (nn.functional.cross_entropy(model(x), y) + learning.penalty()).backward()
+            optimizer.step()
+            model.bfloat16().float()
+    assert same_bits(parts.logits(model, 0, x), want) and hatcl.tasks(model) == [0, 1]
+
+
+class Turned(nn.Module):
+    """A buffer that is not saved, as rotary embeddings have."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = border.net()
+        self.register_buffer("turn", torch.linspace(0.5, 1.5, 8), persistent=False)
+
+    def forward(self, x):
+        return self.body(x * self.turn)
+
+
+def test_buffers_that_are_not_saved_are_put_back_too():
+    model = hatcl.convert(Turned(), 2, X)
+    train(model, 0)
+    want = out(model, 0)
+    optimizer = adamw(model)
+    with pytest.warns(UserWarning, match="something else than a step .*turn"):
+        with hatcl.learn(model, 1, optimizer, steps=1) as learning:
+            loss_of(model, 1, learning).backward()
+            optimizer.step()
+            model.turn.zero_()
+    assert same_bits(out(model, 0), want)
+
+
 # ---- what optimizers store ----------------------------------------------------------------------------------------
 
 

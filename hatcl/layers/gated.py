@@ -341,13 +341,14 @@ class HATLayer:
         live elements, and zeros."""
         hat: Binding = self._hat
         plan, gates = hat.params[name], hat.gates
-        if not plan.axes and not plan.standardised:
+        if not plan.axes and not plan.standardised and not plan.copied:
             return raw
         soft = gates.is_soft(task) or not gates.cut
         changing = gates.is_open(task) or torch.is_grad_enabled() or torch.compiler.is_compiling()
         if not plan.fold and not plan.standardised and (soft or plan.copied or hat.output is not None):
-            # of an embedding the rows that were looked up are cut, not the whole table
-            held = gates.lock is not None and not changing and not plan.copied and not soft
+            # of an embedding the rows that were looked up are cut, not the whole table; a head is handed out as a copy,
+            # so that what writes to it does not write to the task's own
+            held = (gates.lock is not None or plan.copied) and not changing and not soft
             return self._hat_constant(name, raw, task, raw.clone) if held else raw
         if soft:
             return self._hat_by_folds(name, raw, plan, task)
