@@ -275,6 +275,9 @@ class _Proof:
                     where = difference_of(want[t], got)[1]
                     self.run(plain, t)
                     spoilt = _spoilt(model, self.trial)
+                    for cache, was in kept:  # it is computed anew from now on
+                        cache.clear()
+                        was.clear()
                     self._because(
                         f"The model itself computes another {where} for task {t} than a copy of it: something wrote to "
                         f"what it keeps from earlier forwards{f' ({spoilt})' if spoilt else ''}. The model has "

@@ -223,6 +223,16 @@ def test_a_head_of_the_tasks_own_is_handed_out_as_a_copy():
     assert same_bits(out(model, 0), want) and hatcl.certify(model, X).exact
 
 
+def test_a_write_that_leaves_no_trace_is_found_by_the_certificate():
+    model, want = learned()
+    with hatcl.task(model, 0), torch.no_grad():
+        model(X)
+        model[0].weight.data.zero_()
+    assert not same_bits(out(model, 0), want)
+    assert not hatcl.certify(model, X).exact
+    assert same_bits(out(model, 0), want) and hatcl.certify(model, X).exact
+
+
 # ---- hard gates cut -----------------------------------------------------------------------------------------------
 
 
