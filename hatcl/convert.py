@@ -28,12 +28,14 @@ from .layers.norm import kind_of_norm
 from .layers.state import STATES, Watch, classes_kept, copied, copy_of, hold, state_attributes
 from .map.lora import is_factor, merged_layer
 from .map.trace import trace
-from .map.units import Entry, UnitMap, resolve
+from .map.units import UnitMap, resolve
 from .registry import layer_for, source_of
 from .shards import check_whole, is_sharded
 
 log = logging.getLogger(__name__)
 GATES = "hat_gates"
+Classes = int | Sequence[int]
+Head = list[tuple[str, str, str]]  # path of the module, name there and name in the map of each parameter of a head
 assert _layers
 
 
@@ -42,7 +44,7 @@ def convert(
     num_tasks: int | None = None,
     example_inputs: Any = None,
     *,
-    num_classes: int | Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    num_classes: Classes | Mapping[str, Classes] | None = None,
     config: HATConfig | Mapping[str, Any] | None = None,
     verify: bool = True,
     unit_map: UnitMap | None = None,
@@ -52,8 +54,8 @@ def convert(
     Args:
         num_tasks: how many tasks to make room for; default: the config's.
         example_inputs: what the model's forward takes: a tensor, a tuple (positional) or a dict (keywords).
-        num_classes: classes per task, where tasks differ: the head's copies get these widths. Of a model with several
-            heads name those that are meant: `{"cls": [3, 7]}`.
+        num_classes: how many classes the tasks have, a number or one per task: the head's copies get these widths. Of a
+            model with several heads name those that are meant: `{"cls": [3, 7]}`; the others stay as they are.
         config: options; a `HATConfig` or a mapping of them.
         verify: run the certificate's attack once with random gates before handing the model over (M7).
         unit_map: a map found earlier, instead of tracing.
@@ -77,10 +79,7 @@ def convert(
         raise ConversionError(
             "example_inputs: got None; pass an input of the model's forward: a tensor, a tuple or a dict"
         )
-    given = num_classes.values() if isinstance(num_classes, Mapping) else [num_classes]
-    for widths in given:
-        if isinstance(widths, Sequence) and len(widths) != config.num_tasks:
-            raise ConfigError(f"num_classes: got {len(widths)} numbers for {config.num_tasks} tasks; pass one per task")
+    widths = _widths(num_classes, config.num_tasks)
     try:
         source = copy_of(model)
     except Exception as error:
@@ -90,6 +89,7 @@ def convert(
         ) from error
     if unit_map is None:
         unit_map = map_of(source, example_inputs)
+    heads = _heads(source, unit_map, widths)
     made = build(copy.deepcopy(source), unit_map, config)
     if any(p.is_meta for p in source.parameters()):
         log.info("%s is on the meta device: mapped and not verified", type(model).__name__)
@@ -97,8 +97,8 @@ def convert(
         with classes_kept(source):
             _check_plain(made, source, example_inputs)
             made = _verified(made, source, unit_map, config, example_inputs)
-    if isinstance(num_classes, (Sequence, Mapping)):
-        _widen_heads(made, num_classes)
+    for head, numbers in heads:
+        _widen(made, head, numbers)
     made.get_submodule(GATES).source = source_of(source)  # type: ignore[assignment]
     return made
 
@@ -488,31 +488,79 @@ def _stirred(model: nn.Module, inputs: Any) -> nn.Module:
     return trial if finite else copy.deepcopy(model).eval()
 
 
-def _widen_heads(model: nn.Module, num_classes: Sequence[int] | Mapping[str, Sequence[int]]) -> None:
-    """Give each task's copy of a head its own number of classes, drawn by the layer's initialiser."""
-    entries: dict[str, Entry] = model.get_submodule(GATES).unit_map.entries  # type: ignore[assignment,union-attr]
-    names = sorted({n.rpartition(".")[0] for n, e in entries.items() if e.head})
-    heads: dict[str, Any] = {path: model.get_submodule(path) for path in names}
-    heads = {path: m for path, m in heads.items() if m._parameters.get("weight") is not None}
-    widths = {path: int(m._parameters["weight"].shape[0]) for path, m in heads.items()}
-    if not heads:
-        raise ConfigError(
-            f"num_classes: {type(model).__name__} has no head whose width could differ per task; pass one number"
-        )
-    if not isinstance(num_classes, Mapping):
-        if len(set(widths.values())) > 1:
-            said = ", ".join(f"{path} ({n})" for path, n in widths.items())
+def _widths(num_classes: Any, num_tasks: int) -> dict[str | None, list[int]]:
+    """Path of a head (None: of all) -> one number of classes per task."""
+    if num_classes is None:
+        return {}
+    found: dict[str | None, list[int]] = {}
+    for path, given in (num_classes if isinstance(num_classes, Mapping) else {None: num_classes}).items():
+        where = f"num_classes[{path!r}]" if isinstance(num_classes, Mapping) else "num_classes"
+        many = isinstance(given, Sequence) and not isinstance(given, str)
+        numbers = list(given) if many else [given] * num_tasks
+        if len(numbers) != num_tasks:
+            raise ConfigError(f"{where}: got {len(numbers)} numbers for {num_tasks} tasks; pass one per task")
+        if wrong := [n for n in numbers if type(n) is not int or n < 1]:
             raise ConfigError(
-                f"num_classes: {type(model).__name__} has several heads of different widths, {said}; name the one that "
-                f"is meant, such as num_classes={{{names[0]!r}: {list(num_classes)}}}"
+                f"{where}: got {wrong[0]!r}; expected a whole number of 1 or more, or a list of one per task"
             )
-        num_classes = dict.fromkeys(heads, num_classes)
-    for path, classes in num_classes.items():
-        if path not in heads:
-            raise ConfigError(f"num_classes: got {path!r}, which is no head; the model has {', '.join(heads)}")
-        module, width = heads[path], widths[path]
-        for task, n in enumerate(classes):
-            if n != width:
+        found[path] = numbers
+    return found
+
+
+def _heads(model: nn.Module, unit_map: UnitMap, widths: Mapping[str | None, list[int]]) -> list[tuple[Head, list[int]]]:
+    """The heads that get other widths, and which. What writes the same classes is one head: a weight and its bias, two
+    modules that share a parameter or whose outputs are added, a factor per class.
+
+    Raises:
+        ConfigError: there is no such head, it is not said which, or its width cannot differ.
+    """
+    if not widths:
+        return []
+    kind, names = type(model).__name__, {id(p): n for n, p in model.named_parameters()}
+    heads: dict[str, Head] = {}
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None and (entry := unit_map.entries[names[id(p)]]).head:
+                heads.setdefault(entry.classes, []).append((path, name, entry.name))
+    if not heads:
+        raise ConfigError(f"num_classes: {kind} has no head whose width could differ per task; pass None")
+    by_path: dict[str | None, Head] = {path: head for head in heads.values() for path, _, _ in head}
+    shapes_of = {name: unit_map.entries[name].shape for head in heads.values() for _, _, name in head}
+    first = [max(head, key=lambda part: math.prod(shapes_of[part[2]])) for head in heads.values()]
+    of_each = {path: shapes_of[name][0] for path, _, name in first}
+    if None in widths:
+        if len(set(of_each.values())) > 1:
+            raise ConfigError(
+                f"num_classes: {kind} has several heads of different widths, "
+                f"{', '.join(f'{path} ({n})' for path, n in of_each.items())}; name the one that is meant, such as "
+                f"num_classes={{{first[0][0]!r}: {widths[None]}}}"
+            )
+        widths = dict.fromkeys(of_each, widths[None])
+    found: dict[str, tuple[Head, list[int]]] = {}
+    for path, numbers in widths.items():
+        if path not in by_path:
+            raise ConfigError(f"num_classes: got {path!r}, which is no head; the model has {', '.join(of_each)}")
+        head = by_path[path]
+        if head[0][2] in found:
+            raise ConfigError(f"num_classes: {', '.join(map(repr, widths))} write the same classes; name one of them")
+        for _, _, name in head:
+            if not unit_map.entries[name].copied:
+                raise ConfigError(
+                    f"num_classes: {path}: {name} belongs to all tasks, so its width cannot differ; give the head a "
+                    "weight of its own (of a language model: tie_word_embeddings=False), or pass None"
+                )
+        found[head[0][2]] = head, numbers
+    return list(found.values())
+
+
+def _widen(model: nn.Module, head: Head, num_classes: Sequence[int]) -> None:
+    """Give each task's copy of a head its own number of classes, drawn by the layer's initialiser."""
+    drawn: dict[tuple[str, int], Tensor] = {}
+    for path, name, entry in head:
+        module: Any = model.get_submodule(path)
+        for task, n in enumerate(num_classes):
+            if n != module._parameters[name].shape[0]:
                 own = module.hat_tasks[task]._parameters
-                for name, value in module._hat_redrawn(rows=n).items():
-                    own[name] = nn.Parameter(value.to(own[name]))
+                if (entry, task) not in drawn:  # what is one parameter in two modules is drawn once
+                    drawn[entry, task] = module._hat_redrawn(rows=n)[name].to(own[name])
+                own[name] = nn.Parameter(drawn[entry, task].clone())

@@ -42,8 +42,9 @@ class Factor:
 @dataclass(frozen=True)
 class Entry:
     """One parameter on the map. copied: no unit owns it, so each task has its own copy (M5). why: the reason, if so.
-    head: its first dimension is what the output consists of (classes). lost: the share of its elements of which it is
-    not known what they read. standardised: its rows are normalised over what they read before they are used."""
+    head: its first dimension is what the output consists of (classes). classes: for a head, the first parameter that
+    writes the same ones. lost: the share of its elements of which it is not known what they read. standardised: its
+    rows are normalised over what they read before they are used."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,6 +55,7 @@ class Entry:
     head: bool = False
     lost: float = 0.0
     standardised: bool = False
+    classes: str = ""
 
     @property
     def unexplained(self) -> bool:
@@ -138,6 +140,7 @@ class UnitMap:
                 "head": e.head,
                 "lost": e.lost,
                 "standardised": e.standardised,
+                "classes": e.classes,
             }
 
         def norm(n: NormInput) -> dict[str, Any]:
@@ -238,6 +241,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     counted = np.where(counts, unit_of, 0)
 
     entries: dict[str, Entry] = {}
+    classes: dict[int, str] = {}  # the component of a head's first class -> the first parameter that writes it
     for name, p in model.named_parameters():
         view, joint_shape = tuple(p.shape), None
         if name in found.joint:
@@ -272,8 +276,9 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
         start0 = found.first.get((name, 0))
         head = start0 is not None and bool(in_output[roots[start0]] and not is_unit[start0])
         entries[name] = Entry(
-            name, tuple(p.shape), view, tuple(factors), bool(why), why, head, 1 - kept, name in found.standardised
-        )
+            name, tuple(p.shape), view, tuple(factors), bool(why), why, head, 1 - kept, name in found.standardised,
+            classes.setdefault(int(roots[start0]), name) if head else "",
+        )  # fmt: skip
 
     folds: dict[tuple[str, str], set[Any]] = {}
     outputs: dict[str, Ints] = {}
