@@ -316,7 +316,12 @@ def check_structure(model: nn.Module) -> None:
             )
         for path, layer in here.items():
             for name, shape in layer._hat.shapes.items():
-                p = layer._parameters.get(name)
+                if name not in layer._parameters:
+                    raise HATError(
+                        f"{path}.{name}: the parameter that hatcl.convert mapped is no longer there; change "
+                        "the plain model (parametrize, prune) before it is converted"
+                    )
+                p = layer._parameters[name]
                 if p is not None and tuple(p.shape) != shape:
                     raise HATError(
                         f"{path}.{name}: it has shape {list(p.shape)}, hatcl.convert mapped {list(shape)}; change the "

@@ -120,6 +120,14 @@ def test_another_shape_is_refused_by_name():
         guard.check_structure(model)
 
 
+def test_a_parametrized_weight_is_refused_by_name():
+    model, _ = learned()
+    hatcl.set_task(model, None)
+    del model[3]._parameters["weight"]
+    with pytest.raises(hatcl.HATError, match="3.weight: the parameter that hatcl.convert mapped is no longer there"):
+        guard.check_structure(model)
+
+
 def test_wrapping_is_allowed():
     model, want = learned()
     train(nn.Sequential(torch.compile(model, backend="eager")), 1, adamw(model), steps=3)
