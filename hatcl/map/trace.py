@@ -140,6 +140,7 @@ class Tracer(TorchDispatchMode):
         self.read_dirty: set[Use] = set()
         self.norm_inputs: dict[str, NormSeen] = {}
         self.mixing: dict[str, NormSeen] = {}  # other modules without children that reduce over units: maybe norms
+        self.remade: set[str] = set()  # norms that multiply by something else than their weight, such as 1 + weight
         self.entered: dict[str, Shadow] = {}
         self.seen: set[str] = set()
         self.standardised: set[str] = set()  # weights that go through a batch norm of their own before use
@@ -571,13 +572,14 @@ class Tracer(TorchDispatchMode):
 
     def probe(self, func: Any, flat: list, spec: Any, zero: set[int], seed: int) -> list[Tensor] | None:
         rng = np.random.default_rng(seed)
+        sign = 1 if seed < 2 else -1
         values: list[Any] = []
         for i, x in enumerate(flat):
             if isinstance(x, Tensor):
                 if x.dtype == torch.bool:
                     values.append(torch.tensor([bool(seed % 2)]))
                 elif x.is_floating_point() or x.is_complex():
-                    values.append(torch.tensor([0.0 if i in zero else rng.uniform(0.5, 2.0)], dtype=x.dtype))
+                    values.append(torch.tensor([0.0 if i in zero else sign * rng.uniform(0.5, 2.0)], dtype=x.dtype))
                 else:
                     values.append(torch.tensor([0 if i in zero else int(rng.integers(1, 4))], dtype=x.dtype))
             else:
@@ -591,7 +593,7 @@ class Tracer(TorchDispatchMode):
     def stays_zero(self, func: Any, flat: list, spec: Any, wide: list, zero: set[int]) -> bool:
         if not zero:
             return False
-        for seed in (0, 1):
+        for seed in range(4):  # positive numbers, then negative ones; what is true and false in turn
             outs = self.probe(func, flat, spec, zero, seed)
             if outs is None or any(bool((x != 0).any()) or not bool(torch.isfinite(x).all()) for x in outs):
                 return False
@@ -626,25 +628,31 @@ class Tracer(TorchDispatchMode):
                 if self.scales(func, flat, spec, set(with_folds)):
                     folds = frozenset().union(*with_folds.values())
             slots.append(Slot(group[0][1].ids, True, folds))
+            if folds is None and self.path[-1] in self.norm_inputs:
+                self.remade.add(self.path[-1])
         return Shadow(tuple(slots), sources)
 
     def scales(self, func: Any, flat: list, spec: Any, which: set[int]) -> bool:
-        """f(2x) = 2 f(x) in these arguments, tried on numbers."""
-        base = self._numbers(flat)
-        doubled = [x * 2 if i in which else x for i, x in enumerate(base)]
-        try:
-            a1, k1 = torch.utils._pytree.tree_unflatten(doubled, spec)
-            a0, k0 = torch.utils._pytree.tree_unflatten(base, spec)
-            two, one = tree_flatten(func(*a1, **k1))[0][0], tree_flatten(func(*a0, **k0))[0][0]
-        except (RuntimeError, TypeError, IndexError, ValueError):
-            return False
-        return bool(torch.allclose(two, 2 * one, rtol=1e-5, atol=0))
+        """f(2x) = 2 f(x) in these arguments, tried on positive and on negative numbers."""
+        for sign in (1, -1):
+            base = self._numbers(flat, sign)
+            doubled = [x * 2 if i in which else x for i, x in enumerate(base)]
+            try:
+                a1, k1 = torch.utils._pytree.tree_unflatten(doubled, spec)
+                a0, k0 = torch.utils._pytree.tree_unflatten(base, spec)
+                two, one = tree_flatten(func(*a1, **k1))[0][0], tree_flatten(func(*a0, **k0))[0][0]
+            except (RuntimeError, TypeError, IndexError, ValueError):
+                return False
+            if not torch.allclose(two, 2 * one, rtol=1e-5, atol=0):
+                return False
+        return True
 
     @staticmethod
-    def _numbers(flat: list) -> list:
+    def _numbers(flat: list, sign: int) -> list:
         rng = np.random.default_rng(3)
         return [
-            torch.tensor([rng.uniform(0.5, 2.0)], dtype=x.dtype) if isinstance(x, Tensor) and x.is_floating_point()
+            torch.tensor([sign * rng.uniform(0.5, 2.0)], dtype=x.dtype)
+            if isinstance(x, Tensor) and x.is_floating_point()
             else torch.ones(1, dtype=x.dtype) if isinstance(x, Tensor) else x
             for x in flat
         ]  # fmt: skip
@@ -1029,10 +1037,10 @@ class Tracer(TorchDispatchMode):
                     if at is not None:
                         self.own(wide.slots[at].ids, slot.ids)
                         self.fold(wide.slots[at])
-                        clean = True
+                        clean = self.path[-1] not in self.remade
             if not clean and not self.is_norm(self.modules.get(self.path[-1], nn.Identity())):
                 self.commit(x)
-            elif not clean:
+            elif not clean and self.path[-1] not in self.remade:
                 clean = True  # a norm layer without affine parameters gates its output itself
             slots.append(replace(slot, clean=clean))
         return [Shadow(tuple(slots)), *[None] * (len(outs) - 1)]
@@ -1222,6 +1230,9 @@ def trace(model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool]) -> 
             f"{path or type(model).__name__}: the trace cannot follow {operation} ({type(error).__name__}: {error}); "
             "please report the model"
         ) from error
+    for path in sorted(tracer.remade):  # its weight does not carry the gate, so what it does is to be tried
+        if tracer.norm_inputs[path].across:
+            tracer.mixing[path] = tracer.norm_inputs.pop(path)
     leaves = tensors_of(out) or list(values_of(out).values())  # the latter says why there is nothing
     found = [
         small(slot.ids).reshape(-1).numpy() for x in leaves if (s := tracer.shadow(x)) is not None for slot in s.slots

@@ -20,6 +20,7 @@ from hatcl.layers.gated import HATLayer
 from hatcl.map import trace as traces
 from hatcl.map.labels import Labels
 from hatcl.map.shadow import small
+from hatcl.map.trace import Tracer
 
 
 class Between(nn.Module):
@@ -537,3 +538,98 @@ def clean_beside_a_norm(rule):
         return [traces.replace(moved[0], slots=slots), *moved[1:]]
 
     return layer_norm
+
+
+# ---- zero, whatever the sign of the others ----------------------------------------------------------
+
+
+class Kinked(nn.Module):
+    """An activation that is not 0 at 0, by a constant below it (`xielu` of Apertus)."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("eps", torch.tensor(-0.1))
+
+    def forward(self, h):
+        return torch.expm1(torch.minimum(h, self.eps)) - h
+
+
+class Floored(nn.Linear):
+    """A weight that is kept from falling below a bound."""
+
+    def forward(self, x):
+        return tf.linear(x, torch.maximum(self.weight, self.weight.new_tensor(-0.05)), self.bias)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Between(Kinked()), lambda: Between(Floored(12, 12))], ids=["activation", "weight"]
+)
+def test_what_is_zero_for_positive_numbers_alone_is_not_taken_for_zero(make):
+    torch.manual_seed(0)
+    source, x = make().eval(), torch.randn(4, 5)
+    model = hatcl.convert(source, 3, x)
+    assert not {"first.weight", "second.weight"} & set(hatcl.describe(model).copies)
+    parts.pretend(model)
+    assert [parts.leaks(model, x, t) for t in range(3)] == [None] * 3
+
+
+def test_twin_tried_on_positive_numbers_alone_it_gets_out(monkeypatch):
+    torch.manual_seed(0)
+    source, x = Between(Kinked()).eval(), torch.randn(4, 5)
+    real = Tracer.probe
+    monkeypatch.setattr(Tracer, "probe", lambda self, *args: real(self, *args[:-1], args[-1] % 2))
+    model = hatcl.convert(source, 3, x)
+    assert hatcl.describe(model).copies["second.weight"] == "the attack got out through it"
+
+
+# ---- known norms that make another weight of theirs -------------------------------------------------
+
+
+class OneMore(nn.LayerNorm):
+    """Multiplies by 1 + weight (`LayerNorm1P` of Nemotron)."""
+
+    def forward(self, x):
+        return tf.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class OneMoreRMS(nn.RMSNorm):
+    def forward(self, x):
+        return tf.rms_norm(x, self.normalized_shape, self.weight + 1, self.eps)
+
+
+class OneMoreBatch(nn.BatchNorm1d):
+    def forward(self, x):
+        return tf.batch_norm(x, self.running_mean, self.running_var, self.weight + 1, self.bias, self.training)
+
+
+@pytest.mark.parametrize("norm", [OneMore, OneMoreRMS, OneMoreBatch])
+def test_a_norm_that_makes_another_weight_of_its_own_is_gated_by_what_it_does(norm):
+    """The gate folded into the weight would be `1 + 0`. With all units on a task computes what the plain model does,
+    with some what the network cut down to them does, and nobody gets in."""
+    torch.manual_seed(0)
+    source, x = Between(norm(12)).eval(), torch.randn(4, 5)
+    with torch.no_grad():
+        for p in source.between.parameters():
+            p.uniform_(-0.5, 0.5)
+    found = map_of(source, x)
+    assert found.norms["between"].kind == {OneMore: "centred", OneMoreRMS: "rms", OneMoreBatch: ""}[norm]
+    assert units(found, "first.weight", True) == units(found, "second.weight", False) == list(range(1, 13))
+    model = parts.pretend(hatcl.convert(source, 3, x), own=False)
+    assert not {"first.weight", "second.weight"} & set(hatcl.describe(model).copies)
+    assert [parts.leaks(model, x, t) for t in range(3)] == [None] * 3
+    gates = gates_of(model)[0]
+    on = torch.zeros(13, dtype=torch.bool)
+    on[[0, 1, 3, 4, 7, 8, 11]] = True
+    gates.masks[0] = torch.cat([on[1:], torch.ones(len(gates.masks[0]) - 12, dtype=torch.bool)])
+    gates.epoch += 1
+    cut = Between(norm(6))
+    for name, p in source.state_dict().items():
+        keep = on[1:] if name.startswith(("first", "between")) and p.shape[:1] == (12,) else slice(None)
+        value = p[keep] if p.dim() else p
+        value = value[:, on[1:]] if name == "second.weight" else value
+        path, _, last = name.rpartition(".")
+        store = cut.get_submodule(path)
+        (store._parameters if last in store._parameters else store._buffers)[last] = (
+            nn.Parameter(value) if last in store._parameters else value
+        )
+    torch.testing.assert_close(parts.logits(model, 0, x), cut.eval()(x), rtol=1e-4, atol=1e-5)
