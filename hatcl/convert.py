@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase
+from torch.nn.parameter import is_lazy
 
 from . import layers as _layers  # registers the HAT layers
 from .certify import RANDOM, attack, attacked_outputs, difference, difference_of, named_outputs
@@ -66,6 +68,7 @@ def convert(
     config = config if isinstance(config, HATConfig) else HATConfig.from_dict(config or {})
     if num_tasks is not None:
         config = config.replace(num_tasks=num_tasks)
+    _check_modules(model)
     _check_names(model)
     check_whole(model, "convert", "convert the model first, and then call fully_shard on it and its blocks")
     if any(isinstance(m, Gates) for m in model.modules()):
@@ -84,8 +87,8 @@ def convert(
         source = copy_of(model)
     except Exception as error:
         raise ConversionError(
-            f"{type(model).__name__}: it cannot be copied ({error}), so it cannot be converted without changing it; "
-            "remove what cannot be copied (the old torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations)"
+            f"{_not_copied(model)}: it cannot be copied ({error}), so the model cannot be converted without changing "
+            "it; remove it, or give its class a __deepcopy__"
         ) from error
     if unit_map is None:
         unit_map = map_of(source, example_inputs)
@@ -113,12 +116,65 @@ def _check_names(model: nn.Module) -> None:
                 )
         layer = layer_for(type(module))
         for name, value in vars(module).items():
-            if isinstance(value, Tensor) and isinstance(getattr(layer, name, None), property):
+            made = {f"{name}_g", f"{name}_v"} <= module._parameters.keys() or f"{name}_mask" in module._buffers
+            if isinstance(value, Tensor) and (made or isinstance(getattr(layer, name, None), property)):
                 raise ConversionError(
                     f"{path or type(model).__name__}.{name}: it is no parameter but a tensor that is made anew before "
-                    "every forward (the old torch.nn.utils.weight_norm or spectral_norm), which cannot be copied per "
-                    "task; use torch.nn.utils.parametrizations"
+                    "every forward (the old torch.nn.utils.weight_norm or spectral_norm, or torch.nn.utils.prune), "
+                    "which cannot be copied per task; use torch.nn.utils.parametrizations, or make it a parameter "
+                    "again (remove_weight_norm, remove_spectral_norm, prune.remove)"
                 )
+
+
+def _check_modules(model: nn.Module) -> None:
+    """What holds no weights that could be gated and learned element by element is refused by its name."""
+    for path, module in model.named_modules():
+        where = path or type(model).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConversionError(
+                f"{where}: it is compiled by torch.jit, and what it does inside cannot be seen; convert the module "
+                "that it was made from, and compile the converted model with torch.compile"
+            )
+        if type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized")) and not any(
+            True for _ in module.parameters()
+        ):
+            raise ConversionError(
+                f"{where}: it is quantised ({type(module).__name__}), so nothing in it can be learned; convert the "
+                "model as it was before torch.ao.quantization.convert or quantize_dynamic"
+            )
+        if isinstance(module, FakeQuantizeBase) and bool(module.observer_enabled.any()):
+            raise ConversionError(
+                f"{where}: it observes what it quantises, in evaluation too, so a forward changes the next one; call "
+                "model.apply(torch.ao.quantization.disable_observer) after calibration, and convert then"
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise ConversionError(
+                f"{where}: its gradients are sparse, and gradients of elements that are frozen must be zero one by "
+                "one; set its attribute sparse to False"
+            )
+        for name, x in (*module._parameters.items(), *module._buffers.items()):
+            if is_lazy(x):
+                raise ConversionError(
+                    f"{where}.{name}: it has no shape yet; run the model once on the example inputs, and convert then"
+                )
+            if x is not None and x.layout != torch.strided:
+                raise ConversionError(
+                    f"{where}.{name}: its layout is {str(x.layout).removeprefix('torch.')}, and hatcl gates, compares "
+                    "and saves tensors element by element; hold it as a dense tensor and make it sparse in the forward "
+                    "(to_sparse)"
+                )
+
+
+def _not_copied(model: nn.Module) -> str:
+    """The first attribute of a module, or parameter or buffer, of which no copy can be made."""
+    for path, module in model.named_modules():
+        own = {k: v for k, v in vars(module).items() if k not in ("_modules", "_parameters", "_buffers")}
+        for name, value in {**own, **module._parameters, **module._buffers}.items():
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                return f"{path}.{name}".removeprefix(".")
+    return type(model).__name__
 
 
 def _check_adapters(model: nn.Module) -> None:
@@ -416,7 +472,9 @@ def _verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HA
     names = ", ".join(list(dict.fromkeys(blamed))[:5])
     raise ConversionError(
         f"{type(source).__name__}: other tasks reach a task's output through {names} even as "
-        "copies per task; please report the model, or pass verify=False to convert without the guarantee"
+        "copies per task. If the forward takes them from parameters(), named_parameters(), state_dict() or "
+        "torch.func.stack_module_state, which give those of the plain model, let it read them as attributes "
+        "(module.weight); else please report the model, or pass verify=False to convert without the guarantee"
     )
 
 
