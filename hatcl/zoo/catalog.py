@@ -29,6 +29,11 @@ VISION = {
     "patch_size": 8,
 }  # fmt: skip
 GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}  # grouped-query attention
+LATENT = {  # attention through a narrow latent, with values of another size than queries, and experts
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "head_dim": 4, "v_head_dim": 6,
+    "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+}  # fmt: skip
 SEQ2SEQ = {
     "vocab_size": 60, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "max_position_embeddings": 64,
@@ -95,7 +100,18 @@ HF: dict[str, Spec] = {
     "gemma3": _grouped("Gemma3ForCausalLM", sliding_window=8, query_pre_attn_scalar=8),
     "phi3": _grouped("Phi3ForCausalLM"),
     "olmo2": _grouped("Olmo2ForCausalLM"),
+    "smollm3": _grouped("SmolLM3ForCausalLM"),
+    "glm4": _grouped("Glm4ForCausalLM"),
+    "stablelm": _grouped("StableLmForCausalLM", qk_layernorm=True),
+    "cohere": _grouped("CohereForCausalLM", use_qk_norm=True),
+    "starcoder2": _grouped("Starcoder2ForCausalLM"),
+    "nemotron": _grouped("NemotronForCausalLM"),
+    "apertus": _grouped("ApertusForCausalLM"),
     "falcon": _text("FalconForCausalLM", num_kv_heads=2, new_decoder_architecture=True),
+    "falcon_multi_query": _text("FalconForCausalLM", multi_query=True, new_decoder_architecture=False),
+    "deepseek_v2": _text("DeepseekV2ForCausalLM", **LATENT),
+    "deepseek_v3": _text("DeepseekV3ForCausalLM", **LATENT, n_group=2, topk_group=1),
+    "gpt_oss": _grouped("GptOssForCausalLM", sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
     "mixtral": _grouped("MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": _grouped(
         "Qwen3MoeForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1
@@ -121,6 +137,14 @@ HF: dict[str, Spec] = {
     "bart": Spec("BartForConditionalGeneration", SEQ2SEQ, "seq2seq"),
     "bart_classifier": Spec("BartForSequenceClassification", SEQ2SEQ, "eos"),
     "pegasus": Spec("PegasusForConditionalGeneration", SEQ2SEQ, "seq2seq"),
+    "t5gemma": Spec(
+        "T5GemmaForConditionalGeneration",
+        {
+            "encoder": {**GROUPED, "sliding_window": 8}, "decoder": {**GROUPED, "sliding_window": 8}, "vocab_size": 60,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        },
+        "seq2seq",
+    ),
     # vision
     "vit": Spec("ViTForImageClassification", VISION, "image"),
     "deit": Spec("DeiTForImageClassification", VISION, "image"),
@@ -279,17 +303,26 @@ def _hf(spec: Spec) -> Made:
     def ids(length: int) -> torch.Tensor:
         return torch.randint(3, 20, (2, length), generator=draw)
 
-    padded = torch.ones(2, 12, dtype=torch.long)
-    padded[1, 9:] = 0
+    def mask(length: int, left: bool = False) -> torch.Tensor:
+        padded = torch.ones(2, length, dtype=torch.long)
+        padded[1, slice(0, 3) if left else slice(length - 3, length)] = 0
+        return padded
+
     images = torch.randn(2, 3, 32, 32, generator=draw)
     inputs: dict[str, dict[str, torch.Tensor]] = {
-        "text": {"input_ids": ids(12), "attention_mask": padded},
-        "seq2seq": {"input_ids": ids(12), "attention_mask": padded, "decoder_input_ids": ids(8)},
-        "eos": {"input_ids": torch.cat([ids(11), torch.full((2, 1), 2)], 1)},
+        "text": {"input_ids": ids(12), "attention_mask": mask(12)},
+        "seq2seq": {
+            "input_ids": ids(12), "attention_mask": mask(12), "decoder_input_ids": ids(8),
+            "decoder_attention_mask": mask(8),
+        },
+        "eos": {"input_ids": torch.cat([ids(11), torch.full((2, 1), 2)], 1), "attention_mask": mask(12, left=True)},
         "image": {"pixel_values": images},
         "image64": {"pixel_values": torch.randn(2, 3, 64, 64, generator=draw)},
-        "image text": {"input_ids": ids(12), "pixel_values": images},
-        "mel": {"input_features": torch.randn(2, 12, 40, generator=draw), "decoder_input_ids": ids(8)},
+        "image text": {"input_ids": ids(12), "attention_mask": mask(12), "pixel_values": images},
+        "mel": {
+            "input_features": torch.randn(2, 12, 40, generator=draw), "decoder_input_ids": ids(8),
+            "decoder_attention_mask": mask(8),
+        },
         "wave": {"input_values": torch.randn(2, 800, generator=draw)},
-    }
+    }  # fmt: skip
     return _hf_model(spec), inputs[spec.inputs]

@@ -69,7 +69,7 @@ def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] |
     c. two tasks are learned; the certificate is exact, and the first task's outputs are what they were at sealing;
     d. a deep copy and (`reload`) the saved model in another process give the same outputs.
 
-    Of inputs with a mask for padding all of it holds without the mask too: attention then takes other kernels, in which
+    Of inputs with masks for padding all of it holds without the masks too: attention then takes other kernels, in which
     the heads of grouped keys stay grouped.
 
     Args:
@@ -81,7 +81,8 @@ def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] |
     began = time.perf_counter()
     before = _digest(source)
     source.eval()
-    forward = min(_timed(_outputs, source, inputs)[0] for _ in range(2))
+    forms = [inputs, *_without_masks(inputs)]
+    forward = min(_timed(_outputs, source, [inputs])[0] for _ in range(2))
     traced, unit_map = _timed(map_of, source, inputs)
     model = convert(source.train(), None, inputs, config=CONFIG)
     _hold(model.training and source.training, "convert changes the mode of the model")
@@ -91,19 +92,17 @@ def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] |
     maps = [{n: [f.to_json() for f in e.factors] for n, e in m.entries.items()} for m in (unit_map, gates.unit_map)]
     _hold(maps[0] == maps[1], "the map depends on the mode of the model")
     for training in (True, False):
-        want, got = _outputs(source, inputs, training), _outputs(model, inputs, training)
+        want, got = _outputs(source, forms, training), _outputs(model, forms, training)
         mode = "training" if training else "evaluation"
         _hold(_all_equal(want, got), f"without a task it is not the source, in {mode} mode: {_gap(want, got)}")
-    bare = _without_mask(inputs)
-    if bare is not None:
-        convert(source, None, bare, config=CONFIG)
+    for form in forms[1:]:
+        convert(source, None, form, config=CONFIG)
     del source, unit_map
     if recipe is not None:
         gates.source = recipe
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     sealed: list[list[Tensor]] = []
-    unmasked: list[Tensor] = []
     for t in range(CONFIG.num_tasks):
         with warnings.catch_warnings(), learn(model, t, optimizer, steps=steps) as learning:
             warnings.simplefilter("ignore")  # a layer of one or two units may be left without any
@@ -113,25 +112,22 @@ def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] |
                 (_objective(call(model, inputs), step) + learning.penalty()).backward()
                 optimizer.step()
         with active(model, t):
-            sealed.append(_outputs(model, inputs))
-            unmasked = unmasked if t or bare is None else _outputs(model, bare)
+            sealed.append(_outputs(model, forms))
     optimizer.zero_grad()
     del optimizer
     with active(model, 0):
-        _hold(_all_equal(sealed[0], _outputs(model, inputs)), "task 0 changed while task 1 was learned")
-        if bare is not None:
-            _hold(_all_equal(unmasked, _outputs(model, bare)), "task 0 changed for inputs without a mask")
+        _hold(_all_equal(sealed[0], _outputs(model, forms)), "task 0 changed while task 1 was learned")
     _hold(not _all_equal(*sealed), "both tasks give the same outputs: nothing was learned")
-    for form in (inputs, bare):
-        certificate = certify(model, form) if form is not None else None
-        _hold(certificate is None or certificate.exact, f"the certificate is {certificate}")
+    for form in forms:
+        certificate = certify(model, form)
+        _hold(certificate.exact, f"the certificate is {certificate}")
     other = copy.deepcopy(model)
     for t, want in enumerate(sealed):
         with active(other, t):
-            _hold(_all_equal(want, _outputs(other, inputs)), f"a deep copy gives other outputs for task {t}")
+            _hold(_all_equal(want, _outputs(other, forms)), f"a deep copy gives other outputs for task {t}")
     del other
     save_pretrained(model, folder)
-    torch.save({"inputs": inputs, "sealed": sealed}, folder / EXPECTED)
+    torch.save({"forms": forms, "sealed": sealed}, folder / EXPECTED)
 
     found = describe(model)
     entries = gates.unit_map.entries.values()
@@ -158,15 +154,14 @@ def reload(folder: Path, make: Callable[[], nn.Module]) -> None:
     model = from_pretrained(folder, base=None if alone else make())
     for t, want in enumerate(expected["sealed"]):
         with active(model, t):
-            got = _outputs(model, expected["inputs"])
+            got = _outputs(model, expected["forms"])
         _hold(_all_equal(want, got), f"loaded in another process, task {t} gives other outputs: {_gap(want, got)}")
 
 
-def _without_mask(inputs: Any) -> dict[str, Any] | None:
-    """The inputs of a text model without their mask for padding, where they have one."""
-    if not isinstance(inputs, Mapping) or MASK not in inputs:
-        return None
-    return {name: x for name, x in inputs.items() if name != MASK}
+def _without_masks(inputs: Any) -> list[dict[str, Any]]:
+    """The inputs of a text model without their masks for padding, where they have some."""
+    bare = {name: x for name, x in inputs.items() if not name.endswith(MASK)} if isinstance(inputs, Mapping) else {}
+    return [bare] if bare and len(bare) < len(inputs) else []
 
 
 def _digest(model: nn.Module) -> str:
@@ -177,12 +172,16 @@ def _digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _outputs(model: nn.Module, inputs: Any, training: bool = False) -> list[Tensor]:
-    random.seed(0)
-    np.random.seed(0)  # transformers masks audio with it
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return [t.clone() for t in values_of(call(model.train(training), inputs)).values()]
+def _outputs(model: nn.Module, forms: list[Any], training: bool = False) -> list[Tensor]:
+    """Every value that the model puts out for each of its inputs."""
+    found = []
+    for form in forms:
+        random.seed(0)
+        np.random.seed(0)  # transformers masks audio with it
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found += [t.clone() for t in values_of(call(model.train(training), form)).values()]
+    return found
 
 
 def _objective(out: Any, seed: int) -> Tensor:

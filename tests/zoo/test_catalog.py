@@ -10,8 +10,7 @@ import torch
 from timm.models import _registry
 
 import hatcl
-from hatcl.forward import tensors_of
-from hatcl.zoo import catalog
+from hatcl.zoo import catalog, proof
 
 ROOT = Path(__file__).parents[2]
 LIST = ROOT / "benchmarks" / "zoo_timm.txt"
@@ -125,10 +124,27 @@ def test_every_class_of_transformers_exists():
     assert not hasattr(transformers, "BertForEverything")  # it does not answer to any name
 
 
-def test_padding_is_among_what_text_models_are_given():
+@pytest.mark.parametrize("kind", ["text", "seq2seq", "eos", "image text", "mel"])
+def test_padding_is_among_what_text_models_are_given(kind):
+    """With every mask there are sentences with and without padding; the proof leaves all masks out once more."""
     pytest.importorskip("transformers", reason=NEEDS_TRANSFORMERS)
-    _, x = catalog.known("hf/bert").make()
-    assert 0 in x["attention_mask"] and 1 in x["attention_mask"] and len(tensors_of(x)) == 2
+    _, x = catalog.known(next(f"hf/{n}" for n, spec in catalog.HF.items() if spec.inputs == kind)).make()
+    masks = {n: m for n, m in x.items() if n.endswith("attention_mask")}
+    assert len(masks) == sum(n.endswith("input_ids") for n in x) >= 1
+    assert all({0, 1} == set(m.flatten().tolist()) and m[0].all() for m in masks.values())
+    (bare,) = proof._without_masks(x)
+    assert bare.keys() == x.keys() - masks.keys()
+
+
+def test_heads_of_keys_are_fewer_than_heads_of_queries_and_more_than_one():
+    transformers = pytest.importorskip("transformers", reason=NEEDS_TRANSFORMERS)
+    assert 1 < catalog.GROUPED["num_key_value_heads"] < catalog.GROUPED["num_attention_heads"]
+    plain = [  # of which the class could have groups, and the options ask for none: latent attention has no groups
+        name for name, spec in catalog.HF.items()
+        if hasattr(getattr(transformers, spec.cls).config_class(), "num_key_value_heads")
+        and spec.inputs == "text" and spec.options.get("num_key_value_heads") != 2
+    ]  # fmt: skip
+    assert plain == ["deepseek_v2", "deepseek_v3"]
 
 
 # ---- timm's families --------------------------------------------------------------------------------

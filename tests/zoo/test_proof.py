@@ -237,6 +237,72 @@ def test_what_conversion_raises_comes_through(tmp_path):
         proof.prove(mlp(), torch.randn(2, 47), tmp_path)
 
 
+# ---- with and without masks for padding -----------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Reads a mask, or another weight where there is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.bare, self.head = nn.Linear(48, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x, attention_mask=None):
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.bare(x)) if attention_mask is None else x * attention_mask
+        return self.head(x)
+
+
+MASKED = {"x": TWO, "attention_mask": torch.tensor([[1], [0]])}
+
+
+def test_inputs_with_masks_are_proved_without_them_too(tmp_path):
+    torch.manual_seed(0)
+    proof.prove(Masked(), MASKED, tmp_path)
+    expected = torch.load(tmp_path / proof.EXPECTED, weights_only=True)
+    assert [sorted(form) for form in expected["forms"]] == [["attention_mask", "x"], ["x"]]
+    assert [len(sealed) for sealed in expected["sealed"]] == [2, 2]
+    proof.reload(tmp_path, Masked)
+    expected["sealed"][1][1][0, 0] += 0.5
+    torch.save(expected, tmp_path / proof.EXPECTED)
+    with pytest.raises(proof.ProofFailed, match="loaded in another process, task 1 gives other outputs"):
+        proof.reload(tmp_path, Masked)
+
+
+@pytest.mark.parametrize("inputs", [TWO, (TWO,), {"x": TWO}, {"attention_mask": TWO}], ids=str)
+def test_what_has_no_masks_is_proved_as_it_is(inputs):
+    assert proof._without_masks(inputs) == []
+
+
+@pytest.mark.parametrize("certified", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_holds_for_one_form_alone_fails(tmp_path, monkeypatch, masked, certified):
+    """Beside the gates something reads a shared weight, with a mask or without one."""
+
+    def change(source, model):
+        start = model.first._parameters["weight"].sum().item()
+
+        def add(module, args, kwargs, out):
+            if masked == ("attention_mask" in kwargs):
+                return out + (module.first._parameters["weight"].sum() - start)
+
+        model.register_forward_hook(add, with_kwargs=True)
+
+    torch.manual_seed(0)
+    converting(monkeypatch, change)
+    if certified:
+        still(monkeypatch)  # so that only the attack can see it
+        monkeypatch.setattr(proof, "_hold", lambda so, what: only_certificate(so, what))
+    text = "the certificate is NOT exact" if certified else "task 0 changed while task 1 was learned"
+    with pytest.raises(proof.ProofFailed, match=text):
+        proof.prove(Masked(), MASKED, tmp_path)
+
+
+def only_certificate(so, what):
+    if "certificate" in what and not so:
+        raise proof.ProofFailed(what)
+
+
 # ---- reload ---------------------------------------------------------------------------------------
 
 
