@@ -349,7 +349,10 @@ class HATLayer:
             # of an embedding the rows that were looked up are cut, not the whole table; a head is handed out as a copy,
             # so that what writes to it does not write to the task's own
             held = (gates.lock is not None or plan.copied) and not changing and not soft
-            return self._hat_constant(name, raw, task, raw.clone) if held else raw
+            if held:
+                return self._hat_constant(name, raw, task, raw.clone)
+            # kernels are chosen by whether a weight requires a gradient: the same here as where it is kept
+            return raw if changing else raw.detach()
         if soft:
             return self._hat_by_folds(name, raw, plan, task)
         if changing:
