@@ -553,7 +553,9 @@ def _usable(gates: Sequence[Gates], model: nn.Module, task: int | None) -> int |
     """The task, if it has gates to compute with."""
     for g in gates:
         g.notice()
-    return task if task is None or gates[0].is_open(task) else check_task(model, task, sealed=True)
+    if task is None or (not isinstance(task, Tensor) and gates[0].is_open(task)):
+        return task
+    return check_task(model, task, sealed=True)
 
 
 def tasks(model: nn.Module) -> list[int]:
