@@ -584,8 +584,11 @@ def three_steps(t: Target) -> None:
 def accumulation(t: Target) -> None:
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState
     except ImportError:
         raise Absent from None
+    AcceleratorState._reset_state()  # it is one for the process, and keeps its first options
+    GradientState._reset_state()
     helper = Accelerator(cpu=True, gradient_accumulation_steps=4)
     model, optimizer = helper.prepare(t.model, adamw(t.model))
     with hatcl.learn(model, 2, optimizer, steps=10) as learning:

@@ -147,7 +147,7 @@ def _check_modules(model: nn.Module) -> None:
                 f"{where}: it observes what it quantises, in evaluation too, so a forward changes the next one; call "
                 "model.apply(torch.ao.quantization.disable_observer) after calibration, and convert then"
             )
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+        if isinstance(module, nn.EmbeddingBag) and module.sparse:
             raise ConversionError(
                 f"{where}: its gradients are sparse, and gradients of elements that are frozen must be zero one by "
                 "one; set its attribute sparse to False"

@@ -436,6 +436,8 @@ def test_another_count_of_steps_is_said(taken, text):
 
 def test_accumulation_by_accelerate_counts_real_steps():
     model = hatcl.convert(border.net(), 1, X)
+    accelerate.state.AcceleratorState._reset_state()  # it is one for the process, and keeps its first options
+    accelerate.state.GradientState._reset_state()
     helper = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
     prepared, optimizer = helper.prepare(model, adamw(model))
     with warnings.catch_warnings(), hatcl.learn(prepared, 0, optimizer, steps=10) as learning:
