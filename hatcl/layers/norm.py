@@ -147,6 +147,7 @@ class _OverUnits(_Norm):
         if hat is None or hat.norm is None:
             return self._hat_gate_output(super().forward(x))  # type: ignore[misc]
         dim, units = hat.norm
+        dim = dim if dim < x.dim() else -1  # `torch.vmap` takes leading dimensions away
         task = hat.gates.task
         assert task is not None
         gate = units.gate_of(task).to(x.dtype)

@@ -231,18 +231,20 @@ def test_a_learning_model_by_a_timm_name_past_settling():
 class Gradients(nn.Module):
     """Computes with derivatives of a part of itself, as physics-informed and energy-based models do."""
 
-    def __init__(self):
+    def __init__(self, norm):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(8, 24), nn.Linear(24, 1), nn.Linear(8, 3)
+        self.norm = norm
 
     def forward(self, x):
-        energy = torch.func.grad(lambda v: self.b(self.a(v).tanh()).sum())
+        energy = torch.func.grad(lambda v: self.b(self.norm(self.a(v)).tanh()).sum())
         return self.c(torch.func.vmap(energy)(x))
 
 
-def test_a_forward_with_functional_transforms():
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.LayerNorm(24), nn.RMSNorm(24)], ids=["", "layer", "rms"])
+def test_a_forward_with_functional_transforms(norm):
     torch.manual_seed(0)
-    model = hatcl.convert(Gradients(), 2, X)
+    model = hatcl.convert(Gradients(norm), 2, X)
     train(model, 0)
     want = out(model, 0)
     train(model, 1)
