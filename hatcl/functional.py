@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 SMALLEST_GATE = 1e-4
-"""Soft gates below this are exact zeros. A gradient passes two gates and an optimizer squares it: smaller gates make
-denormal floats there, which cost a CPU many times the step. Their embeddings still learn (see `soft_gate`)."""
+"""Soft gates that are no larger are exact zeros. A gradient passes two gates and an optimizer squares it: smaller gates
+make denormal floats there, which cost a CPU many times the step. Their embeddings still learn (see `soft_gate`)."""
 
 RATES = ("constant", "linear", "cosine")
 """How a learning rate goes on after its warm-up."""
@@ -58,9 +59,9 @@ class _Gate(torch.autograd.Function):
     generate_vmap_rule = True  # a forward may use `torch.func`
 
     @staticmethod
-    def forward(e: Tensor, scale: Tensor, max_scale: float, clamp: float, hardened: Tensor) -> Tensor:
-        gate = torch.sigmoid(scale * e)
-        return torch.where(hardened > 0, (e > 0).to(gate.dtype), torch.where(gate < SMALLEST_GATE, 0.0, gate))
+    def forward(e: Tensor, scale: Tensor, max_scale: float, clamp: float, hardened: Tensor | None) -> Tensor:
+        gate = threshold(torch.sigmoid(scale * e), SMALLEST_GATE, 0.0)
+        return gate if hardened is None else torch.where(hardened > 0, (e > 0).to(gate.dtype), gate)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -73,7 +74,7 @@ class _Gate(torch.autograd.Function):
         half = torch.sigmoid(e)
         beyond = torch.relu((scale * e).abs() - ctx.clamp)
         factor = ctx.max_scale * half * (1 - half) * torch.exp(-beyond)
-        return grad * torch.where(hardened > 0, 0.0, factor), None, None, None, None
+        return grad * (factor if hardened is None else torch.where(hardened > 0, 0.0, factor)), None, None, None, None
 
 
 def soft_gate(
@@ -92,7 +93,7 @@ def soft_gate(
         max_scale: s_max. clamp: c.
         hardened: a tensor of no dimensions; where it is not 0 the gate is that at infinite scale, and its derivative 0.
     """
-    return _Gate.apply(e, scale, max_scale, clamp, torch.zeros_like(scale) if hardened is None else hardened)
+    return _Gate.apply(e, scale, max_scale, clamp, hardened)
 
 
 def hard_gate(e: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ def hashed(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(x: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def bits(x: Tensor) -> Tensor:
     x = x.detach()
     if x.dtype == torch.complex128:
         x = torch.view_as_real(x.resolve_conj())
-    return x.view(_INTEGERS[x.element_size()]) if x.is_floating_point() or x.is_complex() else x
+    return x.view(INTEGERS[x.element_size()]) if x.is_floating_point() or x.is_complex() else x
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

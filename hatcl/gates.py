@@ -83,8 +83,8 @@ class Gates(nn.Module):
             enters its arithmetic. Without it, it computes by the folds of the map, as while it is learned.
         sharded: are the model's parameters shards (`fully_shard`)? They are gathered into memory that is used again, so
             nothing made of them is kept.
-        hardened: 1 while the task being learned settles, its gates hard already; a tensor, so that the program stays
-            the same.
+        hardened: 1 while the task being learned settles, its gates hard already; a tensor, so that a compiled program
+            stays the same. settled: the same for Python.
         epoch: counts whatever changes gates. sealings: task -> how often its hard gates changed, on which compiled
             graphs depend.
         unit_map: the map the model was converted on (None for layers put together by hand).
@@ -115,6 +115,7 @@ class Gates(nn.Module):
         self.learner: int | None = None
         self.lock: Any = None
         self.soft = False
+        self.settled = False
         self.cut = True
         self.sharded = False
         self.epoch = 0
@@ -140,12 +141,13 @@ class Gates(nn.Module):
     @property
     def task(self) -> int | None:
         """The active task: this context's, else the default; in a recomputation that of its forward."""
-        if self.origin is not None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return active.chosen(self.key, self._default) if self._ever_active else None
+        if self.origin is not None:
             self.notice()
         if not self._ever_active:
             return None
-        task = active.chosen(self.key, self._default)
-        return task if torch.compiler.is_compiling() else active.of_forward(self.key, task, self.training)
+        return active.of_forward(self.key, active.chosen(self.key, self._default), self.training)
 
     @task.setter
     def task(self, task: int | None) -> None:
@@ -197,9 +199,18 @@ class Gates(nn.Module):
         e = whole(self.embeddings[task])
         if self.is_soft(task):
             c = self.config
-            a = F.soft_gate(e[index], self.scale, c.max_scale, c.compensation_clamp, self.hardened)
+            a = F.soft_gate(e[index], self.scale, c.max_scale, c.compensation_clamp, self._hardened())
             return a if c.reuse == "all" else torch.where(self._taken(task)[index], 0.0, a)
         return self.on(task)[index].to(e.dtype)
+
+    def harden(self, settled: bool) -> None:
+        """Are the gates of the task being learned hard by now?"""
+        self.hardened.fill_(float(settled))
+        self.settled = settled
+
+    def _hardened(self) -> Tensor | None:
+        """What a graph asks whether gates are hard by now; outside of one, None says that they are not."""
+        return self.hardened if torch.compiler.is_compiling() or self.settled else None
 
     def on(self, task: int) -> Tensor:
         """`[U]` bool: a task's hard gates, without asking a device whether it is sealed."""
@@ -288,7 +299,7 @@ class Gates(nn.Module):
         """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""
         c = self.config
         e = whole(self.embeddings[self.learning if self.learning is not None else 0])
-        a = F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp, self.hardened)
+        a = F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp, self._hardened())
         bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
         return c.penalty_weight * F.sparsity_penalty(a, self.used(), bounds, c.forgiven or 0.0)
 
@@ -300,6 +311,7 @@ class Gates(nn.Module):
             **self.__dict__,
             "_taken_by": (None, torch.zeros(0, dtype=torch.bool)),
             "soft": False,
+            "settled": False,
             "sharded": False,
         }
         if self._default == self.learning:

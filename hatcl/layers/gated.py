@@ -287,7 +287,8 @@ class HATLayer:
     def _hat_own(self, kind: str, name: str, task: Any, otherwise: Any = None) -> Any:
         """A task's own parameter or buffer."""
         if not isinstance(task, Tensor):
-            return getattr(self.hat_tasks[task], kind).get(name, otherwise)
+            copies = self.__dict__["_modules"]["hat_tasks"]._modules  # a list would look its length up each time
+            return copies[str(task)].__dict__[kind].get(name, otherwise)
         every = [getattr(own, kind).get(name, otherwise) for own in self.hat_tasks]
         return row(torch.stack(every), task)
 
@@ -343,8 +344,8 @@ class HATLayer:
         plan, gates = hat.params[name], hat.gates
         if not plan.axes and not plan.standardised and not plan.copied:
             return raw
-        soft = gates.is_soft(task) or not gates.cut
-        changing = gates.is_open(task) or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        changing = torch.is_grad_enabled() or gates.is_open(task) or torch.compiler.is_compiling()
+        soft = not gates.cut or (changing and gates.is_soft(task))
         if not plan.fold and not plan.standardised and (soft or plan.copied or hat.output is not None):
             # of an embedding the rows that were looked up are cut, not the whole table; a head is handed out as a copy,
             # so that what writes to it does not write to the task's own
@@ -423,7 +424,7 @@ class HATLayer:
         return gate
 
     def _hat_gate_output(self, out: Tensor) -> Tensor:
-        hat = self._hat_active
+        hat: Binding | None = self.__dict__.get("_hat")
         if hat is None or hat.output is None:
             return out
         dim, units = hat.output

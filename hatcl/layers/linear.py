@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from ..registry import register
-from .gated import HATLayer, multiply, task_parameter
+from .gated import Binding, HATLayer, multiply, task_parameter
 
 
 @register(nn.Linear)
@@ -28,7 +28,7 @@ class HATLinear(HATLayer, nn.Linear):
     bias = task_parameter("bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        hat = self._hat_active
+        hat: Binding | None = self.__dict__.get("_hat")
         soft = hat is not None and torch.is_grad_enabled() and hat.gates.is_soft(hat.gates.task)
         plan = hat.params.get("weight") if hat is not None and soft else None
         raw: Any = self._parameters.get("weight")  # a parametrized one is not there

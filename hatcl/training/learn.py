@@ -86,7 +86,7 @@ class Learning:
         self.settled = settled
         for g in self.gates:
             g.scale.fill_(value)
-            g.hardened.fill_(float(settled))
+            g.harden(settled)
 
 
 class _Statistics:
@@ -222,7 +222,7 @@ def learn(
     _warn_of(learning, guard)
     for g in gates:
         g.learning, g.learner, g.lock = None, None, None
-        g.hardened.zero_()
+        g.harden(False)
     guards.harden(model, task)
     for t in [t for t in tasks(model) if t != task and t not in guard.locked]:
         guards.record(model, t)
@@ -315,7 +315,7 @@ def _has_gates(module: nn.Module) -> bool:
 def _leave(before: list[tuple[Gates, int | None]]) -> None:
     for g, t in before:
         g.learning, g.learner, g.lock, g.task = None, None, None, t
-        g.hardened.zero_()
+        g.harden(False)
 
 
 def _check_layers(model: nn.Module) -> None:

@@ -112,7 +112,7 @@ def test_held_bit_for_bit_while_the_rest_learns(name, kind):
 
 @pytest.mark.parametrize("name", ["sgd with momentum and decay", "adamw", "foreach", "fused"])
 def test_twin_without_putting_back_they_move(monkeypatch, name):
-    monkeypatch.setattr(keeper, "_put_back", lambda *args: None)
+    monkeypatch.setattr(keeper, "put_back", lambda *args: None)
     model = network()
     optimizer, graft = OPTIMIZERS[name](model.parameters()), some(model)
     before = inside(model, graft)
@@ -301,7 +301,7 @@ def test_a_write_that_is_no_step_is_seen_and_undone():
 def test_memory_goes_with_the_graft(monkeypatch):
     kept = []
     plain = keeper.taken
-    monkeypatch.setattr(keeper, "taken", lambda p, which: kept.append(plain(p, which)) or kept[-1])
+    monkeypatch.setattr(keeper, "taken", lambda k: kept.append(plain(k)) or kept[-1])
     model = network()
     graft = some(model, 0.2)
     with hold(model, graft, OPTIMIZERS["sgd"](model.parameters())):
