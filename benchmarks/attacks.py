@@ -55,9 +55,9 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import hatcl
-from hatcl.forward import call, tensors_of
-from hatcl.gates import gates_of
-from hatcl.guard import held
+from hatcl.calls import call, tensors_of
+from hatcl.hat.gates import gates_of
+from hatcl.hat.guard import held
 
 TASKS, STEPS, INTERRUPTIONS = 4, 6, 25
 Outputs = dict[int, list[Tensor]]
@@ -1097,7 +1097,7 @@ def stored(t: Target, folder: Path) -> Path:
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object], sign: bool = True) -> None:
     """Write a saved model's file again with other tensors and another header, signed like the true one."""
-    from hatcl.pretrained import HEADER, _signed
+    from hatcl.hat.pretrained import HEADER, _signed
 
     with safe_open(file, "pt") as f:
         meta = json.loads(f.metadata()[HEADER])
@@ -1190,7 +1190,7 @@ def truncated(t: Target, file: Path) -> None:
 
 @file_attack("a header of 100,000 nested lists")
 def deep(t: Target, file: Path) -> None:
-    from hatcl.pretrained import HEADER
+    from hatcl.hat.pretrained import HEADER
 
     save_file(load_file(file), file, {HEADER: "[" * 100_000 + "]" * 100_000})
 

@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import hatcl
-from hatcl.gates import gates_of
-from hatcl.guard import held, own_buffers
+from hatcl.hat.gates import gates_of
+from hatcl.hat.guard import held, own_buffers
 
 NAMES = ["mnist", "fashion_mnist", "notmnist"]
 SHOTS, STEPS, EVERY = 16, 60, 10

@@ -35,7 +35,7 @@ from torch import nn
 
 import hatcl
 from hatcl.continual import ContinualTask, LearnOptions, label_word_task, learn_sequence, read_texts
-from hatcl.training.metrics import forward_transfer
+from hatcl.engine.measures import forward_transfer
 
 TASKS = {
     "sst-2": ("text_longseq/sst-2.json.gz", {"Bad": "bad", "Good": "good"}),

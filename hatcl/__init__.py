@@ -1,11 +1,7 @@
 """hatcl: models that learn task after task. What an earlier task learned stays, bit for bit."""
 
 from . import atlas, continual
-from .adapter import as_adapter
-from .certify import Certificate, certify
 from .config import HATConfig
-from .convert import convert
-from .describe import Description, describe
 from .errors import (
     CapacityError,
     ConfigError,
@@ -20,12 +16,15 @@ from .errors import (
     TaskError,
     VectorError,
 )
-from .forget import ForgetReport, forget_task
-from .gates import set_task, task, tasks
 from .grafts import Graft, GraftOptions, GraftScores, hold, learn_graft, select_graft
-from .guard import seal
-from .integrations.timm_names import install, list_models
-from .layers import (
+from .hat.adapter import as_adapter
+from .hat.certify import Certificate, certify
+from .hat.convert import convert
+from .hat.describe import Description, describe
+from .hat.forget import ForgetReport, forget_task
+from .hat.gates import set_task, task, tasks
+from .hat.guard import seal
+from .hat.layers import (
     HATConv1d,
     HATConv2d,
     HATConv3d,
@@ -47,9 +46,12 @@ from .layers import (
     TaskIndexedParameter,
     TaskIndexedRMSNorm,
 )
+from .hat.learn import Learning, add_tasks, learn, task_parameters
+from .hat.pretrained import from_pretrained, save_pretrained
+from .hat.registry import register
+from .hat.together import forward
+from .integrations.timm_names import install, list_models
 from .map.units import UnitMap
-from .pretrained import from_pretrained, save_pretrained
-from .registry import register
 from .shards import gathered
 from .skills import (
     ConsolidateOptions,
@@ -65,8 +67,6 @@ from .skills import (
     overlap,
     skill_tensors,
 )
-from .together import forward
-from .training.learn import Learning, add_tasks, learn, task_parameters
 from .vectors.compose import Composer, compose
 from .vectors.conflicts import SignConflicts, sign_conflicts
 from .vectors.merging import list_merges, merge, merge_method

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import parts  # noqa: E402
 
 import hatcl  # noqa: E402
-from hatcl.distributed import Replicas  # noqa: E402
-from hatcl.gates import gates_of  # noqa: E402
+from hatcl.hat.distributed import Replicas  # noqa: E402
+from hatcl.hat.gates import gates_of  # noqa: E402
 from hatcl.shards import is_shard  # noqa: E402
 
 WORLD = 2

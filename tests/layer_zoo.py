@@ -1,5 +1,5 @@
 """One small model per kind of layer. What must hold for layers is tested on all of them; a layer that is registered and
-not here fails `tests/layers/test_gated.py`."""
+not here fails `tests/hat/layers/test_gated.py`."""
 
 from __future__ import annotations
 

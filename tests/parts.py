@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl import guard
-from hatcl.certify import attack, outputs_of
-from hatcl.gates import gates_of
+from hatcl.hat import guard
+from hatcl.hat.certify import attack, outputs_of
+from hatcl.hat.gates import gates_of
 
 CLASSES = 4
 

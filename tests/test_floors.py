@@ -10,12 +10,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hatcl"
 FLOORS = [
-    ["errors", "config", "files", "functional", "forward", "lend"],
-    ["registry", "map", "keeper", "active", "shards"],
-    ["gates", "layers", "guard", "distributed"],
-    "certify describe forget adapter extract convert together pretrained vectors skills grafts".split(),
-    ["training", "atlas", "continual", "integrations", "finetuning", "report", "zoo"],
-    "__init__ cli_options cli_atlas_run cli_atlas cli_tasl cli_finetune cli_graft_run cli_graft cli __main__".split(),
+    ["errors", "config", "files", "functional", "calls", "lend", "shards", "sources"],
+    ["map"],
+    ["vectors", "keeper"],
+    ["hat", "skills", "grafts"],
+    ["data", "engine"],
+    ["integrations", "atlas", "continual", "finetuning", "zoo", "report"],
+    ["__init__", "commands", "__main__"],
 ]
 ROOMS = [room for floor in FLOORS for room in floor]
 # who may know these libraries; everything else works with plain torch
@@ -23,21 +24,20 @@ GUESTS = {
     "timm": [
         "integrations/timm_names.py",
         "finetuning/loading.py",
-        "layers",
-        "training/factories.py",
+        "hat/layers",
+        "engine/schedule.py",
         "zoo",
-        "cli_atlas_run.py",
-        "cli.py",
+        "commands",
     ],
-    "transformers": ["integrations", "finetuning", "layers", "skills", "zoo", "cli_tasl.py"],
-    "peft": ["integrations", "skills", "vectors/adapters.py", "cli_tasl.py"],
+    "transformers": ["integrations", "finetuning", "hat/layers", "skills", "zoo", "commands"],
+    "peft": ["integrations", "skills", "vectors/adapters.py", "commands"],
     "lightning": ["integrations"],
     "avalanche": ["integrations"],
     "matplotlib": ["report/calibration.py", "report/picture.py", "report/heatmap.py"],
-    "sklearn": ["training/stream.py"],
-    "torchvision": ["training/stream.py", "zoo"],
-    "typer": ["cli.py", "cli_atlas.py", "cli_atlas_run.py", "cli_finetune.py", "cli_graft.py", "cli_tasl.py"],
-    "rich": ["cli.py", "cli_atlas_run.py", "cli_finetune.py", "cli_graft.py", "cli_tasl.py", "report/tables.py"],
+    "sklearn": ["data/images.py"],
+    "torchvision": ["data/images.py", "zoo"],
+    "typer": ["commands"],
+    "rich": ["commands", "report/tables.py"],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -52,7 +52,7 @@ def imports(path: Path) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # `from .. import guard` imports a room, `from ..guard import Guard` a name
+            # `from .. import keeper` imports a room, `from ..keeper import Keeper` a name
             found += [(node.lineno, f"{module}.{alias.name}" if module == "hatcl" else module) for alias in node.names]
     return found
 
@@ -95,7 +95,7 @@ def test_guests_stay_in_their_rooms(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_library_does_not_print(path):
-    if path.name in ("cli.py", "__main__.py"):
+    if room_of(path) in ("commands", "__main__"):
         return
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     lines = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
@@ -103,9 +103,9 @@ def test_the_library_does_not_print(path):
 
 
 def test_the_reader_of_imports_sees_them_all():
-    code = "import timm.models\nfrom hatcl.map import trace\ndef f():\n    from .. import guard\n    from . import x\n"
-    path = PACKAGE / "training" / "imaginary.py"
+    code = "import timm.models\nfrom hatcl.map import trace\ndef f():\n    from .. import keeper\n    from . import x\n"
+    path = PACKAGE / "hat" / "imaginary.py"
     fake = type(
         "File", (), {"read_text": lambda self: code, "relative_to": lambda self, other: path.relative_to(other)}
     )
-    assert [name for _, name in imports(fake())] == ["timm.models", "hatcl.map", "hatcl.guard", "hatcl.training"]
+    assert [name for _, name in imports(fake())] == ["timm.models", "hatcl.map", "hatcl.keeper", "hatcl.hat"]

@@ -51,7 +51,7 @@ def test_import_works_without_the_extras():
         "import sys\n"
         "for name in ('transformers', 'peft', 'lightning', 'avalanche', 'matplotlib', 'sklearn', 'accelerate'):\n"
         "    sys.modules[name] = None\n"
-        "import hatcl, hatcl.cli\n"
+        "import hatcl, hatcl.commands.main\n"
     )
     assert python(code).returncode == 0, python(code).stderr
 

@@ -1,14 +1,16 @@
 """aTLAS: knowledge composition by learned anisotropic scaling of task vectors (Zhang et al. 2024, arXiv 2407.02880)."""
 
+from ..data.shots import sample_shots
+from ..engine.measures import accuracy, accuracy_per_class
 from .adaptation import adapt, random_crops
 from .addition import add
 from .caches import LPPlusPlus, TipAdapter, lp_plus_plus, tip_adapter
 from .entropy import minimise_entropy
-from .fewshot import few_shot, sample_shots
+from .fewshot import few_shot
 from .fitting import Fitted, fit, spread
 from .heads import ClassHead, class_embeddings, encoder, prototypes, trained_head
 from .linear import Linearised, linearised
-from .measures import accuracy, accuracy_per_class, normalised, sweep
+from .measures import normalised, sweep
 from .negation import negate
 from .options import AtlasOptions
 from .prediction import Predicted, learn_predictor

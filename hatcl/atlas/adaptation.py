@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..calls import Head, moved, outputs
 from ..config import one_of
 from ..errors import ConfigError
 from .entropy import mean_entropy
 from .fitting import Fitted, Path_, fit
 from .linear import Composed
 from .options import AtlasOptions, Options
-from .tasks import Head, moved, outputs
 
 OPTIONS = AtlasOptions(lr=1e-2, epochs=10, schedule="cosine")
 OBJECTIVES = ("ufm", "entropy")

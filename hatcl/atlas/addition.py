@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls import cross_entropy
+from ..data.batches import Zipped, again
+from ..engine.measures import accuracy
 from ..errors import ConfigError
 from .fitting import Fitted, Path_, Select, fit
 from .linear import Composed
-from .measures import accuracy, normalised
+from .measures import normalised
 from .options import AtlasOptions, Options
 from .search import SCALES, search
-from .tasks import AtlasTask, Zipped, again, cross_entropy
+from .tasks import AtlasTask
 
 OPTIONS = AtlasOptions()
 

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calls import Head, cross_entropy, outputs
+from ..data.batches import Batches, again
 from ..errors import ConfigError
 from ..lend import Evaluating
 from .fewshot import OPTIONS, STEPS, by_accuracy, repeated
 from .fitting import Fitted, Path_, fit, spread
 from .linear import Composed
 from .options import Options
-from .tasks import Batches, Head, again, cross_entropy, outputs
 
 
 class TipAdapter(nn.Module):

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls import Head, outputs
+from ..data.batches import Batches, again
 from ..errors import ConfigError, NonFiniteLossError
-from .tasks import Batches, Head, again, outputs
 
 NORMS = (
     nn.modules.batchnorm._BatchNorm,  # also instance norms

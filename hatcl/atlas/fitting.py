@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import Batches, again
+from ..engine.folder import random_state, set_random_state
 from ..errors import ConfigError, IntegrityError, NonFiniteLossError, VectorError
 from ..files import write_files
 from ..lend import Evaluating
-from ..training.checkpoints import random_state, set_random_state
 from .linear import Composed
 from .options import AtlasOptions
 from .regularisers import penalty
-from .tasks import Batches, again
 
 FORMAT = "hatcl.atlas.fit"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

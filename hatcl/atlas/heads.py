@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import one_of
+from ..data.batches import Batches
 from ..errors import ConfigError
 from .caches import gather
-from .tasks import Batches
 
 POOLS = ("auto", "pooler", "mean", "first", "last")
 

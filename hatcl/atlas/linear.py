@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..calls import tensor_of
 from ..errors import ConfigError
 from ..map.grains import Grain
 from ..vectors.block import Block
 from ..vectors.compose import Composer
-from .tasks import tensor_of
 
 FUSED = ("flash_attention", "flex_attention")  # of transformers: kernels without a forward-mode derivative
 

@@ -5,28 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError
-from ..lend import Evaluating
 from ..vectors.compose import Composer
-from .tasks import Batches, Head, outputs
-
-
-def accuracy(model: nn.Module, batches: Batches, head: Head | None = None) -> float:
-    """Share of examples whose largest logit is at the label, in evaluation mode (the mode is put back).
-
-    Raises:
-        ConfigError: no examples.
-    """
-    right, total = counts(model, batches, head)
-    return float(right.sum()) / float(total.sum())
-
-
-def accuracy_per_class(model: nn.Module, batches: Batches, head: Head | None = None) -> Tensor:
-    """`[C]`; NaN for a class without examples."""
-    right, total = counts(model, batches, head)
-    return right / total
 
 
 def normalised(composed: float, finetuned: float) -> float:
@@ -58,25 +40,3 @@ def sweep(composer: Composer, scales: Sequence[float], measure: Callable[[], flo
     finally:
         composer.coefficients.data.copy_(before)
     return out
-
-
-@torch.no_grad()
-def counts(model: nn.Module, batches: Batches, head: Head | None = None) -> tuple[Tensor, Tensor]:
-    """Right answers and examples per class, `[C]` float64."""
-    right = total = torch.zeros(0, dtype=torch.float64)
-    with Evaluating(model):
-        for inputs, labels in batches:
-            logits = outputs(model, inputs, head)
-            labels = labels.to(logits.device)
-            hits = (logits.argmax(-1) == labels).double()
-            classes = max(logits.shape[-1], len(right))
-            right = _plus(right, torch.bincount(labels, hits, classes).cpu())
-            total = _plus(total, torch.bincount(labels, minlength=classes).double().cpu())
-    if not total.sum() > 0:
-        raise ConfigError("accuracy: the batches hold no examples; is an iterator used up? Pass a list or a DataLoader")
-    return right, total
-
-
-def _plus(a: Tensor, b: Tensor) -> Tensor:
-    n = max(len(a), len(b))
-    return nn.functional.pad(a, (0, n - len(a))) + nn.functional.pad(b, (0, n - len(b)))

@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ..calls import cross_entropy
+from ..data.batches import Zipped, again
+from ..engine.measures import accuracy
 from ..errors import ConfigError
 from .addition import started
 from .fitting import Fitted, Path_, Select, fit
 from .linear import Composed
-from .measures import accuracy
 from .options import AtlasOptions, Options
 from .search import SCALES
-from .tasks import AtlasTask, Zipped, again, cross_entropy
+from .tasks import AtlasTask
 
 OPTIONS = AtlasOptions(lr=5e-3, epochs=10)
 

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calls import Head, moved, outputs
 from ..config import one_of
+from ..data.batches import Batches, again
 from ..errors import ConfigError
 from .entropy import mean_entropy, without_labels
 from .fewshot import by_accuracy
 from .fitting import Path_, fit
 from .linear import Composed
 from .options import AtlasOptions, Options
-from .tasks import Batches, Head, again, moved, outputs
 
 OPTIONS = AtlasOptions(lr=1e-4, epochs=1, schedule="cosine")
 OBJECTIVES = ("cross_entropy", "entropy")

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calls import Head, outputs
 from ..config import one_of
+from ..data.batches import Batches, again
 from ..errors import ConfigError, VectorError
 from ..vectors.task_vector import Delta, TaskVector
 from ..vectors.tensors import Lazy
-from .tasks import Batches, Head, again, outputs
 
 WAYS = ("blocks", "vectors", "features", "random")
 

@@ -5,6 +5,7 @@ model = peft.get_peft_model(encoder, peft.LoraConfig(r=8, target_modules=["query
 result = hatcl.continual.learn_sequence(model, tasks, "tasl", {"epochs": 2}, folder="run")
 """
 
+from ..data.texts import TextData, Turn, read_texts
 from .generation import causal_task, seq2seq_task
 from .label_words import label_word_task
 from .methods import Batch, Method, continual_method, list_continual_methods, make_method
@@ -12,7 +13,6 @@ from .options import LearnOptions
 from .result import SequenceResult
 from .sequence import Progress, learn_sequence
 from .tasks import ContinualTask
-from .text import TextData, Turn, read_texts
 
 __all__ = [
     "Batch",

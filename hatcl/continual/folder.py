@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..engine import folder as checkpoints
 from ..errors import ConfigError, IntegrityError, SkillError
 from ..files import complete, replaced_folder
 from ..skills.ilora_files import base_digest, digest
 from ..skills.switch import of_adapters
 from ..skills.tensors import adapters_of, skill_tensors
-from ..training import checkpoints
 from .methods.registry import Method
 
 CHECKPOINT, RESULT, SECONDS, TASKS = "checkpoint", "result.json", "seconds.json", "tasks"

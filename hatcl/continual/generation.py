@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.texts import Pair, TextData
+from ..engine.measures import joint_goal_accuracy
 from ..errors import ConfigError
-from ..training.metrics import joint_goal_accuracy
 from .tasks import ContinualTask
-from .text import Pair, TextData
 
 MASKED = -100  # transformers leaves labels of this number out of the loss
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.texts import Pair, TextData
 from ..errors import ConfigError
 from ..skills.ilora import Hidden, hidden_states_of
 from .tasks import ContinualTask
-from .text import Pair, TextData
 
 SCALE = 20.0  # sentence transformers' temperature, with which such encoders were trained
 

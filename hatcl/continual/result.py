@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..training.metrics import average_accuracy, backward_transfer, forward_transfer, zero_shot_transfer
+from ..engine.measures import average_accuracy, backward_transfer, forward_transfer, zero_shot_transfer
 
 
 @dataclass

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engine import folder as checkpoints
 from ..errors import ConfigError, NonFiniteLossError, SkillError
 from ..files import complete, replaced_folder
 from ..skills.tensors import skill_tensors
-from ..training import checkpoints
 from .folder import (
     CHECKPOINT,
     METHOD,

@@ -5,6 +5,7 @@ grafts are found in.
                        FinetuneOptions(lr=1e-3), "runs/sst2")
 """
 
+from ..data.shots import k_shot, k_shot_images
 from .loading import load_model, make_task, read_data
 from .modes import (
     FinetuneMode,
@@ -20,7 +21,6 @@ from .modes import (
 from .options import FinetuneOptions, TaskOptions
 from .prompts import PromptReader, Template, label_tokens
 from .run import Run, finetune_run, holds, inputs_of, load_run, save_run
-from .shots import k_shot, k_shot_images
 from .tasks import FinetuneTask, TaskBatches
 from .tune import finetune_, pull_, reached, trained_names
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..continual.text import TextData, read_texts
+from ..data.images import Task, npz_task
+from ..data.shots import k_shot
+from ..data.texts import TextData, read_texts
 from ..errors import ConfigError, nearest
-from ..training.stream import Task, npz_task
 from ..vectors.tensors import kinds_of, tensors_of
 from .modes import mode_of
 from .options import TaskOptions
-from .shots import k_shot
 from .state import load_state
 from .tasks import FinetuneTask
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Changeable, flag, number, one_of, whole
+from ..data.images import FITS
 from ..errors import ConfigError
 from ..functional import RATES, rate_at
-from ..training.stream import FITS
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("auto", *RATES)

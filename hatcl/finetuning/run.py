@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engine.folder import CHECKPOINT, CONFIG, METRICS, write_json
+from ..engine.state import Standing
 from ..errors import ConfigError, HATError, IntegrityError
 from ..files import beside, complete, is_temporary, read_json, replaced_folder, sha256_of
 from ..integrations.timm_names import timm_source
-from ..registry import build_source, source_of
-from ..training.checkpoints import CHECKPOINT, CONFIG, METRICS, write_json
+from ..sources import build_source, source_of
 from ..vectors.files import write_tensors
 from ..vectors.tensors import kinds_of, tensors_of
 from .loading import load_model, make_task
 from .modes import mode_of
 from .options import FinetuneOptions, TaskOptions
-from .standing import Standing
 from .state import load_state, state_of
 from .tasks import FinetuneTask
 from .tune import Told, finetune_, reached, trained_names

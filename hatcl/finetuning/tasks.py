@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..atlas.images import Images
-from ..atlas.measures import accuracy
-from ..atlas.tasks import cross_entropy, outputs
+from ..calls import cross_entropy, outputs
 from ..config import one_of
+from ..data.images import Images
+from ..engine.measures import accuracy
 
 PARTS = ("train", "validation", "test")
 Batch = tuple[Any, Tensor]

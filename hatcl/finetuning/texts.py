@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..continual.label_words import check_labels
-from ..continual.text import Pair, TextData
+from ..data.texts import Pair, TextData
 from ..errors import ConfigError
 from .forwards import WordForward, copied, embedding_names, language_head_names, with_forward
 from .prompts import PromptReader, check_length, label_tokens

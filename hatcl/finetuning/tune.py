@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.state import Standing
 from ..errors import ConfigError, NonFiniteLossError
 from ..lend import lent
 from .options import FinetuneOptions
-from .standing import Standing
 from .tasks import FinetuneTask
 
 Told = Callable[[dict[str, float]], None]

@@ -13,10 +13,10 @@ from timm.models import _registry
 from torch import nn
 
 from ..config import HATConfig
-from ..convert import convert
 from ..errors import ConfigError, IntegrityError
-from ..gates import gates_of
-from ..registry import register_source
+from ..hat.convert import convert
+from ..hat.gates import gates_of
+from ..sources import register_source
 
 log = logging.getLogger(__name__)
 PREFIX = "hat_"

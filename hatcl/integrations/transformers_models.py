@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import IntegrityError
-from ..registry import register_source
+from ..sources import register_source
 from .timm_names import check_name, without_files
 
 # what makes transformers run code from elsewhere, or look for weights or kernels there

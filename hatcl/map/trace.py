@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..calls import call, tensors_of, values_of
 from ..errors import ConversionError
-from ..forward import call, tensors_of, values_of
 from .labels import Ints, Labels
 from .shadow import Axis, Shadow, Slot, apply_as_is, reshape, settle, small, varying
 

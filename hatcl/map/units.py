@@ -106,7 +106,7 @@ class UnitMap:
         norms: what enters each norm.
         notes: what fell back, by module path.
         buffers: for module path, the buffers of which every task has its own because a forward writes them.
-        states: for module path, whatever else a forward changes (see `layers/state.py`).
+        states: for module path, whatever else a forward changes (see `hat/layers/state.py`).
     """
 
     num_units: int

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training.checkpoints import read_json
+from ..engine.folder import read_json
 from .run import Row
 
 KNOWN = Path(__file__).with_name("known.json")

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..certify import certify, difference
+from ..calls import call, tensors_of, values_of
 from ..config import HATConfig
-from ..convert import convert, map_of
-from ..describe import describe
-from ..forward import call, tensors_of, values_of
-from ..gates import gates_of
-from ..gates import task as active
-from ..pretrained import from_pretrained, read_config, save_pretrained
-from ..training.learn import learn
+from ..hat.certify import certify, difference
+from ..hat.convert import convert, map_of
+from ..hat.describe import describe
+from ..hat.gates import gates_of
+from ..hat.gates import task as active
+from ..hat.learn import learn
+from ..hat.pretrained import from_pretrained, read_config, save_pretrained
 
 # about half of each task's units off, and they stay so: a few steps do not turn an embedding of 6 around
 CONFIG = HATConfig(num_tasks=2, init="sparse", init_density=0.5, init_value=6.0, penalty_weight=0.0)

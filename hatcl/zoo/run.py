@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 
-from ..training.checkpoints import read_json, write_json
+from ..engine.folder import read_json, write_json
 from . import catalog, proof
 
 Row = dict[str, Any]  # family, passed; of a model that passed the figures of `proof.Proof`, else the failure

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hatcl.atlas.images import Images, held_out
+from hatcl.data.images import Images, Preparation, held_out
 from hatcl.errors import ConfigError
-from hatcl.training.stream import Preparation
 
 X = np.arange(10 * 4 * 4, dtype=np.uint8).reshape(10, 4, 4)
 Y = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1])

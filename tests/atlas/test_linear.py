@@ -14,7 +14,7 @@ import hatcl
 from hatcl import ConfigError
 from hatcl.atlas import linearised
 from hatcl.atlas.linear import plain_attention
-from hatcl.atlas.tasks import tensor_of
+from hatcl.calls import tensor_of
 
 
 def bert(attention="sdpa"):

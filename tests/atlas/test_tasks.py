@@ -8,7 +8,8 @@ from torch import nn
 
 from hatcl import ConfigError
 from hatcl.atlas import AtlasTask
-from hatcl.atlas.tasks import Repeated, Zipped, again, lengths, outputs
+from hatcl.calls import outputs
+from hatcl.data.batches import Repeated, Zipped, again, lengths
 
 
 def test_an_epoch_ends_with_the_shortest_or_follows_the_first():

@@ -27,10 +27,7 @@ from continual_parts import (  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from hatcl.continual import folder as kept  # noqa: E402
-from hatcl.continual import (  # noqa: E402
-    learn_sequence,
-    list_continual_methods,
-)
+from hatcl.continual import learn_sequence, list_continual_methods  # noqa: E402
 from hatcl.errors import IntegrityError, SkillError  # noqa: E402
 from hatcl.skills.scores import SkillScores  # noqa: E402
 

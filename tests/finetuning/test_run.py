@@ -32,6 +32,8 @@ from finetuning_parts import (  # noqa: E402
 )
 
 import hatcl  # noqa: E402
+from hatcl.data.images import npz_task  # noqa: E402
+from hatcl.engine import state as standing  # noqa: E402
 from hatcl.errors import ConfigError, IntegrityError, VectorError  # noqa: E402
 from hatcl.finetuning import (  # noqa: E402
     FinetuneOptions,
@@ -43,11 +45,9 @@ from hatcl.finetuning import (  # noqa: E402
     make_task,
     prompt_task,
     run,
-    standing,
     trained_names,
     tune,
 )
-from hatcl.training.stream import npz_task  # noqa: E402
 
 LEARNING = FinetuneOptions(lr=0.05, max_steps=4, evaluate_every=2, batch_size=4)
 MODES = {

@@ -27,8 +27,9 @@ from finetuning_parts import (  # noqa: E402
     texts,
 )
 
+from hatcl.data.images import npz_task  # noqa: E402
 from hatcl.errors import ConfigError, NonFiniteLossError  # noqa: E402
-from hatcl.finetuning import (  # noqa: E402
+from hatcl.finetuning import (
     FinetuneOptions,
     FinetuneTask,
     autoregressive_task,
@@ -41,7 +42,6 @@ from hatcl.finetuning import (  # noqa: E402
     trained_names,
     tune,
 )
-from hatcl.training.stream import npz_task  # noqa: E402
 
 DATA = texts()
 FAST = {"max_steps": 3, "batch_size": 4, "evaluate_every": 2, "lr": 0.05}

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl import guard, keeper
+from hatcl import keeper
 from hatcl.errors import GraftError, GuardError
 from hatcl.grafts import Graft, hold
+from hatcl.hat import guard
 
 OPTIMIZERS = {
     "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1),

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from timm.models import _registry
 
 import hatcl
-from hatcl.gates import gates_of
+from hatcl.hat.gates import gates_of
 from hatcl.integrations import timm_names
-from hatcl.registry import build_source
+from hatcl.sources import build_source
 
 SMALL = [n for n in timm.list_models("test_*")]
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import hatcl
-from hatcl.certify import outputs_of
+from hatcl.hat.certify import outputs_of
 from hatcl.integrations import transformers_models
-from hatcl.registry import build_source, source_of
+from hatcl.sources import build_source, source_of
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'hatcl[hf]'")
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.convert import map_of
+from hatcl.hat.convert import map_of
 
 LENGTH, WIDTH, SIZE = 5, 8, 4
 TOKENS = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))

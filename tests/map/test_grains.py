@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hatcl
-from hatcl.gates import gates_of
+from hatcl.hat.gates import gates_of
 from hatcl.map.grains import GRAINS, make_grain
 
 NAMES = ["element", "unit", "row", "matrix", "qkv", "block", "partition:1", "partition:7", "global"]

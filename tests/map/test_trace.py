@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl import guard
-from hatcl.convert import map_of
-from hatcl.gates import gates_of
-from hatcl.layers.gated import HATLayer
+from hatcl.hat import guard
+from hatcl.hat.convert import map_of
+from hatcl.hat.gates import gates_of
+from hatcl.hat.layers.gated import HATLayer
 from hatcl.map import trace as traces
 from hatcl.map.labels import Labels
 from hatcl.map.shadow import small

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hatcl import HATConfig
-from hatcl.convert import build, map_of
+from hatcl.hat.convert import build, map_of
 from hatcl.map.units import Entry, Factor, UnitMap, runs, unrun
 
 ROOT = Path(__file__).parents[2]

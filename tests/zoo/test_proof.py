@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hatcl
-from hatcl import guard
-from hatcl.convert import map_of
+from hatcl.hat import guard
+from hatcl.hat.convert import map_of
 from hatcl.vectors.files import read_metadata
 from hatcl.zoo import catalog, proof
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapter import as_adapter
 from ...errors import TaskError
 from ...files import read_json
-from ...gates import gates_of, task
+from ...hat.adapter import as_adapter
+from ...hat.gates import gates_of, task
+from ...hat.learn import Learning, learn
 from ...skills.tensors import adapters_of
-from ...training.learn import Learning, learn
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
 

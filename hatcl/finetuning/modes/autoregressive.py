@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...continual.text import TextData
+from ...data.texts import TextData
 from ..options import TaskOptions
 from ..prompts import CAUSAL
 from ..tasks import FinetuneTask

@@ -8,7 +8,7 @@ from torch import nn
 
 from ...config import one_of
 from ...continual.label_words import check_labels
-from ...continual.text import TextData
+from ...data.texts import TextData
 from ...errors import ConfigError
 from ..forwards import HEAD, HeadForward, copied, embedding_names, with_forward
 from ..heads import fit_head, new_head

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...atlas.images import Images, held_out, preparation_for
 from ...config import one_of
+from ...data.images import Images, Preparation, Task, held_out, preparation_for
+from ...data.shots import k_shot_images
 from ...errors import ConfigError
-from ...training.stream import Preparation, Task
 from ..forwards import embedding_names
 from ..heads import fit_head, linear_at, new_head
 from ..options import HEADS, TaskOptions
-from ..shots import k_shot_images
 from ..tasks import Batch, FinetuneTask
 from .registry import finetune_mode
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...continual.label_words import SCALE, LabelWords, check_labels, check_words, label_embeddings
-from ...continual.text import TextData
+from ...data.texts import TextData
 from ..forwards import CosineForward, copied, embedding_names, with_forward
 from ..options import TaskOptions
 from ..prompts import PromptReader, check_length

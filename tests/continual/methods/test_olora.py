@@ -15,9 +15,7 @@ from continual_parts import (  # noqa: E402
     text_tasks,
 )
 
-from hatcl.continual import (  # noqa: E402
-    learn_sequence,
-)
+from hatcl.continual import learn_sequence  # noqa: E402
 from hatcl.errors import SkillError  # noqa: E402
 from hatcl.skills.tensors import skill_tensors  # noqa: E402
 

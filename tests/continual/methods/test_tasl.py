@@ -22,10 +22,7 @@ from continual_parts import (  # noqa: E402
     tokenizer,
 )
 
-from hatcl.continual import (  # noqa: E402
-    label_word_task,
-    learn_sequence,
-)
+from hatcl.continual import label_word_task, learn_sequence  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

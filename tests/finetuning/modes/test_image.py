@@ -15,10 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from finetuning_parts import image_file  # noqa: E402
 
-from hatcl.atlas.images import Images, preparation_for  # noqa: E402
+from hatcl.data.images import (
+    Images,
+    npz_task,  # noqa: E402
+    preparation_for,
+)
 from hatcl.errors import ConfigError  # noqa: E402
 from hatcl.finetuning import FinetuneOptions, finetune_, image_task, trained_names  # noqa: E402
-from hatcl.training.stream import npz_task  # noqa: E402
 
 
 class Small(nn.Module):

@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: E402
 import hatcl  # noqa: E402
 from hatcl.continual import TextData, label_word_task  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
-from hatcl.finetuning import (  # noqa: E402
+from hatcl.finetuning import (
     autoregressive_task,
     finetune_mode,
     head_task,

@@ -1,0 +1,337 @@
+"""A model on any batch, and every value in what it gives.
+
+What is proved of a model is proved of what these functions find. So an object that they cannot look into is an error,
+never nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import enum
+import functools
+import numbers
+import random
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import SUPPORTED_NODES
+
+from .errors import ConfigError, HATError
+from .functional import digest_of
+
+
+class OutputError(HATError, TypeError):
+    """A forward gives something in which no value can be found."""
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on a tensor, a tuple or list (positional) or a mapping (keywords)."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (list, tuple)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def tensors_of(out: Any, name: str = "output") -> list[Tensor]:
+    """Every tensor in what a forward gives or takes: in mappings, sequences, sets, dataclasses, named tuples, nodes of
+    torch's pytree, distributions, caches and any other object with attributes, however deep, each object once.
+
+    Raises:
+        OutputError: a part that cannot be looked into; says which.
+    """
+    return [x for _, x in _found(out, name) if isinstance(x, Tensor)]
+
+
+def values_of(out: Any) -> dict[str, Tensor]:
+    """Path -> every value in what a forward gives, as a dense tensor, detached: its tensors, the parts of sparse and
+    nested ones, numpy arrays, and also numbers and texts, which a forward may have computed as well.
+
+    Raises:
+        OutputError: there is no tensor in it, or a part that cannot be looked into; says which.
+    """
+    values: dict[str, Tensor] = {}
+    tensors = 0
+    for path, x in _found(out):
+        if isinstance(x, Tensor):
+            tensors += 1
+            values.update(_dense(path, x.detach()))
+        else:
+            values[path] = _as_tensor(path, x)
+    if not tensors:
+        raise OutputError(
+            f"its forward gives {_kind(out)}, in which there is no tensor, so there is nothing that could be compared; "
+            "return the tensors that it computes, by themselves or in a tuple, a dict, a dataclass or another object"
+        )
+    return values
+
+
+def shapes(x: Any) -> str:
+    """Inputs in words, for messages."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    if isinstance(x, Mapping):
+        return "{" + ", ".join(f"{k}: {shapes(v)}" for k, v in x.items()) + "}"
+    if isinstance(x, (list, tuple)):
+        return "(" + ", ".join(map(shapes, x)) + ")"
+    return type(x).__name__
+
+
+@contextlib.contextmanager
+def seeded(seed: int = 0, device: torch.device | None = None) -> Iterator[None]:
+    """Inside, torch, numpy and Python draw the same numbers each time; afterwards they go on as before."""
+    state = random.getstate(), np.random.get_state()
+    devices = [device] if device is not None and device.type not in ("cpu", "meta") else []
+    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: where its first parameter or buffer is, else the CPU."""
+    for tensors in (model.parameters(), model.buffers()):
+        for x in tensors:
+            return x.device
+    return torch.device("cpu")
+
+
+def inside(x: Any) -> Iterator[tuple[str, Any]]:
+    """Path and object of everything that an object consists of, itself first, each once. What cannot be looked into,
+    and modules, are not looked into."""
+    seen: dict[int, Any] = {}
+    stack: list[tuple[str, Any]] = [("", x)]
+    while stack:
+        path, x = stack.pop()
+        yield path, x
+        if isinstance(x, (Tensor, nn.Module, enum.Enum, *_VALUES, *_NOTHING)) or id(x) in seen:
+            continue
+        seen[id(x)] = x
+        with contextlib.suppress(OutputError):
+            stack += reversed(_parts(path, x))
+
+
+# ---- looking into objects --------------------------------------------------------------------------------------------
+
+_NOTHING = (
+    type(None), type, types.ModuleType, types.BuiltinFunctionType, types.GenericAlias, torch.dtype, torch.device,
+    torch.layout, torch.memory_format, type(...), type(NotImplemented), property,
+)  # fmt: skip
+_VALUES = (numbers.Number, str, bytes, bytearray, np.ndarray, np.generic, range, datetime.date, datetime.time,
+           datetime.timedelta, torch.Generator)  # fmt: skip
+
+
+_BUILT_IN: dict[type, tuple[str, ...]] = {
+    slice: ("start", "stop", "step"), functools.partial: ("func", "args", "keywords"), types.MethodType: ("__self__",),
+    BaseException: ("args",),
+}  # fmt: skip
+
+
+def _kind(x: Any) -> str:
+    name = type(x).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}" if x is not None else "None"
+
+
+def _found(out: Any, name: str = "output") -> Iterator[tuple[str, Any]]:
+    """Path and value of every tensor and every plain value, each object once, in an order that is the same each
+    time."""
+    seen: dict[int, Any] = {}  # holds what it has seen, so that no id is given twice
+    stack: list[tuple[str, Any]] = [(name, out)]
+    while stack:
+        path, x = stack.pop()
+        if isinstance(x, enum.Enum):
+            yield path, x.name
+        elif isinstance(x, _VALUES):
+            yield path, x
+        elif isinstance(x, Tensor):
+            yield path, x
+        elif not isinstance(x, _NOTHING) and id(x) not in seen:
+            seen[id(x)] = x
+            stack += reversed(_parts(path, x))
+
+
+def _parts(path: str, x: Any) -> list[tuple[str, Any]]:
+    """What an object consists of: its members, and its attributes where those are others."""
+    members = _members(path, x)
+    attributes = attributes_of(x)
+    if members is None and attributes is None:
+        raise OutputError(
+            f"{path} is {_kind(x)}, and hatcl cannot look into it to compare what is in it; return tensors, or a "
+            "tuple, a dict, a dataclass or an object whose attributes hold them"
+        )
+    known = {id(value) for _, value in members or ()}  # a model output of transformers has each member twice
+    more = [(f"{path}.{name}", value) for name, value in (attributes or {}).items() if id(value) not in known]
+    return [*(members or ()), *more]
+
+
+def _members(path: str, x: Any) -> list[tuple[str, Any]] | None:
+    """What an object of a known kind consists of."""
+    if isinstance(x, nn.Module):
+        raise OutputError(
+            f"{path} is a module ({type(x).__name__}); a forward whose output holds a module cannot be compared, as "
+            "everything that the module holds belongs to all tasks; return what it computes"
+        )
+    if isinstance(x, Mapping):
+        return [(f"{path}[{key!r}]", value) for key, value in x.items()]
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return [(f"{path}.{name}", value) for name, value in zip(x._fields, x, strict=True)]
+    if isinstance(x, (list, tuple, deque)):
+        return [(f"{path}[{i}]", value) for i, value in enumerate(x)]
+    if isinstance(x, (set, frozenset)):  # tensors lie in a set in the order of their addresses
+        return [(f"{path}{{{i}}}", value) for i, value in enumerate(sorted(x, key=_order))]
+    if isinstance(x, types.FunctionType):
+        cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
+        kept = [(f"{path}.{name}", cell.cell_contents) for name, cell in cells]
+        return [*kept, (f"{path}.__defaults__", x.__defaults__), (f"{path}.__kwdefaults__", x.__kwdefaults__)]
+    if isinstance(x, weakref.ReferenceType):
+        return [(f"{path}()", x())]
+    for kind, names in _BUILT_IN.items():
+        if isinstance(x, kind):
+            return [(f"{path}.{name}", getattr(x, name)) for name in names]
+    node = SUPPORTED_NODES.get(type(x))
+    if node is not None:
+        return [(f"{path}<{i}>", child) for i, child in enumerate(node.flatten_fn(x)[0])]
+    return None
+
+
+def attributes_of(x: Any) -> dict[str, Any] | None:
+    """The attributes of an object, in `__dict__` and in slots; None where it can have none, as an object that is
+    written in C."""
+    slots = [name for cls in type(x).__mro__ for name in _slots(cls)]
+    own = getattr(x, "__dict__", None)
+    if own is None and not slots and not dataclasses.is_dataclass(x) and not _is_plain(type(x)):
+        return None
+    found = dict(own or {})
+    for name in slots:
+        with contextlib.suppress(AttributeError):  # declared, and not assigned
+            found[name] = object.__getattribute__(x, name)
+    return found
+
+
+def _slots(cls: type) -> list[str]:
+    names = cls.__dict__.get("__slots__", ())
+    names = [names] if isinstance(names, str) else list(names)
+    private = [n for n in names if n.startswith("__") and not n.endswith("__")]
+    return [
+        f"_{cls.__name__.lstrip('_')}{n}" if n in private else n for n in names if n not in ("__dict__", "__weakref__")
+    ]
+
+
+def _is_plain(cls: type) -> bool:
+    """Is a class written in Python, with no slots and no attributes of its own (`__slots__ = ()`)?"""
+    return all("__slots__" in base.__dict__ for base in cls.__mro__[:-1])
+
+
+def _order(x: Any) -> str:
+    return digest_of(x) if isinstance(x, Tensor) and x.layout == torch.strided else f"{type(x).__name__} {x!r}"
+
+
+def _dense(path: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor as dense ones."""
+    parts: dict[str, Callable[[], Tensor]]
+    if x.is_nested:
+        for i, part in enumerate(x.unbind()):
+            yield from _dense(f"{path}[{i}]", part)
+        return
+    if x.layout == torch.sparse_coo:
+        parts = {"indices": x._indices, "values": x._values}
+    elif x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = {"crow_indices": x.crow_indices, "col_indices": x.col_indices, "values": x.values}
+    elif x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = {"ccol_indices": x.ccol_indices, "row_indices": x.row_indices, "values": x.values}
+    elif x.is_quantized:
+        parts = {"int_repr": x.int_repr, "dequantize": x.dequantize}
+    elif x.layout != torch.strided:
+        parts = {"to_dense": x.to_dense}
+    else:
+        yield path, x.resolve_conj().resolve_neg()
+        return
+    yield f"{path}.shape", torch.tensor(x.shape)
+    for name, get in parts.items():
+        yield f"{path}.{name}", get().detach()
+
+
+def _as_tensor(path: str, x: Any) -> Tensor:
+    """A value that is no tensor as one of the same bits."""
+    if isinstance(x, torch.Generator):
+        return x.get_state()
+    if isinstance(x, (np.ndarray, np.generic)):
+        array = np.ascontiguousarray(x)
+        if array.dtype.hasobject:
+            raise OutputError(
+                f"{path} is a numpy array of Python objects, and hatcl cannot look into it; return arrays of numbers"
+            )
+        kind = str((array.dtype.str, np.shape(x)))
+        return torch.frombuffer(bytearray(array.tobytes() + kind.encode()), dtype=torch.uint8)
+    if type(x) in (bool, float, complex):
+        return torch.tensor(x, dtype={bool: torch.bool, float: torch.float64, complex: torch.complex128}[type(x)])
+    if type(x) is int and -(2**63) <= x < 2**63:
+        return torch.tensor(x)
+    text = bytes(x) if isinstance(x, (bytes, bytearray)) else str(x).encode("utf-8", "surrogatepass")
+    return torch.frombuffer(bytearray(type(x).__name__.encode() + b" " + text), dtype=torch.uint8)
+
+
+Head = Callable[[Tensor], Tensor]
+
+
+def outputs(model: nn.Module, inputs: Any, head: Head | None = None) -> Tensor:
+    """Logits of a batch, on the model's device.
+
+    Raises:
+        ConfigError: the model gives something else than a tensor or an output with `logits`.
+    """
+    first = next(iter(model.parameters()), None)
+    inputs = inputs if first is None else moved(inputs, first.device)
+    if isinstance(inputs, Mapping):
+        out = model(**inputs)
+    elif isinstance(inputs, (tuple, list)):
+        out = model(*inputs)
+    else:
+        out = model(inputs)
+    out = tensor_of(out)
+    return out if head is None else head(out)
+
+
+def tensor_of(out: Any) -> Tensor:
+    """The logits of a model's output."""
+    got = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if not isinstance(got, Tensor):
+        raise ConfigError(
+            f"the model gives {type(out).__name__}, expected a tensor or an output with logits; for embeddings of a "
+            "timm or transformers model compose hatcl.atlas.encoder(model) and give the task a head"
+        )
+    return got
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Any, Tensor], head: Head | None = None) -> Tensor:
+    """The mean cross-entropy of a batch (inputs, labels)."""
+    x, y = batch
+    logits = outputs(model, x, head)
+    return F.cross_entropy(logits, y.to(logits.device))
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """Tensors in a batch, moved."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    if isinstance(inputs, Mapping):
+        return {k: moved(v, device) for k, v in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(moved(v, device) for v in inputs)
+    return inputs

@@ -1,0 +1,335 @@
+"""The `hatcl graft` command: which few weights of a fine-tuned model hold what it learned, and what they are worth."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+import hatcl
+
+from ..engine import folder as checkpoints
+from ..errors import ConfigError
+from ..files import write_files
+from ..finetuning import load_run
+from ..grafts import Calibration, Graft, GraftOptions, GraftScores, LearnedGraft
+from ..grafts.measures import BINS
+from ..report.calibration import draw_graft_curve, draw_reliability
+from ..report.picture import short
+from .atlas import spelled_out
+from .atlas_run import Bar, err, out
+from .graft_run import (
+    CHOOSE,
+    MASK,
+    MEASURED,
+    MODELS,
+    RULES,
+    Maker,
+    Parts,
+    Scene,
+    Wanted,
+    inputs_of,
+    measured,
+    read_mask,
+    with_gain,
+)
+from .options import chosen, usable_device
+
+GRAFTS, RELIABILITY, CURVE = "grafts", "reliability.png", "curve.png"
+SPARSITY = 1e-4  # the paper's headline: 0.01 % of the weights
+HIGHEST = "highest_movement"  # the paper's word for the base patch of the largest differences
+LEARNING = {
+    "lr": "Learning: the share of the loss that the first step would remove, to first order, if the gates that matter "
+    "most moved; with --rule plain the published rate, near 1e7.",
+    "steps": "Learning: how often the logits move.",
+    "accumulate": "Learning: so many batches make one step; without it all of them.",
+    "gamma": "Learning: what the model computes with: hard (0 or 1) or soft (sigmoid of the logits, as published).",
+    "rule": "Learning: natural (the natural gradient, whose rate has a unit) or plain (as published).",
+    "size": "Learning: fixed (the k highest logits) or free (all above 0, as published: the size drifts).",
+    "optimizer": "Learning: sgd or adam.",
+    "momentum": "Learning: of sgd.",
+    "bias": "Learning: how far from 0 the logits start.",
+    "seed": "Of what is random: the logits' start, and --by random.",
+}
+
+
+@spelled_out(GraftOptions(), LEARNING)
+def graft_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run of hatcl finetune.")],
+    learning: GraftOptions,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--sparsity",
+            "--sparsitylevel",
+            help=f"Share of the elements that take part which the graft holds, by default {SPARSITY:g}; may be "
+            "repeated. (--sparsitylevel is the name in the paper's repository.)",
+        ),
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How elements are chosen: learned (on the task's loss; the default), magnitude (the largest "
+            "differences), random; may be repeated, to compare."
+        ),
+    ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="With magnitude and random: the same share of each tensor.")
+    ] = False,
+    grain: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With magnitude and random: element (the default), or whole groups: unit, row, matrix, ...; may be "
+            "repeated, to compare at one size."
+        ),
+    ] = None,
+    no_train: Annotated[
+        bool,
+        typer.Option("--no-train", help="Learn nothing: measure the graft in --mask-path or --checkpoint-location."),
+    ] = False,
+    mask_path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where learning starts (the paper's base patch): a saved graft or saved scores; by default "
+            f"{HIGHEST}, the largest differences. With --no-train what is measured.",
+        ),
+    ] = None,
+    checkpoint_location: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write the learned graft here, a .safetensors file. With --no-train read it here."
+        ),
+    ] = None,
+    choose: Annotated[
+        str,
+        typer.Option(
+            help="Learning: the mask that is kept is that of the lowest loss on the training examples, or of the "
+            "highest accuracy on training and validation examples, as published; few of them choose by chance."
+        ),
+    ] = CHOOSE[0],
+    keep_scores: Annotated[
+        bool,
+        typer.Option(
+            "--keep-scores",
+            help="Learning: also write the logits after the last step, 4 bytes for each element that takes part, for "
+            "--mask-path.",
+        ),
+    ] = False,
+    fix_embeddings: Annotated[
+        bool, typer.Option("--fix-embeddings", help="Embeddings take no part, where fine-tuning has trained them.")
+    ] = False,
+    fix_head: Annotated[
+        bool | None,
+        typer.Option(
+            help="The head takes no part. A new one, which no pretrained model has, is then the fine-tuned one in all "
+            "models, as published; by default that is done with new heads that fine-tuning has trained."
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A pattern of tensors' names that take part, such as '*.mlp.*'; repeatable."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="A pattern of tensors' names that take no part; may be repeated.")
+    ] = None,
+    ood: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Data of another distribution with the same labels, whose test part is scored; repeatable.",
+        ),
+    ] = None,
+    test: Annotated[int | None, typer.Option(help="At most so many test examples, also of --ood.")] = None,
+    bins: Annotated[int, typer.Option(help="Bins of the calibration error.")] = BINS,
+    batch_size: Annotated[int, typer.Option(help="Examples per batch while learning.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help=f"Where grafts go, one folder each; by default RUN/{GRAFTS}. What is there is kept."
+        ),
+    ] = None,
+) -> None:
+    """Put a few weights of the fine-tuned model into the pretrained one, and measure what that is worth.
+
+    The table has the pretrained and the fine-tuned model and each graft: accuracy, F1, the share of the fine-tuning
+    gain that is kept, agreement with the fine-tuned model, expected calibration error, and accuracy on other data.
+    Choosing uses the run's training examples (with --choose accuracy its validation examples as well); test examples
+    are only reported. A graft that is there already is not made again, so that the same command goes on after an
+    interruption.
+    """
+    for name, value in (("--test", test), ("--bins", bins), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: got {value}, expected at least 1")
+    chosen("--choose", choose, CHOOSE)
+    where = usable_device(device)
+    folder = output or run / GRAFTS
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out: {folder} is a file, expected a folder")
+    wanted = _wanted(by, sparsity, grain, per_layer)
+    file = _file(no_train, mask_path, checkpoint_location, wanted, by)
+    start = None if file is None else read_mask(file)
+    if no_train and start is not None:
+        if isinstance(start, GraftScores) and not sparsity:
+            start = start.graft()
+        wanted = _masks(start, sparsity, file) + [w for w in wanted if w.by != "learned"]
+    loaded = load_run(run, device=where)
+    parts = Parts(loaded, fix_embeddings=fix_embeddings, fix_head=fix_head, only=only or (), skip=skip or ())
+    scene = Scene(loaded, ood or (), test, bins)
+    inputs = inputs_of(run)
+    maker = Maker(loaded, parts, learning, batch_size, inputs, start, file, choose, keep_scores)
+    maker.check(wanted)
+    kept = {w: graft for w in wanted if (graft := maker.kept(folder, w)) is not None}
+    missing = [w for w in wanted if w not in kept]
+    settings = {**scene.settings, "inputs": inputs, "finetuned_head": parts.given}
+    try:
+        with Bar(sum(learning.steps + 1 if w.by == "learned" else 1 for w in missing) + len(wanted), "steps") as bar:
+            models = {}
+            for w in missing:
+                bar.says(w.name)
+                kept[w] = graft = maker.keep(folder, w, bar)
+                if not out.is_terminal:
+                    best = f", best after step {graft.step}" if isinstance(graft, LearnedGraft) else ""
+                    out.print(f"{w.name}: {graft.size:,} of {graft.numel:,} elements{best}", soft_wrap=True)
+            if checkpoint_location is not None and not no_train:
+                kept[next(w for w in wanted if w.by == "learned")].save(checkpoint_location)
+            bar.says("measuring")
+            for name in MODELS:
+                models[name] = measured(folder / f"{name}.json", settings, functools.partial(scene.model, name))
+            rows = []
+            for w in wanted:
+                measure = functools.partial(scene.graft, kept[w])
+                row = measured(folder / w.name / MEASURED, settings, measure)
+                rows.append({"by": w.rule, "sparsity": w.sparsity, "folder": w.name, **with_gain(row, models)})
+                bar.advance()
+    except KeyboardInterrupt:
+        err.print("\nstopped. The same command goes on with what is missing", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if parts.given:
+        out.print(f"{', '.join(parts.given)}: new, and the fine-tuned ones in all models", style="dim", soft_wrap=True)
+    _conclude(folder, models, rows)
+
+
+# --- reading ---
+
+
+def _wanted(
+    by: Sequence[str] | None, sparsity: Sequence[float] | None, grain: Sequence[str] | None, per_layer: bool
+) -> list[Wanted]:
+    rules = [chosen("--by", rule, RULES) for rule in by or [RULES[0]]]
+    shares = list(sparsity or [SPARSITY])
+    grains = list(grain or ["element"])
+    named = [f"{share:g}" for share in shares]  # folders are called by these
+    for name, values in (("--by", rules), ("--sparsity", named), ("--grain", grains)):
+        twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
+        if twice is not None:
+            raise ConfigError(f"{name}: got {twice} twice, expected each once")
+    wrong = next((s for s in shares if not 0 < s < 1), None)
+    if wrong is not None:
+        raise ConfigError(f"--sparsity: got {wrong}, expected a share between 0 and 1, such as {SPARSITY:g}")
+    if "learned" in rules and ("element" not in grains or per_layer):
+        flag = "--per-layer" if per_layer else f"--grain {grains[0]}"
+        raise ConfigError(f"{flag}: is of --by magnitude and random; a learned graft takes single elements anywhere")
+    if per_layer and grains != ["element"]:
+        raise ConfigError(f"--per-layer: got --grain {grains[-1]}, expected element; groups are taken over all tensors")
+    pairs = [(rule, g) for rule in rules for g in grains if rule != "learned" or g == "element"]
+    return [Wanted(rule, share, g, per_layer) for rule, g in pairs for share in shares]
+
+
+def _file(
+    no_train: bool, mask_path: str | None, location: Path | None, wanted: list[Wanted], by: Sequence[str] | None
+) -> Path | None:
+    """The file that is read, if any."""
+    mask = None if mask_path in (None, HIGHEST) else Path(str(mask_path))
+    learned = [w for w in wanted if w.by == "learned"]
+    if location is not None and location.suffix != ".safetensors":
+        raise ConfigError(f"--checkpoint-location: got {location}, expected a file that ends in .safetensors")
+    if not no_train:
+        if mask is not None and not learned:
+            raise ConfigError("--mask-path: is where --by learned starts; add that, or --no-train to measure the file")
+        if location is not None and len(learned) != 1:
+            raise ConfigError(
+                f"--checkpoint-location: holds one learned graft, but {len(learned)} are asked for; give --by learned "
+                "and one --sparsity"
+            )
+        location = None
+    elif mask is not None and location is not None:
+        raise ConfigError("--no-train: got --mask-path and --checkpoint-location; give the one file to be measured")
+    elif mask is None and location is None and learned:
+        raise ConfigError(
+            "--no-train: nothing to measure; give --mask-path or --checkpoint-location, or --by magnitude or random"
+        )
+    found = mask or location
+    flag = "--mask-path" if mask is not None else "--checkpoint-location"
+    if found is not None and not found.is_file():
+        raise ConfigError(f"{flag}: there is no file {found}")
+    return found
+
+
+def _masks(start: Graft | GraftScores, sparsity: Sequence[float] | None, file: Path | None) -> list[Wanted]:
+    if isinstance(start, GraftScores):
+        return [Wanted(MASK, share) for share in sparsity or ()]
+    if sparsity:
+        raise ConfigError(f"--sparsity: {file} holds a graft, which has its own size, {start.sparsity:g}; leave it out")
+    return [Wanted(MASK, start.sparsity)]
+
+
+# --- showing ---
+
+
+def _conclude(folder: Path, models: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table, write the figures and draw the pictures."""
+    content = {"hatcl": hatcl.__version__, **models, "grafts": list(rows)}
+    checkpoints.write_json(folder / checkpoints.METRICS, content)
+    out.print(_table(models, rows))
+    every = {"pretrained": models["pretrained"], "fine-tuned": models["finetuned"]}
+    every |= {f"{row['by']} {row['sparsity']:g}": row for row in rows}
+    ends = {name: models[name]["accuracy"] for name in MODELS}
+    try:
+        pictures = {
+            folder / RELIABILITY: draw_reliability(
+                {n: Calibration.from_dict(r["calibration"]) for n, r in every.items()}
+            ),
+            folder / CURVE: draw_graft_curve(rows, **ends),
+        }
+        write_files(pictures)
+        out.print(", ".join(str(path) for path in pictures), style="dim", soft_wrap=True)
+    except ConfigError as error:
+        out.print(f"no picture: {error}", style="yellow", soft_wrap=True)
+    out.print(str(folder), style="dim", soft_wrap=True)
+
+
+def _table(models: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(
+        title="on the test examples, in %", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False,
+        collapse_padding=True,
+    )  # fmt: skip
+    table.add_column("model", no_wrap=True)
+    others = list(models["pretrained"]["ood"])
+    for name in ("elements", "accuracy", "F1", "gain kept", "agreed", "ECE", *map(short, others)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, title in zip(MODELS, ("pretrained", "fine-tuned"), strict=True):
+        row = models[name]
+        share = ["0", "all"][name == "finetuned"]
+        table.add_row(
+            title, share, _percent(row["accuracy"]), _percent(row["f1"]), "", "", _percent(row["ece"]),
+            *[_percent(row["ood"][n]) for n in others],
+        )  # fmt: skip
+    table.add_section()
+    for row in rows:
+        table.add_row(
+            f"{row['by']} {row['sparsity']:g}", f"{row['size']:,}",
+            *[_percent(row[key]) for key in ("accuracy", "f1", "gain_kept", "agreement", "ece")],
+            *[_percent(row["ood"][n]) for n in others],
+        )  # fmt: skip
+    return table
+
+
+def _percent(value: float) -> str:
+    return "·" if value != value else f"{100 * value:.1f}"

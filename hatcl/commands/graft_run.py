@@ -1,0 +1,385 @@
+"""What `hatcl graft` does: which tensors take part, how a graft is made or read, and how it is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import glob
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import hatcl
+
+from ..data.images import Images, npz_task
+from ..data.texts import read_texts
+from ..engine import folder as checkpoints
+from ..errors import ConfigError, GraftError, IntegrityError
+from ..files import complete, replaced_folder, sha256_of
+from ..finetuning import Run
+from ..finetuning.run import FINETUNED, PRETRAINED
+from ..finetuning.tasks import Examples
+from ..grafts import Graft, GraftOptions, GraftScores, LearnedGraft, candidates, learn_graft, select_graft
+from ..grafts import files as graft_files
+from ..grafts.graft import size_of
+from ..grafts.measures import Predictions, agreement, gain_kept, predict
+from ..hat.gates import gates_of
+from ..map.grains import make_grain
+from ..map.units import UnitMap
+from .atlas_run import Bar
+
+RULES = ("learned", "magnitude", "random")
+MASK = "mask"  # the rule of a graft that is read from a file
+CHOOSE = ("loss", "accuracy")
+ABOUT, MEASURED, GRAFT, SCORES = "about.json", "measured.json", "graft.safetensors", "scores.safetensors"
+HISTORY = "history.json"
+MODELS = ("pretrained", "finetuned")
+EVALUATION_BATCH = 64  # how many test examples pass through a model together; it changes nothing but memory
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One graft of the table: by which rule, and how large."""
+
+    by: str
+    sparsity: float
+    grain: str = "element"
+    per_layer: bool = False
+
+    @property
+    def rule(self) -> str:
+        """What the line of the picture is called."""
+        return " ".join([self.by, *[self.grain] * (self.grain != "element"), *["per layer"] * self.per_layer])
+
+    @property
+    def name(self) -> str:
+        """What its folder is called."""
+        return f"{self.rule.replace(' ', '-').replace(':', '-')}_{self.sparsity:g}"
+
+
+class Parts:
+    """Which tensors of a run's models take part in a graft. A new head that takes no part is the fine-tuned one in both
+    models from here on: the pretrained model has none of its own.
+
+    Args:
+        fix_head: None = new heads that fine-tuning has trained. only, skip: patterns of names.
+
+    Raises:
+        ConfigError: patterns that match nothing, or nothing is left.
+    """
+
+    def __init__(
+        self, run: Run, *, fix_embeddings: bool, fix_head: bool | None, only: Sequence[str], skip: Sequence[str]
+    ) -> None:
+        task, trained = run.task, set(run.trained)
+        head = set(task.head) if (fix_head if fix_head is not None else trained & set(task.fresh)) else set()
+        out = head | (set(task.embeddings) if fix_embeddings else set())
+        matched = candidates(run.pretrained, run.finetuned, only, skip)
+        self.names = [n for n in matched if n in trained and n not in out]
+        self.given = sorted(head & set(task.fresh) & trained)
+        if not self.names:
+            raise ConfigError(
+                f"--only, --skip, --fix-embeddings, --fix-head: none is left of the {len(trained)} tensors that "
+                f"fine-tuning has trained ({', '.join(sorted(trained)[:3])}{', ...' if len(trained) > 3 else ''})"
+            )
+        with torch.no_grad():
+            for name in self.given:
+                run.pretrained.get_parameter(name).copy_(run.finetuned.get_parameter(name))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"tensors": self.names, "finetuned_head": self.given}
+
+
+# --- how a graft is made ---
+
+
+class Maker:
+    """Makes the grafts of one command, and keeps each in a folder of its own.
+
+    Args:
+        start: a graft or scores that learning starts from; of the rule `mask` what is measured. file: where it is from.
+        choose: among the masks of learning the one of the lowest `loss` on the training examples, or of the highest
+            `accuracy` on training and validation examples. keep_scores: keep the logits of a learned graft as well.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        parts: Parts,
+        options: GraftOptions,
+        batch_size: int,
+        inputs: Mapping[str, str],
+        start: Graft | GraftScores | None = None,
+        file: Path | None = None,
+        choose: str = CHOOSE[0],
+        keep_scores: bool = False,
+    ) -> None:
+        self.run, self.parts, self.options, self.batch_size = run, parts, options, batch_size
+        self.inputs, self.start, self.file = dict(inputs), start, file
+        self.choose, self.keep_scores = choose, keep_scores
+
+    def check(self, wanted: Iterable[Wanted]) -> None:
+        """Before anything is made.
+
+        Raises:
+            GraftError: a sparsity that selects nothing or everything. ConfigError: an unknown grain.
+        """
+        shapes = {name: tuple(self.run.pretrained.get_parameter(name).shape) for name in self.parts.names}
+        total = sum(math.prod(shape) for shape in shapes.values())
+        for w in wanted:
+            if w.by != MASK:
+                size_of(w.sparsity, total)
+            if w.grain != "unit":
+                make_grain(w.grain, shapes)
+
+    def kept(self, folder: Path, wanted: Wanted) -> Graft | None:
+        """The graft that the folder holds; None if it holds none.
+
+        Raises:
+            ConfigError: it holds one that was made in another way, or without the scores that are to be kept.
+        """
+        at = complete(folder / wanted.name)
+        if not at.exists():
+            return None
+        if not (at / ABOUT).exists():
+            raise ConfigError(f"--out: {at} holds something else than a graft; name another folder")
+        stored, now = checkpoints.read_json(at / ABOUT), json.loads(json.dumps(self.about(wanted)))
+        for key in sorted({*stored, *now} - {"hatcl"}):
+            was, is_now = stored.get(key), now.get(key)
+            if was == is_now:
+                continue
+            if isinstance(was, dict) and isinstance(is_now, dict):
+                key = next(k for k in sorted({*was, *is_now}) if was.get(k) != is_now.get(k))
+                was, is_now = was.get(key), is_now.get(key)
+            raise ConfigError(
+                f"--out: {at} was made with {key} {_shown(was)}, now came {_shown(is_now)}; give the same options to "
+                "keep it, or name another folder"
+            )
+        if self.keep_scores and wanted.by == "learned" and not (at / SCORES).exists():
+            raise ConfigError(f"--keep-scores: {at} was made without; name another folder (--out), or remove that one")
+        return Graft.load(at / GRAFT)
+
+    def keep(self, folder: Path, wanted: Wanted, bar: Bar) -> Graft:
+        """Make the graft and write its folder, all or nothing."""
+        graft = self.make(wanted, bar)
+        with replaced_folder(folder / wanted.name) as new:
+            graft.save(new / GRAFT)
+            if isinstance(graft, LearnedGraft):
+                if self.keep_scores and graft.scores is not None:
+                    graft.scores.save(new / SCORES)
+                checkpoints.write_json(new / HISTORY, {"step": graft.step, "history": graft.history})
+                graft = dataclasses.replace(graft, scores=None)  # a float per element that takes part
+            checkpoints.write_json(new / ABOUT, self.about(wanted))
+        return graft
+
+    def make(self, wanted: Wanted, bar: Bar) -> Graft:
+        run, names = self.run, [glob.escape(name) for name in self.parts.names]
+        if wanted.by == MASK:
+            return self._from_file(wanted)
+        if wanted.by != "learned":
+            return select_graft(
+                run.pretrained, run.finetuned, wanted.sparsity, wanted.by, per_layer=wanted.per_layer,
+                grain=wanted.grain, unit_map=self.unit_map if wanted.grain == "unit" else None, only=names,
+                seed=self.options.seed,
+            )  # fmt: skip
+
+        def tell(entry: Mapping[str, float]) -> None:
+            words = [
+                f"{key.replace('_', ' ')} {entry[key]:.4g}"
+                for key in ("loss", "mask_loss", "validation")
+                if key in entry
+            ]
+            bar.says(f"{wanted.name}, step {int(entry['step'])}: {', '.join(words)}")
+            bar.advance()
+
+        task, size = run.task, self.batch_size
+        batches: Iterable[Any] = task.batches("train", size)
+        if self.options.accumulate is not None:  # not always the same few
+            ids = torch.arange(len(task.train))
+            collate = functools.partial(task.batch, "train")
+            batches = torch.utils.data.DataLoader(ids, size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+        validate = self.accuracy if self.choose == "accuracy" else None
+        return learn_graft(
+            run.pretrained, run.finetuned, task.loss, batches, wanted.sparsity, start=self.start,
+            validate=validate, only=names, options=self.options, on_progress=tell,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def unit_map(self) -> UnitMap:
+        """Of the run's model."""
+        inputs = self.run.task.batch("train", [0, 1])[0]
+        return gates_of(hatcl.convert(self.run.pretrained, 1, inputs, verify=False))[0].unit_map
+
+    def sample(self) -> Examples:
+        """As many training examples as a step learns from, always the same."""
+        seen = self.options.accumulate
+        return some(self.run.task.train, None if seen is None else seen * self.batch_size)
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Training and validation accuracy together, as published: of few examples one alone has many ties."""
+        task = self.run.task
+        total = task.accuracy(model, self.sample())
+        return total + (task.accuracy(model, "validation") if len(task.validation) else 0.0)
+
+    def about(self, wanted: Wanted) -> dict[str, Any]:
+        """How it was made, to be kept beside it and compared."""
+        made: dict[str, Any] = {"hatcl": hatcl.__version__, "graft": dataclasses.asdict(wanted), "inputs": self.inputs}
+        if self.file is not None and wanted.by in (MASK, "learned"):
+            made["mask"] = {"file": self.file.name, "sha256": sha256_of(self.file)}
+        if wanted.by != MASK:
+            made["parts"] = self.parts.to_dict()
+        if wanted.by == "learned":
+            made["learning"] = {
+                **dataclasses.asdict(self.options), "batch_size": self.batch_size, "choose": self.choose
+            }  # fmt: skip
+        if wanted.by == "random" or wanted.grain.startswith("partition"):
+            made["learning"] = {"seed": self.options.seed}
+        return made
+
+    def _from_file(self, wanted: Wanted) -> Graft:
+        found = self.start
+        assert found is not None and self.file is not None
+        if isinstance(found, GraftScores):
+            found = found.graft(wanted.sparsity)
+        try:
+            graft = found.bits().fill(self.run.finetuned)
+            with graft.applied(self.run.pretrained):
+                return graft
+        except (GraftError, IntegrityError) as error:
+            raise GraftError(f"{self.file}: was it made for another model? {error}") from error
+
+
+def read_mask(path: Path) -> Graft | GraftScores:
+    """What a file holds, bits or scores.
+
+    Raises:
+        GraftError: neither. IntegrityError: it is missing or damaged.
+    """
+    return GraftScores.load(path) if graft_files.held_by(path) == graft_files.SCORES else Graft.load(path)
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+# --- what it is worth ---
+
+
+class Scene:
+    """The test examples, those of other distributions, and what the models say of them.
+
+    Args:
+        ood: files with the same labels. test: at most so many examples of each.
+
+    Raises:
+        ConfigError: no test examples, or files whose labels are not the task's.
+    """
+
+    def __init__(self, run: Run, ood: Sequence[Path], test: int | None, bins: int) -> None:
+        self.run, self.bins = run, bins
+        self.sets: dict[str, Examples] = {"": some(run.task.test, test)}
+        if not len(run.task.test):
+            raise ConfigError("the run has no test examples; fine-tune on a data file that has some")
+        digests = {}
+        for path in ood:
+            name = path.parent.name if path.stem == "data" and path.parent.name else path.name.split(".")[0]
+            if name in self.sets:
+                raise ConfigError(f"--ood: two files are called {name!r}; rename one of them")
+            self.sets[name] = some(further(run, path), test)
+            digests[name] = sha256_of(path)
+        self.settings = {"test": test, "bins": bins, "ood": digests}
+        self._said: dict[str, dict[str, Predictions]] = {}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """The row of the pretrained or the fine-tuned model."""
+        return self._row(self._of(name))
+
+    def graft(self, graft: Graft) -> dict[str, Any]:
+        """The row of a graft, without what is told from other rows."""
+        with graft.applied(self.run.pretrained):
+            said = self._predicted(self.run.pretrained)
+        row = self._row(said)
+        row["agreement"] = agreement(said[""], self._of("finetuned")[""])
+        return {**row, "size": graft.size, "numel": graft.numel}
+
+    def _of(self, name: str) -> dict[str, Predictions]:
+        if name not in self._said:
+            self._said[name] = self._predicted(getattr(self.run, name))
+        return self._said[name]
+
+    def _predicted(self, model: nn.Module) -> dict[str, Predictions]:
+        task = self.run.task
+        return {n: predict(model, task.batches(x, EVALUATION_BATCH), task.logits) for n, x in self.sets.items()}
+
+    def _row(self, said: Mapping[str, Predictions]) -> dict[str, Any]:
+        own = said[""]
+        calibration = own.calibration(self.bins)
+        return {
+            "accuracy": own.accuracy, "f1": own.f1, "ece": calibration.ece, "mce": calibration.mce,
+            "calibration": calibration.to_dict(), "ood": {n: p.accuracy for n, p in said.items() if n},
+        }  # fmt: skip
+
+
+def further(run: Run, path: Path) -> Examples:
+    """The test examples of another file, as the run's task reads them.
+
+    Raises:
+        ConfigError: labels that are not the task's.
+    """
+    task, options = run.task, run.options
+    if isinstance(task.test, Images):
+        other = npz_task(path)
+        if other.num_classes != len(task.labels):  # labels are numbered anew: of fewer none could be told
+            raise ConfigError(
+                f"--ood: {path} has {other.num_classes} classes, expected the {len(task.labels)} of {task.name}"
+            )
+        return Images(other.x_test, other.y_test, task.test.prepare)
+    data = read_texts(path) if options is None else read_texts(path, shots_seed=options.file_seed)
+    if options is not None and options.plain:
+        data = data.plain()
+    unknown = next((y for _, y in data.test if y not in task.labels), None)
+    if unknown is not None:
+        raise ConfigError(f"--ood: {path} has the label {unknown!r}, expected one of {', '.join(task.labels)}")
+    return data.test
+
+
+def some(data: Examples, count: int | None) -> Examples:
+    """At most so many examples, always the same random ones."""
+    if count is None or count >= len(data):
+        return data
+    ids = sorted(random.Random(0).sample(range(len(data)), count))
+    return data.at(torch.tensor(ids)) if isinstance(data, Images) else [data[i] for i in ids]
+
+
+def measured(path: Path, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row that a file keeps, if it was measured in the same way; else a new one, which is kept there."""
+    now = json.loads(json.dumps(settings))
+    stored = checkpoints.read_json(path) if path.exists() else {}
+    if stored.get("settings") != now:
+        stored = {"settings": now, "row": measure()}
+        checkpoints.write_json(path, stored)
+    row: dict[str, Any] = stored["row"]
+    return row
+
+
+def with_gain(row: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A graft's row with the share of the fine-tuning gain that it keeps."""
+    before, after = (models[name] for name in MODELS)
+    return {
+        **row,
+        "gain_kept": gain_kept(before["accuracy"], after["accuracy"], row["accuracy"]),
+        "ood_gain_kept": {n: gain_kept(before["ood"][n], after["ood"][n], v) for n, v in row["ood"].items()},
+    }
+
+
+def inputs_of(folder: Path) -> dict[str, str]:
+    """The digests of what a run's grafts are of."""
+    return {name: sha256_of(folder / name) for name in (PRETRAINED, FINETUNED)}

@@ -1,0 +1,1 @@
+"""Examples from files: images, texts, few shots."""

@@ -1,0 +1,1 @@
+"""Training without a method: the loop, its state, its folder, its schedule, its measures."""

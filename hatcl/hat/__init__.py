@@ -1,0 +1,1 @@
+"""Hard attention to the task: gates, layers, the guard, conversion, proof, forgetting."""

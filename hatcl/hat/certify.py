@@ -1,0 +1,367 @@
+"""The certificate: proof, for the model in hand, that a sealed task depends on nothing that is not its own (M7)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calls import OutputError, call, device_of, seeded, values_of
+from ..errors import IsolationError, TaskError
+from ..functional import same_bits
+from .gates import gates_of
+from .gates import task as active
+from .guard import check, check_structure, held, own_buffers, sealed_tasks
+from .layers.gated import HATLayer
+from .layers.state import copy_of
+
+log = logging.getLogger(__name__)
+
+# Ordinary large values: a product of two of them is finite in the type.
+MAGNITUDE = {torch.float16: 1e2, torch.bfloat16: 1e3}
+# What differs in bits and not as a number (the sign of a zero, a NaN's payload) differs by the smallest number.
+SMALLEST = 5e-324
+ROWS = 2  # of a batch, where what is proved on all of it is proved once more in another mode
+RANDOM = (
+    "two equal runs of its forward give different outputs ({where}), so it is random, or it keeps state where hatcl "
+    "cannot see it. torch's, numpy's and Python's random numbers are seeded for the comparison; others (a generator of "
+    "the model's own, the time) must be made constant in evaluation, and what is kept between forwards must be a "
+    "buffer or an attribute of a module"
+)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """exact: every sealed task's outputs are bit-equal under attack. max_abs_diff: task -> largest difference seen.
+    overwritten: task -> how many elements the attack overwrote (a proof that overwrote nothing proves nothing).
+    modes: what it was proved in. why: what differs, where something does."""
+
+    exact: bool
+    max_abs_diff: dict[int, float] = field(default_factory=dict)
+    overwritten: dict[int, int] = field(default_factory=dict)
+    modes: tuple[str, ...] = ()
+    why: str = ""
+
+    def __str__(self) -> str:
+        tasks = ", ".join(map(str, self.max_abs_diff)) or "none"
+        if self.exact:
+            least = min(self.overwritten.values(), default=0)
+            modes = f", {', '.join(self.modes)}" if self.modes else ""
+            return (
+                f"exact: tasks {tasks} are bit-equal with everything else overwritten (at least {least:,} elements)"
+                f"{modes}"
+            )
+        bad = {t: d for t, d in self.max_abs_diff.items() if d != 0}
+        return f"NOT exact: of tasks {tasks}, these moved: {bad}{'. ' if self.why else ''}{self.why}"
+
+
+@contextlib.contextmanager
+def attack(
+    model: nn.Module, task: int, only: set[str] | None = None, seed: int = 0, extreme: bool = False
+) -> Iterator[int]:
+    """Overwrite in place every element that is not live for `task` with large random values; put back on leaving.
+
+    Args:
+        only: restrict the attack to these shared parameters.
+        extreme: among them the largest finite values of the type, of either sign.
+
+    Yields how many elements were overwritten.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[tuple[Tensor, Tensor]] = []
+    count = 0
+    with torch.no_grad():
+
+        def overwrite(x: Tensor, where: Tensor | None) -> int:
+            kept.append((x, x.detach().clone()))
+            new = noise(x, generator, extreme)
+            x.copy_(new if where is None else torch.where(where, new, x))
+            return x.numel() if where is None else int(where.sum())
+
+        for h in held(model):
+            shared = h.task is None and not h.plain
+            if only is not None and (not shared or h.name not in only):
+                continue
+            if shared:
+                count += overwrite(h.param, ~h.live(task)) if h.plan is not None else 0
+            elif h.task != task:
+                count += overwrite(h.param, None)
+        if only is None:
+            for other in range(gates_of(model)[0].num_tasks):
+                if other != task:
+                    for _, b in own_buffers(model, other):
+                        count += overwrite(b, None)
+            for b in _plain_buffers(model):
+                count += overwrite(b, None)
+        try:
+            yield count
+        finally:
+            for x, old in kept:
+                x.copy_(old)
+
+
+def noise(like: Tensor, generator: torch.Generator, extreme: bool = False) -> Tensor:
+    """Large random values of a tensor's shape and type."""
+    shape, dtype = like.shape, like.dtype
+    if like.is_complex():
+        real = torch.view_as_real(torch.empty(shape, dtype=dtype))
+        return torch.view_as_complex(noise(real, generator, extreme)).to(like.device)
+    if not like.is_floating_point():
+        if dtype == torch.bool:
+            return torch.rand(shape, generator=generator).lt(0.5).to(like.device)
+        info = torch.iinfo(dtype)
+        low, high = max(info.min, -(2**31)), min(info.max, 2**31 - 1)
+        return torch.randint(low, high, shape, generator=generator).to(like)
+    largest = torch.finfo(dtype).max
+    if dtype == torch.float32:  # what bfloat16 autocast makes infinite is no value that a model could have
+        largest = torch.finfo(torch.bfloat16).max
+    drawn = torch.float64 if dtype == torch.float64 else torch.float32
+    new = torch.randn(shape, generator=generator, dtype=drawn) * MAGNITUDE.get(dtype, min(1e4, largest**0.5))
+    if extreme:  # every third, so that they meet all units whatever the width
+        some = new.view(-1)[int(torch.randint(3, (), generator=generator)) :: 3]
+        some.copy_(torch.copysign(torch.tensor(largest, dtype=drawn), some))
+    return new.to(like)
+
+
+def _plain_buffers(model: nn.Module) -> Iterator[Tensor]:
+    """The plain model's buffers of which every task has its own."""
+    for module in model.modules():
+        if isinstance(module, HATLayer) and module.__dict__.get("_hat") is not None:
+            own = module._hat_copied_buffers()
+            yield from (b for name, b in module._buffers.items() if name in own and b is not None)
+
+
+def outputs_of(model: nn.Module, inputs: Any, task: int | None, seed: int = 0) -> list[Tensor]:
+    """Every value that the model puts out for a task; the same each time, where random numbers are drawn."""
+    return list(named_outputs(model, inputs, task, seed).values())
+
+
+def named_outputs(model: nn.Module, inputs: Any, task: int | None, seed: int = 0) -> dict[str, Tensor]:
+    """The same, with the path of each value."""
+    with active(model, task), seeded(seed, device_of(model)):
+        return {path: x.clone() for path, x in values_of(call(model, inputs)).items()}
+
+
+def attacked_outputs(model: nn.Module, inputs: Any, task: int) -> dict[str, Tensor]:
+    """The same while the model is attacked; nothing, where that makes its forward fail."""
+    try:
+        return named_outputs(model, inputs, task)
+    except Exception as error:
+        log.info("%s fails under attack: %s", type(model).__name__, error)
+        return {}
+
+
+def certify(model: nn.Module, inputs: Any, *, strict: bool = False) -> Certificate:
+    """Prove that sealed tasks are isolated: for each, overwrite on a copy everything that is not its own, with large
+    random values and with the largest that there are, and demand outputs of the same bits on `inputs`. Then, with two
+    rows of them, the same with gradients enabled and under bfloat16 autocast (where the model runs so), and each task
+    once more on the model itself, in two orders: what it keeps from earlier forwards must give what a copy gives that
+    keeps nothing. Also checks every task's digest.
+
+    Args:
+        inputs: what the model's forward takes: a tensor, a tuple or a dict.
+        strict: raise instead of returning a certificate that is not exact.
+
+    Raises:
+        IntegrityError: what was sealed is not what is there. IsolationError: not exact, under `strict`; or the forward
+            gives something in which there is nothing to compare. TaskError: no task is sealed. HATError: a module was
+            replaced after conversion.
+    """
+    done = sealed_tasks(model)
+    if not done:
+        raise TaskError("certify: no task is sealed yet, so there is nothing to prove; learn one with hatcl.learn")
+    check_structure(model)
+    check(model)
+    trial = copy_of(model).eval()
+    for g in gates_of(trial):
+        g.learning = None
+    proof = _Proof(trial, done)
+    try:
+        few = _few(trial, inputs, done[0])
+        modes = [_Mode("in evaluation", torch.no_grad, inputs)]
+        for mode in (_Mode("with gradients", torch.enable_grad, few), *_autocast(model, few)):
+            try:
+                proof.run(mode, done[0])
+                modes.append(mode)
+            except OutputError:
+                raise
+            except Exception as error:
+                log.info(
+                    "%s does not run %s (%s), so nothing is proved of that", type(model).__name__, mode.name, error
+                )
+        proof.attack(modes)
+        proof.live(model, few)
+    except OutputError as error:
+        raise IsolationError(f"certify: {type(model).__name__}: {error}") from error
+    certificate = Certificate(
+        all(d == 0 for d in proof.diffs.values()), proof.diffs, proof.counts, tuple(m.name for m in modes), proof.why
+    )
+    if strict and not certificate.exact:
+        raise IsolationError(f"certify: {certificate}")
+    return certificate
+
+
+@dataclass(frozen=True)
+class _Mode:
+    """A way to run a model: its name, in which context, on what."""
+
+    name: str
+    context: Callable[[], contextlib.AbstractContextManager[Any]]
+    inputs: Any
+
+
+def _autocast(model: nn.Module, inputs: Any) -> Iterator[_Mode]:
+    device = device_of(model).type
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            yield
+
+    if any(p.dtype == torch.float32 for p in model.parameters()) and not torch.is_autocast_enabled(device):
+        yield _Mode("under bfloat16 autocast", context, inputs)
+
+
+class _Proof:
+    """What has been found out about each sealed task of a copy."""
+
+    def __init__(self, trial: nn.Module, tasks: list[int]) -> None:
+        self.trial, self.tasks = trial, tasks
+        self.diffs: dict[int, float] = dict.fromkeys(tasks, 0.0)
+        self.counts: dict[int, int] = {}
+        self.why = ""
+
+    def run(self, mode: _Mode, task: int, attacked: bool = False) -> dict[str, Tensor]:
+        with mode.context():
+            return (attacked_outputs if attacked else named_outputs)(self.trial, mode.inputs, task)
+
+    def attack(self, modes: list[_Mode]) -> None:
+        for t in self.tasks:
+            want = [self.run(mode, t) for mode in modes]
+            with attack(self.trial, t, seed=t, extreme=True) as self.counts[t]:
+                got = [self.run(mode, t, attacked=True) for mode in modes]
+            for mode, a, b in zip(modes, want, got, strict=True):
+                if self._note(t, a, b):
+                    where = difference_of(a, self.run(mode, t))[1]
+                    self._because(
+                        RANDOM.format(where=where)
+                        if where
+                        else f"Other tasks reach {difference_of(a, b)[1]} of task {t} {mode.name}; please report the "
+                        "model"
+                    )
+
+    def live(self, model: nn.Module, inputs: Any) -> None:
+        """Every task on the model itself, in two orders, beside the copy, which keeps nothing from earlier forwards."""
+        plain = _Mode("", torch.no_grad, inputs)
+        want = {t: self.run(plain, t) for t in self.tasks}
+        were = [(m, m.training) for m in model.modules()]
+        try:
+            for m, _ in were:
+                m.training = False  # `eval()` may clear what the model keeps
+            kept = [(hat.cache, dict(hat.cache)) for m, _ in were if (hat := m.__dict__.get("_hat")) is not None]
+            first = sorted({hit[0][0] for _, was in kept for hit in was.values()} & set(self.tasks))
+            for i, t in enumerate([*first, *reversed(self.tasks), *self.tasks]):
+                if i < len(first):  # what is kept now is of these tasks, and serving one replaces that of the others
+                    for cache, was in kept:
+                        cache.update(was)
+                with torch.no_grad():
+                    got = named_outputs(model, inputs, t)
+                if self._note(t, want[t], got):
+                    where = difference_of(want[t], got)[1]
+                    self.run(plain, t)
+                    spoilt = _spoilt(model, self.trial)
+                    for cache, was in kept:  # it is computed anew from now on
+                        cache.clear()
+                        was.clear()
+                    self._because(
+                        f"The model itself computes another {where} for task {t} than a copy of it: something wrote to "
+                        f"what it keeps from earlier forwards{f' ({spoilt})' if spoilt else ''}. The model has "
+                        "computed that anew now; write to parameters themselves, never to what a layer reads under a "
+                        "task"
+                    )
+        finally:
+            for m, training in were:
+                m.training = training
+
+    def _note(self, task: int, want: dict[str, Tensor], got: dict[str, Tensor]) -> bool:
+        diff, _ = difference_of(want, got)
+        self.diffs[task] = max(self.diffs[task], diff)
+        return diff != 0
+
+    def _because(self, why: str) -> None:
+        self.why = self.why or why
+
+
+def _few(model: nn.Module, inputs: Any, task: int) -> Any:
+    """The first rows of a batch; all of it, where the model does not run on them."""
+    rows = next((x.shape[0] for x in _tensors(inputs) if x.dim()), 0)
+
+    def cut(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x[:ROWS] if x.dim() and x.shape[0] == rows else x
+        if isinstance(x, Mapping):
+            return {k: cut(v) for k, v in x.items()}
+        return type(x)(map(cut, x)) if type(x) in (list, tuple) else x
+
+    if rows <= ROWS:
+        return inputs
+    few = cut(inputs)
+    try:
+        with torch.no_grad():
+            named_outputs(model, few, task)
+    except OutputError:
+        raise
+    except Exception as error:
+        log.info("%s does not run on %d rows (%s)", type(model).__name__, ROWS, error)
+        return inputs
+    return few
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple, Mapping)):
+        for part in x.values() if isinstance(x, Mapping) else x:
+            yield from _tensors(part)
+
+
+def _spoilt(model: nn.Module, fresh: nn.Module) -> str:
+    """Which values that layers keep for a sealed task are not what a fresh copy keeps."""
+    names = []
+    for (path, m), other in zip(model.named_modules(), fresh.modules(), strict=True):
+        kept, right = (x.__dict__["_hat"].cache if "_hat" in x.__dict__ else {} for x in (m, other))
+        names += [
+            f"{path}.{n}" for n, hit in kept.items()
+            if n in right and right[n][0][0] == hit[0][0] and not same_bits(hit[1], right[n][1])
+        ]  # fmt: skip
+    return ", ".join(names[:5])
+
+
+def difference_of(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest difference between two outputs, and where they differ first: 0.0 and "" where every bit is the
+    same."""
+    if want.keys() != got.keys():
+        odd = next(iter([*(want.keys() - got.keys()), *(got.keys() - want.keys())]))
+        return float("inf"), f"{odd} ({len(got)} values instead of {len(want)})"
+    diffs = {path: difference(x, got[path]) for path, x in want.items()}
+    return max(diffs.values(), default=0.0), next((path for path, d in diffs.items() if d != 0), "")
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference; 0.0 only where the two are the same bit for bit, the sign of zeros and NaN included."""
+    if same_bits(a, b):
+        return 0.0
+    if a.dtype != b.dtype or a.shape != b.shape or not (a.is_floating_point() or a.is_complex()):
+        return float("inf")
+    known = ~(a.isnan() & b.isnan())
+    gaps = (a[known].to(_wide(a)) - b[known].to(_wide(b))).abs().nan_to_num(torch.inf, posinf=torch.inf)
+    return max(float(gaps.max()) if gaps.numel() else 0.0, SMALLEST)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.complex128 if x.is_complex() else torch.float64

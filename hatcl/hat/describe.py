@@ -1,0 +1,107 @@
+"""`describe`: what the map found and what the tasks use of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..map.units import NORM
+from .gates import Gates, gates_of
+from .guard import held, sealed_tasks
+
+
+@dataclass(frozen=True)
+class Description:
+    """A HAT model in numbers; prints as a table.
+
+    Attributes:
+        units: how many units there are. use: sealed task -> how many it uses.
+        elements: shared_both (owner and reader known; a reader can be the input, which is always on), shared_one (one
+            of them), own_copy (each task has its own; one copy counted), always_on (neither).
+        layers: per layer its units and how many of them each sealed task uses.
+        copies: parameter -> why each task has its own copy. notes: module path -> what the trace could not follow.
+    """
+
+    units: int
+    use: dict[int, int]
+    elements: dict[str, int]
+    layers: list[dict[str, Any]]
+    copies: dict[str, str]
+    notes: dict[str, str]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """`elements` as shares of all."""
+        total = max(sum(self.elements.values()), 1)
+        return {k: v / total for k, v in self.elements.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "units": self.units, "use": dict(self.use), "elements": dict(self.elements), "shares": self.shares,
+            "layers": [dict(x) for x in self.layers], "copies": dict(self.copies), "notes": dict(self.notes),
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        tasks = list(self.use)
+        width = max([len("layer"), *(len(x["name"]) for x in self.layers)])
+        head = f"{'layer':<{width}}  units" + "".join(f"  task {t}" for t in tasks)
+        lines = [head, "-" * len(head)]
+        for layer in [*self.layers, {"name": "all", "units": self.units, "used": self.use}]:
+            cells = "".join(
+                f"{layer['used'][t]:>{8 if t > 9 else 8}}"[-(6 + len(str(t))) :].rjust(7 + len(str(t))) for t in tasks
+            )
+            lines.append(f"{layer['name']:<{width}}  {layer['units']:>5}{cells}")
+        names = {
+            "shared_both": "owner and reader known",
+            "shared_one": "one end known",
+            "own_copy": "own copy per task",
+            "always_on": "always on",
+        }
+        lines.append("elements: " + ", ".join(f"{names[k]} {v:.1%}" for k, v in self.shares.items()))
+        lines += [f"note: {path or 'model'}: {what}" for path, what in self.notes.items()]
+        return "\n".join(lines)
+
+
+def describe(model: nn.Module) -> Description:
+    """Units, owners, shares and use per task of a HAT model."""
+    gates = gates_of(model)
+    tasks = sealed_tasks(model)
+    by_hand = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
+    layers = [
+        {
+            "name": name if g.from_map else by_hand[id(g)],
+            "units": stop - start,
+            "used": {t: int(g.masks[t, start:stop].sum()) for t in tasks},
+        }
+        for g in gates
+        for name, start, stop in g.layers
+        if stop > start
+    ]
+    unit_map = gates[0].unit_map
+    elements = dict.fromkeys(("shared_both", "shared_one", "own_copy", "always_on"), 0)
+    for h in held(model):
+        if h.task is not None:
+            continue
+        if h.plain:
+            elements["own_copy"] += h.param.numel()
+            continue
+        unit = {True: 0.0, False: 0.0}
+        for axis in h.plan.axes if h.plan is not None else ():
+            unit[axis.owner] = max(unit[axis.owner], float((axis.units.numbers != 0).mean()))
+        reader = 1.0 - unit_map.entries[h.name].lost if unit_map else float(unit[False] or h.param.dim() < 2)
+        both = unit[True] * reader
+        one = unit[True] * (1 - reader) + (1 - unit[True]) * unit[False]
+        n = h.param.numel()
+        elements["shared_both"] += round(n * both)
+        elements["shared_one"] += round(n * one)
+        elements["always_on"] += n - round(n * both) - round(n * one)
+    return Description(
+        sum(g.num_units for g in gates),
+        {t: sum(int(g.masks[t].sum()) for g in gates) for t in tasks},
+        elements,
+        layers,
+        {e.name: e.why for e in unit_map.entries.values() if e.copied and e.why != NORM} if unit_map else {},
+        dict(unit_map.notes) if unit_map else {},
+    )

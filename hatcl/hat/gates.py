@@ -1,0 +1,575 @@
+"""Gates: every task's embeddings over the units, and what is sealed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..config import HATConfig
+from ..errors import CapacityError, TaskError
+from ..shards import whole
+from . import active
+
+SLOTS, SLOT_BYTES = 256, 16
+"""Size of a task's row in `Gates.digest_table`."""
+
+_keys = itertools.count()
+
+
+class Origin:
+    """Which gates some gates were copied from, and which task those were learning when they last wrote to the copy: an
+    averaged copy of a model (EMA) evaluates the task that the model is learning.
+
+    Attributes:
+        task: the one that the copy follows. own: tasks that the copy sealed by itself. kept: tensors of the copy, which
+            of their elements those tasks use (None: all), and their values. seen: the versions of its tensors when what
+            is sealed was last put back.
+    """
+
+    def __init__(self, source: Gates, copied: Gates) -> None:
+        self.gates = weakref.ref(source)
+        self.task = source.learning
+        self.own: set[int] = set()
+        self.kept: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self.seen: Any = None
+        self._sealed = set(copied.sealed.nonzero().flatten().tolist())
+        self.forget_writes(copied)
+
+    def forget_writes(self, copied: Gates) -> None:
+        """What was written to the copy until now, a state that was loaded for one, is no average."""
+        self._versions = [e._version for e in copied.embeddings]
+
+    def model(self) -> nn.Module | None:
+        """The model that was copied, if it has learned anything since."""
+        source = self.gates()
+        return None if source is None or source.model is None else source.model()
+
+    def follow(self, copied: Gates) -> bool:
+        """Has the copy been averaged with a model that has learned on, another task than the one followed so far?"""
+        source = self.gates()
+        task = None if source is None else source.learned
+        if task is None or task == self.task or task in self._sealed or task in self.own:
+            return False
+        if task >= len(self._versions) or copied.embeddings[task]._version == self._versions[task]:
+            return False  # only a copy; nothing was written to it
+        self.task = task
+        return True
+
+
+class Gates(nn.Module):
+    """The gates of `U` units for `T` tasks.
+
+    A task's gate is `a = sigmoid(s * e)` while it is learned and exactly 0 or 1 once sealed. What a layer computes
+    follows the active task (`task`), what is frozen follows the task being learned (`learning`).
+
+    Attributes:
+        embeddings: T parameters `[U]`.
+        masks: `[T, U]` bool, the hard gates of sealed tasks. sealed: `[T]` bool.
+        digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
+            fixed size for state dicts (see `guard.table_of`).
+        learned: the task that is being learned, or was last. learner: the thread that is learning. lock: what it holds
+            while an optimizer steps, during which frozen elements may be away from their place.
+        cut: a task with hard gates computes with its live elements alone, zeros for all others, so that nothing else
+            enters its arithmetic. Without it, it computes by the folds of the map, as while it is learned.
+        sharded: are the model's parameters shards (`fully_shard`)? They are gathered into memory that is used again, so
+            nothing made of them is kept.
+        hardened: 1 while the task being learned settles, its gates hard already; a tensor, so that a compiled program
+            stays the same. settled: the same for Python.
+        epoch: counts whatever changes gates. sealings: task -> how often its hard gates changed, on which compiled
+            graphs depend.
+        unit_map: the map the model was converted on (None for layers put together by hand).
+        source: how to make the plain model again (its timm name, say), for `from_pretrained`.
+        layers: (name, start, stop) bounds of the layers' units, 0-based, for penalties per layer and tables.
+        bound: paths of the modules that the map bound to these gates, as they were at conversion.
+    """
+
+    masks: Tensor
+    sealed: Tensor
+    scale: Tensor
+    hardened: Tensor
+    digest_table: Tensor
+
+    def __init__(self, units: int, config: HATConfig, layers: Sequence[tuple[str, int, int]] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = list(layers) if layers is not None else [("units", 0, units)]
+        self.embeddings = nn.ParameterList([self.fresh_embedding(units) for _ in range(config.num_tasks)])
+        self.register_buffer("masks", torch.zeros(config.num_tasks, units, dtype=torch.bool))
+        self.register_buffer("sealed", torch.zeros(config.num_tasks, dtype=torch.bool))
+        self.register_buffer("digest_table", torch.zeros(config.num_tasks, SLOTS, SLOT_BYTES, dtype=torch.uint8))
+        self.register_buffer("scale", torch.tensor(float(config.max_scale)), persistent=False)
+        self.register_buffer("hardened", torch.tensor(0.0), persistent=False)
+        self.key = next(_keys)
+        self.learning: int | None = None
+        self.learned: int | None = None
+        self.learner: int | None = None
+        self.lock: Any = None
+        self.soft = False
+        self.settled = False
+        self.cut = True
+        self.sharded = False
+        self.epoch = 0
+        self.sealings: dict[int, int] = {}
+        self.from_map = layers is not None
+        self.digests: dict[int, dict[str, str]] = {}
+        self.unit_map: Any = None
+        self.source: dict[str, Any] | None = None
+        self.bound: tuple[str, ...] = ()
+        self.origin: Origin | None = None
+        self.model: weakref.ref[nn.Module] | None = None
+        self._default: int | None = None
+        self._ever_active = False
+        self._taken_by: tuple[Any, Tensor] = (None, torch.zeros(0, dtype=torch.bool))
+        self.register_load_state_dict_post_hook(_loaded)
+
+    def forward(self, x: Any) -> Any:
+        """Nothing: where the converted model is an `nn.Sequential`, its gates are one step of it."""
+        return x
+
+    # ---- the active task ---------------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> int | None:
+        """The active task: this context's, else the default; in a recomputation that of its forward."""
+        if torch.compiler.is_compiling():
+            return active.chosen(self.key, self._default) if self._ever_active else None
+        if self.origin is not None:
+            self.notice()
+        if not self._ever_active:
+            return None
+        return active.of_forward(self.key, active.chosen(self.key, self._default), self.training)
+
+    @task.setter
+    def task(self, task: int | None) -> None:
+        """Set the default of all threads."""
+        self._default = task
+        self._ever_active |= task is not None
+
+    @property
+    def default(self) -> int | None:
+        """The active task of every context that chose none."""
+        return self._default
+
+    def choose(self) -> None:
+        """Some context is about to choose a task."""
+        self._ever_active = True
+
+    def notice(self) -> None:
+        """A copy that has been averaged with a model that is learning follows it."""
+        if self.origin is not None and self.origin.follow(self):
+            self.task = self.origin.task
+
+    def is_open(self, task: int | None) -> bool:
+        """May this task's gates change from one step to the next? A sealed task's are constants. (Of a task that is a
+        tensor, and stands for several sealed ones, nothing is kept either.)"""
+        if isinstance(task, Tensor):
+            return True
+        return task is not None and (task == self.learning or (self.origin is not None and task == self.origin.task))
+
+    def is_soft(self, task: int | None) -> bool:
+        """Are a task's gates soft now? In evaluation without gradients they are what sealing would give."""
+        if task is None or isinstance(task, Tensor) or task != self.learning:
+            return False
+        return self.soft or self.training or torch.is_grad_enabled()
+
+    # ---- what layers ask ---------------------------------------------------------------------------------------
+
+    @property
+    def num_units(self) -> int:
+        return self.masks.shape[1]
+
+    @property
+    def num_tasks(self) -> int:
+        return self.masks.shape[0]
+
+    def select(self, task: int, index: slice | Tensor) -> Tensor:
+        """A task's gates of some units, as floats."""
+        if isinstance(task, Tensor):
+            return self.on(task)[index].to(self.embeddings[0].dtype)
+        e = whole(self.embeddings[task])
+        if self.is_soft(task):
+            c = self.config
+            a = F.soft_gate(e[index], self.scale, c.max_scale, c.compensation_clamp, self._hardened())
+            return a if c.reuse == "all" else torch.where(self._taken(task)[index], 0.0, a)
+        return self.on(task)[index].to(e.dtype)
+
+    def harden(self, settled: bool) -> None:
+        """Are the gates of the task being learned hard by now?"""
+        self.hardened.fill_(float(settled))
+        self.settled = settled
+
+    def _hardened(self) -> Tensor | None:
+        """What a graph asks whether gates are hard by now; outside of one, None says that they are not."""
+        return self.hardened if torch.compiler.is_compiling() or self.settled else None
+
+    def on(self, task: int) -> Tensor:
+        """`[U]` bool: a task's hard gates, without asking a device whether it is sealed."""
+        if isinstance(task, Tensor):
+            return row(self.masks, task)
+        if task == self.learning:
+            return self._hard_now(task)
+        return self.hard(task) if self.is_open(task) else self.masks[task]
+
+    def hard(self, task: int) -> Tensor:
+        """`[U]` bool: a task's gates as sealed, or as sealing would make them now."""
+        return self.masks[task] if bool(self.sealed[task]) else self._hard_now(task)
+
+    def _hard_now(self, task: int) -> Tensor:
+        on = F.hard_gate(whole(self.embeddings[task].detach()))
+        return on if self.config.reuse == "all" else on & ~self._taken(task)
+
+    def _taken(self, task: int) -> Tensor:
+        """`[U]` bool: units that other sealed tasks use."""
+        if torch.compiler.is_compiling():
+            return self.used(without=task)
+        key, taken = (task, self.epoch), self._taken_by
+        if taken[0] != key:
+            self._taken_by = taken = (key, self.used(without=task))
+        return taken[1]
+
+    # ---- life of a task ----------------------------------------------------------------------------------------
+
+    def fresh_embedding(self, units: int, like: Tensor | None = None) -> nn.Parameter:
+        """A new embedding by `config.init` (Serra et al. 2018, section 2.3; dense: HAT-CL)."""
+        c = self.config
+        if c.init == "normal":
+            e = torch.randn(units)
+        elif c.init == "sparse":
+            e = torch.where(torch.rand(units) < c.init_density, c.init_value, -c.init_value)
+        else:
+            e = torch.full((units,), abs(c.init_value) if c.init == "dense" else c.init_value)
+        e = e.clamp(-c.clamp, c.clamp)
+        return nn.Parameter(e if like is None else e.to(like))
+
+    def used(self, without: int | None = None) -> Tensor:
+        """`[U]` bool: units on in any sealed task."""
+        rows = self.sealed.clone()
+        if without is not None:
+            rows[without] = False
+        return self.masks[rows].any(0)
+
+    def seal(self, task: int) -> None:
+        self.masks[task] = self.hard(task)
+        self.sealed[task] = True
+        self._changed([task])
+
+    def _changed(self, tasks: Iterable[int]) -> None:
+        """The hard gates of these tasks are others than before: whatever was kept of them is old."""
+        self.epoch += 1
+        for t in tasks:
+            self.sealings[t] = self.sealings.get(t, 0) + 1
+
+    def unseal(self, task: int) -> None:
+        """Forget a task's gates: its row is empty and its embedding new."""
+        self.masks[task] = False
+        self.sealed[task] = False
+        self.digest_table[task] = 0
+        self.digests.pop(task, None)
+        self._taken_by = (None, self.masks[task])
+        with torch.no_grad():
+            self.embeddings[task].copy_(self.fresh_embedding(self.num_units))
+        self._changed([task])
+
+    def add(self, tasks: int) -> None:
+        self.config = self.config.replace(num_tasks=self.num_tasks + tasks)
+        like = self.embeddings[0].detach()
+        for _ in range(tasks):
+            self.embeddings.append(self.fresh_embedding(self.num_units, like))
+        for name in ("masks", "sealed", "digest_table"):
+            rows = getattr(self, name)
+            setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
+        self.epoch += 1
+
+    def room(self, task: int) -> dict[str, bool]:
+        """Layer -> has it a unit that no other sealed task uses?"""
+        used = self.used(without=task)
+        return {name: not bool(used[a:b].all()) for name, a, b in self.layers if b > a}
+
+    def penalty(self) -> Tensor:
+        """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""
+        c = self.config
+        e = whole(self.embeddings[self.learning if self.learning is not None else 0])
+        a = F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp, self._hardened())
+        bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
+        return c.penalty_weight * F.sparsity_penalty(a, self.used(), bounds, c.forgiven or 0.0)
+
+    # ---- torch's own -------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is not being learned, also where it was made inside a `hatcl.learn` block."""
+        state = {
+            **self.__dict__,
+            "_taken_by": (None, torch.zeros(0, dtype=torch.bool)),
+            "soft": False,
+            "settled": False,
+            "sharded": False,
+        }
+        if self._default == self.learning:
+            state["_default"] = None
+        return {**state, **dict.fromkeys(("key", "learning", "learned", "learner", "lock", "origin", "model"))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.key = next(_keys)  # a choice of a context is for one model, not for its copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
+        made: Gates = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        made.origin = Origin(self, made)
+        if self.learning is not None and self._default == self.learning:
+            made._default = self.learning
+        return made
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise TaskError(
+            "torch.nn.DataParallel runs copies of a model in threads of its own, where hatcl cannot keep tasks apart; "
+            "use torch.nn.parallel.DistributedDataParallel"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Gates:
+        kept = {name: self._buffers[name] for name in ("scale", "hardened")}
+        super()._apply(fn, recurse)
+        for name, x in kept.items():  # s keeps float32: bfloat16 has too few steps for its annealing
+            assert x is not None
+            self._buffers[name] = x.to(self.masks.device)
+        self.epoch += 1
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}digest_table" in state_dict:
+            self.digests = {}  # they are of what was there before; the table tells what belongs to the new
+        self._changed(range(self.num_tasks))
+
+    def extra_repr(self) -> str:
+        return f"units={self.num_units}, tasks={self.num_tasks}, sealed={self.sealed.nonzero().flatten().tolist()}"
+
+
+def _loaded(gates: Gates, _: Any) -> None:
+    if gates.origin is not None:
+        gates.origin.forget_writes(gates)
+
+
+def row(table: Tensor, task: Tensor) -> Tensor:
+    """The row of a task that is a tensor of no dimensions, one of several under `torch.vmap`."""
+    return table.index_select(0, task.reshape(1)).squeeze(0)
+
+
+class Units:
+    """Some units of some gates: what one axis of a parameter belongs to. Entries that are 0 are always on."""
+
+    def __init__(self, gates: Gates, numbers: np.ndarray) -> None:
+        self.gates = gates
+        self.numbers = np.asarray(numbers, dtype=np.int64)
+        n = len(self.numbers)
+        first = int(self.numbers[0]) if n else 0
+        run = first > 0 and bool((self.numbers == np.arange(first, first + n)).all())
+        self.run = slice(first - 1, first - 1 + n) if run else None
+        self._share: tuple[Any, float] = (None, 1.0)
+        self._fixed: tuple[Any, Tensor] = (None, torch.zeros(0))
+        self._fixed_on: tuple[Any, Tensor] = (None, torch.zeros(0))
+        always = self.numbers == 0
+        self._index: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
+        if not run:
+            index = torch.as_tensor(np.maximum(self.numbers - 1, 0))
+            self._index[index.device] = (index, torch.as_tensor(always) if always.any() else None)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def clear(self) -> None:
+        """Drop what was kept of any task."""
+        self._fixed = self._fixed_on = (None, torch.zeros(0))
+        self._share = (None, 1.0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        none = (None, torch.zeros(0))
+        return {**self.__dict__, "_fixed": none, "_fixed_on": none}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        if device not in self._index:
+            index, always = next(iter(self._index.values()))
+            self._index[device] = (index.to(device), None if always is None else always.to(device))
+        return self._index[device]
+
+    def gate(self) -> Tensor | None:
+        """The active task's gate per entry, `[n]`; None for the plain model."""
+        gates = self.gates
+        task = gates.task
+        return None if task is None else self.gate_of(task)
+
+    def gate_of(self, task: int) -> Tensor:
+        """A task's gate per entry, `[n]`."""
+        gates = self.gates
+        if gates.is_open(task) or torch.compiler.is_compiling():
+            return self._select(task)
+        key, fixed = (task, gates.epoch), self._fixed  # another thread may replace it meanwhile
+        if fixed[0] != key:
+            with torch.inference_mode(False):
+                self._fixed = fixed = (key, self._select(task))
+        return fixed[1]
+
+    def on(self, task: int) -> Tensor:
+        """A task's hard gate per entry, `[n]` bool; a constant for a sealed task."""
+        gates = self.gates
+        if gates.is_open(task) or torch.compiler.is_compiling():
+            return self._of(gates.on(task))
+        key, fixed = (task, gates.epoch), self._fixed_on
+        if fixed[0] != key:
+            with torch.inference_mode(False):
+                self._fixed_on = fixed = (key, self._of(gates.masks[task]))
+        return fixed[1]
+
+    def _select(self, task: int) -> Tensor:
+        if self.run is not None:
+            return self.gates.select(task, self.run)
+        index, always = self._on(self.gates.masks.device)
+        a = self.gates.select(task, index)
+        return a if always is None else torch.where(always, 1.0, a)
+
+    def share(self, task: int) -> float:
+        """The share of entries that a task has on, never quite zero."""
+        if torch.compiler.is_compiling():
+            return self._share_of_sealed(task, self.gates.sealings.get(task, 0))
+        key, share = (task, self.gates.epoch), self._share
+        if share[0] != key or self.gates.is_open(task):
+            on = self.on(task)
+            self._share = share = (key, max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE))
+        return share[1]
+
+    @torch.compiler.assume_constant_result
+    def _share_of_sealed(self, task: int, sealings: int) -> float:
+        """A constant of a compiled graph, until the task is sealed again."""
+        on = self._of(self.gates.masks[task])
+        return max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE)
+
+    def hard(self, task: int) -> Tensor:
+        """A task's hard gate per entry as sealed, or as sealing would make it now, `[n]` bool."""
+        return self._of(self.gates.hard(task))
+
+    def _of(self, on: Tensor) -> Tensor:
+        if self.run is not None:
+            return on[self.run]
+        index, always = self._on(on.device)
+        return on[index] if always is None else on[index] | always
+
+
+def gates_of(model: nn.Module) -> list[Gates]:
+    """Every `Gates` of a model: one for a converted model, one per layer where layers were put together by hand."""
+    found = [m for m in model.modules() if isinstance(m, Gates)]
+    if not found:
+        raise TaskError(
+            f"{type(model).__name__} has no gates: convert it first (hatcl.convert) or build it from HAT layers"
+        )
+    return found
+
+
+def check_task(model: nn.Module, task: int | None, *, sealed: bool | None = None) -> int:
+    """The task as an int, or `TaskError`. sealed: require that it is (True) or is not (False) sealed."""
+    gates = gates_of(model)
+    count = min(g.num_tasks for g in gates)
+    if isinstance(task, bool) or not isinstance(task, (int, np.integer)):
+        raise TaskError(f"task: got {task!r}, expected an integer from 0 to {count - 1}")
+    if not 0 <= task < count:
+        raise TaskError(
+            f"task: got {task}, the model has tasks 0 to {count - 1}; hatcl.add_tasks(model, n) makes room for more"
+        )
+    is_sealed = bool(gates[0].sealed[task])
+    if sealed and not is_sealed:
+        done = gates[0].sealed.nonzero().flatten().tolist()
+        raise TaskError(
+            f"task {task} is not sealed, so it has no hard gates yet; sealed are {done}. Learn it with hatcl.learn"
+        )
+    if sealed is False and is_sealed:
+        raise TaskError(
+            f"task {task} is sealed and cannot be learned again; hatcl.forget_task(model, {task}) frees it, or "
+            f"learn another"
+        )
+    return int(task)
+
+
+def check_room(model: nn.Module, task: int) -> None:
+    """Raise `CapacityError` if every unit of every layer is taken by sealed tasks."""
+    gates = gates_of(model)
+    names = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
+    room = {n if g.from_map else names[id(g)]: free for g in gates for n, free in g.room(task).items()}
+    if room and not any(room.values()):
+        full = list(room)
+        raise CapacityError(
+            f"task {task}: no units left, all {sum(g.num_units for g in gates)} units of {', '.join(full[:5])}"
+            f"{' ...' if len(full) > 5 else ''} are used by sealed tasks; forget a task (hatcl.forget_task), raise "
+            f"HATConfig.penalty_weight (now {gates[0].config.penalty_weight:g}) for earlier tasks, or use a wider model"
+        )
+
+
+def set_task(model: nn.Module, task: int | None) -> None:
+    """Make `task` the default of the model, in every thread: 0, 1, ... computes with that task's gates, None is the
+    plain model. `with hatcl.task(...)` chooses for one thread, and for a while.
+
+    Raises:
+        TaskError: there is no such task, or it is neither sealed nor being learned; inside `with hatcl.task(...)`,
+            where the default does not count; from another thread than the one that is learning a task.
+    """
+    gates = gates_of(model)
+    task = _usable(gates, model, task)
+    if any(active.is_chosen(g.key) for g in gates):
+        raise TaskError(
+            f"set_task: got task {task} inside a `with hatcl.task(...)` block of the same model, which keeps its own "
+            "task active; leave the block first, or put another `with hatcl.task(...)` into it"
+        )
+    if gates[0].learning is not None and gates[0].learner != threading.get_ident():
+        raise TaskError(
+            f"set_task: got task {task} while another thread is learning task {gates[0].learning}, whose steps would "
+            "be "
+            "taken under the wrong task; evaluate inside `with hatcl.task(model, ...)`, which belongs to a thread"
+        )
+    for g in gates:
+        g.task = task
+
+
+@contextlib.contextmanager
+def task(model: nn.Module, task: int | None) -> Iterator[nn.Module]:
+    """`with hatcl.task(model, 2): ...` computes with task 2's gates inside the block, in this thread (or asyncio task)
+    alone. So several threads can serve several tasks of one model:
+
+        def answer(task, x):
+            with hatcl.task(model, task), torch.no_grad():
+                return model(x)
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(answer, ids, batches))
+
+    Raises:
+        TaskError: there is no such task, or it is neither sealed nor being learned.
+    """
+    gates = gates_of(model)
+    task = _usable(gates, model, task)
+    for g in gates:
+        g.choose()
+    with active.choose([g.key for g in gates], task):
+        yield model
+
+
+def _usable(gates: Sequence[Gates], model: nn.Module, task: int | None) -> int | None:
+    """The task, if it has gates to compute with."""
+    for g in gates:
+        g.notice()
+    if task is None or (not isinstance(task, Tensor) and gates[0].is_open(task)):
+        return task
+    return check_task(model, task, sealed=True)
+
+
+def tasks(model: nn.Module) -> list[int]:
+    """The sealed tasks."""
+    return gates_of(model)[0].sealed.nonzero().flatten().tolist()

@@ -1,0 +1,502 @@
+"""`HATLayer`: what makes any module task-aware.
+
+A HAT layer is a subclass of what it replaces. Its parameters are stored as before (same names, same `state_dict`
+keys); read as attributes they are what the active task sees: the gate folded in, or the task's own copy. So the
+module's own forward, and any other code that uses `layer.weight`, computes the gated model without knowing it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...config import HATConfig
+from ...shards import is_shard
+from ..gates import Gates, Units, row
+from ..registry import derive, register
+
+
+@dataclass
+class Axis:
+    """One factor of a parameter: its units, and the shape in which their gates broadcast over the parameter's view."""
+
+    units: Units
+    shape: tuple[int, ...]
+    owner: bool
+
+
+@dataclass
+class ParameterPlan:
+    """How a parameter depends on the task. axes: its factors. fold: which of them multiply it. copied: a copy per
+    task. standardised: its rows are normalised before use, with a task over the units that are on."""
+
+    view: tuple[int, ...]
+    axes: tuple[Axis, ...] = ()
+    fold: tuple[int, ...] = ()
+    copied: bool = False
+    standardised: bool = False
+
+    def over_units_on(self, value: Tensor, task: int) -> Tensor:
+        """A weight whose rows are about to be normalised over all `N` elements that they read, made such that this is
+        the normalisation over the `n` of units that are on.
+
+        Those are centred; the others, which only ever meet zeros, become +s and -s in turn, `s` the spread of the n.
+        So all N have the mean and variance of the n (where a single element is off it stays 0, and the variance is
+        `n / N` of that).
+        """
+        read = [axis for axis in self.axes if not axis.owner]
+        if not read:
+            return value
+        rows = 2 if any(axis.shape[0] != 1 for axis in read) else 1  # in a grouped weight's view a row has two indices
+        mask = value.new_ones((1,) * rows + value.shape[rows:])
+        for axis in read:
+            mask = mask * (axis.units.gate_of(task) != 0).to(value.dtype).view(axis.shape)
+        over = tuple(range(rows, value.dim()))
+        on = mask.sum(over, keepdim=True).clamp(min=1.0)
+        value = torch.where(mask > 0, value, 0.0)  # zero times another task's infinity would be no zero
+        centred = (value - value.sum(over, keepdim=True) / on) * mask
+        spread = (centred.square().sum(over, keepdim=True) / on).clamp(min=torch.finfo(value.dtype).tiny).sqrt()
+        return centred + spread * _in_turn(1 - mask, rows)
+
+    def live(self, task: int, device: torch.device) -> Tensor:
+        """Which elements are live for a task: bool, broadcast over `view`."""
+        mask: Tensor | None = None
+        for axis in self.axes:
+            on = axis.units.hard(task).view(axis.shape)
+            mask = on.clone() if mask is None else mask & on
+        return torch.ones((), dtype=torch.bool, device=device) if mask is None else mask
+
+
+def _in_turn(off: Tensor, rows: int) -> Tensor:
+    """+1 and -1 in turn where `off` is 1, with sum 0 and mean square 1 per row; an odd count ends in sqrt(3/2), its
+    negative and 0."""
+    flat = off.flatten(rows)
+    rank, count = flat.cumsum(-1), flat.sum(-1, keepdim=True)
+    sign = 1 - 2 * (rank % 2)
+    ending = (rank > count - 3) & (count % 2 == 1)
+    sign = torch.where(ending, sign * math.sqrt(1.5) * (rank < count), sign)
+    return (flat * sign).view(off.shape)
+
+
+@dataclass
+class Binding:
+    """What ties a layer to gates. output: units (and their dimension) that the layer's output is multiplied with.
+    norm: units (and their dimension) over which a norm takes its statistics; dirty: its input is not zero where off.
+    buffers: those that a training forward writes, of which every task has its own. path: where the module was when it
+    was converted. shapes: of its parameters then."""
+
+    gates: Gates
+    params: dict[str, ParameterPlan] = field(default_factory=dict)
+    output: tuple[int, Units] | None = None
+    norm: tuple[int, Units] | None = None
+    dirty: bool = False
+    buffers: tuple[str, ...] = ()
+    path: str = ""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    cache: dict[str, tuple[Any, Tensor, int]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": {}}
+
+    def clear(self) -> None:
+        """Drop what was kept of any task."""
+        self.cache.clear()
+        for plan in self.params.values():
+            for axis in plan.axes:
+                axis.units.clear()
+        for pair in (self.output, self.norm):
+            if pair is not None:
+                pair[1].clear()
+
+
+class TaskCopy(nn.Module):
+    """One task's own parameters and running statistics of a layer, under the layer's own names."""
+
+
+def task_parameter(name: str) -> property:
+    """A parameter as the active task sees it."""
+
+    def get(self: Any) -> Tensor | None:
+        params = self.__dict__["_parameters"]
+        if name not in params:
+            return _inherited(self, name)
+        raw = params[name]
+        hat: Binding | None = self.__dict__.get("_hat")
+        if raw is None or hat is None:
+            return raw
+        plan = hat.params.get(name)
+        if plan is None or (type(raw) is not nn.Parameter and is_shard(raw)):
+            return raw  # nobody computes with a shard: it is `fully_shard` that looks after it
+        task = hat.gates.task
+        if task is None:
+            return raw
+        if plan.copied:
+            raw = self._hat_own("_parameters", name, task)
+        return self._hat_folded(name, raw, task)
+
+    return property(get)
+
+
+def task_buffer(name: str) -> property:
+    """Running statistics as the active task sees them. Those of a sealed task are copies: nothing that writes to them,
+    a forward in training mode or a `zero_()`, writes to the task's own."""
+
+    def get(self: Any) -> Tensor | None:
+        buffers = self.__dict__["_buffers"]
+        if name not in buffers:
+            return _inherited(self, name)
+        hat: Binding | None = self.__dict__.get("_hat")
+        task = None if hat is None or buffers[name] is None else hat.gates.task
+        if hat is None or task is None:
+            return buffers[name]
+        value = self._hat_own("_buffers", name, task, buffers[name])
+        if hat.gates.is_open(task):
+            return value
+        written = self.training or name in hat.buffers  # by the forward itself
+        return value.clone() if written else self._hat_constant(name, value, task, value.clone)
+
+    return property(get)
+
+
+def _inherited(module: Any, name: str) -> Any:
+    """An attribute that some other base computes (torch's parametrizations), else what `nn.Module` says."""
+    for cls in type(module).__mro__:
+        found = cls.__dict__.get(name)
+        if isinstance(found, property) and found.fget is not None and found.fget.__module__ != __name__:
+            return found.fget(module)
+    return nn.Module.__getattr__(module, name)
+
+
+def task_class(
+    layer: type, cls: type, names: tuple[str, ...], buffers: tuple[str, ...] = (), more: tuple[Any, ...] = ()
+) -> type:
+    """The class that a converted instance of `cls` gets: `layer` in front of it, these parameters and buffers the
+    task's, and more attributes (name, how it is made)."""
+    return derive(layer, cls, (*((n, task_parameter) for n in names), *((n, task_buffer) for n in buffers), *more))
+
+
+def _rebuild(layer: type, cls: type, attributes: tuple) -> nn.Module:
+    made = derive(layer, cls, attributes)
+    return nn.Module.__new__(made)
+
+
+@register(nn.Module)
+class HATLayer:
+    """Mixin that makes a module task-aware; also what a module gets that merely holds parameters of its own.
+
+    By hand: `HATLinear(8, 16, num_tasks=3)` has its own gates over its output units; `reads=layer` names the layer
+    whose units its input carries (without it, freezing is by the output unit alone); `units=layer` shares that layer's
+    gates.
+
+    Class attributes (for authors of further layers):
+        hat_owner_dims / hat_reader_dims: parameter name -> dimension written / read.
+        hat_output_dim: the dimension of the output that carries the units.
+        hat_copied: parameters, and hat_task_buffers: buffers, of which every task has its own.
+        hat_fold_output: multiply the output by the gate instead of the weight.
+        hat_direct: its parameters are contracted with the input as they are, so that zeros for what a task does not use
+            change nothing.
+        hat_always: convert also instances that hold nothing of their own.
+    """
+
+    hat_owner_dims: ClassVar[Mapping[str, int]] = {}
+    hat_reader_dims: ClassVar[Mapping[str, int]] = {}
+    hat_output_dim: ClassVar[int] = 1
+    hat_copied: ClassVar[tuple[str, ...]] = ()
+    hat_task_buffers: ClassVar[tuple[str, ...]] = ()
+    hat_fold_output: ClassVar[bool] = False
+    hat_direct: ClassVar[bool] = False
+    hat_always: ClassVar[bool] = False
+    hat_is_norm: ClassVar[bool] = False
+    _hat: Binding
+    hat_tasks: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        num_tasks: int | None = None,
+        units: Any = None,
+        reads: Any = None,
+        config: HATConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if num_tasks is not None or units is not None or reads is not None:
+            self._hat_bind_by_hand(num_tasks, units, reads, config)
+
+    # ---- by hand -----------------------------------------------------------------------------------------------
+
+    def _hat_width(self) -> int:
+        name, dim = next(iter(self.hat_owner_dims.items()))
+        return int(self._parameters[name].shape[dim])  # type: ignore[attr-defined]
+
+    def _hat_bind_by_hand(self, num_tasks: int | None, units: Any, reads: Any, config: HATConfig | None) -> None:
+        source = units_of(units) if units is not None else None
+        read = units_of(reads) if reads is not None else None
+        if source is None and self.hat_owner_dims and not self.hat_is_norm:
+            config = (config or HATConfig()).replace(num_tasks=num_tasks or (read.gates.num_tasks if read else 1))
+            self.gates = Gates(self._hat_width(), config)
+            source = Units(self.gates, np.arange(1, self._hat_width() + 1))
+        some = source or read
+        if some is None:
+            self.gates = Gates(0, (config or HATConfig()).replace(num_tasks=num_tasks or 1))
+        hat = Binding(some.gates if some is not None else self.gates)
+        for name, p in self._parameters.items():  # type: ignore[attr-defined]
+            if p is None:
+                continue
+            axes: list[Axis] = []
+            fold: tuple[int, ...] = ()
+            for dims, which, owner in ((self.hat_owner_dims, source, True), (self.hat_reader_dims, read, False)):
+                if name in dims and which is not None:
+                    self._hat_check_width(name, p, dims[name], which)
+                    shape = [1] * p.dim()
+                    shape[dims[name]] = -1
+                    if owner:
+                        fold = (len(axes),)
+                    axes.append(Axis(which, tuple(shape), owner))
+            hat.params[name] = ParameterPlan(tuple(p.shape), tuple(axes), fold, name in self.hat_copied)
+            hat.shapes[name] = tuple(p.shape)
+        self._hat_attach(hat, num_tasks or hat.gates.num_tasks)
+        if source is not None:
+            self._hat.norm = (self.hat_output_dim, source) if self.hat_is_norm else None
+
+    def _hat_check_width(self, name: str, p: Tensor, dim: int, units: Units) -> None:
+        if p.shape[dim] != len(units):
+            side = "output" if dim == self.hat_owner_dims.get(name) else "input"
+            raise ValueError(
+                f"{type(self).__name__}.{name}: gate has {len(units)} units, {side} has {p.shape[dim]}; "
+                f"pass {'units' if side == 'output' else 'reads'}= a layer with {p.shape[dim]} output units"
+            )
+
+    # ---- by the converter --------------------------------------------------------------------------------------
+
+    def _hat_attach(self, hat: Binding, num_tasks: int) -> None:
+        """Bind to gates and make the task copies, which start as the plain values."""
+        self.__dict__["_hat"] = hat
+        hat.params = {n: p for n, p in hat.params.items() if p.axes or p.copied or p.fold}
+        if self._hat_copied_names() or self._hat_copied_buffers():
+            self.hat_tasks = nn.ModuleList(self._hat_new_copy() for _ in range(num_tasks))
+
+    def _hat_own(self, kind: str, name: str, task: Any, otherwise: Any = None) -> Any:
+        """A task's own parameter or buffer."""
+        if not isinstance(task, Tensor):
+            copies = self.__dict__["_modules"]["hat_tasks"]._modules  # a list would look its length up each time
+            return copies[str(task)].__dict__[kind].get(name, otherwise)
+        every = [getattr(own, kind).get(name, otherwise) for own in self.hat_tasks]
+        return row(torch.stack(every), task)
+
+    def _hat_copied_names(self) -> list[str]:
+        return [n for n, p in self._hat.params.items() if p.copied]
+
+    def _hat_copied_buffers(self) -> list[str]:
+        names = dict.fromkeys((*self.hat_task_buffers, *self._hat.buffers))
+        return [n for n in names if self._buffers.get(n) is not None]  # type: ignore[attr-defined]
+
+    def _hat_new_copy(self) -> TaskCopy:
+        """A task's copy, with the plain model's values."""
+        copy = TaskCopy()
+        for name in self._hat_copied_names():
+            p = self._parameters[name]  # type: ignore[attr-defined]
+            copy.register_parameter(name, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
+        for name in self._hat_copied_buffers():
+            copy.register_buffer(name, self._buffers[name].clone())  # type: ignore[attr-defined]
+        return copy
+
+    def _hat_redrawn(self, rows: int | None = None) -> dict[str, Tensor]:
+        """Fresh values for the parameters, by the layer's own initialiser; where it has none, with the spread and mean
+        that they have now. rows: that many entries in the first dimension instead."""
+        bare = nn.Module.__new__(getattr(type(self), "_hat_source", (None, type(self)))[1])
+        params = {n: p for n, p in self._parameters.items() if p is not None}  # type: ignore[attr-defined]
+
+        def shape(p: Tensor) -> tuple[int, ...]:
+            return tuple(p.shape) if rows is None else (rows, *p.shape[1:])
+
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_hat", "_parameters", "_buffers", "_modules")}
+        fresh = {n: nn.Parameter(_drawn(p.detach(), shape(p))) for n, p in params.items()}
+        buffers = {n: b if b is None else b.clone() for n, b in self._buffers.items()}  # type: ignore[attr-defined]
+        absent = {n: None for n, p in self._parameters.items() if p is None}  # type: ignore[attr-defined]
+        bare.__dict__.update({**state, "_parameters": {**fresh, **absent}, "_buffers": buffers, "_modules": {}})
+        reset = getattr(bare, "reset_parameters", getattr(bare, "_reset_parameters", None))
+        if callable(reset):
+            with contextlib.suppress(AttributeError):  # an initialiser that also resets what is not there
+                reset()
+        return {n: bare._parameters[n].detach() for n in params}
+
+    # ---- at work -----------------------------------------------------------------------------------------------
+
+    @property
+    def _hat_active(self) -> Binding | None:
+        """The binding while a task is active, else None (the plain model)."""
+        hat: Binding | None = self.__dict__.get("_hat")
+        return hat if hat is not None and hat.gates.task is not None else None
+
+    def _hat_folded(self, name: str, raw: Tensor, task: int) -> Tensor:
+        """`raw` as a task sees it. While its gates are soft: times the gates along the folded axes. Hard: the task's
+        live elements, and zeros."""
+        hat: Binding = self._hat
+        plan, gates = hat.params[name], hat.gates
+        if not plan.axes and not plan.standardised and not plan.copied:
+            return raw
+        changing = torch.is_grad_enabled() or gates.is_open(task) or torch.compiler.is_compiling()
+        soft = not gates.cut or (changing and gates.is_soft(task))
+        if not plan.fold and not plan.standardised and (soft or plan.copied or hat.output is not None):
+            # of an embedding the rows that were looked up are cut, not the whole table; a head is handed out as a copy,
+            # so that what writes to it does not write to the task's own
+            held = (gates.lock is not None or plan.copied) and not changing and not soft
+            if held:
+                return self._hat_constant(name, raw, task, raw.clone)
+            # kernels are chosen by whether a weight requires a gradient: the same here as where it is kept
+            return raw if changing else raw.detach()
+        if soft:
+            return self._hat_by_folds(name, raw, plan, task)
+        if changing:
+            with _unmoved(gates):
+                return self._hat_cut(name, raw, plan, task)
+        return self._hat_constant(name, raw, task, lambda: self._hat_cut(name, raw, plan, task))
+
+    def _hat_contracted(self, plan: ParameterPlan) -> bool:
+        """Is a shared parameter multiplied with its input as it is, so that zeros for what is off change nothing?"""
+        owned = all(i in plan.fold for i, axis in enumerate(plan.axes) if axis.owner)
+        return (self.hat_direct or owned) and self._hat.output is None and not plan.standardised
+
+    def _hat_by_folds(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
+        value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
+        if plan.standardised:
+            value = plan.over_units_on(value, task)
+        for i in plan.fold:
+            axis = plan.axes[i]
+            gate = axis.units.gate_of(task)
+            value = value * self.hat_fold_gate(name, gate).to(value.dtype).view(axis.shape)
+        return value.view(raw.shape)
+
+    def _hat_cut(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
+        """Zero, not a product with zero, where the task is off: `0 * inf` is no zero, and `0 * -1` is -0. Where zeros
+        might be divided by their size (a weight that is normalised before use) foreign values are ones."""
+        folded = [plan.axes[i] for i in plan.fold]
+        value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
+        if not plan.copied:
+            contracted = self._hat_contracted(plan)
+            value = _where_on(plan.axes, task, value, 0.0 if contracted else 1.0)
+            folded = [] if contracted else folded
+        if plan.standardised:
+            value = plan.over_units_on(value, task)
+        if type(self).hat_fold_gate is not HATLayer.hat_fold_gate:
+            for i in plan.fold:
+                axis = plan.axes[i]
+                gate = self.hat_fold_gate(name, axis.units.gate_of(task))
+                value = value * gate.to(value.dtype).view(axis.shape)
+        return _where_on(folded, task, value, 0.0).view(raw.shape)
+
+    def _hat_constant(self, name: str, raw: Tensor, task: int, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, kept until the task, its gates or `raw` change. It is handed out itself, so that a write
+        to it is noticed and has no effect."""
+        hat: Binding = self._hat
+        if torch.compiler.is_compiling() or hat.gates.sharded:
+            return make()
+        # while another task is learned it is held: what an optimizer does to it meanwhile is undone after the step
+        held = hat.gates.lock is not None and hat.gates.config.locked is None
+        version = None if held else raw._version
+        key = (task, hat.gates.epoch, version, raw.data_ptr(), raw.dtype)
+        hit = hat.cache.get(name)  # one read: another thread may replace it
+        if hit is not None and hit[0] == key:
+            if hit[1]._version == hit[2]:
+                return hit[1]
+            warnings.warn(
+                f"{hat.path or type(self).__name__}.{name}: something wrote to the value that sealed task {task} "
+                "computes with; the write is undone, sealed tasks do not change",
+                stacklevel=4,
+            )
+        with torch.inference_mode(False), _unmoved(hat.gates):
+            # detached at once, or the first forward would take other kernels than those that find it in the cache
+            value = make().detach()
+        hat.cache[name] = (key, value, value._version)
+        return value
+
+    def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
+        """By what a parameter is multiplied where its gate is `gate`."""
+        return gate
+
+    def _hat_gate_output(self, out: Tensor) -> Tensor:
+        hat: Binding | None = self.__dict__.get("_hat")
+        if hat is None or hat.output is None:
+            return out
+        dim, units = hat.output
+        return multiply(out, units, dim)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and name in self.__dict__.get("_parameters", ()):
+            # torch would first ask what the attribute is: the value folded with gates
+            self.__dict__["_parameters"][name] = value
+            return
+        if name not in self.__dict__.get("_buffers", ()):
+            super().__setattr__(name, value)
+            return
+        hat = self._hat_active
+        if hat is None or name not in self._hat_copied_buffers():
+            super().__setattr__(name, value)
+        elif hat.gates.is_open(task := hat.gates.task):  # a sealed task's statistics stay as they are
+            self.hat_tasks[task]._buffers[name] = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        source = getattr(type(self), "_hat_source", None)
+        if source is None:
+            return super().__reduce_ex__(protocol)
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # Python 3.10 has none
+        return _rebuild, source, dict(state)
+
+
+def _drawn(p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Normal numbers with the mean and spread of `p`."""
+    if p.is_complex():
+        return torch.complex(_drawn(p.real, shape), _drawn(p.imag, shape))
+    return p.new_empty(shape).normal_(float(p.mean()), float(p.std()) if p.numel() > 1 else 0.02)
+
+
+def _where_on(axes: Sequence[Axis], task: int, value: Tensor, otherwise: float) -> Tensor:
+    """A value where a task has all axes on."""
+    live: Tensor | None = None
+    for axis in axes:
+        on = axis.units.on(task).view(axis.shape)
+        live = on if live is None else live & on
+    return value if live is None else torch.where(live, value, otherwise)
+
+
+def _unmoved(gates: Gates) -> contextlib.AbstractContextManager[Any]:
+    """Inside, no optimizer that is guarded is in the middle of a step."""
+    lock: contextlib.AbstractContextManager[Any] | None = gates.lock
+    return contextlib.nullcontext() if lock is None or torch.compiler.is_compiling() else lock
+
+
+def multiply(x: Tensor, units: Units, dim: int) -> Tensor:
+    """`x` times the active gates along `dim`; exactly zero where a hard gate is off, whatever stood there."""
+    gates = units.gates
+    task = gates.task
+    if task is None:
+        return x
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    if gates.is_soft(task) or not gates.cut:
+        return x * units.gate_of(task).to(x.dtype).view(shape)
+    return torch.where(units.on(task).view(shape), x, 0.0)
+
+
+def units_of(layer: Any) -> Units:
+    """The units that a hand-built layer writes."""
+    if isinstance(layer, Units):
+        return layer
+    hat: Binding | None = getattr(layer, "_hat", None)
+    if hat is not None:
+        if hat.norm is not None:
+            return hat.norm[1]
+        for plan in hat.params.values():
+            for axis in plan.axes:
+                if axis.owner:
+                    return axis.units
+    raise ValueError(f"{type(layer).__name__} has no units; pass a HAT layer that has gates (num_tasks=...)")

@@ -1,0 +1,313 @@
+"""Norms. Their affine parameters and running statistics belong to the task; statistics over units are taken over the
+units that are on; the gate multiplies what comes out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import norm as timm_norm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ... import functional as F
+from ..registry import register
+from .gated import Binding, HATLayer, multiply, task_buffer, task_parameter
+
+log = logging.getLogger(__name__)
+
+
+class _Norm(HATLayer):
+    hat_is_norm: ClassVar[bool] = True
+    hat_owner_dims: ClassVar[Mapping[str, int]] = {"weight": 0, "bias": 0}
+    hat_copied: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    weight = task_parameter("weight")
+    bias = task_parameter("bias")
+
+    def _hat_has_affine(self) -> bool:
+        return self._parameters.get("weight") is not None  # type: ignore[attr-defined]
+
+
+class _PerChannel(_Norm):
+    """Statistics per channel: nothing crosses units, and the affine parameters carry the gate."""
+
+    hat_task_buffers: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
+    running_mean = task_buffer("running_mean")
+    running_var = task_buffer("running_var")
+    num_batches_tracked = task_buffer("num_batches_tracked")
+
+    def reset_running_stats(self) -> None:
+        """Those of the active task, where it is not sealed (`torch.optim.swa_utils.update_bn` calls this)."""
+        hat: Binding | None = self.__dict__.get("_hat")
+        task = None if hat is None else hat.gates.task
+        if hat is None or task is None or hat.gates.is_open(task):
+            super().reset_running_stats()  # type: ignore[misc]
+        else:
+            warnings.warn(
+                f"{hat.path or type(self).__name__}: the running statistics of sealed task {task} were not reset; "
+                "sealed "
+                "tasks do not change. Reset them while the task is learned, or forget it (hatcl.forget_task)",
+                stacklevel=2,
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)  # type: ignore[misc]
+        hat: Binding | None = self.__dict__.get("_hat")
+        if hat is not None and hat.norm is not None and not self._hat_has_affine():
+            out = multiply(out, hat.norm[1], hat.norm[0])
+        return out
+
+
+@register(nn.BatchNorm1d)
+class TaskIndexedBatchNorm1d(_PerChannel, nn.BatchNorm1d):
+    """Batch norm over `[B, U]` or `[B, U, L]`; per task: weight, bias, running mean and variance."""
+
+
+@register(nn.BatchNorm2d)
+class TaskIndexedBatchNorm2d(_PerChannel, nn.BatchNorm2d):
+    """Batch norm over `[B, U, H, W]`; per task: weight, bias, running mean and variance."""
+
+
+@register(nn.BatchNorm3d)
+class TaskIndexedBatchNorm3d(_PerChannel, nn.BatchNorm3d):
+    """Batch norm over `[B, U, D, H, W]`; per task: weight, bias, running mean and variance."""
+
+
+@register(_BatchNorm)
+class _TaskIndexedBatchNorm(_PerChannel):
+    """Any other batch norm (SyncBatchNorm)."""
+
+
+@register(nn.InstanceNorm1d)
+class TaskIndexedInstanceNorm1d(_PerChannel, nn.InstanceNorm1d):
+    """Instance norm over `[B, U, L]`."""
+
+
+@register(nn.InstanceNorm2d)
+class TaskIndexedInstanceNorm2d(_PerChannel, nn.InstanceNorm2d):
+    """Instance norm over `[B, U, H, W]`."""
+
+
+@register(nn.InstanceNorm3d)
+class TaskIndexedInstanceNorm3d(_PerChannel, nn.InstanceNorm3d):
+    """Instance norm over `[B, U, D, H, W]`."""
+
+
+@register(_InstanceNorm)
+class _TaskIndexedInstanceNorm(_PerChannel):
+    """Any other instance norm."""
+
+
+class _OverUnits(_Norm):
+    """Statistics over units. With `n = sum a` of `U` units on, and the input centred over those units (off units zero),
+    the norm over all U differs from the norm over the n by the factor `sqrt(n / U)`, which is folded into the weight,
+    and by eps, which is scaled by `n / U` once gates are hard (while they are soft it is left, so that no step waits
+    for n).
+
+    Deviation: HAT (Serra et al. 2018) has no norms over units, and HAT-CL normalises over all of them.
+    """
+
+    hat_centred: ClassVar[bool] = True
+
+    def _hat_dims(self) -> tuple[int, ...]:
+        return tuple(range(-len(self.normalized_shape), 0))  # type: ignore[attr-defined]
+
+    def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
+        return gate if name == "bias" else (gate != 0) * share_on(gate).sqrt()
+
+    @property
+    def eps(self) -> Any:
+        """The plain eps, times n / U where a sealed task is active."""
+        plain = self.__dict__["eps"]
+        hat = self._hat_active
+        if plain is None or hat is None or hat.norm is None:
+            return plain
+        task = hat.gates.task
+        return plain if task is None or self._hat_plain_eps(hat, task) else plain * hat.norm[1].share(task)
+
+    @eps.setter
+    def eps(self, value: Any) -> None:
+        self.__dict__["eps"] = value
+
+    def _hat_plain_eps(self, hat: Binding, task: int) -> bool:
+        """Soft gates, those of a compiled graph that may be others in the next step, and those of several tasks at once
+        have no share that is known as a number."""
+        if isinstance(task, Tensor):
+            return True
+        return hat.gates.is_soft(task) or (torch.compiler.is_compiling() and hat.gates.is_open(task))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hat = self._hat_active
+        if hat is None or hat.norm is None:
+            return self._hat_gate_output(super().forward(x))  # type: ignore[misc]
+        dim, units = hat.norm
+        dim = dim if dim < x.dim() else -1  # `torch.vmap` takes leading dimensions away
+        task = hat.gates.task
+        assert task is not None
+        gate = units.gate_of(task).to(x.dtype)
+        if hat.dirty:
+            x = multiply(x, units, dim)
+        if self.hat_centred:
+            share = None if self._hat_plain_eps(hat, task) else units.share(task)
+            x = F.centre(x, gate, dim, self._hat_dims() if len(self._hat_dims()) > 1 else (dim,), share)
+        if isinstance(task, Tensor):
+            x = x / share_on(gate).sqrt()  # which scales eps by n / U
+        out = super().forward(x)  # type: ignore[misc]
+        return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, dim)
+
+
+@register(nn.LayerNorm)
+class TaskIndexedLayerNorm(_OverUnits, nn.LayerNorm):
+    """Layer norm over the units that are on; per task: weight and bias. Shapes: x `[..., U]`."""
+
+    hat_output_dim: ClassVar[int] = -1
+
+
+class _RootMeanSquare(_OverUnits):
+    hat_centred: ClassVar[bool] = False
+    hat_output_dim: ClassVar[int] = -1
+
+
+@register(nn.RMSNorm)
+class TaskIndexedRMSNorm(_RootMeanSquare, nn.RMSNorm):
+    """RMS norm over the units that are on; per task: weight. Shapes: x `[..., U]`."""
+
+
+_TIMM = ("RmsNorm", "RmsNormFp32", "RmsNorm2d", "RmsNorm2dFp32")
+
+
+@register(*(getattr(timm_norm, name) for name in _TIMM if hasattr(timm_norm, name)))
+class _TaskIndexedRmsNorm(_RootMeanSquare):
+    """timm's RMS norms, which are no subclasses of torch's."""
+
+
+@register(nn.GroupNorm)
+class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
+    """Group norm over the units of each group that are on; per task: weight and bias. Shapes: x `[B, U, ...]`.
+
+    The input is centred over the units that are on and scaled by `sqrt(U_g / n_g)`, so that the group's variance is
+    that of its n_g units; the weight takes the scale back.
+    """
+
+    def _hat_per_group(self, gate: Tensor) -> Tensor:
+        share = gate.view(self.num_groups, -1).mean(1, keepdim=True).clamp(min=F.SMALLEST_GATE)
+        return share.sqrt().expand(-1, gate.numel() // self.num_groups).reshape(-1)
+
+    def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
+        return gate if name == "bias" else (gate != 0) * self._hat_per_group(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hat = self._hat_active
+        if hat is None or hat.norm is None:
+            return self._hat_gate_output(super().forward(x))
+        gate = hat.norm[1].gate()
+        assert gate is not None
+        gate = gate.to(x.dtype)
+        if hat.dirty:
+            x = multiply(x, hat.norm[1], 1)
+        groups = x.unflatten(1, (self.num_groups, -1))
+        by_group = gate.view(self.num_groups, -1)
+        space = groups[0, 0, 0].numel()
+        mean = groups.flatten(2).sum(2) / (by_group.sum(1) * space).clamp(min=F.SMALLEST_GATE)
+        mean = mean.view(*mean.shape, *[1] * (groups.dim() - 2))
+        centred = (groups - mean * by_group.view(1, *by_group.shape, *[1] * (groups.dim() - 3))).view(x.shape)
+        out = super().forward(centred / along(self._hat_per_group(gate), x, 1))
+        return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, 1)
+
+
+class _FoundNorm(HATLayer):
+    """A norm over units of a class that nobody registered, found by what it does (`kind_of_norm`).
+
+    With `x` zero where a unit is off and centred over the units that are on, a mean over all U of `(c x)^2` with
+    `c = sqrt(U / n)` is that over the n, so `(f(c x) - f(0)) / c + f(0)` is what the module cut down to those units
+    computes, whatever it does with its weight, bias `f(0)` and eps.
+    """
+
+    hat_is_norm: ClassVar[bool] = True
+    hat_centred: ClassVar[bool] = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        hat = self._hat_active
+        if hat is None or hat.norm is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        dim, units = hat.norm
+        gate = units.gate()
+        assert gate is not None
+        if hat.dirty:
+            x = multiply(x, units, dim)
+        if self.hat_centred:
+            x = F.centre(x, gate.to(x.dtype), dim, (dim,))
+        share = share_on(gate).sqrt().to(x.dtype)
+        out = super().forward(x / share, *args, **kwargs)  # type: ignore[misc]
+        zero = x.new_zeros([n if d == dim else 1 for d, n in enumerate(x.shape)])
+        bias = super().forward(zero)  # type: ignore[misc]
+        on = along((gate != 0).to(out.dtype) * share.to(out.dtype), out, dim)
+        return (out - bias) * on + bias * along(gate.to(out.dtype), out, dim)
+
+
+@register(nn.Module, kind="rms")
+class _FoundRootMeanSquare(_FoundNorm):
+    """Like an RMS norm."""
+
+
+@register(nn.Module, kind="centred")
+class _FoundLayerNorm(_FoundNorm):
+    """Like a layer norm."""
+
+    hat_centred: ClassVar[bool] = True
+
+
+def kind_of_norm(module: nn.Module, ndim: int, dim: int, width: int) -> str:
+    """Does a module normalise over `width` units along `dim` of an input of `ndim` dimensions? `rms`, `centred`, or ""
+    if neither. Tried, not looked up: a copy that is cut down to some of the units must agree with what `_FoundNorm`
+    makes of the whole, on random numbers."""
+    some = next(module.parameters(), torch.zeros(()))
+    if width < 3 or some.is_meta:
+        return ""
+    generator = torch.Generator().manual_seed(0)
+    shape = [3 if d == dim else 2 for d in range(ndim)]
+    on = torch.zeros(width, dtype=torch.bool)
+    on[torch.randperm(width, generator=generator)[:3]] = True
+    x = torch.randn(shape, generator=generator)
+    where = [slice(None)] * ndim
+    where[dim] = on  # type: ignore[call-overload]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            whole, cut = (copy.deepcopy(module).cpu().float().eval() for _ in range(2))
+            for name, p in whole._parameters.items():
+                if p is not None:
+                    p.copy_(torch.randn(p.shape, generator=generator))
+                    cut._parameters[name] = nn.Parameter(p[on] if p.shape == (width,) else p.clone())
+            for name, value in vars(cut).items():
+                if value in (width, (width,)):
+                    setattr(cut, name, 3 if value == width else (3,))
+            want = cut(x)
+            for kind, centred in (("rms", False), ("centred", True)):
+                wide = torch.zeros([width if d == dim else n for d, n in enumerate(shape)])
+                wide[tuple(where)] = x - x.mean(dim, keepdim=True) if centred else x
+                share, bias = math.sqrt(3 / width), whole(torch.zeros_like(wide))
+                if not centred and torch.allclose(whole(wide)[tuple(where)], want, rtol=1e-4, atol=1e-5):
+                    return ""  # it never was over units
+                if torch.allclose(((whole(wide / share) - bias) * share + bias)[tuple(where)], want, 1e-4, 1e-5):
+                    return kind
+    except Exception as error:
+        log.debug("%s is no norm: %s", type(module).__name__, error)
+    return ""
+
+
+def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
+    """A vector shaped to multiply `x` along `dim`."""
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return vector.view(shape)
+
+
+def share_on(gate: Tensor) -> Tensor:
+    """n / U, never quite zero (no unit on: everything is zero anyway)."""
+    return gate.mean().clamp(min=F.SMALLEST_GATE)

@@ -1,0 +1,351 @@
+"""`learn`: the block in which a task is learned, and at whose end it is sealed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import HATConfig
+from ..errors import HATError, TaskError
+from ..functional import scale_at
+from ..shards import check_whole
+from . import guard as guards
+from .active import is_chosen
+from .distributed import Replicas, leave_out
+from .gates import Gates, check_room, check_task, gates_of, tasks
+from .layers.gated import HATLayer
+
+log = logging.getLogger(__name__)
+
+
+class Learning:
+    """A task being learned. What `hatcl.learn` yields.
+
+    Attributes:
+        task: its index. step: optimizer steps done. steps: steps in all. scale: the current s.
+    """
+
+    def __init__(self, model: nn.Module, task: int, steps: int, epochs: int, start: int) -> None:
+        self.model, self.task, self.steps, self.step = model, task, steps, start
+        self.gates = gates_of(model)
+        self.epochs = epochs
+        self.settled = False
+        self.guard: guards.Guard | None = None
+        self._start = self._settled_at = start
+        self._statistics = _Statistics(model, task)
+
+    @property
+    def config(self) -> HATConfig:
+        return self.gates[0].config
+
+    @property
+    def scale(self) -> float:
+        return float(self.gates[0].scale)
+
+    def penalty(self) -> Tensor:
+        """The sparsity penalty, `config.penalty_weight` times HAT's eq. 5; add it to the loss."""
+        total = [g.penalty() for g in self.gates if g.num_units]
+        return torch.stack(total).mean() if total else torch.zeros(())
+
+    @contextlib.contextmanager
+    def soft(self) -> Iterator[None]:
+        """Inside, evaluation too computes with the soft gates at the current scale (for measuring what hardening
+        costs)."""
+        for g in self.gates:
+            g.soft = True
+        try:
+            yield
+        finally:
+            for g in self.gates:
+                g.soft = False
+
+    def _advance(self, taken: int) -> None:
+        """`taken` optimizer steps have been taken in this block."""
+        self.step = self._start + taken
+        if self.settled:
+            self._statistics.adopt(self.step - self._settled_at)
+        self._set_scale()
+
+    def _set_scale(self) -> None:
+        cycles = self.config.cycles or self.epochs
+        length = max(-(-self.steps // cycles), 1)
+        at = min(self.step, self.steps - 1)
+        value = scale_at(at % length, length, self.config.max_scale, self.config.schedule)
+        settled = self.step >= self.steps * (1 - self.config.settle)
+        if settled and not self.settled:
+            self._settled_at = self.step
+            self._statistics.restart()
+        self.settled = settled
+        for g in self.gates:
+            g.scale.fill_(value)
+            g.harden(settled)
+
+
+class _Statistics:
+    """Running statistics of the task being learned, from when its gates are hard: those of soft gates lag behind what
+    hard gates give, so they start anew. The k-th step moves them by `max(1/k, m)` of the way to the batch's, `m` the
+    momentum: an average of the first steps, then the moving average that the layer has anyway. The layers themselves
+    compute the same program as before."""
+
+    def __init__(self, model: nn.Module, task: int) -> None:
+        self._layers: list[tuple[Any, float | None]] = []
+        for module in model.modules():
+            if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
+                own = module.hat_tasks[task]._buffers
+                if own.get("running_mean") is not None and own.get("running_var") is not None:
+                    self._layers.append((own, getattr(module, "momentum", None)))
+        self._before: list[tuple[Tensor, Tensor, int]] = []
+
+    def restart(self) -> None:
+        for own, momentum in self._layers:
+            if momentum is None and own.get("num_batches_tracked") is not None:
+                own["num_batches_tracked"].zero_()  # a cumulative average, which torch takes over this count
+        self._remember()
+
+    def adopt(self, step: int) -> None:
+        """After step 1, 2, ... since then."""
+        pairs = [(x, m) for x, m in zip(self._layers, self._before, strict=False) if x[1]]
+        for (own, momentum), (mean, var, count) in pairs:
+            assert momentum is not None
+            moved = 1 - (1 - momentum) ** (int(own["num_batches_tracked"]) - count)  # by all forwards of this step
+            if moved and moved * step < 1:
+                with torch.no_grad():
+                    own["running_mean"].copy_(mean + (own["running_mean"] - mean) / (moved * step))
+                    own["running_var"].copy_(var + (own["running_var"] - var) / (moved * step))
+        self._remember()
+
+    def _remember(self) -> None:
+        self._before = [
+            (own["running_mean"].clone(), own["running_var"].clone(), int(own["num_batches_tracked"]))
+            if own.get("num_batches_tracked") is not None
+            else (own["running_mean"], own["running_var"], 0)
+            for own, _ in self._layers
+        ]
+
+
+@contextlib.contextmanager
+def learn(
+    model: nn.Module, task: int, optimizer: Any, steps: int, epochs: int = 1, start: int = 0
+) -> Iterator[Learning]:
+    """Learn a task: inside the block the model computes with its soft gates, the scale follows the optimizer's steps,
+    and what sealed tasks use is held bit for bit. Leaving the block hardens the gates and seals the task; leaving it by
+    an exception seals nothing and leaves sealed tasks as they were. The task stays the active one after sealing.
+
+    What sealed tasks use is put back after every step of any optimizer, also where the step raises, and again on
+    leaving. A state that is loaded inside the block (`load_state_dict`) is held as it came; one in which the task is
+    sealed already, or in which a sealed task of the model is not, is refused before anything is loaded.
+
+    Args:
+        model: a HAT model, or what wraps it (DistributedDataParallel, `torch.compile`, peft).
+        task: the index of a task that is not sealed.
+        optimizer: the optimizer, or a list of all that are stepped. Built once for all tasks or anew for each.
+        steps: optimizer steps in all, over which the scale is annealed. Of several optimizers the one that steps most
+            counts; steps that a gradient scaler skips do not.
+        epochs: annealing cycles within them (HAT anneals once per epoch), unless `HATConfig.cycles` says otherwise.
+        start: steps already done, to go on with an interrupted task.
+
+    Raises:
+        TaskError: no such task, or it is sealed already; inside a `with hatcl.task(...)` block; a state that does not
+            fit. GuardError: an optimizer that cannot be guarded. HATError: a module was replaced after conversion.
+        CapacityError: no units are left. IntegrityError: a sealed task changed since it was sealed.
+        NonFiniteLossError: the loss became NaN or infinite.
+
+    Warns:
+        UserWarning: something else than an optimizer's step wrote to what is frozen (it is put back); another number of
+            steps was taken than `steps`; a layer is left without units.
+    """
+    task = check_task(model, task, sealed=False)
+    if steps < 1 or epochs < 1 or not 0 <= start <= steps:
+        raise TaskError(
+            f"steps: got steps={steps}, epochs={epochs}, start={start}; expected steps and epochs of at least 1, "
+            f"start from 0 to steps"
+        )
+    gates = gates_of(model)
+    if any(g.learning is not None for g in gates):
+        raise TaskError(f"task {gates[0].learning} is being learned; leave its hatcl.learn block first")
+    if any(is_chosen(g.key) for g in gates):
+        raise TaskError(
+            f"learn: task {task} cannot be learned inside a `with hatcl.task(...)` block of the same model, which "
+            "keeps "
+            "its own task active; leave the block first"
+        )
+    _check_layers(model)
+    guards.check_structure(model)
+    check_room(model, task)
+    replicas = Replicas(model, task)
+    with replicas.together():
+        guards.check(model)
+    learning = Learning(model, task, steps, epochs, start)
+    optimizers: Sequence[Any] = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    guard = guards.Guard(model, task, optimizers, _locked(model), learning._advance)
+    learning.guard = guard
+    replicas.joined = lambda: guard.relock(guard.locked)
+    before = [(g, g.task) for g in gates]
+    for g in gates:
+        g.task = g.learning = g.learned = task
+        g.learner, g.lock = threading.get_ident(), guard.lock
+        g.model, g.origin = weakref.ref(model), None
+    learning._set_scale()
+    try:
+        with _Loads(model, task, guard), replicas, guard:
+            yield learning
+            guard.check_finite()
+    except BaseException:
+        repaired = guard.repair(model)
+        if repaired:
+            log.warning("task %d: values that were not finite are set to zero in %s", task, ", ".join(repaired))
+        if guard.written:
+            log.warning("task %d: put back what was written to frozen elements of %s", task, ", ".join(guard.written))
+        _leave(before)
+        raise
+    try:
+        with replicas.together():
+            if guard.repair(model):
+                raise guards.NonFiniteLossError(
+                    f"task {task}: shared weights are no longer finite; nothing was sealed, earlier tasks are as they "
+                    "were"
+                )
+            guards.check_structure(model)
+            guards.check(model, guard.locked)
+        replicas.agree()
+    except BaseException:
+        _leave(before)
+        raise
+    _warn_of(learning, guard)
+    for g in gates:
+        g.learning, g.learner, g.lock = None, None, None
+        g.harden(False)
+    guards.harden(model, task)
+    for t in [t for t in tasks(model) if t != task and t not in guard.locked]:
+        guards.record(model, t)
+    guard.store_weights()
+
+
+def _locked(model: nn.Module) -> list[int]:
+    """The sealed tasks that are held while another is learned."""
+    chosen = gates_of(model)[0].config.locked
+    return [t for t in tasks(model) if chosen is None or t in chosen]
+
+
+def _warn_of(learning: Learning, guard: guards.Guard) -> None:
+    """What was not as it should be, though every sealed task is as it was."""
+    task = learning.task
+    if guard.written:
+        names = ", ".join(guard.written[:5])
+        warnings.warn(
+            f"task {task}: something else than a step of an optimizer wrote to frozen elements of {names}"
+            f"{' ...' if len(guard.written) > 5 else ''}; they are put back, and sealed tasks are as they were. Until "
+            "then "
+            "sealed tasks computed other values inside the block. Step through an optimizer that is given to "
+            "hatcl.learn",
+            stacklevel=4,
+        )
+    if learning.step < learning.steps:
+        seen = f"{learning.step} of {learning.steps} steps"
+        warnings.warn(
+            f"task {task} is sealed after {seen}, at scale {learning.scale:.3g} of {learning.config.max_scale:g}: its "
+            "gates "
+            "were still soft, and sealing makes them hard. Give hatcl.learn the number of steps that you take, and the "
+            "optimizer that takes them",
+            stacklevel=4,
+        )
+    elif guard.steps > learning.steps - learning._start:
+        warnings.warn(
+            f"task {task}: {guard.steps} steps were taken and {learning.steps - learning._start} expected, so the last "
+            f"{guard.steps - learning.steps + learning._start} had gates that were hard already; give hatcl.learn the "
+            "number of steps that you take",
+            stacklevel=4,
+        )
+
+
+class _Loads:
+    """A state that is loaded while a task is learned is checked before it is loaded, and held from then on."""
+
+    def __init__(self, model: nn.Module, task: int, guard: guards.Guard) -> None:
+        self.model, self.task, self.guard, self._loaded = model, task, guard, False
+        self._hooks: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": None, "task": self.task, "guard": None, "_loaded": False, "_hooks": []}
+
+    def __enter__(self) -> None:
+        for module in {id(m): m for m in (self.model, *filter(_has_gates, self.model.modules()))}.values():
+            self._hooks += [
+                module.register_load_state_dict_pre_hook(self.before),
+                module.register_load_state_dict_post_hook(self.after),
+            ]
+
+    def __exit__(self, *exc: object) -> None:
+        for h in self._hooks:
+            h.remove()
+
+    def before(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        paths = [path for path, g in module.named_modules() if isinstance(g, Gates)]
+        rows = [state[name] for path in paths if (name := f"{prefix}{path}.sealed") in state]
+        if self.guard is None or not rows:  # in a copy that was made inside the block
+            return
+        now, then = set(tasks(self.model)), set(rows[0].nonzero().flatten().tolist())
+        if self.task in then or not now <= then:
+            what = f"task {self.task} is sealed" if self.task in then else f"task {min(now - then)} is not sealed"
+            raise TaskError(
+                f"load_state_dict: in this state {what}, and task {self.task} is being learned while {sorted(now)} are "
+                "sealed; nothing was loaded. Leave the hatcl.learn block, load the state, and learn then"
+            )
+        self._loaded = True
+
+    def after(self, module: nn.Module, _: Any) -> None:
+        if self._loaded:
+            self._loaded = False
+            guards.check(self.model)
+            self.guard.relock(_locked(self.model))
+
+
+def _has_gates(module: nn.Module) -> bool:
+    return any(isinstance(child, Gates) for child in module._modules.values())
+
+
+def _leave(before: list[tuple[Gates, int | None]]) -> None:
+    for g, t in before:
+        g.learning, g.learner, g.lock, g.task = None, None, None, t
+        g.harden(False)
+
+
+def _check_layers(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        # frozen batch norms have running statistics too, but no momentum: they are constants
+        moving = module._buffers.get("running_mean") is not None and hasattr(module, "momentum")
+        if moving and not isinstance(module, HATLayer):
+            if not path.split(".")[-1].isdigit() or "hat_tasks" not in path:
+                raise HATError(
+                    f"{path}: {type(module).__name__} has running statistics that all tasks would share; "
+                    "use its TaskIndexed kin, or hatcl.convert for the whole model"
+                )
+
+
+def task_parameters(model: nn.Module, task: int) -> list[nn.Parameter]:
+    """What only this task has: its embeddings, heads and norms. For `optimizer.add_param_group` after `add_tasks`."""
+    task = check_task(model, task)
+    return [h.param for h in guards.held(model) if h.task == task]
+
+
+def add_tasks(model: nn.Module, count: int) -> None:
+    """Make room for `count` more tasks, in place. Optimizers built earlier do not hold their parameters; add them with
+    `optimizer.add_param_group({"params": hatcl.task_parameters(model, t)})`."""
+    if count < 1:
+        raise TaskError(f"count: got {count}, expected at least 1")
+    check_whole(model, "add_tasks")
+    for g in gates_of(model):
+        g.add(count)
+    for module in model.modules():
+        if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
+            module.hat_tasks.extend(module._hat_new_copy() for _ in range(count))
+    for root in {id(m): m for m in (model, *filter(_has_gates, model.modules()))}.values():
+        leave_out(root)

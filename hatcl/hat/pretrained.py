@@ -1,0 +1,316 @@
+"""Saving and loading: one safetensors file, whose header says what its tensors are. So one rename is one state."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import distributed, nn
+
+from ..config import HATConfig
+from ..errors import HATError, IntegrityError
+from ..files import parse_json, sha256_of, write_files
+from ..map.units import UnitMap
+from ..shards import gathered_in, sharded_modules
+from ..sources import build_source
+from . import guard
+from .convert import GATES, build
+from .gates import gates_of
+
+WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 2
+TRIES = 100  # how often a file is read again that was replaced meanwhile
+HEADER = "hatcl"  # under this name the header of the tensors' file has the config
+KEYS = {"format", "config", "source", "map", "tied", "dtypes", "digests", "fingerprint"}
+
+
+def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write a converted model: `model.safetensors`, whose header holds everything that is no tensor (options, map,
+    digests, how to make the plain model), and a copy of that to look at, `config.json`, which is never read back.
+
+    The digests in the file find accidents. Whoever can write the file can write them too, so against that keep the
+    file's own checksum in another place, and give it when loading:
+
+        folder = hatcl.save_pretrained(model, "runs/model")
+        checksum = hatcl.files.sha256_of(folder / "model.safetensors")
+        model = hatcl.from_pretrained(folder, sha256=checksum)
+
+    Several processes: of a model in DistributedDataParallel, and of one that `fully_shard` was called on, the process
+    of rank 0 writes the file. All may call this, and of a sharded model all must; wait
+    (`torch.distributed.barrier()`) before another one reads it.
+
+    Raises:
+        IntegrityError: a sealed task changed since it was sealed; the disk is full or not writable. ValueError: layers
+            put together by hand (save their `state_dict()`; there is no recipe to make the model again).
+    """
+    writes = True
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        writes = distributed.get_rank() == 0
+    model = next((m for m in model.modules() if GATES in m._modules), model)  # not what it is wrapped in
+    if sharded_modules(model):
+        writes = distributed.get_rank() == 0
+        whole = gathered_in(model, writes, "cpu")
+        model = model if whole is None else whole
+    if not writes:
+        return Path(folder)
+    gates = gates_of(model)
+    if len(gates) != 1 or gates[0].unit_map is None:
+        raise ValueError(
+            "save_pretrained: this model was put together by hand, not converted; save model.state_dict() instead"
+        )
+    guard.check(model)
+    g = gates[0]
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[int, int, torch.Size], str] = {}
+    for name, t in model.state_dict().items():
+        key = (t.data_ptr(), t.storage_offset(), t.shape)
+        if t.numel() and key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = t.detach().contiguous().cpu()
+    text = _signed({
+        "format": FORMAT, "config": g.config.to_dict(), "source": g.source, "map": g.unit_map.to_json(), "tied": tied,
+        "dtypes": {name: _name_of(t) for name, t in tensors.items()},
+        "digests": {t: g.digests.get(t) or guard.digest(model, t) for t in guard.sealed_tasks(model)},
+    })  # fmt: skip
+    target, header = Path(folder), {"format": "pt", HEADER: text}
+    write_files({target / WEIGHTS: lambda new: save_file(tensors, new, header), target / CONFIG: text.encode()})
+    return target
+
+
+def from_pretrained(
+    folder: str | os.PathLike[str], base: nn.Module | None = None, *, sha256: str | None = None
+) -> nn.Module:
+    """The model that `save_pretrained` wrote, in evaluation mode, its sealed tasks bit for bit.
+
+    Nothing in the folder is trusted: no code or pickle in it is run, and no file outside of it is opened. Options are
+    those in the header of `model.safetensors`; a `config.json` that was edited is warned of, not read.
+
+    Args:
+        base: the plain module, for models whose class hatcl cannot make by itself (anything but names of timm and
+            models of transformers). It is not changed.
+        sha256: the checksum that `model.safetensors` is to have (see `save_pretrained`); another file is not read.
+
+    Raises:
+        IntegrityError: the file is missing, truncated, tampered with, another one or no safetensors file, or its
+            tensors do not fit.
+    """
+    path = Path(folder) / WEIGHTS
+    meta, tensors = _read(path, sha256)
+    _check_copy(path.parent / CONFIG)
+    if base is None and meta["source"] is None:
+        raise IntegrityError(f"{path.parent}: its model class is your own; pass base= an instance of the plain module")
+    try:
+        plain = build_source(meta["source"]) if base is None else copy.deepcopy(base)
+        model = build(plain, UnitMap.from_json(meta["map"]), HATConfig.from_dict(meta["config"]))
+        _check_dtypes(tensors, meta["dtypes"], path)
+        for name, first in meta["tied"].items():
+            if first in tensors:
+                tensors[name] = tensors[first]
+        _fit(model, tensors, path)
+        state = model.state_dict()  # torch's own, since some modules ask it for their format's version
+        state.update(tensors)
+        model.load_state_dict(state)
+        _check_digests(model, meta["digests"], path)
+    except HATError:
+        raise
+    except Exception as error:
+        raise IntegrityError(
+            f"{path.parent}: it does not make a model ({type(error).__name__}: {error}); it was edited or damaged, or "
+            "base= is another model than the one that was converted"
+        ) from error
+    gates_of(model)[0].source = meta["source"]
+    return model.eval()
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the header of a saved model's file says, checked: `config`, `source`, `map`, `digests` and so on.
+
+    Raises:
+        IntegrityError: as `from_pretrained`.
+    """
+    return _read(Path(folder) / WEIGHTS, None, tensors=False)[0]
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, sha256: str | None, tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Header and tensors, of one file: safetensors opens it twice, and another save may take its place in between."""
+    for _ in range(TRIES):
+        before = _stamp(path)
+        try:
+            if sha256 is not None and before and (found := sha256_of(path)) != sha256.lower():
+                raise IntegrityError(
+                    f"{path}: its SHA-256 is {found}, expected {sha256}; this is not the file that the checksum was "
+                    "taken of, and it was not read"
+                )
+            text, stored = _opened(path, tensors)
+            if _stamp(path) == before:
+                return _checked(text, path), stored
+        except IntegrityError:
+            if _stamp(path) == before:
+                raise
+    raise IntegrityError(
+        f"{path}: was replaced {TRIES} times while it was read; load it when the process that saves there is done"
+    )
+
+
+def _opened(path: Path, tensors: bool) -> tuple[str, dict[str, torch.Tensor]]:
+    try:
+        with safe_open(path, "pt") as f:
+            text = (f.metadata() or {}).get(HEADER)
+            stored = {name: f.get_tensor(name) for name in f.keys()} if tensors else {}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise IntegrityError(f"{path}: no such file; expected a folder written by hatcl.save_pretrained") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if _is_pickle(path):
+            raise IntegrityError(
+                f"{path}: a pickle (torch.save), expected a safetensors file; hatcl does not load pickles"
+            ) from None
+        raise IntegrityError(
+            f"{path}: not readable as safetensors ({error}); the file is truncated or damaged"
+        ) from error
+    if text is None:
+        raise IntegrityError(
+            f"{path}: its header says nothing of hatcl; expected what hatcl.save_pretrained wrote, as it wrote it"
+        )
+    return text, stored
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Another one when the file was replaced or written to; empty where there is none."""
+    try:
+        s = path.stat()
+    except OSError:
+        return ()
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
+
+
+def _is_pickle(path: Path) -> bool:
+    try:
+        with open(path, "rb") as f:
+            start = f.read(8)
+    except OSError:
+        return False
+    # safetensors starts with its header's length in eight bytes, of which the last are zero
+    return start[:2] == b"PK" or (len(start) == 8 and start[0] == 0x80 and start[4:] != bytes(4))
+
+
+def _signed(meta: dict[str, Any]) -> str:
+    """As JSON, with a digest of itself."""
+    meta = json.loads(json.dumps(meta))  # as it will be read
+    return json.dumps({**meta, "fingerprint": _fingerprint(meta)})
+
+
+def _fingerprint(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _checked(text: str | bytes, path: Path) -> dict[str, Any]:
+    """A config that says of itself that it is as it was written."""
+    meta: dict[str, Any] = parse_json(text, path)
+    version = meta.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise IntegrityError(f"{path}: format {version}, this hatcl reads up to {FORMAT}; install a newer hatcl")
+    if missing := KEYS - set(meta):
+        raise IntegrityError(
+            f"{path}: its config lacks {', '.join(sorted(missing))}; expected what hatcl.save_pretrained wrote"
+        )
+    if meta.pop("fingerprint") != _fingerprint(meta) or version != FORMAT:
+        raise IntegrityError(
+            f"{path}: its config is not as hatcl.save_pretrained wrote it (its fingerprint is another one); the file "
+            "was edited or damaged. Load the model with another copy of it, change it, and save it again"
+        )
+    return meta
+
+
+def _check_copy(copied: Path) -> None:
+    """Warn of an edit that has no effect. Another save's copy is none: it may just be writing its own."""
+    try:
+        text = copied.read_bytes()
+    except OSError:
+        return  # nobody needs it
+    try:
+        _checked(text, copied)
+    except IntegrityError as error:
+        warnings.warn(
+            f"{copied} is not as it was saved, which changes nothing: it is a copy to look at, and what counts is the "
+            f"header of {WEIGHTS}. To change options, load the model, set hatcl.gates.gates_of(model)[0].config, and "
+            f"save it again ({error})",
+            stacklevel=3,
+        )
+
+
+# ---- what it holds -------------------------------------------------------------------------------------------------
+
+
+def _name_of(t: torch.Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _check_dtypes(tensors: dict[str, torch.Tensor], dtypes: dict[str, str], path: Path) -> None:
+    """A tensor of another dtype would pass for one that the user cast, whose digests are taken anew."""
+    wrong = [(n, _name_of(t), dtypes.get(n, "not there")) for n, t in tensors.items() if _name_of(t) != dtypes.get(n)]
+    if wrong:
+        name, found, saved = wrong[0]
+        raise IntegrityError(
+            f"{path}: {name} is {found}, but was saved as {saved} ({len(wrong)} such tensors); the file was edited. "
+            "To change a model's dtype, load it, cast it (model.half()), and save it again"
+        )
+
+
+def _check_digests(model: nn.Module, stored: dict[str, dict[str, str]], path: Path) -> None:
+    """Everything that a sealed task uses is as it was: there are digests of all of it, and they are equal."""
+    gates, sealed = gates_of(model)[0], guard.sealed_tasks(model)
+    if without := [t for t in sealed if not stored.get(str(t))]:
+        raise IntegrityError(
+            f"{path}: task {without[0]} is sealed, but the digests of what it uses are not there ({len(without)} such "
+            "tasks); the file was edited"
+        )
+    gates.digests = {t: dict(stored[str(t)]) for t in sealed}
+    guard.check(model)  # names what changed; takes digests anew, of all there is and in the dtype that it has
+    for t in sealed:
+        now, was = gates.digests[t], stored[str(t)]
+        if wrong := sorted(n for n in {**now, **was} if now.get(n) != was.get(n)):
+            raise IntegrityError(
+                f"{path}: task {t} uses {wrong[0]}, of which there is no digest in the dtype that it has "
+                f"({len(wrong)} such names); the file was edited"
+            )
+
+
+def _fit(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Check names and shapes before anything is loaded. Heads may differ in width per task: their copies take the
+    file's."""
+    state = model.state_dict()
+    for name, t in tensors.items():
+        if name in state and t.shape != state[name].shape and ".hat_tasks." in f".{name}":
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            if t.shape[1:] == state[name].shape[1:] and leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(t))
+                state[name] = t
+    problems = [f"missing {n}" for n in state if n not in tensors]
+    problems += [f"unexpected {n}" for n in tensors if n not in state]
+    problems += [
+        f"{n} is {list(tensors[n].shape)}, expected {list(state[n].shape)}"
+        for n in state
+        if n in tensors and tensors[n].shape != state[n].shape
+    ]
+    if problems:
+        raise IntegrityError(
+            f"{path}: {len(problems)} tensors do not fit: {'; '.join(problems[:5])}"
+            f"{' ...' if len(problems) > 5 else ''}. Was the folder written for another model or base?"
+        )
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        if name in tensors and tensors[name].dtype != p.dtype:
+            p.data = p.data.to(tensors[name].dtype)

@@ -1,0 +1,64 @@
+"""Which HAT layer takes the place of which module class.
+
+`@register(nn.Linear)` above a class says: convert instances of `nn.Linear`, and of its subclasses, to this one. A
+subclass keeps its own forward: the HAT class goes in front of it in the method resolution order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+from torch import nn
+
+T = TypeVar("T", bound=type)
+_LAYERS: dict[tuple[type[nn.Module], str], type] = {}
+
+
+def register(*bases: type[nn.Module], kind: str = "") -> Callable[[T], T]:
+    """Class decorator: the decorated HAT layer replaces instances of `bases` when a model is converted.
+
+    Args:
+        kind: only for instances that the trace found to be of this kind, such as a norm of a class that nobody
+            registered (`rms`, `centred`).
+    """
+
+    def add(layer: T) -> T:
+        for base in bases:
+            _LAYERS[base, kind] = layer
+            _resolve.cache_clear()
+        return layer
+
+    return add
+
+
+def layer_for(cls: type[nn.Module], kind: str = "") -> type[Any]:
+    """The registered HAT layer of the nearest base of `cls`."""
+    found: type[Any] = _resolve(cls, kind)  # type: ignore[arg-type]
+    return found
+
+
+@cache
+def _resolve(cls: Any, kind: str) -> type[Any]:
+    for base in cls.__mro__:
+        if (base, kind) in _LAYERS:
+            return _LAYERS[base, kind]
+    raise LookupError(f"{cls.__qualname__} is no torch module class")
+
+
+def registered(kind: str = "") -> dict[type[nn.Module], type]:
+    """All registered pairs (base class, HAT layer) of a kind."""
+    return {base: layer for (base, k), layer in _LAYERS.items() if k == kind}
+
+
+@cache
+def derive(layer: type, cls: Any, attributes: tuple[tuple[str, Callable[[str], Any]], ...]) -> type:
+    """The class that a converted instance of `cls` gets: `layer` in front of `cls`, with task-aware attributes (name,
+    how it is made)."""
+    missing = {n: make(n) for n, make in attributes if not isinstance(getattr(layer, n, None), property)}
+    if issubclass(layer, cls) and not missing:
+        return layer
+    bases: Sequence[type] = (layer,) if issubclass(layer, cls) else (layer, cls)
+    body = {**missing, "__module__": cls.__module__, "_hat_source": (layer, cls, attributes)}
+    return type(f"HAT{cls.__name__}", tuple(bases), body)

@@ -1,0 +1,43 @@
+"""How a plain model is made again from what was saved of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Maker = Callable[[dict[str, Any]], nn.Module]
+Recogniser = Callable[[nn.Module], dict[str, Any] | None]
+_SOURCES: dict[str, Maker] = {}
+_RECOGNISERS: dict[str, Recogniser] = {}
+
+
+def register_source(kind: str, recognise: Recogniser | None = None) -> Callable[[Maker], Maker]:
+    """Decorator for a function that makes a plain model again from what was saved of it under `kind`.
+
+    Args:
+        recognise: says of a plain model what is to be saved of it (JSON-able), or None where it is not of this kind.
+    """
+
+    def add(make: Maker) -> Maker:
+        _SOURCES[kind] = make
+        if recognise is not None:
+            _RECOGNISERS[kind] = recognise
+        return make
+
+    return add
+
+
+def source_of(model: nn.Module) -> dict[str, Any] | None:
+    """How to make a plain model again, where some registered source recognises it."""
+    for kind, recognise in _RECOGNISERS.items():
+        found = recognise(model)
+        if found is not None:
+            return {"kind": kind, **found}
+    return None
+
+
+def build_source(source: dict[str, Any]) -> nn.Module:
+    """The plain model, random weights, from a saved source such as `{"kind": "timm", "name": "resnet18", ...}`."""
+    return _SOURCES[source["kind"]](source)

@@ -1,1 +1,0 @@
-"""Training: the stream of tasks, the loop over them, metrics and checkpoints."""

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from continual_parts import bert, files, texts, tokenizer, vocabulary  # noqa: E402
+
+from hatcl.commands import main as cli  # noqa: E402
+from hatcl.commands import tasl as cli_tasl  # noqa: E402
+from hatcl.continual import learn_sequence  # noqa: E402
+from hatcl.files import write_files  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+QUICK = ["--batch-size", "8", "--lr", "0.02", "--rank", "2", "--device", "cpu"]
+
+
+def write(path, data):
+    parts = {"train": data.train, "dev": data.validation, "test": data.test}
+    path.write_text(json.dumps({n: [list(pair) for pair in rows] for n, rows in parts.items()}))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Tiny models of three kinds, and two tasks."""
+    folder = tmp_path_factory.mktemp("tasl")
+    t5 = transformers.T5Config(
+        vocab_size=vocabulary(), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    gpt2 = transformers.GPT2Config(
+        vocab_size=vocabulary(), n_embd=8, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1
+    )
+    for name, model in {
+        "bert": bert(),
+        "t5": transformers.T5ForConditionalGeneration(t5),
+        "gpt2": transformers.GPT2LMHeadModel(gpt2),
+    }.items():
+        model.save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    write(folder / "a.json", texts(0, count=16))
+    write(folder / "b.json", texts(1, ("red", "green"), count=16))
+    return folder
+
+
+@pytest.fixture
+def here(made, monkeypatch):
+    monkeypatch.chdir(made)
+    monkeypatch.setattr(cli.out, "width", 200)
+    return made
+
+
+def hatcl(*args):
+    """The exit code."""
+    with pytest.raises(SystemExit) as done:
+        cli.main(["tasl", *args])
+    return done.value.code
+
+
+def run(out, *more, model="bert", tasks=("a=a.json", "b=b.json")):
+    return hatcl("run", model, *[p for t in tasks for p in ("--task", t)], "--out", str(out), *QUICK, *more)
+
+
+def test_run_show_and_going_on(here, tmp_path, capsys, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(whole) == 0
+    said = capsys.readouterr().out
+    for word in ("before learning, a: score", "stage 1, b: score", "average", "BWT", "skills.png"):
+        assert word in said
+    assert (whole / "tasks" / "1_b" / "adapter" / "adapter_model.safetensors").exists()
+    assert (whole / "skills.png").read_bytes()[:4] == (whole / "overlap.png").read_bytes()[:4] == b"\x89PNG"
+
+    def stops(*args, on_progress, **options):
+        def tell(at):
+            if at.stage == 1:
+                raise KeyboardInterrupt
+            on_progress(at)
+
+        return learn_sequence(*args, on_progress=tell, **options)
+
+    with monkeypatch.context() as m:
+        m.setattr(cli_tasl.continual, "learn_sequence", stops)
+        assert run(killed) == 130
+    assert "The same command goes on" in capsys.readouterr().err
+    assert hatcl("show", str(killed)) == 0
+    assert "1 of 2 tasks are learned" in capsys.readouterr().out
+    assert run(killed) == 0
+    a, b = files(whole), files(killed)
+    assert a.pop("seconds.json") and b.pop("seconds.json")
+    assert a == b
+    capsys.readouterr()
+    assert hatcl("show", str(whole), "--share", "0.5") == 0
+    assert "tasl, in %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model, form", [("bert", "labels"), ("t5", "seq2seq"), ("gpt2", "causal")])
+def test_every_kind_of_model(here, tmp_path, capsys, model, form):
+    assert run(tmp_path / "run", "--method", "joint", "--max-output", "3", model=model) == 0
+    said = capsys.readouterr().out
+    assert "·" in said and "skills.png" not in said  # joint scores no units and knows no order
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["method"]["name"] == "joint"
+    assert json.loads((tmp_path / "run" / "command.json").read_text())["form"] == "auto"
+
+
+def test_words_and_options_of_the_method(here, tmp_path):
+    more = ["--word", "a:warm=red", "--set", "grain=matrix", "--set", "consolidate={'mode': 'adaptive'}", "--plain"]
+    assert run(tmp_path / "run", *more, "--train", "8", "--target", "query") == 0
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["method"]["options"]["grain"] == "matrix"
+    assert stored["method"]["options"]["consolidate"]["mode"] == "adaptive"
+    assert [t["examples"] for t in stored["tasks"]] == [8, 8]
+    assert all(".query." in n for n in stored["tensors"])
+
+
+def test_methods(here, capsys):
+    assert hatcl("methods") == 0
+    said = capsys.readouterr().out
+    for word in ("tasl", "2408.05200", "olora", "buffer_size = 500", "ema_alpha = 0.999", "'mode': 'cases'"):
+        assert word in said
+
+
+def test_errors(here, tmp_path, capsys):
+    bad = tmp_path / "bad.json"
+    bad.write_text("[]")
+    cases = [
+        ({"tasks": ["a"]}, "--task: got 'a', expected NAME=FILE"),
+        ({"tasks": ["a=a.json", "a=b.json"]}, "two are named 'a'"),
+        ({"tasks": ["a=none.json"]}, "there is no file none.json"),
+        ({"tasks": [f"a={bad}"]}, "expected an object with train and test"),
+        ({"model": "none"}, "transformers cannot load it"),
+        ({"more": ["--method", "tasel"]}, "did you mean 'tasl'"),
+        ({"more": ["--set", "grian=matrix"]}, "did you mean 'grain'"),
+        ({"more": ["--form", "label"]}, "did you mean 'labels'"),
+        ({"more": ["--word", "a=red"]}, "expected NAME:LABEL=WORD"),
+        ({"more": ["--word", "c:warm=red"]}, "--word: got 'c'"),
+        ({"more": ["--word", "a:hot=red"]}, "a has no label 'hot'; it has cold, warm"),
+        ({"more": ["--word", "a:warm=red"], "model": "t5"}, "only with --form labels"),
+        ({"more": ["--target", "qurey"]}, "it has the linear modules dense, key, query, value"),
+        ({"more": ["--rank", "0"]}, "--target, --rank: peft cannot adapt"),
+        ({"more": ["--epochs", "0"]}, "epochs: got 0"),
+        ({"more": ["--max-output", "9999"], "model": "gpt2"}, "--max-output: got 9999, but the model has"),
+        ({"more": ["--method", "tasl", "--set", "beta1=abc"]}, "beta1: got 'abc', expected a number between 0 and 1"),
+        ({"more": ["--method", "tasl", "--set", "memory=[0,0]"]}, "memory: got [0, 0], expected two numbers of at"),
+        ({"more": ["--method", "tasl", "--set", "squared=0"]}, "squared: got 0, expected True or False"),
+        ({"more": ["--method", "ilora", "--set", "hidden_state_layers=-1"]}, "hidden_state_layers: got -1, expected a"),
+    ]
+    for changes, message in cases:
+        out = tmp_path / "run"
+        given = {k: v for k, v in changes.items() if k != "more"}
+        assert run(out, *changes.get("more", []), **given) == 2, message
+        assert message in " ".join(capsys.readouterr().err.split()), message
+        assert not out.exists(), message
+
+
+def test_a_folder_that_holds_another_run(here, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(out, "--method", "sequential") == 0
+    before = files(out)
+    capsys.readouterr()
+    for more, message in [
+        (["--method", "tasl"], "was started with --method sequential, now came tasl"),
+        (["--method", "sequential", "--rank", "3"], "was started with --rank 2, now came 3"),
+    ]:
+        assert run(out, *more) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    write_files({here / "c.json": (here / "b.json").read_bytes()})
+    assert run(out, "--method", "sequential", tasks=("a=a.json", "b=c.json")) == 2
+    assert "was started with --task" in capsys.readouterr().err
+    assert files(out) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    assert run(tmp_path / "other") == 2
+    assert "something else than a run of hatcl tasl" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file") == 2
+    assert hatcl("show", str(tmp_path / "other")) == 2
+    assert "holds no run of hatcl tasl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["bert", "t5", "gpt2"])
+def test_hat_lays_gates_over_the_pairs(here, tmp_path, capsys, model):
+    assert (
+        run(
+            tmp_path / "run", "--method", "hat", "--set", "init=sparse", "--rank", "8", "--max-output", "4", model=model
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["backward_transfer"] == 0
+    assert run(tmp_path / "other", "--method", "hat", "--set", "inlt=dense", model=model) == 2
+    assert "HATConfig has no option 'inlt'; did you mean 'init'" in capsys.readouterr().err

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import builtins
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hatcl.data import images as stream
+from hatcl.data.images import Preparation, Source, Task
+from hatcl.errors import ConfigError, IntegrityError
+
+DATA = Path(os.environ.get("HATCL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+
+
+def task_of(x: np.ndarray, y: np.ndarray, classes: int = 2) -> Task:
+    return Task("t", x, y, x, y, classes)
+
+
+# --- tasks ---
+
+
+def test_digits_are_five_tasks_of_two_classes():
+    pytest.importorskip("sklearn")
+    tasks = stream.digits_tasks()
+    assert [task.name for task in tasks] == [f"digits {first}-{first + 1}" for first in range(0, 10, 2)]
+    assert all(task.num_classes == 2 and set(task.y_train) == {0, 1} == set(task.y_test) for task in tasks)
+    assert sum(len(task.x_train) + len(task.x_test) for task in tasks) == 1797
+    assert tasks[0].x_train.dtype == np.uint8 and tasks[0].x_train.max() == 255
+    assert tasks[0].digest() == stream.digits_tasks()[0].digest() != tasks[1].digest()
+
+
+def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *rest, **options):
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigError, match=r"pip install 'hatcl\[data\]'"):
+        stream.digits_tasks()
+
+
+def test_npz_is_named_after_its_file_and_relabelled(tmp_path):
+    x = np.zeros((4, 8, 8, 3), np.uint8)
+    y = np.array([3, 7, 3, 7])
+    for path, name in ((tmp_path / "birds.npz", "birds"), (tmp_path / "fish" / "data.npz", "fish")):
+        path.parent.mkdir(exist_ok=True)
+        np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+        task = stream.npz_task(path)
+        assert (task.name, task.num_classes, task.y_test.tolist()) == (name, 2, [0, 1, 0, 1])
+
+
+def test_split_cuts_classes_and_remaps_labels():
+    x = np.arange(7, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8)
+    whole = task_of(x, np.arange(7), classes=7)
+    parts = stream.split_classes(whole, 3)
+    assert [part.num_classes for part in parts] == [3, 2, 2]
+    assert [part.y_train.tolist() for part in parts] == [[0, 1, 2], [0, 1], [0, 1]]
+    assert [int(part.x_train[0, 0, 0]) for part in parts] == [0, 3, 5]
+    assert [part.name for part in parts] == ["t 0-2", "t 3-4", "t 5-6"]
+    with pytest.raises(ConfigError, match="7 classes, which do not make 4 tasks"):
+        stream.split_classes(whole, 4)
+
+
+def test_source_survives_json(npz_files):
+    source = Source("npz", paths=tuple(map(str, npz_files)))
+    again = Source.from_dict(source.to_dict())
+    assert again == source
+    assert [task.name for task in again.load()] == ["blobs0", "blobs1", "blobs2"]
+    assert len(Source("split", paths=(str(npz_files[0]),), split=1).load()) == 1
+    with pytest.raises(ConfigError, match="expected kind digits, npz, split or torchvision"):
+        Source("cloud").load()
+
+
+def test_torchvision_from_a_folder_and_its_errors(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    class Tiny:
+        def __init__(self, root, train=True, download=False):
+            if not download and not (Path(root) / "here").exists():
+                raise RuntimeError("Dataset not found. You can use download=True to download it")
+            self.count = 8 if train else 4
+
+        def __iter__(self):
+            return iter([(Image.new("L", (8, 8), 10 * i), i % 4) for i in range(self.count)])
+
+    monkeypatch.setattr(datasets, "MNIST", Tiny)
+    with pytest.raises(ConfigError, match="Dataset not found.*put its files there or give --download"):
+        stream.torchvision_task("MNIST", tmp_path)
+    (tmp_path / "here").touch()
+    task = stream.torchvision_task("MNIST", tmp_path)
+    assert task.x_train.shape == (8, 8, 8, 3) and task.num_classes == 4 and task.name == "mnist"
+    assert len(Source("torchvision", dataset="MNIST", root=str(tmp_path), split=2).load()) == 2
+    with pytest.raises(ConfigError, match="has no 'CIFAR1000'; did you mean 'CIFAR100'"):
+        stream.torchvision_task("CIFAR1000", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"x_train": np.zeros((4, 3, 8, 8), np.uint8)}, r"x_train is uint8\[4, 3, 8, 8\].*channels last"),
+        ({"x_train": np.array([["a"]] * 4)}, "expected images as numbers"),
+        ({"y_train": np.zeros(3, np.int64)}, r"y_train is int64\[3\], expected 4 whole numbers"),
+        ({"y_train": np.zeros(4, np.float32)}, r"y_train is float32\[4\]"),
+        ({"y_test": np.full(4, 2)}, "labels from 2 to 2, expected 0 to 1"),
+        ({"x_test": np.zeros((4, 9, 9), np.uint8)}, r"training images are \[8, 8\], the test images \[9, 9\]"),
+    ],
+)
+def test_arrays_that_make_no_task(change, text):
+    arrays = {"x_train": np.zeros((4, 8, 8), np.uint8), "y_train": np.array([0, 1, 0, 1])}
+    arrays |= {"x_test": arrays["x_train"], "y_test": arrays["y_train"]}
+    with pytest.raises(ConfigError, match=text):
+        Task("t", num_classes=2, **(arrays | change))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    x, y = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1])
+    with pytest.raises(ConfigError, match="is not a file; expected an .npz file with the arrays x_train"):
+        stream.npz_task(tmp_path / "none.npz")
+    np.savez(tmp_path / "part.npz", x_train=x, y_train=y)
+    with pytest.raises(ConfigError, match="lacks x_test, y_test; it holds x_train, y_train"):
+        stream.npz_task(tmp_path / "part.npz")
+    np.save(tmp_path / "one.npy", x)
+    with pytest.raises(ConfigError, match="holds one array"):
+        stream.npz_task(tmp_path / "one.npy")
+    np.savez(tmp_path / "pickle.npz", x_train=np.array([{}], dtype=object), y_train=y, x_test=x, y_test=y)
+    with pytest.raises(IntegrityError, match="without pickled objects"):
+        stream.npz_task(tmp_path / "pickle.npz")
+    np.savez(tmp_path / "whole.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(IntegrityError, match="cannot be read as plain arrays"):
+        stream.npz_task(tmp_path / "cut.npz")
+    np.savez(tmp_path / "new.npz", x_train=x, y_train=y, x_test=x, y_test=y + 1)
+    with pytest.raises(ConfigError, match=r"labels never seen in y_train: \[2\]"):
+        stream.npz_task(tmp_path / "new.npz")
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_real_data(name):
+    path = DATA / name / "data.npz"
+    if not path.exists():
+        pytest.skip(f"no {name}/data.npz under HATCL_DATA")
+    task = stream.npz_task(path)
+    assert (task.name, task.num_classes) == (name, 10)
+    x = Preparation.of(task, size=32, fit="pad")(task.x_train[:64])
+    assert x.shape == (64, 3, 32, 32)
+
+
+# --- batches ---
+
+
+def test_preparation_normalises_and_repeats_grey():
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (200, 8, 8), dtype=np.uint8)
+    y = np.arange(200) % 2
+    x = Preparation.of(task_of(grey, y))(grey)
+    assert x.shape == (200, 3, 8, 8) and x.dtype == torch.float32 and x.is_contiguous()
+    assert abs(float(x.mean())) < 1e-4 and abs(float(x.std()) - 1) < 1e-3
+    assert torch.equal(x[:, 0], x[:, 2])
+    colour = rng.integers(0, 256, (200, 8, 8, 3), dtype=np.uint8) // np.array([1, 2, 4], np.uint8)
+    x = Preparation.of(task_of(colour, y))(colour)
+    assert torch.allclose(x.std((0, 2, 3)), torch.ones(3), atol=1e-3)
+    assert torch.isfinite(Preparation.of(task_of(np.zeros_like(grey), y))(grey)).all()
+
+
+def test_preparation_fits_a_size():
+    images = np.full((4, 8, 6), 200, np.uint8)
+    images[:, 0, 0] = 0
+    task = task_of(images, np.array([0, 1, 0, 1]))
+    padded = Preparation.of(task, size=32, fit="pad")(images)
+    assert padded.shape == (4, 3, 32, 32)
+    assert torch.equal(padded[0, 0, 12:20, 13:19], Preparation.of(task)(images)[0, 0])
+    assert padded[0, 0, 0, 0] == padded[0, 0, 12, 13] == padded.min()  # the border is black
+    assert Preparation.of(task, size=32)(images).shape == (4, 3, 32, 32)
+    assert Preparation.of(task, size=4, fit="pad")(images).shape == (4, 3, 4, 4)
+    with pytest.raises(ConfigError, match="got 'crop', expected one of resize, pad"):
+        Preparation.of(task, fit="crop")
+
+
+def test_an_epoch_shows_every_image_once_and_resumes_in_the_middle():
+    x = np.arange(23, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8)
+    task = task_of(x, np.arange(23) % 2)
+    prepare = Preparation.of(task)
+    options = dict(seed=(3, 1, 4), flip=True, crop=2)
+    whole = list(stream.train_batches(task, prepare, 5, **options))
+    assert len(whole) == stream.num_batches(task, 5) == 5
+    assert sorted(len(y) for _, y in whole) == [4, 4, 5, 5, 5]  # no batch of one
+    assert len({round(float(image.mean()), 4) for batch, _ in whole for image in batch}) == 23
+    later = list(stream.train_batches(task, prepare, 5, start=3, **options))
+    assert len(later) == 2
+    for (x1, y1), (x2, y2) in zip(whole[3:], later, strict=True):
+        assert torch.equal(x1, x2) and torch.equal(y1, y2)
+    other = list(stream.train_batches(task, prepare, 5, seed=(3, 1, 5)))
+    assert not torch.equal(other[0][1], whole[0][1]) or not torch.equal(other[0][0], whole[0][0])
+
+
+def test_augmentation_moves_pixels_but_keeps_shape():
+    x = np.zeros((64, 8, 8), np.uint8)
+    x[:, 3, 1] = 255
+    task = task_of(x, np.arange(64) % 2)
+    prepare = Preparation.of(task)
+    ((flipped, _),) = stream.train_batches(task, prepare, 64, seed=(0,), flip=True)
+    columns = flipped[:, 0].amax(1).argmax(1)
+    assert set(columns.tolist()) == {1, 6}
+    ((shifted, _),) = stream.train_batches(task, prepare, 64, seed=(0,), crop=1)
+    assert shifted.shape == flipped.shape
+    assert set(shifted[:, 0].amax(1).argmax(1).tolist()) == {0, 1, 2}
+
+
+def test_test_batches_keep_the_order():
+    x = np.arange(10, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8)
+    task = task_of(x, np.arange(10) % 2)
+    prepare = Preparation.of(task)
+    assert torch.equal(torch.cat([x for x, _ in stream.test_batches(task, prepare, 4)]), prepare(task.x_test))
+    assert len(list(stream.test_batches(task, prepare, 4, split="train"))) == 3
