@@ -77,8 +77,9 @@ def record(model: nn.Module, inputs: Tensor) -> tuple[list[tuple[str, str, Tenso
         out = plain(self, func, types, args, kwargs)
         name = func._schema.name.split("::")[1]
         first = next((x for x in tree_flatten(out)[0] if isinstance(x, Tensor)), None)
-        if name in SHOWN and first is not None and self.shadow(first) is not None:
-            seen.append((self.path[-1], name, first, self.shadow(first)))
+        shadow = self.coupling.shadow(first)
+        if name in SHOWN and first is not None and shadow is not None:
+            seen.append((self.coupling.here, name, first, shadow))
         return out
 
     tracing.Tracer.__torch_dispatch__ = watched

@@ -1,4 +1,4 @@
-"""Shadows: what a tensor's elements belong to, carried beside the tensor while the model runs.
+"""Shadows: what a tensor's elements belong to, carried next to the tensor while the model runs.
 
 A shadow is a list of *slots*. A slot is an integer tensor of the tensor's shape that holds a label per element, kept
 with stride 0 where it is constant. A slot is *clean* when the element is exactly zero whenever its unit is off.
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Axis = tuple[Any, ...]  # (parameter name, dimension or "joint"[, "output": gate the layer's output instead])
 
@@ -26,6 +27,7 @@ class Slot:
     folds: frozenset[Axis] | None = None
 
     def map(self, view: Callable[[Tensor], Tensor]) -> Slot:
+        """The slot of a view of the tensor."""
         return replace(self, ids=view(self.ids))
 
 
@@ -40,10 +42,80 @@ class Shadow:
 
     @property
     def of_parameters(self) -> bool:
+        """Is the value computed from parameters alone?"""
         return bool(self.sources)
 
     def map(self, view: Callable[[Tensor], Tensor]) -> Shadow:
+        """The shadow of a view of the tensor."""
         return replace(self, slots=tuple(s.map(view) for s in self.slots))
+
+    def slot(self, at: int, shape: Sequence[int]) -> Slot:
+        """A slot by its place; "always on" in a tensor of this shape where there are fewer."""
+        return self.slots[at] if at < len(self.slots) else Slot(always_on(shape))
+
+
+class Shadows:
+    """The shadow of each tensor that is alive. Views of one storage share what is written to it: a write counts up the
+    base's version, and a view that is behind takes its shadow from the base again."""
+
+    def __init__(self) -> None:
+        self._of = WeakTensorKeyDictionary()
+        self._version = WeakTensorKeyDictionary()
+
+    def __contains__(self, x: Tensor) -> bool:
+        return x in self._of
+
+    def __setitem__(self, x: Tensor, shadow: Shadow) -> None:
+        self._of[x] = shadow
+
+    def alive(self) -> list[Shadow]:
+        """The shadows of all tensors that are alive."""
+        return list(self._of.values())
+
+    def get(self, x: Any) -> Shadow | None:
+        """The shadow of a tensor; None for constants and for what is no tensor."""
+        if not isinstance(x, Tensor):
+            return None
+        found = self._of.get(x)
+        base = x._base
+        if base is not None and base in self._version and self._version[base] != self._version.get(x):
+            found = self._of[base].map(lambda ids: _window(_like_storage(ids, base), x, base))
+            self._of[x] = found
+            self._version[x] = self._version[base]
+        return found
+
+    def write(self, x: Tensor, shadow: Shadow | None) -> None:
+        """An in-place operation gave `x` this shadow; a view writes through to its base."""
+        base, new = x._base, shadow or Shadow()
+        if base is None or not base.numel():
+            self._of[x] = new
+            return
+        old = self.get(base) or Shadow()
+        slots = []
+        for i in range(max(len(old.slots), len(new.slots))):
+            whole, part = old.slot(i, base.shape), new.slot(i, x.shape)
+            ids = _like_storage(whole.ids, base)
+            _window(ids, x, base).copy_(part.ids)
+            slots.append(Slot(settle(ids), whole.clean and part.clean))
+        self._of[base] = Shadow(tuple(slots), pending=old.pending | new.pending)
+        self._of[x] = new
+        self._version[base] = self._version.get(base, 0) + 1
+        self._version[x] = self._version[base]
+
+
+def _like_storage(ids: Tensor, base: Tensor) -> Tensor:
+    """A copy of the labels with the strides of the tensor that they belong to."""
+    return torch.empty_strided(base.size(), base.stride(), dtype=torch.long).copy_(ids)
+
+
+def _window(ids: Tensor, x: Tensor, base: Tensor) -> Tensor:
+    """The part of a base's labels (with its strides) that its view `x` sees."""
+    return ids.as_strided(x.size(), x.stride(), x.storage_offset() - base.storage_offset())
+
+
+def always_on(shape: Sequence[int]) -> Tensor:
+    """The label 0 for every element."""
+    return torch.zeros((), dtype=torch.long).expand(tuple(shape))
 
 
 def varying(ids: Tensor) -> tuple[int, ...]:
@@ -66,6 +138,19 @@ def settle(ids: Tensor) -> Tensor:
         if ids.size(d) > 1 and bool((ids == ids.narrow(d, 0, 1)).all()):
             ids = ids.narrow(d, 0, 1)
     return ids.expand(shape)
+
+
+def vector(ids: Tensor, dim: int) -> Tensor:
+    """`[n]` labels along one dimension, at the first index of every other."""
+    for d in reversed(range(ids.dim())):
+        if d != dim:
+            ids = ids.select(d, 0)
+    return ids
+
+
+def placed(ids: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
+    """The reverse of `vector`: `[n]` labels along dimension `dim` of a tensor of this shape."""
+    return ids.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(tuple(shape))
 
 
 def reshape(ids: Tensor, shape: Sequence[int]) -> Tensor:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .coupling import Trace
 from .labels import Ints
 from .lora import is_factor
-from .trace import Trace
 
 NORM = "norm"  # why a parameter is copied
 

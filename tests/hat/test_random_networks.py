@@ -15,7 +15,8 @@ from torch.nn import functional as tf
 
 import hatcl
 from hatcl.hat.layers.gated import HATLayer
-from hatcl.map.trace import Tracer
+from hatcl.map.coupling import Coupling
+from hatcl.map.rules import pointwise
 from hatcl.zoo.proof import CONFIG
 
 EXAMPLES = int(os.environ.get("HATCL_EXAMPLES", "200"))
@@ -83,25 +84,25 @@ def spec(images=(), tokens=()):
     return {"width": 8, "images": list(images), "tokens": list(tokens), "pool": "mean", "seed": 0}
 
 
-def read_backwards(self, p, acts, whole, plain=Tracer.read):
-    plain(self, p, [dataclasses.replace(x, ids=x.ids.flip(-1)) for x in acts], whole)
+def read_backwards(self, p, inputs, plain=Coupling.read):
+    plain(self, p, [dataclasses.replace(x, ids=x.ids.flip(-1)) for x in inputs])
 
 
 WRONG = {
-    "no gate acts": ("commit", lambda self, shadow: None, spec([block("conv")])),
+    "no gate acts": (Coupling, "commit", lambda self, shadow: None, spec([block("conv")])),
     "whatever was zero stays zero": (
-        "stays_zero", lambda self, *args: True, spec([block("conv", "none", "sigmoid"), block("conv")]),
+        pointwise, "_stays_zero", lambda *args: True, spec([block("conv", "none", "sigmoid"), block("conv")]),
     ),
-    "units are read in the wrong order": ("read", read_backwards, spec([block("conv")])),
+    "units are read in the wrong order": (Coupling, "read", read_backwards, spec([block("conv")])),
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:task . uses no unit")
 @pytest.mark.parametrize("name", WRONG)
 def test_twin_a_wrong_trace_that_nobody_verifies_fails(name, monkeypatch):
-    rule, wrong, network = WRONG[name]
+    where, verb, wrong, network = WRONG[name]
     hold(network)
-    monkeypatch.setattr(Tracer, rule, wrong)
+    monkeypatch.setattr(where, verb, wrong)
     hold(network)  # the attack at conversion turns what leaks into copies
     monkeypatch.setattr(hatcl, "convert", functools.partial(hatcl.convert, verify=False))
     monkeypatch.setattr(HATLayer, "_hat_cut", HATLayer._hat_by_folds)  # or nothing foreign is ever computed with

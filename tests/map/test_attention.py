@@ -13,6 +13,7 @@ from torch.nn import functional as tf
 
 import hatcl
 from hatcl.hat.convert import map_of
+from hatcl.map.rules import contractions
 
 LENGTH, WIDTH, SIZE = 5, 8, 4
 TOKENS = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -174,19 +175,18 @@ def test_keys_that_the_forward_also_gives_out_are_units():
 
 
 def test_twin_heads_that_are_paired_by_another_order_leak(monkeypatch):
-    """`repeat` instead of `repeat_interleave`: query head 1 would be served by key head 1."""
+    """In turns instead of in rows: query head 1 would be served by key head 1."""
     torch.manual_seed(0)
     source = Attention(FORMS["kernel"]).eval()
     right = map_of(source, TOKENS)
-    plain = torch.Tensor.repeat_interleave
 
-    def wrong(ids, times, dim):
-        return torch.cat([ids] * times, dim)
+    def in_turns(ids, pattern, runs):
+        return plain(ids, pattern.replace("(head runs)", "(runs head)"), runs=runs)
 
+    plain = contractions.repeat
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "repeat_interleave", wrong)
+        patch.setattr(contractions, "repeat", in_turns)
         found = map_of(source, TOKENS)
-    assert torch.Tensor.repeat_interleave is plain
     assert units(found, "out.weight", False) != units(right, "out.weight", False)
     model = parts.pretend(hatcl.convert(source, 3, TOKENS, unit_map=found, verify=False))
     model.hat_gates.cut = False  # a sealed task would be cut off from what the map misses

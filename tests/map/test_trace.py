@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import layer_zoo as zoo
 import parts
@@ -18,9 +19,10 @@ from hatcl.hat.convert import map_of
 from hatcl.hat.gates import gates_of
 from hatcl.hat.layers.gated import HATLayer
 from hatcl.map import trace as traces
+from hatcl.map.coupling import Coupling
 from hatcl.map.labels import Labels
-from hatcl.map.shadow import small
-from hatcl.map.trace import Tracer
+from hatcl.map.rules import RULES, Rule, pointwise
+from hatcl.map.shadow import small, varying
 
 
 class Between(nn.Module):
@@ -195,14 +197,14 @@ def test_tracing_a_large_model_takes_at_most_three_forwards_and_two_seconds(big)
     assert seconds(lambda: map_of(model, x)) <= 3 * seconds(lambda: model(x)) + 2
 
 
-def bytes_held(tracer):
+def bytes_held(coupling):
     """Of all shadows alive and of the labels."""
     storages = {}
-    for s in tracer.shadows.values():
-        for slot in s.slots if s is not None else ():
+    for s in coupling.shadows.alive():
+        for slot in s.slots:
             storage = slot.ids.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-    labels = tracer.labels
+    labels = coupling.labels
     return sum(storages.values()) + labels.parent.nbytes + sum(f.nbytes for f in labels.flags.values())
 
 
@@ -211,17 +213,14 @@ def bytes_held(tracer):
 def test_shadows_take_at_most_the_models_own_memory(which, big, monkeypatch):
     model, x = big if which != "small" else (parts.plain("resnet").eval(), parts.images("resnet"))
     peak = []
-    plain = traces.Tracer.rule
+    plain = traces.apply_rule
 
-    def rule(self, *args):
-        out = plain(self, *args)
-        if len(peak) % 10 == 0:
-            peak.append(bytes_held(self))
-        else:
-            peak.append(0)
+    def watched(call, coupling):
+        out = plain(call, coupling)
+        peak.append(bytes_held(coupling) if len(peak) % 10 == 0 else 0)
         return out
 
-    monkeypatch.setattr(traces.Tracer, "rule", rule)
+    monkeypatch.setattr(traces, "apply_rule", watched)
     map_of(model, x)
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     assert 0 < max(peak) <= (own if which != "small" else 20 * own)
@@ -293,7 +292,7 @@ def test_learned_queries_have_units_of_their_own(norm):
 
 @pytest.mark.parametrize("norm", [False, True], ids=["weight", "norm and weight"])
 def test_twin_queries_that_are_no_data_are_copied(norm, monkeypatch):
-    monkeypatch.setattr(traces.Tracer, "as_activation", lambda self, slots, dims: [])
+    monkeypatch.setattr(Coupling, "as_activation", lambda self, slots, dims: [])
     found = map_of(Queries(norm).eval(), TOKENS)
     assert units(found, "queries", True) is None and found.entries["queries"].copied
 
@@ -338,7 +337,8 @@ def test_experts_keep_both_ends():
 
 @pytest.mark.skipif(grouped_mm is None, reason="this torch has no grouped_mm")
 def test_twin_experts_by_an_operation_that_is_not_known_are_copied(monkeypatch):
-    monkeypatch.setattr(traces, "GROUPED", set())
+    for name in ("_grouped_mm", "grouped_mm_fallback"):
+        monkeypatch.delitem(RULES, name)
     found = map_of(Experts().eval(), ROWS)
     assert found.entries["up"].copied and found.entries["down"].copied
     assert any("_grouped_mm is not known to the trace" in note for note in found.notes.values())
@@ -378,17 +378,14 @@ def test_the_gain_of_a_weight_norm_is_its_rows():
 
 
 def test_twin_rows_of_a_weight_norm_that_are_held_in_part_leak(monkeypatch):
-    plain = traces.Tracer.weight_norm
+    plain = RULES["_weight_norm_interface"]
 
-    def by_element(self, args, out):
-        moved = plain(self, args, out)
-        v = self.shadow(args[0])
-        moved[0] = traces.replace(
-            moved[0], slots=(*moved[0].slots, *(s for s in v.slots if traces.varying(s.ids) == (1,)))
-        )
-        return moved
+    def by_element(call, coupling):
+        (moved,) = plain.apply(call, coupling)
+        columns = (s for s in call.shadows[0].slots if varying(s.ids) == (1,))
+        return [replace(moved, slots=(*moved.slots, *columns))]
 
-    monkeypatch.setattr(traces.Tracer, "weight_norm", by_element)
+    monkeypatch.setitem(RULES, "_weight_norm_interface", Rule(by_element))
     monkeypatch.setattr(Labels, "mark", _unless_dropped(Labels.mark))
     monkeypatch.setattr(HATLayer, "_hat_cut", HATLayer._hat_by_folds)  # or nothing foreign is ever computed with
     x = torch.randn(4, 5)
@@ -437,7 +434,7 @@ def test_branches_that_are_summed_share_their_channels():
 
 
 def test_twin_without_the_coupling_branches_forget_their_channels(monkeypatch):
-    monkeypatch.setattr(traces.Tracer, "couple_along", lambda self, ids, dims: ids)
+    monkeypatch.setattr(Coupling, "couple_along", lambda self, ids, dims: ids)
     found = map_of(Selective().eval(), IMAGES)
     assert "sum over differing units forgets them" in found.notes.values()
     assert not set(units(found, "a.weight", True)) & set(units(found, "b.weight", True))
@@ -522,7 +519,7 @@ def test_a_layer_norm_does_not_make_clean_what_runs_beside_it():
 
 
 def test_twin_were_it_clean_other_tasks_would_get_in_with_the_bias(monkeypatch):
-    monkeypatch.setattr(traces.Tracer, "layer_norm", clean_beside_a_norm(traces.Tracer.layer_norm))
+    monkeypatch.setitem(RULES, "native_layer_norm", clean_beside_a_norm(RULES["native_layer_norm"]))
     monkeypatch.setattr(HATLayer, "_hat_cut", HATLayer._hat_by_folds)  # or nothing foreign is ever computed with
     model = after_the_bias_moved(verify=False)
     assert 1 not in gates_of(model)[0].unit_map.folds["mix", "mix.weight"]
@@ -532,12 +529,11 @@ def test_twin_were_it_clean_other_tasks_would_get_in_with_the_bias(monkeypatch):
 def clean_beside_a_norm(rule):
     """The rule as it once was: what a layer norm puts out is zero where what it read was."""
 
-    def layer_norm(self, name, args, out):
-        moved = rule(self, name, args, out)
-        slots = tuple(traces.replace(slot, clean=True) for slot in moved[0].slots)
-        return [traces.replace(moved[0], slots=slots), *moved[1:]]
+    def layer_norm(call, coupling):
+        (moved,) = rule.apply(call, coupling)
+        return [replace(moved, slots=tuple(replace(slot, clean=True) for slot in moved.slots))]
 
-    return layer_norm
+    return Rule(layer_norm)
 
 
 # ---- zero, whatever the sign of the others ----------------------------------------------------------
@@ -576,8 +572,8 @@ def test_what_is_zero_for_positive_numbers_alone_is_not_taken_for_zero(make):
 def test_twin_tried_on_positive_numbers_alone_it_gets_out(monkeypatch):
     torch.manual_seed(0)
     source, x = Between(Kinked()).eval(), torch.randn(4, 5)
-    real = Tracer.probe
-    monkeypatch.setattr(Tracer, "probe", lambda self, *args: real(self, *args[:-1], args[-1] % 2))
+    real = pointwise._tried
+    monkeypatch.setattr(pointwise, "_tried", lambda call, zero, seed: real(call, zero, seed % 2))
     model = hatcl.convert(source, 3, x)
     assert hatcl.describe(model).copies["second.weight"] == "the attack got out through it"
 

@@ -1,0 +1,292 @@
+"""What couples labels while the model runs: the state of one trace and the verbs by which rules change it.
+
+Labels that turn out to be the same channel are *coupled*. A parameter's label *owns* the unit that it writes and
+*reads* the unit that it multiplies; where it meets "always on" it is *forced*, where no rule covers how it is met it is
+*dropped*. A *fold* says where a parameter is multiplied by its units' gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .labels import Ints, Labels
+from .shadow import Axis, Shadow, Shadows, Slot, settle, small, varying, vector
+
+Use = tuple[str, Axis]  # (path of the module at work, axis)
+
+
+@dataclass
+class NormSeen:
+    """What entered a norm module: the labels along each dimension that carries units, whether off units were zero,
+    whether its statistics are taken across units, and along which of its dimensions those run, how many dimensions it
+    has; kind: see `registry.register`."""
+
+    ids: dict[int, Ints]
+    clean: bool
+    across: bool = False
+    over: frozenset[int] = frozenset()
+    ndim: int = 0
+    kind: str = ""
+
+    @classmethod
+    def of(cls, shadow: Shadow) -> NormSeen:
+        """What is seen of an input with this shadow, before any statistics are taken."""
+        ids = {d: vector(slot.ids, d).numpy().copy() for slot in shadow.slots for d in varying(slot.ids)}
+        ndim = shadow.slots[0].ids.dim() if shadow.slots else 0
+        return cls(ids, all(slot.clean for slot in shadow.slots), ndim=ndim)
+
+
+@dataclass
+class Trace:
+    """What one run of the model told.
+
+    Attributes:
+        labels: every label, coupled, with the roles that it plays.
+        first: for each axis of a parameter, its first label.
+        joint: for each grouped convolution's weight, its view by groups, the shape in which the labels of what it reads
+            broadcast over that view, and the first of those labels.
+        folds: where a parameter is multiplied by the gate of what it writes.
+        read_dirty: where a weight reads what is not zero where its unit is off, so that it is multiplied by the gate of
+            what it reads.
+        outputs: the labels that the model's outputs carry.
+        norms: what entered each norm.
+        mixing: what entered other modules without children that reduce over units: maybe norms.
+        seen: the parameters that the forward used.
+        standardised: the weights that go through a batch norm of their own before use.
+        notes: what fell back, by module path.
+    """
+
+    labels: Labels = field(default_factory=Labels)
+    first: dict[Axis, int] = field(default_factory=dict)
+    joint: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = field(default_factory=dict)
+    folds: set[Use] = field(default_factory=set)
+    read_dirty: set[Use] = field(default_factory=set)
+    outputs: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    norms: dict[str, NormSeen] = field(default_factory=dict)
+    mixing: dict[str, NormSeen] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    standardised: set[str] = field(default_factory=set)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+class Coupling:
+    """The state of one trace. found: what it has told so far. Labels live on the CPU, wherever the model is."""
+
+    def __init__(self, model: nn.Module, norms: Callable[[nn.Module], bool]) -> None:
+        self.found = Trace()
+        self.labels = self.found.labels
+        self.shadows = Shadows()
+        self.remade: set[str] = set()  # norms that multiply by something else than their weight, such as 1 + weight
+        self._modules = dict(model.named_modules())
+        self._is_norm = norms
+        self._entered: dict[str, Shadow] = {}
+        self._path: list[str] = [""]
+        for name, p in model.named_parameters():
+            slots = []
+            for d, n in enumerate(p.shape):
+                if n > 1:
+                    start = self.labels.new(n, (name, d))
+                    self.found.first[name, d] = start
+                    shape = [n if i == d else 1 for i in range(p.dim())]
+                    ids = torch.arange(start, start + n, device="cpu").view(shape).expand(p.shape)
+                    slots.append(Slot(ids, True, frozenset({(name, d)})))
+            self.shadows[p] = Shadow(tuple(slots), frozenset({name}))
+
+    # ---- the module at work ------------------------------------------------------------------------------------
+
+    @property
+    def here(self) -> str:
+        """The path of the module at work."""
+        return self._path[-1]
+
+    @property
+    def in_norm(self) -> bool:
+        """Is the module at work a norm layer that gates its own output?"""
+        return self._is_norm(self._modules.get(self.here, nn.Identity()))
+
+    def enter(self, path: str, args: Sequence[Any]) -> None:
+        """A module begins: what a norm is given is seen, and what a module without children is given remembered."""
+        self._path.append(path)
+        shadow = self.shadow(next((a for a in args if isinstance(a, Tensor)), None))
+        if shadow is not None and self.in_norm:
+            self.found.norms[path] = NormSeen.of(shadow)
+        elif shadow is not None and not self._modules[path]._modules:
+            self._entered[path] = shadow
+
+    def leave(self) -> None:
+        """The module at work ends."""
+        self._path.pop()
+
+    def note(self, what: str) -> None:
+        """Say what fell back in the module at work; the first note of a module stays."""
+        self.found.notes.setdefault(self.here, what)
+
+    # ---- shadows -----------------------------------------------------------------------------------------------
+
+    def shadow(self, x: Any) -> Shadow | None:
+        """The shadow of a tensor; None for constants and for what is no tensor."""
+        return self.shadows.get(x)
+
+    def keep(self, x: Tensor, shadow: Shadow) -> None:
+        """Give a new tensor its shadow."""
+        if x not in self.shadows:
+            self.shadows[x] = shadow if shadow.of_parameters else self._distinct(shadow)
+
+    def _distinct(self, shadow: Shadow) -> Shadow:
+        """Without slots that say nothing: of one unit that spans the whole tensor and is not zero where it is off
+        (it is always on, then), and those that say the same as another."""
+        kept: list[Slot] = []
+        for slot in shadow.slots:
+            if not varying(slot.ids) and (not slot.clean or not bool(small(slot.ids).any())):
+                self.mark("whole", slot.ids)
+            elif not any(_same(slot, other) for other in kept):
+                kept.append(slot)
+        return shadow if len(kept) == len(shadow.slots) else replace(shadow, slots=tuple(kept))
+
+    def commit(self, shadow: Shadow | None) -> None:
+        """Something reads this value gated, so that its pending folds act."""
+        if shadow is not None:
+            self.found.folds |= shadow.pending
+
+    # ---- roles -------------------------------------------------------------------------------------------------
+
+    def mark(self, role: str, ids: Tensor) -> None:
+        """Give the labels a role (see `Labels.ROLES`)."""
+        self.labels.mark(role, _flat(ids))
+
+    def drop(self, slot: Slot) -> None:
+        """A parameter met in a way that no rule covers: one-sided nowhere, a copy per task instead."""
+        self.mark("dropped", slot.ids)
+
+    def own(self, param: Slot, ids: Tensor) -> None:
+        """The parameter's labels take the units they meet; where they meet "always on" they are forced on."""
+        p, a = _together(param.ids, ids)
+        self.couple(param.ids, ids)
+        self.labels.mark("owns", p)
+        self.labels.mark("forced", p[a == 0])
+
+    def write(self, p: Slot) -> tuple[Slot, set[Use]]:
+        """A contraction's output carries the weight's own labels; also the folds that this leaves pending."""
+        self.mark("owns", p.ids)
+        self.mark("carried", p.ids)
+        axes = self.axes_of(p)
+        if p.folds is None:  # scaled away (weight standardisation): the module's output takes the gate instead
+            self.note("the gate would cancel in the weight's own normalisation: it acts on the layer's output")
+            axes = frozenset((*a, "output") for a in axes)
+        return Slot(p.ids, True), {(self.here, a) for a in axes}
+
+    def read(self, p: Slot, inputs: Sequence[Slot]) -> None:
+        """The parameter's labels along the contracted dimension read the activation's units."""
+        if not inputs:
+            self.mark("forced", p.ids)
+        for x in inputs:
+            self.couple(x.ids, p.ids)
+            a, b = _together(x.ids, p.ids)
+            self.labels.mark("forced", b[a == 0])
+            self.labels.mark("read", b)
+            if not x.clean:
+                self.read_dirty(b)
+
+    def read_dirty(self, labels: Ints) -> None:
+        """The module at work reads, by these labels, what is not zero where its unit is off."""
+        self.found.read_dirty |= {(self.here, axis) for axis in self.labels.axes_of(labels)}
+
+    def as_activation(self, slots: Sequence[Slot], dims: set[int]) -> list[Slot]:
+        """A parameter that is used as data (learned queries): its labels along `dims` are units that it writes."""
+        kept = [s for s in slots if dims & set(varying(s.ids))]
+        for slot in kept:
+            self.mark("owns", slot.ids)
+            self.mark("carried", slot.ids)
+            if slot.folds is not None:
+                self.fold(slot)
+        return [replace(slot, clean=slot.folds is not None, folds=None) for slot in kept]
+
+    def fold(self, slot: Slot) -> None:
+        """Multiply by the gate what this parameter value is made of, along this slot."""
+        self.found.folds |= self.uses_of(slot)
+
+    def uses_of(self, slot: Slot) -> set[Use]:
+        """The folds by which the module at work would gate this parameter value."""
+        return {(self.here, a) for a in self.axes_of(slot)}
+
+    def axes_of(self, slot: Slot) -> frozenset[Axis]:
+        """The parameters' axes of which the slot's values are made."""
+        return slot.folds if slot.folds is not None else frozenset(self.labels.axes_of(_flat(slot.ids)))
+
+    def across(self, seen: NormSeen, ids: Tensor) -> None:
+        """A norm takes its statistics across these units."""
+        units = np.unique(self.labels.find(_flat(ids)))
+        seen.across = True
+        seen.over |= {d for d, at in seen.ids.items() if np.isin(self.labels.find(at), units).any()}
+
+    def mixes(self, what: str, ids: Tensor) -> None:
+        """A reduction runs over these units: a norm takes statistics across them, anything else forgets them."""
+        if self.here in self.found.norms:
+            self.across(self.found.norms[self.here], ids)
+            return
+        self.note(f"{what} over differing units forgets them")
+        if self.here in self._entered:
+            self.across(self.found.mixing.setdefault(self.here, NormSeen.of(self._entered[self.here])), ids)
+
+    # ---- labels that meet --------------------------------------------------------------------------------------
+
+    def couple(self, left: Tensor, right: Tensor) -> None:
+        """Labels that meet in the same element are one channel; nothing is coupled with "always on"."""
+        self.labels.union(*self._pairs(left, right))
+
+    def couple_along(self, ids: Tensor, dims: Sequence[int]) -> Tensor:
+        """Make one unit of what differs along `dims` alone."""
+        first = ids
+        for d in dims:
+            first = first.narrow(d, 0, 1)
+        self.couple(ids, first)
+        return self.canonical(first.expand(ids.shape))
+
+    def canonical(self, ids: Tensor) -> Tensor:
+        """The slot with coupled labels made equal, so that what has become constant is kept as such."""
+        return settle(torch.from_numpy(self.labels.find(small(ids).numpy())).expand(ids.shape))
+
+    def adopt(self, ids: Tensor, slots: Sequence[Slot]) -> Slot | None:
+        """Which of a parameter's slots runs along the activation's labels, if any; of several, the one that would
+        couple the fewest of the activation's units."""
+        dims = set(varying(ids))
+        options = [s for s in slots if dims & set(varying(s.ids))]
+        if len(options) < 2:
+            return options[0] if options else None
+        return min(options, key=lambda s: self._spread(ids, s.ids))
+
+    def _pairs(self, left: Tensor, right: Tensor) -> tuple[Ints, Ints]:
+        """Which labels meet, each pair once."""
+        a, b = _together(left, right)
+        keys = np.sort(a * len(self.labels.parent) + b)
+        keys = keys[np.diff(keys, prepend=-1) != 0]  # np.unique's hashing takes seconds where most keys differ
+        return np.divmod(keys, len(self.labels.parent))
+
+    def _spread(self, act: Tensor, param: Tensor) -> int:
+        """Into how few units would coupling collapse the activation's: the most labels that one parameter label
+        meets."""
+        a, b = self._pairs(act, param)
+        b = b[(a != 0) & (b != 0)]
+        return int(np.unique(b, return_counts=True)[1].max()) if b.size else 1 << 30
+
+
+def _same(a: Slot, b: Slot) -> bool:
+    """Do two slots say the same?"""
+    return a.clean == b.clean and a.ids.stride() == b.ids.stride() and torch.equal(small(a.ids), small(b.ids))
+
+
+def _flat(ids: Tensor) -> Ints:
+    """The labels as a vector, each constant dimension once."""
+    return small(ids).reshape(-1).numpy()
+
+
+def _together(left: Tensor, right: Tensor) -> tuple[Ints, Ints]:
+    """The labels of two tensors element by element, as vectors."""
+    a, b = torch.broadcast_tensors(small(left), small(right))
+    return a.reshape(-1).numpy(), b.reshape(-1).numpy()
