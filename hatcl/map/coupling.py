@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .labels import Ints, Labels
-from .shadow import Axis, Shadow, Shadows, Slot, settle, small, varying, vector
+from .shadow import ParameterAxis, Shadow, Shadows, Slot, flat, settle, side_by_side, small, varying, vector
 
-Use = tuple[str, Axis]  # (path of the module at work, axis)
+Use = tuple[str, ParameterAxis]  # (path of the module at work, axis)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Trace:
     """
 
     labels: Labels = field(default_factory=Labels)
-    first: dict[Axis, int] = field(default_factory=dict)
+    first: dict[ParameterAxis, int] = field(default_factory=dict)
     joint: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = field(default_factory=dict)
     folds: set[Use] = field(default_factory=set)
     read_dirty: set[Use] = field(default_factory=set)
@@ -145,7 +145,7 @@ class Coupling:
         for slot in shadow.slots:
             if not varying(slot.ids) and (not slot.clean or not bool(small(slot.ids).any())):
                 self.mark("whole", slot.ids)
-            elif not any(_same(slot, other) for other in kept):
+            elif not any(_say_the_same(slot, other) for other in kept):
                 kept.append(slot)
         return shadow if len(kept) == len(shadow.slots) else replace(shadow, slots=tuple(kept))
 
@@ -158,7 +158,7 @@ class Coupling:
 
     def mark(self, role: str, ids: Tensor) -> None:
         """Give the labels a role (see `Labels.ROLES`)."""
-        self.labels.mark(role, _flat(ids))
+        self.labels.mark(role, flat(ids))
 
     def drop(self, slot: Slot) -> None:
         """A parameter met in a way that no rule covers: one-sided nowhere, a copy per task instead."""
@@ -166,7 +166,7 @@ class Coupling:
 
     def own(self, param: Slot, ids: Tensor) -> None:
         """The parameter's labels take the units they meet; where they meet "always on" they are forced on."""
-        p, a = _together(param.ids, ids)
+        p, a = side_by_side(param.ids, ids)
         self.couple(param.ids, ids)
         self.labels.mark("owns", p)
         self.labels.mark("forced", p[a == 0])
@@ -187,7 +187,7 @@ class Coupling:
             self.mark("forced", p.ids)
         for x in inputs:
             self.couple(x.ids, p.ids)
-            a, b = _together(x.ids, p.ids)
+            a, b = side_by_side(x.ids, p.ids)
             self.labels.mark("forced", b[a == 0])
             self.labels.mark("read", b)
             if not x.clean:
@@ -215,13 +215,13 @@ class Coupling:
         """The folds by which the module at work would gate this parameter value."""
         return {(self.here, a) for a in self.axes_of(slot)}
 
-    def axes_of(self, slot: Slot) -> frozenset[Axis]:
+    def axes_of(self, slot: Slot) -> frozenset[ParameterAxis]:
         """The parameters' axes of which the slot's values are made."""
-        return slot.folds if slot.folds is not None else frozenset(self.labels.axes_of(_flat(slot.ids)))
+        return slot.folds if slot.folds is not None else frozenset(self.labels.axes_of(flat(slot.ids)))
 
     def across(self, seen: NormSeen, ids: Tensor) -> None:
         """A norm takes its statistics across these units."""
-        units = np.unique(self.labels.find(_flat(ids)))
+        units = np.unique(self.labels.find(flat(ids)))
         seen.across = True
         seen.over |= {d for d, at in seen.ids.items() if np.isin(self.labels.find(at), units).any()}
 
@@ -263,7 +263,7 @@ class Coupling:
 
     def _pairs(self, left: Tensor, right: Tensor) -> tuple[Ints, Ints]:
         """Which labels meet, each pair once."""
-        a, b = _together(left, right)
+        a, b = side_by_side(left, right)
         keys = np.sort(a * len(self.labels.parent) + b)
         keys = keys[np.diff(keys, prepend=-1) != 0]  # np.unique's hashing takes seconds where most keys differ
         return np.divmod(keys, len(self.labels.parent))
@@ -276,17 +276,6 @@ class Coupling:
         return int(np.unique(b, return_counts=True)[1].max()) if b.size else 1 << 30
 
 
-def _same(a: Slot, b: Slot) -> bool:
+def _say_the_same(a: Slot, b: Slot) -> bool:
     """Do two slots say the same?"""
     return a.clean == b.clean and a.ids.stride() == b.ids.stride() and torch.equal(small(a.ids), small(b.ids))
-
-
-def _flat(ids: Tensor) -> Ints:
-    """The labels as a vector, each constant dimension once."""
-    return small(ids).reshape(-1).numpy()
-
-
-def _together(left: Tensor, right: Tensor) -> tuple[Ints, Ints]:
-    """The labels of two tensors element by element, as vectors."""
-    a, b = torch.broadcast_tensors(small(left), small(right))
-    return a.reshape(-1).numpy(), b.reshape(-1).numpy()

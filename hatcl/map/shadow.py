@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-Axis = tuple[Any, ...]  # (parameter name, dimension or "joint"[, "output": gate the layer's output instead])
+from .labels import Ints
+
+ParameterAxis = tuple[Any, ...]  # (parameter name, dimension or "joint"[, "output": gate the layer's output instead])
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Slot:
 
     ids: Tensor
     clean: bool = True
-    folds: frozenset[Axis] | None = None
+    folds: frozenset[ParameterAxis] | None = None
 
     def map(self, view: Callable[[Tensor], Tensor]) -> Slot:
         """The slot of a view of the tensor."""
@@ -38,7 +40,7 @@ class Shadow:
 
     slots: tuple[Slot, ...] = ()
     sources: frozenset[str] = frozenset()
-    pending: frozenset[tuple[str, Axis]] = field(default=frozenset())
+    pending: frozenset[tuple[str, ParameterAxis]] = field(default=frozenset())
 
     @property
     def of_parameters(self) -> bool:
@@ -129,6 +131,17 @@ def small(ids: Tensor) -> Tensor:
         if ids.size(d) > 1 and ids.stride(d) == 0:
             ids = ids.narrow(d, 0, 1)
     return ids
+
+
+def flat(ids: Tensor) -> Ints:
+    """The labels of a slot as a vector, constant dimensions once."""
+    return small(ids).reshape(-1).numpy()
+
+
+def side_by_side(left: Tensor, right: Tensor) -> tuple[Ints, Ints]:
+    """The labels of two slots element by element, as vectors."""
+    a, b = torch.broadcast_tensors(small(left), small(right))
+    return a.reshape(-1).numpy(), b.reshape(-1).numpy()
 
 
 def settle(ids: Tensor) -> Tensor:

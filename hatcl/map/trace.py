@@ -27,12 +27,12 @@ from ..calls import call, tensors_of, values_of
 from ..errors import ConversionError
 from .coupling import Coupling, Trace
 from .rules import Call, Moved, apply_rule
-from .shadow import Shadow, small
+from .shadow import Shadow, flat
 
 
 class Tracer(TorchDispatchMode):
-    """Sees every operation of one forward and hands it to its rule. at: the module path and the operation that a rule
-    is at work on."""
+    """Sees every operation of one forward and hands it to its rule. at: module path and operation that the trace is at
+    work on, so that whatever fails meanwhile is its own fault."""
 
     def __init__(self, coupling: Coupling) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Tracer(TorchDispatchMode):
             return args[0]  # it would scale rows of the model's table in place; they belong to what they belonged to
         kwargs = kwargs or {}
         flat, spec = tree_flatten((args, kwargs))
-        shadows = [self.coupling.shadow(x) for x in flat]
+        shadows = [self.coupling.shadows.get(x) for x in flat]
         out = func(*args, **kwargs)
         tracked = [s for s in shadows if s is not None]
         if not tracked:
@@ -54,15 +54,16 @@ class Tracer(TorchDispatchMode):
         for s in tracked:
             self.coupling.found.seen |= s.sources
         step = Call(func, args, kwargs, flat, spec, shadows, out)
-        with self.at_work(self.coupling.here, func._schema.name), _disable_current_modes(), self._on_cpu():
+        self.at = (self.coupling.here, func._schema.name)
+        with _disable_current_modes(), self._on_cpu():
             self._keep(step, apply_rule(step, self.coupling))
+        self.at = None
         return out
 
-    @contextlib.contextmanager
-    def at_work(self, path: str, what: str) -> Iterator[None]:
-        """Whatever fails in here is the trace's fault, not the model's."""
-        self.at = (path, what)
-        yield
+    def enter(self, path: str, args: tuple) -> None:
+        """A module begins."""
+        self.at = (path, "what the module is given")
+        self.coupling.enter(path, args)
         self.at = None
 
     def _on_cpu(self) -> contextlib.AbstractContextManager[Any]:
@@ -83,15 +84,12 @@ class Tracer(TorchDispatchMode):
 @contextlib.contextmanager
 def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Module paths while the model runs; evaluation mode, no fused fast paths; everything put back afterwards."""
-
-    def enter(path: str, args: tuple) -> None:
-        with tracer.at_work(path, "what the module is given"):
-            tracer.coupling.enter(path, args)
-
     handles = []
     for path, module in model.named_modules():
         handles.append(
-            module.register_forward_pre_hook(lambda m, a, k, p=path: enter(p, (*a, *k.values())), with_kwargs=True)
+            module.register_forward_pre_hook(
+                lambda m, a, k, p=path: tracer.enter(p, (*a, *k.values())), with_kwargs=True
+            )
         )
         handles.append(module.register_forward_hook(lambda m, a, o: tracer.coupling.leave(), always_call=True))
     modes = [(m, m.training) for m in model.modules()]
@@ -136,7 +134,7 @@ def trace(model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool]) -> 
         if found.norms[path].across:
             found.mixing[path] = found.norms.pop(path)
     leaves = tensors_of(out) or list(values_of(out).values())  # the latter says why there is nothing
-    ids = [small(slot.ids).reshape(-1) for x in leaves if (s := coupling.shadow(x)) for slot in s.slots]
-    outputs = torch.cat(ids).numpy() if ids else np.zeros(0, dtype=np.int64)
+    carried = [flat(slot.ids) for x in leaves if (s := coupling.shadow(x)) for slot in s.slots]
+    outputs = np.concatenate([found.outputs, *carried])
     found.outputs = outputs[outputs != 0]
     return found

@@ -18,7 +18,7 @@ from hatcl.hat import guard
 from hatcl.hat.convert import map_of
 from hatcl.hat.gates import gates_of
 from hatcl.hat.layers.gated import HATLayer
-from hatcl.map.rules import RULES, Rule
+from hatcl.map.rules import TRACE_RULES, Rule
 
 converting = importlib.import_module("hatcl.hat.convert")  # `hatcl.convert` itself is the function
 
@@ -271,7 +271,7 @@ def test_a_conversion_that_fails_leaves_the_source_as_it_was(monkeypatch):
         text = "other tasks reach a task's output through conv1.0.weight .*verify=False"
         unchanged(source, lambda: hatcl.convert(source, 2, x), hatcl.ConversionError, text)
     with monkeypatch.context() as patch:
-        patch.setitem(RULES, "convolution", Rule(lambda *args: 1 / 0))
+        patch.setitem(TRACE_RULES, "convolution", Rule(lambda *args: 1 / 0))
         text = r"conv1.0: the trace cannot follow aten::convolution \(ZeroDivisionError: .*\); please report the model"
         unchanged(source, lambda: hatcl.convert(source, 2, x), hatcl.ConversionError, text)
     assert hatcl.convert(source, 2, x)

@@ -21,7 +21,7 @@ from hatcl.hat.layers.gated import HATLayer
 from hatcl.map import trace as traces
 from hatcl.map.coupling import Coupling
 from hatcl.map.labels import Labels
-from hatcl.map.rules import RULES, Rule, pointwise
+from hatcl.map.rules import TRACE_RULES, Rule, pointwise
 from hatcl.map.shadow import small, varying
 
 
@@ -338,7 +338,7 @@ def test_experts_keep_both_ends():
 @pytest.mark.skipif(grouped_mm is None, reason="this torch has no grouped_mm")
 def test_twin_experts_by_an_operation_that_is_not_known_are_copied(monkeypatch):
     for name in ("_grouped_mm", "grouped_mm_fallback"):
-        monkeypatch.delitem(RULES, name)
+        monkeypatch.delitem(TRACE_RULES, name)
     found = map_of(Experts().eval(), ROWS)
     assert found.entries["up"].copied and found.entries["down"].copied
     assert any("_grouped_mm is not known to the trace" in note for note in found.notes.values())
@@ -378,14 +378,14 @@ def test_the_gain_of_a_weight_norm_is_its_rows():
 
 
 def test_twin_rows_of_a_weight_norm_that_are_held_in_part_leak(monkeypatch):
-    plain = RULES["_weight_norm_interface"]
+    plain = TRACE_RULES["_weight_norm_interface"]
 
     def by_element(call, coupling):
         (moved,) = plain.apply(call, coupling)
         columns = (s for s in call.shadows[0].slots if varying(s.ids) == (1,))
         return [replace(moved, slots=(*moved.slots, *columns))]
 
-    monkeypatch.setitem(RULES, "_weight_norm_interface", Rule(by_element))
+    monkeypatch.setitem(TRACE_RULES, "_weight_norm_interface", Rule(by_element))
     monkeypatch.setattr(Labels, "mark", _unless_dropped(Labels.mark))
     monkeypatch.setattr(HATLayer, "_hat_cut", HATLayer._hat_by_folds)  # or nothing foreign is ever computed with
     x = torch.randn(4, 5)
@@ -519,7 +519,7 @@ def test_a_layer_norm_does_not_make_clean_what_runs_beside_it():
 
 
 def test_twin_were_it_clean_other_tasks_would_get_in_with_the_bias(monkeypatch):
-    monkeypatch.setitem(RULES, "native_layer_norm", clean_beside_a_norm(RULES["native_layer_norm"]))
+    monkeypatch.setitem(TRACE_RULES, "native_layer_norm", clean_beside_a_norm(TRACE_RULES["native_layer_norm"]))
     monkeypatch.setattr(HATLayer, "_hat_cut", HATLayer._hat_by_folds)  # or nothing foreign is ever computed with
     model = after_the_bias_moved(verify=False)
     assert 1 not in gates_of(model)[0].unit_map.folds["mix", "mix.weight"]

@@ -4,9 +4,9 @@ rule in a file of its own needs no entry elsewhere."""
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .registry import RULES, Call, Moved, Rule, apply_rule, forget, rule, unknown
+from .registry import TRACE_RULES, Call, Moved, Rule, apply_rule, disown, rule, unknown
 
 for _file in sorted(m.name for m in iter_modules(__path__)):
     import_module(f"{__name__}.{_file}")
 
-__all__ = ["RULES", "Call", "Moved", "Rule", "apply_rule", "forget", "rule", "unknown"]
+__all__ = ["TRACE_RULES", "Call", "Moved", "Rule", "apply_rule", "disown", "rule", "unknown"]

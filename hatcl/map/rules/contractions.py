@@ -17,17 +17,17 @@ from .registry import Call, Moved, rule, unknown
 @rule("mm", "bmm", "mv", "dot")
 def matmul(call: Call, coupling: Coupling) -> Shadow:
     """A matrix or vector times another."""
-    return _product(call, coupling, *call.args[:2])
+    return _multiplied(call, coupling, *call.args[:2])
 
 
 @rule("addmm", "baddbmm", "addbmm")
 def matmul_and_bias(call: Call, coupling: Coupling) -> Shadow:
     """A linear layer."""
     bias, a, b = call.args[:3]
-    return with_bias(coupling, _product(call, coupling, a, b), bias, lambda ids: ids.expand(call.out.shape))
+    return with_bias(coupling, _multiplied(call, coupling, a, b), bias, lambda ids: ids.expand(call.out.shape))
 
 
-def _product(call: Call, coupling: Coupling, a: Tensor, b: Tensor) -> Shadow:
+def _multiplied(call: Call, coupling: Coupling, a: Tensor, b: Tensor) -> Shadow:
     """`a @ b`, in the common frame `[..., m, k, n]`."""
     frame = (*(a.shape[:-1] or (1,)), a.shape[-1], 1 if b.dim() == 1 else b.shape[-1])
     k = len(frame) - 2

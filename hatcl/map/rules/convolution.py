@@ -10,9 +10,9 @@ from einops import repeat
 from torch import Tensor
 
 from ..coupling import Coupling, Use
-from ..shadow import Shadow, Slot, placed, small, varying, vector
+from ..shadow import Shadow, Slot, flat, placed, varying, vector
 from .contractions import with_bias
-from .registry import Call, forget, rule
+from .registry import Call, disown, rule
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
@@ -23,9 +23,9 @@ def convolution(call: Call, coupling: Coupling) -> Shadow:
     if not sw.of_parameters:
         return _computed_weight(coupling, sx, sw, sums=groups == 1 and not transposed)
     if sx.of_parameters:
-        forget(sw, coupling)
-        return forget(sx, coupling)
-    inputs, passing = _split(call, coupling, sx)
+        disown(sw, coupling)
+        return disown(sx, coupling)
+    inputs, passing = _what_is_read(call, coupling, sx)
     writes, reads = (1, 0) if transposed else (0, 1)
     depthwise = groups == x.shape[1] == call.out.shape[1] and not transposed
     slots: list[Slot] = []
@@ -68,7 +68,7 @@ def _computed_weight(coupling: Coupling, sx: Shadow, sw: Shadow, sums: bool) -> 
     return Shadow()
 
 
-def _split(call: Call, coupling: Coupling, sx: Shadow) -> tuple[list[Slot], list[Slot]]:
+def _what_is_read(call: Call, coupling: Coupling, sx: Shadow) -> tuple[list[Slot], list[Slot]]:
     """What the weight reads, as labels of the channels, and what goes through a 1x1 convolution to the output: units
     that run along positions."""
     w, stride = call.args[1], call.args[3]
@@ -97,7 +97,7 @@ def _own_channels(coupling: Coupling, written: Slot, inputs: Sequence[Slot]) -> 
 
 def _read_groups(coupling: Coupling, w: Tensor, p: Slot, inputs: Sequence[Slot], groups: int, channels: int) -> None:
     """In a grouped convolution element (o, j) reads input channel `group(o) * width + j`: one joint axis for both."""
-    axes = coupling.labels.axes_of(small(p.ids).reshape(-1).numpy())
+    axes = coupling.labels.axes_of(flat(p.ids))
     if len(axes) != 1:
         coupling.drop(p)
         return

@@ -77,7 +77,7 @@ def group_norm(call: Call, coupling: Coupling) -> Moved:
     """Statistics over channels and positions; the affine parameters run along the channels."""
     shape = call.args[0].shape
     w, b = (coupling.shadow(a) for a in call.args[1:3])
-    return _norm(call, coupling, range(1, len(shape)), w, b, lambda ids: placed(ids, 1, shape))
+    return _normalised(call, coupling, range(1, len(shape)), w, b, lambda ids: placed(ids, 1, shape))
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
@@ -86,10 +86,10 @@ def layer_norm(call: Call, coupling: Coupling) -> Moved:
     shape = call.args[0].shape
     w, b = coupling.shadow(call.args[2]), coupling.shadow(call.args[3]) if call.name == "native_layer_norm" else None
     over = range(len(shape) - len(call.args[1]), len(shape))
-    return _norm(call, coupling, over, w, b, lambda ids: ids.expand(shape))
+    return _normalised(call, coupling, over, w, b, lambda ids: ids.expand(shape))
 
 
-def _norm(
+def _normalised(
     call: Call, coupling: Coupling, over: Collection[int], w: Shadow | None, b: Shadow | None,
     place: Callable[[Tensor], Tensor],
 ) -> list[Shadow]:  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..coupling import Coupling
-from ..shadow import Axis, Shadow, Slot, small, varying
+from ..shadow import ParameterAxis, Shadow, Slot, small, varying
 from .registry import Call, rule
 
 Wide = Sequence[Shadow | None]  # the shadow of each argument, as it broadcasts over the output
@@ -152,7 +152,7 @@ def _of_parameters(call: Call, coupling: Coupling, wide: Wide) -> Shadow:
     return Shadow(tuple(slots), frozenset().union(*[s.sources for s in wide if s is not None]))
 
 
-def _folds(call: Call, wide: Wide, axes: dict[int, frozenset[Axis]]) -> frozenset[Axis] | None:
+def _folds(call: Call, wide: Wide, axes: dict[int, frozenset[ParameterAxis]]) -> frozenset[ParameterAxis] | None:
     """The axes by which the output is scaled once. axes: those of each argument."""
     folds = None
     for i, mine in axes.items():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..coupling import Coupling
 from ..shadow import Shadow, Slot, reshape, varying
-from .registry import Call, Moved, forget, rule
+from .registry import Call, Moved, disown, rule
 
 LINEAR = {"mean", "sum", "amax", "amin", "linalg_vector_norm", "norm"}  # scaled as what they run over
 DIM_BY_PLACE = {"max", "min", "argmax", "argmin", "any", "all", "prod", "median"}
@@ -67,13 +67,13 @@ def _dims(call: Call) -> list[int]:
 @rule(
     "_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "logcumsumexp", "_safe_softmax", "softmax", "log_softmax"
 )
-def along(call: Call, coupling: Coupling) -> Moved:
+def softmax(call: Call, coupling: Coupling) -> Moved:
     """Softmax and its kin keep positions, but nothing that was zero stays zero."""
     s = call.shadows[0]
     if s is None:
         return None
     if s.of_parameters:
-        return forget(s, coupling)
+        return disown(s, coupling)
     dim = call.args[1] if len(call.args) > 1 and isinstance(call.args[1], int) else -1
     dim %= max(call.outs[0].dim(), 1)
     slots = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -35,17 +35,15 @@ class Call:
     shadows: list[Shadow | None]
     out: Any
 
-    @cached_property
-    def inplace(self) -> bool:
-        """Does it write to its first argument? (`add_`)"""
-        name = self.func._schema.name
-        return name.endswith("_") and not name.partition("::")[2].startswith("__")
-
-    @cached_property
+    @property
     def name(self) -> str:
         """The operation's name without its library; an in-place operation has the name of the one that is not."""
-        name: str = self.func._schema.name.partition("::")[2]
-        return name[:-1] if self.inplace else name
+        return _operation(self.func)[0]
+
+    @property
+    def inplace(self) -> bool:
+        """Does it write to its first argument? (`add_`)"""
+        return _operation(self.func)[1]
 
     @cached_property
     def outs(self) -> list[Any]:
@@ -69,6 +67,14 @@ class Call:
         return tree_flatten(apply_as_is(self.func, args, kwargs, [ids]))[0]
 
 
+@cache
+def _operation(func: Any) -> tuple[str, bool]:
+    """An operation's name without its library and without the mark of an in-place operation; is it one?"""
+    name: str = func._schema.name.partition("::")[2]
+    inplace = name.endswith("_") and not name.startswith("__")
+    return name.removesuffix("_") if inplace else name, inplace
+
+
 # One shadow for every output, or one for each (outputs that are left out carry nothing); None: nothing is carried.
 Moved = Shadow | Sequence[Shadow | None] | None
 
@@ -82,7 +88,7 @@ class Rule:
     reads: bool = True
 
 
-RULES: dict[str | torch.Tag, Rule] = {}
+TRACE_RULES: dict[str | torch.Tag, Rule] = {}
 
 
 def rule(
@@ -107,7 +113,7 @@ def rule(
     """
 
     def register(apply: Callable[[Call, Coupling], Moved]) -> Callable[[Call, Coupling], Moved]:
-        RULES.update(dict.fromkeys(operations, Rule(apply, reads)))
+        TRACE_RULES.update(dict.fromkeys(operations, Rule(apply, reads)))
         return apply
 
     return register
@@ -115,7 +121,7 @@ def rule(
 
 def apply_rule(call: Call, coupling: Coupling) -> Moved:
     """The shadows of an operation's outputs, by the rule for its name, else for one of its tags, else as `unknown`."""
-    found = RULES.get(call.name) or next((RULES[t] for t in call.func.tags if t in RULES), UNKNOWN)
+    found = TRACE_RULES.get(call.name) or next((TRACE_RULES[t] for t in call.func.tags if t in TRACE_RULES), UNKNOWN)
     if found.reads:
         for shadow in call.shadows:  # whatever reads a value, in whichever argument, reads it gated
             coupling.commit(shadow)
@@ -128,13 +134,13 @@ def unknown(call: Call, coupling: Coupling) -> Shadow:
         if shadow is not None:
             coupling.commit(shadow)
             if shadow.of_parameters:
-                forget(shadow, coupling)
+                disown(shadow, coupling)
     if any(shadow is not None and shadow.slots for shadow in call.shadows):
         coupling.note(f"{call.func._schema.name} is not known to the trace: it forgets which units it carries")
     return Shadow()
 
 
-def forget(shadow: Shadow, coupling: Coupling) -> Shadow:
+def disown(shadow: Shadow, coupling: Coupling) -> Shadow:
     """Parameters that go where no unit can be followed: each gets a copy per task."""
     for slot in shadow.slots:
         coupling.drop(slot)

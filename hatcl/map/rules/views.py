@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..coupling import Coupling
-from ..shadow import Axis, Shadow, Slot, always_on, reshape, settle, varying
+from ..shadow import ParameterAxis, Shadow, Slot, always_on, reshape, settle, varying
 from .registry import Call, Moved, rule, unknown
 
 
@@ -25,7 +25,7 @@ def fresh(call: Call, coupling: Coupling) -> None:
 @rule(
     "clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy", "positive", "to", "lift", "_conj", reads=False
 )
-def same(call: Call, coupling: Coupling) -> Moved:
+def identity(call: Call, coupling: Coupling) -> Moved:
     """The values where they are."""
     return call.shadows[0]
 
@@ -74,11 +74,11 @@ def move(call: Call, coupling: Coupling) -> Moved:
     s = call.shadows[0]
     if _picks_unknown(call):
         return unknown(call, coupling)
-    return s and _moved(call, s, [_on_labels(call, slot) for slot in s.slots])
+    return s and _for_outputs(call, s, [_on_labels(call, slot) for slot in s.slots])
 
 
 @rule("index", "gather", "index_select", reads=False)
-def pick(call: Call, coupling: Coupling) -> Moved:
+def index(call: Call, coupling: Coupling) -> Moved:
     """Values picked by index. Units in the index alone are forgotten."""
     if call.shadows[0] is None and not _picks_unknown(call):
         return unknown(call, coupling) if any(s and s.slots for s in call.shadows[1:]) else Shadow()
@@ -102,7 +102,7 @@ def pad(call: Call, coupling: Coupling) -> Moved:
             moved.append([replace(slot, ids=ids.expand(call.out.shape), clean=slot.clean and zero)])
         else:
             moved.append(_on_labels(call, slot))
-    return _moved(call, s, moved)
+    return _for_outputs(call, s, moved)
 
 
 def _picks_unknown(call: Call) -> bool:
@@ -116,7 +116,7 @@ def _on_labels(call: Call, slot: Slot) -> list[Slot]:
     return [replace(slot, ids=settle(x) if varying(x) else x) for x in call.on_labels(ids)]
 
 
-def _moved(call: Call, s: Shadow, moved: Sequence[Sequence[Slot]]) -> list[Shadow]:
+def _for_outputs(call: Call, s: Shadow, moved: Sequence[Sequence[Slot]]) -> list[Shadow]:
     """The outputs' shadows. moved: for each slot of the input, those of the outputs."""
     return [replace(s, slots=tuple(slots[i] for slots in moved)) for i in range(len(call.outs))]
 
@@ -124,9 +124,9 @@ def _moved(call: Call, s: Shadow, moved: Sequence[Sequence[Slot]]) -> list[Shado
 @rule("index_put", reads=False)
 def index_put(call: Call, coupling: Coupling) -> Shadow:
     """Values are put where an index says."""
-    target, index, source = call.args[:3]
+    target, where, source = call.args[:3]
     x, values = coupling.shadow(target) or Shadow(), coupling.shadow(source) or Shadow()
-    where = [None if i is None else i.cpu() for i in index]
+    where = [None if i is None else i.cpu() for i in where]
     slots = []
     for i in range(max(len(x.slots), len(values.slots))):
         a, b = x.slot(i, target.shape), values.slot(i, source.shape)
@@ -166,17 +166,17 @@ def _join(coupling: Coupling, parts: list[Shadow | None], shapes: list[Sequence[
     """Concatenate shadows; slots are matched by the dimensions they run along, `dim` itself aside."""
     given = [s for s in parts if s is not None]
     acts = any(not s.of_parameters for s in given)
-    rows = _matched([s if s is not None and not (acts and s.of_parameters) else None for s in parts], dim)
+    rows = _in_rows([s if s is not None and not (acts and s.of_parameters) else None for s in parts], dim)
     if acts:
         _take_in(coupling, rows, parts, dim)
-    slots = tuple(_joined(row, shapes, dim, out) for row in rows)
+    slots = tuple(_one_slot(row, shapes, dim, out) for row in rows)
     sources = frozenset() if acts else frozenset().union(*[s.sources for s in given])
     if not acts and not sources:
         return Shadow()
     return Shadow(slots, sources, frozenset().union(*[s.pending for s in given]))
 
 
-def _matched(parts: list[Shadow | None], dim: int) -> list[_Row]:
+def _in_rows(parts: list[Shadow | None], dim: int) -> list[_Row]:
     """Rows of slots that run along the same dimensions."""
     rows: list[_Row] = []
     for i, s in enumerate(parts):
@@ -206,13 +206,13 @@ def _take_in(coupling: Coupling, rows: list[_Row], parts: list[Shadow | None], d
                 coupling.fold(slot)
 
 
-def _joined(row: _Row, shapes: list[Sequence[int]], dim: int, out: Tensor) -> Slot:
+def _one_slot(row: _Row, shapes: list[Sequence[int]], dim: int, out: Tensor) -> Slot:
     """One slot of the output. A part without one is always on there."""
     constant = [
         d for d in range(out.dim()) if d != dim and all(f is None or d not in varying(f.ids) for f in row.slots)
     ]
     pieces: list[Tensor] = []
-    folds: frozenset[Axis] | None = frozenset()
+    folds: frozenset[ParameterAxis] | None = frozenset()
     for slot, shape in zip(row.slots, shapes, strict=False):
         ids = slot.ids if slot is not None else always_on(shape)
         for d in constant:
