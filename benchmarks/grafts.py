@@ -33,6 +33,7 @@ from torch import nn
 import hatcl
 from hatcl import atlas, grafts
 from hatcl.continual import LearnOptions, TextData, label_word_task, learn_sequence, read_texts
+from hatcl.engine.measures import agreement, gain_kept, predict
 from hatcl.finetuning import FinetuneOptions, FinetuneTask, finetune_, k_shot, labels_task, trained_names
 from hatcl.report.calibration import draw_graft_curve
 
@@ -159,12 +160,12 @@ def rows(
     test, outside = (list(t.batches("test", 64)) if t else [] for t in (task, other))
     only = trained_names(task, FinetuneOptions())
     base = task.model
-    truth = grafts.predict(finetuned, test, task.logits)
+    truth = predict(finetuned, test, task.logits)
 
     def row(model: nn.Module) -> dict[str, float]:
-        found = grafts.predict(model, test, task.logits)
-        out = {"accuracy": found.accuracy, "ece": found.calibration().ece, "agreement": grafts.agreement(found, truth)}
-        return out | ({"ood": grafts.predict(model, outside, task.logits).accuracy} if outside else {})
+        found = predict(model, test, task.logits)
+        out = {"accuracy": found.accuracy, "ece": found.calibration().ece, "agreement": agreement(found, truth)}
+        return out | ({"ood": predict(model, outside, task.logits).accuracy} if outside else {})
 
     def graft(way: str, s: float) -> hatcl.Graft:
         if way == "learned":
@@ -183,7 +184,7 @@ def rows(
             made = graft(way, s)
             with made.applied(base):
                 measured = row(base)
-            gain = grafts.gain_kept(*ends, measured["accuracy"])
+            gain = gain_kept(*ends, measured["accuracy"])
             out["grafts"][f"{way} {s:g}"] = {**measured, "gain": gain, "size": made.size}
     return out
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import hatcl
-from hatcl.grafts import gain_kept
+from hatcl.engine.measures import gain_kept
 
 torch.manual_seed(0)
 x, labels = (torch.tensor(a).float() for a in load_digits(return_X_y=True))

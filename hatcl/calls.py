@@ -1,4 +1,4 @@
-"""A model on any batch, and every value in what it gives.
+"""A model on any batch, in the forms that loaders give them, and every value in what it gives.
 
 What is proved of a model is proved of what these functions find. So an object that they cannot look into is an error,
 never nothing.
@@ -16,21 +16,125 @@ import random
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import SUPPORTED_NODES
 
 from .errors import ConfigError, HATError
 from .functional import digest_of
 
+Batches = Iterable[Any]
+Head = Callable[[Tensor], Tensor]
+
 
 class OutputError(HATError, TypeError):
     """A forward gives something in which no value can be found."""
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """Inputs and labels of a batch: `(inputs, labels)`, inputs alone, or a mapping of keyword arguments, of which
+    `labels` are the labels. None where there are no labels.
+
+    Raises:
+        ConfigError: a tuple or list of none or of more than two.
+    """
+    if isinstance(batch, Mapping):
+        return {k: v for k, v in batch.items() if k != "labels"}, batch.get("labels")
+    if isinstance(batch, (tuple, list)):
+        if len(batch) not in (1, 2):
+            raise ConfigError(
+                f"batches: got a batch of {len(batch)} parts, expected inputs or (inputs, labels); put several inputs "
+                "into one tuple or mapping"
+            )
+        return batch[0], (batch[1] if len(batch) > 1 else None)
+    return batch, None
+
+
+def one_by_one(inputs: Any) -> Iterator[Any]:
+    """The examples of a batch's inputs one by one, each as a batch of one."""
+    if isinstance(inputs, Tensor):
+        yield from inputs.split(1)
+    elif isinstance(inputs, Mapping):
+        for parts in zip(*map(one_by_one, inputs.values()), strict=True):
+            yield dict(zip(inputs, parts, strict=True))
+    else:
+        yield from zip(*map(one_by_one, inputs), strict=True)
+
+
+def examples_in(batch: Any) -> int:
+    """How many examples a batch of (inputs, labels) or a mapping has; others count as one."""
+    inputs, labels = split_batch(batch)
+    for part in (labels, *(inputs.values() if isinstance(inputs, Mapping) else (inputs,))):
+        if isinstance(part, Tensor) and part.dim() and len(part):
+            return len(part)
+    return 1
+
+
+def again(batches: Batches, what: str) -> Batches:
+    """The batches, if they can be passed over more than once.
+
+    Raises:
+        ConfigError: an iterator, which is used up after one pass.
+    """
+    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
+        raise ConfigError(
+            f"{what}: got {type(batches).__name__}, expected batches that can be passed over in every epoch; pass a "
+            "list or a DataLoader"
+        )
+    return batches
+
+
+def one_pass(batches: Batches, what: str, otherwise: str = "there are none") -> Iterator[Any]:
+    """The batches, once.
+
+    Args:
+        otherwise: what the error says where none comes.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    seen = False
+    for batch in batches:
+        seen = True
+        yield batch
+    if not seen:
+        raise ConfigError(f"{what}: {otherwise}; pass a list or a DataLoader with batches in it")
+
+
+def endless(batches: Batches, what: str) -> Iterator[Any]:
+    """The batches, from the start over when they run out.
+
+    Raises:
+        ConfigError: there are none, or they can be passed over only once.
+    """
+    yield from one_pass(batches, what)
+    while True:
+        yield from one_pass(batches, what, "they can be read only once")
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device; what else is in it stays."""
+    if isinstance(inputs, (Tensor, PackedSequence)):
+        return inputs.to(device, non_blocking=True)  # type: ignore[arg-type]  # PackedSequence says less than it takes
+    if isinstance(inputs, Mapping):
+        return {k: moved(v, device) for k, v in inputs.items()}
+    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):
+        return type(inputs)(*(moved(v, device) for v in inputs))
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(moved(v, device) for v in inputs)
+    return inputs
+
+
+# ---- a model on a batch ----------------------------------------------------------------------------------------------
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -42,6 +146,42 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, (list, tuple)):
         return model(*inputs)
     return model(inputs)
+
+
+def outputs(model: nn.Module, inputs: Any, head: Head | None = None) -> Tensor:
+    """The logits of a batch's inputs, computed where the model is.
+
+    Args:
+        head: from what the model gives to logits; None = it gives logits.
+
+    Raises:
+        ConfigError: the model gives something else than a tensor or an output with `logits`.
+    """
+    first = next(iter(model.parameters()), None)
+    out = tensor_of(call(model, inputs if first is None else moved(inputs, first.device)))
+    return out if head is None else head(out)
+
+
+def tensor_of(out: Any) -> Tensor:
+    """The logits of a model's output."""
+    got = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if not isinstance(got, Tensor):
+        raise ConfigError(
+            f"the model gives a {type(out).__name__}, expected logits: a tensor or an output with logits; pass a "
+            "forward= or logits_fn= that gives them where there is one; for embeddings of a timm or transformers model "
+            "compose hatcl.atlas.encoder(model) and give the task a head"
+        )
+    return got
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Any, Tensor], head: Head | None = None) -> Tensor:
+    """The mean cross-entropy of a batch (inputs, labels)."""
+    inputs, labels = split_batch(batch)
+    logits = outputs(model, inputs, head)
+    return F.cross_entropy(logits, labels.to(logits.device))
+
+
+# ---- every value in what it gives ------------------------------------------------------------------------------------
 
 
 def tensors_of(out: Any, name: str = "output") -> list[Tensor]:
@@ -285,53 +425,3 @@ def _as_tensor(path: str, x: Any) -> Tensor:
         return torch.tensor(x)
     text = bytes(x) if isinstance(x, (bytes, bytearray)) else str(x).encode("utf-8", "surrogatepass")
     return torch.frombuffer(bytearray(type(x).__name__.encode() + b" " + text), dtype=torch.uint8)
-
-
-Head = Callable[[Tensor], Tensor]
-
-
-def outputs(model: nn.Module, inputs: Any, head: Head | None = None) -> Tensor:
-    """Logits of a batch, on the model's device.
-
-    Raises:
-        ConfigError: the model gives something else than a tensor or an output with `logits`.
-    """
-    first = next(iter(model.parameters()), None)
-    inputs = inputs if first is None else moved(inputs, first.device)
-    if isinstance(inputs, Mapping):
-        out = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        out = model(*inputs)
-    else:
-        out = model(inputs)
-    out = tensor_of(out)
-    return out if head is None else head(out)
-
-
-def tensor_of(out: Any) -> Tensor:
-    """The logits of a model's output."""
-    got = out if isinstance(out, Tensor) else getattr(out, "logits", None)
-    if not isinstance(got, Tensor):
-        raise ConfigError(
-            f"the model gives {type(out).__name__}, expected a tensor or an output with logits; for embeddings of a "
-            "timm or transformers model compose hatcl.atlas.encoder(model) and give the task a head"
-        )
-    return got
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Any, Tensor], head: Head | None = None) -> Tensor:
-    """The mean cross-entropy of a batch (inputs, labels)."""
-    x, y = batch
-    logits = outputs(model, x, head)
-    return F.cross_entropy(logits, y.to(logits.device))
-
-
-def moved(inputs: Any, device: torch.device) -> Any:
-    """Tensors in a batch, moved."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
-    if isinstance(inputs, Mapping):
-        return {k: moved(v, device) for k, v in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(moved(v, device) for v in inputs)
-    return inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import random
 import weakref
 from typing import Any
@@ -15,7 +16,23 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from hatcl.calls import OutputError, call, seeded, tensors_of, values_of
+from hatcl import ConfigError
+from hatcl.calls import (
+    OutputError,
+    again,
+    call,
+    cross_entropy,
+    endless,
+    examples_in,
+    moved,
+    one_by_one,
+    one_pass,
+    outputs,
+    seeded,
+    split_batch,
+    tensors_of,
+    values_of,
+)
 
 ONE, TWO = torch.arange(3.0), torch.tensor([[1.0, -0.0]])
 Pair = collections.namedtuple("Pair", "left right")
@@ -172,3 +189,90 @@ def test_seeded_draws_are_the_same_and_leave_no_trace():
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
     assert all(a != b for a, b in zip(draw(), first, strict=True))
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs", "labels"),
+    [
+        ((ONE, TWO), ONE, TWO), ([ONE], ONE, None), (ONE, ONE, None), (((ONE, ONE), TWO), (ONE, ONE), TWO),
+        ({"x": ONE, "labels": TWO}, {"x": ONE}, TWO), ({"x": ONE}, {"x": ONE}, None),
+    ],
+)  # fmt: skip
+def test_a_batch_is_split(batch, inputs, labels):
+    assert split_batch(batch) == (inputs, labels)
+
+
+@pytest.mark.parametrize("batch", [(), [], (ONE, ONE, TWO)])
+def test_a_batch_of_other_parts_is_refused(batch):
+    with pytest.raises(ConfigError, match=rf"a batch of {len(batch)} parts, expected inputs or \(inputs, labels\)"):
+        split_batch(batch)
+
+
+def test_the_examples_of_a_batch():
+    x, y = torch.zeros(5, 2), torch.zeros(5)
+    assert [examples_in(b) for b in ((x, y), {"ids": x, "labels": y}, {"ids": x}, x, ({"a": x}, y))] == [5] * 5
+    assert examples_in(([x], "text")) == examples_in("text") == 1
+    x = torch.arange(6.0).view(3, 2)
+    assert [t.tolist() for t in one_by_one(x)] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert [(a.tolist(), b.tolist()) for a, b in one_by_one((x, x[:, 0]))][2] == ([[4, 5]], [4])
+    assert [e["b"].tolist() for e in one_by_one({"a": x, "b": x[:, 1]})] == [[1], [3], [5]]
+
+
+def test_passes_over_batches():
+    assert list(one_pass([1, 2], "x")) == [1, 2]
+    assert list(itertools.islice(endless([1, 2], "x"), 5)) == [1, 2, 1, 2, 1]
+    with pytest.raises(ConfigError, match="x: there are none; pass a list or a DataLoader"):
+        next(one_pass([], "x"))
+    with pytest.raises(ConfigError, match="x: there are none"):
+        next(endless([], "x"))
+    with pytest.raises(ConfigError, match="x: they can be read only once; pass a list"):
+        list(endless(iter([1]), "x"))
+
+
+def test_what_is_in_a_batch_is_moved_and_keeps_its_kind():
+    packed = nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
+    batch = {"pair": Pair(ONE, "left alone"), "list": [ONE, (ONE, 3)], "packed": packed}
+    there = moved(batch, torch.device("meta"))
+    assert [t.device.type for t in tensors_of(there)] == ["meta"] * 4 + ["cpu"]  # of a packed sequence its lengths stay
+    assert isinstance(there["pair"], Pair) and there["pair"].right == "left alone" and there["list"][1][1] == 3
+
+
+def test_an_iterator_is_refused():
+    with pytest.raises(ConfigError, match="validation: got list_iterator, expected batches that can be passed over"):
+        again(iter([1]), "validation")
+    with pytest.raises(ConfigError, match="got int"):
+        again(3, "batches")
+
+
+class Takes(nn.Module):
+    def __init__(self, give):
+        super().__init__()
+        self.give = give
+
+    def forward(self, a, b=2.0):
+        return self.give(a * b)
+
+
+def test_inputs_are_one_tensor_several_or_named():
+    model, x = Takes(lambda t: t), torch.ones(2, 3)
+    assert outputs(model, x).sum() == 12
+    assert outputs(model, (x, 3.0)).sum() == 18
+    assert outputs(model, {"a": x, "b": 4.0}, head=lambda t: -t).sum() == -24
+
+
+def test_an_output_without_logits_is_refused():
+    with pytest.raises(
+        ConfigError,
+        match="the model gives a tuple, expected logits: a tensor or an output with logits; .* hatcl.atlas.encoder",
+    ):
+        outputs(Takes(lambda t: (t,)), torch.ones(1))
+
+
+def test_the_loss_of_a_batch():
+    x, y = torch.eye(2), torch.tensor([0, 1])
+    want = nn.functional.cross_entropy(x, y)
+    assert torch.equal(cross_entropy(nn.Identity(), (x, y)), want)
+    assert torch.equal(cross_entropy(nn.Identity(), {"input": x, "labels": y}), want)

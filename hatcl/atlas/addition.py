@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import cross_entropy
-from ..data.batches import Zipped, again
+from ..calls import again, cross_entropy
+from ..data.batches import Zipped
 from ..engine.measures import accuracy
 from ..errors import ConfigError
 from .fitting import Fitted, Path_, Select, fit

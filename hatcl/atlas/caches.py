@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calls import Head, cross_entropy, outputs
-from ..data.batches import Batches, again
+from ..calls import Batches, Head, again, cross_entropy, one_pass, outputs
+from ..engine.measures import top1
 from ..errors import ConfigError
 from ..lend import Evaluating
 from .fewshot import OPTIONS, STEPS, by_accuracy, repeated
@@ -190,7 +190,7 @@ def lp_plus_plus(
         score = float(k)
         if held is not None:
             logits = LPPlusPlus(weight, alpha, t)(held[0])
-            score = float((logits.argmax(-1) == held[1]).double().mean())
+            score = top1(logits, held[1])
         if score >= best[0]:
             best = (score, weight, alpha)
     return LPPlusPlus(best[1], best[2], t)
@@ -204,9 +204,7 @@ def gather(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
         ConfigError: no examples, or a model that gives no vector per example.
     """
     with Evaluating(model):
-        pairs = [(outputs(model, x).float(), y) for x, y in batches]
-    if not pairs:
-        raise ConfigError("batches: none; expected at least one of (inputs, labels)")
+        pairs = [(outputs(model, x).float(), y) for x, y in one_pass(batches, "batches")]
     if pairs[0][0].dim() != 2:
         raise ConfigError(
             f"the model gives shape {list(pairs[0][0].shape)}, expected embeddings [batch, d]; use hatcl.atlas.encoder"

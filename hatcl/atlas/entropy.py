@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calls import Head, outputs
-from ..data.batches import Batches, again
+from ..calls import Batches, Head, again, outputs, split_batch
 from ..errors import ConfigError, NonFiniteLossError
 
 NORMS = (
@@ -48,7 +46,7 @@ def minimise_entropy(
     optimizer = torch.optim.Adam(list(parameters.values()), lr=lr)
     for _ in range(epochs):
         for batch in again(batches, "batches"):
-            loss = mean_entropy(outputs(out, without_labels(batch), head))
+            loss = mean_entropy(outputs(out, split_batch(batch)[0], head))
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteLossError(f"minimise_entropy: the entropy is {float(loss.detach())}; lower lr ({lr:g})")
             optimizer.zero_grad()
@@ -74,8 +72,3 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def mean_entropy(logits: Tensor) -> Tensor:
     """`-mean_b sum_c p log p`."""
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
-
-
-def without_labels(batch: Any) -> Any:
-    """The inputs of a batch: (inputs, labels) or inputs alone."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch

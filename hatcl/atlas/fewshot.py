@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..calls import Head, cross_entropy
-from ..data.batches import Batches, Repeated, again
+from ..calls import Batches, Head, again, cross_entropy
+from ..data.batches import Repeated
 from ..engine.measures import accuracy
 from .fitting import Fitted, Path_, Select, fit
 from .linear import Composed

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batches, again
+from ..calls import Batches, again
 from ..engine.folder import random_state, set_random_state
 from ..errors import ConfigError, IntegrityError, NonFiniteLossError, VectorError
 from ..files import write_files

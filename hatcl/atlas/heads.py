@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calls import Batches
 from ..config import one_of
-from ..data.batches import Batches
 from ..errors import ConfigError
 from .caches import gather
 

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calls import Head, moved, outputs
+from ..calls import Batches, Head, again, moved, one_pass, outputs, split_batch
 from ..config import one_of
-from ..data.batches import Batches, again
 from ..errors import ConfigError
-from .entropy import mean_entropy, without_labels
+from .entropy import mean_entropy
 from .fewshot import by_accuracy
 from .fitting import Path_, fit
 from .linear import Composed
@@ -82,18 +81,16 @@ def learn_predictor(
     """
     one_of("objective", objective, OBJECTIVES)
     chosen = OPTIONS.changed(options)
-    first = next(iter(again(batches, "batches")), None)
-    if first is None:
-        raise ConfigError("batches: none; expected at least one")
+    first = next(one_pass(again(batches, "batches"), "batches"))
     device = composer.coefficients.device
     with torch.no_grad():
-        seen = features(moved(without_labels(first), device))
+        seen = features(moved(split_batch(first)[0], device))
     if seen.dim() != 2:
         raise ConfigError(f"features: gave shape {list(seen.shape)}, expected [batch, d]")
     model = Predicted(composer, features, seen.shape[1])
 
     def loss(batch: Any) -> Tensor:
-        logits = outputs(model, without_labels(batch), head)
+        logits = outputs(model, split_batch(batch)[0], head)
         return mean_entropy(logits) if objective == "entropy" else F.cross_entropy(logits, batch[1].to(device))
 
     fit(

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calls import Head, outputs
+from ..calls import Batches, Head, again, one_pass, outputs
 from ..config import one_of
-from ..data.batches import Batches, again
 from ..errors import ConfigError, VectorError
 from ..vectors.task_vector import Delta, TaskVector
 from ..vectors.tensors import Lazy
@@ -148,13 +147,9 @@ def _gradient(
     parameters = dict(work.named_parameters())
     for name in blocks:
         parameters[name].requires_grad_(True)
-    count = 0
-    for inputs, labels in batches:
+    for inputs, labels in one_pass(batches, "batches"):
         logits = outputs(work, inputs, head)
         loss(logits, labels.to(logits.device)).backward()
-        count += 1
-    if not count:
-        raise ConfigError("batches: none; expected at least one of (inputs, labels)")
     return {n: g for n in blocks if (g := parameters[n].grad) is not None}
 
 

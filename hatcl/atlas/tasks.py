@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..calls import Head
-from ..data.batches import Batches
+from ..calls import Batches, Head
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from rich.table import Table
 import hatcl
 
 from ..engine import folder as checkpoints
+from ..engine.measures import BINS, Calibration
 from ..errors import ConfigError
 from ..files import write_files
 from ..finetuning import load_run
-from ..grafts import Calibration, Graft, GraftOptions, GraftScores, LearnedGraft
-from ..grafts.measures import BINS
+from ..grafts import Graft, GraftOptions, GraftScores, LearnedGraft
 from ..report.calibration import draw_graft_curve, draw_reliability
 from ..report.picture import short
 from .atlas import spelled_out

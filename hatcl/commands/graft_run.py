@@ -21,6 +21,7 @@ import hatcl
 from ..data.images import Images, npz_task
 from ..data.texts import read_texts
 from ..engine import folder as checkpoints
+from ..engine.measures import Predictions, agreement, gain_kept, predict
 from ..errors import ConfigError, GraftError, IntegrityError
 from ..files import complete, replaced_folder, sha256_of
 from ..finetuning import Run
@@ -29,7 +30,6 @@ from ..finetuning.tasks import Examples
 from ..grafts import Graft, GraftOptions, GraftScores, LearnedGraft, candidates, learn_graft, select_graft
 from ..grafts import files as graft_files
 from ..grafts.graft import size_of
-from ..grafts.measures import Predictions, agreement, gain_kept, predict
 from ..hat.gates import gates_of
 from ..map.grains import make_grain
 from ..map.units import UnitMap

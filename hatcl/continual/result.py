@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.measures import average_accuracy, backward_transfer, forward_transfer, zero_shot_transfer
+from ..engine.measures import average_accuracy, backward_transfer, forward_transfer, matrix, zero_shot_transfer
 
 
 @dataclass
@@ -34,10 +34,7 @@ class SequenceResult:
     @property
     def matrix(self) -> np.ndarray:
         """R as an array `[T, T]`."""
-        out = np.full((len(self.tasks), len(self.tasks)), np.nan)
-        for i, row in enumerate(self.rows):
-            out[i] = row
-        return out
+        return matrix(self.rows, len(self.tasks))
 
     @property
     def average_accuracy(self) -> float:

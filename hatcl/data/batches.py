@@ -1,27 +1,11 @@
-"""Batches: passed over again, side by side, repeated."""
+"""Batches of several tasks side by side, and batches repeated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
-from ..errors import ConfigError
-
-Batches = Iterable[Any]
-
-
-def again(batches: Batches, what: str) -> Batches:
-    """The batches, if they can be passed over more than once.
-
-    Raises:
-        ConfigError: an iterator, which is used up after one pass.
-    """
-    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
-        raise ConfigError(
-            f"{what}: got {type(batches).__name__}, expected batches that can be passed over in every epoch; pass a "
-            "list or a DataLoader"
-        )
-    return batches
+from ..calls import Batches, endless
 
 
 class Zipped:
@@ -34,7 +18,7 @@ class Zipped:
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         if self.follow_first:
-            return zip(self.loaders[0], *(_forever(x) for x in self.loaders[1:]), strict=False)
+            return zip(self.loaders[0], *(endless(x, "batches") for x in self.loaders[1:]), strict=False)
         return zip(*self.loaders, strict=False)
 
     def __len__(self) -> int:
@@ -62,13 +46,3 @@ def lengths(loaders: Sequence[Batches]) -> int:
     if len(sizes) < len(loaders):
         raise TypeError("batches without a length")
     return min(sizes)
-
-
-def _forever(batches: Batches) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            return

@@ -73,7 +73,7 @@ class FinetuneTask:
 
     @staticmethod
     def logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`[B, C]` and the labels `[B]` of a batch, on the model's device, as `hatcl.grafts.predict` takes them."""
+        """`[B, C]` and the labels `[B]` of a batch, on the model's device, as `engine.measures.predict` takes them."""
         found = outputs(model, batch[0])
         return found, batch[1].to(found.device)
 

@@ -3,12 +3,11 @@
 from .graft import Graft, overlaps, union
 from .hold import hold
 from .learned import LearnedGraft, learn_graft
-from .measures import Calibration, Predictions, agreement, gain_kept, predict
 from .options import PUBLISHED, GraftOptions
 from .scores import GraftScores
 from .selection import candidates, select_graft
 
 __all__ = [
-    "PUBLISHED", "Calibration", "Graft", "GraftOptions", "GraftScores", "LearnedGraft", "Predictions", "agreement",
-    "candidates", "gain_kept", "hold", "learn_graft", "overlaps", "predict", "select_graft", "union",
+    "PUBLISHED", "Graft", "GraftOptions", "GraftScores", "LearnedGraft", "candidates", "hold", "learn_graft",
+    "overlaps", "select_graft", "union",
 ]  # fmt: skip

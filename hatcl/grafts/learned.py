@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, GraftError, NonFiniteLossError
+from ..calls import again, endless, examples_in, one_pass
+from ..errors import GraftError, NonFiniteLossError
 from ..lend import lent
-from ..vectors.merging.batches import split
 from ..vectors.select import largest
 from ..vectors.tensors import Kind, Lazy, Source, tied_names
 from . import inplace
@@ -332,7 +332,7 @@ class _Learner:
             for p, name in _parameters(self.model, self.kinds).items() if backward else ():
                 stack.enter_context(p.register_post_accumulate_grad_hook(functools.partial(self._take, name)))
             for batch in batches:
-                self.weight = examples(batch)
+                self.weight = examples_in(batch)
                 loss = self.loss_fn(self.model, batch)
                 if not isinstance(loss, Tensor) or loss.numel() != 1 or (backward and not loss.requires_grad):
                     got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -457,15 +457,6 @@ def top(values: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     return {n: at[part] for (n, (at, _)), part in zip(found.items(), parts, strict=True) if bool(part.any())}
 
 
-def examples(batch: Any) -> int:
-    """How many examples a batch of (inputs, labels) or a mapping has; others count as one."""
-    inputs, labels = split(batch)
-    for part in (labels, *(inputs.values() if isinstance(inputs, Mapping) else (inputs,))):
-        if isinstance(part, Tensor) and part.dim() and len(part):
-            return len(part)
-    return 1
-
-
 class _Stream:
     """The batches of one step after another.
 
@@ -474,13 +465,8 @@ class _Stream:
     """
 
     def __init__(self, batches: Iterable[Any], accumulate: int | None) -> None:
-        if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
-            raise ConfigError(
-                f"batches: got {type(batches).__name__}, expected batches that can be read again; pass a list or a "
-                "DataLoader"
-            )
-        self.batches, self.accumulate = batches, accumulate
-        self.endless = self._again()
+        self.batches, self.accumulate = again(batches, "batches"), accumulate
+        self.endless = endless(batches, "batches")
         self.first: list[Any] = []
 
     def step(self) -> Iterator[Any]:
@@ -494,16 +480,7 @@ class _Stream:
         return self.first
 
     def _pass(self) -> Iterator[Any]:
-        seen = 0
-        for batch in self.batches:
-            seen += 1
-            yield batch
-        if not seen:
-            raise ConfigError("batches: there are none; pass a list or a DataLoader with batches in it")
-
-    def _again(self) -> Iterator[Any]:
-        while True:
-            yield from self._pass()
+        return one_pass(self.batches, "batches")
 
 
 def _parameters(model: nn.Module, pairs: Mapping[str, Any]) -> dict[nn.Parameter, str]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..engine.measures import Calibration
 from ..errors import ConfigError
-from ..grafts.measures import Calibration
 from .heatmap import LINES
 from .picture import BAR, FREE, INK, MUTED, dress, new_figure, png, short
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.hooks import RemovableHandle
 
+from ..calls import device_of, moved
 from ..config import flag, known_options, number, one_of, whole
 from ..errors import ConfigError, SkillError
 from ..shards import check_whole
@@ -324,7 +325,7 @@ class ILoRA:
             SkillError: see `consistency`; the memory is empty after the first task; the loss on it is not finite.
             ConfigError: no batch.
         """
-        zero = torch.zeros((), device=self._device())
+        zero = torch.zeros((), device=device_of(self.model))
         if not self.enabled or not (self.config.consistency_weight or self.replay):
             return zero
         if self.on == "batch":
@@ -358,13 +359,13 @@ class ILoRA:
                 adapter is active than the plastic one.
         """
         if not self.enabled:
-            return torch.zeros((), device=self._device())
+            return torch.zeros((), device=device_of(self.model))
         if self.model.active_adapter != self.plastic:
             raise SkillError(
                 f"the adapter {self.model.active_adapter!r} is active, expected {self.plastic!r}, which learns; call "
                 f"set_adapter({self.plastic!r})"
             )
-        batch = _moved(batch, self._device())
+        batch = moved(batch, device_of(self.model))
         plastic = self._stacks(batch)
         with torch.no_grad(), using(self.model, self.stable, evaluate=True):
             stable = self._stacks(batch)
@@ -383,7 +384,12 @@ class ILoRA:
                 f"hidden_states gave {len(given)} items, {len(stacks)} of them Hidden; expected all or none"
             )
         if not stacks:
-            stacks = [Hidden([h for h in given if isinstance(h, Tensor)], _entry(batch, "attention_mask"))]
+            stacks = [
+                Hidden(
+                    [h for h in given if isinstance(h, Tensor)],
+                    batch.get("attention_mask") if isinstance(batch, Mapping) else None,
+                )
+            ]
         for stack in stacks:
             for i in self.config.hidden_state_layers:
                 if not -len(stack.states) <= i < len(stack.states):
@@ -427,9 +433,9 @@ class ILoRA:
         """
         examples = self.memory.sample(n or self.batch_size)
         if self.collate is not None:
-            return _moved(self.collate(examples), self._device())
+            return moved(self.collate(examples), device_of(self.model))
         try:
-            return _moved(default_collate(examples), self._device())
+            return moved(default_collate(examples), device_of(self.model))
         except (RuntimeError, TypeError, KeyError) as error:
             raise SkillError(
                 f"torch's default_collate makes no batch of the memory's examples ({error}); pass collate=, such as "
@@ -487,10 +493,6 @@ class ILoRA:
         if self.enabled:
             ilora_files.load(self, Path(folder), task_id)
 
-    def _device(self) -> torch.device:
-        first = next(iter(self.model.parameters()), None)
-        return torch.device("cpu") if first is None else first.device
-
 
 def hidden_states_of(model: Any, batch: Any) -> list[Hidden]:
     """The hidden states of a transformers model with what is padding: `attention_mask` for encoders and decoders alone;
@@ -547,17 +549,3 @@ def _mse(plastic: Tensor, stable: Tensor, mask: Tensor | None) -> Tensor:
     if not plastic.numel():
         raise SkillError("the batch is nothing but padding: attention_mask is all 0, or all labels are masked (-100)")
     return F.mse_loss(plastic.float(), stable.float())
-
-
-def _entry(batch: Any, name: str) -> Any:
-    return batch.get(name) if isinstance(batch, Mapping) else None
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, (Tensor, nn.Module)):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch

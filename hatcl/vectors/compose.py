@@ -9,7 +9,7 @@ learned. Shapes: `T` vectors, `G` groups of the grain.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from ..calls import inside
 from ..errors import IntegrityError, VectorError
 from ..functional import digest_of
 from ..map.grains import Grain, make_grain
@@ -189,7 +190,7 @@ class Composer(nn.Module):
         finally:
             self._put_back(before)
         again = _Again(self, composed)
-        for node in {t.grad_fn for t in _tensors(out) if t.grad_fn is not None}:
+        for node in {t.grad_fn for _, t in inside(out) if isinstance(t, Tensor) and t.grad_fn is not None}:
             node.register_prehook(again)
         return out
 
@@ -337,20 +338,6 @@ def _slots(model: nn.Module, tied: Mapping[str, str]) -> dict[str, list[tuple[nn
             held.append((module, attribute))
             module._parameters[attribute] = every[tied[name]]
     return out
-
-
-def _tensors(output: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """The tensors of a model's output, whatever they are packed in."""
-    seen = set() if seen is None else seen
-    if isinstance(output, Tensor):
-        yield output
-    elif id(output) not in seen and not isinstance(output, (nn.Module, type)):
-        seen.add(id(output))
-        inside = vars(output) if hasattr(output, "__dict__") else {}
-        if isinstance(output, Mapping):
-            inside = {**inside, **output}
-        for x in output if isinstance(output, (list, tuple, set)) else inside.values():
-            yield from _tensors(x, seen)
 
 
 def _version(t: Tensor) -> int:

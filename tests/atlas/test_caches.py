@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_named():
         lp_plus_plus(composer, shots, torch.ones(10, 3))
     with pytest.raises(ConfigError, match="class 10 has no shots; LP"):
         lp_plus_plus(composer, shots, torch.ones(11, 32))
-    with pytest.raises(ConfigError, match=r"batches: none; expected at least one of \(inputs, labels\)"):
+    with pytest.raises(ConfigError, match=r"batches: there are none; pass a list"):
         gather(composer, [])
     with pytest.raises(ConfigError, match=r"the model gives shape \[2, 3, 4\], expected embeddings \[batch, d\]"):
         gather(Give(), [(torch.ones(2, 3, 4), torch.ones(2))])

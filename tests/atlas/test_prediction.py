@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_named():
     _, composer, features, batches = world()
     with pytest.raises(ConfigError, match="objective: got 'mse', expected one of cross_entropy, entropy"):
         learn_predictor(composer, features, batches, objective="mse")
-    with pytest.raises(ConfigError, match="batches: none"):
+    with pytest.raises(ConfigError, match="batches: there are none"):
         learn_predictor(composer, features, [])
     with pytest.raises(ConfigError, match=r"features: gave shape \[100, 1, 8, 8\], expected \[batch, d\]"):
         learn_predictor(composer, lambda x: x, batches)

@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_named():
             select_blocks(base, vectors, batches, budget)
     with pytest.raises(ConfigError, match="batches: missing; choosing by blocks needs examples"):
         select_blocks(base, vectors)
-    with pytest.raises(ConfigError, match=r"batches: none; expected at least one of \(inputs, labels\)"):
+    with pytest.raises(ConfigError, match=r"batches: there are none; pass a list"):
         select_blocks(base, vectors, [])
     with pytest.raises(ConfigError, match=r"centroids and target of shapes \[\[2, 4\], \[3\]\]; expected \[2, d\]"):
         select_blocks(base, vectors, by="features", centroids=torch.ones(2, 4), target=torch.ones(3))

@@ -17,7 +17,7 @@ from vector_parts import Tied, moved, save
 from hatcl.errors import ConfigError, GraftError, NonFiniteLossError
 from hatcl.grafts import learned
 from hatcl.grafts.graft import Graft
-from hatcl.grafts.learned import LearnedGraft, examples, learn_graft, top
+from hatcl.grafts.learned import LearnedGraft, learn_graft, top
 from hatcl.grafts.options import PUBLISHED, GraftOptions
 from hatcl.grafts.scores import GraftScores, highest
 from hatcl.grafts.selection import select_graft
@@ -204,12 +204,6 @@ def test_batches_follow_one_another_and_start_over():
     seen.clear()
     learn_graft(pre, ft, loss, batches, 0.1, options={"steps": 2, "accumulate": 2}, validate=lambda m: 1.0)
     assert seen == [0, 1, 2, 0]
-
-
-def test_examples():
-    x, y = torch.zeros(5, 2), torch.zeros(5)
-    assert [examples(b) for b in ((x, y), {"input_ids": x, "labels": y}, {"input_ids": x}, x, ({"a": x}, y))] == [5] * 5
-    assert examples(([x], "text")) == examples("text") == 1
 
 
 # --- what is kept ---
@@ -594,7 +588,9 @@ def test_what_is_refused():
     refused(GraftError, go(start=other), "start: 1.weight is no part of it there and [16] among", "only=")
     refused(GraftError, go(start=other, only="3.*"), "start: 3.weight")
     refused(ConfigError, go(pre, ft, loss_of, []), "batches: there are none")
-    refused(ConfigError, go(pre, ft, loss_of, iter(batches)), "batches: got list_iterator", "read again")
+    refused(
+        ConfigError, go(pre, ft, loss_of, iter(batches)), "batches: got list_iterator", "passed over in every epoch"
+    )
     refused(ConfigError, go(options={"learning_rate": 1.0}), "GraftOptions has no option 'learning_rate'")
     refused(ConfigError, go(only="4.*"), "only: '4.*' matches none")
     refused(GraftError, go(pre, ft, lambda m, b: 1.0), "loss_fn: gave float", "scalar")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from hatcl.engine.measures import calibration
 from hatcl.errors import ConfigError
-from hatcl.grafts.measures import calibration
 from hatcl.report.calibration import draw_graft_curve, draw_reliability
 
 RED, BLUE = 0, 2

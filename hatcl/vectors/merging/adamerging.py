@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...calls import endless, split_batch
 from ...config import number, whole
 from ...errors import ConfigError
 from ..compose import Composer
 from ..task_vector import TaskVector
-from .batches import Forward, again, logits, split
-from .blocks import aligned, average, blockwise, per_vector, weighted
+from .blocks import Forward, aligned, average, blockwise, own_logits, per_vector, weighted
 from .registry import merge_method
 
 GRAINS = ("block", "global")
@@ -36,7 +36,7 @@ def adamerging(
     start: float = 0.3,
     steps: int = 500,
     lr: float = 1e-3,
-    forward: Forward = logits,
+    forward: Forward = own_logits,
 ) -> TaskVector:
     """`tau_l = sum_t lambda_tl tau_tl`, with the coefficients for which the merged model is surest of itself on
     unlabelled test inputs:
@@ -66,7 +66,10 @@ def adamerging(
     if grain not in GRAINS:
         raise ConfigError(f"grain: got {grain!r}, expected {' or '.join(GRAINS)}; hatcl.compose has the others")
     first, rate, steps = number("start", start, 0, 1), number("lr", lr, 0), whole("steps", steps, 0)
-    tasks = [again(b, i) for i, b in enumerate(per_vector("batches", batches, vectors, "iterable of batches"))]
+    tasks = [
+        endless(b, f"batches of task {i}")
+        for i, b in enumerate(per_vector("batches", batches, vectors, "iterable of batches"))
+    ]
     in_place = [v._map(lambda _, d: d._replace(value=aligned(d.value))) for v in vectors]
     composer = Composer(model, in_place, grain).eval()
     lam = composer.coefficients
@@ -76,7 +79,7 @@ def adamerging(
         for _ in range(steps):
             optimizer.zero_grad()
             for t, loader in enumerate(tasks):
-                entropy(forward(composer, split(next(loader))[0], t)).backward()
+                entropy(forward(composer, split_batch(next(loader))[0], t)).backward()
             optimizer.step()
             lam.data.clamp_(0, 1)
     column = {name: i if grain == "block" else 0 for i, name in enumerate(composer.grain.shapes)}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...calls import outputs
 from ...errors import ConfigError
 from ..task_vector import Delta, TaskVector
+
+Forward = Callable[[Any, Any, int], Tensor]
 
 
 def blockwise(vectors: Sequence[TaskVector], fn: Callable[[str, list[Tensor]], Tensor]) -> TaskVector:
@@ -50,7 +54,12 @@ def per_vector(option: str, values: object, vectors: Sequence[TaskVector], what:
     return list(values)
 
 
-def matrix(x: Tensor, convs: bool) -> Tensor | None:
+def own_logits(model: Any, inputs: Any, task: int = 0) -> Tensor:
+    """What a model says to inputs, whichever task they are of: the `Forward` that methods take by default."""
+    return outputs(model, inputs)
+
+
+def as_matrix(x: Tensor, convs: bool) -> Tensor | None:
     """A weight as a matrix `[out, in]`: matrices as they are, with `convs` also filters, flattened; else None."""
     if not x.numel() or not (x.dim() == 2 or (convs and x.dim() in (3, 4, 5))):
         return None

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
+from ...calls import one_by_one, one_pass, split_batch
 from ...config import number, whole
 from ...errors import ConfigError, VectorError
 from ..task_vector import TaskVector
 from ..tensors import check_fit, kinds_of, pick
-from .batches import Forward, examples, logits, split
-from .blocks import average, blockwise, per_vector, weighted
+from .blocks import Forward, average, blockwise, own_logits, per_vector, weighted
 from .registry import merge_method
 
 LABELS = ("expected", "sampled", "given")
@@ -38,7 +38,7 @@ def fisher(
     batches: Sequence[Iterable[Any]] | None = None,
     labels: str = "sampled",
     seed: int = 0,
-    forward: Forward = logits,
+    forward: Forward = own_logits,
     fishers: Sequence[Mapping[str, Tensor]] | None = None,
     weights: Sequence[float] | None = None,
     normalise: bool = True,
@@ -103,7 +103,7 @@ def diagonal_fisher(
     *,
     labels: str = "sampled",
     seed: int = 0,
-    forward: Forward = logits,
+    forward: Forward = own_logits,
     task: int = 0,
 ) -> dict[str, Tensor]:
     """The diagonal of a model's Fisher information, `[name]` of the parameter's shape:
@@ -131,8 +131,8 @@ def diagonal_fisher(
     sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
     generator, seen = torch.Generator().manual_seed(seed), 0
     with torch.inference_mode(False), torch.enable_grad():
-        for batch in batches:
-            inputs, given = split(batch)
+        for batch in one_pass(batches, f"batches of task {task}"):
+            inputs, given = split_batch(batch)
             if labels == "given" and (not isinstance(given, Tensor) or given.dim() != 1):
                 what = (
                     type(given).__name__ if not isinstance(given, Tensor) else f"a tensor of shape {list(given.shape)}"
@@ -141,7 +141,7 @@ def diagonal_fisher(
                     f"batches: labels='given' needs (inputs, labels), one class per example, got {what} for labels; "
                     "take labels='sampled' without them"
                 )
-            for i, x in enumerate(examples(inputs)):
+            for i, x in enumerate(one_by_one(inputs)):
                 out = forward(model, x, task)
                 if out.dim() != 2 or len(out) != 1:
                     raise ConfigError(f"forward: gives {list(out.shape)} for one example, expected logits [1, classes]")
@@ -152,8 +152,6 @@ def diagonal_fisher(
                         if g is not None:
                             total.addcmul_(g.to(total), g.to(total), value=share)
                 seen += 1
-    if not seen:
-        raise ConfigError(f"batches: those of task {task} are none; pass a list or a DataLoader with batches in it")
     return {n: total / seen for n, total in zip(named, sums, strict=True)}
 
 

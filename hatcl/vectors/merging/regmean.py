@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
+from ...calls import one_pass, split_batch
 from ...config import number
-from ...errors import ConfigError, VectorError
+from ...errors import VectorError
 from ...lend import Evaluating
 from ..task_vector import TaskVector
-from .batches import Forward, logits, split
-from .blocks import average, blockwise, per_vector, weighted
+from .blocks import Forward, average, blockwise, own_logits, per_vector, weighted
 from .registry import merge_method
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def regmean(
     *,
     model: nn.Module | None = None,
     batches: Sequence[Iterable[Any]] | None = None,
-    forward: Forward = logits,
+    forward: Forward = own_logits,
     grams: Sequence[Mapping[str, Tensor]] | None = None,
     alpha: float = 0.9,
 ) -> TaskVector:
@@ -88,7 +88,7 @@ def regmean(
 
 
 def input_grams(
-    model: nn.Module, batches: Iterable[Any], *, forward: Forward = logits, task: int = 0
+    model: nn.Module, batches: Iterable[Any], *, forward: Forward = own_logits, task: int = 0
 ) -> dict[str, Tensor]:
     """`X' X / N` of the inputs of every linear layer and filter, by the name of its weight: `[groups, in, in]`, one
     group for linear layers. The model stays as it is; it is run in evaluation mode.
@@ -114,17 +114,13 @@ def input_grams(
         return hook
 
     hooks = [layer.register_forward_pre_hook(seeing(name)) for layer, name in layers]
-    seen = 0
     try:
         with Evaluating(model), torch.no_grad():
-            for batch in batches:
-                forward(model, split(batch)[0], task)
-                seen += 1
+            for batch in one_pass(batches, f"batches of task {task}"):
+                forward(model, split_batch(batch)[0], task)
     finally:
         for h in hooks:
             h.remove()
-    if not seen:
-        raise ConfigError(f"batches: those of task {task} are none; pass a list or a DataLoader with batches in it")
     return {name: g / rows[name] for name, g in sums.items()}
 
 

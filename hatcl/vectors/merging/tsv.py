@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...config import number
 from ..task_vector import TaskVector
-from .blocks import average, blockwise, matrix
+from .blocks import as_matrix, average, blockwise
 from .registry import merge_method
 
 
@@ -30,7 +30,7 @@ def tsv(vectors: Sequence[TaskVector], *, scale: float = 1.0, convs: bool = Fals
     factor = number("scale", scale)
 
     def one(_: str, taus: list[Tensor]) -> Tensor:
-        matrices = [m for tau in taus if (m := matrix(tau, convs)) is not None]
+        matrices = [m for tau in taus if (m := as_matrix(tau, convs)) is not None]
         if not matrices or min(matrices[0].shape) < len(taus):
             return average(taus) * factor
         rank = min(matrices[0].shape) // len(taus)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...config import number, whole
 from ..task_vector import TaskVector
-from .blocks import average, blockwise, matrix, weighted
+from .blocks import as_matrix, average, blockwise, weighted
 from .registry import merge_method
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # Adam's usual ones, which the paper keeps
@@ -36,7 +36,7 @@ def wudi(vectors: Sequence[TaskVector], *, steps: int = 300, lr: float = 1e-5, c
     steps, rate = whole("steps", steps), number("lr", lr, 0)
 
     def one(_: str, taus: list[Tensor]) -> Tensor:
-        matrices = [m for tau in taus if (m := matrix(tau, convs)) is not None]
+        matrices = [m for tau in taus if (m := as_matrix(tau, convs)) is not None]
         if not matrices:
             return average(taus)
         wide = torch.promote_types(matrices[0].dtype, torch.float32)

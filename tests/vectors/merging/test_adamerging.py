@@ -117,9 +117,9 @@ def test_refused(base, vectors, batches):
         run(start=2)
     with pytest.raises(ConfigError, match="batches: got 2, expected a list of 3: one iterable of batches per vector"):
         run(batches=batches[:2])
-    with pytest.raises(ConfigError, match="batches: those of task 1 are none; pass a list or a DataLoader"):
+    with pytest.raises(ConfigError, match="batches of task 1: there are none; pass a list or a DataLoader"):
         run(batches=[batches[0], [], batches[2]])
-    with pytest.raises(ConfigError, match="batches: those of task 2 can be read only once"):
+    with pytest.raises(ConfigError, match="batches of task 2: they can be read only once"):
         run(batches=[batches[0], batches[1], iter(batches[2])])
     with pytest.raises(IntegrityError, match="conv.weight|temperature"):
         run(model=type(base)())

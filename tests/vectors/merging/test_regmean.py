@@ -194,7 +194,7 @@ def test_refused(base, vectors, batches):
         merge(two, "regmean", grams=[good])
     with pytest.raises(ConfigError, match="batches: got 2, expected a list of 3: one iterable of batches per vector"):
         merge(vectors, "regmean", model=base, batches=batches[:2])
-    with pytest.raises(ConfigError, match="batches: those of task 1 are none"):
+    with pytest.raises(ConfigError, match="batches of task 1: there are none"):
         merge(vectors, "regmean", model=base, batches=[batches[0], [], batches[2]])
     with pytest.raises(
         VectorError, match="w: vector 1 has no matrix of its inputs, others have; was the layer not run"
