@@ -26,7 +26,8 @@ from ..atlas.files import all_files, per_block, read_head, read_vector, write_co
 from ..atlas.fitting import Fitted
 from ..atlas.linear import Composed
 from ..calls import Head
-from ..data.images import FITS, Images, Preparation, Task, held_out, npz_task, preparation_for
+from ..data.images import FITS, Images, Preparation, Task, npz_task, preparation_for
+from ..data.shots import held_out
 from ..engine import folder as checkpoints
 from ..errors import ConfigError, HATError, IntegrityError, VectorError
 from ..files import sha256_of, write_files

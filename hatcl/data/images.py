@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, IntegrityError, nearest
+from .shots import draw
 
 FITS = ("resize", "pad")
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -391,6 +392,17 @@ class Images:
         return ImageBatches(self, size, shuffle)
 
 
+def k_shot_images(images: Images, k: int, seed: int = 0) -> tuple[Images, Images]:
+    """K images of each class to learn from and K others, as `data.texts.k_shot` takes texts."""
+    keys, labels = [x.tobytes() for x in images.x], images.y.tolist()
+    classes = sorted(set(labels))
+    first = draw(keys, labels, k, seed, classes, "train")
+    taken = {keys[i] for i in first}
+    rest = [i for i, key in enumerate(keys) if key not in taken]
+    second = draw([keys[i] for i in rest], [labels[i] for i in rest], k, seed, classes, "validation")
+    return images.at(torch.tensor(first)), images.at(torch.tensor([rest[i] for i in second]))
+
+
 class ImageBatches:
     """(inputs, labels) in batches, in order or in one drawn anew for each pass from torch's global generator, which
     `fit` seeds and keeps in its checkpoint."""
@@ -437,20 +449,3 @@ def preparation_for(
         mean, std = (tuple(full * float(v) for v in cfg[k]) for k in ("mean", "std"))
         prepare = dataclasses.replace(prepare, mean=mean, std=std)
     return prepare
-
-
-def held_out(labels: np.ndarray, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to keep and indices held out: of each class the share, rounded down, by the seed.
-
-    Raises:
-        ConfigError: a share outside [0, 1).
-    """
-    if not 0 <= share < 1:
-        raise ConfigError(f"validation: got {share!r}, expected a share of at least 0 and below 1")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    y = torch.from_numpy(labels)[order]
-    out = torch.zeros(len(labels), dtype=torch.bool)
-    for c in y.unique():
-        of_class = order[y == c]
-        out[of_class[: int(share * len(of_class))]] = True
-    return (~out).nonzero().view(-1), out.nonzero().view(-1)

@@ -1,65 +1,30 @@
-"""K-shot sampling: a few examples of each class to learn from, as many to validate on, none in two parts."""
+"""The same random few each time: so many of each class, a share held out, or so many of all, as indices by a seed."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import whole
 from ..errors import ConfigError
-from .images import Images
-from .texts import TextData
 
 
-def k_shot(data: TextData, k: int, seed: int = 0, labels: Sequence[str] | None = None) -> TextData:
-    """K examples of each class for training and K others for validation, as LM-BFF takes them (Gao et al. 2021, arXiv
-    2012.15723). The same seed gives the same examples.
-
-    Validation is drawn from the data's own validation pairs, or from all that training left over where these have too
-    few. A text comes once in train or validation, also where the data has it several times; test loses the texts that
-    were drawn.
-
-    Args:
-        labels: the classes; None = all that the data has.
-
-    Raises:
-        ConfigError: k below 1, or a class with too few different texts (or none), by name.
-    """
-    every = [*data.train, *data.validation, *data.test]
-    classes = sorted({y for _, y in every}) if labels is None else list(labels)
-    chosen = draw([x for x, _ in data.train], [y for _, y in data.train], k, seed, classes, "train")
-    train = [data.train[i] for i in chosen]
-    taken = {x for x, _ in train}
-    pool = [p for p in data.validation if p[0] not in taken]
-    counts = Counter(y for _, y in set(pool))
-    if any(counts[y] < k for y in classes):
-        pool += [p for p in data.train if p[0] not in taken]
-    chosen = draw([x for x, _ in pool], [y for _, y in pool], k, seed, classes, "validation")
-    validation = [pool[i] for i in chosen]
-    taken |= {x for x, _ in validation}
-    rows = [i for i, (x, _) in enumerate(data.test) if x not in taken]
-    turns = [data.turns[i] for i in rows] if data.turns else []
-    return TextData(train, validation, [data.test[i] for i in rows], turns)
-
-
-def k_shot_images(images: Images, k: int, seed: int = 0) -> tuple[Images, Images]:
-    """The same of images: K of each class to learn from, and K others."""
-    keys, labels = [x.tobytes() for x in images.x], images.y.tolist()
-    classes = sorted(set(labels))
-    first = draw(keys, labels, k, seed, classes, "train")
-    taken = {keys[i] for i in first}
-    rest = [i for i, key in enumerate(keys) if key not in taken]
-    second = draw([keys[i] for i in rest], [labels[i] for i in rest], k, seed, classes, "validation")
-    return images.at(torch.tensor(first)), images.at(torch.tensor([rest[i] for i in second]))
+def same_few(count: int, at_most: int | None, seed: int = 0) -> list[int]:
+    """Ascending indices of `at_most` out of `count`, or of all where these are no more."""
+    if at_most is None or at_most >= count:
+        return list(range(count))
+    return sorted(random.Random(seed).sample(range(count), at_most))
 
 
 def draw(
     keys: Sequence[Hashable], labels: Sequence[Hashable], k: int, seed: int, classes: Sequence[Hashable], part: str
 ) -> list[int]:
-    """Indices of k examples of each class with different keys, in their own order (`hatcl.atlas.sample_shots`).
+    """Indices of k examples of each class with different keys, in their own order (`sample_shots`).
 
     Raises:
         ConfigError: k below 1, or a class with too few, by name.
@@ -124,3 +89,20 @@ def sample_shots(
             raise ConfigError(f"class {c} has {len(of_class)} examples, {shots} shots are asked for; or at_most=True")
         chosen.append(of_class[:shots])
     return torch.cat(chosen).sort().values
+
+
+def held_out(labels: np.ndarray, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices to keep and indices held out: of each class the share, rounded down, by the seed.
+
+    Raises:
+        ConfigError: a share outside [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ConfigError(f"validation: got {share!r}, expected a share of at least 0 and below 1")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    y = torch.from_numpy(labels)[order]
+    out = torch.zeros(len(labels), dtype=torch.bool)
+    for c in y.unique():
+        of_class = order[y == c]
+        out[of_class[: int(share * len(of_class))]] = True
+    return (~out).nonzero().view(-1), out.nonzero().view(-1)

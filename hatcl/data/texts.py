@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError, IntegrityError
 from ..files import parse_json
+from .shots import draw, same_few
 
 Pair = tuple[str, str]
-HELD_OUT = 0.1  # share of {all} for test, and for validation
+EACH_HELD_OUT = 0.1  # share of {all} for test, and for validation
 
 
 class Turn(NamedTuple):
@@ -64,7 +65,7 @@ class TextData:
             if size is not None and size < 1:
                 raise ConfigError(f"{name}: got {size}, expected at least 1")
         if not self.turns:
-            return self._mapped(lambda part, rows: _some(rows, sizes[part]))
+            return self._mapped(lambda part, rows: [rows[i] for i in same_few(len(rows), sizes[part])])
         most = len(self.test) if test is None else test
         kept: set[Turn] = set()
         for turn, size in Counter(self.turns).items():  # in the order of the file; the first one in any case
@@ -74,8 +75,8 @@ class TextData:
             most -= size
         rows = [i for i, turn in enumerate(self.turns) if turn in kept]
         return TextData(
-            _some(self.train, train),
-            _some(self.validation, validation),
+            [self.train[i] for i in same_few(len(self.train), train)],
+            [self.validation[i] for i in same_few(len(self.validation), validation)],
             [self.test[i] for i in rows],
             [self.turns[i] for i in rows],
         )
@@ -107,6 +108,37 @@ class TextData:
         return TextData(parts[0], parts[1], parts[2], self.turns)
 
 
+def k_shot(data: TextData, k: int, seed: int = 0, labels: Sequence[str] | None = None) -> TextData:
+    """K examples of each class for training and K others for validation, as LM-BFF takes them (Gao et al. 2021, arXiv
+    2012.15723). The same seed gives the same examples.
+
+    Validation is drawn from the data's own validation pairs, or from all that training left over where these have too
+    few. A text comes once in train or validation, also where the data has it several times; test loses the texts that
+    were drawn.
+
+    Args:
+        labels: the classes; None = all that the data has.
+
+    Raises:
+        ConfigError: k below 1, or a class with too few different texts (or none), by name.
+    """
+    every = [*data.train, *data.validation, *data.test]
+    classes = sorted({y for _, y in every}) if labels is None else list(labels)
+    chosen = draw([x for x, _ in data.train], [y for _, y in data.train], k, seed, classes, "train")
+    train = [data.train[i] for i in chosen]
+    taken = {x for x, _ in train}
+    pool = [p for p in data.validation if p[0] not in taken]
+    counts = Counter(y for _, y in set(pool))
+    if any(counts[y] < k for y in classes):
+        pool += [p for p in data.train if p[0] not in taken]
+    chosen = draw([x for x, _ in pool], [y for _, y in pool], k, seed, classes, "validation")
+    validation = [pool[i] for i in chosen]
+    taken |= {x for x, _ in validation}
+    rows = [i for i, (x, _) in enumerate(data.test) if x not in taken]
+    turns = [data.turns[i] for i in rows] if data.turns else []
+    return TextData(train, validation, [data.test[i] for i in rows], turns)
+
+
 def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> TextData:
     """The pairs of a file.
 
@@ -123,7 +155,7 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
     if "all" in content:
         rows = _pairs(path, "all", content["all"])
         random.Random(seed).shuffle(rows)
-        held = round(len(rows) * HELD_OUT)
+        held = round(len(rows) * EACH_HELD_OUT)
         return _whole(path, TextData(rows[2 * held :], rows[held : 2 * held], rows[:held]))
     if "seeds" in content:
         seeds = content["seeds"]
@@ -179,9 +211,3 @@ def _whole(path: Path, data: TextData) -> TextData:
         if not getattr(data, name):
             raise ConfigError(f"{path}: {name} is empty")
     return data
-
-
-def _some(rows: list[Pair], size: int | None) -> list[Pair]:
-    if size is None or size >= len(rows):
-        return list(rows)
-    return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), size))]

@@ -5,7 +5,8 @@ grafts are found in.
                        FinetuneOptions(lr=1e-3), "runs/sst2")
 """
 
-from ..data.shots import k_shot, k_shot_images
+from ..data.images import k_shot_images
+from ..data.texts import k_shot
 from .loading import load_model, make_task, read_data
 from .modes import (
     FinetuneMode,

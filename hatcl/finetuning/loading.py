@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 from torch import nn
 
 from ..data.images import Task, npz_task
-from ..data.shots import k_shot
-from ..data.texts import TextData, read_texts
+from ..data.shots import same_few
+from ..data.texts import TextData, k_shot, read_texts
 from ..errors import ConfigError, nearest
 from ..vectors.tensors import kinds_of, tensors_of
 from .modes import mode_of
@@ -50,8 +49,8 @@ def read_data(options: TaskOptions) -> TextData | Task:
     """
     if not mode_of(options.mode).texts:
         task = npz_task(options.data)
-        if options.test is not None and options.test < len(task.y_test):  # files have class after class
-            ids = sorted(random.Random(0).sample(range(len(task.y_test)), options.test))
+        if options.test is not None:
+            ids = same_few(len(task.y_test), options.test)  # files have class after class
             task = dataclasses.replace(task, x_test=task.x_test[ids], y_test=task.y_test[ids])
         return task
     data = read_texts(options.data, shots_seed=options.file_seed, seed=options.data_seed)

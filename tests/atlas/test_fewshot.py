@@ -5,53 +5,9 @@ from __future__ import annotations
 import atlas_parts as parts
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import hatcl
-from hatcl import ConfigError
 from hatcl.atlas import accuracy, few_shot, sample_shots
-
-
-@given(st.lists(st.integers(0, 4), min_size=30, max_size=80), st.integers(1, 2), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_k_of_each_class(labels, k, seed):
-    labels = labels + [0, 1, 2, 3, 4] * 2
-    ids = sample_shots(labels, k, seed=seed)
-    assert torch.bincount(torch.tensor(labels)[ids], minlength=5).tolist() == [k] * 5
-    assert len(set(ids.tolist())) == len(ids) and torch.equal(ids, sample_shots(labels, k, seed=seed))
-    assert set(ids.tolist()) <= set(sample_shots(labels, k + 1, seed=seed, at_most=True).tolist())
-
-
-def test_another_seed_takes_others_and_global_random_numbers_are_left_alone():
-    labels = torch.arange(5).repeat(40)
-    state = torch.get_rng_state()
-    assert not torch.equal(sample_shots(labels, 4, seed=0), sample_shots(labels, 4, seed=1))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_fraction_of_all():
-    ids = sample_shots(torch.zeros(200), 0.35)
-    assert len(ids) == 70 == len(set(ids.tolist()))
-
-
-def test_what_cannot_be_sampled_is_named():
-    labels = [0, 0, 0, 2, 2, 2, 2]
-    with pytest.raises(ConfigError, match="class 1 has no examples"):
-        sample_shots(labels, 1)
-    with pytest.raises(ConfigError, match="class 3 has no examples"):
-        sample_shots([0, 1, 2], 1, num_classes=4)
-    with pytest.raises(ConfigError, match="class 0 has 2 examples, 3 shots are asked for; or at_most=True"):
-        sample_shots([0, 0, 1, 1, 1], 3)
-    assert len(sample_shots([0, 0, 1, 1, 1], 3, at_most=True)) == 5
-    for shots in (0, -1, True, "4"):
-        with pytest.raises(ConfigError, match="expected an integer of at least 1 or a fraction"):
-            sample_shots(labels, shots)
-    for fraction in (0.0, 1.5, 0.01):
-        with pytest.raises(ConfigError, match="expected one that gives any"):
-            sample_shots(labels, fraction)
-    with pytest.raises(ConfigError, match=r"labels: got shape \[2, 1\], expected one label per example"):
-        sample_shots(torch.zeros(2, 1), 1)
 
 
 def learn(grain="block", shots=8, **options):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hatcl.data import images as stream
-from hatcl.data.images import Preparation, Source, Task
+from hatcl.data.images import Images, Preparation, Source, Task
 from hatcl.errors import ConfigError, IntegrityError
 
 DATA = Path(os.environ.get("HATCL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -220,3 +220,38 @@ def test_test_batches_keep_the_order():
     prepare = Preparation.of(task)
     assert torch.equal(torch.cat([x for x, _ in stream.test_batches(task, prepare, 4)]), prepare(task.x_test))
     assert len(list(stream.test_batches(task, prepare, 4, split="train"))) == 3
+
+
+# --- one part of a task ---
+
+X = np.arange(10 * 4 * 4, dtype=np.uint8).reshape(10, 4, 4)
+Y = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+IMAGES = Images(X, Y, Preparation((10.0,), (2.0,)))
+
+
+def test_batches_hold_every_image_once_prepared():
+    assert len(IMAGES) == 10 and len(IMAGES.batches(4)) == 3
+    parts = list(IMAGES.batches(4))
+    assert [len(y) for _, y in parts] == [4, 3, 3]  # nearly equal
+    x = torch.cat([x for x, _ in parts])
+    assert x.shape == (10, 3, 4, 4) and x[2, 0, 0, 1] == (33 - 10) / 2
+    assert torch.cat([y for _, y in parts]).tolist() == Y.tolist()
+    one, label = IMAGES[2]
+    assert torch.equal(one, x[2]) and label == 0
+
+
+def test_a_shuffled_pass_follows_torchs_generator():
+    batches = IMAGES.batches(4, shuffle=True)
+    torch.manual_seed(3)
+    first, second = (torch.cat([x for x, _ in batches]) for _ in range(2))
+    torch.manual_seed(3)
+    again = torch.cat([x for x, _ in batches])
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert torch.equal(first.sort(0).values, second.sort(0).values)
+
+
+def test_none_and_bad_sizes():
+    none = IMAGES.at(torch.zeros(0, dtype=torch.long))
+    assert len(none) == 0 and list(none.batches(4)) == []
+    with pytest.raises(ConfigError, match="batch size: got 0, expected at least 1"):
+        IMAGES.batches(0)

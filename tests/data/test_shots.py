@@ -1,4 +1,4 @@
-"""K-shot sampling: counts, no example in two parts, seeds, classes with too few."""
+"""The same random few: counts, no example in two parts, seeds, classes with too few."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hatcl.continual import TextData, read_texts
 from hatcl.data.images import Images, Preparation
+from hatcl.data.shots import held_out, same_few, sample_shots
 from hatcl.data.texts import Turn
 from hatcl.errors import ConfigError
 from hatcl.finetuning import k_shot, k_shot_images
@@ -139,3 +140,68 @@ def test_the_published_choices():
     with pytest.raises(ConfigError, match="for validation besides those drawn for train, expected 16"):
         k_shot(subj, 16)
     assert len(k_shot(subj, 8).validation) == 16
+
+
+# --- as indices ---
+
+
+def test_the_same_few_of_all():
+    assert same_few(3, None) == same_few(3, 3) == same_few(3, 9) == [0, 1, 2]
+    few = same_few(100, 10)
+    assert len(set(few)) == 10 and few == sorted(few) == same_few(100, 10) != same_few(100, 10, seed=1)
+
+
+@given(st.lists(st.integers(0, 4), min_size=30, max_size=80), st.integers(1, 2), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_k_of_each_class(labels, k, seed):
+    labels = labels + [0, 1, 2, 3, 4] * 2
+    ids = sample_shots(labels, k, seed=seed)
+    assert torch.bincount(torch.tensor(labels)[ids], minlength=5).tolist() == [k] * 5
+    assert len(set(ids.tolist())) == len(ids) and torch.equal(ids, sample_shots(labels, k, seed=seed))
+    assert set(ids.tolist()) <= set(sample_shots(labels, k + 1, seed=seed, at_most=True).tolist())
+
+
+def test_another_seed_takes_others_and_global_random_numbers_are_left_alone():
+    labels = torch.arange(5).repeat(40)
+    state = torch.get_rng_state()
+    assert not torch.equal(sample_shots(labels, 4, seed=0), sample_shots(labels, 4, seed=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_fraction_of_all():
+    ids = sample_shots(torch.zeros(200), 0.35)
+    assert len(ids) == 70 == len(set(ids.tolist()))
+
+
+def test_what_cannot_be_sampled_is_named():
+    labels = [0, 0, 0, 2, 2, 2, 2]
+    with pytest.raises(ConfigError, match="class 1 has no examples"):
+        sample_shots(labels, 1)
+    with pytest.raises(ConfigError, match="class 3 has no examples"):
+        sample_shots([0, 1, 2], 1, num_classes=4)
+    with pytest.raises(ConfigError, match="class 0 has 2 examples, 3 shots are asked for; or at_most=True"):
+        sample_shots([0, 0, 1, 1, 1], 3)
+    assert len(sample_shots([0, 0, 1, 1, 1], 3, at_most=True)) == 5
+    for shots in (0, -1, True, "4"):
+        with pytest.raises(ConfigError, match="expected an integer of at least 1 or a fraction"):
+            sample_shots(labels, shots)
+    for fraction in (0.0, 1.5, 0.01):
+        with pytest.raises(ConfigError, match="expected one that gives any"):
+            sample_shots(labels, fraction)
+    with pytest.raises(ConfigError, match=r"labels: got shape \[2, 1\], expected one label per example"):
+        sample_shots(torch.zeros(2, 1), 1)
+
+
+LABELS = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+
+
+def test_held_out_is_a_share_of_each_class_and_seeded():
+    keep, held = held_out(LABELS, 0.5, seed=0)
+    assert sorted([*keep.tolist(), *held.tolist()]) == list(range(10))
+    assert LABELS[held.numpy()].tolist() == [0, 0, 0, 1, 1]
+    assert torch.equal(held, held_out(LABELS, 0.5, seed=0)[1])
+    assert any(not torch.equal(held, held_out(LABELS, 0.5, seed=s)[1]) for s in (1, 2, 3))
+    assert len(held_out(LABELS, 0.0, seed=0)[1]) == 0 and len(held_out(LABELS, 0.24, seed=0)[1]) == 1  # rounded down
+    for share in (1.0, -0.1, float("nan")):
+        with pytest.raises(ConfigError, match="expected a share of at least 0 and below 1"):
+            held_out(LABELS, share, seed=0)

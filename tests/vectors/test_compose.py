@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import gc
 import io
@@ -957,8 +958,10 @@ def test_the_composition_as_one_vector(grain):
 
 def test_outputs_of_any_kind_are_found():
     class Out:
+        __slots__ = ("inside", "me")
+
         def __init__(self, y):
-            self.inside = {"list": [(y, None)], "text": "abc"}
+            self.inside = {"list": collections.deque([(y, None)]), "text": "abc"}
             self.me = self
 
     class Net(Checkpointed):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ...config import one_of
-from ...data.images import Images, Preparation, Task, held_out, preparation_for
-from ...data.shots import k_shot_images
+from ...data.images import Images, Preparation, Task, k_shot_images, preparation_for
+from ...data.shots import held_out
 from ...errors import ConfigError
 from ..forwards import embedding_names
 from ..heads import fit_head, linear_at, new_head
@@ -18,7 +18,7 @@ from ..options import HEADS, TaskOptions
 from ..tasks import Batch, FinetuneTask
 from .registry import finetune_mode
 
-HELD_OUT = 0.1  # share of each class's training images that validate where there is no k
+VALIDATION = 0.1  # share of each class's training images that validate where there is no k
 
 
 def image_task(
@@ -30,7 +30,7 @@ def image_task(
     head: str = "random",
     k: int | None = None,
     data_seed: int = 0,
-    validation: float = HELD_OUT,
+    validation: float = VALIDATION,
     seed: int = 0,
     name: str | None = None,
 ) -> FinetuneTask:
