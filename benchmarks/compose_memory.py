@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from hatcl.vectors.stream import compose_files
 from hatcl.vectors.task_vector import TaskVector, composed
-from hatcl.vectors.tensors import tensors_of
+from hatcl.vectors.tensors import named_tensors
 
 LIMIT = 400e6
 POLL = 0.005
@@ -122,7 +122,7 @@ def equal(folder: Path, parts: int) -> dict[str, Any]:
         v = TaskVector.between(base, load_file(folder / f"{i}.safetensors"))
         shares.append(sum(d.at.numel() for n in v if (d := v.delta(n)).at is not None) / v.numel)
         terms.append((c, v))
-    want, got = composed(base, terms), tensors_of(folder / "out")
+    want, got = composed(base, terms), named_tensors(folder / "out")
     same = set(got) == set(want) and all(torch.equal(got[n], want[n]) for n in want)
     return {"equal_to_in_memory": same, "share_with_remainders": sum(shares) / len(shares)}
 

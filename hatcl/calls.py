@@ -334,7 +334,7 @@ def _members(path: str, x: Any) -> list[tuple[str, Any]] | None:
     if isinstance(x, (list, tuple, deque)):
         return [(f"{path}[{i}]", value) for i, value in enumerate(x)]
     if isinstance(x, (set, frozenset)):  # tensors lie in a set in the order of their addresses
-        return [(f"{path}{{{i}}}", value) for i, value in enumerate(sorted(x, key=_order))]
+        return [(f"{path}{{{i}}}", value) for i, value in enumerate(sorted(x, key=_sort_key))]
     if isinstance(x, types.FunctionType):
         cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
         kept = [(f"{path}.{name}", cell.cell_contents) for name, cell in cells]
@@ -378,7 +378,7 @@ def _is_plain(cls: type) -> bool:
     return all("__slots__" in base.__dict__ for base in cls.__mro__[:-1])
 
 
-def _order(x: Any) -> str:
+def _sort_key(x: Any) -> str:
     return digest_of(x) if isinstance(x, Tensor) and x.layout == torch.strided else f"{type(x).__name__} {x!r}"
 
 

@@ -14,15 +14,15 @@ from .measures import normalised, sweep
 from .negation import negate
 from .options import AtlasOptions
 from .prediction import Predicted, learn_predictor
-from .regularisers import orthogonality, penalty
+from .regularisers import cosines, penalty
 from .search import refine, search
 from .selection import Selection, select_blocks
 from .tasks import AtlasTask
 
 __all__ = [
     "AtlasOptions", "AtlasTask", "ClassHead", "Fitted", "LPPlusPlus", "Linearised", "Predicted", "Selection",
-    "TipAdapter", "accuracy", "accuracy_per_class", "adapt", "add", "class_embeddings", "encoder", "few_shot", "fit",
-    "learn_predictor", "linearised", "lp_plus_plus", "minimise_entropy", "negate", "normalised", "orthogonality",
+    "TipAdapter", "accuracy", "accuracy_per_class", "adapt", "add", "class_embeddings", "cosines", "encoder",
+    "few_shot", "fit", "learn_predictor", "linearised", "lp_plus_plus", "minimise_entropy", "negate", "normalised",
     "penalty", "prototypes", "random_crops", "refine", "sample_shots", "search", "select_blocks", "spread", "sweep",
     "tip_adapter", "trained_head",
 ]  # fmt: skip

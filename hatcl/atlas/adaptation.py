@@ -19,8 +19,8 @@ from .fitting import Fitted, Path_, fit
 from .linear import Composed
 from .options import AtlasOptions, Options
 
-OPTIONS = AtlasOptions(lr=1e-2, epochs=10, schedule="cosine")
-OBJECTIVES = ("ufm", "entropy")
+ADAPTATION = AtlasOptions(lr=1e-2, epochs=10, schedule="cosine")
+ADAPTED_BY = ("ufm", "entropy")
 View = Callable[[Any], Any]
 
 
@@ -70,13 +70,13 @@ def adapt(
     Raises:
         ConfigError: no examples, or no strong view for inputs that are no images. NonFiniteLossError: see `fit`.
     """
-    one_of("objective", objective, OBJECTIVES)
-    data = Examples(examples)
+    one_of("objective", objective, ADAPTED_BY)
+    data = Unlabelled(examples)
     if batch_size < 4:
         raise ConfigError(f"batch_size: got {batch_size}, expected at least 4, a quarter of which is trusted")
     if per_class is not None and per_class < 1:
         raise ConfigError(f"per_class: got {per_class}, expected at least 1")
-    chosen = OPTIONS.changed(options)
+    chosen = ADAPTATION.changed(options)
     seen = data.take(torch.arange(1))
     if strong is None and objective == "ufm" and not (isinstance(seen, Tensor) and seen.dim() == 4):
         raise ConfigError("strong: the inputs are no images; pass a function that makes a batch's strong view")
@@ -118,7 +118,7 @@ class Step:
     threshold: float
 
 
-class Examples:
+class Unlabelled:
     """Unlabelled examples by their index. Raises `ConfigError` where there are none."""
 
     def __init__(self, source: Any) -> None:

@@ -19,7 +19,7 @@ from .options import AtlasOptions, Options
 from .search import SCALES, search
 from .tasks import AtlasTask
 
-OPTIONS = AtlasOptions()
+ADDITION = AtlasOptions()
 
 
 def add(
@@ -56,7 +56,7 @@ def add(
         ConfigError: no tasks, equal names, no fine-tuned accuracy, or another `warm_start`.
         VectorError, NonFiniteLossError: see `fit`.
     """
-    chosen = OPTIONS.changed(options)
+    chosen = ADDITION.changed(options)
     zipped = Zipped([again(t.batches, f"task {t.name}") for t in tasks])
     select = mean_normalised(composer, tasks)
     fitted = fit(

@@ -12,7 +12,7 @@ from ..calls import Batches, Head, again, cross_entropy, one_pass, outputs
 from ..engine.measures import top1
 from ..errors import ConfigError
 from ..lend import Evaluating
-from .fewshot import OPTIONS, STEPS, by_accuracy, repeated
+from .fewshot import FEW_SHOT, STEPS, by_accuracy, repeated
 from .fitting import Fitted, Path_, fit, spread
 from .linear import Composed
 from .options import Options
@@ -87,7 +87,7 @@ def tip_adapter(
     Raises:
         ConfigError: shots whose head gives fewer classes than their labels; and see `few_shot`.
     """
-    chosen = OPTIONS.changed(options)
+    chosen = FEW_SHOT.changed(options)
     again(batches, "batches")
     if validation is not None:
         again(validation, "validation")

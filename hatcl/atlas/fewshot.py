@@ -13,7 +13,7 @@ from .fitting import Fitted, Path_, Select, fit
 from .linear import Composed
 from .options import AtlasOptions, Options
 
-OPTIONS = AtlasOptions(lr=0.1, epochs=10, schedule="cosine")
+FEW_SHOT = AtlasOptions(lr=0.1, epochs=10, schedule="cosine")
 STEPS = 10  # of an epoch, at least
 
 
@@ -54,7 +54,7 @@ def few_shot(
         lambda batch: cross_entropy(composer, batch, head),
         repeated(again(batches, "batches"), steps),
         select=by_accuracy(composer, validation, head),
-        options=OPTIONS.changed(options),
+        options=FEW_SHOT.changed(options),
         warm_start=warm_start,
         checkpoint=checkpoint,
         progress=progress,

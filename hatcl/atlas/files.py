@@ -18,8 +18,8 @@ from ..vectors.adapters import CONFIG, WEIGHTS, is_adapter
 from ..vectors.compose import Composer
 from ..vectors.delta import Delta
 from ..vectors.files import read_metadata
-from ..vectors.task_vector import FORMAT, TaskVector
-from ..vectors.tensors import STATISTICS, Lazy, files_of, kinds_of, parameters_of, pick, tensors_of
+from ..vectors.task_vector import VECTOR_FORMAT, TaskVector
+from ..vectors.tensors import RUNNING, Lazy, files_of, kinds_of, named_tensors, parameters_of, pick
 from .heads import ClassHead
 
 COEFFICIENTS = "coefficients"
@@ -42,14 +42,14 @@ def read_vector(path: Path, base: Mapping[str, Tensor] | None, *, without: Seque
     starts = tuple(f"{w}." for w in without)
     ours = None if base is None else pick(base, [n for n in base if not n.startswith(starts)])
     adapter = is_adapter(path)
-    saved = not adapter and FORMAT in read_metadata(path)
+    saved = not adapter and VECTOR_FORMAT in read_metadata(path)
     if ours is None and not saved:
         raise ConfigError(f"{path} is no task vector that hatcl saved; give the base it was fine-tuned from (--base)")
     try:
         if saved or adapter:
-            vector = _some(TaskVector.load(path) if saved else TaskVector.between(ours, path), starts)
+            vector = _without(TaskVector.load(path) if saved else TaskVector.between(ours, path), starts)
             if ours is not None:
-                _fits(vector, ours)
+                _check_fits(vector, ours)
             return vector
         theirs = parameters_of(path)
         return TaskVector.between(ours, pick(theirs, [n for n in theirs if not n.startswith(starts)]))
@@ -62,7 +62,7 @@ def all_files(path: Path) -> list[Path]:
     return [path / CONFIG, path / WEIGHTS] if is_adapter(path) else files_of(path)
 
 
-def _some(vector: TaskVector, starts: tuple[str, ...]) -> TaskVector:
+def _without(vector: TaskVector, starts: tuple[str, ...]) -> TaskVector:
     """The vector without tensors whose names start so."""
     kept = {n: k for n, k in vector.kinds.items() if not n.startswith(starts)}
     base = None if vector.base is None else {n: vector.base[n] for n in kept}
@@ -73,12 +73,12 @@ def _some(vector: TaskVector, starts: tuple[str, ...]) -> TaskVector:
     return TaskVector(Lazy(kept, read), base, partial=vector.partial)
 
 
-def _fits(vector: TaskVector, base: Mapping[str, Tensor]) -> None:
+def _check_fits(vector: TaskVector, base: Mapping[str, Tensor]) -> None:
     kinds = kinds_of(base)
     wrong = [
         f"{n} is {list(k.shape)}, the base has {list(kinds[n].shape) if n in kinds else 'no such tensor'}"
         for n, k in vector.kinds.items()
-        if n.rpartition(".")[2] not in STATISTICS and (n not in kinds or kinds[n].shape != k.shape)
+        if n.rpartition(".")[2] not in RUNNING and (n not in kinds or kinds[n].shape != k.shape)
     ]
     if wrong:
         raise VectorError(f"{len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}")
@@ -104,7 +104,7 @@ def read_head(path: Path, name: str) -> ClassHead:
         ConfigError: no weight for the task, or one that is no `[classes, d]`. IntegrityError: a file that is missing or
             damaged.
     """
-    tensors = tensors_of(path)
+    tensors = named_tensors(path)
     at = f"{name}." if f"{name}.weight" in tensors else ""
     if f"{at}weight" not in tensors:
         raise ConfigError(f"{path}: holds {', '.join(sorted(tensors)[:6])}; expected {name}.weight, or weight")

@@ -66,10 +66,10 @@ class _Embeds:
         base = model.base_model
         run = type(model).forward.__get__(model) if base is model else base
         got = run(*args, **kwargs)
-        return pooled(got, self.pool, kwargs.get("attention_mask"))
+        return pooled_output(got, self.pool, kwargs.get("attention_mask"))
 
 
-def pooled(out: Any, pool: str, mask: Tensor | None = None) -> Tensor:
+def pooled_output(out: Any, pool: str, mask: Tensor | None = None) -> Tensor:
     """`[B, d]` of a transformers base model's output.
 
     Raises:

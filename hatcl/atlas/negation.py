@@ -19,7 +19,7 @@ from .options import AtlasOptions, Options
 from .search import SCALES
 from .tasks import AtlasTask
 
-OPTIONS = AtlasOptions(lr=5e-3, epochs=10)
+NEGATION = AtlasOptions(lr=5e-3, epochs=10)
 
 
 def negate(
@@ -68,7 +68,7 @@ def negate(
         loss,
         zipped,
         select=select,
-        options=OPTIONS.changed(options),
+        options=NEGATION.changed(options),
         warm_start=started(composer, select, warm_start, [-s for s in SCALES]),
         checkpoint=checkpoint,
         progress=progress,

@@ -18,8 +18,8 @@ from .fitting import Path_, fit
 from .linear import Composed
 from .options import AtlasOptions, Options
 
-OPTIONS = AtlasOptions(lr=1e-4, epochs=1, schedule="cosine")
-OBJECTIVES = ("cross_entropy", "entropy")
+PREDICTION = AtlasOptions(lr=1e-4, epochs=1, schedule="cosine")
+LEARNED_BY = ("cross_entropy", "entropy")
 
 
 class Predicted(nn.Module):
@@ -79,8 +79,8 @@ def learn_predictor(
     Raises:
         ConfigError: an unknown objective, or features of another shape.
     """
-    one_of("objective", objective, OBJECTIVES)
-    chosen = OPTIONS.changed(options)
+    one_of("objective", objective, LEARNED_BY)
+    chosen = PREDICTION.changed(options)
     first = next(one_pass(again(batches, "batches"), "batches"))
     device = composer.coefficients.device
     with torch.no_grad():

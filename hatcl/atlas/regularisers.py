@@ -25,7 +25,7 @@ def penalty(coefficients: Tensor, p: int = 1, weight: float = 0.5) -> Tensor:
     return weight * torch.linalg.vector_norm(coefficients, p, dim=0).mean()
 
 
-def orthogonality(vectors: Sequence[TaskVector]) -> Tensor:
+def cosines(vectors: Sequence[TaskVector]) -> Tensor:
     """`[T, T]` cosines between task vectors; 0 off the diagonal = nothing in common (Ilharco et al. 2023, fig. 5)."""
     out = torch.eye(len(vectors), dtype=torch.float64)
     for i, a in enumerate(vectors):

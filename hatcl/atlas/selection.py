@@ -76,13 +76,13 @@ def select_blocks(
         raise ConfigError(f"budget: got {budget}, expected 1 to {len(vectors)}, the number of vectors")
     source = dict(model.named_parameters())
     blocks = tuple(n for n in source if any(n in v for v in vectors))
-    _check(source, vectors, blocks)
+    _check_blocks(source, vectors, blocks)
     scores = torch.zeros(0)
     if by in ("blocks", "vectors"):
         if batches is None:
             raise ConfigError(f"batches: missing; choosing by {by} needs examples of the target task")
-        gradient = _gradient(model, again(batches, "batches"), head, loss, blocks)
-        scores = _scores(gradient, vectors, blocks)
+        gradient = _loss_gradient(model, again(batches, "batches"), head, loss, blocks)
+        scores = _block_scores(gradient, vectors, blocks)
     if by == "blocks":
         chosen = scores.argsort(dim=0, descending=True, stable=True)[:budget]
     elif by == "random":
@@ -121,7 +121,7 @@ def mixed(vectors: Sequence[TaskVector], origin: dict[str, int]) -> TaskVector:
     return TaskVector(Lazy(kinds, read), base if len(base) == len(kinds) else None, partial=True)
 
 
-def _check(source: dict[str, nn.Parameter], vectors: Sequence[TaskVector], blocks: tuple[str, ...]) -> None:
+def _check_blocks(source: dict[str, nn.Parameter], vectors: Sequence[TaskVector], blocks: tuple[str, ...]) -> None:
     if not blocks:
         raise VectorError("select_blocks: the vectors have none of the model's parameters")
     for i, v in enumerate(vectors):
@@ -135,7 +135,7 @@ def _check(source: dict[str, nn.Parameter], vectors: Sequence[TaskVector], block
                 )
 
 
-def _gradient(
+def _loss_gradient(
     model: nn.Module,
     batches: Batches,
     head: Head | None,
@@ -153,7 +153,7 @@ def _gradient(
     return {n: g for n in blocks if (g := parameters[n].grad) is not None}
 
 
-def _scores(gradient: dict[str, Tensor], vectors: Sequence[TaskVector], blocks: tuple[str, ...]) -> Tensor:
+def _block_scores(gradient: dict[str, Tensor], vectors: Sequence[TaskVector], blocks: tuple[str, ...]) -> Tensor:
     out = torch.zeros(len(vectors), len(blocks), dtype=torch.float64)
     for i, v in enumerate(vectors):
         for j, name in enumerate(blocks):

@@ -123,7 +123,7 @@ def _fields(kind: Any, defaults: Any, says: Mapping[str, str]) -> list[inspect.P
 
 
 @app.command("add")
-@spelled_out(addition.OPTIONS)
+@spelled_out(addition.ADDITION)
 def add_command(
     reading: Reading, task: TaskSpecs, writing: Writing, learning: atlas.AtlasOptions, warm_start: WarmStart = "zero"
 ) -> None:
@@ -150,7 +150,7 @@ def add_command(
 
 
 @app.command("negate")
-@spelled_out(negation.OPTIONS)
+@spelled_out(negation.NEGATION)
 def negate_command(
     reading: Reading,
     target: Annotated[
@@ -187,7 +187,7 @@ def negate_command(
 
 
 @app.command("few-shot")
-@spelled_out(fewshot.OPTIONS)
+@spelled_out(fewshot.FEW_SHOT)
 def few_shot_command(
     reading: Reading,
     vector: Vectors,
@@ -260,7 +260,7 @@ def few_shot_command(
 
 
 @app.command("adapt")
-@spelled_out(adaptation.OPTIONS)
+@spelled_out(adaptation.ADAPTATION)
 def adapt_command(
     reading: Reading,
     vector: Vectors,
@@ -330,7 +330,7 @@ def cosine_command(
     ours = None if base is None else parameters_of(base)
     read = [read_vector(path, ours, without=without or ()) for path in paths.values()]
     with out.status("comparing"):
-        matrix = atlas.orthogonality(read).tolist()
+        matrix = atlas.cosines(read).tolist()
     out.print(number_table("cosines between task vectors", list(paths), list(paths), matrix))
     if picture is not None:
         write_files({picture: draw_cosines(matrix, list(paths))})

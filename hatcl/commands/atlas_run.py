@@ -38,7 +38,7 @@ from ..report.tables import accuracy_table
 from ..vectors.compose import Composer
 from ..vectors.files import write_tensors
 from ..vectors.task_vector import TaskVector
-from ..vectors.tensors import check_fit, kinds_of, tensors_of
+from ..vectors.tensors import check_fit, kinds_of, named_tensors
 from .options import chosen, key_values, usable_device
 
 REPORT, HEADS, CLASSIFIER = "report.json", "heads.safetensors", "classifier.safetensors"
@@ -226,7 +226,7 @@ class Loaded:
 
 def _model(reading: Reading) -> tuple[nn.Module, tuple[str, ...]]:
     """The timm model with BASE's weights, and the names of its classifiers, which no task vector is of."""
-    name, stored = reading.model, tensors_of(reading.base)
+    name, stored = reading.model, named_tensors(reading.base)
     if not timm.is_model(name) or name.startswith(PREFIX):
         chosen("--model", name.split(".")[0], timm.list_models())
     options = key_values("--model-kwargs", reading.model_kwargs)

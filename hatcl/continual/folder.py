@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..engine import folder as checkpoints
 from ..errors import ConfigError, IntegrityError, SkillError
 from ..files import complete, replaced_folder
-from ..skills.ilora_files import base_digest, digest
+from ..skills.ilora_files import base_digest, tensors_digest
 from ..skills.switch import of_adapters
 from ..skills.tensors import adapters_of, skill_tensors
 from .methods.registry import Method
@@ -35,7 +35,7 @@ STATE, METHOD, PROGRESS, ADAPTER, WEIGHTS = "model.safetensors", "method", "prog
 def base_of(model: nn.Module) -> str:
     """A digest of the base model that the adapters stand on; of a model without LoRA, of all its parameters: of the
     weights that the run starts from."""
-    return base_digest(model) if adapters_of(model) else digest(dict(model.named_parameters()))
+    return base_digest(model) if adapters_of(model) else tensors_digest(dict(model.named_parameters()))
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

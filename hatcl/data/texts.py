@@ -149,7 +149,7 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
         IntegrityError: no such file, or no JSON. ConfigError: JSON of another form; what was found and what is read.
     """
     path = Path(path)
-    content = _read(path)
+    content = _read_content(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: got a {type(content).__name__}, expected an object with train and test")
     if "all" in content:
@@ -169,7 +169,7 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
     return _whole(path, TextData(parts[0], parts[1], parts[2], turns))
 
 
-def _read(path: Path) -> Any:
+def _read_content(path: Path) -> Any:
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw

@@ -88,7 +88,7 @@ class CosineForward(Own):
         return self.head.logits(own, inputs)
 
 
-def copied(model: nn.Module) -> nn.Module:
+def open_copy(model: nn.Module) -> nn.Module:
     """A copy whose forward may be replaced.
 
     Raises:

@@ -15,7 +15,7 @@ from ..data.images import Task, npz_task
 from ..data.shots import same_few
 from ..data.texts import TextData, k_shot, read_texts
 from ..errors import ConfigError, nearest
-from ..vectors.tensors import kinds_of, tensors_of
+from ..vectors.tensors import kinds_of, named_tensors
 from .modes import mode_of
 from .options import TaskOptions
 from .state import load_state
@@ -121,7 +121,7 @@ def _image_model(options: TaskOptions) -> nn.Module:
     if not timm.is_model(name):
         near = nearest(name.split(".")[0], timm.list_models())
         raise ConfigError(f"model: timm has no {name!r}; did you mean {near!r}?")
-    stored = None if options.weights is None else tensors_of(Path(options.weights))
+    stored = None if options.weights is None else named_tensors(Path(options.weights))
     try:
         if stored is not None and "num_classes" not in kwargs:
             classifier = (timm.get_pretrained_cfg(name) or timm.create_model(name).pretrained_cfg).classifier

@@ -22,8 +22,8 @@ from ..errors import ConfigError, nearest
 from .options import CUTS, TOKENS
 
 SLOTS = ("text", "mask")
-MASKED = "{text} It was {mask}."
-CAUSAL = "{text} It was {mask}"
+MASK_TEMPLATE = "{text} It was {mask}."
+CAUSAL_TEMPLATE = "{text} It was {mask}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class PromptReader:
             if part == "{text}":
                 side = 1
             elif part != "{mask}":
-                sides[side] += _ids(tokenizer, part)
+                sides[side] += _token_ids(tokenizer, part)
             elif at != "last":
                 self.mask = (side, len(sides[side]))
                 sides[side].append(int(mask))
@@ -144,7 +144,7 @@ class PromptReader:
     def read(self, text: str) -> tuple[list[int], int]:
         """The tokens of a text in its template, and the place that is read."""
         if text not in self._known:
-            own = _ids(self.tokenizer, " " * ("text" in self.template.spaced) + text)
+            own = _token_ids(self.tokenizer, " " * ("text" in self.template.spaced) + text)
             if len(own) > self.room:
                 own = own[: self.room] if self.cut == "end" else own[-self.room :]
             ids = [*self.before, *own, *self.after]
@@ -188,11 +188,11 @@ def label_tokens(tokenizer: Any, words: Mapping[str, str], spaced: bool = True) 
     """
     found: dict[int, str] = {}
     for label, word in words.items():
-        ids = _ids(tokenizer, " " * spaced + word)
+        ids = _token_ids(tokenizer, " " * spaced + word)
         what = f"words: {word!r} (label {label!r})"
         if len(ids) != 1:
             shown = " ".join(tokenizer.convert_ids_to_tokens(ids)) or "nothing"
-            other = _ids(tokenizer, " " * (not spaced) + word)
+            other = _token_ids(tokenizer, " " * (not spaced) + word)
             fits = len(other) == 1 and other[0] != tokenizer.unk_token_id
             hint = (
                 f"{'with' if not spaced else 'without'} a space in front of {{mask}} it would be one; " if fits else ""
@@ -228,14 +228,14 @@ def check_length(model: nn.Module, max_length: int) -> None:
         raise ConfigError(f"max_length: got {max_length}, but the model has {most} positions; give at most that many")
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _token_ids(tokenizer: Any, text: str) -> list[int]:
     return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer puts in front of a text and after it."""
     probe = "a"
-    bare, whole = _ids(tokenizer, probe), [int(i) for i in tokenizer(probe)["input_ids"]]
+    bare, whole = _token_ids(tokenizer, probe), [int(i) for i in tokenizer(probe)["input_ids"]]
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
     if at is None or not bare:
         raise ConfigError(

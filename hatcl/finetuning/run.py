@@ -30,7 +30,7 @@ from ..files import beside, complete, is_temporary, read_json, replaced_folder, 
 from ..integrations.timm_names import timm_source
 from ..sources import build_source, source_of
 from ..vectors.files import write_tensors
-from ..vectors.tensors import kinds_of, tensors_of
+from ..vectors.tensors import kinds_of, named_tensors
 from .loading import load_model, make_task
 from .modes import mode_of
 from .options import FinetuneOptions, TaskOptions
@@ -159,7 +159,7 @@ def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: to
     config = _config(path)
     learning = FinetuneOptions().changed(config["learning"])
     options = None if config["task"] is None else _options(path, config["task"])
-    stored = tensors_of(path / PRETRAINED)
+    stored = named_tensors(path / PRETRAINED)
     if task is None:
         if options is None or config["source"] is None:
             raise ConfigError(
@@ -170,7 +170,7 @@ def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: to
     load_state(task.model, stored, str(path / PRETRAINED))
     task.model.to(device).eval()
     finetuned = copy.deepcopy(task.model)
-    load_state(finetuned, tensors_of(path / FINETUNED), str(path / FINETUNED))
+    load_state(finetuned, named_tensors(path / FINETUNED), str(path / FINETUNED))
     return Run(task, task.model, finetuned, learning, tuple(config["trained"]), read_json(path / METRICS), options)
 
 

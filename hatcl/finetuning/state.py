@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..vectors.tensors import check_fit, tensors_of
+from ..vectors.tensors import check_fit, named_tensors
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and the buffers that are saved, of tied ones the first."""
     saved = model.state_dict()
-    return {n: t for n, t in tensors_of(model).items() if n in saved}
+    return {n: t for n, t in named_tensors(model).items() if n in saved}
 
 
 @torch.no_grad()

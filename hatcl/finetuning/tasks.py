@@ -15,7 +15,7 @@ from ..data.images import Images
 from ..engine.measures import accuracy
 
 PARTS = ("train", "validation", "test")
-Batch = tuple[Any, Tensor]
+LabelledBatch = tuple[Any, Tensor]
 Examples = Sequence[Any] | Images
 
 
@@ -45,7 +45,7 @@ class FinetuneTask:
     train: Examples
     validation: Examples
     test: Examples
-    collate: Callable[[Any], Batch]
+    collate: Callable[[Any], LabelledBatch]
     length: Callable[[Any], int] | None = None
     embeddings: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class FinetuneTask:
         found: Examples = getattr(self, name)
         return found
 
-    def batch(self, part: str | Examples, ids: Sequence[int]) -> Batch:
+    def batch(self, part: str | Examples, ids: Sequence[int]) -> LabelledBatch:
         """The examples at these indices."""
         data = self.part(part) if isinstance(part, str) else part
         if isinstance(data, Images):
@@ -72,13 +72,13 @@ class FinetuneTask:
         return TaskBatches(self, self.part(part) if isinstance(part, str) else part, size)
 
     @staticmethod
-    def logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def logits(model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         """`[B, C]` and the labels `[B]` of a batch, on the model's device, as `engine.measures.predict` takes them."""
         found = outputs(model, batch[0])
         return found, batch[1].to(found.device)
 
     @staticmethod
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
+    def loss(model: nn.Module, batch: LabelledBatch) -> Tensor:
         """The mean cross-entropy of a batch, as `hatcl.learn_graft` takes it."""
         return cross_entropy(model, batch)
 
@@ -104,6 +104,6 @@ class TaskBatches:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LabelledBatch]:
         for ids in self.rows:
             yield self.task.batch(self.data, ids)

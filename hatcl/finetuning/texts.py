@@ -11,9 +11,9 @@ from torch import nn
 from ..continual.label_words import check_labels
 from ..data.texts import Pair, TextData
 from ..errors import ConfigError
-from .forwards import WordForward, copied, embedding_names, language_head_names, with_forward
+from .forwards import WordForward, embedding_names, language_head_names, open_copy, with_forward
 from .prompts import PromptReader, check_length, label_tokens
-from .tasks import Batch, FinetuneTask
+from .tasks import FinetuneTask, LabelledBatch
 
 
 def _words_of(name: str, data: TextData, words: Any) -> dict[str, str]:
@@ -55,7 +55,7 @@ def word_task(
     read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at=at)
     tokens = label_tokens(tokenizer, found, "mask" in read.template.spaced)
     check_length(model, max_length)
-    out = copied(model)
+    out = open_copy(model)
     with_forward(out, WordForward(out, tokens))
     return text_task(name, mode, found, data, out, tokenizer, read, embedding_names(out), language_head_names(out))
 
@@ -77,7 +77,7 @@ def text_task(
     """A task of pairs of a text and a label."""
     place = {y: i for i, y in enumerate(labels)}
 
-    def collate(pairs: list[Pair]) -> Batch:
+    def collate(pairs: list[Pair]) -> LabelledBatch:
         strange = next((p for p in pairs if p[1] not in place), None)
         if strange is not None:  # of other data than the task's own, which was checked
             raise ConfigError(

@@ -16,9 +16,9 @@ from ..errors import GraftError, IntegrityError
 from ..files import parse_json, write_files
 from ..functional import digest_of
 from ..vectors.files import read_metadata
-from ..vectors.tensors import tensors_of
+from ..vectors.tensors import named_tensors
 
-ABOUT = "hatcl.graft"  # one entry of metadata, since safetensors writes several in any order
+ENTRY = "hatcl.graft"  # one entry of metadata, since safetensors writes several in any order
 BITS, SCORES = "bits", "scores"
 LOADED_BY = {BITS: "Graft.load", SCORES: "GraftScores.load"}
 
@@ -33,8 +33,8 @@ def write(path: str | os.PathLike[str], holds: str, tensors: Mapping[str, Tensor
     if path.suffix != ".safetensors":
         raise GraftError(f"{path}: got {path.suffix or 'no ending'}, expected a file that ends in .safetensors")
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}  # safetensors refuses views
-    text = json.dumps({"holds": holds, **about, "digest": _digest(own)})
-    write_files({path: lambda new: save_file(own, new, metadata={ABOUT: text})})
+    text = json.dumps({"holds": holds, **about, "digest": _content_digest(own)})
+    write_files({path: lambda new: save_file(own, new, metadata={ENTRY: text})})
     return path
 
 
@@ -44,7 +44,7 @@ def read(path: str | os.PathLike[str], holds: str) -> tuple[dict[str, Tensor], d
     Raises:
         IntegrityError: the file is missing or damaged. GraftError: it holds the other kind, or something else.
     """
-    stored, about = tensors_of(path), _about(path)
+    stored, about = named_tensors(path), _what_it_says(path)
     found, digest = about["holds"], about["digest"]
     if found != holds:
         raise GraftError(
@@ -52,7 +52,7 @@ def read(path: str | os.PathLike[str], holds: str) -> tuple[dict[str, Tensor], d
             f"{LOADED_BY[holds]}" + ("; its .graft(sparsity=...) gives the bits" if found == SCORES else "")
         )
     tensors = {name: stored[name].clone() for name in stored}  # what files give is mapped
-    if _digest(tensors) != digest:
+    if _content_digest(tensors) != digest:
         raise IntegrityError(f"{path}: its content is not what was saved; the file is damaged, save it again")
     return tensors, about
 
@@ -63,11 +63,11 @@ def held_by(path: str | os.PathLike[str]) -> str:
     Raises:
         IntegrityError, GraftError: as `read`.
     """
-    return str(_about(path)["holds"])
+    return str(_what_it_says(path)["holds"])
 
 
-def _about(path: str | os.PathLike[str]) -> dict[str, Any]:
-    stored, text = tensors_of(path), read_metadata(path).get(ABOUT)
+def _what_it_says(path: str | os.PathLike[str]) -> dict[str, Any]:
+    stored, text = named_tensors(path), read_metadata(path).get(ENTRY)
     if text is None:
         raise GraftError(
             f"{path}: holds {', '.join(sorted(stored)[:5]) or 'nothing'}, and does not say whether that is bits or "
@@ -81,6 +81,6 @@ def _about(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise IntegrityError(f"{path}: what it says of itself cannot be read ({error!r}); save it again") from error
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _content_digest(tensors: Mapping[str, Tensor]) -> str:
     rows = "\n".join(f"{n} {list(tensors[n].shape)} {digest_of(tensors[n])}" for n in sorted(tensors))
     return hashlib.sha256(rows.encode()).hexdigest()

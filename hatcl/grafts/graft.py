@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ..config import one_of
 from ..errors import GraftError, IntegrityError
-from ..functional import digest_of
-from ..vectors.delta import Delta, difference
+from ..functional import bits, digest_of
+from ..vectors.delta import Delta, delta_between
 from ..vectors.task_vector import TaskVector, digests_of
-from ..vectors.tensors import Lazy, Source, kinds_of, parameters_of, pick, tensors_of, tied_names
+from ..vectors.tensors import Lazy, TensorSource, kinds_of, named_tensors, parameters_of, pick, tied_names
 from . import files, inplace
 
 AT, VALUE = ":at", ":value"  # endings of the names under which a tensor's indices and values are saved
@@ -74,7 +74,7 @@ class Graft:
 
     @staticmethod
     def from_masks(
-        masks: Mapping[str, Tensor], finetuned: Source | None = None, pretrained: Source | None = None
+        masks: Mapping[str, Tensor], finetuned: TensorSource | None = None, pretrained: TensorSource | None = None
     ) -> Graft:
         """The elements where a mask is on.
 
@@ -96,7 +96,7 @@ class Graft:
             bits = Graft(bits.shapes, bits.indices, None, bits._digests(pretrained))
         return bits if finetuned is None else bits.fill(finetuned)
 
-    def fill(self, finetuned: Source) -> Graft:
+    def fill(self, finetuned: TensorSource) -> Graft:
         """The same elements, with the values of a model.
 
         Raises:
@@ -180,7 +180,7 @@ class Graft:
         return union([self, other]) if isinstance(other, Graft) else NotImplemented
 
     def _kept(self, other: Graft, inside: bool) -> Graft:
-        check_same(self, other, ("the first graft", "the other"))
+        check_same_tensors(self, other, ("the first graft", "the other"))
         none = torch.zeros(0, dtype=torch.int32)
         on = {n: torch.isin(at, other.indices.get(n, none)) == inside for n, at in self.indices.items()}
         values = None if self.values is None else {n: v[on[n]] for n, v in self.values.items()}
@@ -222,7 +222,7 @@ class Graft:
             for name, t in self._tensors(out).items():
                 self._put(name, t)
             return out
-        every = tensors_of(model)
+        every = named_tensors(model)
         lazy = isinstance(every, Lazy)
         found = self._checked(model, check and not lazy)
         mine = {found[name]: name for name in self.indices}
@@ -270,7 +270,7 @@ class Graft:
                 changed since.
         """
         _module(model, "remove_")
-        inplace.take_out(model, self, tensors_of(model), check)
+        inplace.take_out(model, self, named_tensors(model), check)
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module, *, check: bool = True) -> Iterator[None]:
@@ -284,7 +284,7 @@ class Graft:
             raise
         self.remove_(model)
 
-    def vector(self, pretrained: Source) -> TaskVector:
+    def vector(self, pretrained: TensorSource) -> TaskVector:
         """The graft as a task vector: the difference to the pretrained model inside, zero outside. Sums of grafts are
         sums of these. With coefficient 1 it gives what `apply_to` gives, bit for bit.
 
@@ -293,19 +293,19 @@ class Graft:
         """
         found = self._checked(pretrained, True)
         names = dict.fromkeys([*parameters_of(pretrained), *found.values()])
-        whole = pick(tensors_of(pretrained), list(names))
+        whole = pick(named_tensors(pretrained), list(names))
         kinds = {n: torch.promote_types(k.dtype, torch.float32) for n, k in kinds_of(whole).items()}
         deltas = {n: Delta(torch.zeros(k.shape, dtype=kinds[n])) for n, k in kinds_of(whole).items()}
         for name, first in ((n, found[n]) for n in self.indices):
             at, values = self._part(name, whole[first])
-            inside = difference(inplace.take(whole[first], at), values).to("cpu")
+            inside = delta_between(inplace.take(whole[first], at), values).to("cpu")
             zeros = deltas[first].value
             zeros.view(-1)[at.cpu()] = inside.value
             if inside.at is not None:
                 deltas[first] = Delta(zeros, self.indices[name][inside.at.long()], inside.rest)
         return TaskVector(deltas, digests_of(whole))
 
-    def _checked(self, model: Source, check: bool) -> dict[str, str]:
+    def _checked(self, model: TensorSource, check: bool) -> dict[str, str]:
         """Raise unless it can be applied; what the model calls the tensors."""
         if self.values is None:
             raise GraftError(
@@ -324,12 +324,12 @@ class Graft:
                 f"{name} is not what this graft was made for; apply it to its own pretrained model, or pass check=False"
             )
 
-    def _tensors(self, model: Source, what: str = "the model") -> dict[str, Tensor]:
+    def _tensors(self, model: TensorSource, what: str = "the model") -> dict[str, Tensor]:
         """A model's tensors that it changes, under the graft's names."""
-        found, every = found_in(model, self.shapes, what), tensors_of(model)
+        found, every = found_in(model, self.shapes, what), named_tensors(model)
         return {name: every[found[name]] for name in self.indices}
 
-    def _digests(self, model: Source) -> dict[str, str]:
+    def _digests(self, model: TensorSource) -> dict[str, str]:
         """Of a model's tensors that it changes, as they were before any graft was applied."""
         found = found_in(model, self.shapes, "the pretrained model")
         return {n: digest_of(inplace.original(model, found[n], t)) for n, t in self._tensors(model).items()}
@@ -359,7 +359,7 @@ def union(grafts: Sequence[Graft], overlap: str = "equal") -> Graft:
         raise GraftError("a union of no grafts; pass at least one")
     first = grafts[0]
     for other in grafts[1:]:
-        check_same(first, other, ("the first graft", "another"))
+        check_same_tensors(first, other, ("the first graft", "another"))
         if (first.values is None) != (other.values is None):
             raise GraftError(
                 "some grafts hold values, others bits alone; fill these (graft.fill), or take .bits() of all"
@@ -380,11 +380,11 @@ def union(grafts: Sequence[Graft], overlap: str = "equal") -> Graft:
         indices[name] = at
         if first.values is not None:
             parts = [graft.values[name] for graft in holders if graft.values is not None]
-            values[name] = _joined(name, parts, which, len(at), overlap)
+            values[name] = _joined_values(name, parts, which, len(at), overlap)
     return Graft(first.shapes, indices, None if first.values is None else values, base)
 
 
-def _joined(name: str, parts: Sequence[Tensor], which: Tensor, count: int, overlap: str) -> Tensor:
+def _joined_values(name: str, parts: Sequence[Tensor], which: Tensor, count: int, overlap: str) -> Tensor:
     """Several grafts' values of one tensor as one value per element; `which` says whose element each is."""
     other = next((p for p in parts if p.dtype != parts[0].dtype), None)
     if other is not None:
@@ -397,7 +397,7 @@ def _joined(name: str, parts: Sequence[Tensor], which: Tensor, count: int, overl
     for part in reversed(parts):  # so that the first graft's values stay
         inplace.put(out, which[end - len(part) : end], part)
         end -= len(part)
-    differ = inplace.bits(every) != inplace.bits(out)[which]
+    differ = bits(every) != bits(out)[which]
     if overlap == "first" or not bool(differ.any()):
         return out
     if overlap == "equal":
@@ -424,7 +424,7 @@ def overlaps(grafts: Sequence[Graft]) -> Tensor:
     )
 
 
-def check_same(a: Graft, b: Graft, what: tuple[str, str]) -> None:
+def check_same_tensors(a: Graft, b: Graft, what: tuple[str, str]) -> None:
     """Raise `GraftError` unless two are over the same tensors.
 
     Args:
@@ -439,7 +439,7 @@ def check_same(a: Graft, b: Graft, what: tuple[str, str]) -> None:
             )
 
 
-def found_in(source: Source, shapes: Mapping[str, Sequence[int]], what: str) -> dict[str, str]:
+def found_in(source: TensorSource, shapes: Mapping[str, Sequence[int]], what: str) -> dict[str, str]:
     """What a source calls some tensors: by the same name, or where it is tied to another by the name that stands
     first. Nothing is read.
 
@@ -447,7 +447,7 @@ def found_in(source: Source, shapes: Mapping[str, Sequence[int]], what: str) -> 
         GraftError: tensors that it lacks, that have another shape there or are no floating point (they are listed), or
             two that are one there.
     """
-    kinds, tied = kinds_of(tensors_of(source)), tied_names(source)
+    kinds, tied = kinds_of(named_tensors(source)), tied_names(source)
     found = {name: name if name in kinds else tied.get(name, name) for name in shapes}
     problems = []
     for name, first in found.items():

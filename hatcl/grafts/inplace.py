@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraftError
-
-BY_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+from ..functional import bits, same_bits
 
 
 @dataclass(frozen=True)
-class Place:
+class Overwritten:
     """Elements of one tensor: flat indices, int64 `[M]`, the values that were there and those that are there now."""
 
     at: Tensor
@@ -29,16 +28,10 @@ class Applied:
     """A graft (or whatever asks for it) that was written into a module, and where."""
 
     by: Any
-    places: dict[str, Place]
+    places: dict[str, Overwritten]
 
 
 _APPLIED: weakref.WeakKeyDictionary[nn.Module, list[Applied]] = weakref.WeakKeyDictionary()
-
-
-def bits(t: Tensor) -> Tensor:
-    """A floating-point tensor's memory as integers: these are equal where every bit is, and copying them keeps all
-    (signs of zeros, payloads of NaN)."""
-    return t.detach().view(BY_SIZE[t.element_size()])
 
 
 def take(t: Tensor, at: Tensor) -> Tensor:
@@ -62,7 +55,7 @@ def write_in(model: nn.Module, by: Any, what: Mapping[str, tuple[Tensor, Tensor,
     Args:
         what: name -> the tensor, flat indices, and the values in the tensor's dtype.
     """
-    places = {name: Place(at, take(t, at), new) for name, (t, at, new) in what.items()}
+    places = {name: Overwritten(at, take(t, at), new) for name, (t, at, new) in what.items()}
     for t, at, new in what.values():
         put(t, at, new)
     _APPLIED.setdefault(model, []).append(Applied(by, places))
@@ -80,7 +73,7 @@ def original(model: Any, name: str, t: Tensor) -> Tensor:
     return t
 
 
-def _put_back(t: Tensor, place: Place) -> None:
+def _put_back(t: Tensor, place: Overwritten) -> None:
     put(t, place.at.to(t.device), place.old.to(t))  # the module may have been moved or cast since
 
 
@@ -114,7 +107,7 @@ def take_out(model: nn.Module, by: Any, tensors: Mapping[str, Tensor], check: bo
     if check:
         for name, place in stack[i].places.items():
             now = take(tensors[name], place.at.to(tensors[name].device))
-            if now.dtype != place.new.dtype or not bits(now).equal(bits(place.new.to(now.device))):
+            if not same_bits(now, place.new.to(now.device)):
                 raise GraftError(
                     f"{name}: elements of this graft changed since it was applied; train on what apply_to gives, or "
                     "pass check=False to put the old values back in any case"

@@ -18,12 +18,12 @@ from ..calls import again, endless, examples_in, one_pass
 from ..errors import GraftError, NonFiniteLossError
 from ..lend import lent
 from ..vectors.select import largest
-from ..vectors.tensors import Kind, Lazy, Source, tied_names
+from ..vectors.tensors import Kind, Lazy, TensorSource, tied_names
 from . import inplace
 from .graft import Graft, size_of
 from .options import GraftOptions
 from .scores import GraftScores, highest
-from .selection import Pairs, Patterns, candidates, check_moved, difference_of, drawn, filled, seed_of
+from .selection import Pairs, Patterns, candidates, change_of, check_moved, drawn, filled, seed_of
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 STRIDE = 61  # of the sample from which `top` guesses where the k-th lies; prime, so that it meets all columns
@@ -49,7 +49,7 @@ class LearnedGraft(Graft):
 
 def learn_graft(
     pretrained: nn.Module,
-    finetuned: Source,
+    finetuned: TensorSource,
     loss_fn: LossFn,
     batches: Iterable[Any],
     sparsity: float = 1e-4,
@@ -149,7 +149,7 @@ def _start(pairs: Pairs, k: int, start: Graft | GraftScores | None, options: Gra
     if start is not None:
         members = dict(start.indices)
     else:
-        scores = _lazy(shapes, lambda name: difference_of(pairs[name]).abs())
+        scores = _lazy(shapes, lambda name: change_of(pairs[name]).abs())
         cut = largest(scores, k)
         found = {n: cut.mask(n, scores[n]).reshape(-1).nonzero().view(-1).cpu() for n in scores}
         members = {n: _small(at, scores.kinds[n]) for n, at in found.items()}
@@ -194,11 +194,11 @@ class _Hard:
             inplace.put(before, long, _taken(after, long).to(before))
 
     def delta(self, name: str) -> Tensor:
-        d = difference_of(self.pairs[name])
+        d = change_of(self.pairs[name])
         if name in self.kept:
             at, was = self.kept[name]
             long = at.to(was.device, torch.long)
-            inplace.put(d, long, difference_of((was, _taken(self.pairs[name][1], long))).to(d))
+            inplace.put(d, long, change_of((was, _taken(self.pairs[name][1], long))).to(d))
         return d
 
     def close(self) -> None:
@@ -233,7 +233,7 @@ class _Soft:
                 inplace.put(before, at, _taken(after, at).to(before))
 
     def delta(self, name: str) -> Tensor:
-        return difference_of((self.kept[name], self.pairs[name][1]))
+        return change_of((self.kept[name], self.pairs[name][1]))
 
     def _keep(self) -> None:
         if not self.kept:
@@ -292,7 +292,7 @@ class _Learner:
             if validate is not None:
                 self.weights.show(members)
                 with torch.no_grad():
-                    entry["validation"] = _finite(float(validate(self.model)), "validation", step)
+                    entry["validation"] = _finite_value(float(validate(self.model)), "validation", step)
             elif not telling:
                 self.weights.show(members)
                 entry["mask_loss"] = self._pass(stream.sample(), step, backward=False)
@@ -340,7 +340,7 @@ class _Learner:
                         f"loss_fn: gave {got}, expected a scalar tensor with a gradient: the mean loss of a batch, "
                         "computed with the model that it is given"
                     )
-                total += self.weight * _finite(float(loss.detach()), "loss", step)
+                total += self.weight * _finite_value(float(loss.detach()), "loss", step)
                 self.seen += self.weight
                 if backward:
                     loss.backward()
@@ -380,7 +380,7 @@ class _Learner:
         if not self.in_place:
             self._optimize()
         for name, x in self.logits.items():
-            _finite(float(x.sum()), f"gradient of {name}", step)
+            _finite_value(float(x.sum()), f"gradient of {name}", step)
 
     def _begun(self, name: str) -> Tensor:
         """The first logits of a tensor, where that lies."""
@@ -512,7 +512,7 @@ def _outside(members: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> int
     return out
 
 
-def _finite(value: float, what: str, step: int) -> float:
+def _finite_value(value: float, what: str, step: int) -> float:
     if not math.isfinite(value):
         raise NonFiniteLossError(
             f"step {step}: the {what} is {value}, expected a finite number; the models are as they were before. Look "

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ..config import Changeable, number, one_of, whole
 
-OPTIMIZERS = ("sgd", "adam")
+GRAFT_OPTIMIZERS = ("sgd", "adam")
 GAMMAS = ("hard", "soft")
-RULES = ("natural", "plain")
+LOGIT_RULES = ("natural", "plain")
 SIZES = ("fixed", "free")
 
 
@@ -66,9 +66,9 @@ class GraftOptions(Changeable):
         whole("accumulate", self.accumulate, optional=True)
         whole("seed", self.seed, 0)
         one_of("gamma", self.gamma, GAMMAS)
-        one_of("rule", self.rule, RULES)
+        one_of("rule", self.rule, LOGIT_RULES)
         one_of("size", self.size, SIZES)
-        one_of("optimizer", self.optimizer, OPTIMIZERS)
+        one_of("optimizer", self.optimizer, GRAFT_OPTIMIZERS)
 
 
 PUBLISHED = GraftOptions(lr=1e7, gamma="soft", rule="plain", size="free")

@@ -18,17 +18,17 @@ from ..map.grains import make_grain
 from ..map.units import UnitMap
 from ..vectors.select import largest
 from ..vectors.task_vector import known_as
-from ..vectors.tensors import Kind, Lazy, Source, buffers_of, check_fit, kinds_of, parameters_of, tied_names
+from ..vectors.tensors import Kind, Lazy, TensorSource, buffers_of, check_fit, kinds_of, parameters_of, tied_names
 from .graft import Graft, size_of
 from .scores import GraftScores, highest
 
-BY = ("magnitude", "random")
+SELECTED_BY = ("magnitude", "random")
 ALWAYS_ON = 0  # the number of the grain `unit`'s group of what no unit owns
 Patterns = str | Sequence[str]
 Pairs = Lazy[tuple[Tensor, Tensor]]
 
 
-def candidates(pretrained: Source, finetuned: Source, only: Patterns = (), skip: Patterns = ()) -> Pairs:
+def candidates(pretrained: TensorSource, finetuned: TensorSource, only: Patterns = (), skip: Patterns = ()) -> Pairs:
     """The floating-point parameters that a graft may take elements from.
 
     Args:
@@ -78,8 +78,8 @@ def _matched(option: str, patterns: Patterns, names: Mapping[str, list[str]]) ->
 
 
 def select_graft(
-    pretrained: Source,
-    finetuned: Source,
+    pretrained: TensorSource,
+    finetuned: TensorSource,
     sparsity: float,
     by: str | Mapping[str, Tensor] | GraftScores = "magnitude",
     *,
@@ -117,7 +117,7 @@ def select_graft(
     pairs = candidates(pretrained, finetuned, only, skip)
     check_moved(pairs)
     by = by.values if isinstance(by, GraftScores) else by
-    scores = _scores(pairs, by, seed)
+    scores = _element_scores(pairs, by, seed)
     if per_layer and grain != "element":
         raise ConfigError(f"per_layer: got grain {grain!r}, expected element; groups are taken over all tensors")
     total = sum(_numel(k) for k in pairs.kinds.values())
@@ -146,7 +146,7 @@ def check_moved(pairs: Pairs) -> None:
     """Raise `GraftError` where the difference is zero everywhere, or not finite somewhere."""
     moved = False
     for name in pairs:
-        d = difference_of(pairs[name])
+        d = change_of(pairs[name])
         bad = int((~torch.isfinite(d)).sum())
         if bad:
             raise GraftError(
@@ -161,7 +161,7 @@ def check_moved(pairs: Pairs) -> None:
         )
 
 
-def difference_of(pair: tuple[Tensor, Tensor]) -> Tensor:
+def change_of(pair: tuple[Tensor, Tensor]) -> Tensor:
     """`theta_ft - theta_pre`, float32 or wider, on the pretrained tensor's device."""
     before, after = pair
     kind = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
@@ -179,7 +179,7 @@ def drawn(shape: Sequence[int], purpose: str, seed: int, name: str) -> Tensor:
     return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed_of(purpose, seed, name)))
 
 
-def _scores(pairs: Pairs, by: str | Mapping[str, Tensor], seed: int) -> Lazy[Tensor]:
+def _element_scores(pairs: Pairs, by: str | Mapping[str, Tensor], seed: int) -> Lazy[Tensor]:
     """Scores of all elements, made when asked for."""
     make: Callable[[str], Tensor]
     if isinstance(by, Mapping):
@@ -194,10 +194,10 @@ def _scores(pairs: Pairs, by: str | Mapping[str, Tensor], seed: int) -> Lazy[Ten
             return drawn(pairs.kinds[name].shape, "random", seed, name)
 
     else:
-        one_of("by", str(by), BY)
+        one_of("by", str(by), SELECTED_BY)
 
         def make(name: str) -> Tensor:
-            return difference_of(pairs[name]).abs()
+            return change_of(pairs[name]).abs()
 
     return Lazy({n: Kind(k.shape, torch.float32) for n, k in pairs.kinds.items()}, make)
 

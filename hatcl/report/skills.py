@@ -13,7 +13,7 @@ import torch
 from ..config import one_of
 from ..errors import ConfigError
 from ..map.lora import factor_in
-from ..skills.scores import Skill, SkillScores, check_same, overlap
+from ..skills.scores import Skill, SkillScores, check_same_groups, overlap
 from .picture import FREE, INK, MUTED, SHADES, dress, new_figure, png, separate, short
 
 OF = ("rank", "score")
@@ -179,7 +179,7 @@ def _alike(named: Mapping[str, Any], what: str) -> list[Any]:
         raise ConfigError(f"{what}: got none, expected those of at least one task by its name")
     every = list(named.values())
     for name, one in list(named.items())[1:]:
-        check_same(every[0], one, (f"the {what} of {next(iter(named))}", f"those of {name}"))
+        check_same_groups(every[0], one, (f"the {what} of {next(iter(named))}", f"those of {name}"))
     return every
 
 

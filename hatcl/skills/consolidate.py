@@ -14,7 +14,7 @@ from ..config import Changeable, number, one_of
 from ..errors import ConfigError, SkillError
 from ..map.grains import make_grain
 from .product import best_factors, factor_pairs, fit_each_other
-from .scores import SkillScores, check_same, localize
+from .scores import SkillScores, check_same_groups, localize
 
 MODES = ("cases", "adaptive", "coarse")
 AVERAGES = ("factors", "product")
@@ -80,15 +80,12 @@ class ConsolidateOptions(Changeable):
         return {"cases": self.neither, "adaptive": (0.5, 0.5), "coarse": self.coarse}[self.mode]
 
 
-Options = ConsolidateOptions | Mapping[str, Any] | None
-
-
 def consolidate(
     previous: Mapping[str, Tensor],
     current: Mapping[str, Tensor],
     previous_scores: SkillScores | None,
     current_scores: SkillScores | None,
-    options: Options = None,
+    options: ConsolidateOptions | Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """`w_p * previous + w_c * current` for every group of the scores' grain, with the weights of `group_weights`.
 
@@ -125,7 +122,7 @@ def consolidate(
     pairs = factor_pairs(current) if chosen.average == "product" else []
     for a, b in pairs:
         fit_each_other(a, current[a], current[b])
-    out = {n: _mean(previous[n].detach(), x.detach(), share[n]) for n, x in current.items()}
+    out = {n: _weighted_mean(previous[n].detach(), x.detach(), share[n]) for n, x in current.items()}
     for a, b in pairs:
         rank = len(current[a])
         w = ((share[a].flatten() + share[b].flatten()) / 2).expand(rank)
@@ -136,7 +133,9 @@ def consolidate(
     return out
 
 
-def group_weights(previous: SkillScores, current: SkillScores, options: Options = None) -> Tensor:
+def group_weights(
+    previous: SkillScores, current: SkillScores, options: ConsolidateOptions | Mapping[str, Any] | None = None
+) -> Tensor:
     """The weights of the previous and of the current adapter, float64 `[G, 2]`, for each group of the
     scores.
 
@@ -147,7 +146,7 @@ def group_weights(previous: SkillScores, current: SkillScores, options: Options 
         SkillError: scores of two grains or of other tensors. ConfigError: see `ConsolidateOptions`.
     """
     chosen = ConsolidateOptions().changed(options)
-    check_same(previous, current, ("the previous scores", "the current scores"))
+    check_same_groups(previous, current, ("the previous scores", "the current scores"))
     if chosen.mode == "coarse":
         return torch.tensor(chosen.coarse, dtype=torch.float64).repeat(len(current.values), 1)
     if chosen.mode == "adaptive":
@@ -181,7 +180,7 @@ def _current_weight(
     }
 
 
-def _mean(previous: Tensor, current: Tensor, weight: Tensor) -> Tensor:
+def _weighted_mean(previous: Tensor, current: Tensor, weight: Tensor) -> Tensor:
     """`(1 - weight) * previous + weight * current` in float32 at least, exact where the two are equal or the weight is
     0 or 1."""
     kind = torch.promote_types(torch.promote_types(previous.dtype, current.dtype), torch.float32)

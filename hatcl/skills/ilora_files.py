@@ -25,14 +25,14 @@ from ..errors import IntegrityError, SkillError
 from ..files import complete, read_json, read_torch, replaced_folder
 from ..functional import digest_of
 from ..vectors.adapters import CONFIG, WEIGHTS
-from ..vectors.tensors import tensors_of
+from ..vectors.tensors import named_tensors
 from .switch import adapter_tensors, of_adapters
 
 if TYPE_CHECKING:
     from .ilora import ILoRA
 
 ADAPTER, STABLE, MEMORY, ABOUT, FORMAT = "adapter", "ema_adapter", "memory.pt", "ilora.json", "hatcl.ilora.1"
-SAME = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+SAME_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 SAMPLED = 4096  # elements per tensor in the base's digest: another checkpoint differs in nearly all
 
 
@@ -57,7 +57,7 @@ def save(ilora: ILoRA, folder: Path) -> Path:
         "stable": None,
     }
     if config.save_ema_adapter:
-        about["stable"] = {"path": str(where), "digest": digest(_stored(model, ilora.stable))}
+        about["stable"] = {"path": str(where), "digest": tensors_digest(_stored_tensors(model, ilora.stable))}
     inside = not where.is_absolute() and ".." not in where.parts
     _ours(target, {ADAPTER, STABLE, MEMORY, ABOUT, where.parts[0]})
     if config.save_ema_adapter and not inside:
@@ -80,7 +80,7 @@ def load(ilora: ILoRA, folder: Path, task_id: str | None) -> None:
     """
     model = ilora.model
     at = _find(folder, task_id)
-    about = _about(at)
+    about = _read_about(at)
     saved = about["config"]
     if about["base"] != base_digest(model):
         raise SkillError(
@@ -94,15 +94,15 @@ def load(ilora: ILoRA, folder: Path, task_id: str | None) -> None:
     if not where.is_dir() and ilora.config.ema_adapter_path is not None:
         where = Path(ilora.config.ema_adapter_path)  # the folders were moved
     stable = _read_adapter(model, ilora.stable, where)
-    if digest(stable) != about["stable"]["digest"]:
+    if tensors_digest(stable) != about["stable"]["digest"]:
         raise IntegrityError(
             f"{where}: this is not the stable adapter that the task {saved['current_task_id']!r} was saved with; it "
             "was written over or damaged. Learn that task again, with an ema_adapter_path of its own"
         )
     memory = read_torch(at / MEMORY)
     ilora.memory.load_state_dict(memory)  # checks before it changes
-    _put(model, ilora.plastic, plastic)
-    _put(model, ilora.stable, stable)
+    _copy_in(model, ilora.plastic, plastic)
+    _copy_in(model, ilora.stable, stable)
     ilora.steps, ilora.moves, ilora._first = int(about["steps"]), int(about["moves"]), _is_first(ilora, saved)
 
 
@@ -112,7 +112,7 @@ def load_stable(ilora: ILoRA, folder: Path) -> None:
     Raises:
         SkillError: it is missing or does not fit, by name. IntegrityError: a damaged file.
     """
-    _put(ilora.model, ilora.stable, _read_adapter(ilora.model, ilora.stable, folder))
+    _copy_in(ilora.model, ilora.stable, _read_adapter(ilora.model, ilora.stable, folder))
 
 
 def base_digest(model: Any) -> str:
@@ -127,7 +127,7 @@ def base_digest(model: Any) -> str:
     return whole.hexdigest()
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """A digest of named tensors."""
     whole = hashlib.sha256()
     for name in sorted(tensors):
@@ -147,7 +147,7 @@ def _find(folder: Path, task_id: str | None) -> Path:
     for at in tried:
         at = complete(at)
         if (at / ABOUT).is_file():
-            found = _about(at)["config"]["current_task_id"]
+            found = _read_about(at)["config"]["current_task_id"]
             if task_id is not None and found != task_id:
                 raise SkillError(f"{at} holds the task {found!r}, expected prev_task_id {task_id!r}")
             return at
@@ -159,7 +159,7 @@ def _find(folder: Path, task_id: str | None) -> Path:
     raise SkillError(f"no task{named} of I-LoRA in {folder} (no {ABOUT}); {hint}")
 
 
-def _about(at: Path) -> dict[str, Any]:
+def _read_about(at: Path) -> dict[str, Any]:
     about: dict[str, Any] = read_json(at / ABOUT)
     if about.get("format") != FORMAT:
         raise IntegrityError(f"{at / ABOUT}: not of the format {FORMAT}; expected what ILoRA.save() wrote")
@@ -169,7 +169,7 @@ def _about(at: Path) -> dict[str, Any]:
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 
-def _stored(model: Any, adapter: str) -> dict[str, Tensor]:
+def _stored_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
     """An adapter's tensors as peft stores them, sharing memory with the model."""
     from peft import get_peft_model_state_dict
 
@@ -179,7 +179,7 @@ def _stored(model: Any, adapter: str) -> dict[str, Tensor]:
 
 def _write_adapter(model: Any, adapter: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _stored(model, adapter).items()}
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _stored_tensors(model, adapter).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = copy.copy(model.peft_config[adapter])
     config.inference_mode = True
@@ -198,15 +198,15 @@ def _read_adapter(model: Any, adapter: str, folder: Path) -> dict[str, Tensor]:
         )
     options = read_json(folder / CONFIG)
     ours = model.peft_config[adapter].to_dict()
-    for option in SAME:
+    for option in SAME_OPTIONS:
         now, was = ours.get(option), options.get(option)
         if (now or None) != (was or None):
             raise SkillError(
                 f"{folder}: the adapter has {option}={was!r}, this model's {adapter!r} has {now!r}; make the model's "
                 "adapter with the options that it was saved with"
             )
-    tensors = dict(tensors_of(folder / WEIGHTS))
-    expected = _stored(model, adapter)
+    tensors = dict(named_tensors(folder / WEIGHTS))
+    expected = _stored_tensors(model, adapter)
     for name in dict.fromkeys([*expected, *tensors]):
         shapes = [list(t[name].shape) if name in t else "lacking" for t in (tensors, expected)]
         if shapes[0] != shapes[1]:
@@ -218,8 +218,8 @@ def _read_adapter(model: Any, adapter: str, folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _put(model: Any, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    for name, t in _stored(model, adapter).items():
+def _copy_in(model: Any, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, t in _stored_tensors(model, adapter).items():
         t.copy_(tensors[name])
 
 

@@ -42,11 +42,11 @@ def orthogonality(model: nn.Module, adapter: str | None = None, squared: bool = 
     tensors = skill_tensors(model, adapter)
     norms = []
     for a, b in factor_pairs(tensors):
-        norms += [_norm(tensors[a].flatten(1), squared), _norm(tensors[b].flatten(1).T, squared)]
+        norms += [_off_identity(tensors[a].flatten(1), squared), _off_identity(tensors[b].flatten(1).T, squared)]
     return torch.stack([norm.to(norms[0].device) for norm in norms]).mean()
 
 
-def _norm(rows: Tensor, squared: bool) -> Tensor:
+def _off_identity(rows: Tensor, squared: bool) -> Tensor:
     """`|| X X^T - I ||_F` of X [r, d]."""
     with torch.autocast(rows.device.type, enabled=False):  # which would multiply in half precision
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -15,14 +15,14 @@ from ..errors import ConfigError, SkillError
 from ..functional import local
 from ..map.grains import make_grain
 from ..shards import gathered_part, part_of
-from .scores import GRAINS, SkillScores
+from .scores import SKILL_GRAINS, SkillScores
 from .steps import at_steps
 from .tensors import adapters_of, skill_tensors
 
 IMPORTANCE = ("mixed", "first", "second")
 TIMINGS = ("before", "after")
 AT_ONCE = 1 << 22  # elements: so much more is needed while a step is scored (16 MiB), however large the model
-OPTIONS = ("grain", "importance", "beta1", "beta2")
+OPTION_NAMES = ("grain", "importance", "beta1", "beta2")
 
 
 class SkillScorer:
@@ -68,7 +68,7 @@ class SkillScorer:
         beta1: float = 0.85,
         beta2: float = 0.85,
     ) -> None:
-        one_of("grain", grain, GRAINS)
+        one_of("grain", grain, SKILL_GRAINS)
         one_of("importance", importance, IMPORTANCE)
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             number(name, beta, 0, 1, without="both")
@@ -125,7 +125,7 @@ class SkillScorer:
             )
         self._follow()
         for names in self._portions():
-            weights = [_float(self._params[n]) for n in names]
+            weights = [_float32(self._params[n]) for n in names]
             gradients = [_gradient(self._params[n]) for n in names]
             smooth, uncertain = [self._smooth[n] for n in names], [self._uncertain[n] for n in names]
             s = torch._foreach_mul(weights, gradients)
@@ -210,7 +210,7 @@ class SkillScorer:
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that a resumed run needs: the options, `steps`, and I and U by the tensors' names."""
         return {
-            **{option: getattr(self, option) for option in OPTIONS},
+            **{option: getattr(self, option) for option in OPTION_NAMES},
             "steps": self.steps,
             "I": {n: self._whole(self._smooth, n).clone() for n in self._smooth},
             "U": {n: self._whole(self._uncertain, n).clone() for n in self._uncertain},
@@ -222,10 +222,10 @@ class SkillScorer:
         Raises:
             SkillError: a state of other options or of other tensors, by name; the scorer is then as it was.
         """
-        lacking = next((key for key in (*OPTIONS, "steps", "I", "U") if key not in state), None)
+        lacking = next((key for key in (*OPTION_NAMES, "steps", "I", "U") if key not in state), None)
         if lacking is not None:
             raise SkillError(f"the state lacks {lacking!r}, expected what SkillScorer.state_dict() gave")
-        for option in OPTIONS:
+        for option in OPTION_NAMES:
             if state[option] != getattr(self, option):
                 raise SkillError(
                     f"the state has {option}={state[option]!r}, this scorer {getattr(self, option)!r}; make it with "
@@ -252,7 +252,7 @@ class SkillScorer:
         return size / sum(math.prod(s) for s in self._grain.shapes.values())
 
 
-def _float(t: Tensor) -> Tensor:
+def _float32(t: Tensor) -> Tensor:
     """In float32, where products of half-precision numbers do not vanish."""
     return local(t.detach()).to(torch.float32)
 
@@ -260,4 +260,4 @@ def _float(t: Tensor) -> Tensor:
 def _gradient(p: nn.Parameter) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(local(p), dtype=torch.float32)
-    return _float(p.grad.to_dense() if p.grad.is_sparse else p.grad)
+    return _float32(p.grad.to_dense() if p.grad.is_sparse else p.grad)

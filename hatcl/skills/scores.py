@@ -9,9 +9,10 @@ import io
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import torch
 from safetensors.torch import save as as_bytes
@@ -22,13 +23,10 @@ from ..errors import ConfigError, IntegrityError, SkillError
 from ..files import parse_json, write_files
 from ..map.grains import Grain, make_grain
 from ..vectors.files import read_metadata
-from ..vectors.tensors import tensors_of
+from ..vectors.tensors import named_tensors
 
-GRAINS = ("lora_pair", "matrix", "block")
+SKILL_GRAINS = ("lora_pair", "matrix", "block")
 ABOUT, SCORES = "hatcl.skills", "scores"  # the file's metadata (one entry, its order is fixed) and its tensor
-
-Shapes = dict[str, tuple[int, ...]]
-Path_ = Union[str, "os.PathLike[str]"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +34,7 @@ class _Groups:
     """Groups of some tensors, of which something is known."""
 
     grain: str
-    shapes: Shapes
+    shapes: Mapping[str, tuple[int, ...]]
 
     @functools.cached_property
     def _parts(self) -> Grain:
@@ -64,7 +62,7 @@ class SkillScores(_Groups):
     values: Tensor
 
     def __post_init__(self) -> None:
-        parts = _checked(self, self.values)
+        parts = _checked_grain(self, self.values)
         kind = torch.float64 if self.values.dtype == torch.float64 else torch.float32
         values = self.values.detach().to("cpu", kind)
         wrong = (~values.isfinite()).nonzero().flatten().tolist()
@@ -87,7 +85,7 @@ class SkillScores(_Groups):
         """One row per group: `label` and `score`."""
         return [{"label": a, "score": b} for a, b in zip(self.labels, self.values.tolist(), strict=True)]
 
-    def save(self, path: Path_) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.safetensors` file, and beside it the same as a `.csv` table (label, score). Each takes its place
         when both are on disk.
 
@@ -106,14 +104,14 @@ class SkillScores(_Groups):
         write_files({path.with_suffix(".csv"): text.getvalue().encode(), path: content})
 
     @classmethod
-    def load(cls, path: Path_) -> SkillScores:
+    def load(cls, path: str | os.PathLike[str]) -> SkillScores:
         """What `save` wrote.
 
         Raises:
             IntegrityError: the file is missing or damaged. SkillError: it holds something else.
         """
         path = Path(path)
-        tensors, about = tensors_of(path), read_metadata(path).get(ABOUT)
+        tensors, about = named_tensors(path), read_metadata(path).get(ABOUT)
         if about is None or SCORES not in tensors:
             raise SkillError(
                 f"{path}: holds {', '.join(sorted(tensors)[:5]) or 'nothing'}, expected scores that SkillScores.save "
@@ -145,7 +143,7 @@ class Skill(_Groups):
     on: Tensor
 
     def __post_init__(self) -> None:
-        _checked(self, self.on)
+        _checked_grain(self, self.on)
         if self.on.dtype != torch.bool:
             raise SkillError(f"on: got {str(self.on.dtype).removeprefix('torch.')}, expected bool")
         object.__setattr__(self, "on", self.on.detach().cpu())
@@ -178,7 +176,7 @@ def accumulate(
     weights = two_weights("weights", weights)
     if previous is None:
         return current.normalised()
-    check_same(current, previous, ("the current scores", "the previous scores"))
+    check_same_groups(current, previous, ("the current scores", "the previous scores"))
     now, before = (scores.normalised().values.double() for scores in (current, previous))
     return SkillScores(current.grain, current.shapes, weights[0] * now + weights[1] * before).normalised()
 
@@ -220,13 +218,13 @@ def overlap(a: Skill, b: Skill) -> float:
     Raises:
         SkillError: skills of another grain or of other tensors, by name; b has no group.
     """
-    check_same(a, b, ("the first skill", "the second skill"))
+    check_same_groups(a, b, ("the first skill", "the second skill"))
     if not bool(b.on.any()):
         raise SkillError("the second skill has no group, so no share of it can be in the first; lower its threshold")
     return float((a.on & b.on).sum()) / float(b.on.sum())
 
 
-def check_same(a: _Groups, b: _Groups, what: tuple[str, str]) -> None:
+def check_same_groups(a: _Groups, b: _Groups, what: tuple[str, str]) -> None:
     """Raise `SkillError` unless two speak of the same groups.
 
     Args:
@@ -247,9 +245,9 @@ def check_same(a: _Groups, b: _Groups, what: tuple[str, str]) -> None:
         )
 
 
-def _checked(of: _Groups, vector: Tensor) -> Grain:
+def _checked_grain(of: _Groups, vector: Tensor) -> Grain:
     """The grain of scores or a skill, whose shapes it narrows to those that it speaks of."""
-    one_of("grain", of.grain, GRAINS)
+    one_of("grain", of.grain, SKILL_GRAINS)
     parts = make_grain(of.grain, of.shapes)
     if vector.shape != (parts.size,):
         raise SkillError(

@@ -50,7 +50,7 @@ def skill_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, nn.
         adapter = active_adapter(model)
     if adapter is None:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
-        out = {".".join(_parts(n)): p for n, p in trained}
+        out = {".".join(_segments(n)): p for n, p in trained}
         if not out:
             raise SkillError(f"{type(model).__name__} has no LoRA adapter and no parameter that requires a gradient")
         return out
@@ -69,11 +69,11 @@ def skill_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, nn.
 
 def _split(name: str) -> tuple[str, str] | None:
     """Name without the adapter, and the adapter."""
-    parts = _parts(name)
+    parts = _segments(name)
     at = factor_in(parts[:-1])
     return None if at is None else (".".join([*parts[: at + 1], *parts[at + 2 :]]), parts[at + 1])
 
 
-def _parts(name: str) -> list[str]:
+def _segments(name: str) -> list[str]:
     """The segments of a name, without those that torch.compile puts in."""
     return [part for part in name.split(".") if part != "_orig_mod"]

@@ -20,7 +20,7 @@ from .ilora import ILoRA
 from .orthogonality import orthogonality
 from .scorer import TIMINGS, SkillScorer
 
-STATE = "ilora"  # the folder inside a checkpoint
+ILORA_FOLDER = "ilora"  # the folder inside a checkpoint
 
 
 class SkillCallback(TrainerCallback):
@@ -99,7 +99,7 @@ class _Follow(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:
-            self.trainer.ilora.save(_checkpoint(args, state) / STATE)
+            self.trainer.ilora.save(_checkpoint(args, state) / ILORA_FOLDER)
 
 
 class _Adding(Trainer):
@@ -209,15 +209,15 @@ class ILoRATrainer(_Adding):
         """Both adapters are those of the best checkpoint, with the memory as it was then."""
         super()._load_best_model()
         if self.ilora.enabled:
-            self.ilora.load(Path(self.state.best_model_checkpoint) / STATE)
+            self.ilora.load(Path(self.state.best_model_checkpoint) / ILORA_FOLDER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.ilora.enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        state = Path(resume_from_checkpoint) / STATE
+        state = Path(resume_from_checkpoint) / ILORA_FOLDER
         if not state.is_dir():
             raise SkillError(
-                f"{resume_from_checkpoint}: no I-LoRA state ({STATE}/); resume from a checkpoint of ILoRATrainer"
+                f"{resume_from_checkpoint}: no I-LoRA state ({ILORA_FOLDER}/); resume from a checkpoint of ILoRATrainer"
             )
         self.ilora.load(state)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from ..errors import IntegrityError, VectorError
 from ..files import read_json
-from .delta import Delta, difference
-from .tensors import Kind, Lazy, kinds_of, tensors_of
+from .delta import Delta, delta_between
+from .tensors import Kind, Lazy, kinds_of, named_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # starts of A and B that leave the base's weights as they are; others (PiSSA, OLoRA, ...) take something out of them
 KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
 MERGE = "merge it into its base first (peft's merge_and_unload) and pass that model"
 
-GROUPED = "{} is a convolution with groups, whose LoRA is no product of two matrices; leave it out of target_modules"
+NO_PRODUCT = "{} is a convolution with groups, whose LoRA is no product of two matrices; leave it out of target_modules"
 
 
 def is_adapter(source: Any) -> bool:
@@ -93,7 +93,7 @@ def _of_model(model: Any) -> dict[str, Any]:
             if isinstance(module.get_base_layer(), nn.MultiheadAttention):
                 raise VectorError(f"{path} is a MultiheadAttention, whose LoRA has no weight of its own; {MERGE}")
             if getattr(module.get_base_layer(), "groups", 1) > 1:
-                raise VectorError(GROUPED.format(path))
+                raise VectorError(NO_PRODUCT.format(path))
             embedding = adapter in module.lora_embedding_A
             a, b = (
                 (module.lora_embedding_A[adapter], module.lora_embedding_B[adapter])
@@ -104,14 +104,14 @@ def _of_model(model: Any) -> dict[str, Any]:
             out[f"{path}.weight"] = _product(a.detach(), b.detach(), module.scaling[adapter], turned)
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             for name, p in module.modules_to_save[adapter].named_parameters():
-                out[f"{path}.{name}"] = difference(module.original_module.get_parameter(name).detach(), p.detach())
+                out[f"{path}.{name}"] = delta_between(module.original_module.get_parameter(name).detach(), p.detach())
     return out
 
 
 def _of_folder(folder: Path, base: Mapping[str, Tensor] | None, model: nn.Module | None) -> Lazy[Any]:
     config = read_json(folder / CONFIG)
     _refuse(config)
-    tensors = tensors_of(folder / WEIGHTS)
+    tensors = named_tensors(folder / WEIGHTS)
     stored = kinds_of(tensors)
     pairs: dict[str, tuple[str, str]] = {}  # the layer's weight -> the names of its A and B
     full: dict[str, str] = {}
@@ -136,13 +136,13 @@ def _of_folder(folder: Path, base: Mapping[str, Tensor] | None, model: nn.Module
         )
     grouped = [n for n, (a, b) in pairs.items() if "embedding_A" not in a and stored[b].shape[1] != stored[a].shape[0]]
     if grouped:
-        raise VectorError(GROUPED.format(grouped[0].removesuffix(".weight")))
+        raise VectorError(NO_PRODUCT.format(grouped[0].removesuffix(".weight")))
     turned = _turned(pairs, stored, kinds_of(base or {}), model, bool(config.get("fan_in_fan_out")))
 
     def read(name: str) -> Tensor | Delta:
         if name in full:
             assert base is not None
-            return difference(base[name], tensors[full[name]])
+            return delta_between(base[name], tensors[full[name]])
         a, b = (tensors[key] for key in pairs[name])
         return _product(a, b, _scaling(config, name.removesuffix(".weight")), turned[name])
 

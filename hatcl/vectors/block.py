@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .delta import Delta
 
-CHUNK = 1 << 19  # elements that a CPU core keeps in its cache while all vectors pass over them
+FOLDED_AT_ONCE = 1 << 19  # elements that a CPU core keeps in its cache while all vectors pass over them
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Block:
 
     def _lay_out(self) -> None:
         """All lies in memory as the target does (channels last, ...), so that chunks of it are views."""
-        self._order = _order(self.target)
+        self._order = _memory_order(self.target)
         self.deltas = [
             d._replace(value=_laid_out(d.value, self.target)) if i in self.changing else d
             for i, d in enumerate(self.deltas)
@@ -63,7 +63,7 @@ class Block:
 
     def pieces(self) -> Iterator[slice]:
         n = self.theta0.numel()
-        step = CHUNK if self.theta0.device.type == "cpu" else max(n, 1)
+        step = FOLDED_AT_ONCE if self.theta0.device.type == "cpu" else max(n, 1)
         return (slice(i, i + step) for i in range(0, n, step))
 
     def coefficients(self, lam: Tensor) -> Iterator[Tensor]:
@@ -155,7 +155,7 @@ class Block:
         return self._each or (self.local is not None and self.local.shape != self.theta0.shape)
 
 
-def _order(like: Tensor) -> list[int] | None:
+def _memory_order(like: Tensor) -> list[int] | None:
     """The dimensions from the slowest to the fastest in memory; None where that is their own order."""
     strides = like.stride()
     return None if like.is_contiguous() else sorted(range(like.dim()), key=lambda d: -strides[d])
@@ -163,7 +163,7 @@ def _order(like: Tensor) -> list[int] | None:
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     """x, in memory as `like` lies (which has no gaps); x itself where it does already."""
-    order = _order(like)
+    order = _memory_order(like)
     if (x if order is None else x.permute(order)).is_contiguous():
         return x
     return torch.empty_like(like, dtype=x.dtype, requires_grad=False).copy_(x)

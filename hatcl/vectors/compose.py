@@ -123,10 +123,10 @@ class Composer(nn.Module):
         check: bool = True,
     ) -> None:
         super().__init__()
-        vectors = _checked(vectors)
+        vectors = _checked_vectors(vectors)
         tied = tied_names(model)
         source = {n: p for n, p in model.named_parameters() if tied[n] == n}
-        stored = [_stored(source, tied, v, i) for i, v in enumerate(vectors)]
+        stored = [_stored_names(source, tied, v, i) for i, v in enumerate(vectors)]
         names = _common(source, vectors, stored)
         if check:
             _same_base(source, vectors, stored)
@@ -138,7 +138,7 @@ class Composer(nn.Module):
         self.training = model.training
         self._trainable = {n: p.requires_grad for n, p in self.model.named_parameters()}
         self.model.requires_grad_(False)
-        slots = _slots(self.model, tied)
+        slots = _held_at(self.model, tied)
         copies = dict(self.model.named_parameters())
         device = next(iter(source.values())).device
         self.coefficients = nn.Parameter(torch.zeros(len(kept), self.grain.size, dtype=torch.float32, device=device))
@@ -326,7 +326,7 @@ def _set(block: Block, tensor: Tensor) -> None:
             module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
 
 
-def _slots(model: nn.Module, tied: Mapping[str, str]) -> dict[str, list[tuple[nn.Module, str]]]:
+def _held_at(model: nn.Module, tied: Mapping[str, str]) -> dict[str, list[tuple[nn.Module, str]]]:
     """Where each parameter is held. What was one tensor in memory under two parameters becomes one parameter."""
     out: dict[str, list[tuple[nn.Module, str]]] = {}
     every = dict(model.named_parameters(remove_duplicate=False))
@@ -344,7 +344,7 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version  # those made in inference mode do not count
 
 
-def _checked(vectors: Sequence[TaskVector]) -> list[TaskVector]:
+def _checked_vectors(vectors: Sequence[TaskVector]) -> list[TaskVector]:
     out = list(vectors)
     if not out:
         raise VectorError("compose: no task vectors; pass at least one")
@@ -354,7 +354,7 @@ def _checked(vectors: Sequence[TaskVector]) -> list[TaskVector]:
     return out
 
 
-def _stored(source: Mapping[str, Tensor], tied: Mapping[str, str], vector: TaskVector, i: int) -> dict[str, str]:
+def _stored_names(source: Mapping[str, Tensor], tied: Mapping[str, str], vector: TaskVector, i: int) -> dict[str, str]:
     """The model's name of each of its parameters that a vector changes -> the vector's, which may be that of a tensor
     tied to it. Buffers in a vector are left to the model."""
     out: dict[str, str] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import VectorError
 from .task_vector import TaskVector
 
-CHUNK = 1 << 18  # elements that are compared at a time
+COMPARED_AT_ONCE = 1 << 18  # elements that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _pieces(signs: Sequence[Tensor | None]) -> list[Tensor]:
     """`[T, CHUNK]` int8 each."""
     some = next(s for s in signs if s is not None)
     every = torch.stack([torch.zeros_like(some) if s is None else s for s in signs])
-    return list(every.split(CHUNK, 1))
+    return list(every.split(COMPARED_AT_ONCE, 1))
 
 
 def _share(part: Tensor, of: Tensor) -> float:

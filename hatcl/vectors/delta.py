@@ -36,7 +36,7 @@ class Delta(NamedTuple):
         return Delta(value, self.at[kept], self.rest[kept])
 
 
-def difference(base: Tensor, finetuned: Tensor) -> Delta:
+def delta_between(base: Tensor, finetuned: Tensor) -> Delta:
     """`finetuned - base`, with the remainders that `restore` needs to give `finetuned` back bit for bit: signs of
     zeros and subnormal numbers included (unless `torch.set_flush_denormal` is on). A difference beyond the largest
     float is the one thing it has no number for; `TaskVector` refuses it."""

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import alone, write_files, writing
-from .tensors import INDEX, IS_SHARD, SINGLE, Kind, files_of, kinds_of, opened, tensors_of
+from .tensors import INDEX, IS_SHARD, SINGLE, Kind, files_of, kinds_of, named_tensors, opened
 
 SHARD_BYTES = 100 << 20
 UNFINISHED = ".unfinished"  # the folder inside the target where shards gather until all are there
@@ -51,7 +51,7 @@ def write_tensors(
     if path.name.endswith(".safetensors"):
         with writing(path, AGAIN):
             path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, list(kinds), make, meta, kinds, progress)
+        _write_file(path, list(kinds), make, meta, kinds, progress)
         return path
     with writing(path, AGAIN):
         path.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def write_tensors(
         _begin(scratch, recipe, shards)
         for name, inside in zip(names, shards, strict=True):
             if not (scratch / name).exists():
-                _write(scratch / name, inside, make, meta, kinds, progress)
+                _write_file(scratch / name, inside, make, meta, kinds, progress)
             elif progress is not None:
                 progress(sum(nbytes(kinds[n]) for n in inside))
         _move_in(path, names)
@@ -109,7 +109,7 @@ def _move_in(path: Path, names: list[str]) -> None:
     """Put finished shards in the place of what was there. At no moment between is the folder one that can be read: the
     old index goes first, shards without an index are refused, the new index comes last."""
     scratch = path / UNFINISHED
-    stored = {name: kinds_of(tensors_of(scratch / name)) for name in names}
+    stored = {name: kinds_of(named_tensors(scratch / name)) for name in names}
     with writing(path, AGAIN):
         (path / INDEX).unlink(missing_ok=True)
         for old in path.glob("*.safetensors"):
@@ -125,7 +125,7 @@ def _move_in(path: Path, names: list[str]) -> None:
         shutil.rmtree(scratch)
 
 
-def _write(
+def _write_file(
     file: Path,
     names: list[str],
     make: Callable[[str], Mapping[str, Tensor]],

@@ -21,7 +21,7 @@ class Cut:
 
     def mask(self, name: str, x: Tensor) -> Tensor:
         """Bool, of x's shape."""
-        keys = _keys(x)
+        keys = _magnitudes(x)
         chosen = keys > self.key
         if self.ties.get(name):
             at = (keys == self.key).view(-1).nonzero().view(-1)[: self.ties[name]]
@@ -44,7 +44,7 @@ def largest(tensors: Mapping[str, Tensor], k: int) -> Cut:
     key = (high << DIGIT) | low
     left, ties = k - above - above_low, {}
     for name in sorted(tensors):
-        here = min(left, int((_keys(tensors[name]) == key).sum()))
+        here = min(left, int((_magnitudes(tensors[name]) == key).sum()))
         ties[name] = here
         left -= here
     return Cut(key, ties)
@@ -54,7 +54,7 @@ def _digit(tensors: Mapping[str, Tensor], k: int, high: int | None) -> tuple[int
     """The digit of the k-th largest key (the upper one, or the lower one below `high`), and how many lie above it."""
     counts = torch.zeros(1 << DIGIT, dtype=torch.long)
     for t in tensors.values():
-        keys = _keys(t).view(-1)
+        keys = _magnitudes(t).view(-1)
         if high is not None:
             keys = keys[keys >> DIGIT == high]
         digits = keys & ((1 << DIGIT) - 1) if high is not None else keys >> DIGIT
@@ -64,6 +64,6 @@ def _digit(tensors: Mapping[str, Tensor], k: int, high: int | None) -> tuple[int
     return (1 << DIGIT) - 1 - at, int(from_top[at - 1]) if at else 0
 
 
-def _keys(x: Tensor) -> Tensor:
+def _magnitudes(x: Tensor) -> Tensor:
     """The magnitude's bits: as integers they are ordered as the magnitudes are."""
     return x.detach().abs().to(torch.float32).contiguous().view(torch.int32)

@@ -16,8 +16,8 @@ from ..errors import ConfigError
 from .adapters import CONFIG, WEIGHTS, is_adapter
 from .delta import Delta
 from .files import SHARD_BYTES, nbytes, read_metadata, write_tensors
-from .task_vector import FORMAT, TaskVector, composed, digests_of, one_base
-from .tensors import Kind, files_of, kinds_of, pick, tensors_of
+from .task_vector import VECTOR_FORMAT, TaskVector, composed, digests_of, one_base
+from .tensors import Kind, files_of, kinds_of, named_tensors, pick
 
 AnyPath = Union[str, "os.PathLike[str]"]
 
@@ -93,7 +93,7 @@ def compose_files(
     for file in (f.resolve() for files in read for f in files):
         if target in (file, file.parent):
             raise ConfigError(f"out: {out} would replace {file}, which is read; name another folder")
-    theta0 = tensors_of(base)
+    theta0 = named_tensors(base)
     terms = [(float(c), _vector(base, path, buffers)) for path, c in parts]
     recipe = json.dumps(
         [
@@ -125,7 +125,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _vector(base: AnyPath, path: AnyPath, buffers: bool) -> TaskVector:
-    if not is_adapter(path) and FORMAT in read_metadata(path):
+    if not is_adapter(path) and VECTOR_FORMAT in read_metadata(path):
         return TaskVector.load(path)
     vector = TaskVector.between(base, path, buffers=buffers)
     vector.base = None  # it is taken from this very base, so that nothing needs to be hashed

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,35 +21,37 @@ from torch import Tensor, nn
 from ..errors import IntegrityError, VectorError
 from ..files import parse_json
 from ..functional import digest_of
-from .delta import Delta, difference, restore
+from .delta import Delta, delta_between, restore
 from .files import read_metadata, write_tensors
 from .select import largest
 from .tensors import (
-    STATISTICS,
+    RUNNING,
     Kind,
     Lazy,
-    Source,
+    TensorSource,
     buffers_of,
     check_fit,
     kinds_of,
+    named_tensors,
     parameters_of,
     pick,
-    tensors_of,
     tied_names,
 )
 
-FORMAT = "hatcl.task_vector"
+VECTOR_FORMAT = "hatcl.task_vector"
 AT, REST = ":at", ":rest"  # endings of the names under which remainders are saved
 
 
-def composed(model: Source, terms: Sequence[tuple[float, TaskVector]], *, check: bool = True) -> Mapping[str, Tensor]:
+def composed(
+    model: TensorSource, terms: Sequence[tuple[float, TaskVector]], *, check: bool = True
+) -> Mapping[str, Tensor]:
     """All tensors of a source, `theta + sum_i c_i tau_i` where the vectors speak of them, rounded once: at once for
     what is in memory, when asked for from files.
 
     Raises:
         VectorError: tensors that the model lacks or that have another shape. IntegrityError: another base.
     """
-    every = tensors_of(model)
+    every = named_tensors(model)
     kinds = kinds_of(every)
     for _, vector in terms:
         problems = [
@@ -74,9 +76,6 @@ def composed(model: Source, terms: Sequence[tuple[float, TaskVector]], *, check:
         return restore(x, ((c, v.delta(name).to(x.device)) for c, v in mine)) if mine else x
 
     return Lazy(kinds, one) if isinstance(every, Lazy) else {name: one(name) for name in every}
-
-
-T = TypeVar("T")
 
 
 class TaskVector(Mapping[str, Tensor]):
@@ -110,15 +109,15 @@ class TaskVector(Mapping[str, Tensor]):
         self.base = base
         self.partial = partial
         self._deltas: Mapping[str, Any] = (
-            Lazy(deltas.kinds, lambda name: _checked(name, deltas[name]))
+            Lazy(deltas.kinds, lambda name: _checked_delta(name, deltas[name]))
             if isinstance(deltas, Lazy)
-            else {name: _checked(name, d) for name, d in deltas.items()}
+            else {name: _checked_delta(name, d) for name, d in deltas.items()}
         )
 
     # ---- where it comes from -----------------------------------------------------------------------------------
 
     @classmethod
-    def between(cls, pretrained: Source | None, finetuned: Any, *, buffers: bool = False) -> TaskVector:
+    def between(cls, pretrained: TensorSource | None, finetuned: Any, *, buffers: bool = False) -> TaskVector:
         """`finetuned - pretrained`.
 
         Args:
@@ -157,7 +156,7 @@ class TaskVector(Mapping[str, Tensor]):
         )  # fmt: skip
         if not ours:
             raise VectorError("the pretrained model has no floating-point parameters, only integers or none at all")
-        deltas = _each(lambda name, a, b: difference(a, b), ours, theirs, at_least=torch.float32)
+        deltas = _each(lambda name, a, b: delta_between(a, b), ours, theirs, at_least=torch.float32)
         if not (isinstance(deltas, Lazy) or any(bool(d.value.any()) for d in deltas.values())):
             _refuse_integers(pretrained, finetuned)
         return cls(deltas, digests_of(ours))
@@ -165,9 +164,9 @@ class TaskVector(Mapping[str, Tensor]):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskVector:
         """What `save` wrote, read when asked for. Raises `IntegrityError` for a damaged file or one of another kind."""
-        tensors = tensors_of(path)
+        tensors = named_tensors(path)
         meta = read_metadata(path)
-        if FORMAT not in meta:
+        if VECTOR_FORMAT not in meta:
             raise IntegrityError(
                 f"{path}: not a task vector that hatcl saved; a checkpoint becomes one by "
                 "TaskVector.between(pretrained, checkpoint)"
@@ -182,7 +181,7 @@ class TaskVector(Mapping[str, Tensor]):
         names = [n for n in kinds if not n.endswith((AT, REST))]
         torn = [n for n in names if (n + AT in kinds) != (n + REST in kinds)]
         try:
-            about = parse_json(meta[FORMAT], path)
+            about = parse_json(meta[VECTOR_FORMAT], path)
             base, partial = about["base"], bool(about["partial"])
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(
@@ -255,7 +254,7 @@ class TaskVector(Mapping[str, Tensor]):
             check_fit(self, other, ("the first vector", "the other"))
             base = one_base(base, other.base)
         if others and all(v.partial for v in vectors):
-            sides, base = _filled(vectors), _joined(vectors)
+            sides, base = _filled(vectors), _joined_bases(vectors)
         return TaskVector(_each(fn, *sides), base, partial=self.partial)
 
     def __add__(self, other: TaskVector) -> TaskVector:
@@ -274,7 +273,7 @@ class TaskVector(Mapping[str, Tensor]):
     def __mul__(self, scale: float) -> TaskVector:
         if not _is_number(scale):
             return NotImplemented
-        factor = _finite(scale)
+        factor = _finite_scale(scale)
         return self._map(lambda _, d: d if factor == 1 else d.value * factor)
 
     __rmul__ = __mul__
@@ -283,7 +282,7 @@ class TaskVector(Mapping[str, Tensor]):
     def __truediv__(self, scale: float) -> TaskVector:
         if not _is_number(scale):
             return NotImplemented
-        factor = _finite(scale)
+        factor = _finite_scale(scale)
         if factor == 0:
             raise VectorError("scale: got a division by 0, expected another number")
         return self._map(lambda _, d: d if factor == 1 else d.value / factor)
@@ -313,7 +312,7 @@ class TaskVector(Mapping[str, Tensor]):
         kinds = self.kinds
         for name, m in masks.items():
             shape = list(kinds[name].shape) if name in kinds else None
-            if shape is None or not _fits(m.shape, shape):
+            if shape is None or not _broadcasts_to(m.shape, shape):
                 raise VectorError(
                     f"{name}: mask of shape {list(m.shape)}, "
                     + (
@@ -395,11 +394,11 @@ class TaskVector(Mapping[str, Tensor]):
         Raises:
             VectorError: tensors that the model lacks or that have another shape. IntegrityError: another base.
         """
-        new = composed(model, [(_finite(scale), self)], check=check)
+        new = composed(model, [(_finite_scale(scale), self)], check=check)
         if isinstance(model, nn.Module):
             out = copy.deepcopy(model)
             with torch.no_grad():
-                for name, x in tensors_of(out).items():
+                for name, x in named_tensors(out).items():
                     x.copy_(new[name])
             return out
         return new if isinstance(new, Lazy) else {n: new[first] for n, first in tied_names(model).items()}
@@ -416,7 +415,7 @@ class TaskVector(Mapping[str, Tensor]):
         `files.write_tensors` for the options."""
         kinds = self.kinds
         about = {"base": None if self.base is None else dict(self.base), "partial": self.partial}
-        meta = {FORMAT: json.dumps(about)}  # one entry: safetensors writes several in any order
+        meta = {VECTOR_FORMAT: json.dumps(about)}  # one entry: safetensors writes several in any order
         return write_tensors(
             Path(path),
             kinds,
@@ -435,7 +434,7 @@ def _flat(name: str, d: Delta) -> dict[str, Tensor]:
     return out
 
 
-def _checked(name: str, delta: Any) -> Delta:
+def _checked_delta(name: str, delta: Any) -> Delta:
     d = delta if isinstance(delta, Delta) else Delta(delta)
     if not d.value.dtype.is_floating_point:
         raise VectorError(
@@ -487,11 +486,11 @@ def one_base(a: Mapping[str, str] | None, b: Mapping[str, str] | None) -> Mappin
     x, y = a, b  # neither is None
     for side in (a, b):
         if isinstance(side, Lazy):
-            return Lazy(side.kinds, lambda name: _same(name, x[name], y[name]))
-    return {name: _same(name, a[name], b[name]) for name in a}
+            return Lazy(side.kinds, lambda name: _same_digest(name, x[name], y[name]))
+    return {name: _same_digest(name, a[name], b[name]) for name in a}
 
 
-def _same(name: str, a: str, b: str) -> str:
+def _same_digest(name: str, a: str, b: str) -> str:
     if a != b:
         raise VectorError(f"{name}: the vectors were taken from different bases; both must start from one model")
     return a
@@ -513,13 +512,13 @@ def _filled(vectors: Sequence[TaskVector]) -> list[Mapping[str, Any]]:
     return [Lazy(kinds, reader(v)) for v in vectors]
 
 
-def _joined(vectors: Sequence[TaskVector]) -> Mapping[str, str] | None:
+def _joined_bases(vectors: Sequence[TaskVector]) -> Mapping[str, str] | None:
     out: dict[str, str] = {}
     for v in vectors:
         if v.base is None:
             return None
         for name, x in v.base.items():
-            _same(name, out.setdefault(name, x), x)
+            _same_digest(name, out.setdefault(name, x), x)
     return out
 
 
@@ -549,9 +548,9 @@ def known_as(side: Mapping[str, Tensor], tied: Mapping[str, str], skip: set[str]
 
 def _refuse_integers(pretrained: Any, finetuned: Any) -> None:
     """Raise where two models in memory differ in integers only: their vector would be zero without a word."""
-    ours, theirs = tensors_of(pretrained), tensors_of(finetuned)
+    ours, theirs = named_tensors(pretrained), named_tensors(finetuned)
     for name, x in ours.items():
-        counter = name.rpartition(".")[2] in STATISTICS
+        counter = name.rpartition(".")[2] in RUNNING
         if not x.dtype.is_floating_point and name in theirs and not counter and not torch.equal(x, theirs[name]):
             raise VectorError(
                 f"the two models differ in integers only, such as {name} ({x.dtype}, {list(x.shape)}); a task vector "
@@ -563,14 +562,14 @@ def _is_number(x: Any) -> bool:
     return not isinstance(x, bool) and (isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1))
 
 
-def _finite(scale: Any) -> float:
+def _finite_scale(scale: Any) -> float:
     value = float(scale.detach() if isinstance(scale, Tensor) else scale)
     if not math.isfinite(value):
         raise VectorError(f"scale: got {value}, expected a finite number")
     return value
 
 
-def _fits(shape: Sequence[int], target: Sequence[int]) -> bool:
+def _broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
     try:
         return list(torch.broadcast_shapes(tuple(shape), tuple(target))) == list(target)
     except RuntimeError:

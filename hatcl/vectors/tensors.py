@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ..errors import IntegrityError, VectorError
 from ..files import read_json
 
-Source = Union[nn.Module, Mapping[str, Tensor], str, "os.PathLike[str]"]
+TensorSource = Union[nn.Module, Mapping[str, Tensor], str, "os.PathLike[str]"]
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 IS_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # running statistics and counters: in files nothing else tells them from parameters
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Kind(NamedTuple):
@@ -31,21 +31,21 @@ class Kind(NamedTuple):
     dtype: torch.dtype
 
 
-V = TypeVar("V")
+Value = TypeVar("Value")
 
 
-class Lazy(Mapping[str, V], Generic[V]):
+class Lazy(Mapping[str, Value], Generic[Value]):
     """Tensors (or what is made of them) that are made when asked for and not kept.
 
     Args:
         kinds: name -> shape and dtype. read: makes a tensor by name.
     """
 
-    def __init__(self, kinds: Mapping[str, Kind], read: Callable[[str], V]) -> None:
+    def __init__(self, kinds: Mapping[str, Kind], read: Callable[[str], Value]) -> None:
         self.kinds = dict(kinds)
         self.read = read
 
-    def __getitem__(self, name: str) -> V:
+    def __getitem__(self, name: str) -> Value:
         if name not in self.kinds:
             raise KeyError(name)
         return self.read(name)
@@ -68,7 +68,7 @@ def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, Kind]:
     return {name: Kind(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
-def tensors_of(source: Source) -> Mapping[str, Tensor]:
+def named_tensors(source: TensorSource) -> Mapping[str, Tensor]:
     """All tensors of a model, a state dict, a safetensors file, or a folder of them. Tied tensors come once, under the
     name that stands first; files are not read before a tensor is asked for.
 
@@ -87,18 +87,18 @@ def tensors_of(source: Source) -> Mapping[str, Tensor]:
             )
         return _once(source)
     if isinstance(source, (str, os.PathLike)):
-        return _files(Path(source))
+        return _lazy_files(Path(source))
     raise VectorError(f"got {type(source).__name__}, expected a module, a state dict, or the path of safetensors files")
 
 
-def parameters_of(source: Source, buffers: bool = False) -> Mapping[str, Tensor]:
+def parameters_of(source: TensorSource, buffers: bool = False) -> Mapping[str, Tensor]:
     """The floating-point parameters of a source; with `buffers` also its floating-point running statistics.
 
     Raises:
         VectorError: a parameter in 8 bits.
     """
-    tensors = tensors_of(source)
-    skip = set() if buffers else {n for n in tensors if n.rpartition(".")[2] in STATISTICS}
+    tensors = named_tensors(source)
+    skip = set() if buffers else {n for n in tensors if n.rpartition(".")[2] in RUNNING}
     if isinstance(source, nn.Module):
         saved = set(source.state_dict())
         skip |= {n for n in tensors if n not in saved} | (set() if buffers else buffers_of(source))
@@ -219,11 +219,11 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
     return sorted(set(shards_of(file).values())) if file.suffix == ".json" else [file]
 
 
-def _files(path: Path) -> Lazy[Tensor]:
+def _lazy_files(path: Path) -> Lazy[Tensor]:
     """Every tensor of a safetensors file, or of a folder with one or with an index of its shards."""
     file = find_file(path)
     if file.suffix != ".json":
-        return Lazy(_header(file), lambda name: _read(file, name))
+        return Lazy(_header(file), lambda name: _read_tensor(file, name))
     where = shards_of(file)
     kinds = {n: k for f in sorted(set(where.values())) for n, k in _header(f).items() if where.get(n) == f}
     missing = [n for n in where if n not in kinds]
@@ -231,10 +231,10 @@ def _files(path: Path) -> Lazy[Tensor]:
         raise IntegrityError(
             f"{file}: {where[missing[0]].name} lacks {missing[0]}; its shards are of another write, write them again"
         )
-    return Lazy(kinds, lambda name: _read(where[name], name))
+    return Lazy(kinds, lambda name: _read_tensor(where[name], name))
 
 
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32,
@@ -248,11 +248,11 @@ def _header(path: Path) -> dict[str, Kind]:
     with opened(path) as f:
         for name in f.keys():  # noqa: SIM118 (not a dict)
             s = f.get_slice(name)
-            out[name] = Kind(tuple(s.get_shape()), DTYPES.get(s.get_dtype(), torch.uint8))
+            out[name] = Kind(tuple(s.get_shape()), STORED_DTYPES.get(s.get_dtype(), torch.uint8))
     return out
 
 
-def _read(path: Path, name: str) -> Tensor:
+def _read_tensor(path: Path, name: str) -> Tensor:
     with opened(path) as f:
         return f.get_tensor(name)
 

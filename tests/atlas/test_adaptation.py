@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 import hatcl
 from hatcl import ConfigError
 from hatcl.atlas import adapt, random_crops
-from hatcl.atlas.adaptation import Examples, trusted, two_streams, ufm_loss
+from hatcl.atlas.adaptation import Unlabelled, trusted, two_streams, ufm_loss
 
 FAST = {"epochs": 2}
 
@@ -84,11 +84,11 @@ def test_examples_come_from_tensors_mappings_and_data_sets_without_their_labels(
     x, y = torch.randn(6, 3), torch.arange(6)
     at = torch.tensor([4, 1])
     for source in (x, TensorDataset(x, y), [(row, "label") for row in x], list(x)):
-        assert torch.equal(Examples(source).take(at), x[at]) and len(Examples(source)) == 6
-    assert torch.equal(Examples({"a": x, "b": y}).take(at)["b"], y[at])
+        assert torch.equal(Unlabelled(source).take(at), x[at]) and len(Unlabelled(source)) == 6
+    assert torch.equal(Unlabelled({"a": x, "b": y}).take(at)["b"], y[at])
     for wrong in (iter(x), [], {}, 3):
         with pytest.raises(ConfigError, match="examples: got .*expected a tensor, a mapping of tensors or a data set"):
-            Examples(wrong)
+            Unlabelled(wrong)
 
 
 # ---- adapt -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.nn import functional as tf
 import hatcl
 from hatcl import ConfigError
 from hatcl.atlas import ClassHead, accuracy, class_embeddings, encoder, prototypes, trained_head
-from hatcl.atlas.heads import pooled
+from hatcl.atlas.heads import pooled_output
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'hatcl[hf]'")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -84,11 +84,11 @@ def test_what_is_embedded():
 def test_pooling_without_a_mask():
     hidden = torch.randn(2, 3, 4)
     out = SimpleNamespace(last_hidden_state=hidden)
-    torch.testing.assert_close(pooled(out, "auto"), hidden.mean(1))
-    assert torch.equal(pooled(out, "last"), hidden[:, 2])
+    torch.testing.assert_close(pooled_output(out, "auto"), hidden.mean(1))
+    assert torch.equal(pooled_output(out, "last"), hidden[:, 2])
     maps = SimpleNamespace(last_hidden_state=torch.randn(2, 3, 4, 4))
-    torch.testing.assert_close(pooled(maps, "mean"), maps.last_hidden_state.mean((2, 3)))
-    assert torch.equal(pooled((hidden,), "first"), hidden[:, 0])
+    torch.testing.assert_close(pooled_output(maps, "mean"), maps.last_hidden_state.mean((2, 3)))
+    assert torch.equal(pooled_output((hidden,), "first"), hidden[:, 0])
 
 
 def test_heads_by_hand():
@@ -142,9 +142,9 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ConfigError, match="pool: got 'mean' for a timm model"):
         encoder(parts.vit(), "mean")
     with pytest.raises(ConfigError, match="the model has no pooler; use mean, first or last"):
-        pooled(SimpleNamespace(last_hidden_state=torch.ones(1, 2, 3)), "pooler")
+        pooled_output(SimpleNamespace(last_hidden_state=torch.ones(1, 2, 3)), "pooler")
     with pytest.raises(ConfigError, match="gives SimpleNamespace without last_hidden_state"):
-        pooled(SimpleNamespace(), "mean")
+        pooled_output(SimpleNamespace(), "mean")
     with pytest.raises(ConfigError, match=r"embeddings: got \[2, 2\], expected \[classes, d\] without rows of zeros"):
         class_embeddings(torch.tensor([[1.0, 0], [0, 0]]))
     data = [(torch.randn(3, 4), torch.tensor([0, 0, 2]))]

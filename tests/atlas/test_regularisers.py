@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hatcl import ConfigError, TaskVector
-from hatcl.atlas import orthogonality, penalty
+from hatcl.atlas import cosines, penalty
 
 LAMBDA = torch.tensor([[3.0, 0.0, -1.0], [-4.0, 2.0, 0.0]])
 
@@ -37,4 +37,4 @@ def test_orthogonality_is_a_matrix_of_cosines():
         TaskVector({"w": torch.tensor([3.0, 0]), "b": torch.tensor([-3.0])}),
     ]
     want = torch.tensor([[1, 0, 0.5**0.5], [0, 1, 0], [0.5**0.5, 0, 1]], dtype=torch.float64)
-    torch.testing.assert_close(orthogonality(vectors), want)
+    torch.testing.assert_close(cosines(vectors), want)

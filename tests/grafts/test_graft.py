@@ -16,6 +16,7 @@ from torch import nn
 
 import hatcl
 from hatcl.errors import ConfigError, GraftError, IntegrityError
+from hatcl.functional import bits
 from hatcl.grafts import Graft, GraftScores, files, graft, inplace, overlaps, union
 from hatcl.vectors.task_vector import TaskVector
 
@@ -176,7 +177,7 @@ def test_apply_then_remove_gives_back_every_bit(seed, shares, dtype, strange):
         grafts[-1].apply_(pre)
         for n, p in pre.named_parameters():
             at = grafts[-1].indices.get(n, torch.zeros(0)).long()
-            assert torch.equal(parts.as_ints(p).reshape(-1)[at], inplace.bits(grafts[-1].values[n]) if len(at) else at)
+            assert torch.equal(parts.as_ints(p).reshape(-1)[at], bits(grafts[-1].values[n]) if len(at) else at)
     for g, was in zip(reversed(grafts), reversed(seen), strict=True):
         g.remove_(pre)
         assert parts.same(parts.bits(pre), was)
@@ -426,7 +427,7 @@ def test_saved_and_loaded(kind, filled, tmp_path):
     if not filled:
         assert back.values is None
         return
-    assert all(torch.equal(inplace.bits(back.values[n]), inplace.bits(g.values[n])) for n in g.values)
+    assert all(torch.equal(bits(back.values[n]), bits(g.values[n])) for n in g.values)
     assert parts.same(parts.bits(back.apply_to(pre)), parts.bits(g.apply_to(pre)))
     # two of the same content are the same file
     back.save(tmp_path / "b.safetensors")
@@ -513,11 +514,11 @@ def test_damaged_files(tmp_path):
     # written by something else
     file.write_bytes(whole)
     tensors = load_file(file)
-    save_file(tensors, tmp_path / "b.safetensors", {files.ABOUT: "{"})
+    save_file(tensors, tmp_path / "b.safetensors", {files.ENTRY: "{"})
     refused(IntegrityError, lambda: Graft.load(tmp_path / "b.safetensors"), "b.safetensors cannot be read as JSON")
-    save_file(tensors, tmp_path / "b.safetensors", {files.ABOUT: "{}"})
+    save_file(tensors, tmp_path / "b.safetensors", {files.ENTRY: "{}"})
     refused(IntegrityError, lambda: Graft.load(tmp_path / "b.safetensors"), "what it says of itself cannot be read")
-    save_file(tensors, tmp_path / "b.safetensors", {files.ABOUT: json.dumps({"holds": "masks", "digest": ""})})
+    save_file(tensors, tmp_path / "b.safetensors", {files.ENTRY: json.dumps({"holds": "masks", "digest": ""})})
     refused(
         GraftError, lambda: Graft.load(tmp_path / "b.safetensors"), "holds masks, expected bits; call what wrote it"
     )

@@ -12,7 +12,7 @@ from PIL import Image
 from hatcl.errors import ConfigError, SkillError
 from hatcl.report import skills as module
 from hatcl.report.skills import Place, draw_overlap, draw_skills, places_of
-from hatcl.skills.scores import GRAINS, Skill, SkillScores, localize
+from hatcl.skills.scores import SKILL_GRAINS, Skill, SkillScores, localize
 
 BERT = "base_model.model.bert.encoder.layer.{}.attention.self.{}"
 T5 = "base_model.model.{}.block.{}.layer.{}.{}"
@@ -54,7 +54,7 @@ def bert(layers: int, rank: int = 2):
 
 
 def test_places_in_a_transformer():
-    for grain in GRAINS:
+    for grain in SKILL_GRAINS:
         places = places_of(scored(bert(2), grain).labels)
         assert list(dict.fromkeys(places)) == [
             Place("0", "attention.self.query"), Place("0", "attention.self.value"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hatcl.errors import ConfigError, SkillError
 from hatcl.map.grains import make_grain
 from hatcl.skills.consolidate import AVERAGES, MODES, ConsolidateOptions, consolidate, group_weights
-from hatcl.skills.scores import GRAINS, SkillScores
+from hatcl.skills.scores import SKILL_GRAINS, SkillScores
 from hatcl.skills.tensors import skill_tensors
 
 module = importlib.import_module("hatcl.skills.consolidate")  # the package has the function by this name
@@ -274,8 +274,8 @@ shares = st.floats(0, 1, width=32).map(lambda w: (w, 1 - w))
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 10**6), st.sampled_from(MODES), st.sampled_from(GRAINS), shares, shares, shares, shares, shares,
-    st.floats(0.01, 1),
+    st.integers(0, 10**6), st.sampled_from(MODES), st.sampled_from(SKILL_GRAINS), shares, shares, shares, shares,
+    shares, st.floats(0.01, 1),
 )  # fmt: skip
 def test_two_equal_adapters_stay_bit_for_bit(seed, mode, grain, both, previous, current, neither, coarse, share):
     x = drawn(PAIR, seed)
@@ -385,7 +385,7 @@ def adapted():
     return model
 
 
-@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("grain", SKILL_GRAINS)
 @pytest.mark.parametrize("mode", MODES)
 def test_products_in_a_model_are_the_best_of_their_rank(adapted, grain, mode):
     """What peft adds afterwards, its scaling of 3 / 2 included, against the sum of what it added before."""

@@ -52,8 +52,8 @@ def test_the_next_tasks_stable_adapter_is_this_ones_byte_for_byte(tmp_path):
 
 
 def test_a_load_that_forgets_the_stable_adapter_is_found_out(tmp_path, monkeypatch):
-    put = ilora_files._put
-    monkeypatch.setattr(ilora_files, "_put", lambda m, name, t: put(m, name, t) if name == "default" else None)
+    put = ilora_files._copy_in
+    monkeypatch.setattr(ilora_files, "_copy_in", lambda m, name, t: put(m, name, t) if name == "default" else None)
     with pytest.raises(AssertionError):
         test_the_next_tasks_stable_adapter_is_this_ones_byte_for_byte(tmp_path)
 

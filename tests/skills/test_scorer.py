@@ -15,7 +15,7 @@ from torch import nn
 from hatcl.errors import ConfigError, SkillError
 from hatcl.skills import scorer as module
 from hatcl.skills.scorer import IMPORTANCE, SkillScorer
-from hatcl.skills.scores import GRAINS, SkillScores, localize
+from hatcl.skills.scores import SKILL_GRAINS, SkillScores, localize
 
 peft = pytest.importorskip("peft")
 
@@ -133,7 +133,7 @@ def test_a_pair_scores_the_product_of_means():
         B: torch.tensor([[1.0, 10], [3, 30], [2, 5]]),
     }
     by_grain = {}
-    for grain in GRAINS:
+    for grain in SKILL_GRAINS:
         scorer = SkillScorer(adapted(targets=["fc"]), grain)
         given_elements(scorer, elements)
         by_grain[grain] = scorer.scores()
@@ -151,7 +151,7 @@ def test_a_pair_scores_the_product_of_means():
 
 
 @pytest.mark.parametrize("importance", IMPORTANCE)
-@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("grain", SKILL_GRAINS)
 def test_groups_of_every_kind_of_layer(grain, importance):
     """Linear layers, convolutions and embeddings, against a loop over ranks."""
     model = adapted(rank=3)
@@ -445,7 +445,7 @@ def steps_of(model, optimizer, scorer, seeds, timing="before"):
             optimizer.step()
 
 
-@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("grain", SKILL_GRAINS)
 @pytest.mark.parametrize("forget", [None, "U"])
 def test_a_resumed_scorer_is_the_same_bit_for_bit(grain, forget):
     whole = adapted()

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from hatcl.errors import ConfigError, IntegrityError, SkillError
 from hatcl.map.grains import make_grain
 from hatcl.skills import scores as module
-from hatcl.skills.scores import GRAINS, Skill, SkillScores, accumulate, check_same, localize, overlap
+from hatcl.skills.scores import SKILL_GRAINS, Skill, SkillScores, accumulate, check_same_groups, localize, overlap
 
 PAIRS = {
     "m.q.lora_A.weight": (2, 3),
@@ -38,7 +38,7 @@ def skill(*on: bool) -> Skill:
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("grain", SKILL_GRAINS)
 def test_labels_and_shapes_are_those_of_the_map(grain):
     values = torch.arange(float(SIZES[grain]))
     scores = SkillScores(grain, {**PAIRS, **({"norm.bias": (3,)} if grain != "block" else {})}, values)
@@ -170,7 +170,7 @@ def test_overlap_by_hand():
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("grain", SKILL_GRAINS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_saved_and_loaded_bit_for_bit(grain, dtype, tmp_path):
     scores = SkillScores(grain, PAIRS, torch.rand(SIZES[grain], dtype=dtype) * 1e-30)
@@ -316,7 +316,7 @@ def test_scores_and_skills_of_other_adapters(grain, shapes, text):
         accumulate(here, there)
     with pytest.raises(SkillError, match=text):
         overlap(localize(here), localize(there))
-    check_same(here, SkillScores("block", PAIRS, torch.rand(4)), ("one", "the other"))
+    check_same_groups(here, SkillScores("block", PAIRS, torch.rand(4)), ("one", "the other"))
     if shapes is LESS:  # also where the second has what the first lacks
         with pytest.raises(SkillError, match=r"m.v.lora_A.weight is lacking in .*, \[3, 3\] in "):
             accumulate(there, here)

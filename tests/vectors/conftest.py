@@ -21,6 +21,6 @@ def pair():
 def reads(monkeypatch):
     """The names of the tensors that were read from files, in order."""
     names: list[str] = []
-    read = tensors._read
-    monkeypatch.setattr(tensors, "_read", lambda path, name: names.append(name) or read(path, name))
+    read = tensors._read_tensor
+    monkeypatch.setattr(tensors, "_read_tensor", lambda path, name: names.append(name) or read(path, name))
     return names

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 import hatcl
 from hatcl.map.grains import GRAINS
 from hatcl.vectors import compose as module
-from hatcl.vectors.delta import Delta, difference
+from hatcl.vectors.delta import Delta, delta_between
 
 # `matrix` and `lora_pair` leave out tensors by their meaning, `unit` needs a map: they have tests of their own
 EVERY = [g for g in GRAINS if g not in ("matrix", "lora_pair", "unit", "partition:K")] + ["partition:1", "partition:3"]
@@ -1076,7 +1076,7 @@ def test_remainders_survive():
     """A fine-tuned weight that no float32 difference gives back."""
     base, tuned = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
     base.weight.data, tuned.weight.data = torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0**-30, -0.0]])
-    assert difference(base.weight, tuned.weight).at is not None
+    assert delta_between(base.weight, tuned.weight).at is not None
     v = hatcl.TaskVector.between(base, tuned)
     for vector, exact in ((v, True), (hatcl.TaskVector({"weight": Delta(v["weight"])}), False)):
         composer = hatcl.compose(base, [vector, v])

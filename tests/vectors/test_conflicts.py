@@ -37,7 +37,7 @@ def test_two_vectors_and_their_pair_agree():
 
 def test_pieces_do_not_matter(monkeypatch):
     whole = sign_conflicts(vectors())
-    monkeypatch.setattr(conflicts, "CHUNK", 1)
+    monkeypatch.setattr(conflicts, "COMPARED_AT_ONCE", 1)
     assert sign_conflicts(vectors()) == whole
 
 

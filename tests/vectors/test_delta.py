@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hatcl.vectors.delta import Delta, difference, restore
+from hatcl.vectors.delta import Delta, delta_between, restore
 
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 # half of the largest magnitude, so that the difference of any two is a float32; see `test_what_overflows`
@@ -40,7 +40,7 @@ def pairs(draw):
 @settings(max_examples=400, deadline=None)
 def test_one_gives_the_fine_tuned_back_and_zero_the_base(pair):
     base, finetuned = pair
-    delta = difference(base, finetuned)
+    delta = delta_between(base, finetuned)
     assert same_bits(restore(base, delta), finetuned)
     assert same_bits(restore(base, [(1, delta), (0.0, delta)]), finetuned)
     assert same_bits(restore(base, [(0, delta)]), base)
@@ -54,8 +54,8 @@ def test_two_dtypes_give_the_value_of_the_wider(pair):
     if base.dtype is torch.float64:
         return
     wide, narrow = base.float(), finetuned.bfloat16()
-    assert same_bits(restore(wide, difference(wide, narrow)), narrow.float())
-    assert same_bits(restore(narrow, difference(narrow, wide), dtype=torch.float32), wide)
+    assert same_bits(restore(wide, delta_between(wide, narrow)), narrow.float())
+    assert same_bits(restore(narrow, delta_between(narrow, wide), dtype=torch.float32), wide)
 
 
 @pytest.mark.parametrize("dtype", BITS)
@@ -65,18 +65,18 @@ def test_twin_without_remainders_the_fine_tuned_is_not_given_back(dtype):
     base, finetuned = (torch.randn(20_000).to(dtype) * 10 ** torch.randint(-6, 3, (20_000,)) for _ in range(2))
     base, finetuned = base.to(dtype), finetuned.to(dtype)
     finetuned[:10] = -0.0
-    delta = difference(base, finetuned)
+    delta = delta_between(base, finetuned)
     assert same_bits(restore(base, delta), finetuned)
     assert not same_bits(restore(base, Delta(delta.value)), finetuned)
 
 
 def test_a_remainder_by_hand():
     base, finetuned = torch.tensor([1.0, 1.0, 0.5]), torch.tensor([2.0**-30, -0.0, 0.75])
-    delta = difference(base, finetuned)
+    delta = delta_between(base, finetuned)
     # 2^-30 - 1 needs 30 bits, a float32 has 24: the difference rounds to -1, and 2^-30 is left
     assert delta.value.tolist() == [-1.0, -1.0, 0.25]
     assert delta.at.tolist() == [0, 1] and delta.rest.tolist() == [2.0**-30, 0.0] and delta.rest[1].signbit()
-    assert difference(base, base + 0.25).at is None
+    assert delta_between(base, base + 0.25).at is None
 
 
 def test_a_small_change_has_no_remainders():
@@ -85,11 +85,11 @@ def test_a_small_change_has_no_remainders():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         start = base.to(dtype)
         # a change below half of each weight: the difference is exact (Sterbenz)
-        assert difference(start, (base * (1 + 0.4 * torch.rand(10_000))).to(dtype)).at is None
+        assert delta_between(start, (base * (1 + 0.4 * torch.rand(10_000))).to(dtype)).at is None
 
 
 def test_what_overflows_has_no_number():
-    delta = difference(torch.tensor([3e38]), torch.tensor([-3e38]))
+    delta = delta_between(torch.tensor([3e38]), torch.tensor([-3e38]))
     assert not torch.isfinite(delta.value).all()  # TaskVector refuses it, see test_task_vector
 
 
@@ -104,7 +104,7 @@ def test_a_sum_is_rounded_once():
 def test_coefficients_may_be_tensors_that_broadcast():
     torch.manual_seed(0)
     base, finetuned = torch.randn(3, 4) * 1e4, torch.randn(3, 4) * 1e-4
-    delta = difference(base, finetuned)
+    delta = delta_between(base, finetuned)
     assert delta.at is not None
     c = torch.tensor([[1.0], [0.0], [1.0]])
     got = restore(base, [(c, delta)])
@@ -115,19 +115,19 @@ def test_tensors_of_any_layout():
     torch.manual_seed(0)
     base = torch.randn(4, 6, 5, 5).to(memory_format=torch.channels_last)
     finetuned = torch.randn(6, 4, 5, 5).transpose(0, 1) * 1e-9
-    delta = difference(base, finetuned)
+    delta = delta_between(base, finetuned)
     assert delta.at is not None and torch.equal(restore(base, delta), finetuned)
     assert torch.equal(restore(base.contiguous(), delta), finetuned)
 
 
 def test_scalars_and_empty_tensors():
-    assert restore(torch.tensor(2.0), difference(torch.tensor(2.0), torch.tensor(3.0))).item() == 3.0
-    assert restore(torch.zeros(0), difference(torch.zeros(0), torch.zeros(0))).shape == (0,)
+    assert restore(torch.tensor(2.0), delta_between(torch.tensor(2.0), torch.tensor(3.0))).item() == 3.0
+    assert restore(torch.zeros(0), delta_between(torch.zeros(0), torch.zeros(0))).shape == (0,)
 
 
 def test_where_keeps_the_remainders_of_what_it_keeps():
     base, finetuned = torch.ones(4), torch.full((4,), 2.0**-30)
-    delta = difference(base, finetuned).where(torch.tensor([True, False, False, True]))
+    delta = delta_between(base, finetuned).where(torch.tensor([True, False, False, True]))
     assert torch.equal(restore(base, delta), torch.tensor([2.0**-30, 1, 1, 2.0**-30]))
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from hatcl.errors import IntegrityError
 from hatcl.vectors import files
 from hatcl.vectors.files import UNFINISHED, read_metadata, write_tensors
-from hatcl.vectors.tensors import kinds_of, tensors_of
+from hatcl.vectors.tensors import kinds_of, named_tensors
 
 TENSORS = {f"t{i}": torch.full((25,), float(i)) for i in range(8)}  # 100 bytes each
 
@@ -35,7 +35,7 @@ def write(path, tensors=TENSORS, shard_bytes=200, made=None, **options):
 
 
 def holds(path, tensors=TENSORS):
-    got = tensors_of(path)
+    got = named_tensors(path)
     return list(got) == list(tensors) and all(torch.equal(got[n], tensors[n]) for n in tensors)
 
 
@@ -45,7 +45,7 @@ def names(folder):
 
 def unreadable(folder):
     with pytest.raises(IntegrityError, match="holds . safetensors files and no model.safetensors.index.json"):
-        tensors_of(folder)
+        named_tensors(folder)
     return True
 
 
@@ -95,7 +95,7 @@ def test_several_tensors_for_one_name_and_tensors_that_share_memory(tmp_path):
     write(tmp_path, views, shard_bytes=None)
     assert holds(tmp_path, views)
     write_tensors(tmp_path / "two", kinds_of({"a": x}), lambda n: {n: x, n + ":more": x[:1]}, shard_bytes=10)
-    assert list(tensors_of(tmp_path / "two")) == ["a", "a:more"]
+    assert list(named_tensors(tmp_path / "two")) == ["a", "a:more"]
 
 
 def test_a_shard_at_a_time_is_in_memory(tmp_path, monkeypatch):
@@ -122,7 +122,7 @@ def test_another_write_replaces_all_of_the_last(tmp_path):
 
 def test_a_folder_may_be_written_from_its_own_tensors(tmp_path):
     write(tmp_path)
-    old = tensors_of(tmp_path)
+    old = named_tensors(tmp_path)
     write_tensors(tmp_path, kinds_of(old), lambda n: {n: old[n] * 2}, shard_bytes=300)
     assert holds(tmp_path, {n: t * 2 for n, t in TENSORS.items()})
 
@@ -245,7 +245,7 @@ def test_twin_shards_in_place_read_as_complete(tmp_path, monkeypatch):
     whole.rename(alone / whole.name)
     assert unreadable(alone)
     monkeypatch.setattr("hatcl.vectors.tensors.IS_SHARD", re.compile("(?!)"))
-    assert list(tensors_of(alone)) == ["t0", "t1"]
+    assert list(named_tensors(alone)) == ["t0", "t1"]
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
@@ -267,7 +267,7 @@ def process(folder, kill_after=-1, limit=None):
     def run(say):
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        real = files._write
+        real = files._write_file
 
         def counted(file, *args):
             if say.count == kill_after:
@@ -276,7 +276,7 @@ def process(folder, kill_after=-1, limit=None):
             real(file, *args)
             say(file.name)
 
-        files._write = counted
+        files._write_file = counted
         try:
             write(folder, REAL, recipe="r")
         except IntegrityError as error:
@@ -363,7 +363,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, where):
     write(tmp_path / "x.safetensors")
     where = where.format(folder=tmp_path) if isinstance(where, str) else where
     leading(tmp_path / "out", where)
-    for read in (tensors_of, read_metadata):
+    for read in (named_tensors, read_metadata):
         with pytest.raises(IntegrityError, match=(
             f"model.safetensors.index.json: t0 is to lie in {re.escape(repr(where))}, expected a file in the same "
             r"folder: an index names nothing outside of it. Was it edited\? Write it again"
@@ -398,4 +398,4 @@ def test_shards_that_are_links_are_read(tmp_path):
 def test_an_index_that_is_none(tmp_path, text, error):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(IntegrityError, match=error):
-        tensors_of(tmp_path)
+        named_tensors(tmp_path)

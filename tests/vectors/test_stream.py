@@ -19,7 +19,7 @@ from hatcl.vectors.files import UNFINISHED, write_tensors
 from hatcl.vectors.merging.registry import list_merges, merge, merge_info
 from hatcl.vectors.stream import compose_files, weighted_sum
 from hatcl.vectors.task_vector import TaskVector, composed
-from hatcl.vectors.tensors import kinds_of, tensors_of
+from hatcl.vectors.tensors import kinds_of, named_tensors
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def folder(tmp_path):
     save(base, tmp_path / "base.safetensors")
     save(moved(base, seed=1), tmp_path / "0.safetensors")
     save(moved(base, seed=2, size=100.0), tmp_path / "1.safetensors")
-    other = tensors_of(Tied().state_dict())
+    other = named_tensors(Tied().state_dict())
     write_tensors(tmp_path / "2", kinds_of(other), lambda n: {n: other[n]}, shard_bytes=100)
     return tmp_path
 
@@ -41,7 +41,7 @@ def paths(folder):
 
 
 def in_memory(path):
-    return {n: t.clone() for n, t in tensors_of(path).items()}
+    return {n: t.clone() for n, t in named_tensors(path).items()}
 
 
 def content(folder):
@@ -59,12 +59,12 @@ def test_the_same_as_in_memory(folder, shard_bytes):
     start = in_memory(base)
     vectors = [TaskVector.between(start, in_memory(p)) for p in parts]
     want = composed(start, list(zip(c, vectors, strict=True)))
-    assert same(tensors_of(out), want) and out == folder / "out"
+    assert same(named_tensors(out), want) and out == folder / "out"
     # and as a formula: float64, rounded once
     x = start["fc.weight"].double() + sum(k * v["fc.weight"].double() for k, v in zip(c, vectors, strict=True))
-    assert torch.allclose(tensors_of(out)["fc.weight"].double(), x, rtol=2**-24, atol=0)
-    assert torch.equal(tensors_of(out)["norm.running_mean"], start["norm.running_mean"])
-    assert torch.equal(tensors_of(out)["norm.num_batches_tracked"], start["norm.num_batches_tracked"])
+    assert torch.allclose(named_tensors(out)["fc.weight"].double(), x, rtol=2**-24, atol=0)
+    assert torch.equal(named_tensors(out)["norm.running_mean"], start["norm.running_mean"])
+    assert torch.equal(named_tensors(out)["norm.num_batches_tracked"], start["norm.num_batches_tracked"])
 
 
 @pytest.mark.parametrize("part", range(3))
@@ -72,16 +72,16 @@ def test_one_is_the_fine_tuned_checkpoint_and_zero_the_base(folder, part):
     base, parts = paths(folder)
     for c, want in ((1, parts[part]), (0, base)):
         got = compose_files(base, [(parts[part], c)], folder / f"out{c}", buffers=True)
-        assert same(tensors_of(got), {**tensors_of(want)})
+        assert same(named_tensors(got), {**named_tensors(want)})
     one_hot = compose_files(base, [(p, float(i == part)) for i, p in enumerate(parts)], folder / "hot", buffers=True)
-    assert same(tensors_of(one_hot), tensors_of(parts[part]))
+    assert same(named_tensors(one_hot), named_tensors(parts[part]))
 
 
 def test_twin_without_remainders_it_is_not(folder, monkeypatch):
     base, parts = paths(folder)
-    plain = task_vector.difference
-    monkeypatch.setattr(task_vector, "difference", lambda a, b: task_vector.Delta(plain(a, b).value))
-    assert not same(tensors_of(compose_files(base, [(parts[2], 1)], folder / "out")), tensors_of(parts[2]))
+    plain = task_vector.delta_between
+    monkeypatch.setattr(task_vector, "delta_between", lambda a, b: task_vector.Delta(plain(a, b).value))
+    assert not same(named_tensors(compose_files(base, [(parts[2], 1)], folder / "out")), named_tensors(parts[2]))
 
 
 def test_saved_vectors_and_checkpoints_give_the_same(folder):
@@ -104,21 +104,21 @@ def test_adapters(folder, tmp_path):
     save_file(model.state_dict(), folder / "model.safetensors")
     got = compose_files(folder / "model.safetensors", [(folder / "adapter", 0.5)], folder / "out")
     want = TaskVector.between(model, adapted).apply_to(model, 0.5).state_dict()
-    assert same(tensors_of(got), want) and not torch.equal(want["0.weight"], model[0].weight)
+    assert same(named_tensors(got), want) and not torch.equal(want["0.weight"], model[0].weight)
 
 
 def test_a_vector_instead_of_a_checkpoint(folder):
     base, parts = paths(folder)
     out = compose_files(base, [(parts[2], 1)], folder / "one", vector=True, shard_bytes=200)
     v = TaskVector.load(out)
-    assert v.base == {n: digest_of(t) for n, t in tensors_of(base).items() if n in v}
+    assert v.base == {n: digest_of(t) for n, t in named_tensors(base).items() if n in v}
     got = v.apply_to(base)
-    assert all(torch.equal(got[n], tensors_of(parts[2])[n]) for n in v)  # with its remainders
+    assert all(torch.equal(got[n], named_tensors(parts[2])[n]) for n in v)  # with its remainders
     both = TaskVector.load(compose_files(base, [(parts[0], 0.5), (parts[2], 2)], folder / "two", vector=True))
     a, b = (TaskVector.between(base, p) for p in (parts[0], parts[2]))
     assert same(both, a.map(lambda _, x, y: (0.5 * x.double() + 2 * y.double()).float(), b))
     again = compose_files(base, [(folder / "two", 1)], folder / "again")
-    assert same(both.apply_to(base), tensors_of(again))
+    assert same(both.apply_to(base), named_tensors(again))
 
 
 @pytest.mark.parametrize("method", [m for m in list_merges() if not merge_info(m).needs])
@@ -128,14 +128,14 @@ def test_merging_methods(folder, method):
     out = compose_files(base, [(p, 1) for p in parts[:2]], folder / "out", method=method)
     start = in_memory(base)
     merged = merge([TaskVector.between(start, in_memory(p)) for p in parts[:2]], method=method)
-    assert same(tensors_of(out), merged.apply_to(start)) and not same(tensors_of(out), start)
+    assert same(named_tensors(out), merged.apply_to(start)) and not same(named_tensors(out), start)
 
 
 def test_a_methods_options_and_coefficients(folder):
     base, parts = paths(folder)
     out = compose_files(base, [(parts[0], 0.5), (parts[1], 2)], folder / "a", method="ties", options={"density": 0.5})
     a, b = (TaskVector.between(in_memory(base), in_memory(p)) for p in parts[:2])
-    assert same(tensors_of(out), merge([a * 0.5, b * 2], method="ties", density=0.5).apply_to(in_memory(base)))
+    assert same(named_tensors(out), merge([a * 0.5, b * 2], method="ties", density=0.5).apply_to(in_memory(base)))
 
 
 def test_weighted_sum_of_partial_vectors():
@@ -164,7 +164,7 @@ def test_a_tensor_at_a_time_is_read(folder, reads):
     compose_files(
         base, [(p, 0.5) for p in parts], folder / "out", shard_bytes=1, progress=lambda *_: order.append(len(reads))
     )
-    kinds = kinds_of(tensors_of(base))
+    kinds = kinds_of(named_tensors(base))
     per_tensor = [b - a for a, b in zip([0, *order], order, strict=False)]
     # the base once for itself and once for each part, the parts once; integers and statistics only from the base
     composed_ = [n for n, k in kinds.items() if k.dtype.is_floating_point and "running" not in n]
@@ -177,7 +177,7 @@ def test_progress_counts_to_the_end(folder):
     compose_files(
         base, [(parts[0], 1)], folder / "out", shard_bytes=100, progress=lambda done, total: told.append((done, total))
     )
-    total = sum(files.nbytes(k) for k in kinds_of(tensors_of(base)).values())
+    total = sum(files.nbytes(k) for k in kinds_of(named_tensors(base)).values())
     assert told[-1] == (total, total) and [d for d, _ in told] == sorted(d for d, _ in told)
 
 
@@ -190,7 +190,7 @@ def test_it_goes_on_after_a_kill_and_gives_the_same_bytes(folder, monkeypatch):
     want = content(compose_files(*args[:2], folder / "want", shard_bytes=100))
     child = os.fork()
     if not child:
-        real, count = files._write, [0]
+        real, count = files._write_file, [0]
 
         def counted(*a):
             if count[0] == 2:
@@ -198,15 +198,15 @@ def test_it_goes_on_after_a_kill_and_gives_the_same_bytes(folder, monkeypatch):
             count[0] += 1
             real(*a)
 
-        files._write = counted
+        files._write_file = counted
         compose_files(*args, shard_bytes=100)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     with pytest.raises(IntegrityError, match="holds 0 safetensors files and no model.safetensors.index.json"):
-        tensors_of(folder / "out")
+        named_tensors(folder / "out")
     written = []
-    real = files._write
-    monkeypatch.setattr(files, "_write", lambda file, *a: written.append(file.name) or real(file, *a))
+    real = files._write_file
+    monkeypatch.setattr(files, "_write_file", lambda file, *a: written.append(file.name) or real(file, *a))
     compose_files(*args, shard_bytes=100)
     assert len(written) == len(want) - 1 - 2 and content(folder / "out") == want
     assert not (folder / "out" / UNFINISHED).exists()
@@ -215,7 +215,7 @@ def test_it_goes_on_after_a_kill_and_gives_the_same_bytes(folder, monkeypatch):
 @pytest.mark.parametrize("change", ["coefficient", "file", "shards", "vector", "buffers", "method"])
 def test_another_composition_does_not_go_on(folder, monkeypatch, change):
     base, parts = paths(folder)
-    real, left = files._write, [2]
+    real, left = files._write_file, [2]
 
     def failing(*args):
         left[0] -= 1
@@ -223,10 +223,10 @@ def test_another_composition_does_not_go_on(folder, monkeypatch, change):
             raise IntegrityError("full")
         real(*args)
 
-    monkeypatch.setattr(files, "_write", failing)
+    monkeypatch.setattr(files, "_write_file", failing)
     with pytest.raises(IntegrityError, match="full"):
         compose_files(base, [(parts[0], 0.5)], folder / "out", shard_bytes=100)
-    monkeypatch.setattr(files, "_write", real)
+    monkeypatch.setattr(files, "_write_file", real)
     if change == "file":
         save(moved(Tied(), seed=8), parts[0])
     options = {"shards": {"shard_bytes": 150}, "vector": {"vector": True}, "buffers": {"buffers": True}}
@@ -291,8 +291,8 @@ def test_a_vector_of_another_base(folder, vector):
     with pytest.raises(hatcl.HATError, match="is not what this vector was taken from|were taken from different bases"):
         compose_files(base, [(saved, 1)], folder / "out", vector=vector)
     with pytest.raises(IntegrityError, match="no model.safetensors.index.json"):
-        tensors_of(folder / "out") if (folder / "out").exists() else tensors_of(folder / "2" / "..")
-    assert tensors_of(compose_files(base, [(saved, 1)], folder / "out", vector=vector, check=False))
+        named_tensors(folder / "out") if (folder / "out").exists() else named_tensors(folder / "2" / "..")
+    assert named_tensors(compose_files(base, [(saved, 1)], folder / "out", vector=vector, check=False))
 
 
 def test_nan_in_a_part(folder):
@@ -301,7 +301,7 @@ def test_nan_in_a_part(folder):
     with pytest.raises(VectorError, match="fc.bias: 4 of 4 elements are NaN or infinite; is a checkpoint damaged"):
         compose_files(base, [(parts[0], 1)], folder / "out")
     with pytest.raises(IntegrityError, match="no model.safetensors.index.json"):
-        tensors_of(folder / "out")
+        named_tensors(folder / "out")
 
 
 def test_nothing_that_is_read_is_replaced(folder):

@@ -41,9 +41,9 @@ def sources(model, folder):
 
 def shards(model, folder):
     from hatcl.vectors.files import write_tensors
-    from hatcl.vectors.tensors import kinds_of, tensors_of
+    from hatcl.vectors.tensors import kinds_of, named_tensors
 
-    every = tensors_of(model.state_dict())
+    every = named_tensors(model.state_dict())
     return write_tensors(folder, kinds_of(every), lambda n: {n: every[n]}, shard_bytes=60)
 
 
@@ -547,7 +547,7 @@ def test_loading_something_else(pair, tmp_path):
         ({"a": x, "a:at": x + 1}, '{"base": null, "partial": false}', "a lacks a part; save the vector again"),
         ({"a": x}, '{"base": {"b": "x"}, "partial": false}', "a lacks a part; save the vector again"),
     ):
-        save_file(tensors, file, metadata={task_vector.FORMAT: about})
+        save_file(tensors, file, metadata={task_vector.VECTOR_FORMAT: about})
         refused(IntegrityError, lambda: TaskVector.load(file), text)
     vector(1).save(file)
     file.write_bytes(file.read_bytes()[:-1])

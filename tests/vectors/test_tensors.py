@@ -12,7 +12,7 @@ from vector_parts import same, save
 
 from hatcl.errors import IntegrityError, VectorError
 from hatcl.vectors import tensors
-from hatcl.vectors.tensors import Lazy, check_fit, files_of, kinds_of, parameters_of, pick, tensors_of, tied_names
+from hatcl.vectors.tensors import Lazy, check_fit, files_of, kinds_of, named_tensors, parameters_of, pick, tied_names
 
 PARAMETERS = ["embed.weight", "norm.weight", "norm.bias", "fc.weight", "fc.bias"]
 
@@ -33,7 +33,7 @@ def sharded(folder, model, size=2):
 
 def refused(error, source, *texts):
     with pytest.raises(error) as caught:
-        tensors_of(source)
+        named_tensors(source)
     for text in texts:
         assert text in str(caught.value), str(caught.value)
 
@@ -61,7 +61,7 @@ def test_every_source_has_the_same_tensors(pair, tmp_path):
     (tmp_path / "shards").mkdir()
     state = {n: t for n, t in base.state_dict().items() if n != "head.weight"}
     for source in (save(base, tmp_path / "a.safetensors"), sharded(tmp_path / "shards", base), base.state_dict()):
-        got = tensors_of(source)
+        got = named_tensors(source)
         assert same(dict(sorted(got.items())), dict(sorted(state.items())))
         assert kinds_of(got) == {n: (tuple(t.shape), t.dtype) for n, t in got.items()}
 
@@ -73,9 +73,9 @@ def test_tied_names(pair, tmp_path):
         assert tied["head.weight"] == tied["embed.weight"] == "embed.weight" and tied["fc.bias"] == "fc.bias"
     assert tied_names(save(base, tmp_path / "a.safetensors")) == {}
     empty = {"a": torch.zeros(0), "b": torch.zeros(0)}
-    assert list(tensors_of(empty)) == ["a", "b"]  # without elements there is no memory to share
+    assert list(named_tensors(empty)) == ["a", "b"]  # without elements there is no memory to share
     x = torch.arange(6.0)
-    assert list(tensors_of({"a": x, "b": x[:3], "c": x.view(2, 3)})) == [
+    assert list(named_tensors({"a": x, "b": x[:3], "c": x.view(2, 3)})) == [
         "a",
         "b",
         "c",
@@ -95,14 +95,14 @@ def test_nothing_is_read_before_it_is_asked_for(pair, tmp_path, reads):
 
 
 def test_dtypes_are_known_before_reading(tmp_path):
-    every = {str(d): torch.zeros(2, 3).to(d) for d in tensors.DTYPES.values()}
+    every = {str(d): torch.zeros(2, 3).to(d) for d in tensors.STORED_DTYPES.values()}
     save_file(every, tmp_path / "a.safetensors")
-    assert {n: k.dtype for n, k in kinds_of(tensors_of(tmp_path)).items()} == {n: t.dtype for n, t in every.items()}
+    assert {n: k.dtype for n, k in kinds_of(named_tensors(tmp_path)).items()} == {n: t.dtype for n, t in every.items()}
 
 
 def test_a_lazy_mapping_is_taken_as_it_is():
     lazy = Lazy({"a": tensors.Kind((1,), torch.float32)}, lambda name: torch.ones(1))
-    assert tensors_of(lazy) is lazy and dict(lazy) == {"a": torch.ones(1)}
+    assert named_tensors(lazy) is lazy and dict(lazy) == {"a": torch.ones(1)}
 
 
 def test_check_fit_names_what_differs():
@@ -196,4 +196,4 @@ def test_shard_missing_truncated_or_of_another_write(pair, tmp_path):
 def test_an_index_by_another_name(pair, tmp_path):
     sharded(tmp_path, pair[0])
     (tmp_path / "model.safetensors.index.json").rename(tmp_path / "diffusion.safetensors.index.json")
-    assert len(tensors_of(tmp_path)) == 9 and len(files_of(tmp_path)) == 5
+    assert len(named_tensors(tmp_path)) == 9 and len(files_of(tmp_path)) == 5

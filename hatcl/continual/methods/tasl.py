@@ -16,7 +16,7 @@ from ...config import flag, number, one_of
 from ...skills.consolidate import ConsolidateOptions, consolidate
 from ...skills.orthogonality import orthogonality
 from ...skills.scorer import IMPORTANCE, TIMINGS, SkillScorer
-from ...skills.scores import GRAINS, SkillScores, accumulate, two_weights
+from ...skills.scores import SKILL_GRAINS, SkillScores, accumulate, two_weights
 from ...skills.tensors import adapters_of, skill_tensors
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -56,7 +56,7 @@ class TaSL(Method):
         consolidate: ConsolidateOptions = field(default_factory=ConsolidateOptions)
 
         def __post_init__(self) -> None:
-            for name, choices in (("grain", GRAINS), ("importance", IMPORTANCE), ("timing", TIMINGS)):
+            for name, choices in (("grain", SKILL_GRAINS), ("importance", IMPORTANCE), ("timing", TIMINGS)):
                 one_of(name, getattr(self, name), choices)
             for name in ("beta1", "beta2"):
                 number(name, getattr(self, name), 0, 1, without="both")

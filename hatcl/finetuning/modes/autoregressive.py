@@ -9,7 +9,7 @@ from torch import nn
 
 from ...data.texts import TextData
 from ..options import TaskOptions
-from ..prompts import CAUSAL
+from ..prompts import CAUSAL_TEMPLATE
 from ..tasks import FinetuneTask
 from ..texts import word_task
 from .registry import finetune_mode
@@ -21,7 +21,7 @@ def autoregressive_task(
     tokenizer: Any,
     *,
     words: Mapping[str, str] | None = None,
-    template: str = CAUSAL,
+    template: str = CAUSAL_TEMPLATE,
     max_length: int = 128,
     cut: str = "end",
     name: str = "task",
@@ -47,8 +47,8 @@ def autoregressive_task(
 @finetune_mode(
     "autoregressive", loads="AutoModelForCausalLM", paper="Panigrahi et al. 2023, arXiv 2302.06600, as for GPT-2"
 )
-def _make(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
+def _autoregressive(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return autoregressive_task(
-        data, model, tokenizer, words=options.words, template=options.template or CAUSAL,
+        data, model, tokenizer, words=options.words, template=options.template or CAUSAL_TEMPLATE,
         max_length=options.max_length, cut=options.cut, name=options.name,
     )  # fmt: skip

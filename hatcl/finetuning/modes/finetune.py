@@ -10,10 +10,10 @@ from ...config import one_of
 from ...continual.label_words import check_labels
 from ...data.texts import TextData
 from ...errors import ConfigError
-from ..forwards import HEAD, HeadForward, copied, embedding_names, with_forward
+from ..forwards import HEAD, HeadForward, embedding_names, open_copy, with_forward
 from ..heads import fit_head, new_head
 from ..options import HEADS, TaskOptions
-from ..prompts import MASKED, PromptReader, check_length
+from ..prompts import MASK_TEMPLATE, PromptReader, check_length
 from ..tasks import FinetuneTask
 from ..texts import text_task
 from .registry import finetune_mode
@@ -46,7 +46,7 @@ def head_task(
     one_of("head", head, HEADS)
     labels = check_labels(name, data)
     if token == "mask" and template is None:
-        template = MASKED
+        template = MASK_TEMPLATE
     read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at=token)
     check_length(model, max_length)
     width = getattr(getattr(model, "config", None), "hidden_size", None)
@@ -54,7 +54,7 @@ def head_task(
         raise ConfigError(f"{type(model).__name__} has no config.hidden_size; mode finetune needs a transformers model")
     if hasattr(model, HEAD):
         raise ConfigError(f"{type(model).__name__} has a {HEAD!r} already; mode finetune needs a bare AutoModel")
-    out = copied(model)
+    out = open_copy(model)
     out.add_module(HEAD, new_head(width, len(labels), seed).to(next(out.parameters())))
     with_forward(out, HeadForward(out))
     names = (f"{HEAD}.weight", f"{HEAD}.bias")
@@ -68,7 +68,7 @@ def head_task(
 
 
 @finetune_mode("finetune", loads="AutoModel", paper="Panigrahi et al. 2023, arXiv 2302.06600")
-def _make(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
+def _head(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return head_task(
         data, model, tokenizer, token=options.token, template=options.template, head=options.head,
         max_length=options.max_length, cut=options.cut, seed=seed, name=options.name,

@@ -15,7 +15,7 @@ from ...errors import ConfigError
 from ..forwards import embedding_names
 from ..heads import fit_head, linear_at, new_head
 from ..options import HEADS, TaskOptions
-from ..tasks import Batch, FinetuneTask
+from ..tasks import FinetuneTask, LabelledBatch
 from .registry import finetune_mode
 
 VALIDATION = 0.1  # share of each class's training images that validate where there is no k
@@ -74,7 +74,7 @@ def image_task(
 
 
 @finetune_mode("image", loads="", paper="grafts of vision models, beside the paper")
-def _make(options: TaskOptions, data: Task, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
+def _image(options: TaskOptions, data: Task, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     prepare = preparation_for(
         data, getattr(model, "pretrained_cfg", None) or {}, size=options.size, fit=options.fit,
         image_size=options.model_kwargs.get("img_size"), normalise=options.normalise,
@@ -85,7 +85,7 @@ def _make(options: TaskOptions, data: Task, model: nn.Module, tokenizer: Any, se
     )  # fmt: skip
 
 
-def _collate(images: Images) -> Batch:
+def _collate(images: Images) -> LabelledBatch:
     return images.prepare(images.x), torch.from_numpy(images.y)
 
 

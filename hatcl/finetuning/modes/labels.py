@@ -9,7 +9,7 @@ from torch import nn
 
 from ...continual.label_words import SCALE, LabelWords, check_labels, check_words, label_embeddings
 from ...data.texts import TextData
-from ..forwards import CosineForward, copied, embedding_names, with_forward
+from ..forwards import CosineForward, embedding_names, open_copy, with_forward
 from ..options import TaskOptions
 from ..prompts import PromptReader, check_length
 from ..tasks import FinetuneTask
@@ -43,7 +43,7 @@ def labels_task(
     read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at=None)
     alone = PromptReader(tokenizer, None, max_length=max_length, cut=cut, at=None)
     check_length(model, max_length)
-    out = copied(model)
+    out = open_copy(model)
     anchors = label_embeddings(out, alone, list(found.values()), name)
     head = LabelWords(anchors, scale, {y: i for i, y in enumerate(found)})
     with_forward(out, CosineForward(out, head))
@@ -51,7 +51,7 @@ def labels_task(
 
 
 @finetune_mode("labels", loads="AutoModel", paper="label words' embeddings as a fixed head, see hatcl.continual")
-def _make(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
+def _labels(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return labels_task(
         data, model, tokenizer, words=options.words, template=options.template, max_length=options.max_length,
         cut=options.cut, scale=options.scale, name=options.name,

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...data.texts import TextData
 from ..options import TaskOptions
-from ..prompts import MASKED
+from ..prompts import MASK_TEMPLATE
 from ..tasks import FinetuneTask
 from ..texts import word_task
 from .registry import finetune_mode
@@ -21,7 +21,7 @@ def prompt_task(
     tokenizer: Any,
     *,
     words: Mapping[str, str] | None = None,
-    template: str = MASKED,
+    template: str = MASK_TEMPLATE,
     max_length: int = 128,
     cut: str = "end",
     name: str = "task",
@@ -40,8 +40,8 @@ def prompt_task(
 
 
 @finetune_mode("prompt", loads="AutoModelForMaskedLM", paper="Gao et al. 2021, arXiv 2012.15723")
-def _make(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
+def _prompt(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return prompt_task(
-        data, model, tokenizer, words=options.words, template=options.template or MASKED,
+        data, model, tokenizer, words=options.words, template=options.template or MASK_TEMPLATE,
         max_length=options.max_length, cut=options.cut, name=options.name,
     )  # fmt: skip

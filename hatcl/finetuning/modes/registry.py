@@ -17,7 +17,7 @@ from ...errors import ConfigError
 from ..options import TaskOptions
 from ..tasks import FinetuneTask
 
-F = TypeVar("F", bound=Callable[..., FinetuneTask])
+MakeFunction = TypeVar("MakeFunction", bound=Callable[..., FinetuneTask])
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FinetuneMode:
 _MODES: dict[str, FinetuneMode] = {}
 
 
-def finetune_mode(name: str, *, loads: str, paper: str) -> Callable[[F], F]:
+def finetune_mode(name: str, *, loads: str, paper: str) -> Callable[[MakeFunction], MakeFunction]:
     """Function decorator: options with this `mode` are made a task by the function.
 
     Args:
@@ -53,7 +53,7 @@ def finetune_mode(name: str, *, loads: str, paper: str) -> Callable[[F], F]:
         ConfigError: a name that is taken.
     """
 
-    def add(make: F) -> F:
+    def add(make: MakeFunction) -> MakeFunction:
         if name in _MODES:
             raise ConfigError(f"finetune_mode: {name!r} is taken by {_MODES[name].make.__module__}")
         _MODES[name] = FinetuneMode(name, make, loads, paper)

@@ -16,7 +16,7 @@ from ..task_vector import TaskVector
 from .blocks import Forward, aligned, average, blockwise, own_logits, per_vector, weighted
 from .registry import merge_method
 
-GRAINS = ("block", "global")
+LEARNED_GRAINS = ("block", "global")
 
 
 @merge_method(
@@ -63,8 +63,8 @@ def adamerging(
         ConfigError: not one of these per vector, another grain, or values outside their range. VectorError,
         IntegrityError: the vectors are not of this model.
     """
-    if grain not in GRAINS:
-        raise ConfigError(f"grain: got {grain!r}, expected {' or '.join(GRAINS)}; hatcl.compose has the others")
+    if grain not in LEARNED_GRAINS:
+        raise ConfigError(f"grain: got {grain!r}, expected {' or '.join(LEARNED_GRAINS)}; hatcl.compose has the others")
     first, rate, steps = number("start", start, 0, 1), number("lr", lr, 0), whole("steps", steps, 0)
     tasks = [
         endless(b, f"batches of task {i}")

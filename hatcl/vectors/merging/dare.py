@@ -16,8 +16,8 @@ from .registry import merge_method
 from .ties import cut, elected_mean, trimmed
 
 PAPER = "Yu et al. 2024, arXiv 2311.03099"
-LOW = 0xFFFFFFFF
-CHUNK = 1 << 20  # elements hashed at a time: the 64-bit numbers of a whole tensor would be many times its size
+LOW_BITS = 0xFFFFFFFF
+HASHED_AT_ONCE = 1 << 20  # elements hashed at a time: the 64-bit numbers of a whole tensor would be many times its size
 
 
 @merge_method("dare_linear", paper=PAPER, symmetric=False)
@@ -77,11 +77,11 @@ def kept(shape: Sequence[int], p: float, seed: int, vector: int, name: str) -> T
     key = hashlib.sha256(f"{seed}:{vector}:{name}".encode()).digest()
     first, second = (int.from_bytes(key[i : i + 4], "little") for i in (0, 4))
     out = torch.empty(tuple(shape), dtype=torch.bool)
-    flat, below = out.view(-1), round(p * (LOW + 1))
-    for start in range(0, flat.numel(), CHUNK):
-        i = torch.arange(start, min(start + CHUNK, flat.numel()))
+    flat, below = out.view(-1), round(p * (LOW_BITS + 1))
+    for start in range(0, flat.numel(), HASHED_AT_ONCE):
+        i = torch.arange(start, min(start + HASHED_AT_ONCE, flat.numel()))
         # two rounds with two keys: after one, the masks of two tensors would be permutations of each other
-        h = hashed((hashed((i & LOW) ^ first) + second + (i >> 32)) & LOW)
+        h = hashed((hashed((i & LOW_BITS) ^ first) + second + (i >> 32)) & LOW_BITS)
         flat[start : start + len(i)] = h >= below
     return out
 

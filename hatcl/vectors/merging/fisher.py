@@ -82,7 +82,7 @@ def fisher(
     diagonals = [_fitting(f, vectors, i) for i, f in enumerate(per_vector("fishers", fishers, vectors, "diagonal"))]
     for i, d in enumerate(diagonals[1:], start=1):
         check_fit(diagonals[0], d, ("diagonal 0", f"diagonal {i}"))
-    norms = [_norm(d, i) for i, d in enumerate(diagonals)]
+    norms = [_diagonal_norm(d, i) for i, d in enumerate(diagonals)]
     factors = [1 / n if normalise and n else 1.0 for n in norms]
 
     def one(name: str, taus: list[Tensor]) -> Tensor:
@@ -183,7 +183,7 @@ def _fitting(diagonal: Any, vectors: Sequence[TaskVector], i: int) -> Mapping[st
     return mine
 
 
-def _norm(diagonal: Mapping[str, Tensor], i: int) -> float:
+def _diagonal_norm(diagonal: Mapping[str, Tensor], i: int) -> float:
     total = []
     for name, x in diagonal.items():
         if not bool(torch.isfinite(x).all()) or bool((x < 0).any()):

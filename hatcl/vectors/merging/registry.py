@@ -18,7 +18,7 @@ from ...config import one_of
 from ...errors import ConfigError, VectorError, nearest
 from ..task_vector import TaskVector
 
-F = TypeVar("F", bound=Callable[..., TaskVector])
+MergeFunction = TypeVar("MergeFunction", bound=Callable[..., TaskVector])
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class MergeMethod:
     options: Mapping[str, Any]
 
 
-_METHODS: dict[str, MergeMethod] = {}
+_MERGES: dict[str, MergeMethod] = {}
 
 
 def merge_method(
@@ -51,7 +51,7 @@ def merge_method(
     needs: Mapping[str, str] | None = None,
     instead: str = "",
     symmetric: bool = True,
-) -> Callable[[F], F]:
+) -> Callable[[MergeFunction], MergeFunction]:
     """Function decorator: `merge` finds the function under this name.
 
     Args:
@@ -62,17 +62,17 @@ def merge_method(
         ConfigError: a name that is taken, or data that the function has no option for.
     """
 
-    def add(function: F) -> F:
+    def add(function: MergeFunction) -> MergeFunction:
         keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         options = {p.name: p.default for p in keywords}
-        if name in _METHODS:
-            raise ConfigError(f"merge_method: {name!r} is taken by {_METHODS[name].function.__qualname__}")
+        if name in _MERGES:
+            raise ConfigError(f"merge_method: {name!r} is taken by {_MERGES[name].function.__qualname__}")
         lacking = [o for o in [*(needs or {}), *([instead] if instead else [])] if o not in options]
         if lacking:
             raise ConfigError(
                 f"merge_method: {name!r} needs {lacking[0]!r}, which is no keyword option of its function"
             )
-        _METHODS[name] = MergeMethod(name, function, paper, dict(needs or {}), instead, symmetric, options)
+        _MERGES[name] = MergeMethod(name, function, paper, dict(needs or {}), instead, symmetric, options)
         return function
 
     return add
@@ -80,13 +80,13 @@ def merge_method(
 
 def list_merges() -> list[str]:
     """The names of all methods."""
-    return sorted(_METHODS)
+    return sorted(_MERGES)
 
 
 def merge_info(method: str) -> MergeMethod:
     """What is registered under a name. Raises `ConfigError` where nothing is."""
     one_of("method", method, list_merges())
-    return _METHODS[method]
+    return _MERGES[method]
 
 
 def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -> TaskVector:

@@ -75,7 +75,7 @@ def regmean(
     solved = [n for n in kinds if any(n in g for g in given)]
     for name in solved:
         for i, g in enumerate(given):
-            _check(name, kinds[name].shape, g, i)
+            _check_gram(name, kinds[name].shape, g, i)
     rest = [n for n in kinds if n not in solved]
     log.info("regmean: %d tensors averaged, %d solved; averaged: %s", len(rest), len(solved), ", ".join(rest))
 
@@ -149,7 +149,7 @@ def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
     return patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
-def _check(name: str, shape: tuple[int, ...], grams: Mapping[str, Tensor], i: int) -> None:
+def _check_gram(name: str, shape: tuple[int, ...], grams: Mapping[str, Tensor], i: int) -> None:
     if name not in grams:
         raise VectorError(f"{name}: vector {i} has no matrix of its inputs, others have; was the layer not run?")
     g = grams[name]

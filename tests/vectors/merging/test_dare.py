@@ -45,7 +45,7 @@ def test_other_seeds_vectors_and_tensors_are_dropped_independently(other):
 
 def test_the_size_of_the_pieces_is_nothing(monkeypatch):
     want = kept((5, 11), 0.3, 0, 0, "w")
-    monkeypatch.setattr(dare, "CHUNK", 7)
+    monkeypatch.setattr(dare, "HASHED_AT_ONCE", 7)
     assert torch.equal(kept((5, 11), 0.3, 0, 0, "w"), want)
 
 

@@ -26,10 +26,10 @@ def two():
 
 @pytest.fixture
 def unregister():
-    before = dict(registry._METHODS)
+    before = dict(registry._MERGES)
     yield
-    registry._METHODS.clear()
-    registry._METHODS.update(before)
+    registry._MERGES.clear()
+    registry._MERGES.update(before)
 
 
 def test_all_are_listed_and_say_where_they_are_from():
