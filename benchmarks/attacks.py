@@ -57,7 +57,7 @@ from torch.utils.checkpoint import checkpoint
 import hatcl
 from hatcl.calls import call, tensors_of
 from hatcl.hat.gates import gates_of
-from hatcl.hat.guard import held
+from hatcl.hat.held import held
 
 TASKS, STEPS, INTERRUPTIONS = 4, 6, 25
 Outputs = dict[int, list[Tensor]]
@@ -449,7 +449,7 @@ def new_parameters(t: Target) -> None:
     def step() -> None:
         optimizer.step()
         for m in t.model.modules():
-            if not isinstance(m, (nn.ParameterList, hatcl.gates.Gates)):
+            if not isinstance(m, (nn.ParameterList, hatcl.hat.gates.Gates)):
                 for name, p in [*m._parameters.items()]:
                     if p is not None:
                         m._parameters[name] = nn.Parameter(p.detach() + 0.1)

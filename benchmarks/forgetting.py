@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import hatcl
 from hatcl.hat.gates import gates_of
-from hatcl.hat.guard import held, own_buffers
+from hatcl.hat.held import held, own_buffers
 
 NAMES = ["mnist", "fashion_mnist", "notmnist"]
 SHOTS, STEPS, EVERY = 16, 60, 10

@@ -20,10 +20,9 @@ from .grafts import Graft, GraftOptions, GraftScores, hold, learn_graft, select_
 from .hat.adapter import as_adapter
 from .hat.certify import Certificate, certify
 from .hat.convert import convert
+from .hat.copies import seal
 from .hat.describe import Description, describe
 from .hat.forget import ForgetReport, forget_task
-from .hat.gates import set_task, task, tasks
-from .hat.guard import seal
 from .hat.layers import (
     HATConv1d,
     HATConv2d,
@@ -48,7 +47,8 @@ from .hat.layers import (
 )
 from .hat.learn import Learning, add_tasks, learn, task_parameters
 from .hat.pretrained import from_pretrained, save_pretrained
-from .hat.registry import register
+from .hat.registry import register_layer
+from .hat.tasks import set_task, task, tasks
 from .hat.together import forward
 from .integrations.timm_names import install, list_models
 from .map.units import UnitMap
@@ -84,7 +84,7 @@ __all__ = [
     "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError",
     "accumulate", "add_tasks", "as_adapter", "atlas", "certify", "compose", "consolidate", "continual", "convert",
     "describe", "forget_task", "forward", "from_pretrained", "gathered", "hold", "learn", "learn_graft", "list_merges",
-    "list_models", "localize", "merge", "merge_method", "orthogonality", "overlap", "register", "save_pretrained",
+    "list_models", "localize", "merge", "merge_method", "orthogonality", "overlap", "register_layer", "save_pretrained",
     "seal", "select_graft", "set_task", "sign_conflicts", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 

@@ -59,3 +59,10 @@ def learned():
     """A model with task 0 sealed and room for two more, and what task 0 says."""
     model = copy.deepcopy(_learned())
     return model, out(model, 0)
+
+
+def two_tasks():
+    model, first = learned()
+    train(model, 1)
+    hatcl.set_task(model, None)
+    return model, [first, out(model, 1)]

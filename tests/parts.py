@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 
+import pytest
 import timm
 import torch
 from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat import guard
 from hatcl.hat.certify import attack, outputs_of
+from hatcl.hat.digests import record
 from hatcl.hat.gates import gates_of
+from hatcl.hat.held import held, own_buffers
+from hatcl.hat.layers import HATLayer
 
 CLASSES = 4
 
@@ -116,13 +119,13 @@ def pretend(model, tasks=None, share=0.6, seed=0, own=True):
                 on = torch.rand(g.num_units, generator=generator) < share
                 g.embeddings[t].copy_(torch.where(on, 1.0, -1.0))
                 g.seal(t)
-            for h in guard.held(model):
+            for h in held(model):
                 if own and h.task == t and "embeddings" not in h.name and h.param.is_floating_point():
                     h.param.add_(0.1 * torch.randn(h.param.shape, generator=generator).to(h.param))
-            for name, b in guard.own_buffers(model, t):
+            for name, b in own_buffers(model, t):
                 if own and "running" in name:
                     b.add_(0.1 * torch.rand(b.shape, generator=generator).to(b))
-        guard.record(model, t)
+        record(model, t)
     return model
 
 
@@ -244,3 +247,29 @@ def cut(source, model, task):
                 step.num_channels = int(live.sum())
         steps.append(step)
     return nn.Sequential(*steps)
+
+
+def unchanged(source, run, error, text):
+    """A conversion that fails with this error, and leaves the plain model as it was."""
+    before, classes, modes = snapshot(source), [type(m) for m in source.modules()], source.training
+    names = [n for n, _ in source.named_modules()]
+    with pytest.raises(error, match=text):
+        run()
+    assert same(before, source.state_dict()) and source.training == modes
+    assert [type(m) for m in source.modules()] == classes and [n for n, _ in source.named_modules()] == names
+    assert not any(isinstance(m, HATLayer) for m in source.modules())
+
+
+def exact_and_learning(model, data, tasks=3, lr=1e-2):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+    x = data[0][0]
+    want = {}
+    for t in range(tasks):
+        losses = train(model, t, optimizer, data[t], 12)
+        assert min(losses[-2:]) < max(losses[:2])
+        want[t] = logits(model, t, x)
+        for e in want:
+            assert torch.equal(logits(model, e, x), want[e])
+    certificate = hatcl.certify(model, x, strict=True)
+    assert certificate.exact and min(certificate.overwritten.values()) > 0
+    assert len({tuple(o.flatten().tolist()) for o in want.values()}) == tasks

@@ -293,7 +293,7 @@ def test_twin_without_putting_back_on_leaving_it_is_a_ruin(write, monkeypatch):
     model, want = learned()
     optimizer = adamw(model)
     monkeypatch.setattr("hatcl.hat.guard.Guard.put_back", lambda self: [])
-    monkeypatch.setattr("hatcl.hat.guard.check", lambda *args: None)
+    monkeypatch.setattr("hatcl.hat.digests.check_sealed", lambda *args: None)
     with warnings.catch_warnings(), hatcl.learn(model, 1, optimizer, steps=1) as learning:
         warnings.simplefilter("ignore")
         loss_of(model, 1, learning).backward()
@@ -393,7 +393,7 @@ def test_a_schedule_free_optimizer_writes_nothing_back_later():
 
 def test_twin_without_putting_back_what_is_stored(monkeypatch):
     monkeypatch.setattr(keeper.StoredWeights, "put_back", lambda self: None)
-    monkeypatch.setattr("hatcl.hat.guard.check", lambda *args: None)
+    monkeypatch.setattr("hatcl.hat.digests.check_sealed", lambda *args: None)
     assert False in free_of_schedules()[1]
 
 

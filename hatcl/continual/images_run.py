@@ -23,9 +23,9 @@ from ..engine.schedule import make_optimizer, make_scheduler
 from ..errors import ConfigError, IntegrityError, NonFiniteLossError
 from ..hat.certify import certify
 from ..hat.describe import describe
-from ..hat.gates import set_task
-from ..hat.gates import task as active_task
 from ..hat.learn import learn
+from ..hat.tasks import set_task
+from ..hat.tasks import task as active_task
 
 log = logging.getLogger(__name__)
 

@@ -126,7 +126,7 @@ def save_run(folder: str | Path, run: Run, source: Mapping[str, Any] | None = No
     """Write a run's folder, all or nothing.
 
     Args:
-        source: how to make the plain model again (`hatcl.registry`); None = `load_run` needs the task.
+        source: how to make the plain model again (`hatcl.sources`); None = `load_run` needs the task.
 
     Raises:
         ConfigError: the folder holds something. IntegrityError: an input file is missing, the disk is full.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import TaskError
 from ..map.lora import is_factor
-from .gates import check_task, task
-from .guard import held
+from .held import held
+from .tasks import check_task, task
 
 
 @contextlib.contextmanager

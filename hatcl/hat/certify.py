@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ..calls import OutputError, call, device_of, seeded, values_of
 from ..errors import IsolationError, TaskError
 from ..functional import same_bits
+from .digests import check_sealed
 from .gates import gates_of
-from .gates import task as active
-from .guard import check, check_structure, held, own_buffers, sealed_tasks
+from .held import check_structure, held, own_buffers
 from .layers.gated import HATLayer
 from .layers.state import copy_of
+from .tasks import task as active
+from .tasks import tasks
 
 log = logging.getLogger(__name__)
 
@@ -172,11 +174,11 @@ def certify(model: nn.Module, inputs: Any, *, strict: bool = False) -> Certifica
             gives something in which there is nothing to compare. TaskError: no task is sealed. HATError: a module was
             replaced after conversion.
     """
-    done = sealed_tasks(model)
+    done = tasks(model)
     if not done:
         raise TaskError("certify: no task is sealed yet, so there is nothing to prove; learn one with hatcl.learn")
     check_structure(model)
-    check(model)
+    check_sealed(model)
     trial = copy_of(model).eval()
     for g in gates_of(trial):
         g.learning = None

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..map.units import NORM
 from .gates import Gates, gates_of
-from .guard import held, sealed_tasks
+from .held import held
+from .tasks import tasks
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ class Description:
 def describe(model: nn.Module) -> Description:
     """Units, owners, shares and use per task of a HAT model."""
     gates = gates_of(model)
-    tasks = sealed_tasks(model)
+    done = tasks(model)
     by_hand = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
     layers = [
         {
             "name": name if g.from_map else by_hand[id(g)],
             "units": stop - start,
-            "used": {t: int(g.masks[t, start:stop].sum()) for t in tasks},
+            "used": {t: int(g.masks[t, start:stop].sum()) for t in done},
         }
         for g in gates
         for name, start, stop in g.layers
@@ -99,7 +100,7 @@ def describe(model: nn.Module) -> Description:
         elements["always_on"] += n - round(n * both) - round(n * one)
     return Description(
         sum(g.num_units for g in gates),
-        {t: sum(int(g.masks[t].sum()) for g in gates) for t in tasks},
+        {t: sum(int(g.masks[t].sum()) for g in gates) for t in done},
         elements,
         layers,
         {e.name: e.why for e in unit_map.entries.values() if e.copied and e.why != NORM} if unit_map else {},

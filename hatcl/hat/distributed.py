@@ -18,8 +18,10 @@ from torch import Tensor, distributed, nn
 
 from ..errors import HATError, IntegrityError, TaskError
 from ..shards import is_shard, reshard
-from . import guard as guards
+from .digests import digests_of, slot_of, table_of
 from .gates import gates_of
+from .held import held, own_buffers
+from .tasks import tasks
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks
 
@@ -35,7 +37,7 @@ def leave_out(model: nn.Module) -> None:
 
 
 def _of_tasks(model: nn.Module) -> Iterator[Tensor]:
-    for h in guards.held(model):
+    for h in held(model):
         if h.plain or h.task is not None:
             yield h.param
     for g in gates_of(model):
@@ -138,7 +140,7 @@ class Replicas:
     def _join(self, ddp: Any) -> None:
         self._ddp, self._group, self._device = ddp, ddp.process_group, ddp.device
         reduced = {id(p) for p in ddp._module_parameters if p.requires_grad}
-        every = guards.held(self.model)
+        every = held(self.model)
         others = [h.name for h in every if (h.plain or h.task not in (None, self.task)) and id(h.param) in reduced]
         if others and not (ddp.find_unused_parameters or ddp.static_graph):
             raise HATError(
@@ -174,23 +176,23 @@ class Replicas:
     def _be_equal(self, tensors: list[Tensor]) -> None:
         """Give every process rank 0's values of these and of statistics, but for sealed tasks: those are compared."""
         self._check_sealed()
-        sealed = set(guards.sealed_tasks(self.model))
-        kept = {id(h.param) for h in guards.held(self.model) if h.task in sealed}
+        sealed = set(tasks(self.model))
+        kept = {id(h.param) for h in held(self.model) if h.task in sealed}
         tensors = [x for x in tensors if id(x) not in kept]
         for t in range(gates_of(self.model)[0].num_tasks):
-            tensors += [b for _, b in guards.own_buffers(self.model, t) if t not in sealed]
+            tensors += [b for _, b in own_buffers(self.model, t) if t not in sealed]
         self._from_rank_0(tensors)
 
     def _check_sealed(self) -> None:
         """A hash of it has the same size in every process, also where they have different models."""
-        state = hashlib.sha256(repr([(h.name, tuple(h.param.shape)) for h in guards.held(self.model)]).encode())
+        state = hashlib.sha256(repr([(h.name, tuple(h.param.shape)) for h in held(self.model)]).encode())
         for g in gates_of(self.model):
             state.update(g.sealed.cpu().numpy().tobytes() + g.digest_table.cpu().numpy().tobytes())
         mine = torch.frombuffer(bytearray(state.digest()), dtype=torch.uint8).to(self._device)
         if bool(self._differs(mine).any()):
             raise IntegrityError(
                 "the processes hold different models or different sealed tasks (this one has "
-                f"{guards.sealed_tasks(self.model)}); load the same saved model in each of them before hatcl.learn"
+                f"{tasks(self.model)}); load the same saved model in each of them before hatcl.learn"
             )
 
     # ---- gradients -------------------------------------------------------------------------------------------------
@@ -245,14 +247,14 @@ class Replicas:
         """
         if self._group is None:
             return
-        buffers = [b for _, b in guards.own_buffers(self.model, self.task)]
+        buffers = [b for _, b in own_buffers(self.model, self.task)]
         self._average([b for b in buffers if b.is_floating_point()])
         self._from_rank_0(buffers)
-        digests = guards.digest(self.model, self.task)
-        differs = self._differs(guards.table_of(digests).to(self._device)).any(1)
+        digests = digests_of(self.model, self.task)
+        differs = self._differs(table_of(digests).to(self._device)).any(1)
         if bool(differs.any()):
             slots = set(differs.nonzero().flatten().tolist())
-            differ = [name for name in digests if guards.slot_of(name) in slots]
+            differ = [name for name in digests if slot_of(name) in slots]
             raise IntegrityError(
                 f"task {self.task}: the processes have learned different weights: {', '.join(differ[:5])}"
                 f"{' ...' if len(differ) > 5 else ''}; nothing was sealed. Run every forward that is learned from "

@@ -13,10 +13,12 @@ from ..errors import TaskError
 from ..map.lora import starts_at_zero
 from ..shards import check_whole
 from .active import is_chosen
-from .gates import check_task, gates_of
-from .guard import check, held, sealed_tasks
+from .digests import check_sealed
+from .gates import gates_of
+from .held import held
 from .layers.gated import HATLayer
 from .layers.state import forget_states
+from .tasks import check_task, tasks
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
         )
     if any(is_chosen(g.key) for g in gates) and gates[0].task == task:
         raise TaskError(f"task {task} is active in a `with hatcl.task(...)` block; leave it before forgetting the task")
-    check(model)
-    others = [t for t in sealed_tasks(model) if t != task]
+    check_sealed(model)
+    others = [t for t in tasks(model) if t != task]
     plan: dict[int, tuple[str, Tensor]] = {}
     kept = own = 0
     for h in held(model):

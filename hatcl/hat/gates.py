@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
-import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import functional as F
 from ..config import HATConfig
-from ..errors import CapacityError, TaskError
+from ..errors import TaskError
 from ..shards import whole
 from . import active
 
@@ -76,7 +73,7 @@ class Gates(nn.Module):
         embeddings: T parameters `[U]`.
         masks: `[T, U]` bool, the hard gates of sealed tasks. sealed: `[T]` bool.
         digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
-            fixed size for state dicts (see `guard.table_of`).
+            fixed size for state dicts (see `digests.table_of`).
         learned: the task that is being learned, or was last. learner: the thread that is learning. lock: what it holds
             while an optimizer steps, during which frozen elements may be away from their place.
         cut: a task with hard gates computes with its live elements alone, zeros for all others, so that nothing else
@@ -361,110 +358,6 @@ def _loaded(gates: Gates, _: Any) -> None:
         gates.origin.forget_writes(gates)
 
 
-def row(table: Tensor, task: Tensor) -> Tensor:
-    """The row of a task that is a tensor of no dimensions, one of several under `torch.vmap`."""
-    return table.index_select(0, task.reshape(1)).squeeze(0)
-
-
-class Units:
-    """Some units of some gates: what one axis of a parameter belongs to. Entries that are 0 are always on."""
-
-    def __init__(self, gates: Gates, numbers: np.ndarray) -> None:
-        self.gates = gates
-        self.numbers = np.asarray(numbers, dtype=np.int64)
-        n = len(self.numbers)
-        first = int(self.numbers[0]) if n else 0
-        run = first > 0 and bool((self.numbers == np.arange(first, first + n)).all())
-        self.run = slice(first - 1, first - 1 + n) if run else None
-        self._share: tuple[Any, float] = (None, 1.0)
-        self._fixed: tuple[Any, Tensor] = (None, torch.zeros(0))
-        self._fixed_on: tuple[Any, Tensor] = (None, torch.zeros(0))
-        always = self.numbers == 0
-        self._index: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
-        if not run:
-            index = torch.as_tensor(np.maximum(self.numbers - 1, 0))
-            self._index[index.device] = (index, torch.as_tensor(always) if always.any() else None)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def clear(self) -> None:
-        """Drop what was kept of any task."""
-        self._fixed = self._fixed_on = (None, torch.zeros(0))
-        self._share = (None, 1.0)
-
-    def __getstate__(self) -> dict[str, Any]:
-        none = (None, torch.zeros(0))
-        return {**self.__dict__, "_fixed": none, "_fixed_on": none}
-
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        if device not in self._index:
-            index, always = next(iter(self._index.values()))
-            self._index[device] = (index.to(device), None if always is None else always.to(device))
-        return self._index[device]
-
-    def gate(self) -> Tensor | None:
-        """The active task's gate per entry, `[n]`; None for the plain model."""
-        gates = self.gates
-        task = gates.task
-        return None if task is None else self.gate_of(task)
-
-    def gate_of(self, task: int) -> Tensor:
-        """A task's gate per entry, `[n]`."""
-        gates = self.gates
-        if gates.is_open(task) or torch.compiler.is_compiling():
-            return self._select(task)
-        key, fixed = (task, gates.epoch), self._fixed  # another thread may replace it meanwhile
-        if fixed[0] != key:
-            with torch.inference_mode(False):
-                self._fixed = fixed = (key, self._select(task))
-        return fixed[1]
-
-    def on(self, task: int) -> Tensor:
-        """A task's hard gate per entry, `[n]` bool; a constant for a sealed task."""
-        gates = self.gates
-        if gates.is_open(task) or torch.compiler.is_compiling():
-            return self._of(gates.on(task))
-        key, fixed = (task, gates.epoch), self._fixed_on
-        if fixed[0] != key:
-            with torch.inference_mode(False):
-                self._fixed_on = fixed = (key, self._of(gates.masks[task]))
-        return fixed[1]
-
-    def _select(self, task: int) -> Tensor:
-        if self.run is not None:
-            return self.gates.select(task, self.run)
-        index, always = self._on(self.gates.masks.device)
-        a = self.gates.select(task, index)
-        return a if always is None else torch.where(always, 1.0, a)
-
-    def share(self, task: int) -> float:
-        """The share of entries that a task has on, never quite zero."""
-        if torch.compiler.is_compiling():
-            return self._share_of_sealed(task, self.gates.sealings.get(task, 0))
-        key, share = (task, self.gates.epoch), self._share
-        if share[0] != key or self.gates.is_open(task):
-            on = self.on(task)
-            self._share = share = (key, max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE))
-        return share[1]
-
-    @torch.compiler.assume_constant_result
-    def _share_of_sealed(self, task: int, sealings: int) -> float:
-        """A constant of a compiled graph, until the task is sealed again."""
-        on = self._of(self.gates.masks[task])
-        return max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE)
-
-    def hard(self, task: int) -> Tensor:
-        """A task's hard gate per entry as sealed, or as sealing would make it now, `[n]` bool."""
-        return self._of(self.gates.hard(task))
-
-    def _of(self, on: Tensor) -> Tensor:
-        if self.run is not None:
-            return on[self.run]
-        index, always = self._on(on.device)
-        return on[index] if always is None else on[index] | always
-
-
 def gates_of(model: nn.Module) -> list[Gates]:
     """Every `Gates` of a model: one for a converted model, one per layer where layers were put together by hand."""
     found = [m for m in model.modules() if isinstance(m, Gates)]
@@ -475,101 +368,6 @@ def gates_of(model: nn.Module) -> list[Gates]:
     return found
 
 
-def check_task(model: nn.Module, task: int | None, *, sealed: bool | None = None) -> int:
-    """The task as an int, or `TaskError`. sealed: require that it is (True) or is not (False) sealed."""
-    gates = gates_of(model)
-    count = min(g.num_tasks for g in gates)
-    if isinstance(task, bool) or not isinstance(task, (int, np.integer)):
-        raise TaskError(f"task: got {task!r}, expected an integer from 0 to {count - 1}")
-    if not 0 <= task < count:
-        raise TaskError(
-            f"task: got {task}, the model has tasks 0 to {count - 1}; hatcl.add_tasks(model, n) makes room for more"
-        )
-    is_sealed = bool(gates[0].sealed[task])
-    if sealed and not is_sealed:
-        done = gates[0].sealed.nonzero().flatten().tolist()
-        raise TaskError(
-            f"task {task} is not sealed, so it has no hard gates yet; sealed are {done}. Learn it with hatcl.learn"
-        )
-    if sealed is False and is_sealed:
-        raise TaskError(
-            f"task {task} is sealed and cannot be learned again; hatcl.forget_task(model, {task}) frees it, or "
-            f"learn another"
-        )
-    return int(task)
-
-
-def check_room(model: nn.Module, task: int) -> None:
-    """Raise `CapacityError` if every unit of every layer is taken by sealed tasks."""
-    gates = gates_of(model)
-    names = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
-    room = {n if g.from_map else names[id(g)]: free for g in gates for n, free in g.room(task).items()}
-    if room and not any(room.values()):
-        full = list(room)
-        raise CapacityError(
-            f"task {task}: no units left, all {sum(g.num_units for g in gates)} units of {', '.join(full[:5])}"
-            f"{' ...' if len(full) > 5 else ''} are used by sealed tasks; forget a task (hatcl.forget_task), raise "
-            f"HATConfig.penalty_weight (now {gates[0].config.penalty_weight:g}) for earlier tasks, or use a wider model"
-        )
-
-
-def set_task(model: nn.Module, task: int | None) -> None:
-    """Make `task` the default of the model, in every thread: 0, 1, ... computes with that task's gates, None is the
-    plain model. `with hatcl.task(...)` chooses for one thread, and for a while.
-
-    Raises:
-        TaskError: there is no such task, or it is neither sealed nor being learned; inside `with hatcl.task(...)`,
-            where the default does not count; from another thread than the one that is learning a task.
-    """
-    gates = gates_of(model)
-    task = _usable(gates, model, task)
-    if any(active.is_chosen(g.key) for g in gates):
-        raise TaskError(
-            f"set_task: got task {task} inside a `with hatcl.task(...)` block of the same model, which keeps its own "
-            "task active; leave the block first, or put another `with hatcl.task(...)` into it"
-        )
-    if gates[0].learning is not None and gates[0].learner != threading.get_ident():
-        raise TaskError(
-            f"set_task: got task {task} while another thread is learning task {gates[0].learning}, whose steps would "
-            "be "
-            "taken under the wrong task; evaluate inside `with hatcl.task(model, ...)`, which belongs to a thread"
-        )
-    for g in gates:
-        g.task = task
-
-
-@contextlib.contextmanager
-def task(model: nn.Module, task: int | None) -> Iterator[nn.Module]:
-    """`with hatcl.task(model, 2): ...` computes with task 2's gates inside the block, in this thread (or asyncio task)
-    alone. So several threads can serve several tasks of one model:
-
-        def answer(task, x):
-            with hatcl.task(model, task), torch.no_grad():
-                return model(x)
-
-        with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(answer, ids, batches))
-
-    Raises:
-        TaskError: there is no such task, or it is neither sealed nor being learned.
-    """
-    gates = gates_of(model)
-    task = _usable(gates, model, task)
-    for g in gates:
-        g.choose()
-    with active.choose([g.key for g in gates], task):
-        yield model
-
-
-def _usable(gates: Sequence[Gates], model: nn.Module, task: int | None) -> int | None:
-    """The task, if it has gates to compute with."""
-    for g in gates:
-        g.notice()
-    if task is None or (not isinstance(task, Tensor) and gates[0].is_open(task)):
-        return task
-    return check_task(model, task, sealed=True)
-
-
-def tasks(model: nn.Module) -> list[int]:
-    """The sealed tasks."""
-    return gates_of(model)[0].sealed.nonzero().flatten().tolist()
+def row(table: Tensor, task: Tensor) -> Tensor:
+    """The row of a task that is a tensor of no dimensions, one of several under `torch.vmap`."""
+    return table.index_select(0, task.reshape(1)).squeeze(0)

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HATConfig
-from ..errors import HATError, TaskError
+from ..errors import HATError, NonFiniteLossError, TaskError
 from ..functional import scale_at
 from ..shards import check_whole
-from . import guard as guards
+from . import digests
 from .active import is_chosen
 from .distributed import Replicas, leave_out
-from .gates import Gates, check_room, check_task, gates_of, tasks
+from .gates import Gates, gates_of
+from .guard import Guard
+from .held import check_structure, held
 from .layers.gated import HATLayer
+from .tasks import check_room, check_task, tasks
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ class Learning:
         self.gates = gates_of(model)
         self.epochs = epochs
         self.settled = False
-        self.guard: guards.Guard | None = None
+        self.guard: Guard | None = None
         self._start = self._settled_at = start
         self._statistics = _Statistics(model, task)
 
@@ -174,18 +177,17 @@ def learn(
     if any(is_chosen(g.key) for g in gates):
         raise TaskError(
             f"learn: task {task} cannot be learned inside a `with hatcl.task(...)` block of the same model, which "
-            "keeps "
-            "its own task active; leave the block first"
+            "keeps its own task active; leave the block first"
         )
     _check_layers(model)
-    guards.check_structure(model)
+    check_structure(model)
     check_room(model, task)
     replicas = Replicas(model, task)
     with replicas.together():
-        guards.check(model)
+        digests.check_sealed(model)
     learning = Learning(model, task, steps, epochs, start)
     optimizers: Sequence[Any] = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    guard = guards.Guard(model, task, optimizers, _locked(model), learning._advance)
+    guard = Guard(model, task, optimizers, _locked(model), learning._advance)
     learning.guard = guard
     replicas.joined = lambda: guard.relock(guard.locked)
     before = [(g, g.task) for g in gates]
@@ -209,12 +211,12 @@ def learn(
     try:
         with replicas.together():
             if guard.repair(model):
-                raise guards.NonFiniteLossError(
+                raise NonFiniteLossError(
                     f"task {task}: shared weights are no longer finite; nothing was sealed, earlier tasks are as they "
                     "were"
                 )
-            guards.check_structure(model)
-            guards.check(model, guard.locked)
+            check_structure(model)
+            digests.check_sealed(model, guard.locked)
         replicas.agree()
     except BaseException:
         _leave(before)
@@ -223,9 +225,9 @@ def learn(
     for g in gates:
         g.learning, g.learner, g.lock = None, None, None
         g.harden(False)
-    guards.harden(model, task)
+    digests.harden(model, task)
     for t in [t for t in tasks(model) if t != task and t not in guard.locked]:
-        guards.record(model, t)
+        digests.record(model, t)
     guard.store_weights()
 
 
@@ -235,7 +237,7 @@ def _locked(model: nn.Module) -> list[int]:
     return [t for t in tasks(model) if chosen is None or t in chosen]
 
 
-def _warn_of(learning: Learning, guard: guards.Guard) -> None:
+def _warn_of(learning: Learning, guard: Guard) -> None:
     """What was not as it should be, though every sealed task is as it was."""
     task = learning.task
     if guard.written:
@@ -243,8 +245,7 @@ def _warn_of(learning: Learning, guard: guards.Guard) -> None:
         warnings.warn(
             f"task {task}: something else than a step of an optimizer wrote to frozen elements of {names}"
             f"{' ...' if len(guard.written) > 5 else ''}; they are put back, and sealed tasks are as they were. Until "
-            "then "
-            "sealed tasks computed other values inside the block. Step through an optimizer that is given to "
+            "then sealed tasks computed other values inside the block. Step through an optimizer that is given to "
             "hatcl.learn",
             stacklevel=4,
         )
@@ -252,9 +253,8 @@ def _warn_of(learning: Learning, guard: guards.Guard) -> None:
         seen = f"{learning.step} of {learning.steps} steps"
         warnings.warn(
             f"task {task} is sealed after {seen}, at scale {learning.scale:.3g} of {learning.config.max_scale:g}: its "
-            "gates "
-            "were still soft, and sealing makes them hard. Give hatcl.learn the number of steps that you take, and the "
-            "optimizer that takes them",
+            "gates were still soft, and sealing makes them hard. Give hatcl.learn the number of steps that you take, "
+            "and the optimizer that takes them",
             stacklevel=4,
         )
     elif guard.steps > learning.steps - learning._start:
@@ -269,7 +269,7 @@ def _warn_of(learning: Learning, guard: guards.Guard) -> None:
 class _Loads:
     """A state that is loaded while a task is learned is checked before it is loaded, and held from then on."""
 
-    def __init__(self, model: nn.Module, task: int, guard: guards.Guard) -> None:
+    def __init__(self, model: nn.Module, task: int, guard: Guard) -> None:
         self.model, self.task, self.guard, self._loaded = model, task, guard, False
         self._hooks: list[Any] = []
 
@@ -304,7 +304,7 @@ class _Loads:
     def after(self, module: nn.Module, _: Any) -> None:
         if self._loaded:
             self._loaded = False
-            guards.check(self.model)
+            digests.check_sealed(self.model)
             self.guard.relock(_locked(self.model))
 
 
@@ -333,7 +333,7 @@ def _check_layers(model: nn.Module) -> None:
 def task_parameters(model: nn.Module, task: int) -> list[nn.Parameter]:
     """What only this task has: its embeddings, heads and norms. For `optimizer.add_param_group` after `add_tasks`."""
     task = check_task(model, task)
-    return [h.param for h in guards.held(model) if h.task == task]
+    return [h.param for h in held(model) if h.task == task]
 
 
 def add_tasks(model: nn.Module, count: int) -> None:

@@ -21,9 +21,10 @@ from ..files import parse_json, sha256_of, write_files
 from ..map.units import UnitMap
 from ..shards import gathered_in, sharded_modules
 from ..sources import build_source
-from . import guard
-from .convert import GATES, build
+from . import digests
+from .build import GATES, build
 from .gates import gates_of
+from .tasks import tasks
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 2
 TRIES = 100  # how often a file is read again that was replaced meanwhile
@@ -47,7 +48,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     (`torch.distributed.barrier()`) before another one reads it.
 
     Raises:
-        IntegrityError: a sealed task changed since it was sealed; the disk is full or not writable. ValueError: layers
+        IntegrityError: a sealed task changed since it was sealed; the disk is full or not writable. HATError: layers
             put together by hand (save their `state_dict()`; there is no recipe to make the model again).
     """
     writes = True
@@ -62,10 +63,10 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         return Path(folder)
     gates = gates_of(model)
     if len(gates) != 1 or gates[0].unit_map is None:
-        raise ValueError(
+        raise HATError(
             "save_pretrained: this model was put together by hand, not converted; save model.state_dict() instead"
         )
-    guard.check(model)
+    digests.check_sealed(model)
     g = gates[0]
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
@@ -80,7 +81,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     text = _signed({
         "format": FORMAT, "config": g.config.to_dict(), "source": g.source, "map": g.unit_map.to_json(), "tied": tied,
         "dtypes": {name: _name_of(t) for name, t in tensors.items()},
-        "digests": {t: g.digests.get(t) or guard.digest(model, t) for t in guard.sealed_tasks(model)},
+        "digests": {t: g.digests.get(t) or digests.digests_of(model, t) for t in tasks(model)},
     })  # fmt: skip
     target, header = Path(folder), {"format": "pt", HEADER: text}
     write_files({target / WEIGHTS: lambda new: save_file(tensors, new, header), target / CONFIG: text.encode()})
@@ -245,8 +246,8 @@ def _check_copy(copied: Path) -> None:
     except IntegrityError as error:
         warnings.warn(
             f"{copied} is not as it was saved, which changes nothing: it is a copy to look at, and what counts is the "
-            f"header of {WEIGHTS}. To change options, load the model, set hatcl.gates.gates_of(model)[0].config, and "
-            f"save it again ({error})",
+            f"header of {WEIGHTS}. To change options, load the model, set hatcl.hat.gates.gates_of(model)[0].config, "
+            f"and save it again ({error})",
             stacklevel=3,
         )
 
@@ -271,14 +272,14 @@ def _check_dtypes(tensors: dict[str, torch.Tensor], dtypes: dict[str, str], path
 
 def _check_digests(model: nn.Module, stored: dict[str, dict[str, str]], path: Path) -> None:
     """Everything that a sealed task uses is as it was: there are digests of all of it, and they are equal."""
-    gates, sealed = gates_of(model)[0], guard.sealed_tasks(model)
+    gates, sealed = gates_of(model)[0], tasks(model)
     if without := [t for t in sealed if not stored.get(str(t))]:
         raise IntegrityError(
             f"{path}: task {without[0]} is sealed, but the digests of what it uses are not there ({len(without)} such "
             "tasks); the file was edited"
         )
     gates.digests = {t: dict(stored[str(t)]) for t in sealed}
-    guard.check(model)  # names what changed; takes digests anew, of all there is and in the dtype that it has
+    digests.check_sealed(model)  # names what changed; takes digests anew, of all there is and in the dtype that it has
     for t in sealed:
         now, was = gates.digests[t], stored[str(t)]
         if wrong := sorted(n for n in {**now, **was} if now.get(n) != was.get(n)):

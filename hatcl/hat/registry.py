@@ -1,6 +1,6 @@
 """Which HAT layer takes the place of which module class.
 
-`@register(nn.Linear)` above a class says: convert instances of `nn.Linear`, and of its subclasses, to this one. A
+`@register_layer(nn.Linear)` above a class says: convert instances of `nn.Linear`, and of its subclasses, to this one. A
 subclass keeps its own forward: the HAT class goes in front of it in the method resolution order.
 """
 
@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-T = TypeVar("T", bound=type)
+from ..errors import ConversionError
+
+Layer = TypeVar("Layer", bound=type)
 _LAYERS: dict[tuple[type[nn.Module], str], type] = {}
 
 
-def register(*bases: type[nn.Module], kind: str = "") -> Callable[[T], T]:
+def register_layer(*bases: type[nn.Module], kind: str = "") -> Callable[[Layer], Layer]:
     """Class decorator: the decorated HAT layer replaces instances of `bases` when a model is converted.
 
     Args:
@@ -24,7 +26,7 @@ def register(*bases: type[nn.Module], kind: str = "") -> Callable[[T], T]:
             registered (`rms`, `centred`).
     """
 
-    def add(layer: T) -> T:
+    def add(layer: Layer) -> Layer:
         for base in bases:
             _LAYERS[base, kind] = layer
             _resolve.cache_clear()
@@ -44,7 +46,7 @@ def _resolve(cls: Any, kind: str) -> type[Any]:
     for base in cls.__mro__:
         if (base, kind) in _LAYERS:
             return _LAYERS[base, kind]
-    raise LookupError(f"{cls.__qualname__} is no torch module class")
+    raise ConversionError(f"{cls.__qualname__}: got a class that is no torch.nn.Module; only modules have HAT layers")
 
 
 def registered(kind: str = "") -> dict[type[nn.Module], type]:

@@ -13,7 +13,8 @@ from ..calls import call
 from ..errors import TaskError
 from ..lend import Evaluating
 from .active import choose
-from .gates import check_task, gates_of, task
+from .gates import gates_of
+from .tasks import check_task, task
 
 
 def forward(model: nn.Module, x: Any, tasks: Tensor | Sequence[int], *, fused: bool = False) -> Any:
@@ -47,8 +48,7 @@ def forward(model: nn.Module, x: Any, tasks: Tensor | Sequence[int], *, fused: b
         found = ", ".join("no rows" if n is None else str(n) for n in sorted(rows, key=str)) or "no tensor"
         raise TaskError(
             f"tasks: got {came}, and inputs with {found} rows; pass one integer per row, and inputs of which every "
-            "tensor "
-            "has a row per example"
+            "tensor has a row per example"
         )
     groups = {t: torch.tensor([i for i, own in enumerate(ids) if own == t]) for t in dict.fromkeys(ids)}
     for t in groups:
@@ -63,8 +63,7 @@ def forward(model: nn.Module, x: Any, tasks: Tensor | Sequence[int], *, fused: b
                     came = f"a tensor of shape {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
                     raise TaskError(
                         f"forward: for {len(at)} rows of task {t} the model gives {came}, which has no row per "
-                        "example; "
-                        "use `with hatcl.task(...)` for such models"
+                        "example; use `with hatcl.task(...)` for such models"
                     )
     merged = [_merged([(groups[t], said[t][i]) for t in groups], len(ids)) for i in range(len(said[ids[0]]))]
     return tree_unflatten(merged, form) if len(merged) != 1 or not isinstance(out, Tensor) else merged[0]

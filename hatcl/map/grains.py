@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, VectorError, nearest
 from ..functional import hashed
 from .lora import PARTNER, factor_in
 from .units import Entry, UnitMap
@@ -53,20 +53,20 @@ class Grain:
         """One number per group, `[G]`: the mean, sum, or largest of its elements over all tensors.
 
         Raises:
-            KeyError: a tensor that takes part is missing. ValueError: a tensor of another shape, or an unknown `how`.
+            VectorError: a tensor that takes part is missing or has another shape. ConfigError: an unknown `how`.
         """
         if how not in ("mean", "sum", "max"):
-            raise ValueError(f"how: got {how!r}, expected mean, sum or max")
+            raise ConfigError(f"how: got {how!r}, expected mean, sum or max")
         some = next(iter(tensors.values()))
         kind = torch.promote_types(some.dtype, torch.float32)
         out = torch.full((self.size,), -math.inf if how == "max" else 0.0, dtype=kind, device=some.device)
         count = torch.zeros(self.size, dtype=kind, device=some.device)
         for name, shape in self.shapes.items():
             if name not in tensors:
-                raise KeyError(f"{name}: missing; the grain {self.name} covers {len(self.shapes)} tensors")
+                raise VectorError(f"{name}: missing; the grain {self.name} covers {len(self.shapes)} tensors")
             x = tensors[name]
             if tuple(x.shape) != shape:
-                raise ValueError(f"{name}: got shape {list(x.shape)}, expected {list(shape)}")
+                raise VectorError(f"{name}: got shape {list(x.shape)}, expected {list(shape)}")
             # sum what shares a number by broadcasting first, so that no index of the tensor's own size is needed
             ids = self.index[name]().to(x.device)
             x = x.to(kind)
@@ -86,10 +86,10 @@ class Grain:
         """A vector `[G]` as tensors that broadcast over the parameters (of their full shape only where they must be).
 
         Raises:
-            ValueError: a vector of another length.
+            VectorError: a vector of another length.
         """
         if vector.shape != (self.size,):
-            raise ValueError(f"vector: got shape {list(vector.shape)}, the grain {self.name} has {self.size} groups")
+            raise VectorError(f"vector: got shape {list(vector.shape)}, the grain {self.name} has {self.size} groups")
         return {name: vector[self.index[name]().to(vector.device)] for name in self.shapes}
 
 

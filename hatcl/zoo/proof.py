@@ -24,9 +24,9 @@ from ..hat.certify import certify, difference
 from ..hat.convert import convert, map_of
 from ..hat.describe import describe
 from ..hat.gates import gates_of
-from ..hat.gates import task as active
 from ..hat.learn import learn
 from ..hat.pretrained import from_pretrained, read_config, save_pretrained
+from ..hat.tasks import task as active
 
 # about half of each task's units off, and they stay so: a few steps do not turn an embedding of 6 around
 CONFIG = HATConfig(num_tasks=2, init="sparse", init_density=0.5, init_value=6.0, penalty_weight=0.0)

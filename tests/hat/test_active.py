@@ -1,4 +1,4 @@
-"""The active task belongs to the context: threads, asyncio, recomputation in backward, one batch of several tasks."""
+"""The active task belongs to the context: threads, asyncio, recomputation in backward."""
 
 from __future__ import annotations
 
@@ -10,23 +10,15 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import border_parts as border
-import parts
 import pytest
 import torch
-from border_parts import X, out, train
+from border_parts import X, out, train, two_tasks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hatcl
 from hatcl.hat import active
 from hatcl.hat.gates import gates_of
-
-
-def two_tasks():
-    model, first = border.learned()
-    train(model, 1)
-    hatcl.set_task(model, None)
-    return model, [first, out(model, 1)]
 
 
 def served_wrongly(model, want, rounds=60):
@@ -168,33 +160,6 @@ def test_twin_without_the_lock_the_thread_sees_the_middle_of_a_step(monkeypatch)
     assert seen == [True, False]
 
 
-def test_the_default_does_not_change_under_a_block_or_a_learning_thread():
-    model, _ = two_tasks()
-    with hatcl.task(model, 0), pytest.raises(hatcl.TaskError, match="inside a `with hatcl.task.*leave the block first"):
-        hatcl.set_task(model, 1)
-    with hatcl.task(model, 0), pytest.raises(hatcl.TaskError, match="learn: task 2 cannot be learned inside"):
-        with hatcl.learn(model, 2, border.adamw(model), steps=1):
-            pass
-    with hatcl.task(model, 1), pytest.raises(hatcl.TaskError, match="task 1 is active in a `with hatcl.task"):
-        hatcl.forget_task(model, 1)
-    said = []
-
-    def other():
-        try:
-            hatcl.set_task(model, 0)
-        except hatcl.TaskError as error:
-            said.append(str(error))
-
-    optimizer = border.adamw(model)
-    with hatcl.learn(model, 2, optimizer, steps=1) as learning:
-        border.loss_of(model, 2, learning).backward()
-        optimizer.step()
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    assert "another thread is learning task 2" in said[0]
-
-
 def test_data_parallel_is_refused():
     model, _ = two_tasks()
     with pytest.raises(hatcl.TaskError, match="use torch.nn.parallel.DistributedDataParallel"):
@@ -286,95 +251,3 @@ def test_nested_regions_and_two_forwards_in_one_backward():
         return x.grad
 
     assert torch.allclose(both(1), both(0), atol=1e-6)  # sums in another order; measured 2e-7
-
-
-# ---- one batch of several tasks -----------------------------------------------------------------------------------
-
-
-def test_each_row_has_its_task_bit_for_bit():
-    model, _ = two_tasks()
-    model.train()
-    model[1].eval()
-    ids = torch.tensor([0, 1, 1, 0] * 4)
-    got = hatcl.forward(model, X, tasks=ids)
-    assert model.training and not model[1].training and model.hat_gates.task is None
-    for t in (0, 1):
-        assert torch.equal(got[ids == t], out(model, t, X[ids == t]))
-    assert torch.equal(hatcl.forward(model, (X,), ids.tolist()), got)
-
-
-@pytest.mark.parametrize("name", ["mlp", "resnet", "vit"])
-def test_all_tasks_in_one_forward(name):
-    model = parts.pretend(parts.converted(name))
-    x = parts.images(name, 12)
-    ids = torch.tensor([0, 1, 2, 1] * 3)
-    want, got = hatcl.forward(model, x, ids), hatcl.forward(model, x, ids, fused=True)
-    # other kernels: measured 2e-7 of the largest
-    assert float((want - got).abs().max() / want.abs().max()) < 1e-5
-    assert not torch.equal(hatcl.forward(model, x, ids.flip(0), fused=True), got)
-
-
-def test_all_tasks_of_a_language_model_in_one_forward():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    plain = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    )
-    batch = {"input_ids": torch.randint(50, (4, 7)), "use_cache": False}
-    model = parts.pretend(hatcl.convert(plain, 2, batch))
-    want, got = (hatcl.forward(model, batch, [0, 1, 1, 0], fused=fused)["logits"] for fused in (False, True))
-    assert float((want - got).abs().max() / want.abs().max()) < 1e-5
-
-
-def test_models_that_cannot_be_fused():
-    model = hatcl.convert(border.net(), 2, X, num_classes=[3, 5])
-    for t in (0, 1):
-        train(model, t)
-    with pytest.raises(hatcl.TaskError, match=r"cannot compute tasks \[0, 1\] at once .*leave out fused"):
-        hatcl.forward(model, X, [0, 1] * 8, fused=True)
-
-
-def test_heads_of_different_widths_give_a_list_of_rows():
-    model = hatcl.convert(border.net(), 2, X, num_classes=[3, 5])
-    for t in (0, 1):
-        train(model, t)
-    ids = torch.tensor([1, 0] * 8)
-    got = hatcl.forward(model, X, ids)
-    assert [len(row) for row in got] == [5, 3] * 8
-    assert torch.equal(torch.stack(got[::2]), out(model, 1, X[::2]))
-
-
-@pytest.mark.parametrize(
-    ("tasks", "text"),
-    [
-        (
-            torch.zeros(3, dtype=torch.long),
-            r"tasks: got shape \[3\], and inputs with 16 rows; pass one integer",
-        ),
-        (torch.zeros(16), r"tasks: got shape \[16\]"),
-        ([0, True] * 8, "tasks: got 16 of them"),
-        ([0, 2] * 8, "task 2 is not sealed"),
-        ([0, 9] * 8, "the model has tasks 0 to 2"),
-        ([], "tasks: got 0 of them"),
-    ],
-)
-def test_tasks_that_do_not_fit(tasks, text):
-    model, _ = two_tasks()
-    with pytest.raises(hatcl.TaskError, match=text):
-        hatcl.forward(model, X, tasks)
-
-
-def test_an_output_without_rows():
-    class Mean(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = border.net()
-
-        def forward(self, x):
-            return self.body(x).mean(0)
-
-    model = hatcl.convert(Mean(), 1, X)
-    train(model, 0)
-    with pytest.raises(hatcl.TaskError, match=r"for 16 rows of task 0 the model gives a tensor of shape \[3\]"):
-        hatcl.forward(model, X, [0] * 16)

@@ -11,8 +11,8 @@ import pytest
 
 import hatcl
 from hatcl import keeper
-from hatcl.hat import active, guard, pretrained
-from hatcl.hat.layers.gated import Binding
+from hatcl.hat import active, build, digests, guard, pretrained
+from hatcl.hat.binding import Binding
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -55,10 +55,13 @@ TWINS = {
         (guard.Guard, "put_back", lambda self: []),
     ],
     "3 of 1,000 steps": [(hatcl.hat.learn, "_warn_of", lambda *args: None)],
-    "a head replaced": [(guard, "check_structure", lambda model: None), (guard, "check", lambda *args: None)],
-    "a write to a sealed task between": [(guard, "check", lambda *args: None)],
+    "a head replaced": [
+        (hatcl.hat.learn, "check_structure", lambda model: None),
+        (digests, "check_sealed", lambda *args: None),
+    ],
+    "a write to a sealed task between": [(digests, "check_sealed", lambda *args: None)],
     "another task active in backward": [(active, "of_forward", lambda key, task, training: task)],
-    "torch's AveragedModel": [(importlib.import_module("hatcl.hat.convert"), "refresh_copy", lambda model: None)],
+    "torch's AveragedModel": [(build, "refresh_copy", lambda model: None)],
     "after forgetting": [(Binding, "clear", lambda self: None)],
     "without digests": [(pretrained, "_check_digests", lambda *args: None)],
 }

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat import guard
+from hatcl.hat.digests import digests_of
 from hatcl.hat.gates import gates_of
+from hatcl.hat.held import held
 
 
 def nothing_changes(model, run, error, *texts):
@@ -21,7 +22,7 @@ def nothing_changes(model, run, error, *texts):
     x = parts.images("mlp")
     before, done = parts.snapshot(model), hatcl.tasks(model)
     want = {t: parts.logits(model, t, x) for t in done}
-    digests = {t: guard.digest(model, t) for t in done}
+    digests = {t: digests_of(model, t) for t in done}
     active = gates_of(model)[0].task
     with pytest.raises(error) as caught:
         run()
@@ -29,7 +30,7 @@ def nothing_changes(model, run, error, *texts):
         assert text in str(caught.value), str(caught.value)
     assert isinstance(caught.value, hatcl.HATError)
     assert parts.same(before, parts.snapshot(model)) and hatcl.tasks(model) == done
-    assert {t: guard.digest(model, t) for t in done} == digests
+    assert {t: digests_of(model, t) for t in done} == digests
     assert all(torch.equal(parts.logits(model, t, x), want[t]) for t in done)
     assert gates_of(model)[0].task == active and gates_of(model)[0].learning is None
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
@@ -270,7 +271,7 @@ def test_a_parameter_that_another_model_has_sealed():
 @pytest.mark.parametrize("how", ["nan", "inf", "huge"])
 def test_a_loss_that_is_not_finite(model, how):
     x = parts.images("mlp")
-    want, digest = parts.logits(model, 0, x), guard.digest(model, 0)
+    want, digest = parts.logits(model, 0, x), digests_of(model, 0)
     images, y = parts.problem(parts.shape_of("mlp"), 1)
     factor = {"nan": float("nan"), "inf": float("inf"), "huge": 3e38}[how]
     with pytest.raises(hatcl.NonFiniteLossError) as caught:
@@ -285,7 +286,7 @@ def test_a_loss_that_is_not_finite(model, how):
         caught.value
     )
     assert "lower the learning rate, clip gradients, or look at the batch" in str(caught.value)
-    assert torch.equal(parts.logits(model, 0, x), want) and guard.digest(model, 0) == digest
+    assert torch.equal(parts.logits(model, 0, x), want) and digests_of(model, 0) == digest
     assert hatcl.tasks(model) == [0] and hatcl.certify(model, x).exact
 
 
@@ -311,7 +312,7 @@ def test_a_state_dict_that_does_not_fit_is_torchs_own_error(model, change, text)
 
 def test_a_state_dict_that_was_tampered_with_is_noticed_before_learning(model):
     state = parts.snapshot(model)
-    live = next(h for h in guard.held(model) if h.name == "1.weight").live(0)
+    live = next(h for h in held(model) if h.name == "1.weight").live(0)
     state["1.weight"][live] *= 1.5
     model.load_state_dict(state)
     for run in (

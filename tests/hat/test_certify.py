@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
 import random
 import struct
 from typing import Any
@@ -16,12 +14,13 @@ import torch
 from torch import nn
 
 import hatcl
-from hatcl.hat import guard
+from hatcl.hat import certify as certifying
+from hatcl.hat import verify
+from hatcl.hat.binding import ParameterPlan
 from hatcl.hat.certify import attack, difference, difference_of, noise
+from hatcl.hat.digests import record
 from hatcl.hat.gates import gates_of
-from hatcl.hat.layers.gated import ParameterPlan
-
-certifying = importlib.import_module("hatcl.hat.certify")  # `hatcl.certify` itself is the function
+from hatcl.hat.held import held
 
 
 @pytest.fixture(params=parts.MODELS)
@@ -34,7 +33,7 @@ def test_it_is_exact_and_says_what_it_overwrote(sealed):
     certificate = hatcl.certify(model, x)
     assert certificate.exact and certificate.max_abs_diff == {0: 0.0, 1: 0.0, 2: 0.0}
     for t, count in certificate.overwritten.items():
-        shared = sum(int((~h.live(t)).sum()) for h in guard.held(model) if h.task is None and not h.plain)
+        shared = sum(int((~h.live(t)).sum()) for h in held(model) if h.task is None and not h.plain)
         assert count >= shared > 0
     assert str(certificate).startswith("exact: tasks 0, 1, 2 are bit-equal with everything else overwritten (at least")
 
@@ -51,15 +50,15 @@ def test_it_leaves_the_model_alone(sealed):
 
 def test_the_attack_overwrites_what_is_not_live_and_nothing_else(sealed):
     model, _ = sealed
-    before = {h.name: h.param.detach().clone() for h in guard.held(model)}
+    before = {h.name: h.param.detach().clone() for h in held(model)}
     with attack(model, 1):
-        for h in guard.held(model):
+        for h in held(model):
             moved = h.param.detach() != before[h.name]
             if h.task is None and not h.plain:
                 assert torch.equal(moved, ~h.live(1)), h.name
             else:
                 assert bool(moved.all()) == (h.task != 1) and bool(moved.any()) == (h.task != 1), h.name
-    assert all(torch.equal(h.param, before[h.name]) for h in guard.held(model))
+    assert all(torch.equal(h.param, before[h.name]) for h in held(model))
 
 
 def test_an_error_inside_the_attack_puts_everything_back(sealed):
@@ -73,7 +72,7 @@ def test_an_error_inside_the_attack_puts_everything_back(sealed):
 def test_twin_if_less_were_live_the_certificate_would_fail(sealed, monkeypatch):
     """A plan that says an element is not live though the task computes with it."""
     model, x = sealed
-    guard.record(model, 0)
+    record(model, 0)
     plain = ParameterPlan.live
 
     def less(self, task, device):
@@ -84,7 +83,7 @@ def test_twin_if_less_were_live_the_certificate_would_fail(sealed, monkeypatch):
 
     monkeypatch.setattr(ParameterPlan, "live", less)
     for t in hatcl.tasks(model):
-        guard.record(model, t)
+        record(model, t)
     certificate = hatcl.certify(model, x)
     assert not certificate.exact and str(certificate).startswith("NOT exact: of tasks 0, 1, 2, these moved: {0:")
     with pytest.raises(
@@ -92,47 +91,6 @@ def test_twin_if_less_were_live_the_certificate_would_fail(sealed, monkeypatch):
         match="certify: NOT exact: .*Other tasks reach output of task 0 in evaluation; please report the model",
     ):
         hatcl.certify(model, x, strict=True)
-
-
-@pytest.mark.parametrize("what", ["element", "own copy", "statistic", "gate", "constant"])
-def test_digests_name_whatever_changed(what):
-    model, x = parts.pretend(parts.converted("resnet")), parts.images("resnet")
-    model.register_buffer("constant", torch.ones(3))
-    for t in hatcl.tasks(model):
-        guard.record(model, t)
-    g = gates_of(model)[0]
-    with torch.no_grad():
-        if what == "element":
-            h = next(h for h in guard.held(model) if h.task is None and not h.plain)
-            index = h.live(1).nonzero()[0]
-            h.param[tuple(index)] = torch.nextafter(h.param[tuple(index)], torch.tensor(9.0))  # one bit
-            name = h.name
-        elif what == "own copy":
-            h = next(h for h in guard.held(model) if h.task == 1 and "hat_tasks" in h.name)
-            h.param[0] += 1
-            name = h.name
-        elif what == "statistic":
-            name, b = next(guard.own_buffers(model, 1))
-            b += 1
-        elif what == "gate":
-            g.masks[1, 0] = ~g.masks[1, 0]
-            name = "gates 0"
-        else:
-            model.constant += 1
-            name = "constant"
-    with pytest.raises(
-        hatcl.IntegrityError, match=f"task .* was sealed, .* changed since: .*{name}.*load the last saved"
-    ):
-        hatcl.certify(model, x)
-
-
-def test_what_is_not_live_may_change():
-    model, x = parts.pretend(parts.converted("resnet"), tasks=[0]), parts.images("resnet")
-    with torch.no_grad():
-        for h in guard.held(model):
-            if h.task is None and not h.plain:
-                h.param[~h.live(0)] += 1
-    assert hatcl.certify(model, x).exact
 
 
 def test_nothing_is_sealed_yet():
@@ -207,7 +165,7 @@ def test_outputs_in_any_object_are_compared_and_their_layer_is_a_head(wrap):
     assert hatcl.certify(model, x, strict=True).exact
     with torch.no_grad():
         model.body[7].hat_tasks[1].weight.mul_(1.1)
-    guard.record(model, 1)
+    record(model, 1)
     assert hatcl.certify(model, x).exact
     gates_of(model)[0].cut = False
     plain = ParameterPlan.live
@@ -272,12 +230,12 @@ def test_integers_and_complex_parameters_are_attacked_too():
     x = torch.randn(4, 12)
     model = parts.pretend(hatcl.convert(Turned(), 2, x))
     before = model._parameters["weight"].detach().clone()
-    stirred = importlib.import_module("hatcl.hat.convert")._stirred(model, x)
+    stirred = verify.stirred(model, x)
     assert bool((stirred._parameters["weight"] != before).all())
-    held = next(h for h in guard.held(model) if h.name == "weight")
+    weight = next(h for h in held(model) if h.name == "weight")
     with attack(model, 0):
-        moved = held.param.detach() != before
-    assert held.plan.copied or torch.equal(moved, ~held.live(0))
+        moved = weight.param.detach() != before
+    assert weight.plan.copied or torch.equal(moved, ~weight.live(0))
     assert bool(moved.any())
     assert hatcl.certify(model, x, strict=True).exact
     norm = parts.pretend(parts.converted("resnet"))
@@ -436,19 +394,3 @@ def test_what_is_random_all_the_same_is_called_so():
     assert not certificate.exact and "it is random" in certificate.why
     with pytest.raises(hatcl.IsolationError, match=f"certify: NOT exact: .* {text}"):
         hatcl.certify(model, x, strict=True)
-
-
-def test_describe_counts_what_is_there():
-    for name in parts.MODELS:
-        model = parts.pretend(parts.converted(name), tasks=[0, 2])
-        found = hatcl.describe(model)
-        g = gates_of(model)[0]
-        assert found.units == g.num_units == sum(layer["units"] for layer in found.layers)
-        assert found.use == {t: int(g.masks[t].sum()) for t in (0, 2)}
-        assert sum(found.elements.values()) == sum(p.numel() for p in parts.plain(name).parameters())
-        for t in (0, 2):
-            assert sum(layer["used"][t] for layer in found.layers) == found.use[t]
-        assert json.loads(json.dumps(found.to_dict()))["units"] == found.units
-        text = str(found)
-        assert "task 0" in text and "task 2" in text and "owner and reader known" in text
-        assert all(layer["name"] in text for layer in found.layers)

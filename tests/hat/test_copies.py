@@ -4,7 +4,6 @@ sealed."""
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 
 import pytest
@@ -16,7 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import hatcl
 from hatcl.functional import same_bits
-from hatcl.hat import guard
+from hatcl.hat import build
+from hatcl.hat.digests import record
+from hatcl.hat.held import held
 
 KINDS = {
     "timm v3": (lambda m: ModelEmaV3(m, decay=0.5), "update"),
@@ -85,7 +86,7 @@ def test_an_averaged_copy(kind, inside):
 
 @pytest.mark.parametrize("kind", ["timm v2", "averaged"])
 def test_twin_without_putting_back_an_average_of_equal_numbers_rounds(kind, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("hatcl.hat.convert"), "refresh_copy", lambda model: None)
+    monkeypatch.setattr(build, "refresh_copy", lambda model: None)
     make, update = KINDS[kind]
     model, want = learned()
     ema = learn_beside(model, 1, make(model), update, look=lambda at: None)
@@ -123,7 +124,7 @@ def test_minus_zero_survives_in_a_copy():
     live = model[0]._hat.params["weight"].live(0, torch.device("cpu")).expand(24, 8)
     with torch.no_grad():
         model[0]._parameters["weight"].copy_(torch.where(live, -0.0, model[0]._parameters["weight"]))
-    guard.record(model, 0)
+    record(model, 0)
     ema = learn_beside(model, 1, ModelEmaV3(model, decay=0.5), "update", look=plain)
     weight = ema.module[0]._parameters["weight"]
     assert bool(weight[live].signbit().all())
@@ -266,7 +267,7 @@ def test_large_foreign_weights_stay_outside(dtype):
 
     def overwrite():
         with torch.no_grad():
-            for h in guard.held(model):
+            for h in held(model):
                 if h.task is None and not h.plain:
                     h.param.copy_(torch.where(h.live(0), h.param, largest))
 

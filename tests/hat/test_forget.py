@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat import guard
+from hatcl.hat.digests import digests_of
 from hatcl.hat.gates import gates_of
+from hatcl.hat.held import held, own_buffers
 from hatcl.hat.layers.gated import HATLayer
 
 CLASSES = 8
@@ -39,7 +40,7 @@ def train(model, task, data, steps=40):
 
 def only_in_one(model):
     """Name -> which shared elements are live for task 1 and for no other."""
-    shared = [h for h in guard.held(model) if h.task is None and not h.plain]
+    shared = [h for h in held(model) if h.task is None and not h.plain]
     return {h.name: h.live(1) & ~h.live(0) & ~h.live(2) for h in shared}
 
 
@@ -83,12 +84,12 @@ def test_the_task_is_gone_and_the_others_are_bit_equal(learned):
     name, model = learned
     x, _ = problem(name, 1, seed=1)
     want = {t: parts.logits(model, t, x) for t in (0, 2)}
-    digests = {t: guard.digest(model, t) for t in (0, 2)}
+    digests = {t: digests_of(model, t) for t in (0, 2)}
     report = hatcl.forget_task(model, 1)
     assert report.total_erased > 0 and report.units_freed > 0 and not report.dry_run
     assert hatcl.tasks(model) == [0, 2]
     assert all(torch.equal(parts.logits(model, t, x), want[t]) for t in want)
-    assert {t: guard.digest(model, t) for t in (0, 2)} == digests
+    assert {t: digests_of(model, t) for t in (0, 2)} == digests
     assert hatcl.certify(model, x, strict=True).exact
     with pytest.raises(hatcl.TaskError, match="task 1 is not sealed"):
         hatcl.set_task(model, 1)
@@ -101,10 +102,10 @@ def put_back(model, kept):
     g, old = gates_of(model)[0], gates_of(kept)[0]
     g.masks[1], g.sealed[1] = old.masks[1], True
     g.epoch += 1
-    for a, b in zip(guard.held(model), guard.held(kept), strict=True):
+    for a, b in zip(held(model), held(kept), strict=True):
         if a.task == 1:
             a.param.copy_(b.param)
-    for (_, a), (_, b) in zip(guard.own_buffers(model, 1), guard.own_buffers(kept, 1), strict=True):
+    for (_, a), (_, b) in zip(own_buffers(model, 1), own_buffers(kept, 1), strict=True):
         a.copy_(b)
 
 
@@ -118,16 +119,14 @@ def test_an_attacker_with_the_old_gates_head_and_norms_is_at_chance(learned):
     for seed in range(3):
         torch.manual_seed(seed)
         attacked = copy.deepcopy(model)
-        plan = {
-            h.name: h.live(1) & ~h.live(0) & ~h.live(2) for h in guard.held(model) if h.task is None and not h.plain
-        }
+        plan = {h.name: h.live(1) & ~h.live(0) & ~h.live(2) for h in held(model) if h.task is None and not h.plain}
         hatcl.forget_task(attacked, 1)
         put_back(attacked, kept)
         scores.append(accuracy(attacked, 1, data))
         for factor in (0.0, 0.05, 20.0):
             with torch.no_grad():
                 trial = copy.deepcopy(attacked)
-                for h in guard.held(trial):
+                for h in held(trial):
                     if h.name in plan:
                         h.param[plan[h.name]] *= factor
             scores.append(accuracy(trial, 1, data))
@@ -204,7 +203,7 @@ def test_what_other_tasks_hold_stays(name):
     model = parts.pretend(parts.converted(name), share=0.7)
     x = parts.images(name)
     want = {t: parts.logits(model, t, x) for t in (0, 2)}
-    live = {h.name: (h.live(1), h.live(0) | h.live(2)) for h in guard.held(model) if h.task is None and not h.plain}
+    live = {h.name: (h.live(1), h.live(0) | h.live(2)) for h in held(model) if h.task is None and not h.plain}
     report = hatcl.forget_task(model, 1)
     assert report.kept == sum(int((a & b).sum()) for a, b in live.values()) > 0
     assert report.total_erased == sum(int((a & ~b).sum()) for a, b in live.values())
@@ -296,9 +295,7 @@ def learned_and_served(model):
         parts.logits(model, t, x)  # fills what layers keep
     for p in model.parameters():
         p.grad = p.detach().clone()
-    live = {
-        h.name: h.param.detach()[h.live(1) & ~h.live(0)] for h in guard.held(model) if h.task is None and not h.plain
-    }
+    live = {h.name: h.param.detach()[h.live(1) & ~h.live(0)] for h in held(model) if h.task is None and not h.plain}
     return model, [v for v in live.values() if v.numel() > 3]
 
 
@@ -321,7 +318,7 @@ def test_no_cache_and_no_gradient_keeps_what_was_erased():
 
 
 def test_twin_with_caches_left_it_can_be_read(monkeypatch):
-    from hatcl.hat.layers.gated import Binding
+    from hatcl.hat.binding import Binding
 
     monkeypatch.setattr(Binding, "clear", lambda self: None)
     model, secrets = learned_and_served(parts.converted("mlp"))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import parts
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import hatcl
-from hatcl.hat.gates import Gates, Units, gates_of
+from hatcl.hat.gates import Gates, gates_of
 
 
 def gates(units=50, **options):
@@ -72,40 +69,6 @@ def test_a_sealed_tasks_gates_do_not_follow_its_embedding():
     assert torch.equal(g.hard(0), before)
 
 
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=20))
-def test_units_pick_their_gates_and_zero_is_always_on(numbers):
-    g = gates(12)
-    g.seal(0)
-    g.task = 0
-    units = Units(g, np.array(numbers))
-    want = torch.tensor([1.0 if n == 0 else float(g.masks[0][n - 1]) for n in numbers])
-    assert torch.equal(units.gate(), want) and torch.equal(units.hard(0), want.bool())
-    assert units.share(g.task) == pytest.approx(max(float(want.mean()), 1e-4))
-    g.task = None
-    assert units.gate() is None
-
-
-def test_what_is_kept_of_a_task_follows_every_change():
-    """Nothing is remembered too long: sealing, forgetting, loading, casting, another task."""
-    g = gates()
-    units = Units(g, np.arange(1, 51))
-    for t in (0, 1):
-        g.seal(t)
-    seen = []
-    for t in (0, 1, 0):
-        g.task = t
-        seen.append(units.gate().clone())
-    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
-    other = gates()
-    other.seal(0)
-    g.load_state_dict(other.state_dict())
-    assert torch.equal(units.gate(), other.masks[0].float())
-    g.double()
-    assert units.gate().dtype == torch.float64
-    g.unseal(0)
-    assert not g.hard(0).equal(other.masks[0])
-
-
 def test_units_that_other_tasks_use_are_out_of_reach_without_reuse():
     g = gates(reuse="none", init="dense")
     g.embeddings[0].data[:20] = -1
@@ -157,20 +120,6 @@ def test_tasks_can_be_added_to_layers_by_hand():
     hatcl.add_tasks(model, 1)
     parts.train(model, 1, torch.optim.Adam(model.parameters(), 1e-2), parts.problem((12,), 1), 4)
     assert torch.equal(parts.logits(model, 0, x), want)
-
-
-def test_the_active_task_comes_back():
-    model = parts.pretend(parts.converted("mlp"))
-    hatcl.set_task(model, 1)
-    with hatcl.task(model, 2) as inside:
-        assert inside is model and gates_of(model)[0].task == 2
-        with hatcl.task(model, None):
-            assert gates_of(model)[0].task is None
-        assert gates_of(model)[0].task == 2
-    assert gates_of(model)[0].task == 1
-    with pytest.raises(ZeroDivisionError), hatcl.task(model, 0):
-        raise ZeroDivisionError
-    assert gates_of(model)[0].task == 1
 
 
 def test_the_scale_keeps_its_precision_in_a_cast_model():

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import hatcl
 from hatcl import keeper
 from hatcl.errors import IntegrityError
-from hatcl.hat import guard
+from hatcl.hat import digests, guard
+from hatcl.hat.held import held
 
 TORCH = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -84,7 +85,7 @@ def without_hooks(monkeypatch):
 
 def without_digests(monkeypatch):
     """Take out the check that would raise."""
-    monkeypatch.setattr(guard, "check", lambda model, only=None: None)
+    monkeypatch.setattr(digests, "check_sealed", lambda model, only=None: None)
 
 
 @pytest.mark.parametrize("optimizer", [o for o in OPTIMIZERS if o not in ("sgd",)])
@@ -136,7 +137,7 @@ def frozen_by_hand(model, locked):
     """Name -> bool mask, from M4's sentence: both ends on in some sealed task. Own copies of other tasks: all of it."""
     out = {}
     entries = model.hat_gates.unit_map.entries
-    for h in guard.held(model):
+    for h in held(model):
         if h.plain or h.task in locked:
             out[h.name] = torch.ones(h.param.shape, dtype=torch.bool)
         elif h.task is None:
@@ -154,12 +155,12 @@ def frozen_by_hand(model, locked):
 @pytest.mark.parametrize("name", parts.MODELS)
 def test_whatever_moves_every_element_moves_exactly_what_is_not_frozen(name):
     model = parts.pretend(parts.converted(name, 4), tasks=[0, 1])
-    before = {h.name: h.param.detach().clone() for h in guard.held(model)}
+    before = {h.name: h.param.detach().clone() for h in held(model)}
     want = frozen_by_hand(model, [0, 1])
     optimizer = Shake(model.parameters())
     with hatcl.learn(model, 2, optimizer, steps=1):
         optimizer.step()
-    for h in guard.held(model):
+    for h in held(model):
         moved = h.param.detach() != before[h.name]
         frozen = want.get(h.name)
         if h.task == 3:  # neither sealed nor learned
@@ -214,7 +215,7 @@ def test_clipping_sees_the_norm_of_what_can_move(name, monkeypatch):
             (tf.cross_entropy(model(x), y) + learning.penalty()).backward()
             seen = nn.utils.clip_grad_norm_(model.parameters(), 1e9)
             free = 0.0
-            for h in guard.held(model):
+            for h in held(model):
                 if h.param.grad is not None:
                     free += float((h.param.grad * ~frozen.get(h.name, torch.tensor(False))).double().square().sum())
         return float(seen), free**0.5
@@ -385,7 +386,7 @@ def test_grouped_convolutions_are_exact_and_learn(conv, norm):
             assert torch.equal(parts.logits(model, earlier, data[0][0]), out)
         want[t] = parts.logits(model, t, data[0][0])
         if t == 0:
-            live = next(h for h in guard.held(model) if h.param is model[3]._parameters["weight"]).live(0)
+            live = next(h for h in held(model) if h.param is model[3]._parameters["weight"]).live(0)
             assert bool((model[3]._parameters["weight"] != before)[live].all())
     assert hatcl.certify(model, data[0][0]).exact
 

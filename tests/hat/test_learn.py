@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat import guard
+from hatcl.hat.digests import digests_of
 from hatcl.hat.gates import gates_of
+from hatcl.hat.held import held, own_buffers
 
 
 def adamw(model):
@@ -154,7 +155,7 @@ def test_an_exception_seals_nothing_and_leaves_earlier_tasks(after_one, name, er
     model, optimizer = after_one
     x = parts.images(name)
     want = parts.logits(model, 0, x)
-    frozen = guard.digest(model, 0)
+    frozen = digests_of(model, 0)
     hatcl.set_task(model, 0)
     step = optimizer.step
     with pytest.raises(error), hatcl.learn(model, 1, optimizer, steps=6) as learning:
@@ -163,7 +164,7 @@ def test_an_exception_seals_nothing_and_leaves_earlier_tasks(after_one, name, er
     g = gates_of(model)[0]
     assert hatcl.tasks(model) == [0] and g.learning is None and g.task == 0 and not bool(g.masks[1].any())
     assert optimizer.step == step and all(not p._post_accumulate_grad_hooks for p in model.parameters())
-    assert torch.equal(parts.logits(model, 0, x), want) and guard.digest(model, 0) == frozen
+    assert torch.equal(parts.logits(model, 0, x), want) and digests_of(model, 0) == frozen
     assert hatcl.certify(model, x).exact
     parts.train(model, 1, optimizer, parts.problem(parts.shape_of(name), 1), 5)  # and again
     assert hatcl.tasks(model) == [0, 1] and torch.equal(parts.logits(model, 0, x), want)
@@ -196,12 +197,12 @@ def test_a_loss_that_is_not_finite(after_one, name, what):
 def test_a_task_that_was_stopped_by_nan_can_be_learned_afterwards(after_one, name):
     model, optimizer = after_one
     images, y = parts.problem(parts.shape_of(name), 1)
-    before = {h.name: h.param.detach().clone() for h in guard.held(model)}
+    before = {h.name: h.param.detach().clone() for h in held(model)}
     with pytest.raises(hatcl.NonFiniteLossError):
         with hatcl.learn(model, 1, optimizer, steps=6):
             (tf.cross_entropy(model(images), y) * float("nan")).backward()
             optimizer.step()
-    assert all(torch.equal(h.param, before[h.name]) for h in guard.held(model))  # the step was not taken
+    assert all(torch.equal(h.param, before[h.name]) for h in held(model))  # the step was not taken
     optimizer.zero_grad()
     losses = parts.train(model, 1, optimizer, (images, y), 6)  # nor did the optimizer see it
     assert min(losses[-2:]) < max(losses[:2])
@@ -217,7 +218,7 @@ def test_a_batch_that_is_not_finite(after_one, name):
             tf.cross_entropy(model(images * float("inf")), y).backward()
             optimizer.step()
     assert all(bool(torch.isfinite(v).all()) for v in model.state_dict().values() if v.is_floating_point())
-    assert all(bool((b > 0).all()) for n, b in guard.own_buffers(model, 1) if n.endswith("running_var"))
+    assert all(bool((b > 0).all()) for n, b in own_buffers(model, 1) if n.endswith("running_var"))
     assert torch.equal(parts.logits(model, 0, parts.images(name)), want)
     optimizer.zero_grad()
     losses = parts.train(model, 1, optimizer, (images, y), 6)
@@ -233,7 +234,7 @@ def test_weights_that_are_not_finite_are_not_sealed(after_one, name):
     ):
         with hatcl.learn(model, 1, optimizer, steps=2):
             optimizer.step()
-            h = next(h for h in guard.held(model) if h.task is None and not h.plain and not bool(h.live(0).all()))
+            h = next(h for h in held(model) if h.task is None and not h.plain and not bool(h.live(0).all()))
             with torch.no_grad():
                 h.param.masked_fill_(~h.live(0), float("nan"))
     assert torch.equal(parts.logits(model, 0, parts.images(name)), want)
@@ -241,7 +242,7 @@ def test_weights_that_are_not_finite_are_not_sealed(after_one, name):
 
 def test_what_was_sealed_and_changed_outside_is_noticed(after_one, name):
     model, optimizer = after_one
-    h = next(h for h in guard.held(model) if h.task is None and not h.plain)
+    h = next(h for h in held(model) if h.task is None and not h.plain)
     with torch.no_grad():
         h.param[h.live(0)] += 1
     with pytest.raises(hatcl.IntegrityError, match=f"task 0 was sealed, but 1 of what it uses changed since: {h.name}"):
@@ -272,17 +273,17 @@ def test_task_parameters_are_what_only_the_task_has(name):
     own = [{id(p) for p in hatcl.task_parameters(model, t)} for t in range(3)]
     assert all(own) and not own[0] & own[1] and not own[1] & own[2]
     rest = {id(p) for p in model.parameters()} - set.union(*own)
-    assert {id(h.param) for h in guard.held(model) if h.task is None} == rest
+    assert {id(h.param) for h in held(model) if h.task is None} == rest
     assert id(gates_of(model)[0].embeddings[1]) in own[1]
 
 
 def test_an_optimizer_over_the_tasks_own_parameters_alone(after_one, name):
     model, _ = after_one
-    shared = {h.name: h.param.detach().clone() for h in guard.held(model) if h.task is None}
+    shared = {h.name: h.param.detach().clone() for h in held(model) if h.task is None}
     optimizer = torch.optim.Adam(hatcl.task_parameters(model, 1), lr=1e-2)
     losses = parts.train(model, 1, optimizer, parts.problem(parts.shape_of(name), 1), 8)
     assert min(losses[-2:]) < max(losses[:2])
-    assert all(torch.equal(h.param, shared[h.name]) for h in guard.held(model) if h.task is None)
+    assert all(torch.equal(h.param, shared[h.name]) for h in held(model) if h.task is None)
 
 
 def test_frozen_backbones_stay_frozen():

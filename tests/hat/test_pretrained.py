@@ -26,7 +26,8 @@ from torch import nn
 
 import hatcl
 from hatcl.files import sha256_of
-from hatcl.hat import guard, pretrained
+from hatcl.hat import pretrained
+from hatcl.hat.digests import check_sealed, digests_of, record
 from hatcl.hat.gates import gates_of
 from hatcl.hat.pretrained import read_config
 
@@ -156,7 +157,7 @@ def test_a_model_that_changed_is_not_saved(tmp_path):
 
 def test_layers_by_hand_are_told_to_save_their_state(tmp_path):
     model = nn.Sequential(hatcl.HATLinear(3, 4, num_tasks=2))
-    with pytest.raises(ValueError, match=r"put together by hand, not converted; save model.state_dict\(\) instead"):
+    with pytest.raises(hatcl.HATError, match=r"put together by hand, not converted; save model.state_dict\(\) instead"):
         saved(tmp_path, model)
     parts.pretend(model)
     again = nn.Sequential(hatcl.HATLinear(3, 4, num_tasks=2))
@@ -372,7 +373,7 @@ def test_twin_without_the_dtypes_changed_weights_are_certified(tmp_path, monkeyp
 
     def cast_or_not(model, stored, path):
         gates_of(model)[0].digests = {int(t): d for t, d in stored.items()}
-        guard.check(model)
+        check_sealed(model)
 
     monkeypatch.setattr(pretrained, "_check_digests", cast_or_not)
     again, x = load(folder), parts.images("mlp")
@@ -416,7 +417,7 @@ def test_every_task_is_saved_with_digests_also_one_sealed_by_hand(tmp_path):
     gates_of(model)[0].digests.clear()
     folder, _ = saved(tmp_path, model)
     stored = read_config(folder)["digests"]
-    assert stored == {str(t): guard.digest(model, t) for t in range(3)}
+    assert stored == {str(t): digests_of(model, t) for t in range(3)}
     assert gates_of(load(folder))[0].digests == {int(t): d for t, d in stored.items()}
 
 
@@ -438,7 +439,7 @@ def forged(folder):
     with torch.no_grad():
         model[4]._parameters["weight"] += 1
     for t in hatcl.tasks(model):
-        guard.record(model, t)
+        record(model, t)
     hatcl.save_pretrained(model, folder)
 
 
@@ -528,8 +529,8 @@ def test_the_copy_is_what_the_header_says(tmp_path):
 
 EDITED = (
     "config.json is not as it was saved, which changes nothing: it is a copy to look at, and what counts is the "
-    "header of model.safetensors. To change options, load the model, set hatcl.gates.gates_of(model)[0].config, and "
-    "save it again"
+    "header of model.safetensors. To change options, load the model, set hatcl.hat.gates.gates_of(model)[0].config, "
+    "and save it again"
 )
 
 

@@ -59,7 +59,7 @@ def digests(model):
 
 CODE = """
 import hashlib, sys, torch, hatcl
-from hatcl.certify import outputs_of
+from hatcl.hat.certify import outputs_of
 inputs = torch.load(sys.argv[1], weights_only=True)
 for folder in sys.argv[2:]:
     torch.manual_seed(99)

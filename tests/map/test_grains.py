@@ -194,11 +194,11 @@ def test_grains_that_cannot_be(kind, shapes, text):
 
 def test_tensors_that_do_not_fit():
     grain = make_grain("block", {"a": (2,), "b": (3,)})
-    with pytest.raises(KeyError, match="b: missing; the grain block covers 2 tensors"):
+    with pytest.raises(hatcl.VectorError, match="b: missing; the grain block covers 2 tensors"):
         grain.reduce({"a": torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"a: got shape \[3\], expected \[2\]"):
+    with pytest.raises(hatcl.VectorError, match=r"a: got shape \[3\], expected \[2\]"):
         grain.reduce({"a": torch.zeros(3), "b": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"got shape \[3\], the grain block has 2 groups"):
+    with pytest.raises(hatcl.VectorError, match=r"got shape \[3\], the grain block has 2 groups"):
         grain.expand(torch.zeros(3))
-    with pytest.raises(ValueError, match="how: got 'median'"):
+    with pytest.raises(hatcl.ConfigError, match="how: got 'median'"):
         grain.reduce({}, "median")

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hatcl import HATConfig
-from hatcl.hat.convert import build, map_of
+from hatcl.hat.build import build
+from hatcl.hat.convert import map_of
 from hatcl.map.units import Entry, Factor, UnitMap, runs, unrun
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ def test_what_must_hold_for_every_map(all_maps):
 def test_the_same_model_gives_the_same_map_in_another_process(all_maps):
     code = (
         "import sys, json, hashlib; sys.path.insert(0, 'tests')\n"
-        "import parts; from hatcl.convert import map_of\n"
+        "import parts; from hatcl.hat.convert import map_of\n"
         "for name in ('mlp', 'resnet', 'vit'):\n"
         "    found = map_of(parts.plain(name, seed=5).eval(), parts.images(name, 3, seed=4))\n"
         "    print(hashlib.sha256(json.dumps(found.to_json()).encode()).hexdigest())\n"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hatcl
-from hatcl.hat import guard
+from hatcl.hat import digests, guard
 from hatcl.hat.convert import map_of
 from hatcl.vectors.files import read_metadata
 from hatcl.zoo import catalog, proof
@@ -180,7 +180,7 @@ def test_frozen_elements_that_move_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(guard.Guard, "__enter__", enter)
     with pytest.raises(hatcl.IntegrityError, match="task 0 was sealed, but .* changed since"):  # `learn` sees it first
         prove(tmp_path)
-    monkeypatch.setattr(guard, "check", lambda *args: None)
+    monkeypatch.setattr(digests, "check_sealed", lambda *args: None)
     fails(tmp_path, "task 0 changed while task 1 was learned")
 
 
@@ -335,7 +335,7 @@ def test_weights_that_were_tampered_with_fail(saved, monkeypatch):
     save_file(tensors, weights, read_metadata(weights))
     with pytest.raises(hatcl.IntegrityError, match="task 0 was sealed, but 1 of what it uses changed since: 3.weight"):
         proof.reload(saved, mlp)
-    monkeypatch.setattr(guard, "check", lambda *args: None)
+    monkeypatch.setattr(digests, "check_sealed", lambda *args: None)
     with pytest.raises(proof.ProofFailed, match="loaded in another process, task 0 gives other outputs"):
         proof.reload(saved, mlp)
 

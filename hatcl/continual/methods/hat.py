@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ...errors import TaskError
 from ...files import read_json
 from ...hat.adapter import as_adapter
-from ...hat.gates import gates_of, task
+from ...hat.gates import gates_of
 from ...hat.learn import Learning, learn
+from ...hat.tasks import task
 from ...skills.tensors import adapters_of
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..registry import register
+from ...errors import ConfigError
+from ..registry import register_layer
 from .gated import HATLayer, task_parameter
 
 
@@ -23,9 +24,9 @@ class _Conv(HATLayer):
         return self._hat_gate_output(super().forward(*args, **kwargs))  # type: ignore[misc]
 
     def _hat_bind_by_hand(self, num_tasks: Any, units: Any, reads: Any, config: Any) -> None:
-        if getattr(self, "groups", 1) > 1 and reads is not None:
-            raise ValueError(
-                f"{type(self).__name__} with groups={self.groups}: reads= is for groups=1; leave it out "  # type: ignore[attr-defined]
+        if (groups := getattr(self, "groups", 1)) > 1 and reads is not None:
+            raise ConfigError(
+                f"{type(self).__name__} with groups={groups}: reads= is for groups=1; leave it out "
                 "(frozen by output unit alone) or use hatcl.convert, which maps groups exactly"
             )
         super()._hat_bind_by_hand(num_tasks, units, reads, config)
@@ -36,36 +37,36 @@ class _ConvTranspose(_Conv):
     hat_reader_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     def _hat_bind_by_hand(self, *args: Any) -> None:
-        if self.groups > 1:  # type: ignore[attr-defined]
-            raise ValueError(f"{type(self).__name__} with groups={self.groups} by hand is not known; use hatcl.convert")  # type: ignore[attr-defined]
+        if (groups := getattr(self, "groups", 1)) > 1:
+            raise ConfigError(f"{type(self).__name__} with groups={groups} by hand is not known; use hatcl.convert")
         super()._hat_bind_by_hand(*args)
 
 
-@register(nn.Conv1d)
+@register_layer(nn.Conv1d)
 class HATConv1d(_Conv, nn.Conv1d):
     """1-d convolution with gated output channels."""
 
 
-@register(nn.Conv2d)
+@register_layer(nn.Conv2d)
 class HATConv2d(_Conv, nn.Conv2d):
     """2-d convolution with gated output channels."""
 
 
-@register(nn.Conv3d)
+@register_layer(nn.Conv3d)
 class HATConv3d(_Conv, nn.Conv3d):
     """3-d convolution with gated output channels."""
 
 
-@register(nn.ConvTranspose1d)
+@register_layer(nn.ConvTranspose1d)
 class HATConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
     """1-d transposed convolution with gated output channels."""
 
 
-@register(nn.ConvTranspose2d)
+@register_layer(nn.ConvTranspose2d)
 class HATConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
     """2-d transposed convolution with gated output channels."""
 
 
-@register(nn.ConvTranspose3d)
+@register_layer(nn.ConvTranspose3d)
 class HATConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     """3-d transposed convolution with gated output channels."""

@@ -11,7 +11,6 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,106 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ...config import HATConfig
+from ...errors import ConfigError
 from ...shards import is_shard
-from ..gates import Gates, Units, row
-from ..registry import derive, register
-
-
-@dataclass
-class Axis:
-    """One factor of a parameter: its units, and the shape in which their gates broadcast over the parameter's view."""
-
-    units: Units
-    shape: tuple[int, ...]
-    owner: bool
-
-
-@dataclass
-class ParameterPlan:
-    """How a parameter depends on the task. axes: its factors. fold: which of them multiply it. copied: a copy per
-    task. standardised: its rows are normalised before use, with a task over the units that are on."""
-
-    view: tuple[int, ...]
-    axes: tuple[Axis, ...] = ()
-    fold: tuple[int, ...] = ()
-    copied: bool = False
-    standardised: bool = False
-
-    def over_units_on(self, value: Tensor, task: int) -> Tensor:
-        """A weight whose rows are about to be normalised over all `N` elements that they read, made such that this is
-        the normalisation over the `n` of units that are on.
-
-        Those are centred; the others, which only ever meet zeros, become +s and -s in turn, `s` the spread of the n.
-        So all N have the mean and variance of the n (where a single element is off it stays 0, and the variance is
-        `n / N` of that).
-        """
-        read = [axis for axis in self.axes if not axis.owner]
-        if not read:
-            return value
-        rows = 2 if any(axis.shape[0] != 1 for axis in read) else 1  # in a grouped weight's view a row has two indices
-        mask = value.new_ones((1,) * rows + value.shape[rows:])
-        for axis in read:
-            mask = mask * (axis.units.gate_of(task) != 0).to(value.dtype).view(axis.shape)
-        over = tuple(range(rows, value.dim()))
-        on = mask.sum(over, keepdim=True).clamp(min=1.0)
-        value = torch.where(mask > 0, value, 0.0)  # zero times another task's infinity would be no zero
-        centred = (value - value.sum(over, keepdim=True) / on) * mask
-        spread = (centred.square().sum(over, keepdim=True) / on).clamp(min=torch.finfo(value.dtype).tiny).sqrt()
-        return centred + spread * _in_turn(1 - mask, rows)
-
-    def live(self, task: int, device: torch.device) -> Tensor:
-        """Which elements are live for a task: bool, broadcast over `view`."""
-        mask: Tensor | None = None
-        for axis in self.axes:
-            on = axis.units.hard(task).view(axis.shape)
-            mask = on.clone() if mask is None else mask & on
-        return torch.ones((), dtype=torch.bool, device=device) if mask is None else mask
-
-
-def _in_turn(off: Tensor, rows: int) -> Tensor:
-    """+1 and -1 in turn where `off` is 1, with sum 0 and mean square 1 per row; an odd count ends in sqrt(3/2), its
-    negative and 0."""
-    flat = off.flatten(rows)
-    rank, count = flat.cumsum(-1), flat.sum(-1, keepdim=True)
-    sign = 1 - 2 * (rank % 2)
-    ending = (rank > count - 3) & (count % 2 == 1)
-    sign = torch.where(ending, sign * math.sqrt(1.5) * (rank < count), sign)
-    return (flat * sign).view(off.shape)
-
-
-@dataclass
-class Binding:
-    """What ties a layer to gates. output: units (and their dimension) that the layer's output is multiplied with.
-    norm: units (and their dimension) over which a norm takes its statistics; dirty: its input is not zero where off.
-    buffers: those that a training forward writes, of which every task has its own. path: where the module was when it
-    was converted. shapes: of its parameters then."""
-
-    gates: Gates
-    params: dict[str, ParameterPlan] = field(default_factory=dict)
-    output: tuple[int, Units] | None = None
-    norm: tuple[int, Units] | None = None
-    dirty: bool = False
-    buffers: tuple[str, ...] = ()
-    path: str = ""
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    cache: dict[str, tuple[Any, Tensor, int]] = field(default_factory=dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": {}}
-
-    def clear(self) -> None:
-        """Drop what was kept of any task."""
-        self.cache.clear()
-        for plan in self.params.values():
-            for axis in plan.axes:
-                axis.units.clear()
-        for pair in (self.output, self.norm):
-            if pair is not None:
-                pair[1].clear()
-
-
-class TaskCopy(nn.Module):
-    """One task's own parameters and running statistics of a layer, under the layer's own names."""
+from ..binding import Binding, ParameterPlan, TaskCopy, UnitAxis, Units
+from ..gates import Gates, row
+from ..registry import derive, register_layer
 
 
 def task_parameter(name: str) -> property:
@@ -188,7 +92,7 @@ def _rebuild(layer: type, cls: type, attributes: tuple) -> nn.Module:
     return nn.Module.__new__(made)
 
 
-@register(nn.Module)
+@register_layer(nn.Module)
 class HATLayer:
     """Mixin that makes a module task-aware; also what a module gets that merely holds parameters of its own.
 
@@ -251,7 +155,7 @@ class HATLayer:
         for name, p in self._parameters.items():  # type: ignore[attr-defined]
             if p is None:
                 continue
-            axes: list[Axis] = []
+            axes: list[UnitAxis] = []
             fold: tuple[int, ...] = ()
             for dims, which, owner in ((self.hat_owner_dims, source, True), (self.hat_reader_dims, read, False)):
                 if name in dims and which is not None:
@@ -260,7 +164,7 @@ class HATLayer:
                     shape[dims[name]] = -1
                     if owner:
                         fold = (len(axes),)
-                    axes.append(Axis(which, tuple(shape), owner))
+                    axes.append(UnitAxis(which, tuple(shape), owner))
             hat.params[name] = ParameterPlan(tuple(p.shape), tuple(axes), fold, name in self.hat_copied)
             hat.shapes[name] = tuple(p.shape)
         self._hat_attach(hat, num_tasks or hat.gates.num_tasks)
@@ -270,7 +174,7 @@ class HATLayer:
     def _hat_check_width(self, name: str, p: Tensor, dim: int, units: Units) -> None:
         if p.shape[dim] != len(units):
             side = "output" if dim == self.hat_owner_dims.get(name) else "input"
-            raise ValueError(
+            raise ConfigError(
                 f"{type(self).__name__}.{name}: gate has {len(units)} units, {side} has {p.shape[dim]}; "
                 f"pass {'units' if side == 'output' else 'reads'}= a layer with {p.shape[dim]} output units"
             )
@@ -459,7 +363,7 @@ def _drawn(p: Tensor, shape: tuple[int, ...]) -> Tensor:
     return p.new_empty(shape).normal_(float(p.mean()), float(p.std()) if p.numel() > 1 else 0.02)
 
 
-def _where_on(axes: Sequence[Axis], task: int, value: Tensor, otherwise: float) -> Tensor:
+def _where_on(axes: Sequence[UnitAxis], task: int, value: Tensor, otherwise: float) -> Tensor:
     """A value where a task has all axes on."""
     live: Tensor | None = None
     for axis in axes:
@@ -499,4 +403,4 @@ def units_of(layer: Any) -> Units:
             for axis in plan.axes:
                 if axis.owner:
                     return axis.units
-    raise ValueError(f"{type(layer).__name__} has no units; pass a HAT layer that has gates (num_tasks=...)")
+    raise ConfigError(f"{type(layer).__name__} has no units; pass a HAT layer that has gates (num_tasks=...)")

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
-from ..registry import register
-from .gated import Binding, HATLayer, multiply, task_parameter
+from ..binding import Binding
+from ..registry import register_layer
+from .gated import HATLayer, multiply, task_parameter
 
 
-@register(nn.Linear)
+@register_layer(nn.Linear)
 class HATLinear(HATLayer, nn.Linear):
     """`y = a * (W x + b)` with the gate a folded into the rows of W and b.
 
@@ -66,7 +67,7 @@ class TaskIndexedParameter(HATLayer, nn.Module):
         return self.weight
 
 
-@register(nn.Embedding)
+@register_layer(nn.Embedding)
 class HATEmbedding(HATLayer, nn.Embedding):
     """`y = a * W[i]`: the gate multiplies the rows that were looked up, not the whole table.
 

@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ... import functional as F
-from ..registry import register
-from .gated import Binding, HATLayer, multiply, task_buffer, task_parameter
+from ..binding import Binding
+from ..registry import register_layer
+from .gated import HATLayer, multiply, task_buffer, task_parameter
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,7 @@ class _PerChannel(_Norm):
         else:
             warnings.warn(
                 f"{hat.path or type(self).__name__}: the running statistics of sealed task {task} were not reset; "
-                "sealed "
-                "tasks do not change. Reset them while the task is learned, or forget it (hatcl.forget_task)",
+                "sealed tasks do not change. Reset them while the task is learned, or forget it (hatcl.forget_task)",
                 stacklevel=2,
             )
 
@@ -64,42 +64,42 @@ class _PerChannel(_Norm):
         return out
 
 
-@register(nn.BatchNorm1d)
+@register_layer(nn.BatchNorm1d)
 class TaskIndexedBatchNorm1d(_PerChannel, nn.BatchNorm1d):
     """Batch norm over `[B, U]` or `[B, U, L]`; per task: weight, bias, running mean and variance."""
 
 
-@register(nn.BatchNorm2d)
+@register_layer(nn.BatchNorm2d)
 class TaskIndexedBatchNorm2d(_PerChannel, nn.BatchNorm2d):
     """Batch norm over `[B, U, H, W]`; per task: weight, bias, running mean and variance."""
 
 
-@register(nn.BatchNorm3d)
+@register_layer(nn.BatchNorm3d)
 class TaskIndexedBatchNorm3d(_PerChannel, nn.BatchNorm3d):
     """Batch norm over `[B, U, D, H, W]`; per task: weight, bias, running mean and variance."""
 
 
-@register(_BatchNorm)
+@register_layer(_BatchNorm)
 class _TaskIndexedBatchNorm(_PerChannel):
     """Any other batch norm (SyncBatchNorm)."""
 
 
-@register(nn.InstanceNorm1d)
+@register_layer(nn.InstanceNorm1d)
 class TaskIndexedInstanceNorm1d(_PerChannel, nn.InstanceNorm1d):
     """Instance norm over `[B, U, L]`."""
 
 
-@register(nn.InstanceNorm2d)
+@register_layer(nn.InstanceNorm2d)
 class TaskIndexedInstanceNorm2d(_PerChannel, nn.InstanceNorm2d):
     """Instance norm over `[B, U, H, W]`."""
 
 
-@register(nn.InstanceNorm3d)
+@register_layer(nn.InstanceNorm3d)
 class TaskIndexedInstanceNorm3d(_PerChannel, nn.InstanceNorm3d):
     """Instance norm over `[B, U, D, H, W]`."""
 
 
-@register(_InstanceNorm)
+@register_layer(_InstanceNorm)
 class _TaskIndexedInstanceNorm(_PerChannel):
     """Any other instance norm."""
 
@@ -162,7 +162,7 @@ class _OverUnits(_Norm):
         return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, dim)
 
 
-@register(nn.LayerNorm)
+@register_layer(nn.LayerNorm)
 class TaskIndexedLayerNorm(_OverUnits, nn.LayerNorm):
     """Layer norm over the units that are on; per task: weight and bias. Shapes: x `[..., U]`."""
 
@@ -174,7 +174,7 @@ class _RootMeanSquare(_OverUnits):
     hat_output_dim: ClassVar[int] = -1
 
 
-@register(nn.RMSNorm)
+@register_layer(nn.RMSNorm)
 class TaskIndexedRMSNorm(_RootMeanSquare, nn.RMSNorm):
     """RMS norm over the units that are on; per task: weight. Shapes: x `[..., U]`."""
 
@@ -182,12 +182,12 @@ class TaskIndexedRMSNorm(_RootMeanSquare, nn.RMSNorm):
 _TIMM = ("RmsNorm", "RmsNormFp32", "RmsNorm2d", "RmsNorm2dFp32")
 
 
-@register(*(getattr(timm_norm, name) for name in _TIMM if hasattr(timm_norm, name)))
+@register_layer(*(getattr(timm_norm, name) for name in _TIMM if hasattr(timm_norm, name)))
 class _TaskIndexedRmsNorm(_RootMeanSquare):
     """timm's RMS norms, which are no subclasses of torch's."""
 
 
-@register(nn.GroupNorm)
+@register_layer(nn.GroupNorm)
 class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
     """Group norm over the units of each group that are on; per task: weight and bias. Shapes: x `[B, U, ...]`.
 
@@ -251,12 +251,12 @@ class _FoundNorm(HATLayer):
         return (out - bias) * on + bias * along(gate.to(out.dtype), out, dim)
 
 
-@register(nn.Module, kind="rms")
+@register_layer(nn.Module, kind="rms")
 class _FoundRootMeanSquare(_FoundNorm):
     """Like an RMS norm."""
 
 
-@register(nn.Module, kind="centred")
+@register_layer(nn.Module, kind="centred")
 class _FoundLayerNorm(_FoundNorm):
     """Like a layer norm."""
 

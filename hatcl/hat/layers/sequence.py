@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..registry import register
+from ..registry import register_layer
 from .gated import HATLayer
 
 
-@register(nn.RNNBase)
+@register_layer(nn.RNNBase)
 class _Recurrent(HATLayer):
     """torch keeps a recurrent layer's weights in a list beside its parameters; here the list is what the active task
     sees."""
@@ -44,7 +44,7 @@ def _plain_only(name: str, otherwise: Any) -> property:
     return property(get, put)
 
 
-@register(nn.TransformerEncoder)
+@register_layer(nn.TransformerEncoder)
 class _Encoder(HATLayer):
     """Nested tensors are for the fused layer alone (see `_EncoderLayer`)."""
 
@@ -52,7 +52,7 @@ class _Encoder(HATLayer):
     use_nested_tensor = _plain_only("use_nested_tensor", False)
 
 
-@register(nn.TransformerEncoderLayer)
+@register_layer(nn.TransformerEncoderLayer)
 class _EncoderLayer(HATLayer):
     """In evaluation torch runs the whole layer as one fused operation, whose norms would take their statistics over all
     units. It does so for these two activations only, so a task has neither."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ...calls import inside, values_of
 from ...functional import same_bits
 from ...shards import check_precision, gathered, sharded_modules
-from .gated import Binding, HATLayer
+from ..binding import Binding
+from .gated import HATLayer
 
 STATES = "_hat_states"
 Key = tuple[str, str]  # path of a module at conversion, name of the attribute

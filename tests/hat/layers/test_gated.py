@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import hatcl
-from hatcl.hat import guard
 from hatcl.hat.gates import gates_of
+from hatcl.hat.held import held, own_buffers
 from hatcl.hat.layers.gated import HATLayer
 from hatcl.hat.registry import layer_for, registered
 
@@ -147,7 +147,7 @@ def test_it_learns_and_earlier_tasks_stay(name):
     x, _ = zoo.data(name)
     want, buffers = {}, {}
     for t in range(3):
-        before = {h.name: h.param.detach().clone() for h in guard.held(model) if h.task in (None, t)}
+        before = {h.name: h.param.detach().clone() for h in held(model) if h.task in (None, t)}
         images, y = zoo.data(name, t)
         losses = []
         stepped = Several(several)
@@ -160,14 +160,14 @@ def test_it_learns_and_earlier_tasks_stay(name):
                 losses.append(loss.item())
         if name != "act_Softshrink":  # its outputs are all zero at this size: it learns the head's bias only
             assert min(losses[-2:]) < max(losses[:2])
-        moved = [h.name for h in guard.held(model) if h.task in (None, t) and not torch.equal(h.param, before[h.name])]
-        shared = [h.name for h in guard.held(model) if h.task is None and not h.plain]
+        moved = [h.name for h in held(model) if h.task in (None, t) and not torch.equal(h.param, before[h.name])]
+        shared = [h.name for h in held(model) if h.task is None and not h.plain]
         assert set(moved) & set(shared) or not shared
         for earlier, out in want.items():
             assert torch.equal(parts.logits(model, earlier, x), out)
-            assert parts.same(dict(guard.own_buffers(model, earlier)), buffers[earlier])
+            assert parts.same(dict(own_buffers(model, earlier)), buffers[earlier])
         want[t] = parts.logits(model, t, x)
-        buffers[t] = {n: b.clone() for n, b in guard.own_buffers(model, t)}
+        buffers[t] = {n: b.clone() for n, b in own_buffers(model, t)}
     assert hatcl.certify(model, x).exact
 
 
@@ -274,13 +274,13 @@ def test_a_unit_that_is_off_is_exactly_zero_wherever_it_is_read(name):
 def test_forgetting_any_task_leaves_the_others(name):
     model = parts.pretend(convert(name))
     x, _ = zoo.data(name)
-    before = {h.name: h.param.detach().clone() for h in guard.held(model)}
+    before = {h.name: h.param.detach().clone() for h in held(model)}
     want = {t: parts.logits(model, t, x) for t in (0, 2)}
     plan = hatcl.forget_task(model, 1, dry_run=True)
-    assert all(torch.equal(h.param, before[h.name]) for h in guard.held(model))
+    assert all(torch.equal(h.param, before[h.name]) for h in held(model))
     report = hatcl.forget_task(model, 1)
     assert report.erased == plan.erased and report.own == plan.own
-    for h in guard.held(model):
+    for h in held(model):
         if h.task is None and not h.plain:
             changed = int((h.param.detach() != before[h.name]).sum())
             erased = report.erased.get(h.name, 0)

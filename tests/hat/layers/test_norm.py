@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import layer_zoo as zoo
 import parts
 import pytest
@@ -13,11 +11,10 @@ from torch.nn import functional as tf
 
 import hatcl
 from hatcl import functional
+from hatcl.hat import convert as converting
+from hatcl.hat.binding import ParameterPlan
 from hatcl.hat.gates import gates_of
 from hatcl.hat.layers import norm as norms
-from hatcl.hat.layers.gated import ParameterPlan
-
-converting = importlib.import_module("hatcl.hat.convert")  # `hatcl.convert` itself is the function
 
 # In float64 the largest difference seen on any entry is 2.1e-12 (a layer norm of nearly constant inputs, eps 1e-6).
 TOLERANCE = 1e-10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import importlib
 import pickle
 import threading
 
@@ -15,11 +14,11 @@ import torch
 from torch import nn
 
 import hatcl
+from hatcl.hat import convert as converting
 from hatcl.hat.certify import outputs_of
 from hatcl.hat.gates import gates_of
 from hatcl.hat.layers.state import Watch, copied, same
 
-converting = importlib.import_module("hatcl.hat.convert")
 X = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,0 +1,210 @@
+"""What ties a layer's parameters to units of its gates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from .gates import Gates
+
+
+class Units:
+    """Some units of some gates: what one axis of a parameter belongs to. Entries that are 0 are always on."""
+
+    def __init__(self, gates: Gates, numbers: np.ndarray) -> None:
+        self.gates = gates
+        self.numbers = np.asarray(numbers, dtype=np.int64)
+        n = len(self.numbers)
+        first = int(self.numbers[0]) if n else 0
+        run = first > 0 and bool((self.numbers == np.arange(first, first + n)).all())
+        self.run = slice(first - 1, first - 1 + n) if run else None
+        self._share: tuple[Any, float] = (None, 1.0)
+        self._fixed: tuple[Any, Tensor] = (None, torch.zeros(0))
+        self._fixed_on: tuple[Any, Tensor] = (None, torch.zeros(0))
+        always = self.numbers == 0
+        self._index: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
+        if not run:
+            index = torch.as_tensor(np.maximum(self.numbers - 1, 0))
+            self._index[index.device] = (index, torch.as_tensor(always) if always.any() else None)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def clear(self) -> None:
+        """Drop what was kept of any task."""
+        self._fixed = self._fixed_on = (None, torch.zeros(0))
+        self._share = (None, 1.0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        none = (None, torch.zeros(0))
+        return {**self.__dict__, "_fixed": none, "_fixed_on": none}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        if device not in self._index:
+            index, always = next(iter(self._index.values()))
+            self._index[device] = (index.to(device), None if always is None else always.to(device))
+        return self._index[device]
+
+    def gate(self) -> Tensor | None:
+        """The active task's gate per entry, `[n]`; None for the plain model."""
+        gates = self.gates
+        task = gates.task
+        return None if task is None else self.gate_of(task)
+
+    def gate_of(self, task: int) -> Tensor:
+        """A task's gate per entry, `[n]`."""
+        gates = self.gates
+        if gates.is_open(task) or torch.compiler.is_compiling():
+            return self._select(task)
+        key, fixed = (task, gates.epoch), self._fixed  # another thread may replace it meanwhile
+        if fixed[0] != key:
+            with torch.inference_mode(False):
+                self._fixed = fixed = (key, self._select(task))
+        return fixed[1]
+
+    def on(self, task: int) -> Tensor:
+        """A task's hard gate per entry, `[n]` bool; a constant for a sealed task."""
+        gates = self.gates
+        if gates.is_open(task) or torch.compiler.is_compiling():
+            return self._of(gates.on(task))
+        key, fixed = (task, gates.epoch), self._fixed_on
+        if fixed[0] != key:
+            with torch.inference_mode(False):
+                self._fixed_on = fixed = (key, self._of(gates.masks[task]))
+        return fixed[1]
+
+    def _select(self, task: int) -> Tensor:
+        if self.run is not None:
+            return self.gates.select(task, self.run)
+        index, always = self._on(self.gates.masks.device)
+        a = self.gates.select(task, index)
+        return a if always is None else torch.where(always, 1.0, a)
+
+    def share(self, task: int) -> float:
+        """The share of entries that a task has on, never quite zero."""
+        if torch.compiler.is_compiling():
+            return self._share_of_sealed(task, self.gates.sealings.get(task, 0))
+        key, share = (task, self.gates.epoch), self._share
+        if share[0] != key or self.gates.is_open(task):
+            on = self.on(task)
+            self._share = share = (key, max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE))
+        return share[1]
+
+    @torch.compiler.assume_constant_result
+    def _share_of_sealed(self, task: int, sealings: int) -> float:
+        """A constant of a compiled graph, until the task is sealed again."""
+        on = self._of(self.gates.masks[task])
+        return max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE)
+
+    def hard(self, task: int) -> Tensor:
+        """A task's hard gate per entry as sealed, or as sealing would make it now, `[n]` bool."""
+        return self._of(self.gates.hard(task))
+
+    def _of(self, on: Tensor) -> Tensor:
+        if self.run is not None:
+            return on[self.run]
+        index, always = self._on(on.device)
+        return on[index] if always is None else on[index] | always
+
+
+@dataclass
+class UnitAxis:
+    """One factor of a parameter: its units, and the shape in which their gates broadcast over the parameter's view."""
+
+    units: Units
+    shape: tuple[int, ...]
+    owner: bool
+
+
+@dataclass
+class ParameterPlan:
+    """How a parameter depends on the task. axes: its factors. fold: which of them multiply it. copied: a copy per
+    task. standardised: its rows are normalised before use, with a task over the units that are on."""
+
+    view: tuple[int, ...]
+    axes: tuple[UnitAxis, ...] = ()
+    fold: tuple[int, ...] = ()
+    copied: bool = False
+    standardised: bool = False
+
+    def over_units_on(self, value: Tensor, task: int) -> Tensor:
+        """A weight whose rows are about to be normalised over all `N` elements that they read, made such that this is
+        the normalisation over the `n` of units that are on.
+
+        Those are centred; the others, which only ever meet zeros, become +s and -s in turn, `s` the spread of the n.
+        So all N have the mean and variance of the n (where a single element is off it stays 0, and the variance is
+        `n / N` of that).
+        """
+        read = [axis for axis in self.axes if not axis.owner]
+        if not read:
+            return value
+        rows = 2 if any(axis.shape[0] != 1 for axis in read) else 1  # in a grouped weight's view a row has two indices
+        mask = value.new_ones((1,) * rows + value.shape[rows:])
+        for axis in read:
+            mask = mask * (axis.units.gate_of(task) != 0).to(value.dtype).view(axis.shape)
+        over = tuple(range(rows, value.dim()))
+        on = mask.sum(over, keepdim=True).clamp(min=1.0)
+        value = torch.where(mask > 0, value, 0.0)  # zero times another task's infinity would be no zero
+        centred = (value - value.sum(over, keepdim=True) / on) * mask
+        spread = (centred.square().sum(over, keepdim=True) / on).clamp(min=torch.finfo(value.dtype).tiny).sqrt()
+        return centred + spread * _in_turn(1 - mask, rows)
+
+    def live(self, task: int, device: torch.device) -> Tensor:
+        """Which elements are live for a task: bool, broadcast over `view`."""
+        mask: Tensor | None = None
+        for axis in self.axes:
+            on = axis.units.hard(task).view(axis.shape)
+            mask = on.clone() if mask is None else mask & on
+        return torch.ones((), dtype=torch.bool, device=device) if mask is None else mask
+
+
+def _in_turn(off: Tensor, rows: int) -> Tensor:
+    """+1 and -1 in turn where `off` is 1, with sum 0 and mean square 1 per row; an odd count ends in sqrt(3/2), its
+    negative and 0."""
+    flat = off.flatten(rows)
+    rank, count = flat.cumsum(-1), flat.sum(-1, keepdim=True)
+    sign = 1 - 2 * (rank % 2)
+    ending = (rank > count - 3) & (count % 2 == 1)
+    sign = torch.where(ending, sign * math.sqrt(1.5) * (rank < count), sign)
+    return (flat * sign).view(off.shape)
+
+
+@dataclass
+class Binding:
+    """What ties a layer to gates. output: units (and their dimension) that the layer's output is multiplied with.
+    norm: units (and their dimension) over which a norm takes its statistics; dirty: its input is not zero where off.
+    buffers: those that a training forward writes, of which every task has its own. path: where the module was when it
+    was converted. shapes: of its parameters then."""
+
+    gates: Gates
+    params: dict[str, ParameterPlan] = field(default_factory=dict)
+    output: tuple[int, Units] | None = None
+    norm: tuple[int, Units] | None = None
+    dirty: bool = False
+    buffers: tuple[str, ...] = ()
+    path: str = ""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    cache: dict[str, tuple[Any, Tensor, int]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": {}}
+
+    def clear(self) -> None:
+        """Drop what was kept of any task."""
+        self.cache.clear()
+        for plan in self.params.values():
+            for axis in plan.axes:
+                axis.units.clear()
+        for pair in (self.output, self.norm):
+            if pair is not None:
+                pair[1].clear()
+
+
+class TaskCopy(nn.Module):
+    """One task's own parameters and running statistics of a layer, under the layer's own names."""

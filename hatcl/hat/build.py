@@ -1,0 +1,129 @@
+"""A HAT model on a map: planned, then swapped in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..config import HATConfig
+from ..errors import ConversionError
+from ..map.units import UnitMap
+from ..shards import is_sharded
+from . import layers as _layers  # registers the HAT layers
+from .binding import Binding, ParameterPlan, UnitAxis, Units
+from .copies import refresh_copy
+from .distributed import check_forward, leave_out
+from .gates import Gates
+from .layers.gated import task_class
+from .layers.state import hold, state_attributes
+from .registry import layer_for
+
+GATES = "hat_gates"
+assert _layers
+
+
+def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
+    """Turn `model` into a HAT model on this map, in place. Everything is planned before anything is swapped."""
+    some = next(model.parameters(), torch.zeros(()))
+    with torch.device("cpu" if some.is_meta else some.device):
+        layers = [(n.removesuffix(".weight"), a - 1, b - 1) for n, a, b in unit_map.layers]
+        gates = Gates(unit_map.num_units, config, layers)
+    made: dict[bytes, Units] = {}
+
+    def units(numbers: np.ndarray) -> Units:
+        return made.setdefault(numbers.tobytes(), Units(gates, numbers))
+
+    names = {id(p): n for n, p in model.named_parameters()}
+    holders: dict[str, set[str]] = {}
+    for path, m in model.named_modules():
+        for p in m._parameters.values():
+            if p is not None:
+                holders.setdefault(names[id(p)], set()).add(path)
+    plan: list[tuple[nn.Module, type, Binding]] = []
+    stateful: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
+    for path, m in model.named_modules():
+        norm = unit_map.norms.get(path)
+        layer = layer_for(type(m), norm.kind if norm is not None else "")
+        own = {n: p for n, p in m._parameters.items() if p is not None}
+        moving, states = unit_map.buffers.get(path, ()), unit_map.states.get(path, ())
+        known = any(m._buffers.get(b) is not None for b in layer.hat_task_buffers)
+        if not (own or norm is not None or known or moving or states or layer.hat_always):
+            continue
+        hat = Binding(gates, buffers=moving, path=path)
+        for name, p in own.items():
+            entry = unit_map.entries[names[id(p)]]
+            hat.shapes[name] = entry.shape
+            if entry.shape != tuple(p.shape):
+                raise ConversionError(
+                    f"{path}.{name}: the map says shape {list(entry.shape)}, it has {list(p.shape)}; "
+                    "trace this model anew"
+                )
+            fold_axes = set(unit_map.folds.get((path, entry.name), ()))
+            elsewhere = {
+                a for (user, other), axes in unit_map.folds.items() for a in axes
+                if other == entry.name and user not in holders[entry.name]
+            }  # fmt: skip
+            hat_fold_output = layer.hat_fold_output and not elsewhere
+            if path in unit_map.outputs or hat_fold_output:
+                owners = {f.axis for f in entry.factors if f.owner}
+                if hat_fold_output and fold_axes & owners:
+                    hat.output = (layer.hat_output_dim, units(next(f.units for f in entry.factors if f.owner)))
+                fold_axes -= owners
+            fold_axes |= elsewhere
+            if norm is not None and norm.across and layer.hat_is_norm:
+                # the weight carries the factor of the statistics; of a class that is not known, the output does
+                fold_axes = set() if norm.kind else fold_axes | {f.axis for f in entry.factors}
+            axes_ = tuple(UnitAxis(units(f.units), f.shape, f.owner) for f in entry.factors)
+            fold = tuple(i for i, f in enumerate(entry.factors) if f.axis in fold_axes)
+            hat.params[name] = ParameterPlan(entry.view, axes_, fold, entry.copied, entry.standardised)
+        if path in unit_map.outputs:
+            hat.output = (layer.hat_output_dim, units(unit_map.outputs[path]))
+        if norm is not None:
+            across = norm.across or not hasattr(layer, "eps")
+            if across:
+                hat.norm = (norm.dim, units(norm.units))
+            else:
+                hat.output = (norm.dim, units(norm.units))
+            hat.dirty = not norm.clean
+        plan.append((m, task_class(layer, type(m), tuple(own), moving, state_attributes(states)), hat))
+        if states:
+            stateful[path] = (m, states)
+    hold(model, stateful)
+    for m, cls, hat in plan:
+        m.__class__ = cls
+        m._hat_attach(hat, config.num_tasks)  # type: ignore[operator]
+    model.add_module(GATES, gates)
+    gates.bound = tuple(hat.path for _, _, hat in plan)
+    model.register_forward_pre_hook(_before_forward)
+    model.register_load_state_dict_pre_hook(_take_plain_weights)
+    gates.unit_map = unit_map
+    gates.train(model.training)
+    leave_out(model)
+    return model
+
+
+def _before_forward(model: nn.Module, args: Any) -> None:
+    """A copy that is averaged with a model that is learning keeps what is frozen as the model has it."""
+    if torch.compiler.is_compiling():
+        return
+    gates = model._modules[GATES]
+    if gates is not None and gates.origin is not None:
+        refresh_copy(model)
+    gates.sharded = is_sharded(model)  # type: ignore[union-attr]
+    check_forward(model)
+
+
+def _take_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """A plain model's state dict fits as long as no task is sealed: every task's copies start from its values."""
+    gates = model.get_submodule(GATES)
+    assert isinstance(gates, Gates)
+    if any(f"{GATES}." in name or "hat_tasks." in name for name in state) or bool(gates.sealed.any()):
+        return
+    for name, value in model.state_dict(prefix=prefix).items():
+        path, _, rest = name.rpartition("hat_tasks.")
+        if name not in state and (rest != name or name.startswith(f"{prefix}{GATES}.")):
+            plain = state.get(path + rest.partition(".")[2])
+            state[name] = plain if plain is not None and plain.shape == value.shape else value

@@ -1,0 +1,147 @@
+"""Every parameter and buffer of a HAT model, with what it belongs to: a task, units, or everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HATError
+from .binding import Binding, ParameterPlan, TaskCopy
+from .gates import Gates, gates_of
+from .layers.gated import HATLayer
+
+
+@dataclass
+class Held:
+    """A parameter of a HAT model. task: whose own it is (None: shared). plan: its axes, for a shared one. plain: the
+    plain model's value of what every task has a copy of. module: where it is."""
+
+    name: str
+    param: nn.Parameter
+    plan: ParameterPlan | None
+    module: nn.Module
+    task: int | None = None
+    plain: bool = False
+
+    def live(self, task: int) -> Tensor:
+        """Which elements are live for a task, in the parameter's shape."""
+        if self.plan is None:
+            return torch.ones(self.param.shape, dtype=torch.bool, device=self.param.device)
+        return self.plan.live(task, self.param.device).expand(self.plan.view).reshape(self.param.shape)
+
+
+def held(model: nn.Module) -> list[Held]:
+    """Every parameter of a HAT model once, with what it belongs to.
+
+    Raises:
+        HATError: a parameter is shared by layers that belong to different gates (two models sharing parameters).
+    """
+    out: dict[int, Held] = {}
+    owner: dict[int, tuple[Gates, str]] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, Gates):
+            for t, e in enumerate(module.embeddings):
+                out[id(e)] = Held(f"{prefix}embeddings.{t}", e, None, module.embeddings, t)
+            continue
+        hat: Binding | None = module.__dict__.get("_hat") if isinstance(module, HATLayer) else None
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            plan = hat.params.get(name) if hat is not None else None
+            if hat is not None and plan is not None and not plan.copied:
+                gates, first = owner.setdefault(id(p), (hat.gates, f"{prefix}{name}"))
+                converted = gates.from_map and hat.gates.from_map
+                if gates is not hat.gates and converted:
+                    raise HATError(
+                        f"{prefix}{name} and {first} are one parameter but belong to two converted models; "
+                        "convert the model that contains both, or copy the parameter"
+                    )
+            known = out.get(id(p))
+            if known is None or (plan is not None and known.task is None and known.plan is None):
+                out[id(p)] = Held(f"{prefix}{name}", p, plan, module, None, plan is not None and plan.copied)
+        if hat is not None:
+            for t, copy in enumerate(getattr(module, "hat_tasks", ())):
+                for name, p in copy.named_parameters():
+                    out[id(p)] = Held(f"{prefix}hat_tasks.{t}.{name}", p, None, copy, t)
+    return list(out.values())
+
+
+def own_buffers(model: nn.Module, task: int) -> Iterator[tuple[str, Tensor]]:
+    """A task's running statistics."""
+    for path, module in model.named_modules():
+        if isinstance(module, HATLayer) and "hat_tasks" in module._modules:  # type: ignore[attr-defined]
+            for name, b in module.hat_tasks[task].named_buffers():
+                yield f"{path}.hat_tasks.{task}.{name}", b
+
+
+def shared_buffers(model: nn.Module, *, unsaved: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that all tasks read and none may write: those that are no task's own, and are saved unless `unsaved`."""
+    for path, module in model.named_modules():
+        if isinstance(module, (Gates, TaskCopy)):
+            continue
+        hat = isinstance(module, HATLayer) and module.__dict__.get("_hat") is not None
+        own = module._hat_copied_buffers() if hat else ()
+        for name, b in module._buffers.items():
+            if b is not None and name not in own and (unsaved or name not in module._non_persistent_buffers_set):
+                yield f"{path}.{name}" if path else name, b
+
+
+def live_for(h: Held, tasks: Sequence[int]) -> Tensor | None:
+    """Which elements are live for any of the tasks; None where none is."""
+    mask: Tensor | None = None
+    for t in tasks:
+        mask = h.live(t) if mask is None else mask | h.live(t)
+    return mask
+
+
+def shared_path(names: Sequence[str]) -> str:
+    """The dotted path that all names start with, its last dot included."""
+    first, last = min(names, default="").split("."), max(names, default="").split(".")
+    same = 0
+    while same < min(len(first), len(last)) - 1 and first[same] == last[same]:
+        same += 1
+    return "".join(f"{part}." for part in first[:same])
+
+
+def check_structure(model: nn.Module) -> None:
+    """Every module that was bound to gates at conversion is still there, bound, and has parameters of the same shapes.
+
+    Wrapping the model or its modules is allowed (DistributedDataParallel, `fully_shard`, `torch.compile`, peft): a
+    module is known by its binding, not by where it is.
+
+    Raises:
+        HATError: names the module or the parameter.
+    """
+    bound: dict[int, dict[str, Any]] = {}
+    for module in model.modules():
+        hat: Binding | None = module.__dict__.get("_hat")
+        if hat is not None:
+            bound.setdefault(id(hat.gates), {})[hat.path] = module
+    for gates in gates_of(model):
+        here = bound.get(id(gates), {})
+        missing = [path for path in gates.bound if path not in here]
+        if missing:
+            raise HATError(
+                f"{missing[0] or type(model).__name__}: the module that hatcl.convert bound to its gates is no longer "
+                f"there ({len(missing)} such modules), so nothing keeps tasks apart in what took its place. Change the "
+                "plain model first (reset_classifier, resize_token_embeddings, set_input_size, ...) and convert it "
+                "then; hatcl.convert(..., num_classes=[...]) gives tasks heads of their own widths"
+            )
+        for path, layer in here.items():
+            for name, shape in layer._hat.shapes.items():
+                if name not in layer._parameters:
+                    raise HATError(
+                        f"{path}.{name}: the parameter that hatcl.convert mapped is no longer there; change "
+                        "the plain model (parametrize, prune) before it is converted"
+                    )
+                p = layer._parameters[name]
+                if p is not None and tuple(p.shape) != shape:
+                    raise HATError(
+                        f"{path}.{name}: it has shape {list(p.shape)}, hatcl.convert mapped {list(shape)}; change the "
+                        "shape of the plain model before it is converted"
+                    )

@@ -1,0 +1,113 @@
+"""Which task a model computes with, and which it has sealed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..errors import CapacityError, TaskError
+from . import active
+from .gates import Gates, gates_of
+
+
+def tasks(model: nn.Module) -> list[int]:
+    """The sealed tasks."""
+    return gates_of(model)[0].sealed.nonzero().flatten().tolist()
+
+
+def set_task(model: nn.Module, task: int | None) -> None:
+    """Make `task` the default of the model, in every thread: 0, 1, ... computes with that task's gates, None is the
+    plain model. `with hatcl.task(...)` chooses for one thread, and for a while.
+
+    Raises:
+        TaskError: there is no such task, or it is neither sealed nor being learned; inside `with hatcl.task(...)`,
+            where the default does not count; from another thread than the one that is learning a task.
+    """
+    gates = gates_of(model)
+    task = _usable(gates, model, task)
+    if any(active.is_chosen(g.key) for g in gates):
+        raise TaskError(
+            f"set_task: got task {task} inside a `with hatcl.task(...)` block of the same model, which keeps its own "
+            "task active; leave the block first, or put another `with hatcl.task(...)` into it"
+        )
+    if gates[0].learning is not None and gates[0].learner != threading.get_ident():
+        raise TaskError(
+            f"set_task: got task {task} while another thread is learning task {gates[0].learning}, whose steps would "
+            "be taken under the wrong task; evaluate inside `with hatcl.task(model, ...)`, which belongs to a thread"
+        )
+    for g in gates:
+        g.task = task
+
+
+@contextlib.contextmanager
+def task(model: nn.Module, task: int | None) -> Iterator[nn.Module]:
+    """`with hatcl.task(model, 2): ...` computes with task 2's gates inside the block, in this thread (or asyncio task)
+    alone. So several threads can serve several tasks of one model:
+
+        def answer(task, x):
+            with hatcl.task(model, task), torch.no_grad():
+                return model(x)
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(answer, ids, batches))
+
+    Raises:
+        TaskError: there is no such task, or it is neither sealed nor being learned.
+    """
+    gates = gates_of(model)
+    task = _usable(gates, model, task)
+    for g in gates:
+        g.choose()
+    with active.choose([g.key for g in gates], task):
+        yield model
+
+
+def _usable(gates: Sequence[Gates], model: nn.Module, task: int | None) -> int | None:
+    """The task, if it has gates to compute with."""
+    for g in gates:
+        g.notice()
+    if task is None or (not isinstance(task, Tensor) and gates[0].is_open(task)):
+        return task
+    return check_task(model, task, sealed=True)
+
+
+def check_task(model: nn.Module, task: int | None, *, sealed: bool | None = None) -> int:
+    """The task as an int, or `TaskError`. sealed: require that it is (True) or is not (False) sealed."""
+    gates = gates_of(model)
+    count = min(g.num_tasks for g in gates)
+    if isinstance(task, bool) or not isinstance(task, (int, np.integer)):
+        raise TaskError(f"task: got {task!r}, expected an integer from 0 to {count - 1}")
+    if not 0 <= task < count:
+        raise TaskError(
+            f"task: got {task}, the model has tasks 0 to {count - 1}; hatcl.add_tasks(model, n) makes room for more"
+        )
+    is_sealed = bool(gates[0].sealed[task])
+    if sealed and not is_sealed:
+        done = gates[0].sealed.nonzero().flatten().tolist()
+        raise TaskError(
+            f"task {task} is not sealed, so it has no hard gates yet; sealed are {done}. Learn it with hatcl.learn"
+        )
+    if sealed is False and is_sealed:
+        raise TaskError(
+            f"task {task} is sealed and cannot be learned again; hatcl.forget_task(model, {task}) frees it, or "
+            f"learn another"
+        )
+    return int(task)
+
+
+def check_room(model: nn.Module, task: int) -> None:
+    """Raise `CapacityError` if every unit of every layer is taken by sealed tasks."""
+    gates = gates_of(model)
+    names = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
+    room = {n if g.from_map else names[id(g)]: free for g in gates for n, free in g.room(task).items()}
+    if room and not any(room.values()):
+        full = list(room)
+        raise CapacityError(
+            f"task {task}: no units left, all {sum(g.num_units for g in gates)} units of {', '.join(full[:5])}"
+            f"{' ...' if len(full) > 5 else ''} are used by sealed tasks; forget a task (hatcl.forget_task), raise "
+            f"HATConfig.penalty_weight (now {gates[0].config.penalty_weight:g}) for earlier tasks, or use a wider model"
+        )

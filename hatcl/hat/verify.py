@@ -1,0 +1,186 @@
+"""A converted model attacks itself before it is handed over (M7): it must compute what its source computes, and nothing
+that is not a task's own may reach what the task computes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calls import call, device_of, seeded, tensors_of, values_of
+from ..config import HATConfig
+from ..errors import ConversionError
+from ..functional import same_bits
+from ..map.units import UnitMap
+from .build import GATES, build
+from .certify import RANDOM, attack, attacked_outputs, difference, difference_of, named_outputs
+from .gates import Gates
+from .layers.state import copy_of
+
+log = logging.getLogger(__name__)
+
+
+def check_plain(made: nn.Module, source: nn.Module, inputs: Any) -> None:
+    """Without a task the model must compute what the source does, bit for bit, in evaluation and in training.
+
+    Raises:
+        ConversionError: names the first module whose output differs.
+    """
+    for training in (False, True):
+        mode = "training" if training else "evaluation"
+        try:
+            want = _plain_outputs(source, inputs, training)
+        except Exception as error:
+            if not training:
+                raise
+            log.info("%s: a training forward failed (%s), so it is not compared", type(source).__name__, error)
+            return
+        try:
+            got = _plain_outputs(made, inputs, training)
+            where = difference_of(want, got)[1]
+        except Exception as error:
+            got, where = {}, f"{type(error).__name__}: {error}"
+        if not where:
+            continue
+        random = difference_of(want, _plain_outputs(source, inputs, training))[1]
+        if random and training:
+            log.info("%s: its training forward cannot be seeded, so it is not compared", type(source).__name__)
+            return
+        if random:
+            raise ConversionError(f"{type(source).__name__}: {RANDOM.format(where=random)}")
+        path = _first_that_differs(made, source, inputs, training)
+        raise ConversionError(
+            f"{path or type(source).__name__}: without a task, in {mode} mode, the converted module computes something "
+            f"else than the source ({where}). Conversion gives a module a class that is derived from its own: a "
+            "forward that compares classes (type(m) is nn.Linear) must use isinstance, and names that begin with "
+            "hat_ or _hat_ belong to hatcl"
+        )
+
+
+def _plain_outputs(model: nn.Module, inputs: Any, training: bool) -> dict[str, Tensor]:
+    trial = copy_of(model, share=True).train(training)
+    with torch.no_grad(), seeded(device=device_of(model)):
+        return {path: x.clone() for path, x in values_of(call(trial, inputs)).items()}
+
+
+def _first_that_differs(made: nn.Module, source: nn.Module, inputs: Any, training: bool) -> str:
+    """The path of the first module, in the order in which they end, whose output is another one in the converted
+    model."""
+
+    def run(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
+        trial, seen = copy_of(model, share=True).train(training), []
+
+        def note(path: str) -> Any:
+            return lambda m, args, out: seen.append((path, [x.detach().clone() for x in tensors_of(out)]))
+
+        for path, m in trial.named_modules():
+            if path in paths:
+                m.register_forward_hook(note(path))
+        with contextlib.suppress(Exception), torch.no_grad(), seeded(device=device_of(model)):
+            call(trial, inputs)
+        return seen
+
+    paths = {path for path, _ in source.named_modules()}
+    for (path, a), (other, b) in zip(run(source), run(made), strict=False):
+        if path != other or len(a) != len(b) or not all(map(same_bits, a, b)):
+            return path
+    return ""
+
+
+def verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HATConfig, inputs: Any) -> nn.Module:
+    """Attack with random gates. A parameter through which the attack gets out becomes a copy per task (M5)."""
+    blamed: list[str] = []
+    for _ in range(8):
+        leaks = _leaks(model, inputs)
+        if leaks is None:
+            return model
+        if not leaks:
+            break
+        blamed += leaks
+        for name in leaks:
+            entry = unit_map.entries[name]
+            unit_map.entries[name] = dataclasses.replace(entry, copied=True, why="the attack got out through it")
+            log.info("%s: reachable by other tasks, so each task gets its own copy", name)
+        model = build(copy.deepcopy(source), unit_map, config)
+    names = ", ".join(list(dict.fromkeys(blamed))[:5])
+    raise ConversionError(
+        f"{type(source).__name__}: other tasks reach a task's output through {names} even as "
+        "copies per task. If the forward takes them from parameters(), named_parameters(), state_dict() or "
+        "torch.func.stack_module_state, which give those of the plain model, let it read them as attributes "
+        "(module.weight); else please report the model, or pass verify=False to convert without the guarantee"
+    )
+
+
+def _leaks(model: nn.Module, inputs: Any) -> list[str] | None:
+    """Shared parameters whose non-live elements reach the output under random gates or under their complement, so that
+    every unit is off once (all that are left, where no one does by itself); None where nothing gets out."""
+    trial = stirred(model, inputs)
+    gates: Gates = getattr(trial, GATES)
+    mask = torch.rand(gates.num_units, generator=torch.Generator().manual_seed(0)) < 0.5
+    gates.sealed[0] = True
+    names = [n for n, e in gates.unit_map.entries.items() if not e.copied]
+    found: dict[str, None] = {}
+    exact = True
+    for on in (mask, ~mask):
+        gates.masks[0] = on.to(gates.masks.device)
+        _set_cut(gates, False)  # what the folds of the map alone give: this is what proves the map
+        with torch.no_grad():
+            want = named_outputs(trial, inputs, 0)
+            groups = [names]
+            while groups:
+                group = groups.pop()
+                with attack(trial, 0, only=None if group is names else set(group)):
+                    got = attacked_outputs(trial, inputs, 0)
+                if _same_numbers(want, got):
+                    continue
+                if exact and (where := difference_of(want, named_outputs(trial, inputs, 0))[1]):
+                    raise ConversionError(f"{type(model).__name__}: {RANDOM.format(where=where)}")
+                exact = False
+                if len(group) == 1:
+                    found[group[0]] = None
+                elif group:
+                    groups += [group[: len(group) // 2], group[len(group) // 2 :]]
+            _set_cut(gates, True)
+            if exact and not _same_numbers(want, got := named_outputs(trial, inputs, 0)):
+                diff, where = difference_of(want, got)
+                raise ConversionError(
+                    f"{type(model).__name__}: cut down to half of its units it computes another {where} (by "
+                    f"{diff:.2g}) than gated to them, so its map is not right; please report the model, or pass "
+                    "verify=False to convert without the guarantee"
+                )
+    return None if exact else list(found) or names
+
+
+def _set_cut(gates: Gates, cut: bool) -> None:
+    gates.cut = cut
+    gates.epoch += 1
+
+
+def _same_numbers(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> bool:
+    """The same bits, but for the sign of zeros: without the cut a zero is a product, and has its sign."""
+    return want.keys() == got.keys() and all(difference(x + 0, got[path] + 0) == 0 for path, x in want.items())
+
+
+def stirred(model: nn.Module, inputs: Any) -> nn.Module:
+    """A copy with noise on every parameter: biases and scales that start at zero would hide what gets out through
+    them."""
+    trial = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in trial.parameters():
+            if (p.is_floating_point() or p.is_complex()) and p.numel():
+                fan_in = p.numel() / p.shape[0] if p.dim() > 1 else 25.0
+                size = max(0.5 * float(p.std()) if p.numel() > 1 else 0.0, 0.5 / math.sqrt(fan_in))
+                dtype = torch.complex64 if p.is_complex() else torch.float32
+                p.add_((torch.randn(p.shape, generator=generator, dtype=dtype) * size).to(p))
+        finite = all(bool(torch.isfinite(x).all()) for x in named_outputs(trial, inputs, None).values())
+    if not finite:
+        log.info("%s overflows with noise on its parameters; attacked with its own values", type(model).__name__)
+    return trial if finite else copy.deepcopy(model).eval()

@@ -1,0 +1,127 @@
+"""Heads whose width differs per task."""
+
+from __future__ import annotations
+
+import layer_zoo as zoo
+import parts
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as tf
+
+import hatcl
+
+
+@pytest.mark.parametrize("name", parts.MODELS)
+def test_every_task_may_have_its_own_number_of_classes(name):
+    classes = [2, 4, 3]
+    model = hatcl.convert(parts.plain(name), 3, parts.images(name), num_classes=classes)
+    x, want = parts.images(name), {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
+    for t, n in enumerate(classes):
+        losses = parts.train(model, t, optimizer, parts.problem(parts.shape_of(name), t, classes=n), 6)
+        assert min(losses[-2:]) < max(losses[:2])
+        want[t] = parts.logits(model, t, x)
+        assert want[t].shape == (8, n)
+        assert all(torch.equal(parts.logits(model, e, x), want[e]) for e in want)
+    assert hatcl.certify(model, x, strict=True).exact
+    assert parts.logits(model, None, x).shape == (8, parts.CLASSES)
+    hatcl.forget_task(model, 2)
+    parts.train(model, 2, optimizer, parts.problem(parts.shape_of(name), 5, classes=3), 3)
+    assert parts.logits(model, 2, x).shape == (8, 3)
+
+
+def test_numbers_of_classes_that_do_not_fit():
+    with pytest.raises(hatcl.ConfigError, match="num_classes: got 2 numbers for 3 tasks; pass one per task"):
+        hatcl.convert(parts.plain("mlp"), 3, parts.images("mlp"), num_classes=[2, 4])
+    body = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.AvgPool1d(8))
+    with pytest.raises(hatcl.ConfigError, match="num_classes: Sequential has no head"):
+        hatcl.convert(body, 2, parts.images("mlp"), num_classes=[2, 4])
+
+
+class TwoHeads(nn.Module):
+    def __init__(self, boxes=4):
+        super().__init__()
+        self.body, self.cls, self.box = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, boxes)
+
+    def forward(self, x):
+        h = self.body(x).relu()
+        return self.cls(h), self.box(h)
+
+
+def test_of_several_heads_the_one_that_is_meant_is_named():
+    x = torch.randn(4, 8)
+    model = hatcl.convert(TwoHeads(), 2, x, num_classes={"cls": [3, 7]})
+    assert [[len(own.weight) for own in head.hat_tasks] for head in (model.cls, model.box)] == [[3, 7], [4, 4]]
+    text = r"several heads of different widths, cls \(3\), box \(4\); name the one that is meant, such as num_classes="
+    with pytest.raises(hatcl.ConfigError, match=text):
+        hatcl.convert(TwoHeads(), 2, x, num_classes=[3, 7])
+    with pytest.raises(hatcl.ConfigError, match="num_classes: got 'clss', which is no head; the model has cls, box"):
+        hatcl.convert(TwoHeads(), 2, x, num_classes={"clss": [3, 7]})
+    with pytest.raises(hatcl.ConfigError, match=r"num_classes\['cls'\]: got 3 numbers for 2 tasks"):
+        hatcl.convert(TwoHeads(), 2, x, num_classes={"cls": [3, 7, 9]})
+    both = hatcl.convert(TwoHeads(3), 2, x, num_classes=[3, 7])  # as distilled models have them
+    assert [[len(own.weight) for own in head.hat_tasks] for head in (both.cls, both.box)] == [[3, 7], [3, 7]]
+
+
+class Scored(nn.Module):
+    """Two heads; of the first each class has a factor, and another module adds to it."""
+
+    def __init__(self, tied=False):
+        super().__init__()
+        self.body, self.cls, self.more, self.box = nn.Linear(8, 16), *(nn.Linear(16, n) for n in (3, 3, 4))
+        self.factor = nn.Parameter(torch.ones(3))
+        if tied:
+            self.more.weight = self.cls.weight
+
+    def forward(self, x):
+        h = self.body(x).relu()
+        return (self.cls(h) + self.more(h.cos())) * self.factor, self.box(h)
+
+
+@pytest.mark.parametrize("named", ["cls", "more", ""])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_writes_the_same_classes_is_one_head(tmp_path, named, tied):
+    """Whichever part of it is named, all of it gets the width: a task's forward works, and is what is saved."""
+    x = torch.randn(16, 8)
+    model = hatcl.convert(Scored(tied), 2, x, num_classes={named: [3, 7]})
+    assert [len(own.factor) for own in model.hat_tasks] == [3, 7]
+    assert not tied or torch.equal(model.cls.hat_tasks[1].weight, model.more.hat_tasks[1].weight)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for t, n in enumerate((3, 7)):
+        with hatcl.learn(model, t, optimizer, 2):
+            for _ in range(2):
+                optimizer.zero_grad()
+                tf.cross_entropy(model(x)[0], torch.arange(16) % n).backward()
+                optimizer.step()
+    assert hatcl.certify(model, x, strict=True).exact
+    hatcl.save_pretrained(model.eval(), tmp_path)
+    again = hatcl.from_pretrained(tmp_path, base=Scored(tied))
+    for t, n in enumerate((3, 7)):
+        with hatcl.task(model, t), hatcl.task(again, t), torch.no_grad():
+            assert [y.shape[1] for y in model(x)] == [n, 4]
+            assert all(map(torch.equal, model(x), again(x)))
+    text = "num_classes: Scored has several heads of different widths, cls \\(3\\), box \\(4\\)"
+    with pytest.raises(hatcl.ConfigError, match=text):
+        hatcl.convert(Scored(tied), 2, x, num_classes=[3, 7])
+    with pytest.raises(hatcl.ConfigError, match="num_classes: 'cls', 'more' write the same classes; name one of them"):
+        hatcl.convert(Scored(tied), 2, x, num_classes={"cls": [3, 7], "more": [3, 7]})
+
+
+def test_one_number_of_classes_is_that_of_every_task():
+    model = hatcl.convert(parts.plain("mlp"), 2, parts.images("mlp"), num_classes=5)
+    assert [len(own.weight) for own in model[7].hat_tasks] == [5, 5]
+
+
+def test_a_head_that_is_tied_to_what_all_tasks_share():
+    source, x = zoo.make("tied"), zoo.data("tied")[0]
+    text = "num_classes: embedding: embedding.weight belongs to all tasks, .* or pass None"
+    with pytest.raises(hatcl.ConfigError, match=text):
+        hatcl.convert(source, 2, x, num_classes=[3, 7])
+
+
+@pytest.mark.parametrize("given", [0, -1, 2.0, True, "37", [2, None], {"7": ["a", 2]}, torch.tensor([2, 3])])
+def test_what_is_no_number_of_classes(given):
+    text = r"num_classes(\['7'\])?: got .*; expected a whole number of 1 or more, or a list of one per task"
+    with pytest.raises(hatcl.ConfigError, match=text):
+        hatcl.convert(parts.plain("mlp"), 2, parts.images("mlp"), num_classes=given)
