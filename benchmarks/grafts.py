@@ -282,8 +282,8 @@ def sequence(seed: int) -> None:
         for name, p in model.named_parameters():
             p.requires_grad_(not name.startswith("embeddings."))
         began = time.time()
-        learn = LearnOptions(epochs=5, batch_size=16, lr=5e-5)
-        found = learn_sequence(model, tasks, method, learn, method_options=options, seed=seed)
+        learn = LearnOptions(epochs=5, batch_size=16, lr=5e-5, seed=seed)
+        found = learn_sequence(model, tasks, method, learn, method_options=options)
         content[way] = {"tasks": list(TEXTS), **found.to_dict(), "seconds": time.time() - began}
         save(file, content)
         print(way, json.dumps(content[way], indent=1), flush=True)

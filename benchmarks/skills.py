@@ -99,7 +99,9 @@ def learned(name: str, base: nn.Module, tasks: list[ContinualTask], seed: int, o
             print(f"  {name} stage {at.stage} {at.task} {at.doing} {at.step}/{at.steps}: {at.value:.4f}", flush=True)
 
     began = time.time()
-    result = learn_sequence(model, tasks, method, options, method_options=changes, seed=seed, on_progress=tell)
+    result = learn_sequence(
+        model, tasks, method, dataclasses.replace(options, seed=seed), method_options=changes, on_progress=tell
+    )
     model.unload()
     content = {**result.to_dict(), "seconds": time.time() - began, "by_task": result.seconds}
     return {**content, "method": method, "changed": changes}

@@ -90,7 +90,7 @@ def main() -> None:
             model, tasks = images(seed) if form == "vit" else language(form, seed)
             began = time.time()
             with tempfile.TemporaryDirectory() as folder:
-                result = learn_sequence(model, tasks, "tasl", OPTIONS, folder=folder, seed=seed)
+                result = learn_sequence(model, tasks, "tasl", {**OPTIONS, "seed": seed}, folder=folder)
                 kept = sorted(p.relative_to(folder).as_posix() for p in Path(folder).glob("tasks/*/*"))
             row = {**result.to_dict(), "kept": kept, "seconds": time.time() - began}
             content.setdefault(form, {})[str(seed)] = row

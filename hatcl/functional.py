@@ -40,7 +40,7 @@ def scale_at(step: int, steps: int, max_scale: float, schedule: str = "linear") 
     return max_scale
 
 
-def rate_at(step: int, steps: int, lr: float, schedule: str = "constant", warmup: float = 0.0) -> float:
+def rate_at(step: float, steps: float, lr: float, schedule: str = "constant", warmup: float = 0.0) -> float:
     """The learning rate of step 0, 1, ... of `steps`, one of `RATES`: with w = round(warmup * steps), `lr (step + 1) /
     w` while step < w; then with p = (step - w) / (steps - w)
 

@@ -155,7 +155,7 @@ def run(
     model = made(method) if model is None else model
     tasks = text_tasks(bert()) if tasks is None else tasks
     result = learn_sequence(
-        model, tasks, method, {**QUICK, **options}, method_options=CHANGED.get(method), folder=folder, seed=seed,
+        model, tasks, method, {**QUICK, "seed": seed, **options}, method_options=CHANGED.get(method), folder=folder,
         on_progress=killer(until),
     )  # fmt: skip
     return model, result

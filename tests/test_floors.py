@@ -26,6 +26,7 @@ GUESTS = {
         "finetuning/loading.py",
         "hat/layers",
         "engine/schedule.py",
+        "engine/options.py",
         "zoo",
         "commands",
     ],

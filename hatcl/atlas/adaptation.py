@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 
 from ..calls import Head, moved, outputs
 from ..config import one_of
+from ..engine.loop import Tell
 from ..errors import ConfigError
 from .entropy import mean_entropy
 from .fitting import Fitted, Path_, fit
@@ -36,7 +37,7 @@ def adapt(
     objective: str = "ufm",
     options: Options = None,
     checkpoint: Path_ | None = None,
-    progress: Callable[[dict[str, float]], None] | None = None,
+    progress: Tell | None = None,
 ) -> Fitted:
     """Learn coefficients from examples without labels, by unsupervised FixMatch (UFM). Labels are used nowhere: also
     the coefficients kept are the last epoch's, chosen by nothing.

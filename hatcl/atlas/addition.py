@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..calls import again, cross_entropy
 from ..data.batches import Zipped
+from ..engine.loop import Tell
 from ..engine.measures import accuracy
 from ..errors import ConfigError
 from .fitting import Fitted, Path_, Select, fit
@@ -29,7 +30,7 @@ def add(
     options: Options = None,
     warm_start: Tensor | str | None = None,
     checkpoint: Path_ | None = None,
-    progress: Callable[[dict[str, float]], None] | None = None,
+    progress: Tell | None = None,
 ) -> Fitted:
     """Minimise the sum of the tasks' cross-entropies over the coefficients; of all epochs, the start and the pretrained
     model, the one with the best mean normalised accuracy on the tasks' validation batches is kept.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calls import Batches, Head, again, cross_entropy, one_pass, outputs
+from ..engine.loop import Tell
 from ..engine.measures import top1
 from ..errors import ConfigError
 from ..lend import Evaluating
@@ -68,7 +67,7 @@ def tip_adapter(
     steps: int = STEPS,
     warm_start: Tensor | None = None,
     checkpoint: Path_ | None = None,
-    progress: Callable[[dict[str, float]], None] | None = None,
+    progress: Tell | None = None,
 ) -> tuple[Fitted, CachedHead]:
     """Learn coefficients, W, alpha and beta of a `TipAdapter` together, on the cross-entropy of the shots. The cache is
     made from the shots' features at the start of the coefficients.

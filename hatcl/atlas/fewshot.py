@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from ..calls import Batches, Head, again, cross_entropy
 from ..data.batches import Repeated
+from ..engine.loop import Tell
 from ..engine.measures import accuracy
 from .fitting import Fitted, Path_, Select, fit
 from .linear import Composed
@@ -27,7 +26,7 @@ def few_shot(
     steps: int = STEPS,
     warm_start: Tensor | None = None,
     checkpoint: Path_ | None = None,
-    progress: Callable[[dict[str, float]], None] | None = None,
+    progress: Tell | None = None,
 ) -> Fitted:
     """Minimise the cross-entropy on a few labelled examples over the coefficients of other tasks' vectors (leave the
     target's own out of the composer). The epoch with the best validation accuracy is kept.

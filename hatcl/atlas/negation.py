@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ..calls import again, cross_entropy
 from ..data.batches import Zipped
+from ..engine.loop import Tell
 from ..engine.measures import accuracy
 from ..errors import ConfigError
 from .addition import started
@@ -31,7 +31,7 @@ def negate(
     options: Options = None,
     warm_start: Tensor | str | None = None,
     checkpoint: Path_ | None = None,
-    progress: Callable[[dict[str, float]], None] | None = None,
+    progress: Tell | None = None,
 ) -> Fitted:
     """Minimise `-CE_target + CE_control` over the coefficients. Of the epochs (and the start) whose control accuracy on
     validation is at least `keep` times the pretrained model's, the one with the lowest target accuracy is kept; where

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..calls import Batches, Head, again, moved, one_pass, outputs, split_batch
 from ..config import one_of
+from ..engine.loop import Tell
 from ..errors import ConfigError
 from .entropy import mean_entropy
 from .fewshot import by_accuracy
@@ -64,7 +65,7 @@ def learn_predictor(
     objective: str = "cross_entropy",
     options: Options = None,
     checkpoint: Path_ | None = None,
-    progress: Callable[[dict[str, float]], None] | None = None,
+    progress: Tell | None = None,
 ) -> Predicted:
     """Learn the linear map of a `Predicted`, by cross-entropy with labels or by the mean entropy without.
 

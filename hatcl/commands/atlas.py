@@ -59,11 +59,16 @@ WarmStart = Annotated[
 
 
 LEARNING = {
-    "lr": "Learning rate of AdamW.",
+    "optimizer": "Optimizer, by timm's name.",
+    "lr": "The highest learning rate.",
+    "momentum": "Of optimizers that have one.",
     "epochs": "Passes over the images.",
+    "max_steps": "So many steps, in place of --epochs.",
+    "warmup": "Share of the steps in which the rate rises.",
+    "compile": "Run training steps through torch.compile.",
     "weight_decay": "Decay of the coefficients.",
     "clip": "Clip the gradient's norm, 0 = off.",
-    "schedule": "Learning rate: constant, or cosine down to 0.",
+    "schedule": "Learning rate: constant, linear or cosine down to 0, tanh, step or poly.",
     "regulariser": "Weight of the coefficients' norm in the loss (the paper's is 0.5), 0 = off.",
     "p": "Which norm: 1 or 2.",
     "seed": "Of the held-out images, shots, partitions, and the order while learning.",

@@ -29,6 +29,7 @@ from ..calls import Head
 from ..data.images import FITS, Images, Preparation, Task, npz_task, preparation_for
 from ..data.shots import held_out
 from ..engine import folder as checkpoints
+from ..engine import loop
 from ..errors import ConfigError, HATError, IntegrityError, VectorError
 from ..files import sha256_of, write_files
 from ..hat.gates import gates_of
@@ -288,10 +289,12 @@ class Bar:
     def advance(self) -> None:
         self.progress.advance(self.bar)
 
-    def epoch(self, entry: Mapping[str, float], stage: str) -> None:
+    def epoch(self, at: loop.Progress, stage: str) -> None:
         """What `fit` tells after each epoch."""
-        number = int(entry["epoch"])
-        words = [f"{name} {entry[name]:.4g}" for name in ("loss", "score") if name in entry]
+        if at.doing != "epoch":
+            return
+        number = at.epoch
+        words = [f"{name} {at.measured[name]:.4g}" for name in ("loss", "score") if name in at.measured]
         self.progress.update(self.bar, completed=self.before + number, description=f"{stage}: {', '.join(words)}")
         if not out.is_terminal:
             out.print(f"{stage}, epoch {number}: {', '.join(words)}", soft_wrap=True)
@@ -384,9 +387,7 @@ class Run(Loaded):
         path = self.folder / file
         how = {} if warm_start is None or path.exists() else {"warm_start": warm_start}  # a checkpoint knows better
         self.bar.says(name)
-        self.stages[name] = procedure(
-            composed, checkpoint=path, progress=lambda entry: self.bar.epoch(entry, name), **how
-        )
+        self.stages[name] = procedure(composed, checkpoint=path, progress=lambda at: self.bar.epoch(at, name), **how)
         return self.stages[name]
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from ..engine.loop import Progress
 from ..errors import ConfigError
 from ..finetuning import FinetuneOptions, Run, TaskOptions, finetune_run, holds, list_finetune_modes
 from .atlas import spelled_out
@@ -17,20 +18,23 @@ from .atlas_run import Bar, err, out
 from .options import chosen, key_values, usable_device
 
 LEARNING = {
-    "optimizer": "sgd, after which few weights hold the skill, or adamw, after which they do so only with --l1.",
+    "optimizer": "Any of timm's: after sgd few weights hold the skill, after adamw only with --l1.",
     "lr": "The highest learning rate.",
-    "momentum": "Of sgd.",
+    "momentum": "Of optimizers that have one.",
     "weight_decay": "Weight decay, not of biases and norms.",
     "max_steps": "How many steps, however many passes they take; 1,000 unless --epochs are given.",
     "epochs": "Passes over the training examples, in place of --max-steps.",
     "batch_size": "Examples per step.",
-    "schedule": "constant, linear or cosine down to 0; auto is constant for sgd and linear for adamw.",
+    "schedule": "constant, linear or cosine down to 0, tanh, step or poly; auto is constant for sgd and else linear.",
     "warmup": "Share of the steps in which the rate rises.",
     "train_bias_only": "Train biases alone, and a new head.",
     "fix_embeddings": "Leave embeddings as they are.",
     "fix_head": "Leave the head as it is; by default a language model's or a fitted one stays, a random one learns.",
     "l1": "Pull to the pretrained weights: what the loss pulls less than this ends exactly there; try 1e-4 to 1e-2.",
-    "clip_grad": "Clip the gradient's norm, 0 = off.",
+    "clip": "Clip the gradient's norm, 0 = off.",
+    "accumulate": "So many batches make one step.",
+    "amp": "Mixed precision: none, bf16 or fp16.",
+    "compile": "Run training steps through torch.compile.",
     "dropout": "Train with the model's dropout.",
     "statistics": "Running statistics of batch norms: held, so that weights are all that changes, or learned.",
     "evaluate_every": "Steps between two validations; the best weights are kept.",
@@ -149,12 +153,13 @@ class _Telling:
     def __init__(self, bar: Bar) -> None:
         self.bar = bar
 
-    def __call__(self, told: Mapping[str, float]) -> None:
-        words = [f"{name} {told[name]:.4f}" for name in ("loss", "validation") if name in told]
-        step, steps = int(told["step"]), int(told["steps"])
-        self.bar.progress.update(self.bar.bar, completed=step, total=steps, description=", ".join(words))
-        if "validation" in told and not out.is_terminal:
-            out.print(f"step {step}: {', '.join(words)}", soft_wrap=True)
+    def __call__(self, at: Progress) -> None:
+        if at.doing != "learning":
+            return
+        words = [f"{name} {value:.4f}" for name, value in {"loss": at.value, **at.measured}.items()]
+        self.bar.progress.update(self.bar.bar, completed=at.step, total=at.steps, description=", ".join(words))
+        if at.measured and not out.is_terminal:
+            out.print(f"step {at.step}: {', '.join(words)}", soft_wrap=True)
 
 
 def _words(pairs: Sequence[str] | None) -> dict[str, str] | None:

@@ -49,7 +49,7 @@ DEFAULT_MODEL = "hat_test_resnet"
 RUNS = Path("runs")
 ZOO_RESULTS = Path("benchmarks/results/zoo.json")
 # what may differ when a run is taken up again: where it computes, and what helps a loss that went NaN
-FREE_ON_RESUME = {"device", "compile_steps", "checkpoint_seconds", "lr", "clip_grad", "amp"}
+FREE_ON_RESUME = {"device", "compile_steps", "checkpoint_seconds", "lr", "clip", "amp"}
 
 app = typer.Typer(
     name="hatcl",
@@ -111,19 +111,26 @@ def train_command(
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over each task.")] = TrainOptions.epochs,
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = TrainOptions.batch_size,
-    opt: Annotated[str, typer.Option(help="Optimizer, by timm's name.")] = TrainOptions.opt,
+    optimizer: Annotated[str, typer.Option(help="Optimizer, by timm's name.")] = TrainOptions.optimizer,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = TrainOptions.lr,
     weight_decay: Annotated[float, typer.Option(help="Weight decay; frozen weights do not decay.")] = (
         TrainOptions.weight_decay
     ),
-    sched: Annotated[str, typer.Option(help="Learning rate schedule over each task, by timm's name, or none.")] = (
-        TrainOptions.sched
-    ),
-    warmup_epochs: Annotated[int, typer.Option(help="Warm-up of the schedule.")] = TrainOptions.warmup_epochs,
+    momentum: Annotated[float | None, typer.Option(help="Of optimizers that have one.")] = TrainOptions.momentum,
+    max_steps: Annotated[
+        int | None, typer.Option(help="So many steps of each task, in place of --epochs.")
+    ] = TrainOptions.max_steps,
+    schedule: Annotated[
+        str, typer.Option(help="Learning rate over each task: constant, linear, cosine, tanh, step or poly.")
+    ] = TrainOptions.schedule,
+    warmup: Annotated[
+        float, typer.Option(help="Share of a task's steps in which the rate rises.")
+    ] = TrainOptions.warmup,
+    accumulate: Annotated[int, typer.Option(help="So many batches make one step.")] = TrainOptions.accumulate,
     fresh_optimizer: Annotated[
         bool, typer.Option(help="A new optimizer for each task instead of one for all.")
     ] = TrainOptions.fresh_optimizer,
-    clip_grad: Annotated[float, typer.Option(help="Clip the gradients' norm, 0 = off.")] = TrainOptions.clip_grad,
+    clip: Annotated[float, typer.Option(help="Clip the gradients' norm, 0 = off.")] = TrainOptions.clip,
     amp: Annotated[str, typer.Option(help="Mixed precision: none, bf16 or fp16.")] = TrainOptions.amp,
     compile_steps: Annotated[
         bool, typer.Option("--compile", help="Run training steps through torch.compile.")

@@ -104,7 +104,7 @@ def run_command(
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = DEFAULT.weight_decay,
     schedule: Annotated[str, typer.Option(help="constant, linear, or cosine, per task.")] = DEFAULT.schedule,
     warmup: Annotated[float, typer.Option(help="Share of a task's steps in which the rate rises.")] = DEFAULT.warmup,
-    clip_grad: Annotated[float, typer.Option(help="Clip the gradients' norm, 0 = off.")] = DEFAULT.clip_grad,
+    clip: Annotated[float, typer.Option(help="Clip the gradients' norm, 0 = off.")] = DEFAULT.clip,
     evaluate: Annotated[
         str, typer.Option(help="After each task score the tasks so far and the next one, or all.")
     ] = DEFAULT.evaluate,
@@ -121,7 +121,10 @@ def run_command(
     chosen("--schedule", schedule, RATES)
     chosen("--evaluate", evaluate, EVALUATE)
     where = usable_device(device)
-    options = LearnOptions(epochs, batch_size, lr, weight_decay, schedule, warmup, clip_grad, evaluate)
+    options = LearnOptions(
+        epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule, warmup=warmup,
+        clip=clip, evaluate=evaluate, seed=seed,
+    )  # fmt: skip
     settings = key_values("--set", set_)
     gates = HATConfig.from_dict(settings) if method == HAT else None
     chosen_method = continual.make_method(method, None if gates else settings)
@@ -150,9 +153,7 @@ def run_command(
     try:
         with Bar(total, "steps") as bar:
             tell = _Telling(bar, stages, tasks, options)
-            result = continual.learn_sequence(
-                adapted, tasks, chosen_method, options, folder=output, seed=seed, on_progress=tell
-            )
+            result = continual.learn_sequence(adapted, tasks, chosen_method, options, folder=output, on_progress=tell)
     except Exception:
         if fresh and not (output / checkpoints.CONFIG).exists():
             (output / COMMAND).unlink(missing_ok=True)
@@ -329,7 +330,7 @@ class _Telling:
         word = f"{at.task}: {'loss' if at.doing == 'learning' else 'score'} {at.value:.4f}"
         if at.doing == "learning":
             self.bar.progress.update(self.bar.bar, completed=self.before[at.stage] + at.step, description=word)
-        elif not out.is_terminal:
+        elif at.doing == "scoring" and not out.is_terminal:
             when = "before learning" if at.stage < 0 else f"stage {at.stage}"
             out.print(f"{when}, {word}", soft_wrap=True)
 

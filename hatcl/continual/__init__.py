@@ -6,12 +6,13 @@ result = hatcl.continual.learn_sequence(model, tasks, "tasl", {"epochs": 2}, fol
 """
 
 from ..data.texts import TextData, Turn, read_texts
+from ..engine.loop import Progress
 from .generation import causal_task, seq2seq_task
 from .label_words import label_word_task
 from .methods import Batch, Method, continual_method, list_continual_methods, make_method
 from .options import LearnOptions
 from .result import SequenceResult
-from .sequence import Progress, learn_sequence
+from .sequence import learn_sequence
 from .tasks import ContinualTask
 
 __all__ = [

@@ -2,93 +2,84 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import logging
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ..data.images import Preparation, Task, num_batches, test_batches, train_batches
+from ..calls import seeded
+from ..config import flag, number, one_of, whole
+from ..data.images import FITS, Preparation, Task, num_batches, test_batches, train_batches
 from ..engine import folder as checkpoints
 from ..engine import measures as metrics
-from ..engine.schedule import make_optimizer, make_scheduler
-from ..errors import ConfigError, IntegrityError, NonFiniteLossError
+from ..engine.loop import Loop, Work
+from ..engine.options import LoopOptions
+from ..engine.schedule import make_optimizer
+from ..engine.state import Modes, Standing, load_optimizer, seed_all
+from ..errors import ConfigError, IntegrityError
 from ..hat.certify import certify
 from ..hat.describe import describe
-from ..hat.learn import learn
+from ..hat.learn import Learning, learn
 from ..hat.tasks import set_task
 from ..hat.tasks import task as active_task
+from ..lend import Evaluating
 
 log = logging.getLogger(__name__)
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions:
-    """How `train` learns each task.
+class TrainOptions(LoopOptions):
+    """How `train` learns each task. `HATConfig.cycles` says how often the scale of the gates is annealed in a task's
+    epochs.
 
     Args:
-        epochs: passes over a task's training images; `HATConfig.cycles` says how often the scale of the gates is
-            annealed in them.
         batch_size: largest training batch; the batches of an epoch are of nearly equal size.
-        opt, lr, weight_decay: for `timm.optim.create_optimizer_v2`.
-        sched, warmup_epochs: for `timm.scheduler.create_scheduler_v2`, over each task anew; `none` keeps the rate.
         fresh_optimizer: build a new optimizer for each task instead of keeping one for all.
-        clip_grad: clip the gradients' norm to this, 0 = off.
-        amp: `none`, `bf16` or `fp16` (with a gradient scaler).
-        compile: run training steps through `torch.compile`.
         flip: mirror training images with probability 1/2.
         crop: shift training images by up to this many pixels.
         size, fit: see `Preparation`.
-        seed: of the batches' order, augmentation, dropout and the like.
         device: where to run.
         eval_batch_size: batch size of testing; part of the options because another size may round differently.
         checkpoint_seconds: a checkpoint is written at the first step after this many seconds, and after each task.
+
+    Raises:
+        ConfigError: a value outside its range, see also `LoopOptions`.
     """
 
-    epochs: int = 12
-    batch_size: int = 32
-    opt: str = "adamw"
     lr: float = 3e-3
     weight_decay: float = 0.05
-    sched: str = "cosine"
-    warmup_epochs: int = 0
+    epochs: int = 12
+    schedule: str = "cosine"
+    batch_size: int = 32
     fresh_optimizer: bool = False
-    clip_grad: float = 0.0
-    amp: str = "none"
-    compile: bool = False
     flip: bool = False
     crop: int = 0
     size: int | None = 32
     fit: str = "resize"
-    seed: int = 0
     device: str = "cpu"
     eval_batch_size: int = 256
     checkpoint_seconds: float = 20.0
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 1), ("eval_batch_size", 1), ("size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{name}: got {value}, expected at least {low}")
-        for name in ("weight_decay", "warmup_epochs", "clip_grad", "crop", "checkpoint_seconds", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 0")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ConfigError(f"lr: got {self.lr}, expected a number above 0")
-        if self.amp not in ("none", *AMP):
-            raise ConfigError(f"amp: got {self.amp!r}, expected none, {' or '.join(AMP)}")
-        if self.warmup_epochs >= self.epochs:
-            raise ConfigError(f"warmup_epochs: got {self.warmup_epochs} of {self.epochs} epochs, expected fewer")
+        super().__post_init__()
+        for name in ("batch_size", "eval_batch_size", "size"):
+            whole(name, getattr(self, name), optional=name == "size")
+        whole("crop", self.crop, 0)
+        number("checkpoint_seconds", self.checkpoint_seconds, 0)
+        one_of("fit", self.fit, FITS)
+        for name in ("fresh_optimizer", "flip"):
+            flag(name, getattr(self, name))
+        try:
+            torch.device(self.device)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"device: got {self.device!r}, expected cpu, cuda, cuda:1, ...") from error
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -231,13 +222,9 @@ def train(
 def test_logits(model: nn.Module, task: Task, prepare: Preparation, options: TrainOptions) -> torch.Tensor:
     """The logits of `model`, as it is set, on the task's whole test set, on the CPU. Runs in eval mode."""
     device = torch.device(options.device)
-    training = model.training
-    model.eval()
-    try:
+    with Evaluating(model):
         batches = test_batches(task, prepare, options.eval_batch_size)
         return torch.cat([model(x.to(device)).float().cpu() for x, _ in batches])
-    finally:
-        model.train(training)
 
 
 def logits_digest(logits: torch.Tensor) -> str:
@@ -248,6 +235,80 @@ def logits_digest(logits: torch.Tensor) -> str:
 def probe_inputs(task: Task, prepare: Preparation, count: int = 8) -> torch.Tensor:
     """A few test images to certify with."""
     return prepare(task.x_test[:count])
+
+
+class _Learning(Work):
+    """One task as a loop's work."""
+
+    kind = "hatcl.images"
+    promise = "Nothing of it was sealed; earlier tasks are as they were"
+    learning: Learning
+
+    def __init__(self, run: _Run, t: int) -> None:
+        super().__init__(run.tasks[t].name, run.model, run.model.parameters())
+        self.of, self.t = run, t
+        self.last: list[list[float]] = []  # loss and penalty of the last epoch's steps
+        self.now: list[float] = []
+
+    @property
+    def title(self) -> str:
+        return f"task {self.t} ({self.name})"
+
+    def set_mode(self) -> None:
+        self.of.modes.train()
+
+    def epoch_length(self) -> int:
+        return num_batches(self.of.tasks[self.t], self.of.options.batch_size)
+
+    def batches(self, epoch: int) -> list[tuple[int, int]]:
+        """Which batch of which epoch; the images are read when their turn comes."""
+        return [(epoch, number) for number in range(self.epoch_length())]
+
+    def loss(self, batch: tuple[int, int]) -> Tensor:
+        run, (epoch, number) = self.of, batch
+        o, seed = run.options, (run.options.seed, self.t, epoch)
+        x, y = next(
+            train_batches(
+                run.tasks[self.t], run.prepare[self.t], o.batch_size, seed=seed, start=number, flip=o.flip, crop=o.crop
+            )
+        )
+        x, y = x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
+        entropy = F.cross_entropy(run.model(x), y)
+        with torch.autocast(run.device.type, enabled=False):
+            penalty = self.learning.penalty()
+        self.now = [float(entropy.detach()), float(penalty.detach())]
+        return entropy + penalty
+
+    def after_step(self, loop: Loop, batches: list[Any]) -> dict[str, float]:
+        loss, penalty = self.now
+        if loop.steps is not None and loop.step > loop.steps - -(-self.epoch_length() // loop.options.accumulate):
+            self.last.append([loss, penalty])
+        self.of.watcher.stepped(self.t, loop.step, loss, penalty, self.learning.scale)
+        return {"loss": loss, "penalty": penalty, "scale": self.learning.scale}
+
+    def state(self) -> dict[str, Any]:
+        return {"last": self.last}
+
+    def load_state(self, state: Mapping[str, Any], where: object) -> None:
+        self.last = [list(pair) for pair in state["last"]]
+
+
+class _Kept(Standing):
+    """A run's checkpoint: the model as a whole, so that every command can look at it."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__(run.folder or Path(), seconds=run.options.checkpoint_seconds)
+        self.of = run
+
+    def read(self, kind: str) -> dict[str, Any] | None:
+        return self.of.standing
+
+    def due(self) -> bool:
+        return self.of.folder is not None and super().due()
+
+    def write(self, kind: str, state: Mapping[str, Any]) -> None:
+        self.of.save(dict(state))
+        self.last = time.monotonic()
 
 
 class _Run:
@@ -263,23 +324,19 @@ class _Run:
         checkpoint: checkpoints.Checkpoint | None,
     ) -> None:
         self.device = torch.device(options.device)
-        self.model = model.to(self.device)
+        self.model, self.modes = model.to(self.device), Modes(model)
         self.tasks, self.options, self.folder, self.watcher = tasks, options, folder, watcher
         self.prepare = [Preparation.of(task, size=options.size, fit=options.fit) for task in tasks]
-        self.epoch_steps = [num_batches(task, options.batch_size) for task in tasks]
         self.digests = [task.digest() for task in tasks]
-        self.forward: nn.Module = model
-        if options.compile:
-            self.forward = torch.compile(model)  # type: ignore[assignment]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         self.optimizer: torch.optim.Optimizer | None = None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         self.result = RunResult()
-        self.next_task, self.next_step = 0, 0
-        self.random_state: dict[str, Any] | None = None
+        self.next_task = 0
+        self.standing: dict[str, Any] | None = None
         if checkpoint is not None:
             self._take_up(checkpoint)
         self.clock = time.monotonic()
-        self.saved = self.clock
+        self.kept = _Kept(self)
 
     def _take_up(self, checkpoint: checkpoints.Checkpoint) -> None:
         progress, training = checkpoint.progress, checkpoint.training
@@ -294,70 +351,46 @@ class _Run:
                 "with; put the same files back, or start a new run in another folder"
             )
         self.result = RunResult.from_dict(progress["result"])
-        self.next_task, self.next_step = progress["task"], progress["step"]
-        self.random_state = training["random"]
+        self.next_task, self.standing = progress["task"], training["loop"]
         if training["optimizer"] is not None:
-            self.optimizer = self._new_optimizer()
-            self.optimizer.load_state_dict(training["optimizer"])
-            for group in self.optimizer.param_groups:  # the rate may be another one now, say after a loss went NaN
-                for name in {"lr", "initial_lr"} & group.keys():
-                    group[name] *= self.options.lr / progress["lr"]
+            self.optimizer = make_optimizer(self.model, self.options)
+            load_optimizer(self.optimizer, training["optimizer"], "the run's checkpoint")
             if training["scaler"]:  # empty where the run did without one
                 self.scaler.load_state_dict(training["scaler"])
 
     def go(self) -> RunResult:
-        steps = [count * self.options.epochs for count in self.epoch_steps]
+        steps = [self.options.steps_of(num_batches(task, self.options.batch_size)) or 0 for task in self.tasks]
         self.watcher.started(self.tasks, steps, self.result)
-        for t in range(self.next_task, len(self.tasks)):
-            self._learn(t, first_step=self.next_step)
-            self.next_task, self.next_step = t + 1, 0
-            self._save()
-            self.watcher.sealed(t, self.result)
-        self._finish()
+        with seeded(self.options.seed, self.device):
+            try:
+                for t in range(self.next_task, len(self.tasks)):
+                    self._learn(t, steps[t])
+                    self.next_task, self.standing = t + 1, None
+                    self.save(None)
+                    self.watcher.sealed(t, self.result)
+                self._finish()
+            finally:
+                self.modes.put_back()
         return self.result
 
     # --- learning ---
 
-    def _learn(self, t: int, first_step: int) -> None:
+    def _learn(self, t: int, steps: int) -> None:
         options, task, prepare = self.options, self.tasks[t], self.prepare[t]
-        per_epoch = self.epoch_steps[t]
-        if first_step and self.random_state is not None:
-            checkpoints.set_random_state(self.random_state, self.device)
-        else:
-            torch.manual_seed(options.seed * 1_000_003 + t)
+        if self.standing is None:
+            seed_all(options.seed * 1_000_003 + t)
             if options.fresh_optimizer:
                 self.optimizer = None
         if self.optimizer is None:
-            self.optimizer = self._new_optimizer()
-        scheduler = make_scheduler(
-            self.optimizer,
-            options.sched,
-            epochs=options.epochs,
-            steps_per_epoch=per_epoch,
-            warmup_epochs=options.warmup_epochs,
-        )
-        if scheduler is not None:
-            scheduler.step_update(first_step)
-        total = options.epochs * per_epoch
-        last_epoch: list[tuple[float, float]] = []
-        step = first_step
-        self.watcher.learning(t, step)
+            self.optimizer = make_optimizer(self.model, options)
+        work = _Learning(self, t)
+        loop = Loop(work, options, optimizer=self.optimizer, scaler=self.scaler, standing=self.kept)
+        self.watcher.learning(t, loop.step)
         with learn(
-            self.model, t, optimizer=self.optimizer, steps=total, epochs=options.epochs, start=first_step
-        ) as learning:
-            for x, y in self._batches(t, first_step):
-                self.model.train()
-                loss, penalty = self._step(t, step, x, y, learning)
-                step += 1
-                if scheduler is not None:
-                    scheduler.step_update(step)
-                if step > total - per_epoch:
-                    last_epoch.append((loss, penalty))
-                self.watcher.stepped(t, step, loss, penalty, learning.scale)
-                if step < total and time.monotonic() - self.saved >= options.checkpoint_seconds:
-                    self.next_step = step
-                    self._save()
-            with learning.soft():
+            self.model, t, optimizer=self.optimizer, steps=steps, epochs=options.epochs, start=loop.step
+        ) as work.learning:
+            loop.run()
+            with work.learning.soft():
                 soft = test_logits(self.model, task, prepare, options)
         hard = self._test(t)[t]
         self._tick()
@@ -368,61 +401,16 @@ class _Run:
             TaskRecord(
                 name=task.name,
                 classes=task.num_classes,
-                steps=total,
+                steps=steps,
                 seconds=self.result.seconds - sum(record.seconds for record in self.result.records),
                 soft_accuracy=metrics.top1(soft, labels),
                 hard_accuracy=metrics.top1(hard, labels),
                 units_used=description["use"][t],
-                loss=sum(loss for loss, _ in last_epoch) / max(1, len(last_epoch)),
-                penalty=sum(penalty for _, penalty in last_epoch) / max(1, len(last_epoch)),
+                loss=sum(loss for loss, _ in work.last) / max(1, len(work.last)),
+                penalty=sum(penalty for _, penalty in work.last) / max(1, len(work.last)),
                 logits_sha256=logits_digest(hard),
             )
         )
-
-    def _step(self, t: int, step: int, x: torch.Tensor, y: torch.Tensor, learning: Any) -> tuple[float, float]:
-        assert self.optimizer is not None
-        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        with self._autocast():
-            entropy = F.cross_entropy(self.forward(x), y)
-        penalty = learning.penalty()
-        loss = entropy + penalty
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"task {t} ({self.tasks[t].name}): the loss is {float(loss.detach())} at step {step + 1}; expected a "
-                f"finite number. Nothing of task {t} was sealed; earlier tasks are as they were. Look for NaN in the "
-                "data, or go on from the last checkpoint with a lower lr, clipped gradients or without AMP "
-                "(hatcl train --resume --lr, --clip-grad, --amp)"
-            )
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        if self.options.clip_grad:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return float(entropy.detach()), float(penalty.detach())
-
-    def _batches(self, t: int, first_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All batches of a task from step `first_step` on."""
-        first_epoch, start = divmod(first_step, self.epoch_steps[t])
-        for epoch in range(first_epoch, self.options.epochs):
-            yield from train_batches(
-                self.tasks[t],
-                self.prepare[t],
-                self.options.batch_size,
-                seed=(self.options.seed, t, epoch),
-                start=start if epoch == first_epoch else 0,
-                flip=self.options.flip,
-                crop=self.options.crop,
-            )
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.options.amp == "none":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=AMP[self.options.amp])
-
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.model, self.options.opt, self.options.lr, self.options.weight_decay)
 
     # --- testing ---
 
@@ -459,22 +447,13 @@ class _Run:
         self.result.seconds += now - self.clock
         self.clock = now
 
-    def _save(self) -> None:
+    def save(self, loop: dict[str, Any] | None) -> None:
+        """Write a checkpoint: of a loop in the middle of a task, or between two tasks."""
         self._tick()
         if self.folder is None:
             return
-        training = {
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": checkpoints.random_state(self.device),
-        }
-        progress = {
-            "task": self.next_task,
-            "step": self.next_step,
-            "lr": self.options.lr,
-            "digests": self.digests,
-            "result": self.result.to_dict(),
-        }
+        optimizer = None if self.optimizer is None else self.optimizer.state_dict()
+        progress = {"task": self.next_task, "digests": self.digests, "result": self.result.to_dict()}
+        training = {"optimizer": optimizer, "scaler": self.scaler.state_dict(), "loop": loop}
         checkpoints.save_checkpoint(self.folder, checkpoints.Checkpoint(self.model, training, progress))
-        self.saved = time.monotonic()
-        log.info("checkpoint at task %d, step %d in %s", self.next_task, self.next_step, self.folder)
+        log.info("checkpoint of task %d in %s", self.next_task, self.folder)

@@ -4,51 +4,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import Changeable, flag, number, one_of, whole
-from ..functional import RATES, rate_at
+from ..config import flag, one_of, whole
+from ..engine.options import LoopOptions
 
 EVALUATE = ("next", "all")
+SCORED_ON = ("test", "validation")
 
 
 @dataclass(frozen=True)
-class LearnOptions(Changeable):
-    """How `learn_sequence` trains: AdamW, made anew for every task.
+class LearnOptions(LoopOptions):
+    """How `learn_sequence` trains, with an optimizer that is made anew for every task.
 
     Args:
-        epochs: passes over a task's examples. batch_size: examples per step.
-        lr: the highest learning rate. weight_decay: decoupled, on all that is trained.
-        schedule: after the warm-up `constant`, or `linear` or `cosine` down to 0 at a task's last step.
-        warmup: share of a task's steps in which the learning rate rises linearly from 0.
-        clip_grad: clip the gradient's norm to this, 0 = off.
+        batch_size: examples per batch.
         evaluate: after each task, score the tasks learned so far and the `next` one, which is what the measures need,
             or `all`.
         baseline: score every task before anything is learned, for forward transfer.
+        score_on: which examples scores are of: `test`, or `validation`, by which options and methods are to be chosen.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value outside its range, see also `LoopOptions`.
     """
 
-    epochs: int = 1
-    batch_size: int = 16
     lr: float = 3e-4
-    weight_decay: float = 0.0
+    epochs: int = 1
     schedule: str = "cosine"
     warmup: float = 0.1
-    clip_grad: float = 1.0
+    clip: float = 1.0
+    batch_size: int = 16
     evaluate: str = "next"
     baseline: bool = True
+    score_on: str = "test"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            whole(name, getattr(self, name))
-        number("lr", self.lr, 0, without="low")
-        for name in ("weight_decay", "clip_grad"):
-            number(name, getattr(self, name), 0)
-        number("warmup", self.warmup, 0, 1, without="high", what="a share")
+        super().__post_init__()
+        whole("batch_size", self.batch_size)
         flag("baseline", self.baseline)
-        one_of("schedule", self.schedule, RATES)
         one_of("evaluate", self.evaluate, EVALUATE)
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step 0, 1, ... of a task's `steps`, see `hatcl.functional.rate_at`."""
-        return rate_at(step, steps, self.lr, self.schedule, self.warmup)
+        one_of("score_on", self.score_on, SCORED_ON)

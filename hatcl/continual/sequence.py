@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..calls import device_of, seeded
+from ..config import number
 from ..engine import folder as checkpoints
-from ..errors import ConfigError, NonFiniteLossError, SkillError
+from ..engine.loop import Loop, Progress, Tell, Work
+from ..engine.state import Modes, Standing, kept_whole, put, seed_all
+from ..errors import SkillError
 from ..files import complete, replaced_folder
 from ..skills.tensors import skill_tensors
 from .folder import (
@@ -29,6 +32,7 @@ from .folder import (
     check,
     claim,
     read_state,
+    state_of,
     task_folder,
     write_state,
     write_task,
@@ -38,22 +42,7 @@ from .options import LearnOptions
 from .result import SequenceResult
 from .tasks import ContinualTask, check_tasks
 
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands; `learn_sequence` gives one after each step and each score.
-
-    Attributes:
-        stage: which stage. doing: `learning` or `scoring`. task: the name of the task at work.
-        step, steps: of this stage, done and in all. value: the step's loss, or the score.
-    """
-
-    stage: int
-    doing: str
-    task: str
-    step: int
-    steps: int
-    value: float
+LEARNING = "learning_{}.pt"  # where a stage's loop stands
 
 
 def learn_sequence(
@@ -64,34 +53,95 @@ def learn_sequence(
     *,
     method_options: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
-    seed: int = 0,
-    on_progress: Callable[[Progress], None] | None = None,
+    seconds: float = 60.0,
+    on_progress: Tell | None = None,
 ) -> SequenceResult:
     """Learn tasks one after another and score them after each.
 
     What requires a gradient is trained: the active adapter of a peft model, or a whole model. The model is left as the
-    last task's method left it, in the mode it came in.
+    last task's method left it, each module in the mode it came in. A model that came in evaluation mode is trained in
+    training mode; of one that came in training mode, modules that were put into evaluation mode stay in it.
+
+    `options.seed` is of the batches' order, dropout and what the method draws; all generators are seeded anew for each
+    stage, so that a stage does not depend on how the ones before it were run. The caller's random state is put back.
 
     Args:
         model: a peft model with one active LoRA adapter, or any module.
         tasks: see `ContinualTask`.
         method: one of `list_continual_methods()`, or a `Method`. method_options: what to change of its options.
         options: how to train, see `LearnOptions`, or a mapping of what to change.
-        folder: where the run is kept (see `hatcl/continual/folder.py`). A run that is there goes on after its last
-            finished task, and ends with what an uninterrupted run gives, bit for bit; a finished one is read.
-        seed: of the batches' order, dropout and what the method draws; anew for each stage, so that a stage does not
-            depend on how the ones before it were run. The caller's random state is put back.
-        on_progress: is told after each step and each score.
+        folder: where the run is kept (see `hatcl/continual/folder.py`). A run that is there goes on where it stopped,
+            and ends with what an uninterrupted run gives, bit for bit; a finished one is read. seconds: between two
+            checkpoints within a task, where the method can go on in the middle of one (`Method.state`).
+        on_progress: is told after each step, each epoch and each score.
 
     Raises:
         ConfigError: options, tasks or a folder that do not fit. SkillError: an adapter or a base model that does not
-            fit the method or the folder's run. NonFiniteLossError: a loss that is not finite; the folder holds the
-            tasks before it.
+            fit the method or the folder's run. NonFiniteLossError: a loss or gradient that is not finite; the folder
+            holds the tasks before it. IntegrityError: a damaged file in the folder.
     """
-    check_tasks(tasks)
     chosen = make_method(method, method_options)
     learning = LearnOptions().changed(options)
-    return _Run(model, list(tasks), chosen, learning, None if folder is None else Path(folder), seed, on_progress).go()
+    check_tasks(tasks, validated=learning.score_on == "validation")
+    number("seconds", seconds, 0)
+    where = None if folder is None else Path(folder)
+    return _Run(model, list(tasks), chosen, learning, where, seconds, on_progress).go()
+
+
+class _Stage(Work):
+    """One stage as a loop's work: one task, or several together."""
+
+    kind = "hatcl.continual"
+    promise = "A run's folder holds the tasks before it"
+
+    def __init__(self, run: _Run, stage: int) -> None:
+        indices = run.stages[stage]
+        trained = (p for p in run.model.parameters() if p.requires_grad)
+        super().__init__(run.tasks[indices[0]].name, run.model, trained)
+        self.run, self.stage, self.indices, self.method = run, stage, indices, run.method
+        self.order = torch.Generator().manual_seed(_mix(run.options.seed, stage + 1))
+        self.generators = [self.order]
+        self.losses: list[float] = []
+
+    def set_mode(self) -> None:
+        self.run.modes.train()
+
+    def epoch_length(self) -> int:
+        return sum(-(-len(self.run.tasks[i].train) // self.run.options.batch_size) for i in self.indices)
+
+    def batches(self, epoch: int) -> list[Batch]:
+        """Every example once; the batches of a stage's tasks are shuffled together."""
+        size, found = self.run.options.batch_size, list[Batch]()
+        for i in self.indices:
+            order = torch.randperm(len(self.run.tasks[i].train), generator=self.order).tolist()
+            found += [Batch(i, self.run.tasks[i], tuple(order[k : k + size])) for k in range(0, len(order), size)]
+        if len(self.indices) > 1:
+            found = [found[k] for k in torch.randperm(len(found), generator=self.order).tolist()]
+        return found
+
+    def loss(self, batch: Batch) -> Tensor:
+        self.name = batch.task.name
+        return self.method.loss(self.model, batch)
+
+    def size(self, batch: Batch) -> float:
+        return len(batch.positions)
+
+    def said_of(self, batch: Batch) -> str:
+        return f"the examples {list(batch.positions[:4])} ..."
+
+    def after_step(self, loop: Loop, batches: list[Any]) -> dict[str, float]:
+        self.method.after_step(self.model, batches)
+        self.losses.append(loop.losses[-1])
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        tensors = {n: t.detach() for n, t in state_of(self.model).items()}
+        return {"tensors": tensors, "losses": self.losses, "method": self.method.state()}
+
+    def load_state(self, state: Mapping[str, Any], where: object) -> None:
+        put(state_of(self.model), state["tensors"])
+        self.losses = [float(loss) for loss in state["losses"]]
+        self.method.load_state(state["method"])
 
 
 class _Run:
@@ -104,12 +154,13 @@ class _Run:
         method: Method,
         options: LearnOptions,
         folder: Path | None,
-        seed: int,
-        on_progress: Callable[[Progress], None] | None,
+        seconds: float,
+        on_progress: Tell | None,
     ) -> None:
         self.model, self.tasks, self.method, self.options = model, tasks, method, options
-        self.folder, self.seed, self.tell = folder, seed, on_progress or (lambda progress: None)
+        self.folder, self.seconds, self.tell = folder, seconds, on_progress or (lambda progress: None)
         self.stages = method.stages(len(tasks))
+        self.modes = Modes(model)
         self.result = SequenceResult(method.name, [t.name for t in tasks])
 
     def go(self) -> SequenceResult:
@@ -118,21 +169,19 @@ class _Run:
                 f"{type(self.model).__name__}: no parameter requires a gradient; give a peft model whose adapter is "
                 "trainable (is_trainable=True where it was loaded)"
             )
-        was_training = self.model.training
-        with _own_randomness(self.model):
+        with seeded(_mix(self.options.seed, 0), device_of(self.model)):
             try:
                 self._go()
             finally:
-                self.model.train(was_training)
+                self.modes.put_back()
         return self.result
 
     def _go(self) -> None:
         done = 0
-        torch.manual_seed(_mix(self.seed, 0))
         config = self._config()  # before the method adds adapters of its own
         if self.folder is not None:
             check(self.folder, config)
-        self.method.start(self.model, self.tasks, self.seed)
+        self.method.start(self.model, self.tasks, self.options.seed)
         if self.folder is not None:
             claim(self.folder, config)
             done = self._resume(self.folder)
@@ -142,7 +191,7 @@ class _Run:
             if self.folder is not None:
                 self._checkpoint(self.folder, 0)
         for stage in range(done, len(self.stages)):
-            torch.manual_seed(_mix(self.seed, stage + 1))
+            seed_all(_mix(self.options.seed, stage + 1))
             began = time.perf_counter()
             self._learn(stage)
             learned = time.perf_counter()
@@ -160,49 +209,19 @@ class _Run:
     # --- one stage ---
 
     def _learn(self, stage: int) -> None:
-        model, options = self.model, self.options
-        self.method.begin(model, stage)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=options.weight_decay)
-        batches = list(self._batches(stage))
-        losses: list[float] = []
-        model.train()
-        with self.method.watching(model, optimizer, len(batches)):
-            for step, batch in enumerate(batches):
-                for group in optimizer.param_groups:
-                    group["lr"] = options.rate(step, len(batches))
-                loss = self.method.loss(model, batch)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise NonFiniteLossError(
-                        f"task {batch.task.name}, step {step}: the loss is {value}; lower lr ({options.lr:g}), or look "
-                        f"at the examples {list(batch.positions[:4])} ..."
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if options.clip_grad:
-                    nn.utils.clip_grad_norm_(trained, options.clip_grad)
-                optimizer.step()
-                self.method.after_step(model, batch)
-                losses.append(value)
-                self.tell(Progress(stage, "learning", batch.task.name, step + 1, len(batches), value))
-        optimizer.zero_grad(set_to_none=True)
-        self.method.end(model, stage)
+        self.method.begin(self.model, stage)
+        standing = None
+        if self.folder is not None and self.method.state() is not None:
+            standing = Standing(self.folder / LEARNING.format(stage), seconds=self.seconds)
+        work = _Stage(self, stage)
+        loop = Loop(work, self.options, standing=standing, tell=self.tell)
+        with self.method.watching(self.model, loop.optimizer, loop.steps or 0, loop.step):
+            loop.run()
+        loop.optimizer.zero_grad(set_to_none=True)
+        self.method.end(self.model, stage)
+        losses = work.losses
         tenth = -(-len(losses) // 10)
         self.result.losses.append([sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth])
-
-    def _batches(self, stage: int) -> Iterator[Batch]:
-        """Each epoch every example once; the batches of a stage's tasks are shuffled together."""
-        size = self.options.batch_size
-        generator = torch.Generator().manual_seed(_mix(self.seed, stage + 1))
-        for _ in range(self.options.epochs):
-            found = []
-            for i in self.stages[stage]:
-                order = torch.randperm(len(self.tasks[i].train), generator=generator).tolist()
-                found += [Batch(i, self.tasks[i], tuple(order[k : k + size])) for k in range(0, len(order), size)]
-            if len(self.stages[stage]) > 1:
-                found = [found[k] for k in torch.randperm(len(found), generator=generator).tolist()]
-            yield from found
 
     def _due(self, stage: int) -> list[int]:
         """Which tasks to score after a stage."""
@@ -217,8 +236,10 @@ class _Run:
         self.model.eval()
         for i in due:
             with torch.no_grad(), self.method.scoring(self.model, i):
-                row[i] = float(self.tasks[i].score(self.model))
-                self.tell(Progress(stage, "scoring", self.tasks[i].name, 0, 0, row[i]))
+                score = self.tasks[i].score if self.options.score_on == "test" else self.tasks[i].validate
+                assert score is not None  # checked at the start
+                row[i] = float(score(self.model))
+                self.tell(Progress("scoring", self.tasks[i].name, 0, 0, row[i], stage=stage))
         return row
 
     # --- the folder ---
@@ -228,7 +249,6 @@ class _Run:
         return {
             "method": self.method.to_dict(),
             "options": asdict(self.options),
-            "seed": self.seed,
             "tasks": [{"name": t.name, "examples": len(t.train)} for t in self.tasks],
             "base": base_of(self.model),
             "tensors": {n: list(p.shape) for n, p in adapter.items()},
@@ -240,9 +260,11 @@ class _Run:
         if not at.exists():
             return 0
         progress = checkpoints.read_json(at / PROGRESS)
-        self.method.load(at / METHOD, self.model)
+        with kept_whole(at / METHOD):
+            self.method.load(at / METHOD, self.model)
         read_state(self.model, at / STATE)
-        self.result = SequenceResult.from_dict(progress["result"])
+        with kept_whole(at / PROGRESS):
+            self.result = SequenceResult.from_dict(progress["result"])
         if (folder / SECONDS).exists():
             self.result.seconds = checkpoints.read_json(folder / SECONDS, list)[: progress["stages"]]
         return int(progress["stages"])
@@ -254,7 +276,6 @@ class _Run:
             "tasks": [self.tasks[i].name for i in self.stages[stage]],
             "method": self.method.to_dict(),
             "options": asdict(self.options),
-            "seed": self.seed,
             "base": checkpoints.read_json(folder / checkpoints.CONFIG)["base"],
             "scores": dict(zip(self.result.tasks, self.result.to_dict()["matrix"][index], strict=True)),
         }
@@ -269,19 +290,10 @@ class _Run:
             self.method.save(new / METHOD)
             progress = {"stages": stages, "result": self.result.to_dict()}
             (new / PROGRESS).write_text(json.dumps(progress) + "\n")
+        for path in folder.glob(LEARNING.format("*")):  # of the stage that is done
+            path.unlink()
 
 
 def _mix(seed: int, stage: int) -> int:
     """A seed for each stage that no other seed's stages have."""
-    if seed < 0:
-        raise ConfigError(f"seed: got {seed}, expected at least 0")
     return seed * 1009 + stage
-
-
-@contextlib.contextmanager
-def _own_randomness(model: nn.Module) -> Iterator[None]:
-    """torch's global generators as they were, on leaving."""
-    first = next(model.parameters())
-    devices = [first.device.index or 0] if first.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield

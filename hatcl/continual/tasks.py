@@ -22,7 +22,7 @@ class ContinualTask:
         loss: the mean loss of a batch under the model, with its graph.
         score: the model's score on the test set, the higher the better (accuracy, joint goal accuracy). It is called
             in evaluation mode and without gradients.
-        validate: the same on validation data.
+        validate: the same on validation data, for `LearnOptions.score_on="validation"`.
         hidden: hidden states of a batch, for `ilora`: one `hatcl.skills.ilora.Hidden` per stack of layers, or a list of
             tensors for one stack without padding. None = what `model(**batch, output_hidden_states=True)` gives.
     """
@@ -36,8 +36,9 @@ class ContinualTask:
     hidden: Callable[[nn.Module, Any], Sequence[Any]] | None = None
 
 
-def check_tasks(tasks: Sequence[ContinualTask]) -> None:
-    """Raises `ConfigError` where there is no task, a task has no examples, or two have one name."""
+def check_tasks(tasks: Sequence[ContinualTask], *, validated: bool = False) -> None:
+    """Raises `ConfigError` where there is no task, a task has no examples (or, with `validated`, no validation data),
+    or two have one name."""
     if not tasks:
         raise ConfigError("tasks: got none, expected at least one ContinualTask")
     names = [t.name for t in tasks]
@@ -46,3 +47,8 @@ def check_tasks(tasks: Sequence[ContinualTask]) -> None:
             raise ConfigError(f"tasks: two are named {task.name!r}; give each its own name")
         if not len(task.train):
             raise ConfigError(f"task {task.name}: no training examples")
+        if validated and task.validate is None:
+            raise ConfigError(
+                f"score_on: task {task.name} has no validation data; give ContinualTask(validate=...), or texts with a "
+                "dev part"
+            )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -91,34 +90,6 @@ def find_model(run: Path) -> Path:
         f"{run} holds no model; expected the folder of a run (hatcl train --output {run}) or one written by "
         "hatcl.save_pretrained"
     )
-
-
-# --- random generators ---
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's global generators, as values that `weights_only` loading accepts."""
-    version, words, position = random.getstate()
-    state = np.random.get_state(legacy=False)
-    out: dict[str, Any] = {
-        "python": [version, list(words), position],
-        "numpy": [state["state"]["key"].tolist(), state["state"]["pos"], state["has_gauss"], state["gauss"]],
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        out["cuda"] = torch.cuda.get_rng_state(device)
-    return out
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what `random_state` returned."""
-    version, words, position = state["python"]
-    random.setstate((version, tuple(words), position))
-    key, pos, has_gauss, gauss = state["numpy"]
-    np.random.set_state(("MT19937", np.asarray(key, dtype=np.uint32), pos, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 # --- JSON ---

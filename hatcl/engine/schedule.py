@@ -1,54 +1,81 @@
-"""Optimizers and learning rate schedules by name, from timm's factories."""
+"""Optimizers by timm's names, and the learning rate of each step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..errors import ConfigError
+from ..functional import RATES, rate_at
+from .options import LoopOptions
 
 
-def make_optimizer(model: nn.Module, opt: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """timm's optimizer of this name over all of `model`'s parameters. Raises `ConfigError` on an unknown name."""
-    try:
-        return create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=weight_decay)
-    except (ValueError, AssertionError, TypeError, ImportError) as error:
-        raise ConfigError(
-            f"--opt: timm makes no optimizer {opt!r} with lr={lr:g}, weight_decay={weight_decay:g} ({error}); "
-            "timm.optim.list_optimizers() names those it has"
-        ) from error
+def make_optimizer(
+    trained: nn.Module | Iterable[nn.Parameter] | Iterable[Mapping[str, Any]], options: LoopOptions
+) -> torch.optim.Optimizer:
+    """timm's optimizer of this name.
 
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, sched: str, *, epochs: int, steps_per_epoch: int, warmup_epochs: int
-) -> Scheduler | None:
-    """timm's schedule of this name over one task, None for `none`. It is stepped with the number of updates done, from
-    which alone it computes the rate, so a resumed run needs no state of it.
+    Args:
+        trained: parameters or groups of them, taken as they are; or a model, whose biases and norms then do not decay.
 
     Raises:
-        ConfigError: an unknown name, or `plateau`, which would need a measure after each epoch.
+        ConfigError: the optimizer cannot be made here, or not with these options.
     """
-    if sched == "none":
-        return None
+    from timm.optim import create_optimizer_v2
+
+    name, more = options.optimizer, {}
+    if options.momentum is not None:
+        name, more = "momentum" if name == "sgd" else name, {"momentum": options.momentum}  # timm's sgd is Nesterov's
     try:
-        if sched == "plateau":
-            raise ValueError("plateau follows a measure, not the number of updates")
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=sched,
-            num_epochs=epochs,
-            warmup_epochs=warmup_epochs,
-            step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
-        )
-        if scheduler is None:  # what timm before 1.0.30 answers to a name it does not know
-            raise ValueError("unknown schedule")
-    except (ValueError, AssertionError, TypeError) as error:
+        return create_optimizer_v2(trained, opt=name, lr=options.lr, weight_decay=options.weight_decay, **more)
+    except (ValueError, AssertionError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"--sched: timm makes no schedule {sched!r} over {epochs} epochs with {warmup_epochs} of warm-up "
-            f"({error}); expected none, cosine, tanh, step, poly or another of timm's"
+            f"optimizer: timm makes no {options.optimizer!r} with lr={options.lr:g}, weight_decay="
+            f"{options.weight_decay:g} ({error}); timm.optim.list_optimizers() names those that it has"
         ) from error
-    return scheduler
+
+
+class Schedule:
+    """The learning rate of each step, for an optimizer whose groups may have rates of their own.
+
+    It depends on the place in the course alone, so that a run that goes on needs no state of it.
+
+    Args:
+        rates: the highest rate of each group.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, options: LoopOptions, rates: list[float]) -> None:
+        self.optimizer, self.options, self.rates = optimizer, options, rates
+
+    def set(self, done: float, total: float, step: float = 1) -> float:
+        """Give every group the rate of the step that comes at `done` of `total`; returns the highest.
+
+        Args:
+            step: how much of the total a step is.
+        """
+        name = self.options.course
+        rising = round(self.options.warmup * total / step) * step
+        for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if done < rising:
+                group["lr"] = lr * min(done + step, rising) / rising
+            elif name in RATES:
+                group["lr"] = rate_at((done - rising) / max(step, total - rising), 1, lr, name)
+            else:
+                group["lr"] = _timm(name, done - rising, max(step, total - rising), lr)
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+
+def _timm(name: str, done: float, total: float, lr: float) -> float:
+    """What timm's schedule of this name gives; `step` divides the rate by ten at each 30 % of the course."""
+    from timm.scheduler import create_scheduler_v2
+
+    group = {"params": [nn.Parameter(torch.zeros(()))], "lr": lr}
+    scheduler, _ = create_scheduler_v2(
+        torch.optim.SGD([group]), sched=name, num_epochs=1, step_on_epochs=False, updates_per_epoch=total,
+        decay_epochs=0.3,
+    )  # fmt: skip
+    scheduler.step_update(done)
+    return float(scheduler.optimizer.param_groups[0]["lr"])

@@ -1,78 +1,221 @@
-"""Where an unfinished fine-tuning stands, in a folder, so that a kill costs a minute and not the run."""
+"""What a loop goes on from: the states of the random generators, the modes of the modules, and where it stands."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import IntegrityError
-from ..files import complete, read_torch, replaced_folder
-from ..functional import digest_of
+from ..errors import HATError, IntegrityError
+from ..files import complete, read_torch, replaced_folder, write_files
 from .folder import CONFIG, write_json
 
+FORMAT = "hatcl.loop"
 STATE = "state.pt"
+
+# --- random generators ---
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device, own: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global generators and of some more, as values that `weights_only`
+    loading accepts."""
+    version, words, position = random.getstate()
+    state = np.random.get_state(legacy=False)
+    out: dict[str, Any] = {
+        "python": [version, list(words), position],
+        "numpy": [state["state"]["key"].tolist(), state["state"]["pos"], state["has_gauss"], state["gauss"]],
+        "torch": torch.get_rng_state(),
+        "own": [g.get_state() for g in own],
+    }
+    if device.type == "cuda":
+        out["cuda"] = torch.cuda.get_rng_state(device)
+    return out
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device, own: Sequence[torch.Generator] = ()) -> None:
+    """Put back what `random_state` returned."""
+    version, words, position = state["python"]
+    random.setstate((version, tuple(words), position))
+    key, pos, has_gauss, gauss = state["numpy"]
+    np.random.set_state(("MT19937", np.asarray(key, dtype=np.uint32), pos, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    for generator, kept in zip(own, state["own"], strict=True):
+        generator.set_state(kept)
+
+
+def generators_of(batches: Any) -> list[torch.Generator]:
+    """The random generators that loaders hold themselves, also loaders inside loaders (`batches.loaders`)."""
+    found: dict[int, torch.Generator] = {}
+    loaders = [batches]
+    while loaders:
+        loader = loaders.pop(0)
+        loaders += list(getattr(loader, "loaders", []))
+        inside = getattr(loader, "batch_sampler", None)
+        for holder in (loader, getattr(loader, "sampler", None), inside, getattr(inside, "sampler", None)):
+            generator = getattr(holder, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found.setdefault(id(generator), generator)
+    return list(found.values())
+
+
+# --- modules and tensors ---
+
+
+class Modes:
+    """The modes of a model's modules, for one who trains it for a while and gives it back.
+
+    A model that came in evaluation mode, as `from_pretrained` gives it, is trained in training mode as a whole. Of one
+    that came in training mode, the modules that its owner put into evaluation mode (`net.body.eval()`) stay there.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.root = model, model.training
+        self.was = [(m, m.training) for m in model.modules()]
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's own modules are new
+        self.frozen = [m for m, training in self.was if not training] if inner.training else []
+
+    def train(self) -> None:
+        """Training mode, but for what is frozen."""
+        self.model.train()
+        for module in self.frozen:
+            module.training = False
+
+    def put_back(self) -> None:
+        """Each module in the mode it was in; modules that were added since in the model's own."""
+        self.model.train(self.root)
+        for module, training in self.was:
+            module.training = training
+
+
+@torch.no_grad()
+def put(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Write values into tensors of the same names."""
+    for name, t in tensors.items():
+        t.copy_(values[name])
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached copies."""
+    return {name: t.detach().clone() for name, t in tensors.items()}
+
+
+@contextlib.contextmanager
+def undone_on_error(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """If the block is left by any exception, the tensors are what they were before. Yields copies of these."""
+    before = copied(tensors)
+    try:
+        yield before
+    except BaseException:
+        put(tensors, before)
+        raise
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], where: object) -> None:
+    """Give an optimizer the moments of another of the same parameters; rates stay its own.
+
+    Raises:
+        IntegrityError: they do not fit.
+    """
+    rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    with kept_whole(where):
+        optimizer.load_state_dict(dict(state))
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = group["initial_lr"] = lr
+
+
+@contextlib.contextmanager
+def kept_whole(where: object) -> Iterator[None]:
+    """What a file holds is taken up inside; what it lacks, or has of another kind, is an `IntegrityError`."""
+    try:
+        yield
+    except HATError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise IntegrityError(
+            f"{where} does not hold what is to go on from it ({why}); it is damaged, edited, or of another hatcl. Copy "
+            "it again, or remove it to begin anew"
+        ) from error
+
+
+# --- where a loop stands ---
 
 
 class Standing:
-    """
+    """Where an unfinished loop stands, so that a kill costs a minute and not the run.
+
     Args:
-        folder: replaced at every write, all or nothing: `config.json` with `about`, and `state.pt`.
-        about: tells what the fine-tuning is of, JSON-able; asked when there is something to write.
-        seconds: the least time between two writes, and before the first.
+        path: a file; with `about` a folder that holds it as `state.pt`. Replaced at every write, all or nothing.
+        about: tells what is learned, JSON-able, for the folder's `config.json`; asked when there is something to write.
+        seconds: the least time between two writes, and before the first. epochs: write after every epoch as well.
     """
 
-    def __init__(self, folder: Path, about: Callable[[], Mapping[str, Any]], seconds: float = 60.0) -> None:
-        self.folder, self.about, self.seconds = folder, about, seconds
+    def __init__(
+        self,
+        path: Path,
+        about: Callable[[], Mapping[str, Any]] | None = None,
+        seconds: float = 60.0,
+        *,
+        epochs: bool = False,
+    ) -> None:
+        self.path, self.about, self.seconds, self.epochs = path, about, seconds, epochs
         self.last = time.monotonic()
-        self.start: Mapping[str, Tensor] = {}
 
-    @functools.cached_property
-    def _began(self) -> dict[str, str]:
-        """Digests of the start; most runs are over before they are asked for."""
-        return {name: digest_of(t) for name, t in self.start.items()}
+    @property
+    def file(self) -> Path:
+        """Where the newest state lies, or will lie."""
+        return self.path if self.about is None else complete(self.path) / STATE
 
-    def read(self, start: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """What `write` kept, or None; sets torch's generators as they were then.
-
-        Args:
-            start: a copy of the tensors that are trained, as they are before the first step.
+    def read(self, kind: str) -> dict[str, Any] | None:
+        """What `write` kept, or None.
 
         Raises:
-            IntegrityError: a damaged file, or a start with other bits.
+            IntegrityError: a damaged file, or one of another kind.
         """
-        self.start = start
-        path = complete(self.folder) / STATE
-        if not path.exists():
+        if not self.file.exists():
             return None
-        state: dict[str, Any] = read_torch(path)
-        ours, theirs = self._began, state["began"]
-        wrong = next((n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)), None)
-        if wrong is not None:
+        state = read_torch(self.file)
+        if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("kind") != kind:
             raise IntegrityError(
-                f"{path}: {wrong} had other values when this fine-tuning began; give the model that it began with, or "
-                f"remove {self.folder} to begin anew"
+                f"{self.file}: not a checkpoint of {kind}; give another path, or remove it to begin anew"
             )
-        torch.set_rng_state(state["random"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"])
         return state
 
     def due(self) -> bool:
         """Is it time for another `write`?"""
         return time.monotonic() - self.last >= self.seconds
 
-    def write(self, **state: Any) -> None:
-        """Keep this, with the states of torch's generators."""
-        state |= {"began": self._began, "random": torch.get_rng_state()}
-        if torch.cuda.is_initialized():
-            state["cuda"] = torch.cuda.get_rng_state()
-        with replaced_folder(self.folder) as new:
-            torch.save(state, new / STATE)
-            write_json(new / CONFIG, self.about())
+    def write(self, kind: str, state: Mapping[str, Any]) -> None:
+        """Keep this."""
+        content = {"format": FORMAT, "kind": kind, **state}
+        if self.about is None:
+            write_files({self.path: lambda path: torch.save(content, path)})
+        else:
+            with replaced_folder(self.path) as new:
+                torch.save(content, new / STATE)
+                write_json(new / CONFIG, self.about())
         self.last = time.monotonic()
+
+
+def length_of(batches: Iterable[Any]) -> int | None:
+    """How many batches there are, if they tell."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:  # a generator, or a DataLoader over an iterable data set
+        return None

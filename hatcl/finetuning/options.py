@@ -10,11 +10,9 @@ from typing import Any
 
 from ..config import Changeable, flag, number, one_of, whole
 from ..data.images import FITS
+from ..engine.options import COMMON, SCHEDULES, LoopOptions
 from ..errors import ConfigError
-from ..functional import RATES, rate_at
 
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("auto", *RATES)
 STATISTICS = ("held", "learned")
 TOKENS = ("cls", "mask", "last")
 CUTS = ("end", "head")
@@ -85,6 +83,7 @@ class TaskOptions(Changeable):
         one_of("fit", self.fit, FITS)
         one_of("normalise", self.normalise, NORMALISE)
         number("scale", self.scale, 0, without="low")
+        flag("plain", self.plain)
 
     @property
     def name(self) -> str:
@@ -100,84 +99,73 @@ class TaskOptions(Changeable):
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(Changeable):
+class FinetuneOptions(LoopOptions):
     """How a model is fine-tuned. Defaults are those of Panigrahi et al. 2023 (arXiv 2302.06600) and its repository
     where it has one: SGD at a constant rate without momentum, 1,000 steps, the best of every 100 on validation,
     embeddings and language model head fixed, dropout on. (Its scripts also set a weight decay of 1e-4; here it is 0,
     since decay moves every weight a little, which is what a graft must then tell from learning.)
 
+    After `sgd` few weights hold the skill, after `adamw` they do so only with `l1`. Weight decay is not of biases and
+    norms, as published. `schedule="auto"` is what was published: constant for SGD, linear for other optimizers. Neither
+    `max_steps` nor `epochs` means 1,000 steps.
+
     Args:
-        optimizer: `sgd`, after which few weights hold the skill, or `adamw`, after which they do so only with `l1`.
-        lr: the highest learning rate. momentum: of SGD.
-        weight_decay: of SGD in the gradient, of AdamW decoupled; not of biases and norms, as published.
-        max_steps: how many steps, however many passes they take; None = `epochs`. epochs: passes; None = `max_steps`.
-        batch_size: examples per step.
-        schedule: after the warm-up `constant`, `linear` or `cosine` down to 0; `auto` is what was published: constant
-            for SGD, linear for AdamW. warmup: share of the steps in which the rate rises linearly from 0.
+        batch_size: examples per batch.
         train_bias_only: of the pretrained model only biases are trained; a new head is trained whole.
         fix_embeddings: leave embeddings as they are, those of positions and the norm beside them included.
         fix_head: leave the head as it is; None = as the mode has it: a language model's or a fitted head is fixed, a
             new random one learns. A tensor that is both (tied output embeddings) is fixed if either is.
         l1: pull to the pretrained weights, `l1 sum |theta - theta_pre|`, as a proximal step after each of the
             optimizer's (see `finetune_`): many weights end exactly at the pretrained value. In the unit of the loss's
-            gradient for both optimizers; 1e-4 to 1e-2 is where it begins to matter.
-        clip_grad: clip the gradient's norm to this, 0 = off.
+            gradient for `sgd` and `adamw`, which have such a step; 1e-4 to 1e-2 is where it begins to matter.
         dropout: train in training mode. Off: in evaluation mode.
         statistics: running statistics of batch norms are `held`, so that weights are all that changes, or `learned`.
         evaluate_every: steps between two validations; the best state is kept, of equal ones the last.
-        seed: of a new head, the order of examples and dropout.
 
     Raises:
-        ConfigError: a value outside its range, or both or neither of `max_steps` and `epochs`.
+        ConfigError: a value outside its range, see also `LoopOptions`; both `max_steps` and `epochs`.
     """
 
     optimizer: str = "sgd"
-    lr: float = 1e-3
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    max_steps: int | None = None
-    epochs: int | None = None
-    batch_size: int = 8
+    momentum: float | None = 0.0
     schedule: str = "auto"
-    warmup: float = 0.0
+    clip: float = 1.0
+    batch_size: int = 8
     train_bias_only: bool = False
     fix_embeddings: bool = True
     fix_head: bool | None = None
     l1: float = 0.0
-    clip_grad: float = 1.0
     dropout: bool = True
     statistics: str = "held"
     evaluate_every: int = 100
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        one_of("optimizer", self.optimizer, OPTIMIZERS)
-        one_of("schedule", self.schedule, SCHEDULES)
+        super().__post_init__()
         one_of("statistics", self.statistics, STATISTICS)
-        number("lr", self.lr, 0, without="low")
-        for name in ("weight_decay", "l1", "clip_grad"):
-            number(name, getattr(self, name), 0)
-        for name in ("momentum", "warmup"):
-            number(name, getattr(self, name), 0, 1, without="high", what="a share")
-        for name in ("train_bias_only", "fix_embeddings", "dropout"):
+        number("l1", self.l1, 0)
+        for name in ("train_bias_only", "fix_embeddings", "dropout", *(() if self.fix_head is None else ("fix_head",))):
             flag(name, getattr(self, name))
-        if self.momentum and self.optimizer != "sgd":
-            raise ConfigError(f"momentum: got {self.momentum!r} for {self.optimizer}; it is SGD's, leave it at 0")
         if self.max_steps is not None and self.epochs is not None:
             raise ConfigError(f"max_steps={self.max_steps} and epochs={self.epochs}: give one of the two")
-        for name in ("max_steps", "epochs"):
-            whole(name, getattr(self, name), optional=True)
         for name in ("batch_size", "evaluate_every"):
             whole(name, getattr(self, name))
-        whole("seed", self.seed, 0)
+        if self.l1 and self.optimizer not in COMMON:
+            raise ConfigError(
+                f"l1: got {self.l1!r} with optimizer={self.optimizer!r}; the pull is known for {' and '.join(COMMON)}"
+            )
+
+    @classmethod
+    def schedules(cls) -> tuple[str, ...]:
+        return ("auto", *SCHEDULES)
+
+    @property
+    def course(self) -> str:
+        auto = "constant" if self.optimizer == "sgd" else "linear"
+        return auto if self.schedule == "auto" else self.schedule
+
+    def steps_of(self, batches: int) -> int:
+        return super().steps_of(batches) or 1000
 
     def steps(self, examples: int) -> int:
-        """How many steps learning from so many examples takes; 1,000 where neither steps nor epochs are given."""
-        if self.epochs is not None:
-            return self.epochs * -(-examples // self.batch_size)
-        return 1000 if self.max_steps is None else self.max_steps
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step 0, 1, ... of `steps`, see `hatcl.functional.rate_at`."""
-        auto = "constant" if self.optimizer == "sgd" else "linear"
-        return rate_at(step, steps, self.lr, auto if self.schedule == "auto" else self.schedule, self.warmup)
+        """How many steps learning from so many examples takes."""
+        return self.steps_of(-(-examples // self.batch_size))

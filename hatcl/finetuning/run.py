@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ..engine.folder import CHECKPOINT, CONFIG, METRICS, write_json
+from ..engine.loop import Tell
 from ..engine.state import Standing
 from ..errors import ConfigError, HATError, IntegrityError
 from ..files import beside, complete, is_temporary, read_json, replaced_folder, sha256_of
@@ -36,7 +37,7 @@ from .modes import mode_of
 from .options import FinetuneOptions, TaskOptions
 from .state import load_state, state_of
 from .tasks import FinetuneTask
-from .tune import Told, finetune_, reached, trained_names
+from .tune import finetune_, reached, trained_names
 
 FORMAT, KIND = 1, "finetune"
 PRETRAINED, FINETUNED, TOKENIZER = "pretrained.safetensors", "finetuned.safetensors", "tokenizer"
@@ -68,7 +69,7 @@ def finetune_run(
     folder: str | Path | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_progress: Told | None = None,
+    on_progress: Tell | None = None,
     seconds: float = 60.0,
 ) -> Run:
     """Make the task, fine-tune a copy of its model, measure both, and keep them in a folder.

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.state import Standing
-from ..errors import ConfigError, NonFiniteLossError
+from ..calls import device_of, seeded
+from ..engine.loop import Loop, Tell, Work
+from ..engine.options import LoopOptions
+from ..engine.state import Modes, Standing, copied, put, undone_on_error
+from ..errors import ConfigError, IntegrityError
+from ..functional import digest_of
 from ..lend import lent
 from .options import FinetuneOptions
 from .tasks import FinetuneTask
-
-Told = Callable[[dict[str, float]], None]
 
 
 def trained_names(task: FinetuneTask, options: FinetuneOptions | Mapping[str, Any] | None = None) -> list[str]:
@@ -64,7 +66,7 @@ def finetune_(
     model: nn.Module,
     task: FinetuneTask,
     options: FinetuneOptions | Mapping[str, Any] | None = None,
-    on_progress: Told | None = None,
+    on_progress: Tell | None = None,
     standing: Standing | None = None,
 ) -> list[dict[str, float]]:
     """Fine-tune a model in place on a task, by the cross-entropy of its logits.
@@ -72,7 +74,8 @@ def finetune_(
     The weights with the best accuracy on validation are kept, of equal ones the last; without validation the last. All
     but the parameters of `trained_names` keeps every bit, buffers included (but for `statistics="learned"`). The
     same seed gives the same bits on the same machine; the caller's random state, gradients, `requires_grad` and the
-    model's mode are put back. After an exception the model is what it was.
+    model's mode are put back. After an exception the model is what it was. Modules that were put into evaluation mode
+    in a model that is in training mode stay in it.
 
     With `l1` every step is followed by the proximal step of `l1 sum |theta - theta_pre|` at the step's rate,
 
@@ -88,7 +91,7 @@ def finetune_(
 
     Args:
         model: the task's own, or a copy of it. options: `FinetuneOptions`, or a mapping of what to change.
-        on_progress: told after each step {step, steps, loss}, and beside these {validation} when it has validated.
+        on_progress: told after each step, with `measured` {validation} when it has validated, and each epoch.
         standing: where it is kept how far this got, after every minute or as it says; a fine-tuning that was killed
             goes on from there, and ends with the bits of one that was not.
 
@@ -97,90 +100,128 @@ def finetune_(
         (where there is one); `kept` is 1 in the entry whose weights the model ends with, else 0.
 
     Raises:
-        ConfigError: options, or a model that is not the task's. NonFiniteLossError: a loss that is not finite.
+        ConfigError: options, or a model that is not the task's. NonFiniteLossError: a loss or gradient that is not
+            finite. IntegrityError: a damaged standing, or one of a model that began with other bits.
     """
     chosen = FinetuneOptions().changed(options)
     trained = _trained(model, task, chosen)
     if not len(task.train):
         raise ConfigError(f"task {task.name}: no training examples")
     statistics = _statistics(model) if chosen.statistics == "learned" else {}
-    watched = {**trained, **statistics}
-    start = {n: t.detach().clone() for n, t in watched.items()}
-    device = next(model.parameters()).device
-    rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with rng, lent(model, trained.values(), statistics.values()):
-        torch.manual_seed(chosen.seed)
-        try:
-            history = _loop(model, task, chosen, trained, watched, start, on_progress or (lambda told: None), standing)
-        except BaseException:
-            _put(watched, start)
-            raise
-    return history
+    modes = Modes(model)
+    with (
+        seeded(chosen.seed, device_of(model)),
+        lent(model, trained.values(), statistics.values()),
+        undone_on_error({**trained, **statistics}) as start,
+    ):
+        work = _Tuning(model, task, chosen, trained, {**trained, **statistics}, start, modes)
+        Loop(work, chosen, standing=standing, tell=on_progress).run()
+        return work.finish()
 
 
-def _loop(
-    model: nn.Module,
-    task: FinetuneTask,
-    options: FinetuneOptions,
-    trained: dict[str, nn.Parameter],
-    watched: dict[str, Tensor],
-    start: dict[str, Tensor],
-    tell: Told,
-    standing: Standing | None,
-) -> list[dict[str, float]]:
-    optimizer = _optimizer(model, trained, options)
-    steps = options.steps(len(task.train))
-    order = _order(len(task.train), options.batch_size, options.seed)
-    begun = 0
-    history: list[dict[str, float]] = []
-    losses: list[float] = []
-    best: tuple[float, dict[str, Tensor], int] | None = None
-    _mode(model, options)
-    if standing is not None and (kept := standing.read(start)) is not None:
-        begun, history, losses, best = (kept[name] for name in ("step", "history", "losses", "best"))
-        _put(watched, kept["tensors"])
-        optimizer.load_state_dict(kept["optimizer"])
-        for _ in range(begun):
-            next(order)
-    for step in range(begun, steps):
-        rate = options.rate(step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        ids = next(order)
-        loss = task.loss(model, task.batch("train", ids))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"task {task.name}, step {step}: the loss is {value}; lower lr ({options.lr:g}), or look at the "
-                f"examples {ids[:4]} ..."
+class _Tuning(Work):
+    """Fine-tuning as a loop's work."""
+
+    kind = "hatcl.finetuning"
+    promise = "The model is as it was before"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: FinetuneTask,
+        options: FinetuneOptions,
+        trained: dict[str, nn.Parameter],
+        watched: dict[str, Tensor],
+        start: dict[str, Tensor],
+        modes: Modes,
+    ) -> None:
+        super().__init__(task.name, model, trained.values(), options.seed)
+        self.task, self.options, self.by_name, self.watched, self.start = task, options, trained, watched, start
+        self.modes = modes
+        self.order = torch.Generator().manual_seed(options.seed)
+        self.generators = [self.order]
+        self.history: list[dict[str, float]] = []
+        self.losses: list[float] = []  # since the last entry
+        self.best: tuple[float, dict[str, Tensor], int] | None = None
+
+    def trained(self, options: LoopOptions) -> list[dict[str, Any]]:
+        """Decay is not of biases and norms: of what has one dimension."""
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": options.weight_decay},
+            {"params": [p for p in self.parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return [g for g in groups if g["params"]]
+
+    def set_mode(self) -> None:
+        if self.options.dropout:
+            self.modes.train()
+        else:
+            self.model.eval()
+        for m in self.model.modules():
+            if _keeps_statistics(m) and m not in self.modes.frozen:
+                m.train(self.options.statistics == "learned")
+
+    def epoch_length(self) -> int:
+        return -(-len(self.task.train) // self.options.batch_size)
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """Every example once, in batches of nearly equal size (a last batch of one image would break batch norms that
+        learn their statistics)."""
+        order = torch.randperm(len(self.task.train), generator=self.order)
+        return [ids.tolist() for ids in order.tensor_split(self.epoch_length())]
+
+    def loss(self, batch: list[int]) -> Tensor:
+        return self.task.loss(self.model, self.task.batch("train", batch))
+
+    def size(self, batch: list[int]) -> float:
+        return len(batch)
+
+    def said_of(self, batch: list[int]) -> str:
+        return f"the examples {batch[:4]} ..."
+
+    def after_step(self, loop: Loop, batches: list[Any]) -> dict[str, float]:
+        if self.options.l1:
+            pull_(self.by_name, self.start, reach(loop.optimizer, self.by_name, loop.rate * self.options.l1))
+        self.losses.append(loop.losses[-1])
+        if loop.step % self.options.evaluate_every and not loop.finished:
+            return {}
+        entry = {"step": float(loop.step), "loss": sum(self.losses) / len(self.losses), "lr": loop.rate, "kept": 0.0}
+        measured = {}
+        if len(self.task.validation):
+            entry["validation"] = measured["validation"] = self.task.accuracy(self.model, "validation")
+            if self.best is None or entry["validation"] >= self.best[0]:
+                self.best = (entry["validation"], copied(self.watched), len(self.history))
+        self.history.append(entry)
+        self.losses = []
+        return measured
+
+    def finish(self) -> list[dict[str, float]]:
+        """The best weights into the model, and what was measured."""
+        if self.best is not None:
+            put(self.watched, self.best[1])
+        self.history[-1 if self.best is None else self.best[2]]["kept"] = 1.0
+        return self.history
+
+    @functools.cached_property
+    def began(self) -> dict[str, str]:
+        """Digests of the start; most runs are over before they are asked for."""
+        return {name: digest_of(t) for name, t in self.start.items()}
+
+    def state(self) -> dict[str, Any]:
+        tensors = {n: t.detach() for n, t in self.watched.items()}
+        own = {"history": self.history, "losses": self.losses, "best": self.best}
+        return {"began": self.began, "tensors": tensors, **own}
+
+    def load_state(self, state: Mapping[str, Any], where: object) -> None:
+        ours, theirs = self.began, state["began"]
+        wrong = next((n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)), None)
+        if wrong is not None:
+            raise IntegrityError(
+                f"{where}: {wrong} had other values when this fine-tuning began; give the model that it began with, or "
+                "remove it to begin anew"
             )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if options.clip_grad:
-            nn.utils.clip_grad_norm_(trained.values(), options.clip_grad)
-        optimizer.step()
-        if options.l1:
-            pull_(trained, start, reach(optimizer, trained, rate * options.l1))
-        losses.append(value)
-        told = {"step": step + 1.0, "steps": float(steps), "loss": value}
-        if (step + 1) % options.evaluate_every == 0 or step + 1 == steps:
-            entry = {"step": step + 1.0, "loss": sum(losses) / len(losses), "lr": rate, "kept": 0.0}
-            if len(task.validation):
-                entry["validation"] = told["validation"] = task.accuracy(model, "validation")
-                if best is None or entry["validation"] >= best[0]:
-                    best = (entry["validation"], {n: t.detach().clone() for n, t in watched.items()}, len(history))
-            history.append(entry)
-            losses = []
-        if standing is not None and step + 1 < steps and standing.due():
-            standing.write(
-                step=step + 1, history=history, losses=losses, best=best, optimizer=optimizer.state_dict(),
-                tensors={n: t.detach() for n, t in watched.items()},
-            )  # fmt: skip
-        tell(told)
-    if best is not None:
-        _put(watched, best[1])
-    history[-1 if best is None else best[2]]["kept"] = 1.0
-    return history
+        put(self.watched, state["tensors"])
+        self.history, self.losses, self.best = state["history"], state["losses"], state["best"]
 
 
 @torch.no_grad()
@@ -221,36 +262,6 @@ def _trained(model: nn.Module, task: FinetuneTask, options: FinetuneOptions) -> 
     return {n: have[n] for n in names}
 
 
-def _optimizer(
-    model: nn.Module, trained: Mapping[str, nn.Parameter], options: FinetuneOptions
-) -> torch.optim.Optimizer:
-    """Decay is not of biases and norms: of what has one dimension."""
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained.values() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum)
-    return torch.optim.AdamW(groups, lr=options.lr)
-
-
-def _order(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Batches without end: each pass has every example once, in batches of nearly equal size, at most `size` (a last
-    batch of one image would break batch norms that learn their statistics)."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(count, generator=generator)
-        yield from (ids.tolist() for ids in order.tensor_split(-(-count // size)))
-
-
-def _mode(model: nn.Module, options: FinetuneOptions) -> None:
-    model.train(options.dropout)
-    for m in model.modules():
-        if _keeps_statistics(m):
-            m.train(options.statistics == "learned")
-
-
 def _keeps_statistics(module: nn.Module) -> bool:
     return isinstance(module._buffers.get("running_mean"), Tensor)
 
@@ -261,9 +272,3 @@ def _statistics(model: nn.Module) -> dict[str, Tensor]:
         for path, m in model.named_modules() if _keeps_statistics(m)
         for name, b in m._buffers.items() if b is not None
     }  # fmt: skip
-
-
-@torch.no_grad()
-def _put(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, t in tensors.items():
-        t.copy_(values[name])

@@ -157,8 +157,9 @@ def test_it_resumes(tmp_path):
     class Stop(Exception):
         pass
 
-    def stop(entry):
-        raise Stop
+    def stop(at):
+        if at.doing == "epoch":
+            raise Stop
 
     x = parts.view("turned", "test")[0][:200]
     want = adapt(composer(), x, strong=noise, options=FAST).coefficients

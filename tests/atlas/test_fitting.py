@@ -53,14 +53,14 @@ def test_what_is_left_at_the_end_of_an_epoch_makes_a_step_of_its_own():
     batches = parts.tiny_batches(5)
     seen = []
 
-    class Watched(torch.optim.AdamW):
-        def step(self, closure=None):
-            seen.append(self.param_groups[0]["params"][0].grad.clone())
-            return super().step(closure)
+    def watched(self, *given):
+        seen.append(self.param_groups[0]["params"][0].grad.clone())
+        return plain(self, *given)
 
+    plain = torch.optim.AdamW.step
     _, _, composer = parts.tiny()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", Watched)
+        patch.setattr(torch.optim.AdamW, "step", watched)
         fit(composer, loss_of(composer), batches, options=AtlasOptions(epochs=1, accumulate=2, clip=0, lr=1e-9))
     assert len(seen) == 3
     _, _, fresh = parts.tiny()
@@ -87,13 +87,13 @@ def test_the_learning_rate_follows_the_schedule():
     _, _, composer = parts.tiny()
     rates = []
 
-    class Watched(torch.optim.AdamW):
-        def step(self, closure=None):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(closure)
+    def watched(self, *given):
+        rates.append(self.param_groups[0]["lr"])
+        return plain(self, *given)
 
+    plain = torch.optim.AdamW.step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", Watched)
+        patch.setattr(torch.optim.AdamW, "step", watched)
         for schedule in ("constant", "cosine"):
             fit(
                 composer, loss_of(composer), parts.tiny_batches(2),
@@ -189,7 +189,9 @@ def test_progress_is_told_each_epoch():
     fitted = fit(
         composer, loss_of(composer), parts.tiny_batches(), options=AtlasOptions(epochs=3), progress=told.append
     )
-    assert told == fitted.history and [e["epoch"] for e in told] == [1, 2, 3]
+    epochs = [at for at in told if at.doing == "epoch"]
+    assert [at.measured for at in epochs] == fitted.history and [at.epoch for at in epochs] == [1, 2, 3]
+    assert [at.value for at in epochs] == [entry["loss"] for entry in fitted.history]
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def noisy_fit(path, generator, stop_after=None, options=None):
         return tf.cross_entropy(composer(x + 0.1 * torch.randn_like(x)) * extra, y)
 
     def progress(entry):
-        if entry["epoch"] == stop_after:
+        if entry.epoch == stop_after and entry.doing == "epoch":
             raise Stop
 
     chosen = AtlasOptions(**{"epochs": 5, "lr": 0.1, "schedule": "cosine", "accumulate": 3, **(options or {})})
@@ -252,7 +254,10 @@ def test_twin_without_part_of_the_checkpoint_the_bits_differ(tmp_path, lost):
     with pytest.raises(Stop):
         noisy_fit(fresh, True, 1, {"seed": 9})
     content, other = torch.load(path, weights_only=True), torch.load(fresh, weights_only=True)
-    content[lost] = other[lost] if lost != "generators" else [torch.Generator().manual_seed(9).get_state()]
+    if lost == "generators":
+        content["random"]["own"] = [torch.Generator().manual_seed(9).get_state()]
+    else:
+        content[lost] = other[lost]
     torch.save(content, path)
     assert not torch.equal(noisy_fit(path, True)[1], want)
 
@@ -319,7 +324,10 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(how):
     composer.coefficients.data.fill_(0.125)
     composer.train()
     state = torch.get_rng_state()
-    with pytest.raises(NonFiniteLossError, match=f"epoch 1, step 3: the {how} is .*Lower lr"):
+    with pytest.raises(
+        NonFiniteLossError,
+        match=f"fit: epoch 1, step 3: the {how} is .* coefficients are as they were.*Lower lr",
+    ):
         fit(composer, broken_after(2, composer, how), parts.tiny_batches())
     assert bool((composer.coefficients == 0.125).all()) and composer.training
     assert composer.coefficients.grad is None and torch.equal(torch.get_rng_state(), state)
@@ -327,7 +335,7 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(how):
 
 def test_twin_the_same_steps_without_the_check_move_the_coefficients(monkeypatch):
     _, _, composer = parts.tiny()
-    monkeypatch.setattr("hatcl.atlas.fitting._Run.check", lambda *_: None)
+    monkeypatch.setattr("hatcl.engine.loop.Loop._check", lambda *_: None)
     fit(composer, broken_after(2, composer, "loss"), parts.tiny_batches(), options=AtlasOptions(epochs=1))
     assert composer.coefficients.isnan().any()
 

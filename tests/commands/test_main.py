@@ -101,7 +101,7 @@ def test_options_reach_the_model_and_its_config(tmp_path, capsys):
     code, _, err = call(
         capsys, "train", "--split", f"{tasks[0]}:1", "--output", tmp_path / "run", *FAST, "--model", "hat_test_resnet",
         "--model-kwargs", "drop_rate=0.1", "--hat", "max_scale=200", "--hat", "schedule=cosine", "--hat", "num_tasks=3",
-        "--opt", "sgd", "--sched", "cosine", "--amp", "bf16", "--flip", "--crop", "2", "--fit", "pad",
+        "--optimizer", "sgd", "--schedule", "cosine", "--amp", "bf16", "--flip", "--crop", "2", "--fit", "pad",
     )  # fmt: skip
     assert code == 0, err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -203,8 +203,8 @@ def test_list_prints_plain_names(capsys):
         (["--hat", "max_scal=3"], "did you mean 'max_scale'"),
         (["--hat", "schedule=cosin"], "did you mean 'cosine'"),
         (["--hat", "num_tasks=1"], "--hat num_tasks: got 1, expected at least the 3 tasks at hand"),
-        (["--opt", "adamq"], "--opt: timm makes no optimizer 'adamq'"),
-        (["--sched", "cosinus"], "--sched: timm makes no schedule 'cosinus'"),
+        (["--optimizer", "adamq"], "optimizer: got 'adamq'"),
+        (["--schedule", "cosinus"], "schedule: got 'cosinus'"),
         (["--epochs", "0"], "epochs: got 0, expected at least 1"),
         (["--amp", "fp8"], "amp: got 'fp8', expected none, bf16 or fp16"),
         (["--device", "cuda:99"], "--device: 'cuda:99' cannot be used here"),

@@ -37,6 +37,7 @@ from hatcl.continual import (  # noqa: E402
     list_continual_methods,
 )
 from hatcl.continual.methods import Method  # noqa: E402
+from hatcl.engine.schedule import Schedule, make_optimizer  # noqa: E402
 from hatcl.errors import ConfigError, NonFiniteLossError, SkillError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -131,9 +132,9 @@ class Spy(Method):
     def begin(self, model, stage):
         self.calls.append(("begin", stage))
 
-    def watching(self, model, optimizer, steps):
+    def watching(self, model, optimizer, steps, start):
         self.optimizer = optimizer
-        return super().watching(model, optimizer, steps)
+        return super().watching(model, optimizer, steps, start)
 
     def loss(self, model, batch):
         self.rates.append(self.optimizer.param_groups[0]["lr"])
@@ -141,8 +142,8 @@ class Spy(Method):
         self.calls.append(("loss", batch.index, model.training))
         return batch.loss(model)
 
-    def after_step(self, model, batch):
-        self.calls.append(("after", batch.index))
+    def after_step(self, model, batches):
+        self.calls.append(("after", batches[0].index))
 
     def end(self, model, stage):
         self.calls.append(("end", stage))
@@ -151,7 +152,7 @@ class Spy(Method):
 def test_the_loop_calls_a_method_in_order_and_shows_each_example_once_per_epoch():
     spy = Spy()
     tasks = [vector_task(f"v{i}", i, count=10) for i in range(2)]
-    options = LearnOptions(epochs=2, batch_size=4, lr=0.5, warmup=0.5, schedule="constant", clip_grad=0.0)
+    options = LearnOptions(epochs=2, batch_size=4, lr=0.5, warmup=0.5, schedule="constant", clip=0.0)
     learn_sequence(plain(), tasks, spy, options)
     steps = [("loss", 0, True), ("after", 0)] * 6
     assert spy.calls[: 2 + len(steps)] == [("begin", 0), *steps, ("end", 0)]
@@ -173,7 +174,8 @@ def test_joint_mixes_all_tasks():
 
 def test_the_learning_rate_falls_by_a_cosine():
     options = LearnOptions(lr=2.0, warmup=0.25)
-    assert [options.rate(s, 8) for s in range(8)] == pytest.approx(
+    schedule = Schedule(make_optimizer([nn.Parameter(torch.zeros(1))], options), options, [2.0])
+    assert [schedule.set(s, 8) for s in range(8)] == pytest.approx(
         [1.0, 2.0, *[1 + math.cos(math.pi * k / 6) for k in range(6)]]
     )
 
@@ -190,7 +192,8 @@ def test_errors_before_anything_is_written(tmp_path):
         (ConfigError, "did you mean 'buffer_size'", {"method": "replay", "method_options": {"buffer": 3}}),
         (ConfigError, "buffer_size: got 0", {"method": "replay", "method_options": {"buffer_size": 0}}),
         (ConfigError, "leave them out", {"method": Spy(), "method_options": {"a": 1}}),
-        (ConfigError, "seed: got -1", {"seed": -1}),
+        (ConfigError, "seed: got -1", {"options": {"seed": -1}}),
+        (ConfigError, "score_on: task a has no validation data", {"options": {"score_on": "validation"}}),
         (SkillError, "Sequential is no peft model", {"method": "olora"}),
         (SkillError, "is no peft model", {"method": "ilora"}),
         (ConfigError, "orthogonality: got -1", {"method": "tasl", "method_options": {"orthogonality": -1}}),
@@ -205,7 +208,7 @@ def test_errors_before_anything_is_written(tmp_path):
         with pytest.raises(kind, match=message):
             learn_sequence(
                 model, given["tasks"], given["method"], given["options"],
-                method_options=given.get("method_options"), folder=folder, seed=given.get("seed", 0),
+                method_options=given.get("method_options"), folder=folder,
             )  # fmt: skip
         assert not folder.exists(), message
     for name, value in [("epochs", 0), ("lr", 0.0), ("weight_decay", -1), ("warmup", 1.0), ("schedule", "cos")]:
@@ -228,7 +231,10 @@ def test_options_of_another_method():
 def test_a_loss_that_is_not_finite_keeps_the_tasks_before(tmp_path):
     good, bad = vector_task("good", 0), vector_task("bad", 1)
     bad.train[3] = (bad.train[3][0] * math.nan, 0)
-    with pytest.raises(NonFiniteLossError, match="task bad, step .: the loss is nan; lower lr"):
+    with pytest.raises(
+        NonFiniteLossError,
+        match="task bad: epoch 1, step .: the loss is nan. A run's folder holds.*Lower",
+    ):
         learn_sequence(plain(), [good, bad], "sequential", QUICK, folder=tmp_path)
     assert sorted(p.name for p in (tmp_path / "tasks").iterdir()) == ["0_good"]
     assert json.loads((tmp_path / "checkpoint" / "progress.json").read_text())["stages"] == 1

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from hatcl.engine.schedule import Schedule, make_optimizer
 from hatcl.errors import ConfigError
 from hatcl.finetuning import FinetuneOptions, TaskOptions
 
@@ -30,7 +32,9 @@ def test_the_defaults_are_the_published_ones():
 )
 def test_rates_by_hand(options, rates):
     chosen = FinetuneOptions(lr=2.0, **options)
-    assert [chosen.rate(i, 4) for i in range(4)] == pytest.approx(rates, abs=1e-12)
+    optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], chosen)
+    schedule = Schedule(optimizer, chosen, [2.0])
+    assert [schedule.set(i, 4) for i in range(4)] == pytest.approx(rates, abs=1e-12)
 
 
 def test_steps():
@@ -42,17 +46,23 @@ def test_steps():
     "options, words",
     [
         ({"optimizer": "sgdd"}, "optimizer: got 'sgdd'.*did you mean 'sgd'"),
-        ({"schedule": "step"}, "schedule: got 'step'"),
+        ({"schedule": "steps"}, "schedule: got 'steps'.*did you mean 'step'"),
         ({"statistics": "held_"}, "did you mean 'held'"),
         ({"lr": 0.0}, "lr: got 0.0, expected a number above 0"),
         ({"l1": -1.0}, "l1: got -1.0, expected a number of at least 0"),
-        ({"clip_grad": float("nan")}, "clip_grad: got nan"),
+        ({"clip": float("nan")}, "clip: got nan"),
         ({"warmup": 1.0}, "warmup: got 1.0, expected a share"),
-        ({"momentum": 0.9, "optimizer": "adamw"}, "momentum: got 0.9 for adamw; it is SGD's"),
+        (
+            {"momentum": 0.9, "optimizer": "adamw"},
+            "momentum: got 0.9 for adamw, which has none",
+        ),
         ({"epochs": 1, "max_steps": 1}, "max_steps=1 and epochs=1: give one of the two"),
         ({"epochs": 0}, "epochs: got 0, expected an integer of at least 1"),
         ({"batch_size": 1.5}, "batch_size: got 1.5"),
         ({"evaluate_every": 0}, "evaluate_every: got 0"),
+        ({"l1": 0.1, "optimizer": "lion"}, "l1: got 0.1 with optimizer='lion'; the pull is known for adamw and sgd"),
+        ({"dropout": "no"}, "dropout: got 'no', expected True or False"),
+        ({"fix_head": 1}, "fix_head: got 1, expected True or False"),
         ({"seed": -1}, "seed: got -1, expected an integer of at least 0"),
     ],
 )

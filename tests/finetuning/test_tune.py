@@ -85,14 +85,14 @@ def expected_steps(task, lr, steps, after):
 def test_sgd_by_hand():
     task = linear()
     w, b = expected_steps(task, 0.5, 3, lambda p: p)
-    history = finetune_(task.model, task, FinetuneOptions(lr=0.5, max_steps=3, batch_size=2, clip_grad=0.0))
+    history = finetune_(task.model, task, FinetuneOptions(lr=0.5, max_steps=3, batch_size=2, clip=0.0))
     # the order of the two examples differs: one rounding of numbers below 4
     assert torch.allclose(task.model.weight, w, atol=1e-6) and torch.allclose(task.model.bias, b, atol=1e-6)
     assert [h["step"] for h in history] == [3.0] and history[0]["lr"] == 0.5 and history[0]["kept"] == 1.0
 
 
 def test_the_loss_goes_down_under_clipping_and_momentum():
-    for options in ({"momentum": 0.9}, {"clip_grad": 0.01}, {"optimizer": "adamw"}, {"schedule": "cosine"}):
+    for options in ({"momentum": 0.9}, {"clip": 0.01}, {"optimizer": "adamw"}, {"schedule": "cosine"}):
         task = linear()
         before = task.loss(task.model, task.batch("train", [0, 1])).item()
         history = finetune_(task.model, task, {"lr": 0.1, "max_steps": 10, "evaluate_every": 5, **options})
@@ -103,7 +103,7 @@ def test_the_loss_goes_down_under_clipping_and_momentum():
 def test_clipping_bounds_a_step():
     task = linear()
     before = copy.deepcopy(task.model)
-    finetune_(task.model, task, {"lr": 1.0, "max_steps": 1, "batch_size": 2, "clip_grad": 0.01})
+    finetune_(task.model, task, {"lr": 1.0, "max_steps": 1, "batch_size": 2, "clip": 0.01})
     way = [(p - q).flatten() for p, q in zip(task.model.parameters(), before.parameters(), strict=True)]
     assert torch.cat(way).norm().item() == pytest.approx(0.01, rel=1e-4)  # clip_grad_norm_ adds 1e-6 to the norm
 
@@ -112,7 +112,7 @@ def test_decay_is_of_matrices_alone():
     task = linear()
     before = copy.deepcopy(task.model)
     task.model.weight.data.mul_(1.0)
-    finetune_(task.model, task, {"lr": 1e-6, "max_steps": 1, "weight_decay": 1e5, "batch_size": 2, "clip_grad": 0.0})
+    finetune_(task.model, task, {"lr": 1e-6, "max_steps": 1, "weight_decay": 1e5, "batch_size": 2, "clip": 0.0})
     assert torch.allclose(task.model.weight, 0.9 * before.weight, atol=1e-5)  # the gradient itself moves 1e-6
     assert torch.allclose(task.model.bias, before.bias, atol=1e-5)
 
@@ -150,7 +150,7 @@ def test_proximal_gradient_descent_by_hand():
         return start[name] + d.sign() * (d.abs() - 0.5 * 0.2).clamp(min=0)
 
     w, b = expected_steps(task, 0.5, 4, after)
-    finetune_(task.model, task, {"lr": 0.5, "max_steps": 4, "batch_size": 2, "clip_grad": 0.0, "l1": 0.2})
+    finetune_(task.model, task, {"lr": 0.5, "max_steps": 4, "batch_size": 2, "clip": 0.0, "l1": 0.2})
     assert torch.allclose(task.model.weight, w, atol=1e-6) and torch.allclose(task.model.bias, b, atol=1e-6)
     at = {n: (p == start[n]).sum().item() for n, p in task.model.named_parameters()}
     assert sum(at.values()) > 0  # here of six elements; the next test has many
@@ -164,7 +164,7 @@ def test_the_pull_on_a_step_of_adamw_by_hand():
         task = linear()
         start = copy.deepcopy(task.model)
         finetune_(
-            task.model, task, {"optimizer": "adamw", "lr": 0.01, "max_steps": 1, "batch_size": 2, "clip_grad": 0.0,
+            task.model, task, {"optimizer": "adamw", "lr": 0.01, "max_steps": 1, "batch_size": 2, "clip": 0.0,
                                "schedule": "constant", "l1": l1}
         )  # fmt: skip
         found.append([p - q for p, q in zip(task.model.parameters(), start.parameters(), strict=True)])
@@ -368,8 +368,8 @@ def test_buffers_of_other_kinds_stay(fails):
     seen, last = model.seen, model.last
 
     def tell(told):
-        assert model.seen == told["step"] == model.last
-        if fails and told["step"] == 2:
+        assert model.seen == told.step == model.last
+        if fails and told.step == 2:
             raise KeyError
 
     if fails:
@@ -398,8 +398,9 @@ def test_the_best_on_validation_is_kept_of_equal_ones_the_last(monkeypatch, scor
     assert [h["step"] for h in history] == [2.0, 4.0, 5.0] and [h["validation"] for h in history] == scores
     assert [h["kept"] for h in history] == [float(i == kept) for i in range(3)]
     assert not changed(states[kept], task.model)
-    assert [t.get("validation") for t in told] == [None, scores[0], None, *scores[1:]]
-    assert told[0].keys() == {"step", "steps", "loss"}
+    steps = [t for t in told if t.doing == "learning"]
+    assert [t.measured.get("validation") for t in steps] == [None, scores[0], None, *scores[1:]]
+    assert [(t.task, t.step, t.steps) for t in steps] == [("t", k, 5) for k in range(1, 6)]
 
 
 # --- determinism ---
@@ -443,7 +444,7 @@ def test_after_an_error_the_model_is_what_it_was(what, monkeypatch):
     steps = []
 
     def tell(told):
-        steps.append(told["step"])
+        steps.append(told.step)
         if len(steps) == 2:
             raise {"told": RuntimeError("x"), "interrupt": KeyboardInterrupt()}[what]
 
@@ -462,7 +463,9 @@ def test_after_an_error_the_model_is_what_it_was(what, monkeypatch):
     assert all(q.requires_grad for q in task.model.parameters())
     assert torch.equal(p.grad, torch.ones_like(p)) and task.model.get_parameter("cls.predictions.bias").grad is None
     if what == "loss":
-        assert "task task, step 2: the loss is nan; lower lr (0.05)" in str(caught.value)
+        assert "task task: epoch 2, step 3: the loss is nan. The model is as it was before. Lower lr (0.05)" in str(
+            caught.value
+        )
 
 
 def test_flags_and_gradients_come_back():

@@ -79,7 +79,7 @@ class Grafts(Method):
         self.before = {n: t.detach().clone() for n, t in {**_trained(model), **_buffers(model)}.items()}
 
     def watching(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
     ) -> contextlib.AbstractContextManager[Any]:
         return hold(model, self.grafts, optimizer)
 
@@ -121,6 +121,9 @@ class Grafts(Method):
             yield
         finally:
             _write(weights, self.grafts[later])
+
+    def state(self) -> dict[str, Any]:
+        return {}
 
     def scores(self) -> dict[str, Graft]:
         return {"graft": self.grafts[-1]} if self.grafts else {}

@@ -48,8 +48,10 @@ class HardAttention(Method):
         self.stage = stage
 
     @contextlib.contextmanager
-    def watching(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Iterator[Learning]:
-        with learn(model, self.stage, optimizer, steps) as self.learning:
+    def watching(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
+    ) -> Iterator[Learning]:
+        with learn(model, self.stage, optimizer, steps, start=start) as self.learning:
             yield self.learning
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -61,6 +63,9 @@ class HardAttention(Method):
     def saving(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """The adapter that a task leaves behind is an ordinary one, and computes what the task computes."""
         return as_adapter(model, self.stage) if adapters_of(model) else contextlib.nullcontext()
+
+    def state(self) -> dict[str, Any]:
+        return {}
 
     def save(self, folder: Path) -> None:
         (folder / DIGESTS).write_text(json.dumps(self.gates.digests))

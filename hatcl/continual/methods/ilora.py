@@ -98,7 +98,7 @@ class InterpolatedLoRA(Method):
             self.two.next_task(stage)
 
     def watching(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
     ) -> contextlib.AbstractContextManager[Any]:
         return self.two.watch(optimizer)
 
@@ -113,6 +113,13 @@ class InterpolatedLoRA(Method):
 
     def adapters(self, model: nn.Module) -> list[str]:
         return [self.two.plastic, self.two.stable]
+
+    def state(self) -> dict[str, Any]:
+        return {"memory": self.two.memory.state_dict(), "steps": self.two.steps, "moves": self.two.moves}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.two.memory.load_state_dict(state["memory"])
+        self.two.steps, self.two.moves = int(state["steps"]), int(state["moves"])
 
     def save(self, folder: Path) -> None:
         torch.save(self.two.memory.state_dict(), folder / MEMORY)

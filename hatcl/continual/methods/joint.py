@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .registry import Method, continual_method
 
 
@@ -12,3 +14,6 @@ class Joint(Method):
 
     def stages(self, count: int) -> list[list[int]]:
         return [list(range(count))]
+
+    def state(self) -> dict[str, Any]:
+        return {}

@@ -104,6 +104,9 @@ class OLoRA(Method):
             loss = loss + self.options.l2 * sum(p.norm() for p in ours.values())
         return loss
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
     def adapters(self, model: nn.Module) -> list[str]:
         return [*self.earlier, self.adapter]
 

@@ -55,8 +55,9 @@ class Saved(Protocol):
 class Method:
     """What every method can do; alone it is plain training. A method overrides what it does differently.
 
-    `begin` is called once per stage, then for each step `loss`, a backward pass, clipping, the optimizer's step and
-    `after_step`, then `end`. All randomness comes from torch's global generators, which are seeded anew for each stage.
+    `begin` is called once per stage, then for each step `loss` of its batches, a backward pass, clipping, the
+    optimizer's step and `after_step`, then `end`. All randomness comes from the global generators, which are seeded
+    anew for each stage.
 
     Attributes:
         name: as registered. paper: who proposed it. options: of the class `Options`.
@@ -95,17 +96,17 @@ class Method:
         """Before a stage; the optimizer is made after it, of what then requires a gradient."""
 
     def watching(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
     ) -> contextlib.AbstractContextManager[Any]:
-        """Around a stage's steps."""
+        """Around a stage's steps, of which `start` were done before an interruption."""
         return contextlib.nullcontext()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of a batch."""
         return batch.loss(model)
 
-    def after_step(self, model: nn.Module, batch: Batch) -> None:
-        """After the optimizer's step."""
+    def after_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        """After the optimizer's step, which these batches made."""
 
     def end(self, model: nn.Module, stage: int) -> None:
         """After a stage's steps; the model is scored and saved as this leaves it."""
@@ -131,6 +132,14 @@ class Method:
 
     def load(self, folder: Path, model: nn.Module) -> None:
         """Read what `save` wrote. It comes after `start` and before the model's tensors are read."""
+
+    def state(self) -> dict[str, Any] | None:
+        """What steps changed since `begin`, beside the model's tensors: plain values and tensors. None where that is
+        not known; an interrupted task is then learned again from its beginning."""
+        return None
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave; it comes after `begin`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Name and options, JSON-able."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,12 @@ class Replay(Method):
     def end(self, model: nn.Module, stage: int) -> None:
         for position in range(len(self.tasks[stage].train)):
             self.memory.add((stage, position))
+
+    def state(self) -> dict[str, Any]:
+        return {"memory": self.memory.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.memory.load_state_dict(state["memory"])
 
     def save(self, folder: Path) -> None:
         torch.save(self.memory.state_dict(), folder / MEMORY)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class TaSL(Method):
         self.previous = tuple({n: p.detach().clone() for n, p in x.items()} for x in _trained(model)) if stage else None
 
     def watching(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
     ) -> contextlib.AbstractContextManager[Any]:
         return self.scorer.watch(optimizer, self.options.timing)
 
@@ -107,6 +107,12 @@ class TaSL(Method):
     def scores(self) -> dict[str, SkillScores]:
         found = {"scores": self.current, "cumulative": self.cumulative}
         return {name: scores for name, scores in found.items() if scores is not None}
+
+    def state(self) -> dict[str, Any]:
+        return {"scorer": self.scorer.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.scorer.load_state_dict(state["scorer"])
 
     def save(self, folder: Path) -> None:
         if self.cumulative is not None:

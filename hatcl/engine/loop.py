@@ -1,0 +1,335 @@
+"""The loop: batches, steps, epochs, and where to go on from. It knows no method; a `Work` says what is learned."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..calls import device_of
+from ..errors import ConfigError, NonFiniteLossError
+from .options import LoopOptions
+from .schedule import Schedule, make_optimizer
+from .state import Standing, kept_whole, length_of, load_optimizer, random_state, seed_all, set_random_state
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where learning stands, told after each step, each epoch and each measurement of any loop.
+
+    Attributes:
+        doing: `learning` (a step is done), `epoch` (one is over) or `scoring` (something was measured).
+        task: what is at work. stage: which of several stages, -1 before the first.
+        step, steps: of this stage, done and in all; None where it is not known. epoch: epochs done.
+        value: the step's loss, the epoch's mean loss, or the score. measured: what else there is to tell, by name.
+    """
+
+    doing: str
+    task: str
+    step: int
+    steps: int | None
+    value: float
+    epoch: int = 0
+    stage: int = 0
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+Tell = Callable[[Progress], None]
+
+
+class Work:
+    """What a loop is to do. Alone it is plain training; a procedure overrides what it does differently.
+
+    Attributes:
+        kind: which procedure's checkpoints these are. promise: what an error's message says is as it was.
+        name: the task's, for progress. model: what is trained. parameters: those that learn.
+        seed: of the global generators at the first step; None leaves that to the caller. generators: others that
+            batches draw from.
+        stage: which of several works, for `Progress`.
+    """
+
+    kind: ClassVar[str] = "hatcl"
+    promise: ClassVar[str] = ""
+    stage: int = 0
+
+    def __init__(
+        self, name: str, model: nn.Module, parameters: Iterable[nn.Parameter], seed: int | None = None
+    ) -> None:
+        self.name, self.model, self.parameters, self.seed = name, model, list(parameters), seed
+        self.generators: list[torch.Generator] = []
+
+    @property
+    def title(self) -> str:
+        """What an error calls it."""
+        return f"task {self.name}"
+
+    def trained(self, options: LoopOptions) -> Any:
+        """What the optimizer is made of, see `make_optimizer`."""
+        return self.parameters
+
+    def epoch_length(self) -> int | None:
+        """How many batches every epoch has, if they are known and as many in each."""
+        return None
+
+    def batches(self, epoch: int) -> Iterable[Any]:
+        """The batches of epoch 0, 1, ... To go on in the middle of one, they are gone through again."""
+        raise NotImplementedError
+
+    def loss(self, batch: Any) -> Tensor:
+        """The mean loss of a batch, with its graph."""
+        raise NotImplementedError
+
+    def size(self, batch: Any) -> float:
+        """How much a batch weighs among those that make one step."""
+        return 1.0
+
+    def penalty(self) -> Tensor | None:
+        """What a step adds to its loss, whatever its batches."""
+        return None
+
+    def said_of(self, batch: Any) -> str:
+        """How an error points at a batch."""
+        return "the inputs"
+
+    def set_mode(self) -> None:
+        """Bring the model into the mode that it learns in; asked before the first step."""
+
+    def begin(self) -> None:
+        """Before the first step of a course that starts from its beginning."""
+
+    def after_step(self, loop: Loop, batches: list[Any]) -> Mapping[str, float]:
+        """After the optimizer's step; returns what to tell beside the loss."""
+        return {}
+
+    def after_epoch(self, loop: Loop, loss: float) -> Mapping[str, float]:
+        """After an epoch of this mean loss; returns what to tell."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What is kept beside optimizer and generators to go on from: tensors and plain values."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any], where: object) -> None:
+        """Take up what `state` gave.
+
+        Raises:
+            ConfigError: it is of other options. IntegrityError: it does not fit.
+        """
+
+
+class Loop:
+    """One course of learning.
+
+    It has, for any work: any optimizer of timm or torch, schedules, mixed precision with a gradient scaler,
+    accumulation, clipping, refusal of what is not finite, `torch.compile`, and going on with the bits of a course that
+    was never interrupted, with the states of all generators.
+
+    Args:
+        optimizer, scaler: to go on with those of a course before; None makes new ones.
+        standing: where it is kept how far this got; what is there is taken up at once, so that `step` is known.
+        tell: is told after each step and each epoch.
+
+    Attributes:
+        step, steps: done and in all (None where only epochs are known). epoch: epochs done. rate: of the last step.
+
+    Raises:
+        ConfigError: an optimizer that cannot be made, or a standing of other options. IntegrityError: a damaged one.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        options: LoopOptions,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        standing: Standing | None = None,
+        tell: Tell | None = None,
+    ) -> None:
+        self.work, self.options, self.standing = work, options, standing
+        self.tell: Tell = tell or (lambda progress: None)
+        self.device = work.parameters[0].device if work.parameters else device_of(work.model)
+        self.optimizer = make_optimizer(work.trained(options), options) if optimizer is None else optimizer
+        rates = [float(group.setdefault("initial_lr", group["lr"])) for group in self.optimizer.param_groups]
+        self.schedule = Schedule(self.optimizer, options, rates)
+        self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        length = work.epoch_length()
+        self.steps = options.max_steps if length is None else options.steps_of(length)
+        if self.steps is None and options.epochs is None:
+            raise ConfigError(f"{work.title}: give epochs or max_steps; nothing says when to end")
+        self.step = self.epoch = self.taken = 0
+        self.rate = max(rates)
+        self.losses: list[float] = []
+        self._epoch_began: dict[str, Any] = {}
+        self._now: dict[str, Any] | None = None
+        self._compiled = torch.compile(work.model._call_impl) if options.compile else None
+        saved = None if standing is None else standing.read(work.kind)
+        if standing is not None and saved is not None:
+            self._take_up(saved, standing.file)
+
+    @property
+    def finished(self) -> bool:
+        """Is the course at its end?"""
+        return self.step == self.steps if self.steps is not None else self.epoch == self.options.epochs
+
+    def run(self) -> None:
+        """Learn to the end.
+
+        Raises:
+            NonFiniteLossError: a loss or a gradient that is not finite. ConfigError: no batches.
+        """
+        if self._now is None:
+            if self.work.seed is not None:
+                seed_all(self.work.seed)
+            self.work.begin()
+        self.work.set_mode()
+        while not self.finished:
+            self._epoch()
+
+    # --- an epoch, a step ---
+
+    def _epoch(self) -> None:
+        batches = self._from_here()
+        for group in iter(lambda: list(itertools.islice(batches, self.options.accumulate)), []):
+            self._step(group)
+            if self.step == self.steps:
+                break
+        if not self.losses:
+            raise ConfigError(f"batches: none in epoch {self.epoch + 1}; expected at least one")
+        mean = math.fsum(self.losses) / len(self.losses)
+        self.epoch, self.taken = self.epoch + 1, 0
+        measured = self.work.after_epoch(self, mean)
+        self.losses = []
+        if self.standing is not None and self.standing.epochs:
+            self.keep()
+        self.tell(self._progress("epoch", mean, measured))
+
+    def _from_here(self) -> Iterator[Any]:
+        """This epoch's batches, without those that were taken before an interruption."""
+        work, now = self.work, self._now
+        if now is not None:
+            set_random_state(self._epoch_began if self.taken else now, self.device, work.generators)
+        self._epoch_began, self._now = random_state(self.device, work.generators), None
+        given = work.batches(self.epoch)
+        length = length_of(given)
+        self._epoch_steps = None if length is None else max(1, -(-length // self.options.accumulate))
+        batches = iter(given)
+        if self.taken and now is not None:
+            for _ in itertools.islice(batches, self.taken):
+                pass
+            set_random_state(now, self.device, work.generators)
+        return batches
+
+    def _step(self, group: list[Any]) -> None:
+        work, options = self.work, self.options
+        self._set_rate()
+        sizes = [work.size(batch) for batch in group]
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch, size in zip(group, sizes, strict=True):
+            with self._autocast(), self._compiling():
+                loss = work.loss(batch)
+            loss = loss.to(torch.promote_types(loss.dtype, torch.float32)) * (size / math.fsum(sizes))
+            self._check(loss, "loss", batch)
+            self.scaler.scale(loss).backward()
+            total += float(loss.detach())
+        extra = work.penalty()
+        if extra is not None:
+            self.scaler.scale(extra).backward()
+            total += float(extra.detach())
+        self.scaler.unscale_(self.optimizer)
+        norm = self._norm()
+        if options.amp != "fp16":  # the scaler leaves out a step whose scaled gradients overflow
+            self._check(norm, "gradient", group[0])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step, self.taken = self.step + 1, self.taken + len(group)
+        self.losses.append(total)
+        measured = work.after_step(self, group)
+        if self.standing is not None and self.step != self.steps and self.standing.due():
+            self.keep()
+        self.tell(self._progress("learning", total, measured))
+
+    def _set_rate(self) -> None:
+        if self.steps is not None:
+            self.rate = self.schedule.set(self.step, self.steps)
+        else:
+            part = 1.0 if self._epoch_steps is None else 1 / self._epoch_steps
+            done = 0.0 if self._epoch_steps is None else min(len(self.losses) / self._epoch_steps, 1.0)
+            self.rate = self.schedule.set(self.epoch + done, self.options.epochs or 1, part)
+
+    def _norm(self) -> Tensor:
+        trained = [p for p in self.work.parameters if p.grad is not None]
+        if self.options.clip:
+            return nn.utils.clip_grad_norm_(trained, self.options.clip)
+        return nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None and not p.grad.is_sparse])
+
+    def _check(self, value: Tensor, what: str, batch: Any) -> None:
+        if not math.isfinite(float(value.detach())):
+            o, promise = self.options, f" {self.work.promise}." if self.work.promise else ""
+            raise NonFiniteLossError(
+                f"{self.work.title}: epoch {self.epoch + 1}, step {self.step + 1}: the {what} is "
+                f"{float(value.detach())}.{promise} Lower lr ({o.lr:g}), set clip ({o.clip:g}), leave out amp "
+                f"({o.amp}), or look for NaN in {self.work.said_of(batch)}"
+            )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        amp = self.options.amp
+        return contextlib.nullcontext() if amp == "none" else torch.autocast(self.device.type, DTYPES[amp])
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Inside, calls of the model run compiled; it stays the same module, and evaluation the same program."""
+        model = self.work.model
+        if self._compiled is None:
+            yield
+            return
+        before, model._compiled_call_impl = model._compiled_call_impl, self._compiled
+        try:
+            yield
+        finally:
+            model._compiled_call_impl = before
+
+    def _progress(self, doing: str, value: float, measured: Mapping[str, float]) -> Progress:
+        work = self.work
+        return Progress(doing, work.name, self.step, self.steps, value, self.epoch, work.stage, measured)
+
+    # --- where it stands ---
+
+    def keep(self) -> None:
+        """Write where the loop stands."""
+        if self.standing is not None:
+            self.standing.write(self.work.kind, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """All that a loop goes on from, beside the model: tensors and plain values."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "taken": self.taken,
+            "losses": list(self.losses),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch_began": self._epoch_began,
+            "random": random_state(self.device, self.work.generators),
+            "work": self.work.state(),
+        }
+
+    def _take_up(self, saved: Mapping[str, Any], where: object) -> None:
+        with kept_whole(where):
+            self.work.load_state(saved["work"], where)
+            self.step, self.epoch, self.taken = (int(saved[name]) for name in ("step", "epoch", "taken"))
+            self.losses = [float(loss) for loss in saved["losses"]]
+            self._epoch_began, self._now = saved["epoch_began"], saved["random"]
+            set_random_state(self._now, self.device, self.work.generators)
+            if saved["scaler"]:  # empty where it did without one
+                self.scaler.load_state_dict(saved["scaler"])
+            load_optimizer(self.optimizer, saved["optimizer"], where)

@@ -1,0 +1,108 @@
+"""How a loop learns: one frozen, JSON-able dataclass, from which every procedure's options derive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import Changeable, flag, number, one_of, whole
+from ..errors import ConfigError, nearest
+from ..functional import RATES
+
+AMP = ("none", "bf16", "fp16")
+SCHEDULES = (*RATES, "tanh", "step", "poly")
+COMMON = ("adamw", "sgd")  # known without asking timm, whose import takes a while
+
+
+@dataclass(frozen=True)
+class LoopOptions(Changeable):
+    """How a loop learns. Every field is checked when the options are made.
+
+    Args:
+        optimizer: one of `timm.optim.list_optimizers()`, which has all of torch's. lr: the highest learning rate.
+        momentum: of optimizers that have one. None = timm's own default: 0.9, and Nesterov's for `sgd`; `sgd` with a
+            number is torch's without Nesterov's.
+        weight_decay: as the optimizer has it (decoupled for `adamw`).
+        max_steps: how many optimizer steps, however many passes they take; None = as `epochs` say. epochs: passes over
+            the examples.
+        schedule: after the warm-up `constant`, or `linear` or `cosine` down to 0 at the last step, or timm's `tanh`,
+            `step` or `poly`. warmup: share of the steps in which the rate rises linearly from 0.
+        accumulate: so many batches make one step, weighted by their sizes.
+        clip: clip the gradient's norm to this, 0 = off.
+        amp: autocast losses to `bf16` or `fp16` (with a gradient scaler), or `none`.
+        compile: run the model's training steps through `torch.compile`.
+        seed: of everything that is drawn while learning: order, dropout, augmentation.
+
+    Raises:
+        ConfigError: a value outside its range, with the nearest one where there are names.
+    """
+
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    momentum: float | None = None
+    weight_decay: float = 0.0
+    max_steps: int | None = None
+    epochs: int | None = None
+    schedule: str = "constant"
+    warmup: float = 0.0
+    accumulate: int = 1
+    clip: float = 0.0
+    amp: str = "none"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _known_optimizer(self.optimizer)
+        number("lr", self.lr, 0, without="low")
+        for name in ("momentum", "warmup"):
+            if name != "momentum" or self.momentum is not None:
+                number(name, getattr(self, name), 0, 1, without="high", what="a share")
+        for name in ("weight_decay", "clip"):
+            number(name, getattr(self, name), 0)
+        if self.momentum and not _takes_momentum(self.optimizer):
+            raise ConfigError(
+                f"momentum: got {self.momentum!r} for {self.optimizer}, which has none; leave it out, or take sgd"
+            )
+        whole("max_steps", self.max_steps, optional=True)
+        whole("epochs", self.epochs, optional=type(self).epochs is None)
+        whole("accumulate", self.accumulate)
+        whole("seed", self.seed, 0)
+        one_of("schedule", self.schedule, self.schedules())
+        one_of("amp", self.amp, AMP)
+        flag("compile", self.compile)
+
+    @classmethod
+    def schedules(cls) -> tuple[str, ...]:
+        """The names that `schedule` may have."""
+        return SCHEDULES
+
+    @property
+    def course(self) -> str:
+        """The schedule that is meant."""
+        return self.schedule
+
+    def steps_of(self, batches: int) -> int | None:
+        """How many steps learning takes where an epoch has so many batches; None where nothing says when it ends."""
+        if self.max_steps is not None or self.epochs is None:
+            return self.max_steps
+        return self.epochs * -(-batches // self.accumulate)
+
+
+def _takes_momentum(name: str) -> bool:
+    if name in COMMON:
+        return name == "sgd"
+    from timm.optim import get_optimizer_info
+
+    return bool(get_optimizer_info(name.removeprefix("lookahead_")).has_momentum)
+
+
+def _known_optimizer(name: str) -> None:
+    if name in COMMON:
+        return
+    from timm.optim import list_optimizers
+
+    known = list_optimizers()
+    if not isinstance(name, str) or name.removeprefix("lookahead_") not in known:
+        raise ConfigError(
+            f"optimizer: got {name!r}, expected a name of timm.optim.list_optimizers(); did you mean "
+            f"{nearest(name, known)!r}?"
+        )
