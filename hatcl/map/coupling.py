@@ -108,7 +108,7 @@ class Coupling:
     @property
     def in_norm(self) -> bool:
         """Is the module at work a norm layer that gates its own output?"""
-        return self._is_norm(self._modules.get(self.here, nn.Identity()))
+        return self._is_norm(self._modules[self.here])
 
     def enter(self, path: str, args: Sequence[Any]) -> None:
         """A module begins: what a norm is given is seen, and what a module without children is given remembered."""
@@ -171,7 +171,7 @@ class Coupling:
         self.labels.mark("owns", p)
         self.labels.mark("forced", p[a == 0])
 
-    def write(self, p: Slot) -> tuple[Slot, set[Use]]:
+    def carry(self, p: Slot) -> tuple[Slot, set[Use]]:
         """A contraction's output carries the weight's own labels; also the folds that this leaves pending."""
         self.mark("owns", p.ids)
         self.mark("carried", p.ids)

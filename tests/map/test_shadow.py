@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hatcl.map.shadow import apply_as_is, reshape, settle, small, varying
+from hatcl.map.shadow import Shadow, Shadows, Slot, apply_as_is, placed, reshape, settle, small, varying, vector
 
 
 @st.composite
@@ -71,3 +71,42 @@ def test_operations_that_know_no_integers_run_in_float64(ids):
     big = big + 2**40  # more than float32 holds
     padded = apply_as_is(torch.ops.aten.reflection_pad2d.default, (big, [0, 0, 0, 0]), {}, [big])
     assert padded.dtype == torch.long and torch.equal(padded, big)
+
+
+def test_a_vector_is_placed_where_it_came_from():
+    labels = torch.arange(1, 5)
+    for dim in range(3):
+        shape = [4 if d == dim else 3 for d in range(3)]
+        ids = placed(labels, dim, shape)
+        assert list(ids.shape) == shape and varying(ids) == (dim,) and torch.equal(vector(ids, dim), labels)
+
+
+def carrying(shadows, x):
+    """The labels of a tensor's only slot."""
+    (slot,) = shadows.get(x).slots
+    return slot.ids.tolist()
+
+
+def test_views_of_one_storage_share_what_is_written():
+    shadows = Shadows()
+    base = torch.zeros(2, 3)
+    row, column, turned = base[1], base[:, 0], base.t()
+    shadows[base] = Shadow()
+    for view in (row, column, turned):
+        shadows[view] = Shadow()
+    shadows.write(row, Shadow((Slot(torch.tensor([4, 5, 6])),), pending=frozenset({("here", ("w", 0))})))
+    assert carrying(shadows, base) == [[0, 0, 0], [4, 5, 6]] and carrying(shadows, row) == [4, 5, 6]
+    assert carrying(shadows, column) == [0, 4] and carrying(shadows, turned) == [[0, 4], [0, 5], [0, 6]]
+    assert shadows.get(base).pending == shadows.get(turned).pending == {("here", ("w", 0))}
+    shadows.write(column, Shadow((Slot(torch.tensor([7, 8]), clean=False),)))
+    assert carrying(shadows, row) == [8, 5, 6] and not shadows.get(row).slots[0].clean
+
+
+def test_what_nothing_was_given_has_no_shadow():
+    shadows = Shadows()
+    x = torch.zeros(2)
+    assert shadows.get(x) is None and shadows.get("no tensor") is None and x not in shadows
+    shadows[x] = Shadow()
+    assert x in shadows and len(shadows.alive()) == 1
+    del x
+    assert not shadows.alive()

@@ -61,7 +61,7 @@ def contract(coupling: Coupling, left: Shadow, right: Shadow, k: int) -> Shadow:
     for p in weight.slots:
         dims = varying(p.ids)
         if k not in dims and dims:
-            written, uses = coupling.write(p)
+            written, uses = coupling.carry(p)
             slots.append(written)
             pending |= uses
         elif dims == (k,):
@@ -118,7 +118,7 @@ def embedding(call: Call, coupling: Coupling) -> Shadow:
     pending: set[Use] = set()
     for p in w.slots:
         if varying(p.ids) == (1,):
-            written, uses = coupling.write(replace(p, ids=p.ids.select(0, 0)))
+            written, uses = coupling.carry(replace(p, ids=p.ids.select(0, 0)))
             slots.append(written.map(lambda ids: ids.expand(call.out.shape)))
             pending |= uses
         elif varying(p.ids) == (0,):
@@ -140,7 +140,7 @@ def lstm(call: Call, coupling: Coupling) -> Moved:
     units: Slot | None = None
     pending: set[Use] = set()
     for p in (slot for part in parts for slot in part.slots if varying(slot.ids) == (0,)):
-        rows, uses = coupling.write(replace(p, ids=vector(p.ids, 0)))
+        rows, uses = coupling.carry(replace(p, ids=vector(p.ids, 0)))
         pending |= uses
         units = units or Slot(rows.ids[:hidden])
         coupling.couple(rearrange(rows.ids, "(gate unit) -> gate unit", unit=hidden), units.ids)

@@ -36,7 +36,7 @@ def convolution(call: Call, coupling: Coupling) -> Shadow:
             rows = vector(p.ids, writes)
             if transposed and groups > 1:
                 rows = repeat(rows, "width -> (group width)", group=groups)
-            written, uses = coupling.write(replace(p, ids=rows))
+            written, uses = coupling.carry(replace(p, ids=rows))
             slots.append(written.map(lambda ids: placed(ids, 1, call.out.shape)))
             pending |= uses
             if depthwise:

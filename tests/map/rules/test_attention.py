@@ -8,6 +8,7 @@ import math
 import parts
 import pytest
 import torch
+from map_parts import units
 from torch import nn
 from torch.nn import functional as tf
 
@@ -81,10 +82,6 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v):
         return self.form(q, k, v)
-
-
-def units(found, name, owner):
-    return next((f.units.tolist() for f in found.entries[name].factors if f.owner == owner), None)
 
 
 def by_head(numbers, heads):
