@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .labels import Ints, Labels
-from .shadow import ParameterAxis, Shadow, Shadows, Slot, flat, settle, side_by_side, small, varying, vector
+from .shadow import ParameterAxis, Shadow, Shadows, Slot, flat_ids, settle, side_by_side, small, varying, vector
 
 Use = tuple[str, ParameterAxis]  # (path of the module at work, axis)
 
@@ -158,7 +158,7 @@ class Coupling:
 
     def mark(self, role: str, ids: Tensor) -> None:
         """Give the labels a role (see `Labels.ROLES`)."""
-        self.labels.mark(role, flat(ids))
+        self.labels.mark(role, flat_ids(ids))
 
     def drop(self, slot: Slot) -> None:
         """A parameter met in a way that no rule covers: one-sided nowhere, a copy per task instead."""
@@ -217,11 +217,11 @@ class Coupling:
 
     def axes_of(self, slot: Slot) -> frozenset[ParameterAxis]:
         """The parameters' axes of which the slot's values are made."""
-        return slot.folds if slot.folds is not None else frozenset(self.labels.axes_of(flat(slot.ids)))
+        return slot.folds if slot.folds is not None else frozenset(self.labels.axes_of(flat_ids(slot.ids)))
 
     def across(self, seen: NormSeen, ids: Tensor) -> None:
         """A norm takes its statistics across these units."""
-        units = np.unique(self.labels.find(flat(ids)))
+        units = np.unique(self.labels.find(flat_ids(ids)))
         seen.across = True
         seen.over |= {d for d, at in seen.ids.items() if np.isin(self.labels.find(at), units).any()}
 

@@ -133,7 +133,7 @@ def small(ids: Tensor) -> Tensor:
     return ids
 
 
-def flat(ids: Tensor) -> Ints:
+def flat_ids(ids: Tensor) -> Ints:
     """The labels of a slot as a vector, constant dimensions once."""
     return small(ids).reshape(-1).numpy()
 

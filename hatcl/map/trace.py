@@ -27,7 +27,7 @@ from ..calls import call, tensors_of, values_of
 from ..errors import ConversionError
 from .coupling import Coupling, Trace
 from .rules import Call, Moved, apply_rule
-from .shadow import Shadow, flat
+from .shadow import Shadow, flat_ids
 
 
 class Tracer(TorchDispatchMode):
@@ -134,7 +134,7 @@ def trace(model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool]) -> 
         if found.norms[path].across:
             found.mixing[path] = found.norms.pop(path)
     leaves = tensors_of(out) or list(values_of(out).values())  # the latter says why there is nothing
-    carried = [flat(slot.ids) for x in leaves if (s := coupling.shadow(x)) for slot in s.slots]
+    carried = [flat_ids(slot.ids) for x in leaves if (s := coupling.shadow(x)) for slot in s.slots]
     outputs = np.concatenate([found.outputs, *carried])
     found.outputs = outputs[outputs != 0]
     return found

@@ -10,7 +10,7 @@ from einops import repeat
 from torch import Tensor
 
 from ..coupling import Coupling, Use
-from ..shadow import Shadow, Slot, flat, placed, varying, vector
+from ..shadow import Shadow, Slot, flat_ids, placed, varying, vector
 from .contractions import with_bias
 from .registry import Call, disown, rule
 
@@ -97,7 +97,7 @@ def _own_channels(coupling: Coupling, written: Slot, inputs: Sequence[Slot]) -> 
 
 def _read_groups(coupling: Coupling, w: Tensor, p: Slot, inputs: Sequence[Slot], groups: int, channels: int) -> None:
     """In a grouped convolution element (o, j) reads input channel `group(o) * width + j`: one joint axis for both."""
-    axes = coupling.labels.axes_of(flat(p.ids))
+    axes = coupling.labels.axes_of(flat_ids(p.ids))
     if len(axes) != 1:
         coupling.drop(p)
         return

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from ...errors import ConfigError
 from ..coupling import Coupling
 from ..shadow import Shadow, apply_as_is
 
@@ -105,12 +106,20 @@ def rule(
         reads: False where values only move or are computed with elsewhere, so that a fold can still be taken over by
             what comes next.
 
+    Raises:
+        ConfigError: no operation is named, or one with its library.
+
     Example::
 
         @rule("grid_sampler_2d")
         def grid_sample(call, coupling):
             return within_channels(call, coupling, dims=2)
     """
+
+    named = [x for x in operations if isinstance(x, torch.Tag) or (isinstance(x, str) and "::" not in x)]
+    if not operations or len(named) < len(operations):
+        wrong = ", ".join(repr(x) for x in operations if x not in named) or "nothing"
+        raise ConfigError(f'rule: got {wrong}; name operations without their library, such as @rule("mm") for aten::mm')
 
     def register(apply: Callable[[Call, Coupling], Moved]) -> Callable[[Call, Coupling], Moved]:
         TRACE_RULES.update(dict.fromkeys(operations, Rule(apply, reads)))

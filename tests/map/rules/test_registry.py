@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import parts
+import pytest
 import torch
 from map_parts import Between, units
 
@@ -79,3 +80,14 @@ def test_a_later_rule_takes_the_place_of_an_earlier_one(monkeypatch):
     assert TRACE_RULES["relu"] == Rule(mine)
     found = map_of(Between(torch.relu_).eval(), torch.randn(4, 5))
     assert seen == ["relu"] * 2 and "aten::relu_ is not known" in found.notes[""]  # also the one that is in place
+
+
+@pytest.mark.parametrize("wrong", [(), ("aten::mm",), ("mm", test_a_later_rule_takes_the_place_of_an_earlier_one)])
+def test_a_rule_names_its_operations(wrong):
+    """`@rule` without brackets takes the function for a name."""
+    known = dict(TRACE_RULES)
+    with pytest.raises(
+        hatcl.ConfigError, match=r"^rule: got (nothing|'aten::mm'|<function .*>); name operations without"
+    ):
+        rule(*wrong)
+    assert known == TRACE_RULES
