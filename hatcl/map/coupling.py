@@ -25,7 +25,7 @@ Use = tuple[str, ParameterAxis]  # (path of the module at work, axis)
 class NormSeen:
     """What entered a norm module: the labels along each dimension that carries units, whether off units were zero,
     whether its statistics are taken across units, and along which of its dimensions those run, how many dimensions it
-    has; kind: see `registry.register`."""
+    has; kind: see `hatcl.register`."""
 
     ids: dict[int, Ints]
     clean: bool

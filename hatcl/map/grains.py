@@ -147,12 +147,14 @@ def make_grain(name: str, shapes: Shapes, unit_map: UnitMap | None = None, seed:
 def _named(
     name: str, shapes: dict[str, tuple[int, ...]], index: Mapping[str, Callable[[], Tensor]], labels: tuple[str, ...]
 ) -> Grain:
+    """A grain whose parts have names."""
     if not shapes:
         raise ConfigError(f"grain: {name} finds nothing to speak of among the tensors given")
     return Grain(name, len(labels), shapes, index, labels)
 
 
 def _is_fused(name: str, shape: tuple[int, ...]) -> bool:
+    """Are this tensor's rows those of query, key and value, one after another?"""
     parts = name.split(".")
     named = any("qkv" in part.lower() for part in parts) or parts[-1] in ("in_proj_weight", "in_proj_bias")
     return named and bool(shape) and shape[0] % 3 == 0
@@ -171,6 +173,7 @@ def _rows(name: str, shapes: dict[str, tuple[int, ...]], parts: Mapping[str, Seq
 
 
 def _repeated(start: int, count: int, shape: tuple[int, ...]) -> Tensor:
+    """`count` numbers from `start` on, each for as many rows as the next."""
     ids = torch.arange(start, start + count).repeat_interleave(shape[0] // max(count, 1))
     return ids.view(-1, *[1] * (len(shape) - 1))
 
@@ -179,14 +182,17 @@ def _repeated(start: int, count: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _constant(i: int) -> Callable[[], Tensor]:
+    """One number for every element."""
     return functools.partial(torch.tensor, i)
 
 
 def _range(start: int, shape: tuple[int, ...]) -> Tensor:
+    """A number for each element, from `start` on."""
     return torch.arange(start, start + math.prod(shape)).view(shape)
 
 
 def _units(entry: Entry) -> Tensor:
+    """The units that own a parameter's elements, else those that they read."""
     owners = [f for f in entry.factors if f.owner] or list(entry.factors)
     if not owners:
         return torch.zeros((), dtype=torch.long)
@@ -204,12 +210,14 @@ def _hashed(block: int, shape: tuple[int, ...], parts: int, seed: int) -> Tensor
 
 
 def _along(start: int, count: int, dim: int, dims: int) -> Tensor:
+    """Numbers from `start` on along one dimension."""
     shape = [1] * dims
     shape[dim] = count
     return torch.arange(start, start + count).view(shape)
 
 
 def _lora_pairs(shapes: dict[str, tuple[int, ...]]) -> Grain:
+    """Each rank of each pair of LoRA factors, in both of them."""
     kept: dict[str, tuple[int, ...]] = {}
     index: dict[str, Callable[[], Tensor]] = {}
     labels: list[str] = []

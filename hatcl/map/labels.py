@@ -40,6 +40,7 @@ class Labels:
         return first
 
     def _take(self, size: int) -> None:
+        """Look at the first labels of the room that was made."""
         self.parent = self._parent[:size]
         self.flags = dict(zip(self.ROLES, self._flags[:, :size], strict=True))
 
@@ -64,6 +65,7 @@ class Labels:
             np.minimum.at(self.parent, high, low)
 
     def mark(self, role: str, labels: Ints) -> None:
+        """Give labels a role; "always on" plays none."""
         self.flags[role][labels] = True
         self.flags[role][0] = False
 
