@@ -130,6 +130,20 @@ def known_options(cls: type, options: Iterable[str]) -> None:
             )
 
 
+def without_effect(options: Any, names: Iterable[str], when: str, remedy: str) -> None:
+    """Raise `ConfigError` for an option that is not at its default where it would have no effect.
+
+    Args:
+        options: a dataclass. names: of the options that have none. when: what takes their effect away.
+        remedy: with what they would have one.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(options)}
+    for name in names:
+        value = getattr(options, name)
+        if value != defaults[name]:
+            raise ConfigError(f"{name}: got {value!r}, which has no effect with {when}; {remedy}, or leave it out")
+
+
 def one_of(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise `ConfigError` for a value that is not among the choices, with the nearest one."""
     if value not in choices:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hatcl
-from hatcl.config import INITS, PENALTIES, REUSE, SCHEDULES, flag, number, whole
+from hatcl.config import INITS, PENALTIES, REUSE, SCHEDULES, HATConfig, flag, number, whole, without_effect
 
 valid = st.fixed_dictionaries(
     {},
@@ -121,3 +121,12 @@ def test_integers_and_flags():
     flag("x", False)
     with pytest.raises(hatcl.ConfigError, match="x: got 0, expected True or False"):
         flag("x", 0)
+
+
+def test_an_option_without_effect_is_refused_with_the_remedy():
+    config = HATConfig(num_tasks=3)
+    without_effect(config, ["clamp", "init"], "x", "y")
+    with pytest.raises(
+        hatcl.ConfigError, match="num_tasks: got 3, which has no effect with x; pass y, or leave"
+    ):
+        without_effect(config, ["clamp", "num_tasks"], "x", "pass y")

@@ -69,7 +69,8 @@ def adapt(
         checkpoint, progress: see `fit`.
 
     Raises:
-        ConfigError: no examples, or no strong view for inputs that are no images. NonFiniteLossError: see `fit`.
+        ConfigError: no examples, no strong view for inputs that are no images, or views for `entropy`.
+        NonFiniteLossError: see `fit`.
     """
     one_of("objective", objective, ADAPTED_BY)
     data = Unlabelled(examples)
@@ -77,6 +78,10 @@ def adapt(
         raise ConfigError(f"batch_size: got {batch_size}, expected at least 4, a quarter of which is trusted")
     if per_class is not None and per_class < 1:
         raise ConfigError(f"per_class: got {per_class}, expected at least 1")
+    if objective == "entropy":
+        for name, value in (("strong", strong), ("weak", weak), ("per_class", per_class)):
+            if value is not None:
+                raise ConfigError(f"{name}: has no effect with objective={objective!r}; pass 'ufm', or leave it out")
     chosen = ADAPTATION.changed(options)
     seen = data.take(torch.arange(1))
     if strong is None and objective == "ufm" and not (isinstance(seen, Tensor) and seen.dim() == 4):

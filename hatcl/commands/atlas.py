@@ -297,7 +297,7 @@ def adapt_command(
     def work(run: Run) -> None:
         run.read(paths, {TASK: data})
         run.fit_heads()
-        strong = functools.partial(atlas.random_crops, flip=flip)
+        strong = functools.partial(atlas.random_crops, flip=flip) if objective == "ufm" else None
         run.learn(
             lambda composed, **how: atlas.adapt(
                 composed, run.parts[TASK][images], head=run.heads[TASK], strong=strong, per_class=per_class,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import Changeable, number, one_of, whole
+from ..config import Changeable, number, one_of, whole, without_effect
 
 GRAFT_OPTIMIZERS = ("sgd", "adam")
 GAMMAS = ("hard", "soft")
@@ -44,7 +44,7 @@ class GraftOptions(Changeable):
         seed: of S, and of the global random generator while learning (order of a DataLoader's batches).
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value outside its range, or momentum that has no effect.
     """
 
     lr: float = 2.0
@@ -69,6 +69,8 @@ class GraftOptions(Changeable):
         one_of("rule", self.rule, LOGIT_RULES)
         one_of("size", self.size, SIZES)
         one_of("optimizer", self.optimizer, GRAFT_OPTIMIZERS)
+        if self.optimizer != "sgd":
+            without_effect(self, ["momentum"], f"optimizer={self.optimizer!r}", "pass optimizer='sgd'")
 
 
 PUBLISHED = GraftOptions(lr=1e7, gamma="soft", rule="plain", size="free")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Changeable, number, one_of
+from ..config import Changeable, number, one_of, without_effect
 from ..errors import ConfigError, SkillError
 from ..map.grains import make_grain
 from .product import best_factors, factor_pairs, fit_each_other
@@ -18,6 +18,11 @@ from .scores import SkillScores, check_same_groups, localize
 
 MODES = ("cases", "adaptive", "coarse")
 AVERAGES = ("factors", "product")
+READ_BY = {  # by which mode each option is read
+    "cases": ("both", "previous_only", "current_only", "neither", "share", "threshold"),
+    "adaptive": ("temperature",),
+    "coarse": ("coarse",),
+}
 Weights = tuple[float, float]
 
 
@@ -41,7 +46,7 @@ class ConsolidateOptions(Changeable):
         threshold: in place of the share: the score, scaled to 0..1, above which a group is important.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value outside its range, or one that has no effect in this mode or beside a threshold.
     """
 
     mode: str = "cases"
@@ -73,6 +78,10 @@ class ConsolidateOptions(Changeable):
         number("share", self.share, 0, 1, without="low", what="a share of the groups")
         if self.threshold is not None:
             number("threshold", self.threshold, 0, 1, what="a normalised score")
+            without_effect(self, ["share"], f"threshold={self.threshold!r}", "take the threshold away")
+        for mode, names in READ_BY.items():
+            if mode != self.mode:
+                without_effect(self, names, f"mode={self.mode!r}", f"pass mode={mode!r}")
 
     @property
     def unscored(self) -> Weights:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.hooks import RemovableHandle
 
 from ..calls import device_of, moved
-from ..config import flag, known_options, number, one_of, whole
+from ..config import flag, known_options, number, one_of, whole, without_effect
 from ..errors import ConfigError, SkillError
 from ..shards import check_whole
 from . import ilora_files
@@ -40,7 +40,7 @@ class ILoRAConfig:
     """The options of I-LoRA.
 
     Args:
-        use_ilora: False = nothing happens at all: no second adapter, no loss, no file.
+        use_ilora: False = nothing happens at all: no second adapter, no loss, no file; no other option may be given.
         ema_alpha: alpha of `stable = alpha * stable + (1 - alpha) * plastic`, 0 to 1. 1 = the stable adapter stays.
         consistency_weight: weight of the consistency term in the loss; 0 = no term, and no cost.
         ilora_buffer_size: how many examples the memory keeps of all tasks.
@@ -58,7 +58,7 @@ class ILoRAConfig:
             `previous_task_model`, the stable adapter goes on as it is in the model, or comes from `ema_adapter_path`.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value outside its range, or one that has no effect with the others.
     """
 
     use_ilora: bool = False
@@ -104,6 +104,18 @@ class ILoRAConfig:
             if not str(value) or str(value) in (".", "..") or set(str(value)) & {"/", "\\", "\0"}:
                 raise ConfigError(f"{name}: got {value!r}, expected a name that can be a folder's")
             object.__setattr__(self, name, str(value))
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        if not self.use_ilora:
+            others = [f.name for f in dataclasses.fields(self) if f.name != "use_ilora"]
+            without_effect(self, others, "use_ilora=False", "pass use_ilora=True")
+        if not self.selective_update:
+            without_effect(self, ["min_update_threshold"], "selective_update=False", "pass selective_update=True")
+        if not self.consistency_weight:
+            without_effect(self, ["hidden_state_layers"], "consistency_weight=0", "give the term a weight")
+        if not self.save_ema_adapter and self.previous_task_model is None and self.prev_task_id is None:
+            without_effect(self, ["ema_adapter_path"], "save_ema_adapter=False", "save the adapter")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> ILoRAConfig:
@@ -151,7 +163,8 @@ class ILoRA:
     The stable adapter also follows what peft trains in full beside the adapter (classifiers in `modules_to_save`).
 
     Args:
-        model: a peft model with LoRA on any base. config: `ILoRAConfig`, or a mapping of its options.
+        model: a peft model with LoRA on any base. config: `ILoRAConfig`, or a mapping of its options; None = the
+            defaults, with `use_ilora`.
         adapter: the plastic one; default: the active one, which it must be while learning.
         stable: the name of the other one. It is added as a copy; if the model has one of that name, that goes on.
         hidden_states: for models whose `forward(**batch, output_hidden_states=True)` does not give them (timm): called
@@ -191,7 +204,7 @@ class ILoRA:
         number("replay", replay, 0)
         if replay and on == "batch":
             raise ConfigError(f"replay: got {replay!r} with on='batch', expected 0; it is of the memory's examples")
-        config = ILoRAConfig() if config is None else config
+        config = ILoRAConfig(use_ilora=True) if config is None else config
         self.config = config if isinstance(config, ILoRAConfig) else ILoRAConfig.from_dict(config)
         self.model, self.stable, self.on, self.batch_size, self.replay = model, stable, on, batch_size, replay
         self.steps = self.moves = 0
@@ -452,6 +465,8 @@ class ILoRA:
 
     def next_task(self, task_id: str | int | None = None) -> None:
         """In a process that learns several tasks: the current task becomes the one before, and this the current one."""
+        if not self.enabled:
+            return
         ids = {"prev_task_id": self.config.current_task_id, "current_task_id": task_id}
         self.config = dataclasses.replace(self.config, **ids)  # type: ignore[arg-type]  # numbers become names
         self._first = False

@@ -101,7 +101,7 @@ def test_labels_are_not_used(objective):
     out = []
     for examples in (TensorDataset(x, y), TensorDataset(x, torch.randint(-99, 99, y.shape)), x):
         which = composer()
-        adapt(which, examples, strong=noise, objective=objective, options=FAST)
+        adapt(which, examples, strong=noise if objective == "ufm" else None, objective=objective, options=FAST)
         out.append(which.coefficients.detach())
     assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2]) and bool(out[0].any())
 
@@ -179,3 +179,11 @@ def test_what_is_missing_is_named():
         adapt(which, x, per_class=0)
     with pytest.raises(ConfigError, match="strong: the inputs are no images"):
         adapt(which, torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("given", [{"strong": noise}, {"weak": noise}, {"per_class": 1}], ids=lambda given: [*given][0])
+def test_what_has_no_effect_is_refused(given):
+    with pytest.raises(
+        ConfigError, match=f"{[*given][0]}: has no effect with objective='entropy'; pass 'ufm', or leave"
+    ):
+        adapt(composer(), torch.zeros(4, 3), objective="entropy", options=FAST, **given)

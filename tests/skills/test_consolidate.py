@@ -279,9 +279,13 @@ shares = st.floats(0, 1, width=32).map(lambda w: (w, 1 - w))
 )  # fmt: skip
 def test_two_equal_adapters_stay_bit_for_bit(seed, mode, grain, both, previous, current, neither, coarse, share):
     x = drawn(PAIR, seed)
-    options = ConsolidateOptions(
-        mode, both=both, previous_only=previous, current_only=current, neither=neither, coarse=coarse, share=share
-    )
+    of_mode = {
+        "cases": {
+            "both": both, "previous_only": previous, "current_only": current, "neither": neither, "share": share,
+        },
+        "coarse": {"coarse": coarse},
+    }  # fmt: skip
+    options = ConsolidateOptions(mode, **of_mode.get(mode, {}))
     out = consolidate(x, x, random_scores(grain, PAIR, seed + 1), random_scores(grain, PAIR, seed + 2), options)
     assert all(torch.equal(out[n], x[n]) and out[n] is not x[n] for n in PAIR)
 
@@ -299,7 +303,7 @@ def test_a_weighted_sum_would_not_keep_equal_adapters(monkeypatch):
 def test_the_order_of_the_pairs_does_not_matter_to_a_product(seed, order, mode):
     one, two = drawn(PAIR, seed), drawn(PAIR, seed + 1)
     before, now = random_scores("lora_pair", PAIR, seed + 2), random_scores("lora_pair", PAIR, seed + 3)
-    options = {**HALF, "mode": mode, "average": "product"}
+    options = {**(HALF if mode == "cases" else {}), "mode": mode, "average": "product"}
     want = consolidate(one, two, before, now, options)
     one, two = ({A: x[A][order], B: x[B][:, order]} for x in (one, two))
     before, now = (SkillScores("lora_pair", PAIR, s.values[order]) for s in (before, now))
@@ -314,9 +318,10 @@ def test_the_two_adapters_can_change_places(seed, mode, average):
     """With the weights mirrored, previous and current are names."""
     one, two = drawn(PAIR, seed), drawn(PAIR, seed + 1)
     before, now = random_scores("lora_pair", PAIR, seed + 2), random_scores("lora_pair", PAIR, seed + 3)
-    options = {**HALF, "mode": mode, "average": average}
+    of_cases = HALF if mode == "cases" else {}
+    options = {**of_cases, "mode": mode, "average": average}
     want = consolidate(one, two, before, now, options)
-    out = consolidate(two, one, now, before, {**options, "both": (0.3, 0.7)})
+    out = consolidate(two, one, now, before, {**options, **({"both": (0.3, 0.7)} if of_cases else {})})
     assert torch.allclose(product(out), product(want), atol=5e-6)  # as above
 
 
@@ -394,7 +399,7 @@ def test_products_in_a_model_are_the_best_of_their_rank(adapted, grain, mode):
     )
     shapes = {n: tuple(x.shape) for n, x in one.items()}
     before, now = random_scores(grain, shapes, 1), random_scores(grain, shapes, 2)
-    options = {"mode": mode, "average": "product", "share": 0.5}
+    options = {"mode": mode, "average": "product", **({"share": 0.5} if mode == "cases" else {})}
     weights = make_grain(grain, shapes).expand(group_weights(before, now, options)[:, 1])
     out = consolidate(one, two, before, now, options)
     with torch.no_grad():
@@ -531,9 +536,41 @@ def test_scores_that_are_not_finite_never_come_so_far(bad):
 
 
 def test_options_are_json_and_come_back():
-    options = ConsolidateOptions(mode="adaptive", both=(0.6, 0.4), threshold=0.5)
+    options = ConsolidateOptions(both=(0.6, 0.4), threshold=0.5)
     assert ConsolidateOptions().changed(json.loads(json.dumps(dataclasses.asdict(options)))) == options
     assert options.changed(None) is options and options.changed(ConsolidateOptions()) == ConsolidateOptions()
+
+
+OTHERS = {  # a value of each option that is not its default
+    "both": (0.6, 0.4), "previous_only": (0.9, 0.1), "current_only": (0.1, 0.9), "neither": (0.4, 0.6),
+    "temperature": 0.5, "coarse": (0.4, 0.6), "share": 0.75, "threshold": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_option_acts_in_its_mode_and_is_refused_in_others(name, mode):
+    """The twin is that each acts where it is taken: another weight for some group."""
+    options = {"mode": mode, name: OTHERS[name]}
+    if name in module.READ_BY[mode]:
+        grid = [(random_scores("lora_pair", PAIR, i), random_scores("lora_pair", PAIR, i + 50)) for i in range(20)]
+        assert any(not torch.equal(group_weights(a, b, options), group_weights(a, b, {"mode": mode})) for a, b in grid)
+        return
+    with pytest.raises(ConfigError) as caught:
+        ConsolidateOptions(**options)
+    text = str(caught.value)
+    assert f"{name}: got" in text and f"has no effect with mode={mode!r}; pass mode=" in text and "leave it out" in text
+
+
+def test_every_option_belongs_to_a_mode():
+    of_all = [f.name for f in dataclasses.fields(ConsolidateOptions)]
+    assert sorted([*OTHERS, "mode", "average"]) == sorted(of_all)
+    assert sorted(n for names in module.READ_BY.values() for n in names) == sorted(OTHERS)
+
+
+def test_a_share_beside_a_threshold_is_refused():
+    with pytest.raises(ConfigError, match="share: got 0.3, which has no effect with threshold=0.5; take the threshold"):
+        ConsolidateOptions(share=0.3, threshold=0.5)
 
 
 @pytest.mark.parametrize(

@@ -611,6 +611,52 @@ def test_options_outside_their_range(options, text):
         ILoRAConfig.from_dict(options)
 
 
+CHANGED = {
+    "ema_alpha": 0.9, "consistency_weight": 2.0, "ilora_buffer_size": 9, "selective_update": True,
+    "min_update_threshold": 0.2, "hidden_state_layers": [0], "save_ema_adapter": False, "ema_adapter_path": "stable",
+    "previous_task_model": "runs", "current_task_id": "b", "prev_task_id": "a",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in DEFAULTS if n != "use_ilora"])
+def test_an_option_of_what_is_off_is_refused(name):
+    with pytest.raises(ConfigError) as caught:
+        ILoRA(bert(), {name: CHANGED[name]})
+    value = (0,) if name == "hidden_state_layers" else CHANGED[name]
+    assert f"{name}: got {value!r}, which has no effect with use_ilora=False; pass use_ilora=True" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"min_update_threshold": 0.2}, "min_update_threshold: got 0.2, which has no effect with selective_update=F"),
+        (
+            {"hidden_state_layers": [0], "consistency_weight": 0.0},
+            r"hidden_state_layers: got \(0,\), which has no effect with consistency_weight=0; give the term a weight",
+        ),
+        (
+            {"ema_adapter_path": "x", "save_ema_adapter": False},
+            "ema_adapter_path: got 'x', which has no effect with save_ema_adapter=False; save the adapter",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused(options, text):
+    with pytest.raises(ConfigError, match=text):
+        ILoRAConfig(use_ilora=True, **options)
+
+
+def test_without_options_it_is_on():
+    model = bert()
+    ilora = ILoRA(model)
+    assert ilora.enabled and "stable" in model.peft_config and ilora.config == ILoRAConfig(use_ilora=True)
+
+
+def test_what_is_off_goes_on_to_the_next_task_too():
+    ilora = ILoRA(bert(), {"use_ilora": False})
+    ilora.next_task("second")
+    assert ilora.config == ILoRAConfig()
+
+
 @pytest.mark.parametrize(
     "options, text",
     [

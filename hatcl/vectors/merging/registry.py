@@ -100,7 +100,7 @@ def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -
 
     Raises:
         VectorError: no vectors, or vectors of different bases, names or shapes. ConfigError: an unknown method or
-            option, or data missing that the method needs.
+            option, data missing that the method needs, or given twice.
     """
     if isinstance(vectors, TaskVector):
         raise VectorError("merge: got one task vector, expected a list of them; pass [v1, v2, ...]")
@@ -119,7 +119,14 @@ def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -
                 f"{option}: no option of {method}, which has {', '.join(chosen.options) or 'none'}"
                 + (f"; did you mean {nearest(option, chosen.options)!r}?" if chosen.options else "")
             )
-    if not chosen.instead or options.get(chosen.instead) is None:
+    if options.get(chosen.instead) is not None:
+        for option in chosen.needs:
+            if options.get(option) is not None:
+                raise ConfigError(
+                    f"{option}: given beside {chosen.instead}, which stands in for it, so that it would have no "
+                    "effect; pass one of them"
+                )
+    else:
         for option, what in chosen.needs.items():
             if options.get(option) is None:
                 raise ConfigError(

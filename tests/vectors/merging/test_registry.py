@@ -129,3 +129,9 @@ def test_values_outside_their_range(method, option, two):
             continue
         with pytest.raises(ConfigError, match=f"{option}: got .*, expected (an integer|a (finite )?number)"):
             merge(two, method, **{option: value})
+
+
+@pytest.mark.parametrize("method, instead", [("fisher", "fishers"), ("regmean", "grams")])
+def test_data_beside_what_stands_in_for_it_is_refused(two, method, instead):
+    with pytest.raises(ConfigError, match=f"batches: given beside {instead}, which stands in for it"):
+        merge(two, method, **{"batches": [[], []], instead: [{}, {}]})
