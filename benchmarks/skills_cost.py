@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from hatcl.skills.ilora import ILoRA, ILoRAConfig
+from hatcl.skills import ILoRA, ILoRAConfig
 from hatcl.skills.scorer import SkillScorer
 from hatcl.skills.tensors import skill_tensors
 

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from hatcl.skills.ilora import ILoRA, ILoRAConfig
+from hatcl.skills import ILoRA, ILoRAConfig
 
 torch.manual_seed(0)
 sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -126,7 +126,5 @@ def test_integers_and_flags():
 def test_an_option_without_effect_is_refused_with_the_remedy():
     config = HATConfig(num_tasks=3)
     without_effect(config, ["clamp", "init"], "x", "y")
-    with pytest.raises(
-        hatcl.ConfigError, match="num_tasks: got 3, which has no effect with x; pass y, or leave"
-    ):
+    with pytest.raises(hatcl.ConfigError, match="num_tasks: got 3, which has no effect with x; pass y, or leave"):
         without_effect(config, ["clamp", "num_tasks"], "x", "pass y")

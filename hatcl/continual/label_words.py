@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..data.texts import Pair, TextData
 from ..errors import ConfigError
-from ..skills.ilora import Hidden, hidden_states_of
+from ..skills.hidden import Hidden, hidden_states_of
 from .tasks import ContinualTask
 
 SCALE = 20.0  # sentence transformers' temperature, with which such encoders were trained

@@ -2,7 +2,9 @@
 a stable adapter beside the plastic one (I-LoRA). `hatcl.skills.trainer` is for transformers' Trainer."""
 
 from .consolidate import ConsolidateOptions, consolidate, group_weights
-from .ilora import Hidden, ILoRA, ILoRAConfig, hidden_states_of
+from .hidden import Hidden, hidden_states_of
+from .ilora import ILoRA
+from .ilora_config import ILoRAConfig
 from .orthogonality import orthogonality
 from .product import best_factors
 from .reservoir import Reservoir

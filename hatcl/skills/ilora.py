@@ -9,21 +9,21 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.hooks import RemovableHandle
 
 from ..calls import device_of, moved
-from ..config import flag, known_options, number, one_of, whole, without_effect
+from ..config import number, one_of, whole
 from ..errors import ConfigError, SkillError
 from ..shards import check_whole
 from . import ilora_files
+from .hidden import Hidden, hidden_states_of, masked_mse
+from .ilora_config import ILoRAConfig
 from .reservoir import Reservoir
 from .steps import at_steps
 from .switch import adapter_buffers, add_copy, check_peft, of_adapters, pairs, using
@@ -31,114 +31,8 @@ from .tensors import active_adapter
 
 log = logging.getLogger(__name__)
 
-STABLE = "stable"
+STABLE_ADAPTER = "stable"
 ON = ("memory", "batch")
-
-
-@dataclass(frozen=True)
-class ILoRAConfig:
-    """The options of I-LoRA.
-
-    Args:
-        use_ilora: False = nothing happens at all: no second adapter, no loss, no file; no other option may be given.
-        ema_alpha: alpha of `stable = alpha * stable + (1 - alpha) * plastic`, 0 to 1. 1 = the stable adapter stays.
-        consistency_weight: weight of the consistency term in the loss; 0 = no term, and no cost.
-        ilora_buffer_size: how many examples the memory keeps of all tasks.
-        selective_update: move the stable adapter only at steps after which the plastic one is better on a batch of the
-            memory.
-        min_update_threshold: by at least so much must its loss there be lower (in the loss's own unit), for
-            `selective_update`.
-        hidden_state_layers: which hidden states are held together, as transformers counts them: 0 = embeddings, -1 =
-            the last layer; for an encoder and a decoder, of both.
-        save_ema_adapter: write the stable adapter when saving.
-        ema_adapter_path: its folder; a relative one is inside the task's folder. None = `ema_adapter` in there.
-        previous_task_model: the folder where the task before was saved; the adapters and the memory go on from there.
-        current_task_id: the name of the task: the folder inside the one it is saved in.
-        prev_task_id: the name of the task before: its folder inside `previous_task_model`. Where there is no
-            `previous_task_model`, the stable adapter goes on as it is in the model, or comes from `ema_adapter_path`.
-
-    Raises:
-        ConfigError: a value outside its range, or one that has no effect with the others.
-    """
-
-    use_ilora: bool = False
-    ema_alpha: float = 0.999
-    consistency_weight: float = 1.0
-    ilora_buffer_size: int = 500
-    selective_update: bool = False
-    min_update_threshold: float = 0.1
-    hidden_state_layers: tuple[int, ...] = (-1,)
-    save_ema_adapter: bool = True
-    ema_adapter_path: str | None = None
-    previous_task_model: str | None = None
-    current_task_id: str | None = None
-    prev_task_id: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("use_ilora", "selective_update", "save_ema_adapter"):
-            flag(name, getattr(self, name))
-        number("ema_alpha", self.ema_alpha, 0, 1)
-        number("consistency_weight", self.consistency_weight, 0)
-        number("min_update_threshold", self.min_update_threshold)
-        whole("ilora_buffer_size", self.ilora_buffer_size)
-        layers = self.hidden_state_layers
-        if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not layers:
-            raise ConfigError(f"hidden_state_layers: got {layers!r}, expected a list of layers, such as [-1]")
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
-            raise ConfigError(f"hidden_state_layers: got {list(layers)!r}, expected integers")
-        object.__setattr__(self, "hidden_state_layers", tuple(layers))
-        for name in ("ema_adapter_path", "previous_task_model"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, (str, os.PathLike)):
-                raise ConfigError(f"{name}: got {value!r}, expected a folder")
-            object.__setattr__(self, name, os.fspath(value))
-        inside = Path(self.ema_adapter_path or ilora_files.STABLE).parts
-        if not inside or inside[0] in (ilora_files.ADAPTER, ilora_files.MEMORY, ilora_files.ABOUT):
-            raise ConfigError(f"ema_adapter_path: got {self.ema_adapter_path!r}, where something else is kept")
-        for name in ("current_task_id", "prev_task_id"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not str(value) or str(value) in (".", "..") or set(str(value)) & {"/", "\\", "\0"}:
-                raise ConfigError(f"{name}: got {value!r}, expected a name that can be a folder's")
-            object.__setattr__(self, name, str(value))
-        self._check_effects()
-
-    def _check_effects(self) -> None:
-        if not self.use_ilora:
-            others = [f.name for f in dataclasses.fields(self) if f.name != "use_ilora"]
-            without_effect(self, others, "use_ilora=False", "pass use_ilora=True")
-        if not self.selective_update:
-            without_effect(self, ["min_update_threshold"], "selective_update=False", "pass selective_update=True")
-        if not self.consistency_weight:
-            without_effect(self, ["hidden_state_layers"], "consistency_weight=0", "give the term a weight")
-        if not self.save_ema_adapter and self.previous_task_model is None and self.prev_task_id is None:
-            without_effect(self, ["ema_adapter_path"], "save_ema_adapter=False", "save the adapter")
-
-    @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> ILoRAConfig:
-        """A config from JSON-like options. Raises `ConfigError` on an unknown key and names the nearest one."""
-        known_options(cls, options)
-        return cls(**options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The options as JSON-able values; `from_dict` reads them back."""
-        return {**dataclasses.asdict(self), "hidden_state_layers": list(self.hidden_state_layers)}
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """The hidden states of one stack of layers.
-
-    Attributes:
-        states: one tensor per layer, `[N, ..., d]`. mask: which positions count, in the shape of their first
-            dimensions (`[N, L]`); None = all.
-    """
-
-    states: Sequence[Tensor]
-    mask: Tensor | None = None
 
 
 class ILoRA:
@@ -190,7 +84,7 @@ class ILoRA:
         config: ILoRAConfig | Mapping[str, Any] | None = None,
         *,
         adapter: str | None = None,
-        stable: str = STABLE,
+        stable: str = STABLE_ADAPTER,
         hidden_states: Callable[[Any, Any], Sequence[Tensor] | Sequence[Hidden]] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
@@ -211,7 +105,7 @@ class ILoRA:
         self.memory = Reservoir(self.config.ilora_buffer_size, seed)
         self._hidden_states = hidden_states or hidden_states_of
         self._loss, self.collate = loss or _loss_of, collate
-        self._first = self.config.prev_task_id is None and self.config.previous_task_model is None
+        self.first_task = self.config.prev_task_id is None and self.config.previous_task_model is None
         self.plastic = ""
         if not self.config.use_ilora:
             return
@@ -383,7 +277,7 @@ class ILoRA:
         with torch.no_grad(), using(self.model, self.stable, evaluate=True):
             stable = self._stacks(batch)
         terms = [
-            _mse(p.states[i], s.states[i], p.mask)
+            masked_mse(p.states[i], s.states[i], p.mask)
             for p, s in zip(plastic, stable, strict=True)
             for i in self.config.hidden_state_layers
         ]
@@ -456,7 +350,7 @@ class ILoRA:
             ) from error
 
     def _has_memory(self) -> bool:
-        if len(self.memory) or self._first:
+        if len(self.memory) or self.first_task:
             return len(self.memory) > 0
         raise SkillError(
             f"the memory is empty, although a task came before ({self.config.prev_task_id or 'without a name'}); "
@@ -469,7 +363,7 @@ class ILoRA:
             return
         ids = {"prev_task_id": self.config.current_task_id, "current_task_id": task_id}
         self.config = dataclasses.replace(self.config, **ids)  # type: ignore[arg-type]  # numbers become names
-        self._first = False
+        self.first_task = False
 
     # ---- using and keeping the result -------------------------------------------------------------------------------
 
@@ -509,35 +403,6 @@ class ILoRA:
             ilora_files.load(self, Path(folder), task_id)
 
 
-def hidden_states_of(model: Any, batch: Any) -> list[Hidden]:
-    """The hidden states of a transformers model with what is padding: `attention_mask` for encoders and decoders alone;
-    beside an encoder, `decoder_attention_mask` or else the labels that are not masked (-100).
-
-    Raises:
-        SkillError: a batch that is no mapping, or a model that does not give hidden states.
-    """
-    if not isinstance(batch, Mapping):
-        raise SkillError(
-            f"the batch is a {type(batch).__name__}, expected a mapping for model(**batch); for other models pass "
-            "hidden_states=, which gives a list of tensors for a model and a batch"
-        )
-    out = model(**{**batch, "output_hidden_states": True, "return_dict": True})
-    mask = batch.get("attention_mask")
-    encoder, decoder = getattr(out, "encoder_hidden_states", None), getattr(out, "decoder_hidden_states", None)
-    if encoder is not None and decoder is not None:
-        targets, labels = batch.get("decoder_attention_mask"), batch.get("labels")
-        if targets is None and labels is not None:
-            targets = labels != -100
-        return [Hidden(encoder, mask), Hidden(decoder, targets)]
-    states = getattr(out, "hidden_states", None)
-    if states is None:
-        raise SkillError(
-            f"{type(model).__name__} gave no hidden_states; pass hidden_states=, which gives a list of tensors for a "
-            "model and a batch"
-        )
-    return [Hidden(states, mask)]
-
-
 def _loss_of(model: Any, batch: Any) -> Tensor:
     out = model(**batch) if isinstance(batch, Mapping) else None
     value = getattr(out, "loss", None)
@@ -547,20 +412,3 @@ def _loss_of(model: Any, batch: Any) -> Tensor:
             "with labels"
         )
     return value
-
-
-def _mse(plastic: Tensor, stable: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean squared error in float32 over the positions that the mask leaves."""
-    if plastic.shape != stable.shape:
-        raise SkillError(f"hidden states of {list(plastic.shape)} (plastic) and {list(stable.shape)} (stable) differ")
-    if mask is not None:
-        if mask.shape != plastic.shape[: mask.dim()] or mask.dim() >= plastic.dim():
-            raise SkillError(
-                f"the mask is {list(mask.shape)}, the hidden states are {list(plastic.shape)}; expected a mask of "
-                "their first dimensions (give Hidden(states, mask) from hidden_states=)"
-            )
-        keep = mask.bool()
-        plastic, stable = plastic[keep], stable[keep]
-    if not plastic.numel():
-        raise SkillError("the batch is nothing but padding: attention_mask is all 0, or all labels are masked (-100)")
-    return F.mse_loss(plastic.float(), stable.float())

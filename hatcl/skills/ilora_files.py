@@ -15,7 +15,7 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -26,17 +26,29 @@ from ..files import complete, read_json, read_torch, replaced_folder
 from ..functional import digest_of
 from ..vectors.adapters import CONFIG, WEIGHTS
 from ..vectors.tensors import named_tensors
+from .ilora_config import ABOUT_FILE, ADAPTER_FOLDER, MEMORY_FILE, STABLE_FOLDER, ILoRAConfig
+from .reservoir import Reservoir
 from .switch import adapter_tensors, of_adapters
 
-if TYPE_CHECKING:
-    from .ilora import ILoRA
-
-ADAPTER, STABLE, MEMORY, ABOUT, FORMAT = "adapter", "ema_adapter", "memory.pt", "ilora.json", "hatcl.ilora.1"
+ILORA_FORMAT = "hatcl.ilora.1"
 SAME_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 SAMPLED = 4096  # elements per tensor in the base's digest: another checkpoint differs in nearly all
 
 
-def save(ilora: ILoRA, folder: Path) -> Path:
+class TwoAdapters(Protocol):
+    """What of an `ILoRA` is written and read."""
+
+    model: Any
+    config: ILoRAConfig
+    plastic: str
+    stable: str
+    memory: Reservoir
+    steps: int
+    moves: int
+    first_task: bool
+
+
+def save(ilora: TwoAdapters, folder: Path) -> Path:
     """See `ILoRA.save`."""
     model, config = ilora.model, ilora.config
     target = folder / config.current_task_id if config.current_task_id is not None else folder
@@ -47,9 +59,9 @@ def save(ilora: ILoRA, folder: Path) -> Path:
                 f"{wrong} of the adapter {name!r} is not finite; nothing was saved. Lower the learning rate"
             )
     memory = _packed(ilora.memory.state_dict())
-    where = Path(config.ema_adapter_path or STABLE)
+    where = Path(config.ema_adapter_path or STABLE_FOLDER)
     about: dict[str, Any] = {
-        "format": FORMAT,
+        "format": ILORA_FORMAT,
         "config": config.to_dict(),
         "steps": ilora.steps,
         "moves": ilora.moves,
@@ -59,21 +71,21 @@ def save(ilora: ILoRA, folder: Path) -> Path:
     if config.save_ema_adapter:
         about["stable"] = {"path": str(where), "digest": tensors_digest(_stored_tensors(model, ilora.stable))}
     inside = not where.is_absolute() and ".." not in where.parts
-    _ours(target, {ADAPTER, STABLE, MEMORY, ABOUT, where.parts[0]})
+    _ours(target, {ADAPTER_FOLDER, STABLE_FOLDER, MEMORY_FILE, ABOUT_FILE, where.parts[0]})
     if config.save_ema_adapter and not inside:
         _ours(target / where, {CONFIG, WEIGHTS})
         with replaced_folder(target / where) as new:
             _write_adapter(model, ilora.stable, new)
     with replaced_folder(target) as new:
-        _write_adapter(model, ilora.plastic, new / ADAPTER)
+        _write_adapter(model, ilora.plastic, new / ADAPTER_FOLDER)
         if config.save_ema_adapter and inside:
             _write_adapter(model, ilora.stable, new / where)
-        (new / MEMORY).write_bytes(memory)
-        (new / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+        (new / MEMORY_FILE).write_bytes(memory)
+        (new / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
     return target
 
 
-def load(ilora: ILoRA, folder: Path, task_id: str | None) -> None:
+def load(ilora: TwoAdapters, folder: Path, task_id: str | None) -> None:
     """See `ILoRA.load`; with the id of the task that is expected there.
 
     All is read and checked before anything is changed.
@@ -89,7 +101,7 @@ def load(ilora: ILoRA, folder: Path, task_id: str | None) -> None:
         )
     if about["stable"] is None:
         raise SkillError(f"{at} has no stable adapter, it was saved with save_ema_adapter=False; learn that task again")
-    plastic = _read_adapter(model, ilora.plastic, at / ADAPTER)
+    plastic = _read_adapter(model, ilora.plastic, at / ADAPTER_FOLDER)
     where = at / about["stable"]["path"]
     if not where.is_dir() and ilora.config.ema_adapter_path is not None:
         where = Path(ilora.config.ema_adapter_path)  # the folders were moved
@@ -99,14 +111,14 @@ def load(ilora: ILoRA, folder: Path, task_id: str | None) -> None:
             f"{where}: this is not the stable adapter that the task {saved['current_task_id']!r} was saved with; it "
             "was written over or damaged. Learn that task again, with an ema_adapter_path of its own"
         )
-    memory = read_torch(at / MEMORY)
+    memory = read_torch(at / MEMORY_FILE)
     ilora.memory.load_state_dict(memory)  # checks before it changes
     _copy_in(model, ilora.plastic, plastic)
     _copy_in(model, ilora.stable, stable)
-    ilora.steps, ilora.moves, ilora._first = int(about["steps"]), int(about["moves"]), _is_first(ilora, saved)
+    ilora.steps, ilora.moves, ilora.first_task = int(about["steps"]), int(about["moves"]), _is_first(ilora, saved)
 
 
-def load_stable(ilora: ILoRA, folder: Path) -> None:
+def load_stable(ilora: TwoAdapters, folder: Path) -> None:
     """The stable adapter alone, from a folder in peft's format.
 
     Raises:
@@ -135,10 +147,10 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
-def _is_first(ilora: ILoRA, saved: Mapping[str, Any]) -> bool:
+def _is_first(ilora: TwoAdapters, saved: Mapping[str, Any]) -> bool:
     """Going on within the first task it stays the first; another task after it is not."""
     was_first = saved["prev_task_id"] is None and saved["previous_task_model"] is None
-    return was_first and ilora.config.current_task_id == saved["current_task_id"] and ilora._first
+    return was_first and ilora.config.current_task_id == saved["current_task_id"] and ilora.first_task
 
 
 def _find(folder: Path, task_id: str | None) -> Path:
@@ -146,23 +158,23 @@ def _find(folder: Path, task_id: str | None) -> Path:
     tried = [folder] if task_id is None else [folder / task_id, folder]
     for at in tried:
         at = complete(at)
-        if (at / ABOUT).is_file():
+        if (at / ABOUT_FILE).is_file():
             found = _read_about(at)["config"]["current_task_id"]
             if task_id is not None and found != task_id:
                 raise SkillError(f"{at} holds the task {found!r}, expected prev_task_id {task_id!r}")
             return at
-    inside = sorted(p.parent.name for p in folder.glob(f"[!.]*/{ABOUT}")) if folder.is_dir() else []
+    inside = sorted(p.parent.name for p in folder.glob(f"[!.]*/{ABOUT_FILE}")) if folder.is_dir() else []
     if task_id is None and len(inside) == 1:
         return folder / inside[0]
     named = "" if task_id is None else f" {task_id!r}"
     hint = f"there are {', '.join(inside)}: name one by prev_task_id" if inside else "give the folder of ILoRA.save()"
-    raise SkillError(f"no task{named} of I-LoRA in {folder} (no {ABOUT}); {hint}")
+    raise SkillError(f"no task{named} of I-LoRA in {folder} (no {ABOUT_FILE}); {hint}")
 
 
 def _read_about(at: Path) -> dict[str, Any]:
-    about: dict[str, Any] = read_json(at / ABOUT)
-    if about.get("format") != FORMAT:
-        raise IntegrityError(f"{at / ABOUT}: not of the format {FORMAT}; expected what ILoRA.save() wrote")
+    about: dict[str, Any] = read_json(at / ABOUT_FILE)
+    if about.get("format") != ILORA_FORMAT:
+        raise IntegrityError(f"{at / ABOUT_FILE}: not of the format {ILORA_FORMAT}; expected what ILoRA.save() wrote")
     return about
 
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ...config import number, one_of, whole
 from ...errors import ConfigError, SkillError
 from ...files import read_json, read_torch
-from ...skills.ilora import Hidden, ILoRA, ILoRAConfig, hidden_states_of
+from ...skills.hidden import Hidden, hidden_states_of
+from ...skills.ilora import ILoRA
+from ...skills.ilora_config import ILoRAConfig
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
 from .replay import MEMORY, mean_loss, together
