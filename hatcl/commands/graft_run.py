@@ -29,7 +29,7 @@ from ..finetuning.run import FINETUNED, PRETRAINED
 from ..finetuning.tasks import Examples
 from ..grafts import Graft, GraftOptions, GraftScores, LearnedGraft, candidates, learn_graft, select_graft
 from ..grafts import files as graft_files
-from ..grafts.graft import size_of
+from ..grafts.checks import size_of
 from ..hat.gates import gates_of
 from ..map.grains import make_grain
 from ..map.units import UnitMap

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from ..config import one_of
 from ..errors import GraftError, IntegrityError
 from ..functional import bits, digest_of
+from ..vectors.bases import digests_of
 from ..vectors.delta import Delta, delta_between
-from ..vectors.task_vector import TaskVector, digests_of
+from ..vectors.task_vector import TaskVector
 from ..vectors.tensors import Lazy, TensorSource, kinds_of, named_tensors, parameters_of, pick, tied_names
 from . import files, inplace
+from .checks import checked_indices, checked_values, dtype_name, found_in
 
 AT, VALUE = ":at", ":value"  # endings of the names under which a tensor's indices and values are saved
 OVERLAPS = ("equal", "mean", "first")
@@ -58,12 +60,12 @@ class Graft:
         unknown = next((name for name in self.indices if name not in shapes), None)
         if unknown is not None:
             raise GraftError(f"{unknown}: has indices, but is not among the {len(shapes)} tensors that took part")
-        given = {n: _indices(n, self.indices[n], math.prod(shapes[n])) for n in shapes if n in self.indices}
+        given = {n: checked_indices(n, self.indices[n], math.prod(shapes[n])) for n in shapes if n in self.indices}
         indices = {n: at for n, at in given.items() if len(at)}
         object.__setattr__(self, "shapes", shapes)
         object.__setattr__(self, "indices", indices)
         if self.values is not None:
-            object.__setattr__(self, "values", {n: _values(n, at, self.values) for n, at in indices.items()})
+            object.__setattr__(self, "values", {n: checked_values(n, at, self.values) for n, at in indices.items()})
         if self.base is not None:
             missing = [name for name in indices if name not in self.base]
             if missing:
@@ -88,7 +90,7 @@ class Graft:
         wrong = next((n for n, m in masks.items() if m.dtype != torch.bool), None)
         if wrong is not None:
             raise GraftError(
-                f"{wrong}: got a mask of {_dtype(masks[wrong].dtype)}, expected bool; scores become a mask by >"
+                f"{wrong}: got a mask of {dtype_name(masks[wrong].dtype)}, expected bool; scores become a mask by >"
             )
         shapes = {n: tuple(m.shape) for n, m in masks.items()}
         bits = Graft(shapes, {n: m.reshape(-1).nonzero().view(-1) for n, m in masks.items()})
@@ -389,7 +391,8 @@ def _joined_values(name: str, parts: Sequence[Tensor], which: Tensor, count: int
     other = next((p for p in parts if p.dtype != parts[0].dtype), None)
     if other is not None:
         raise GraftError(
-            f"{name} is {_dtype(parts[0].dtype)} in one graft, {_dtype(other.dtype)} in another; fill both alike"
+            f"{name} is {dtype_name(parts[0].dtype)} in one graft, {dtype_name(other.dtype)} in another; fill both "
+            "alike"
         )
     every = torch.cat(list(parts))
     out = torch.empty(count, dtype=every.dtype)
@@ -439,75 +442,6 @@ def check_same_tensors(a: Graft, b: Graft, what: tuple[str, str]) -> None:
             )
 
 
-def found_in(source: TensorSource, shapes: Mapping[str, Sequence[int]], what: str) -> dict[str, str]:
-    """What a source calls some tensors: by the same name, or where it is tied to another by the name that stands
-    first. Nothing is read.
-
-    Raises:
-        GraftError: tensors that it lacks, that have another shape there or are no floating point (they are listed), or
-            two that are one there.
-    """
-    kinds, tied = kinds_of(named_tensors(source)), tied_names(source)
-    found = {name: name if name in kinds else tied.get(name, name) for name in shapes}
-    problems = []
-    for name, first in found.items():
-        kind = kinds.get(first)
-        if kind is None or kind.shape != tuple(shapes[name]):
-            has = "no such tensor" if kind is None else list(kind.shape)
-            problems.append(f"{name} is {list(shapes[name])}, {what} has {has}")
-        elif not kind.dtype.is_floating_point or kind.dtype.itemsize < 2:
-            problems.append(f"{name} is {_dtype(kind.dtype)} in {what}, expected float16 or wider")
-    if problems:
-        raise GraftError(
-            f"{len(problems)} of the {len(found)} tensors do not fit: {'; '.join(problems[:5])}"
-            f"{' ...' if len(problems) > 5 else ''}. Are the graft and the model of one architecture?"
-        )
-    twice = [name for name, first in found.items() if name != first and first in found]
-    if twice:
-        raise GraftError(
-            f"{twice[0]} and {found[twice[0]]} are one tensor in {what} and two in the graft; untie them, or make the "
-            "graft from models where they are tied"
-        )
-    return found
-
-
-def size_of(sparsity: float, numel: int) -> int:
-    """`k = int(sparsity * N)`.
-
-    Raises:
-        GraftError: it is none of the elements, or all.
-    """
-    if not 0 <= sparsity <= 1:
-        raise GraftError(f"sparsity: got {sparsity!r}, expected a share of the elements between 0 and 1")
-    k = int(sparsity * numel)
-    if not 0 < k < numel:
-        raise GraftError(
-            f"sparsity: {sparsity!r} of {numel:,} elements selects {'all' if k else 'none'}; "
-            + ("that is the fine-tuned model" if k else f"take at least 1/{numel:,}")
-        )
-    return k
-
-
-def _indices(name: str, at: Tensor, numel: int) -> Tensor:
-    if at.dim() != 1 or at.dtype not in (torch.int32, torch.int64):
-        raise GraftError(f"{name}: got indices of {_dtype(at.dtype)} {list(at.shape)}, expected integers [k]")
-    if len(at) and not (0 <= int(at[0]) and int(at[-1]) < numel and bool((at[1:] > at[:-1]).all())):
-        raise GraftError(f"{name}: expected ascending indices from 0 to {numel - 1}, got {at[:3].tolist()} ...")
-    return at.detach().to("cpu", torch.int32 if numel < 2**31 else torch.int64)
-
-
-def _values(name: str, at: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-    v = values.get(name)
-    if v is None or v.shape != at.shape or not v.dtype.is_floating_point or v.dtype.itemsize < 2:
-        got = "none" if v is None else f"{_dtype(v.dtype)} {list(v.shape)}"
-        raise GraftError(f"{name}: got values {got}, expected one number, float16 or wider, for each of {len(at)}")
-    return v.detach().cpu()
-
-
 def _module(model: Any, verb: str) -> None:
     if not isinstance(model, nn.Module):
         raise GraftError(f"{verb}: got {type(model).__name__}, expected a module; apply_to gives new tensors")
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

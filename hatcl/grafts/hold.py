@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..errors import GraftError
 from ..keeper import Keeper, Kept, check_optimizers
 from ..vectors.tensors import tied_names
-from .graft import Graft, found_in
+from .checks import found_in
+from .graft import Graft
 
 
 @contextlib.contextmanager

@@ -19,14 +19,14 @@ from ..errors import GraftError, NonFiniteLossError
 from ..lend import lent
 from ..vectors.select import largest
 from ..vectors.tensors import Kind, Lazy, TensorSource, tied_names
-from . import inplace
-from .graft import Graft, size_of
+from .checks import size_of
+from .graft import Graft
 from .options import GraftOptions
-from .scores import GraftScores, highest
+from .scores import GraftScores, as_small, top
 from .selection import Pairs, Patterns, candidates, change_of, check_moved, drawn, filled, seed_of
+from .weights import HardWeights, SoftWeights
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-STRIDE = 61  # of the sample from which `top` guesses where the k-th lies; prime, so that it meets all columns
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,7 +112,7 @@ def learn_graft(
         pairs = Lazy(pairs.kinds, read.__getitem__)
     check_moved(pairs)
     k = size_of(sparsity, sum(math.prod(kind.shape) for kind in pairs.kinds.values()))
-    weights = (_Hard if settings.gamma == "hard" else _Soft)(pairs)
+    weights = (HardWeights if settings.gamma == "hard" else SoftWeights)(pairs)
     learner = _Learner(pretrained, weights, _start(pairs, k, start, settings), k, loss_fn, settings)
     taking_part = _parameters(pretrained, pairs)
     with lent(pretrained, taking_part), torch.random.fork_rng(_devices(pretrained)), contextlib.closing(weights):
@@ -152,7 +152,7 @@ def _start(pairs: Pairs, k: int, start: Graft | GraftScores | None, options: Gra
         scores = _lazy(shapes, lambda name: change_of(pairs[name]).abs())
         cut = largest(scores, k)
         found = {n: cut.mask(n, scores[n]).reshape(-1).nonzero().view(-1).cpu() for n in scores}
-        members = {n: _small(at, scores.kinds[n]) for n, at in found.items()}
+        members = {n: as_small(at, scores.kinds[n]) for n, at in found.items()}
 
     def make(name: str) -> Tensor:
         out = drawn(shapes[name], "start", options.seed, name).sub_(options.bias)
@@ -167,89 +167,6 @@ def _lazy(shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor]) 
     return Lazy({n: Kind(s, torch.float32) for n, s in shapes.items()}, make)
 
 
-# ---- what the model computes with --------------------------------------------------------------------------------
-
-
-class _Hard:
-    """The pretrained tensors, with fine-tuned values at the members of a mask. What was there is kept."""
-
-    def __init__(self, pairs: Pairs) -> None:
-        self.pairs = pairs
-        self.kept: dict[str, tuple[Tensor, Tensor]] = {}
-        self.shown: Mapping[str, Tensor] | None = None
-
-    def compute_with(self, members: Mapping[str, Tensor], logits: Mapping[str, Tensor]) -> None:
-        self.show(members)
-
-    @torch.no_grad()
-    def show(self, members: Mapping[str, Tensor]) -> None:
-        if self.shown is members:
-            return
-        self.close()
-        self.shown = members
-        for name, at in members.items():
-            before, after = self.pairs[name]
-            long = at.to(before.device, torch.long)
-            self.kept[name] = at, inplace.take(before, long)
-            inplace.put(before, long, _taken(after, long).to(before))
-
-    def delta(self, name: str) -> Tensor:
-        d = change_of(self.pairs[name])
-        if name in self.kept:
-            at, was = self.kept[name]
-            long = at.to(was.device, torch.long)
-            inplace.put(d, long, change_of((was, _taken(self.pairs[name][1], long))).to(d))
-        return d
-
-    def close(self) -> None:
-        with torch.no_grad():
-            for name, (at, was) in self.kept.items():
-                inplace.put(self.pairs[name][0], at.to(was.device, torch.long), was)
-        self.kept, self.shown = {}, None
-
-
-class _Soft:
-    """`theta_pre + sigmoid(L) * delta`, as published. What was there is kept, a copy of all candidates."""
-
-    def __init__(self, pairs: Pairs) -> None:
-        self.pairs = pairs
-        self.kept: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def compute_with(self, members: Mapping[str, Tensor], logits: Mapping[str, Tensor]) -> None:
-        self._keep()
-        for name, was in self.kept.items():
-            d = self.delta(name)
-            self.pairs[name][0].copy_(torch.addcmul(was.to(d), logits[name].to(d.device).sigmoid(), d))
-
-    @torch.no_grad()
-    def show(self, members: Mapping[str, Tensor]) -> None:
-        self._keep()
-        for name, was in self.kept.items():
-            before, after = self.pairs[name]
-            before.copy_(was)
-            if name in members:
-                at = members[name].to(before.device, torch.long)
-                inplace.put(before, at, _taken(after, at).to(before))
-
-    def delta(self, name: str) -> Tensor:
-        return change_of((self.kept[name], self.pairs[name][1]))
-
-    def _keep(self) -> None:
-        if not self.kept:
-            self.kept = {n: self.pairs[n][0].clone() for n in self.pairs}
-
-    def close(self) -> None:
-        with torch.no_grad():
-            for name, was in self.kept.items():
-                self.pairs[name][0].copy_(was)
-        self.kept = {}
-
-
-def _taken(t: Tensor, at: Tensor) -> Tensor:
-    return inplace.take(t, at.to(t.device))
-
-
 # ---- learning ----------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +176,7 @@ class _Learner:
     def __init__(
         self,
         model: nn.Module,
-        weights: _Hard | _Soft,
+        weights: HardWeights | SoftWeights,
         start: Lazy[Tensor],
         k: int,
         loss_fn: LossFn,
@@ -320,7 +237,7 @@ class _Learner:
         if self.options.size == "fixed":
             return top(self.logits, self.k)
         found = {n: (self.logits[n].reshape(-1) > 0).nonzero().view(-1) for n in self.logits}
-        return {n: _small(at, self.kinds[n]).cpu() for n, at in found.items() if len(at)}
+        return {n: as_small(at, self.kinds[n]).cpu() for n, at in found.items() if len(at)}
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 
@@ -434,29 +351,6 @@ class _Learner:
             self.sums[name].zero_()
 
 
-def top(values: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    """Flat indices, on the CPU, of the k highest values over all tensors; ties as in `highest`. To save memory and time
-    a sample of the values tells a bound that some more than k reach, and only these are gathered and ordered."""
-    sample = torch.cat([values[n].reshape(-1)[::STRIDE].cpu() for n in values])
-    # more than k by five standard deviations of what a random sample would say, a twentieth, and a few
-    wanted = k + k // 20 + STRIDE * (20 + 5 * math.isqrt(k // STRIDE))
-    while True:
-        rank = wanted // STRIDE
-        bound = float(sample.topk(rank, sorted=False).values.min()) if rank < len(sample) else -math.inf
-        found = {}
-        for n in sorted(values):  # the order in which `highest` settles ties
-            x = values[n].reshape(-1)
-            at = (x >= bound).nonzero().view(-1)
-            if len(at):
-                found[n] = _small(at, Kind(tuple(x.shape), x.dtype)).cpu(), x.index_select(0, at).cpu()
-        if sum(len(at) for at, _ in found.values()) >= k:
-            break
-        wanted *= 2
-    on = highest({"": torch.cat([part for _, part in found.values()])}, k)[""]  # faster than many small tensors
-    parts = on.split([len(at) for at, _ in found.values()])
-    return {n: at[part] for (n, (at, _)), part in zip(found.items(), parts, strict=True) if bool(part.any())}
-
-
 class _Stream:
     """The batches of one step after another.
 
@@ -491,11 +385,6 @@ def _parameters(model: nn.Module, pairs: Mapping[str, Any]) -> dict[nn.Parameter
 
 def _devices(model: nn.Module) -> list[int]:
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _small(at: Tensor, kind: Kind) -> Tensor:
-    """Indices as int32 where they fit."""
-    return at.to(torch.int32) if math.prod(kind.shape) < 2**31 else at
 
 
 def _size(members: Mapping[str, Tensor]) -> int:

@@ -16,10 +16,11 @@ from ..errors import ConfigError, GraftError, VectorError, nearest
 from ..functional import digest_of
 from ..map.grains import make_grain
 from ..map.units import UnitMap
+from ..vectors.bases import known_as
 from ..vectors.select import largest
-from ..vectors.task_vector import known_as
 from ..vectors.tensors import Kind, Lazy, TensorSource, buffers_of, check_fit, kinds_of, parameters_of, tied_names
-from .graft import Graft, size_of
+from .checks import size_of
+from .graft import Graft
 from .scores import GraftScores, highest
 
 SELECTED_BY = ("magnitude", "random")

@@ -14,9 +14,10 @@ import torch
 
 from ..errors import ConfigError
 from .adapters import CONFIG, WEIGHTS, is_adapter
+from .bases import digests_of, one_base
 from .delta import Delta
 from .files import SHARD_BYTES, nbytes, read_metadata, write_tensors
-from .task_vector import VECTOR_FORMAT, TaskVector, composed, digests_of, one_base
+from .task_vector import VECTOR_FORMAT, TaskVector, composed
 from .tensors import Kind, files_of, kinds_of, named_tensors, pick
 
 AnyPath = Union[str, "os.PathLike[str]"]

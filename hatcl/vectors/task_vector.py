@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ..errors import IntegrityError, VectorError
 from ..files import parse_json
 from ..functional import digest_of
+from .bases import digests_of, joined_bases, known_as, one_base, refuse_integers
 from .delta import Delta, delta_between, restore
 from .files import read_metadata, write_tensors
 from .select import largest
 from .tensors import (
-    RUNNING,
     Kind,
     Lazy,
     TensorSource,
@@ -158,7 +158,7 @@ class TaskVector(Mapping[str, Tensor]):
             raise VectorError("the pretrained model has no floating-point parameters, only integers or none at all")
         deltas = _each(lambda name, a, b: delta_between(a, b), ours, theirs, at_least=torch.float32)
         if not (isinstance(deltas, Lazy) or any(bool(d.value.any()) for d in deltas.values())):
-            _refuse_integers(pretrained, finetuned)
+            refuse_integers(pretrained, finetuned)
         return cls(deltas, digests_of(ours))
 
     @classmethod
@@ -254,7 +254,7 @@ class TaskVector(Mapping[str, Tensor]):
             check_fit(self, other, ("the first vector", "the other"))
             base = one_base(base, other.base)
         if others and all(v.partial for v in vectors):
-            sides, base = _filled(vectors), _joined_bases(vectors)
+            sides, base = _filled(vectors), joined_bases(v.base for v in vectors)
         return TaskVector(_each(fn, *sides), base, partial=self.partial)
 
     def __add__(self, other: TaskVector) -> TaskVector:
@@ -472,30 +472,6 @@ def _kinds(side: Mapping[str, Any]) -> dict[str, Kind]:
     return {n: Kind(tuple(t.shape), t.dtype) for n, t in values.items()}
 
 
-def digests_of(base: Mapping[str, Tensor]) -> Mapping[str, str]:
-    """Of every tensor; of files only when asked for, since it means to read them."""
-    if isinstance(base, Lazy):
-        return Lazy(base.kinds, functools.cache(lambda name: digest_of(base[name])))
-    return {name: digest_of(t) for name, t in base.items()}
-
-
-def one_base(a: Mapping[str, str] | None, b: Mapping[str, str] | None) -> Mapping[str, str] | None:
-    if a is None or b is None or a is b:
-        return a if b is None else b
-
-    x, y = a, b  # neither is None
-    for side in (a, b):
-        if isinstance(side, Lazy):
-            return Lazy(side.kinds, lambda name: _same_digest(name, x[name], y[name]))
-    return {name: _same_digest(name, a[name], b[name]) for name in a}
-
-
-def _same_digest(name: str, a: str, b: str) -> str:
-    if a != b:
-        raise VectorError(f"{name}: the vectors were taken from different bases; both must start from one model")
-    return a
-
-
 def _filled(vectors: Sequence[TaskVector]) -> list[Mapping[str, Any]]:
     """Adapters' vectors over all tensors that any of them changes."""
     kinds: dict[str, Kind] = {}
@@ -510,52 +486,6 @@ def _filled(vectors: Sequence[TaskVector]) -> list[Mapping[str, Any]]:
         )
 
     return [Lazy(kinds, reader(v)) for v in vectors]
-
-
-def _joined_bases(vectors: Sequence[TaskVector]) -> Mapping[str, str] | None:
-    out: dict[str, str] = {}
-    for v in vectors:
-        if v.base is None:
-            return None
-        for name, x in v.base.items():
-            _same_digest(name, out.setdefault(name, x), x)
-    return out
-
-
-def known_as(side: Mapping[str, Tensor], tied: Mapping[str, str], skip: set[str]) -> Mapping[str, Tensor]:
-    """Tied tensors once, under the name that stands first in either model, whichever names this side stored."""
-    names: dict[str, list[str]] = {}
-    for name in side:
-        if name not in skip:
-            names.setdefault(tied.get(name, name), []).append(name)
-
-    def read(first: str) -> Tensor:
-        tensor, *others = (side[n] for n in names[first])
-        for n, other in zip(names[first][1:], others, strict=True):
-            if not torch.equal(tensor, other):
-                raise VectorError(
-                    f"{names[first][0]} and {n} are one tensor in one of the models and differ in the other; untie "
-                    "them in both, or tie them in both"
-                )
-        return tensor
-
-    if all(stored == [first] for first, stored in names.items()):
-        return pick(side, list(names))
-    kinds = kinds_of(side)
-    once: Lazy[Tensor] = Lazy({first: kinds[stored[0]] for first, stored in names.items()}, read)
-    return once if isinstance(side, Lazy) else dict(once)
-
-
-def _refuse_integers(pretrained: Any, finetuned: Any) -> None:
-    """Raise where two models in memory differ in integers only: their vector would be zero without a word."""
-    ours, theirs = named_tensors(pretrained), named_tensors(finetuned)
-    for name, x in ours.items():
-        counter = name.rpartition(".")[2] in RUNNING
-        if not x.dtype.is_floating_point and name in theirs and not counter and not torch.equal(x, theirs[name]):
-            raise VectorError(
-                f"the two models differ in integers only, such as {name} ({x.dtype}, {list(x.shape)}); a task vector "
-                "holds floating-point parameters: dequantise both first"
-            )
 
 
 def _is_number(x: Any) -> bool:

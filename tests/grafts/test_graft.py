@@ -17,7 +17,7 @@ from torch import nn
 import hatcl
 from hatcl.errors import ConfigError, GraftError, IntegrityError
 from hatcl.functional import bits
-from hatcl.grafts import Graft, GraftScores, files, graft, inplace, overlaps, union
+from hatcl.grafts import Graft, GraftScores, files, inplace, overlaps, union
 from hatcl.vectors.task_vector import TaskVector
 
 KINDS = sorted(parts.MODELS)
@@ -655,10 +655,6 @@ def test_grafts_that_do_not_fit_each_other():
         (lambda: Graft({"w": (2,)}, {"w": torch.tensor([0])}, {}), "w: got values none, expected one number"),
         (lambda: tiny([1], None, base={}), "w: no digest of the pretrained model's tensor; pass all, or base=None"),
         (lambda: Graft.from_masks({"w": torch.ones(2)}), "w: got a mask of float32, expected bool; scores become"),
-        (lambda: graft.size_of(-0.1, 10), "sparsity: got -0.1, expected a share of the elements between 0 and 1"),
-        (lambda: graft.size_of(math.nan, 10), "sparsity: got nan"),
-        (lambda: graft.size_of(1e-4, 26), "sparsity: 0.0001 of 26 elements selects none; take at least 1/26"),
-        (lambda: graft.size_of(1.0, 26), "sparsity: 1.0 of 26 elements selects all; that is the fine-tuned model"),
     ],
 )  # fmt: skip
 def test_what_is_no_graft(call, text):
@@ -666,7 +662,6 @@ def test_what_is_no_graft(call, text):
 
 
 def test_sizes_and_dtypes_of_indices():
-    assert [graft.size_of(s, 1000) for s in (0.001, 0.0019, 0.5, 0.9999)] == [1, 1, 500, 999]
     wide = Graft({"w": (2**16, 2**16)}, {"w": torch.tensor([2**32 - 1])})
     assert wide.indices["w"].dtype == torch.int64 and wide.numel == 2**32
     assert hatcl.Graft is Graft and issubclass(hatcl.GraftError, ValueError)

@@ -17,9 +17,9 @@ from vector_parts import Tied, moved, save
 from hatcl.errors import ConfigError, GraftError, NonFiniteLossError
 from hatcl.grafts import learned
 from hatcl.grafts.graft import Graft
-from hatcl.grafts.learned import LearnedGraft, learn_graft, top
+from hatcl.grafts.learned import LearnedGraft, learn_graft
 from hatcl.grafts.options import PUBLISHED, GraftOptions
-from hatcl.grafts.scores import GraftScores, highest
+from hatcl.grafts.scores import GraftScores, highest, top
 from hatcl.grafts.selection import select_graft
 
 EVERY = {
@@ -457,7 +457,7 @@ def test_without_putting_back_the_bits_are_lost(monkeypatch, gamma):
     """The twin of the test above."""
     pre, ft, batches = small()
     was = bits(pre)
-    monkeypatch.setattr(learned._Hard if gamma == "hard" else learned._Soft, "close", lambda self: None)
+    monkeypatch.setattr(learned.HardWeights if gamma == "hard" else learned.SoftWeights, "close", lambda self: None)
     learn_graft(pre, ft, loss_of, batches, 0.1, options={"gamma": gamma})
     assert not unchanged(pre, was)
 
