@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import reduce
 from torch import Tensor, nn
 
 from ..calls import Batches
@@ -84,7 +85,7 @@ def pooled_output(out: Any, pool: str, mask: Tensor | None = None) -> Tensor:
     if not isinstance(hidden, Tensor):
         raise ConfigError(f"encoder: the base model gives {type(out).__name__} without last_hidden_state")
     if hidden.dim() == 4:  # maps of a convolutional network
-        return hidden.mean((2, 3))
+        return reduce(hidden, "b d h w -> b d", "mean")
     if pool == "first":
         return hidden[:, 0]
     if mask is None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from ..errors import ConfigError, IntegrityError, nearest
@@ -297,7 +298,7 @@ class Preparation:
     def __call__(self, images: np.ndarray) -> torch.Tensor:
         """Images N x H x W (x C) as a normalised float tensor N x 3 x H x W."""
         x = torch.from_numpy(np.ascontiguousarray(images)).float()
-        x = x.unsqueeze(1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
+        x = rearrange(x, "n h w -> n 1 h w" if x.ndim == 3 else "n h w c -> n c h w")
         height, width = x.shape[-2:]
         if self.size is not None and (height, width) != (self.size, self.size):
             if self.fit == "pad" and max(height, width) <= self.size:
@@ -306,7 +307,7 @@ class Preparation:
             else:
                 x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         x = (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
-        return x.repeat(1, 3, 1, 1) if x.shape[1] == 1 else x.contiguous()
+        return (repeat(x, "n 1 h w -> n c h w", c=3) if x.shape[1] == 1 else x).contiguous()
 
 
 def num_batches(task: Task, batch_size: int) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import SkillError
@@ -122,4 +123,4 @@ def fit_each_other(what: str, a: Tensor, b: Tensor) -> None:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    return x.detach().to("cpu", torch.float64).flatten(1)
+    return rearrange(x.detach().to("cpu", torch.float64), "row ... -> row (...)")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...calls import outputs
@@ -63,7 +64,7 @@ def as_matrix(x: Tensor, convs: bool) -> Tensor | None:
     """A weight as a matrix `[out, in]`: matrices as they are, with `convs` also filters, flattened; else None."""
     if not x.numel() or not (x.dim() == 2 or (convs and x.dim() in (3, 4, 5))):
         return None
-    return aligned(x.flatten(1))
+    return aligned(rearrange(x, "o ... -> o (...)"))
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as tf
 
@@ -141,12 +142,12 @@ def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
     """What a layer multiplies with its weight, `[groups, rows, in]`, in at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if not isinstance(layer, nn.Conv2d):
-        return x.reshape(1, -1, x.shape[-1])
+        return rearrange(x, "... i -> 1 (...) i")
     x = x if x.dim() == 4 else x.unsqueeze(0)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = tf.pad(x, layer._reversed_padding_repeated_twice, mode)
-    patches = tf.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)  # [N, groups * in, places]
-    return patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    patches = tf.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)
+    return rearrange(patches, "n (groups i) places -> groups (n places) i", groups=layer.groups)
 
 
 def _check_gram(name: str, shape: tuple[int, ...], grams: Mapping[str, Tensor], i: int) -> None:
@@ -175,9 +176,9 @@ def _solved(taus: Sequence[Tensor], grams: Sequence[Tensor], alpha: float) -> Te
     directions that no input has."""
     noise = EXACT if all(g.dtype == torch.float64 for g in grams) else ROUNDED
     grams = [_damped(g.to(taus[0].device, torch.float64), alpha) for g in grams]
-    groups, width = grams[0].shape[:2]
+    groups = len(grams[0])
     middle = average(taus)
-    rows = [(tau.double() - middle).reshape(groups, -1, width) for tau in taus]
+    rows = [rearrange(tau.double() - middle, "(groups o) ... -> groups o (...)", groups=groups) for tau in taus]
     right = weighted([r @ g for r, g in zip(rows, grams, strict=True)], [1.0] * len(rows))
     total = weighted(grams, [1.0] * len(grams))
     size = total.diagonal(dim1=1, dim2=2).sqrt()
