@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -103,3 +104,20 @@ def bits(model: Any) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Of what `bits` gave: is every one equal?"""
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def tiny(at, values=None, shape=(2, 3), base=None):
+    """A graft over one tensor w."""
+    return Graft(
+        {"w": shape},
+        {"w": torch.tensor(at, dtype=torch.int32)},
+        None if values is None else {"w": torch.tensor(values)},
+        base,
+    )
+
+
+def refused(error, call, *texts):
+    with pytest.raises(error) as caught:
+        call()
+    for text in texts:
+        assert text in str(caught.value), str(caught.value)

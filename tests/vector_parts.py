@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from hatcl.vectors.merging import merge
+from hatcl.vectors.task_vector import TaskVector
+
 
 class Tied(nn.Module):
     """An embedding that is also the head, a counter, and running statistics."""
@@ -47,3 +50,13 @@ def save(model: nn.Module, path: Path) -> Path:
 def same(a, b) -> bool:
     """Equal tensors under equal names, in any order (files have their own)."""
     return set(a) == set(b) and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+
+
+def of_rows(*rows):
+    """A task vector of one tensor `w` for each row of numbers."""
+    return [TaskVector({"w": torch.tensor(r)}) for r in rows]
+
+
+def merged_rows(rows, method, **options):
+    """The numbers of these vectors' merge."""
+    return merge(of_rows(*rows), method, **options)["w"].tolist()

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 
 import graft_parts as parts
 import pytest
 import torch
+from graft_parts import refused, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import hatcl
 from hatcl.errors import ConfigError, GraftError, IntegrityError
 from hatcl.functional import bits
-from hatcl.grafts import Graft, GraftScores, files, inplace, overlaps, union
+from hatcl.grafts import Graft, inplace, overlaps, union
 from hatcl.vectors.task_vector import TaskVector
 
 KINDS = sorted(parts.MODELS)
-
-
-def tiny(at, values=None, shape=(2, 3), base=None):
-    """A graft over one tensor w."""
-    return Graft(
-        {"w": shape},
-        {"w": torch.tensor(at, dtype=torch.int32)},
-        None if values is None else {"w": torch.tensor(values)},
-        base,
-    )
-
-
-def refused(error, call, *texts):
-    with pytest.raises(error) as caught:
-        call()
-    for text in texts:
-        assert text in str(caught.value), str(caught.value)
 
 
 # ---- by hand -----------------------------------------------------------------------------------------------------
@@ -144,177 +127,6 @@ def test_each_element_is_one_models_or_the_others(kind):
 
 
 # ---- in place, and out again -------------------------------------------------------------------------------------
-
-RAW = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
-SPECIAL = [-0.0, 0.0, math.inf, -math.inf, math.nan]
-
-
-def raw(dtype, seed, strange):
-    """A model of random bits: NaN of every payload, subnormal numbers, zeros of both signs."""
-    model = parts.Turned().to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    size = 8 * dtype.itemsize - 1
-    with torch.no_grad():
-        for p in model.parameters():
-            ints = torch.randint(-(2**size), 2**size - 1, p.shape, generator=generator).to(RAW[dtype])
-            if strange:  # exponents of ones: infinity, and NaN quiet and signalling
-                ints |= torch.tensor(math.inf, dtype=dtype).view(RAW[dtype])
-            values = torch.tensor(SPECIAL, dtype=dtype).view(RAW[dtype])[torch.randint(5, p.shape, generator=generator)]
-            where = torch.rand(p.shape, generator=generator) < 0.2
-            p.detach().view(RAW[dtype]).copy_(torch.where(where, values, ints))
-    return model
-
-
-@given(st.integers(0, 9), st.lists(st.floats(0, 1), min_size=1, max_size=4), st.sampled_from(list(RAW)), st.booleans())
-@settings(deadline=None, max_examples=60)
-def test_apply_then_remove_gives_back_every_bit(seed, shares, dtype, strange):
-    pre = raw(dtype, seed, strange)
-    before = parts.bits(pre)
-    grafts, seen = [], []
-    for i, share in enumerate(shares):
-        grafts.append(parts.graft(pre, raw(dtype, seed + 20 + i, strange), share, seed=i))
-        seen.append(parts.bits(pre))
-        grafts[-1].apply_(pre)
-        for n, p in pre.named_parameters():
-            at = grafts[-1].indices.get(n, torch.zeros(0)).long()
-            assert torch.equal(parts.as_ints(p).reshape(-1)[at], bits(grafts[-1].values[n]) if len(at) else at)
-    for g, was in zip(reversed(grafts), reversed(seen), strict=True):
-        g.remove_(pre)
-        assert parts.same(parts.bits(pre), was)
-    assert parts.same(parts.bits(pre), before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_twin_values_that_pass_through_float32_lose_payloads(monkeypatch, dtype):
-    plain = inplace.take
-    monkeypatch.setattr(inplace, "take", lambda t, at: plain(t, at).float().to(t.dtype))
-    pre = raw(dtype, 0, True)
-    before = parts.bits(pre)
-    g = Graft.from_masks(parts.masks(pre, 0.9), raw(dtype, 1, True))
-    g.apply_(pre)
-    g.remove_(pre, check=False)
-    assert not parts.same(parts.bits(pre), before)
-
-
-def test_twin_taking_the_difference_away_again_loses_bits(monkeypatch):
-    pre, ft = parts.pair("bert")
-    before, g = parts.bits(pre), parts.graft(pre, ft, 0.5)
-    g.apply_(pre)
-
-    def subtracted(t, place):
-        inplace.put(t, place.at, inplace.take(t, place.at) - (place.new - place.old))
-
-    monkeypatch.setattr(inplace, "_put_back", subtracted)
-    g.remove_(pre)
-    assert not parts.same(parts.bits(pre), before)
-
-
-@pytest.mark.parametrize("kind", ["convolutional", "tied"])
-def test_of_grafts_that_overlap_the_last_comes_out_first(kind):
-    pre, ft = parts.pair(kind)
-    before = parts.bits(pre)
-    a, b = parts.graft(pre, ft, 0.5, 1), parts.graft(pre, ft, 0.5, 2)
-    a.apply_(pre)
-    b.apply_(pre)
-    both = parts.bits(pre)
-    refused(
-        GraftError,
-        lambda: a.remove_(pre),
-        "elements of this graft are also in one that was applied later; remove that f",
-    )
-    assert parts.same(parts.bits(pre), both)
-    b.remove_(pre)
-    a.remove_(pre)
-    assert parts.same(parts.bits(pre), before)
-    # grafts that do not overlap come out in any order
-    c = b - a
-    a.apply_(pre)
-    c.apply_(pre)
-    a.remove_(pre)
-    c.remove_(pre)
-    assert parts.same(parts.bits(pre), before)
-
-
-def test_the_same_graft_twice():
-    pre, ft = parts.pair("linear")
-    before, g = parts.bits(pre), parts.graft(pre, ft)
-    with g.applied(pre), g.applied(pre):
-        assert not parts.same(parts.bits(pre), before)
-    assert parts.same(parts.bits(pre), before)
-
-
-def test_what_was_not_applied_cannot_be_removed():
-    pre, ft = parts.pair("linear")
-    g = parts.graft(pre, ft)
-    refused(
-        GraftError, lambda: g.remove_(pre), "this graft is not applied to this Sequential", "has nothing to put back"
-    )
-    g.apply_(pre)
-    refused(GraftError, lambda: g.remove_(copy.deepcopy(pre)), "not applied to this")
-    g.remove_(pre)
-    refused(GraftError, lambda: g.remove_(pre), "not applied to this")
-
-
-@pytest.mark.parametrize("how", ["trained", "cast"])
-def test_elements_that_changed_since(how):
-    pre, ft = parts.pair("linear")
-    before, g = parts.bits(pre), parts.graft(pre, ft)
-    g.apply_(pre)
-    if how == "trained":
-        with torch.no_grad():
-            pre[0].weight.mul_(2)
-    else:
-        pre.double()
-    changed = parts.bits(pre)
-    refused(GraftError, lambda: g.remove_(pre), "0.weight: elements of this graft changed since", "pass check=False")
-    assert parts.same(parts.bits(pre), changed)
-    g.remove_(pre, check=False)
-    on = g.masks()["0.weight"]
-    assert torch.equal(parts.as_ints(pre[0].weight.float())[on], before["0.weight"][on])
-
-
-def test_elements_outside_may_be_trained():
-    pre, ft = parts.pair("linear")
-    g = parts.graft(pre, ft)
-    start, on = {n: p.detach().clone() for n, p in pre.named_parameters()}, g.masks()
-    with g.applied(pre), torch.no_grad():
-        for n, p in pre.named_parameters():
-            p.add_((~on[n]).float())
-    for n, p in pre.named_parameters():
-        assert torch.equal(p, torch.where(on[n], start[n], start[n] + 1))
-
-
-def test_after_an_exception_every_bit_is_back():
-    pre, ft = parts.pair("bert")
-    before, g = parts.bits(pre), parts.graft(pre, ft)
-    with pytest.raises(KeyError), g.applied(pre):
-        raise KeyError
-    assert parts.same(parts.bits(pre), before)
-
-
-def test_after_an_exception_every_bit_is_back_also_of_elements_that_changed():
-    pre, ft = parts.pair("linear")
-    before, g = parts.bits(pre), parts.graft(pre, ft, 2)
-    with pytest.raises(KeyError, match="mine"), g.applied(pre), torch.no_grad():
-        pre[0].weight.mul_(2)
-        raise KeyError("mine")
-    assert parts.same(parts.bits(pre), before)
-    with pytest.raises(GraftError, match="changed since it was applied"), g.applied(pre), torch.no_grad():
-        pre[0].weight.mul_(2)  # without one it is told
-    g.remove_(pre, check=False)
-    assert parts.same(parts.bits(pre), before)
-
-
-def test_a_tensor_that_is_gone():
-    pre, ft = parts.pair("linear")
-    g, last = parts.graft(pre, ft, 2), pre[2]
-    before = parts.bits(pre)
-    g.apply_(pre)
-    pre[2] = nn.Identity()
-    refused(GraftError, lambda: g.remove_(pre), "2.weight: this Sequential no longer has it; put the module that was")
-    pre[2] = last
-    g.remove_(pre)
-    assert parts.same(parts.bits(pre), before)
 
 
 def test_a_second_graft_is_checked_against_the_model_before_the_first():
@@ -479,70 +291,6 @@ def test_a_graft_of_a_ten_thousandth_of_125_million_is_a_file_under_1_mb(tmp_pat
     masks = sum(torch.zeros(s, dtype=torch.bool, device="meta").nbytes for s in shapes.values())
     assert masks > 100 * size
     assert Graft.load(tmp_path / "graft.safetensors").size == g.size
-
-
-def test_files_of_another_kind(tmp_path):
-    pre, ft = parts.pair("linear")
-    GraftScores({n: torch.randn(p.shape) for n, p in pre.named_parameters()}).save(tmp_path / "s.safetensors")
-    refused(
-        GraftError, lambda: Graft.load(tmp_path / "s.safetensors"),
-        "s.safetensors: holds scores, expected bits; call GraftScores.load in place of Graft.load; its .graft(",
-    )  # fmt: skip
-    save_file({"a": torch.ones(2)}, tmp_path / "t.safetensors")
-    refused(
-        GraftError, lambda: Graft.load(tmp_path / "t.safetensors"), "holds a, and does not say whether that is bits"
-    )
-    assert files.held_by(tmp_path / "s.safetensors") == "scores"
-    assert files.held_by(parts.graft(pre, ft).save(tmp_path / "holds scores.safetensors")) == "bits"
-    TaskVector.between(pre, ft).save(tmp_path / "v.safetensors")
-    refused(GraftError, lambda: Graft.load(tmp_path / "v.safetensors"), "does not say whether that is bits or scores")
-    refused(
-        GraftError, lambda: parts.graft(pre, ft).save(tmp_path / "a.pt"), "a.pt: got .pt, expected a file that ends in"
-    )
-    refused(GraftError, lambda: parts.graft(pre, ft).save(tmp_path / "a"), "got no ending")
-    refused(IntegrityError, lambda: Graft.load(tmp_path / "none.safetensors"), "no such file")
-
-
-def test_damaged_files(tmp_path):
-    pre, ft = parts.pair("bert")
-    file = parts.graft(pre, ft).save(tmp_path / "a.safetensors")
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-10])
-    refused(IntegrityError, lambda: Graft.load(file), "not readable as safetensors")
-    file.write_bytes(whole[:-10] + bytes([whole[-10] ^ 1]) + whole[-9:])  # one bit
-    refused(IntegrityError, lambda: Graft.load(file), "its content is not what was saved; the file is damaged")
-    # written by something else
-    file.write_bytes(whole)
-    tensors = load_file(file)
-    save_file(tensors, tmp_path / "b.safetensors", {files.ENTRY: "{"})
-    refused(IntegrityError, lambda: Graft.load(tmp_path / "b.safetensors"), "b.safetensors cannot be read as JSON")
-    save_file(tensors, tmp_path / "b.safetensors", {files.ENTRY: "{}"})
-    refused(IntegrityError, lambda: Graft.load(tmp_path / "b.safetensors"), "what it says of itself cannot be read")
-    save_file(tensors, tmp_path / "b.safetensors", {files.ENTRY: json.dumps({"holds": "masks", "digest": ""})})
-    refused(
-        GraftError, lambda: Graft.load(tmp_path / "b.safetensors"), "holds masks, expected bits; call what wrote it"
-    )
-    files.write(tmp_path / "b.safetensors", files.BITS, tensors, {"shapes": {}, "base": None, "values": True})
-    refused(
-        IntegrityError, lambda: Graft.load(tmp_path / "b.safetensors"), "its parts do not fit each other (a graft of no"
-    )
-    files.write(tmp_path / "b.safetensors", files.BITS, tensors, {"values": True})
-    refused(
-        IntegrityError, lambda: Graft.load(tmp_path / "b.safetensors"), "its parts do not fit each other ('shapes')"
-    )
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    pre, ft = parts.pair("linear")
-    file = parts.graft(pre, ft).save(tmp_path / "a.safetensors")
-    whole = file.read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files, "save_file", full)
-    refused(IntegrityError, lambda: parts.graft(pre, ft, 0.9).save(file), "could not be written", "is the disk full?")
-    assert file.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 # ---- refused -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import math
 import pytest
 import timm
 import torch
+from graft_parts import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -45,13 +46,6 @@ def unchanged(model, was):
         torch.equal(t.view(-1).view(torch.uint8), was[n].view(-1).view(torch.uint8)) if t.numel() else True
         for n, t in model.state_dict().items()
     )
-
-
-def refused(error, call, *texts):
-    with pytest.raises(error) as caught:
-        call()
-    for text in texts:
-        assert text in str(caught.value), str(caught.value)
 
 
 def loss_of(model, batch):
@@ -630,17 +624,3 @@ def test_gradients_that_overflow_are_refused():
     call = lambda: learn_graft(pre, ft, loss, batches[:1], 0.1, options={"steps": 2})  # noqa: E731
     refused(NonFiniteLossError, call, "step 1: the gradient of", "lower lr")
     assert unchanged(pre, was)
-
-
-def test_options_are_checked():
-    refused(ConfigError, lambda: GraftOptions(lr=0.0), "lr: got 0.0")
-    refused(ConfigError, lambda: GraftOptions(bias=0.5), "bias: got 0.5", "at least 1")
-    refused(ConfigError, lambda: GraftOptions(momentum=1.0), "momentum: got 1.0")
-    refused(ConfigError, lambda: GraftOptions(optimizer="adam", momentum=0.5), "no effect with optimizer='adam'")
-    for name, value in (("steps", 0), ("accumulate", 0), ("seed", -1), ("steps", True), ("steps", 1.5)):
-        refused(
-            ConfigError, lambda n=name, v=value: GraftOptions(**{n: v}), f"{name}: got {value!r}, expected an integer"
-        )
-    near = {"gamma": "hard", "rule": "natural", "size": "fixed", "optimizer": "adam"}
-    for name, right in near.items():
-        refused(ConfigError, lambda n=name, v=right[:-1]: GraftOptions(**{n: v}), f"{name}: got", f"mean '{right}'")

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from graft_parts import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,13 +17,6 @@ from hatcl.grafts.scores import highest
 
 def scores(**values):
     return GraftScores({n: torch.tensor(v) for n, v in values.items()})
-
-
-def refused(error, call, *texts):
-    with pytest.raises(error) as caught:
-        call()
-    for text in texts:
-        assert text in str(caught.value), str(caught.value)
 
 
 def test_the_highest_by_hand():

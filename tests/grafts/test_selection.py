@@ -8,6 +8,7 @@ import math
 import pytest
 import timm
 import torch
+from graft_parts import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -27,13 +28,6 @@ FT = {"a": torch.tensor([[0.3, -0.7, 0.1], [-0.8, 0.0, 0.4]]), "b": torch.tensor
 
 def at(graft):
     return {n: i.tolist() for n, i in graft.indices.items()}
-
-
-def refused(error, call, *texts):
-    with pytest.raises(error) as caught:
-        call()
-    for text in texts:
-        assert text in str(caught.value), str(caught.value)
 
 
 # --- the rules, by hand ---
