@@ -126,3 +126,22 @@ def model_folder(folder: Path, model: Any, tokenizer: Any = None) -> Path:
               {"format": "pt"})  # fmt: skip
     (minilm() if tokenizer is None else tokenizer).save_pretrained(str(folder))
     return folder
+
+
+DATA = texts()
+TEXTS = ["a dull film", "truly lovely music it was"]
+# padded and alone, and one place instead of all, sum in another order: measured 1.2e-7 of logits of size 0.5
+CLOSE = {"atol": 2e-6, "rtol": 0}
+
+
+def logits(task: Any, words: list[str] = TEXTS) -> torch.Tensor:
+    """The task's logits of texts in one batch."""
+    batch = task.collate([(x, "0") for x in words])
+    with torch.no_grad():
+        return task.logits(task.model, batch)[0]
+
+
+def alone(model: nn.Module, ids: list[int]) -> Any:
+    """A plain model's output of one text."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]))
