@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as tf
 
 from ...calls import one_by_one, one_pass, split_batch
-from ...config import number, whole
+from ...config import number, one_of, whole
 from ...errors import ConfigError, VectorError
 from ..task_vector import TaskVector
 from ..tensors import check_fit, kinds_of, pick
@@ -122,8 +122,7 @@ def diagonal_fisher(
     Raises:
         ConfigError: an unknown way, no batches, no labels where they are needed, or logits that are not `[N, C]`.
     """
-    if labels not in LABELS:
-        raise ConfigError(f"labels: got {labels!r}, expected one of {', '.join(LABELS)}")
+    one_of("labels", labels, LABELS)
     whole("seed", seed, 0)
     model = copy.deepcopy(model).eval().requires_grad_(True)
     named = {n: p for n, p in model.named_parameters() if p.dtype.is_floating_point}
