@@ -31,9 +31,10 @@ from hatcl.commands import graft as cli_graft  # noqa: E402
 from hatcl.commands import graft_run as cli_graft_run  # noqa: E402
 from hatcl.commands import main as cli  # noqa: E402
 from hatcl.continual import TextData  # noqa: E402
+from hatcl.engine.measures import predict  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 from hatcl.finetuning import load_run  # noqa: E402
-from hatcl.grafts import Graft, GraftScores, predict  # noqa: E402
+from hatcl.grafts import Graft, GraftScores  # noqa: E402
 from hatcl.report.calibration import draw_graft_curve, draw_reliability  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
