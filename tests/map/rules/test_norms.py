@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat import guard
+from hatcl.hat.held import held as held_by
 from hatcl.hat.convert import map_of
 from hatcl.hat.gates import gates_of
 from hatcl.hat.layers.gated import HATLayer
@@ -42,7 +42,7 @@ def test_weight_norm_keeps_its_owner_and_holds_whole_rows():
     assert units(found, DIRECTION, False) is None and not found.entries[DIRECTION].copied
     model = parts.pretend(hatcl.convert(source, 3, x))
     assert [parts.leaks(model, x, t) for t in range(3)] == [None] * 3
-    (held,) = [h for h in guard.held(model) if h.name == DIRECTION]
+    (held,) = [h for h in held_by(model) if h.name == DIRECTION]
     on = gates_of(model)[0].masks[0][torch.tensor(mine) - 1]
     assert torch.equal(held.live(0), on.unsqueeze(1).expand(7, 12)) and on.any() and not on.all()
     assert torch.equal(parts.logits(model, None, x), source(x))
