@@ -187,7 +187,7 @@ def hashed(x: Tensor) -> Tensor:
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def bits(x: Tensor) -> Tensor:
+def bits_of(x: Tensor) -> Tensor:
     """A tensor's memory as integers, which are equal where every bit is: -0.0 is not 0.0, and a NaN is itself."""
     x = x.detach()
     if x.dtype == torch.complex128:
@@ -197,7 +197,7 @@ def bits(x: Tensor) -> Tensor:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Have two tensors the same type, shape and bits?"""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits_of(a), bits_of(b))
 
 
 def local(x: Tensor) -> Tensor:

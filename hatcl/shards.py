@@ -20,7 +20,7 @@ def is_shard(x: Tensor) -> bool:
     return getattr(x, "_local_tensor", None) is not None
 
 
-def whole(x: Tensor) -> Tensor:
+def unsharded(x: Tensor) -> Tensor:
     """All of a tensor, with gradients that are averaged over the processes."""
     if getattr(x, "_local_tensor", None) is None:
         return x
@@ -115,7 +115,7 @@ def gathered_in(model: nn.Module, here: bool, device: torch.device | str | None 
     memo: dict[int, Any] = {}
     for p in model.parameters():
         if is_shard(p):
-            value = whole(p.detach())
+            value = unsharded(p.detach())
             if here:
                 memo[id(p)] = nn.Parameter(value.to(device), requires_grad=p.requires_grad)
     if not here:

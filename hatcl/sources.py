@@ -7,20 +7,20 @@ from typing import Any
 
 from torch import nn
 
-Maker = Callable[[dict[str, Any]], nn.Module]
+SourceMaker = Callable[[dict[str, Any]], nn.Module]
 Recogniser = Callable[[nn.Module], dict[str, Any] | None]
-_SOURCES: dict[str, Maker] = {}
+_SOURCES: dict[str, SourceMaker] = {}
 _RECOGNISERS: dict[str, Recogniser] = {}
 
 
-def register_source(kind: str, recognise: Recogniser | None = None) -> Callable[[Maker], Maker]:
+def register_source(kind: str, recognise: Recogniser | None = None) -> Callable[[SourceMaker], SourceMaker]:
     """Decorator for a function that makes a plain model again from what was saved of it under `kind`.
 
     Args:
         recognise: says of a plain model what is to be saved of it (JSON-able), or None where it is not of this kind.
     """
 
-    def add(make: Maker) -> Maker:
+    def add(make: SourceMaker) -> SourceMaker:
         _SOURCES[kind] = make
         if recognise is not None:
             _RECOGNISERS[kind] = recognise

@@ -22,7 +22,7 @@ from torch import nn
 
 import hatcl
 from hatcl import keeper
-from hatcl.functional import bits, same_bits
+from hatcl.functional import bits_of, same_bits
 
 
 class Interrupted(torch.optim.AdamW):
@@ -496,7 +496,7 @@ def test_bits_tell_signs_of_zero_and_know_nan():
     ):
         x = torch.ones(3).to(dtype)
         assert same_bits(x, x.clone()) and not same_bits(x, torch.zeros(3).to(x))
-        assert not bits(x).is_floating_point()
+        assert not bits_of(x).is_floating_point()
 
 
 SHAPES = {

@@ -43,7 +43,7 @@ def choose(keys: Collection[int], task: Any) -> Iterator[None]:
         _CHOICES.set(tuple(c for c in _CHOICES.get() if c is not mine))
 
 
-def chosen(key: int, default: int | None) -> Any:
+def chosen_task(key: int, default: int | None) -> Any:
     """What this context chose for the gates with this key, else the default."""
     for choice in _CHOICES.get():
         if key in choice.keys:

@@ -18,7 +18,7 @@ from .copies import refresh_copy
 from .distributed import check_forward, leave_out
 from .gates import Gates
 from .layers.gated import task_class
-from .layers.state import hold, state_attributes
+from .layers.state import keep_per_task, state_attributes
 from .registry import layer_for
 
 GATES = "hat_gates"
@@ -91,7 +91,7 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
         plan.append((m, task_class(layer, type(m), tuple(own), moving, state_attributes(states)), hat))
         if states:
             stateful[path] = (m, states)
-    hold(model, stateful)
+    keep_per_task(model, stateful)
     for m, cls, hat in plan:
         m.__class__ = cls
         m._hat_attach(hat, config.num_tasks)  # type: ignore[operator]

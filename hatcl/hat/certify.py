@@ -249,11 +249,11 @@ class _Proof:
                 got = [self.run(mode, t, attacked=True) for mode in modes]
             for mode, a, b in zip(modes, want, got, strict=True):
                 if self._note(t, a, b):
-                    where = difference_of(a, self.run(mode, t))[1]
+                    where = compare_outputs(a, self.run(mode, t))[1]
                     self._because(
                         RANDOM.format(where=where)
                         if where
-                        else f"Other tasks reach {difference_of(a, b)[1]} of task {t} {mode.name}; please report the "
+                        else f"Other tasks reach {compare_outputs(a, b)[1]} of task {t} {mode.name}; please report the "
                         "model"
                     )
 
@@ -274,7 +274,7 @@ class _Proof:
                 with torch.no_grad():
                     got = named_outputs(model, inputs, t)
                 if self._note(t, want[t], got):
-                    where = difference_of(want[t], got)[1]
+                    where = compare_outputs(want[t], got)[1]
                     self.run(plain, t)
                     spoilt = _spoilt(model, self.trial)
                     for cache, was in kept:  # it is computed anew from now on
@@ -291,7 +291,7 @@ class _Proof:
                 m.training = training
 
     def _note(self, task: int, want: dict[str, Tensor], got: dict[str, Tensor]) -> bool:
-        diff, _ = difference_of(want, got)
+        diff, _ = compare_outputs(want, got)
         self.diffs[task] = max(self.diffs[task], diff)
         return diff != 0
 
@@ -301,7 +301,7 @@ class _Proof:
 
 def _few(model: nn.Module, inputs: Any, task: int) -> Any:
     """The first rows of a batch; all of it, where the model does not run on them."""
-    rows = next((x.shape[0] for x in _tensors(inputs) if x.dim()), 0)
+    rows = next((x.shape[0] for x in _input_tensors(inputs) if x.dim()), 0)
 
     def cut(x: Any) -> Any:
         if isinstance(x, Tensor):
@@ -324,12 +324,12 @@ def _few(model: nn.Module, inputs: Any, task: int) -> Any:
     return few
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
+def _input_tensors(x: Any) -> Iterator[Tensor]:
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, (list, tuple, Mapping)):
         for part in x.values() if isinstance(x, Mapping) else x:
-            yield from _tensors(part)
+            yield from _input_tensors(part)
 
 
 def _spoilt(model: nn.Module, fresh: nn.Module) -> str:
@@ -344,17 +344,17 @@ def _spoilt(model: nn.Module, fresh: nn.Module) -> str:
     return ", ".join(names[:5])
 
 
-def difference_of(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[float, str]:
+def compare_outputs(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[float, str]:
     """The largest difference between two outputs, and where they differ first: 0.0 and "" where every bit is the
     same."""
     if want.keys() != got.keys():
         odd = next(iter([*(want.keys() - got.keys()), *(got.keys() - want.keys())]))
         return float("inf"), f"{odd} ({len(got)} values instead of {len(want)})"
-    diffs = {path: difference(x, got[path]) for path, x in want.items()}
+    diffs = {path: largest_gap(x, got[path]) for path, x in want.items()}
     return max(diffs.values(), default=0.0), next((path for path, d in diffs.items() if d != 0), "")
 
 
-def difference(a: Tensor, b: Tensor) -> float:
+def largest_gap(a: Tensor, b: Tensor) -> float:
     """The largest difference; 0.0 only where the two are the same bit for bit, the sign of zeros and NaN included."""
     if same_bits(a, b):
         return 0.0

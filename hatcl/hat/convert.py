@@ -27,7 +27,7 @@ from .gates import Gates
 from .heads import Classes, class_counts, heads_of, widen
 from .layers.gated import HATLayer
 from .layers.norm import kind_of_norm
-from .layers.state import STATES, Watch, classes_kept, copied, copy_of
+from .layers.state import STATES, Watch, classes_kept, copy_of, detached_copy
 from .registry import layer_for
 from .verify import check_plain, verified
 
@@ -241,7 +241,8 @@ def _moving(model: nn.Module, trial: nn.Module, watch: Watch, inputs: Any) -> tu
         changed = watch.changed
     except Exception as error:
         log.info("a training forward failed (%s): each task gets its own copy of every buffer", error)
-        changed |= {(path, n): None for path, m in model.named_modules() for n, b in m._buffers.items() if _float(b)}
+        every = ((path, n, b) for path, m in model.named_modules() for n, b in m._buffers.items() if b is not None)
+        changed |= {(path, n): None for path, n, b in every if b.is_floating_point()}
     by_torch = {id(m._parameters["weight"]) for m in trial.modules() if getattr(m, "max_norm", None) is not None}
     for (name, p), was in zip(trial.named_parameters(), model.parameters(), strict=True):
         if id(p) not in by_torch and not p.is_meta and not same_bits(p.detach(), was.detach()):
@@ -262,7 +263,7 @@ def _moving(model: nn.Module, trial: nn.Module, watch: Watch, inputs: Any) -> tu
         (buffers if as_it_was else states).setdefault(path, []).append(name)
         if not as_it_was:
             try:
-                copied(getattr(module, name, None))
+                detached_copy(getattr(module, name, None))
             except Exception as error:
                 raise ConversionError(
                     f"{path or type(model).__name__}.{name}: the forward changes it, and it cannot be copied "
@@ -270,7 +271,3 @@ def _moving(model: nn.Module, trial: nn.Module, watch: Watch, inputs: Any) -> tu
                     "numbers, containers of them"
                 ) from error
     return {p: tuple(n) for p, n in buffers.items()}, {p: tuple(n) for p, n in states.items()}
-
-
-def _float(b: Tensor | None) -> bool:
-    return b is not None and b.is_floating_point()

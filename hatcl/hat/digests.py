@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import IntegrityError
 from ..functional import digest_of
 from ..map.lora import is_factor
-from ..shards import reshard, whole
+from ..shards import reshard, unsharded
 from .gates import SLOT_BYTES, SLOTS, Gates, gates_of
 from .held import held, own_buffers, shared_buffers, shared_path
 from .tasks import tasks
@@ -22,7 +22,7 @@ from .tasks import tasks
 SEALED_BY = WeakTensorKeyDictionary()  # parameter -> the gates of the model that sealed a task with it
 
 
-def digests_of(model: nn.Module, task: int) -> dict[str, str]:
+def task_digests(model: nn.Module, task: int) -> dict[str, str]:
     """name -> `dtype:sha256` of everything a sealed task computes with: live elements, own copies, statistics,
     gates."""
     out: dict[str, str] = {}
@@ -33,7 +33,7 @@ def digests_of(model: nn.Module, task: int) -> dict[str, str]:
     for h in every:
         if h.plain or (h.task is not None and h.task != task):
             continue
-        value = whole(h.param.detach())
+        value = unsharded(h.param.detach())
         if h.task is None:
             value = value[h.live(task)] if h.plan is not None else value
         out[h.name.removeprefix(wrapped)] = digest_of(value)
@@ -84,7 +84,7 @@ def harden(model: nn.Module, task: int) -> None:
 def record(model: nn.Module, task: int) -> None:
     """Store a task's digest with its gates."""
     gates = gates_of(model)[0]
-    _store(gates, task, digests_of(model, task))
+    _store(gates, task, task_digests(model, task))
     for h in held(model):
         SEALED_BY[h.param] = weakref.ref(gates)
 
@@ -107,7 +107,7 @@ def check_sealed(model: nn.Module, only: Sequence[int] | None = None) -> None:
         row = gates.digest_table[task].cpu()
         if task not in gates.digests and not bool(row.any()):
             continue  # sealed by hand
-        now = digests_of(model, task)
+        now = task_digests(model, task)
         was = gates.digests.get(task)
         if was is None:  # the state was loaded, and brought the table alone
             changed = _changed_slots(row, now)

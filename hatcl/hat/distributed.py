@@ -18,12 +18,12 @@ from torch import Tensor, distributed, nn
 
 from ..errors import HATError, IntegrityError, TaskError
 from ..shards import is_shard, reshard
-from .digests import digests_of, slot_of, table_of
+from .digests import slot_of, table_of, task_digests
 from .gates import gates_of
 from .held import held, own_buffers
 from .tasks import tasks
 
-IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks
+DDP_SKIPS = "_ddp_params_and_buffers_to_ignore"  # where DDP looks
 
 
 def leave_out(model: nn.Module) -> None:
@@ -33,7 +33,7 @@ def leave_out(model: nn.Module) -> None:
     names = {name for name, x in everything if id(x) in mine}
     names |= {f"_orig_mod.{name}" for name in names}  # DDP around torch.compile asks the model, with its own names
     names |= {f".{name}" for name in names if "." not in name}  # DDP's name for a root's own parameters
-    setattr(model, IGNORED, {*getattr(model, IGNORED, ()), *names})
+    setattr(model, DDP_SKIPS, {*getattr(model, DDP_SKIPS, ()), *names})
 
 
 def _of_tasks(model: nn.Module) -> Iterator[Tensor]:
@@ -250,7 +250,7 @@ class Replicas:
         buffers = [b for _, b in own_buffers(self.model, self.task)]
         self._average([b for b in buffers if b.is_floating_point()])
         self._from_rank_0(buffers)
-        digests = digests_of(self.model, self.task)
+        digests = task_digests(self.model, self.task)
         differs = self._differs(table_of(digests).to(self._device)).any(1)
         if bool(differs.any()):
             slots = set(differs.nonzero().flatten().tolist())

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..config import HATConfig
 from ..errors import TaskError
-from ..shards import whole
+from ..shards import unsharded
 from . import active
 
 SLOTS, SLOT_BYTES = 256, 16
 """Size of a task's row in `Gates.digest_table`."""
 
-_keys = itertools.count()
+_context_keys = itertools.count()
 
 
 class Origin:
@@ -106,7 +106,7 @@ class Gates(nn.Module):
         self.register_buffer("digest_table", torch.zeros(config.num_tasks, SLOTS, SLOT_BYTES, dtype=torch.uint8))
         self.register_buffer("scale", torch.tensor(float(config.max_scale)), persistent=False)
         self.register_buffer("hardened", torch.tensor(0.0), persistent=False)
-        self.key = next(_keys)
+        self.key = next(_context_keys)
         self.learning: int | None = None
         self.learned: int | None = None
         self.learner: int | None = None
@@ -139,12 +139,12 @@ class Gates(nn.Module):
     def task(self) -> int | None:
         """The active task: this context's, else the default; in a recomputation that of its forward."""
         if torch.compiler.is_compiling():
-            return active.chosen(self.key, self._default) if self._ever_active else None
+            return active.chosen_task(self.key, self._default) if self._ever_active else None
         if self.origin is not None:
             self.notice()
         if not self._ever_active:
             return None
-        return active.of_forward(self.key, active.chosen(self.key, self._default), self.training)
+        return active.of_forward(self.key, active.chosen_task(self.key, self._default), self.training)
 
     @task.setter
     def task(self, task: int | None) -> None:
@@ -193,7 +193,7 @@ class Gates(nn.Module):
         """A task's gates of some units, as floats."""
         if isinstance(task, Tensor):
             return self.on(task)[index].to(self.embeddings[0].dtype)
-        e = whole(self.embeddings[task])
+        e = unsharded(self.embeddings[task])
         if self.is_soft(task):
             c = self.config
             a = F.soft_gate(e[index], self.scale, c.max_scale, c.compensation_clamp, self._hardened())
@@ -222,7 +222,7 @@ class Gates(nn.Module):
         return self.masks[task] if bool(self.sealed[task]) else self._hard_now(task)
 
     def _hard_now(self, task: int) -> Tensor:
-        on = F.hard_gate(whole(self.embeddings[task].detach()))
+        on = F.hard_gate(unsharded(self.embeddings[task].detach()))
         return on if self.config.reuse == "all" else on & ~self._taken(task)
 
     def _taken(self, task: int) -> Tensor:
@@ -295,7 +295,7 @@ class Gates(nn.Module):
     def penalty(self) -> Tensor:
         """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""
         c = self.config
-        e = whole(self.embeddings[self.learning if self.learning is not None else 0])
+        e = unsharded(self.embeddings[self.learning if self.learning is not None else 0])
         a = F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp, self._hardened())
         bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
         return c.penalty_weight * F.sparsity_penalty(a, self.used(), bounds, c.forgiven or 0.0)
@@ -317,7 +317,7 @@ class Gates(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.key = next(_keys)  # a choice of a context is for one model, not for its copies
+        self.key = next(_context_keys)  # a choice of a context is for one model, not for its copies
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
         made: Gates = self.__class__.__new__(self.__class__)

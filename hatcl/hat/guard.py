@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import GuardError, HATError, NonFiniteLossError
 from ..functional import local, same_bits
 from ..keeper import Keeper, Kept, StoredWeights, check_optimizers, put_back, taken
-from ..shards import part_of, reshard, whole
+from ..shards import part_of, reshard, unsharded
 from .digests import SEALED_BY
 from .gates import Gates, gates_of
 from .held import held, live_for, own_buffers, shared_buffers
@@ -186,7 +186,7 @@ class Guard(Keeper):
         """A loss that is not finite reaches every embedding's gradient, so it is seen before any weight takes the
         step."""
         seen = [e.grad if gradients else e for e in self.embeddings]
-        if not all(bool(torch.isfinite(whole(x)).all()) for x in seen if x is not None):
+        if not all(bool(torch.isfinite(unsharded(x)).all()) for x in seen if x is not None):
             raise NonFiniteLossError(
                 f"task {self.task}: its gate embeddings or their gradients are no longer finite, so the loss was NaN "
                 "or infinite. Nothing was sealed and earlier tasks are as they were; lower the learning rate, clip "

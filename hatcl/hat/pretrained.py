@@ -81,7 +81,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     text = _signed({
         "format": FORMAT, "config": g.config.to_dict(), "source": g.source, "map": g.unit_map.to_json(), "tied": tied,
         "dtypes": {name: _name_of(t) for name, t in tensors.items()},
-        "digests": {t: g.digests.get(t) or digests.digests_of(model, t) for t in tasks(model)},
+        "digests": {t: g.digests.get(t) or digests.task_digests(model, t) for t in tasks(model)},
     })  # fmt: skip
     target, header = Path(folder), {"format": "pt", HEADER: text}
     write_files({target / WEIGHTS: lambda new: save_file(tensors, new, header), target / CONFIG: text.encode()})
@@ -106,7 +106,7 @@ def from_pretrained(
             tensors do not fit.
     """
     path = Path(folder) / WEIGHTS
-    meta, tensors = _read(path, sha256)
+    meta, tensors = _read_model(path, sha256)
     _check_copy(path.parent / CONFIG)
     if base is None and meta["source"] is None:
         raise IntegrityError(f"{path.parent}: its model class is your own; pass base= an instance of the plain module")
@@ -139,13 +139,13 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         IntegrityError: as `from_pretrained`.
     """
-    return _read(Path(folder) / WEIGHTS, None, tensors=False)[0]
+    return _read_model(Path(folder) / WEIGHTS, None, tensors=False)[0]
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, sha256: str | None, tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read_model(path: Path, sha256: str | None, tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Header and tensors, of one file: safetensors opens it twice, and another save may take its place in between."""
     for _ in range(TRIES):
         before = _stamp(path)
@@ -157,7 +157,7 @@ def _read(path: Path, sha256: str | None, tensors: bool = True) -> tuple[dict[st
                 )
             text, stored = _opened(path, tensors)
             if _stamp(path) == before:
-                return _checked(text, path), stored
+                return _as_written(text, path), stored
         except IntegrityError:
             if _stamp(path) == before:
                 raise
@@ -217,7 +217,7 @@ def _fingerprint(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _checked(text: str | bytes, path: Path) -> dict[str, Any]:
+def _as_written(text: str | bytes, path: Path) -> dict[str, Any]:
     """A config that says of itself that it is as it was written."""
     meta: dict[str, Any] = parse_json(text, path)
     version = meta.get("format")
@@ -242,7 +242,7 @@ def _check_copy(copied: Path) -> None:
     except OSError:
         return  # nobody needs it
     try:
-        _checked(text, copied)
+        _as_written(text, copied)
     except IntegrityError as error:
         warnings.warn(
             f"{copied} is not as it was saved, which changes nothing: it is a copy to look at, and what counts is the "

@@ -69,13 +69,13 @@ def forward(model: nn.Module, x: Any, tasks: Tensor | Sequence[int], *, fused: b
     return tree_unflatten(merged, form) if len(merged) != 1 or not isinstance(out, Tensor) else merged[0]
 
 
-def _rows(x: Any, at: Tensor) -> Any:
+def _picked(x: Any, at: Tensor) -> Any:
     return tree_map(lambda v: v[at.to(v.device)] if isinstance(v, Tensor) else v, x)
 
 
 def _of_task(model: nn.Module, x: Any, t: int, at: Tensor) -> Any:
     with task(model, t):
-        return call(model, _rows(x, at))
+        return call(model, _picked(x, at))
 
 
 def _fused(model: nn.Module, x: Any, groups: dict[int, Tensor]) -> Iterator[Any]:
@@ -90,7 +90,7 @@ def _fused(model: nn.Module, x: Any, groups: dict[int, Tensor]) -> Iterator[Any]
     most = max(map(len, groups.values()))
     padded = torch.stack([torch.cat([at, at[:1].expand(most - len(at))]) for at in groups.values()])
     ids = torch.tensor(list(groups), device=gates[0].masks.device)
-    flat, form = tree_flatten(_rows(x, padded))
+    flat, form = tree_flatten(_picked(x, padded))
     is_tensor = [isinstance(v, Tensor) for v in flat]
     kept: list[Any] = []
 

@@ -20,7 +20,7 @@ from ..errors import ConversionError
 from ..functional import same_bits
 from ..map.units import UnitMap
 from .build import GATES, build
-from .certify import RANDOM, attack, attacked_outputs, difference, difference_of, named_outputs
+from .certify import RANDOM, attack, attacked_outputs, compare_outputs, largest_gap, named_outputs
 from .gates import Gates
 from .layers.state import copy_of
 
@@ -44,12 +44,12 @@ def check_plain(made: nn.Module, source: nn.Module, inputs: Any) -> None:
             return
         try:
             got = _plain_outputs(made, inputs, training)
-            where = difference_of(want, got)[1]
+            where = compare_outputs(want, got)[1]
         except Exception as error:
             got, where = {}, f"{type(error).__name__}: {error}"
         if not where:
             continue
-        random = difference_of(want, _plain_outputs(source, inputs, training))[1]
+        random = compare_outputs(want, _plain_outputs(source, inputs, training))[1]
         if random and training:
             log.info("%s: its training forward cannot be seeded, so it is not compared", type(source).__name__)
             return
@@ -140,7 +140,7 @@ def _leaks(model: nn.Module, inputs: Any) -> list[str] | None:
                     got = attacked_outputs(trial, inputs, 0)
                 if _same_numbers(want, got):
                     continue
-                if exact and (where := difference_of(want, named_outputs(trial, inputs, 0))[1]):
+                if exact and (where := compare_outputs(want, named_outputs(trial, inputs, 0))[1]):
                     raise ConversionError(f"{type(model).__name__}: {RANDOM.format(where=where)}")
                 exact = False
                 if len(group) == 1:
@@ -149,7 +149,7 @@ def _leaks(model: nn.Module, inputs: Any) -> list[str] | None:
                     groups += [group[: len(group) // 2], group[len(group) // 2 :]]
             _set_cut(gates, True)
             if exact and not _same_numbers(want, got := named_outputs(trial, inputs, 0)):
-                diff, where = difference_of(want, got)
+                diff, where = compare_outputs(want, got)
                 raise ConversionError(
                     f"{type(model).__name__}: cut down to half of its units it computes another {where} (by "
                     f"{diff:.2g}) than gated to them, so its map is not right; please report the model, or pass "
@@ -165,7 +165,7 @@ def _set_cut(gates: Gates, cut: bool) -> None:
 
 def _same_numbers(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> bool:
     """The same bits, but for the sign of zeros: without the cut a zero is a product, and has its sign."""
-    return want.keys() == got.keys() and all(difference(x + 0, got[path] + 0) == 0 for path, x in want.items())
+    return want.keys() == got.keys() and all(largest_gap(x + 0, got[path] + 0) == 0 for path, x in want.items())
 
 
 def stirred(model: nn.Module, inputs: Any) -> nn.Module:

@@ -132,5 +132,5 @@ def example_input(model: nn.Module, options: Mapping[str, Any]) -> torch.Tensor:
 
 
 @register_source("timm")
-def _remake(source: dict[str, Any]) -> nn.Module:
+def _remake_timm(source: dict[str, Any]) -> nn.Module:
     return timm.create_model(check_name(source["name"]), pretrained=False, **without_files(source["options"]))

@@ -15,14 +15,14 @@ from ..sources import register_source
 from .timm_names import check_name, without_files
 
 # what makes transformers run code from elsewhere, or look for weights or kernels there
-IGNORED = {
+UNTRUSTED = {
     "_name_or_path", "name_or_path", "auto_map", "trust_remote_code", "quantization_config", "use_kernels",
     "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
     "_experts_implementation", "_experts_implementation_internal", "use_pretrained_backbone", "use_timm_backbone",
     "backbone_kwargs",
 }  # fmt: skip
 ATTENTION = (None, "eager", "sdpa", "flex_attention")  # torch's own; others may be kernels that a hub has
-REMEDY = "pass base= an instance of the plain module"
+PASS_BASE = "pass base= an instance of the plain module"
 
 
 def _recognise(model: nn.Module) -> dict[str, Any] | None:
@@ -38,13 +38,13 @@ def _recognise(model: nn.Module) -> dict[str, Any] | None:
 
 
 @register_source("transformers", _recognise)
-def _remake(source: dict[str, Any]) -> nn.Module:
+def _remake_transformers(source: dict[str, Any]) -> nn.Module:
     cls, attention = _model_class(source["class"]), source["attention"]
     if attention not in ATTENTION:
         raise IntegrityError(
             f"the plain model is to compute its attention by {attention!r}, expected one of "
             f"{', '.join(map(repr, ATTENTION))}: transformers would get another one from a hub where it is not "
-            f"installed; {REMEDY}"
+            f"installed; {PASS_BASE}"
         )
     with tempfile.TemporaryDirectory() as folder:  # only from a file are special values (infinity) read back
         path = Path(folder) / "config.json"
@@ -61,7 +61,7 @@ def _model_class(name: object) -> Any:
     cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     of_theirs = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     if not of_theirs or getattr(cls, "config_class", None) is None:
-        raise IntegrityError(f"the plain model is to be transformers' {name!r}, which is no model of it; {REMEDY}")
+        raise IntegrityError(f"the plain model is to be transformers' {name!r}, which is no model of it; {PASS_BASE}")
     return cls
 
 
@@ -71,7 +71,7 @@ def _without_files(config: Any) -> Any:
         return [_without_files(x) for x in config]
     if not isinstance(config, dict):
         return config
-    kept = {k: _without_files(v) for k, v in config.items() if k not in IGNORED}
+    kept = {k: _without_files(v) for k, v in config.items() if k not in UNTRUSTED}
     if isinstance(kept.get("architecture"), str):
         check_name(kept["architecture"])
     if isinstance(kept.get("model_args"), dict):
@@ -80,7 +80,7 @@ def _without_files(config: Any) -> Any:
         if kept.get("model_type") != "timm_backbone":
             raise IntegrityError(
                 f"the plain model is to have the backbone {kept['backbone']!r}, which transformers would look for on a "
-                f"hub; {REMEDY}"
+                f"hub; {PASS_BASE}"
             )
         check_name(kept["backbone"])
     return kept

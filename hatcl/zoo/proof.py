@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..calls import call, tensors_of, values_of
 from ..config import HATConfig
-from ..hat.certify import certify, difference
+from ..hat.certify import certify, largest_gap
 from ..hat.convert import convert, map_of
 from ..hat.describe import describe
 from ..hat.gates import gates_of
@@ -200,7 +200,7 @@ def _timed(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return difference(a, b) == 0
+    return largest_gap(a, b) == 0
 
 
 def _all_equal(a: list[Tensor], b: list[Tensor]) -> bool:

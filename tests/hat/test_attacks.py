@@ -84,7 +84,7 @@ def test_twin_one_task_for_all_threads(one, monkeypatch):
         now[0] = before
 
     monkeypatch.setattr(active, "choose", choose)
-    monkeypatch.setattr(active, "chosen", lambda key, default: default if now[0] is None else now[0])
+    monkeypatch.setattr(active, "chosen_task", lambda key, default: default if now[0] is None else now[0])
     assert "BROKEN" in [one("threads serve").result for _ in range(5)]  # each time is a matter of luck
 
 

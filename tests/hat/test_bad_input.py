@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat.digests import digests_of
+from hatcl.hat.digests import task_digests
 from hatcl.hat.gates import gates_of
 from hatcl.hat.held import held
 
@@ -22,7 +22,7 @@ def nothing_changes(model, run, error, *texts):
     x = parts.images("mlp")
     before, done = parts.snapshot(model), hatcl.tasks(model)
     want = {t: parts.logits(model, t, x) for t in done}
-    digests = {t: digests_of(model, t) for t in done}
+    digests = {t: task_digests(model, t) for t in done}
     active = gates_of(model)[0].task
     with pytest.raises(error) as caught:
         run()
@@ -30,7 +30,7 @@ def nothing_changes(model, run, error, *texts):
         assert text in str(caught.value), str(caught.value)
     assert isinstance(caught.value, hatcl.HATError)
     assert parts.same(before, parts.snapshot(model)) and hatcl.tasks(model) == done
-    assert {t: digests_of(model, t) for t in done} == digests
+    assert {t: task_digests(model, t) for t in done} == digests
     assert all(torch.equal(parts.logits(model, t, x), want[t]) for t in done)
     assert gates_of(model)[0].task == active and gates_of(model)[0].learning is None
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
@@ -271,7 +271,7 @@ def test_a_parameter_that_another_model_has_sealed():
 @pytest.mark.parametrize("how", ["nan", "inf", "huge"])
 def test_a_loss_that_is_not_finite(model, how):
     x = parts.images("mlp")
-    want, digest = parts.logits(model, 0, x), digests_of(model, 0)
+    want, digest = parts.logits(model, 0, x), task_digests(model, 0)
     images, y = parts.problem(parts.shape_of("mlp"), 1)
     factor = {"nan": float("nan"), "inf": float("inf"), "huge": 3e38}[how]
     with pytest.raises(hatcl.NonFiniteLossError) as caught:
@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite(model, how):
         caught.value
     )
     assert "lower the learning rate, clip gradients, or look at the batch" in str(caught.value)
-    assert torch.equal(parts.logits(model, 0, x), want) and digests_of(model, 0) == digest
+    assert torch.equal(parts.logits(model, 0, x), want) and task_digests(model, 0) == digest
     assert hatcl.tasks(model) == [0] and hatcl.certify(model, x).exact
 
 

@@ -17,7 +17,7 @@ import hatcl
 from hatcl.hat import certify as certifying
 from hatcl.hat import verify
 from hatcl.hat.binding import ParameterPlan
-from hatcl.hat.certify import attack, difference, difference_of, noise
+from hatcl.hat.certify import attack, compare_outputs, largest_gap, noise
 from hatcl.hat.digests import record
 from hatcl.hat.gates import gates_of
 from hatcl.hat.held import held
@@ -103,33 +103,33 @@ def test_nothing_is_sealed_yet():
 
 def test_differences_of_what_is_not_a_number():
     nan = torch.tensor([float("nan"), 1.0])
-    assert difference(nan, nan.clone()) == 0.0
-    assert difference(nan, torch.tensor([float("nan"), 3.0])) == 2.0
-    assert difference(nan, torch.tensor([0.0, 1.0])) == float("inf")
-    assert difference(nan, torch.tensor([1.0, float("nan")])) == float("inf")
+    assert largest_gap(nan, nan.clone()) == 0.0
+    assert largest_gap(nan, torch.tensor([float("nan"), 3.0])) == 2.0
+    assert largest_gap(nan, torch.tensor([0.0, 1.0])) == float("inf")
+    assert largest_gap(nan, torch.tensor([1.0, float("nan")])) == float("inf")
     other = torch.tensor(struct.unpack("<f", struct.pack("<I", 0x7FC00001)))
-    assert 0 < difference(nan[:1], other) < 1e-300  # another payload
-    assert difference(torch.tensor([True]), torch.tensor([False])) == float("inf")
+    assert 0 < largest_gap(nan[:1], other) < 1e-300  # another payload
+    assert largest_gap(torch.tensor([True]), torch.tensor([False])) == float("inf")
     infinite = torch.tensor([float("inf")])
-    assert difference(infinite, infinite.clone()) == 0.0 and difference(infinite, -infinite) == float("inf")
+    assert largest_gap(infinite, infinite.clone()) == 0.0 and largest_gap(infinite, -infinite) == float("inf")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
 def test_the_sign_of_a_zero_is_a_difference(dtype):
     zero = torch.zeros(3, dtype=dtype)
-    assert torch.equal(zero, -zero) and 0 < difference(zero, -zero) < 1e-300
-    assert difference(zero, zero.clone()) == 0.0
-    assert difference(zero, zero + 0.5) == 0.5
+    assert torch.equal(zero, -zero) and 0 < largest_gap(zero, -zero) < 1e-300
+    assert largest_gap(zero, zero.clone()) == 0.0
+    assert largest_gap(zero, zero + 0.5) == 0.5
 
 
 def test_types_and_shapes_are_differences():
     one = torch.ones(2)
     for other in (one.double(), one.view(1, 2), torch.ones(3)):
-        assert difference(one, other) == float("inf")
-    assert difference(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
-    assert difference(torch.tensor([2**53]), torch.tensor([2**53 + 1])) == float("inf")
-    assert difference_of({"a": one, "b": one}, {"a": one}) == (float("inf"), "b (1 values instead of 2)")
-    assert difference_of({"a": one, "b": one}, {"a": one, "b": -one}) == (2.0, "b")
+        assert largest_gap(one, other) == float("inf")
+    assert largest_gap(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
+    assert largest_gap(torch.tensor([2**53]), torch.tensor([2**53 + 1])) == float("inf")
+    assert compare_outputs({"a": one, "b": one}, {"a": one}) == (float("inf"), "b (1 values instead of 2)")
+    assert compare_outputs({"a": one, "b": one}, {"a": one, "b": -one}) == (2.0, "b")
 
 
 # ---- outputs ---------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_outputs_in_any_object_are_compared_and_their_layer_is_a_head(wrap):
     plain = ParameterPlan.live
     with pytest.MonkeyPatch.context() as patch:  # and what moves them is seen
         patch.setattr(ParameterPlan, "live", lambda self, task, device: plain(self, task, device) & False)
-        patch.setattr(certifying, "check", lambda model: None)
+        patch.setattr(certifying, "check_sealed", lambda model: None)
         assert not hatcl.certify(model, x).exact
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat.digests import digests_of
+from hatcl.hat.digests import task_digests
 from hatcl.hat.gates import gates_of
 from hatcl.hat.held import held, own_buffers
 from hatcl.hat.layers.gated import HATLayer
@@ -84,12 +84,12 @@ def test_the_task_is_gone_and_the_others_are_bit_equal(learned):
     name, model = learned
     x, _ = problem(name, 1, seed=1)
     want = {t: parts.logits(model, t, x) for t in (0, 2)}
-    digests = {t: digests_of(model, t) for t in (0, 2)}
+    digests = {t: task_digests(model, t) for t in (0, 2)}
     report = hatcl.forget_task(model, 1)
     assert report.total_erased > 0 and report.units_freed > 0 and not report.dry_run
     assert hatcl.tasks(model) == [0, 2]
     assert all(torch.equal(parts.logits(model, t, x), want[t]) for t in want)
-    assert {t: digests_of(model, t) for t in (0, 2)} == digests
+    assert {t: task_digests(model, t) for t in (0, 2)} == digests
     assert hatcl.certify(model, x, strict=True).exact
     with pytest.raises(hatcl.TaskError, match="task 1 is not sealed"):
         hatcl.set_task(model, 1)

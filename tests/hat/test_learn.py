@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat.digests import digests_of
+from hatcl.hat.digests import task_digests
 from hatcl.hat.gates import gates_of
 from hatcl.hat.held import held, own_buffers
 
@@ -155,7 +155,7 @@ def test_an_exception_seals_nothing_and_leaves_earlier_tasks(after_one, name, er
     model, optimizer = after_one
     x = parts.images(name)
     want = parts.logits(model, 0, x)
-    frozen = digests_of(model, 0)
+    frozen = task_digests(model, 0)
     hatcl.set_task(model, 0)
     step = optimizer.step
     with pytest.raises(error), hatcl.learn(model, 1, optimizer, steps=6) as learning:
@@ -164,7 +164,7 @@ def test_an_exception_seals_nothing_and_leaves_earlier_tasks(after_one, name, er
     g = gates_of(model)[0]
     assert hatcl.tasks(model) == [0] and g.learning is None and g.task == 0 and not bool(g.masks[1].any())
     assert optimizer.step == step and all(not p._post_accumulate_grad_hooks for p in model.parameters())
-    assert torch.equal(parts.logits(model, 0, x), want) and digests_of(model, 0) == frozen
+    assert torch.equal(parts.logits(model, 0, x), want) and task_digests(model, 0) == frozen
     assert hatcl.certify(model, x).exact
     parts.train(model, 1, optimizer, parts.problem(parts.shape_of(name), 1), 5)  # and again
     assert hatcl.tasks(model) == [0, 1] and torch.equal(parts.logits(model, 0, x), want)

@@ -27,7 +27,7 @@ from torch import nn
 import hatcl
 from hatcl.files import sha256_of
 from hatcl.hat import pretrained
-from hatcl.hat.digests import check_sealed, digests_of, record
+from hatcl.hat.digests import check_sealed, record, task_digests
 from hatcl.hat.gates import gates_of
 from hatcl.hat.pretrained import read_config
 
@@ -417,7 +417,7 @@ def test_every_task_is_saved_with_digests_also_one_sealed_by_hand(tmp_path):
     gates_of(model)[0].digests.clear()
     folder, _ = saved(tmp_path, model)
     stored = read_config(folder)["digests"]
-    assert stored == {str(t): digests_of(model, t) for t in range(3)}
+    assert stored == {str(t): task_digests(model, t) for t in range(3)}
     assert gates_of(load(folder))[0].digests == {int(t): d for t, d in stored.items()}
 
 
@@ -601,12 +601,12 @@ def test_a_kill_between_the_renames_leaves_the_new_model(tmp_path, monkeypatch):
 
 
 def test_twin_a_config_of_its_own_is_two_states(tmp_path, monkeypatch):
-    real = pretrained._read
+    real = pretrained._read_model
 
     def apart(path, *args, **options):
-        return pretrained._checked((path.parent / "config.json").read_text(), path), real(path, *args, **options)[1]
+        return pretrained._as_written((path.parent / "config.json").read_text(), path), real(path, *args, **options)[1]
 
-    monkeypatch.setattr(pretrained, "_read", apart)
+    monkeypatch.setattr(pretrained, "_read_model", apart)
     with pytest.raises(hatcl.HATError):
         test_a_kill_between_the_renames_leaves_the_new_model(tmp_path, monkeypatch)
 

@@ -56,18 +56,18 @@ class States:
         """The values that a task reads and writes now. All are copied at once: two modules may share an object."""
         if is_open:
             if task not in self.tasks:
-                self.tasks[task] = copied(self.start)
+                self.tasks[task] = detached_copy(self.start)
             return self.tasks[task]
         mine = _of_this_thread().setdefault(self, {})
         if task not in mine:
-            mine[task] = copied(self.tasks.get(task, self.start))
+            mine[task] = detached_copy(self.tasks.get(task, self.start))
         return mine[task]
 
     def reset(self, key: Key, tasks: Sequence[int]) -> None:
         """These tasks begin anew with one of the attributes."""
         for t in tasks:
             if t in self.tasks:
-                self.tasks[t][key] = copied(self.start[key])
+                self.tasks[t][key] = detached_copy(self.start[key])
 
     def forget(self, task: int) -> None:
         self.tasks.pop(task, None)
@@ -120,7 +120,7 @@ def _without_graphs(x: Any, memo: dict[int, Any]) -> None:
             memo[id(part)] = part.detach().clone()
 
 
-def copied(x: Any) -> Any:
+def detached_copy(x: Any) -> Any:
     """A copy that shares no memory with `x`, without its autograd graphs; modules and parameters are the same ones."""
     memo: dict[int, Any] = {}
     _without_graphs(x, memo)
@@ -230,7 +230,7 @@ class Watch:
 def classes_kept(model: nn.Module) -> Iterator[None]:
     """Afterwards, what the classes of a model's modules keep for all their instances is as it was."""
     of_classes = [
-        (value, copied(value))
+        (value, detached_copy(value))
         for m in model.modules()
         for name, value in attributes(m)
         if name not in m.__dict__ and name not in m._buffers
@@ -284,18 +284,18 @@ def task_state(name: str) -> property:
         return value
 
     def put(self: Any, value: Any) -> None:
-        _put(self, name, value)
+        _put_state(self, name, value)
 
     def drop(self: Any) -> None:
         if _active(self) is not None:
-            _put(self, name, ABSENT)
+            _put_state(self, name, ABSENT)
         elif self.__dict__.pop(name, ABSENT) is ABSENT:
             del self.__dict__["_buffers"][name]
 
     return property(get, put, drop)
 
 
-def _put(module: Any, name: str, value: Any) -> None:
+def _put_state(module: Any, name: str, value: Any) -> None:
     active = _active(module)
     if active is None:
         place = module.__dict__["_buffers"] if name in module.__dict__["_buffers"] else module.__dict__
@@ -318,7 +318,7 @@ def _is_state(module: Any, name: str) -> bool:
 
 def _setattr(_: str) -> Callable[[Any, str, Any], None]:
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        (_put if _is_state(self, name) else HATLayer.__setattr__)(self, name, value)
+        (_put_state if _is_state(self, name) else HATLayer.__setattr__)(self, name, value)
 
     return __setattr__
 
@@ -326,7 +326,7 @@ def _setattr(_: str) -> Callable[[Any, str, Any], None]:
 def _register_buffer(_: str) -> Callable[..., None]:
     def register_buffer(self: Any, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if _is_state(self, name) and _active(self) is not None:
-            _put(self, name, tensor)
+            _put_state(self, name, tensor)
         else:
             super(HATLayer, self).register_buffer(name, tensor, persistent)
 
@@ -348,12 +348,12 @@ def state_attributes(names: Sequence[str]) -> tuple[tuple[str, Callable[[str], A
     return (*((n, task_state) for n in names), *own) if names else ()
 
 
-def hold(model: nn.Module, modules: dict[str, tuple[nn.Module, tuple[str, ...]]]) -> None:
+def keep_per_task(model: nn.Module, modules: dict[str, tuple[nn.Module, tuple[str, ...]]]) -> None:
     """From now on every task has its own of these attributes of a converted model. modules: path -> module, names."""
     start = {(path, n): _plain(m, n) for path, (m, names) in modules.items() for n in names}
     if not start:
         return
-    states = States(copied(start))
+    states = States(detached_copy(start))
     for module in (model, *(m for m, _ in modules.values())):
         module.__dict__[STATES] = states
     model.register_forward_pre_hook(begin_forward)

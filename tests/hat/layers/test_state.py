@@ -17,7 +17,7 @@ import hatcl
 from hatcl.hat import convert as converting
 from hatcl.hat.certify import outputs_of
 from hatcl.hat.gates import gates_of
-from hatcl.hat.layers.state import Watch, copied, same
+from hatcl.hat.layers.state import Watch, detached_copy, same
 
 X = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
 
@@ -240,7 +240,7 @@ def learned(model, tasks, evaluate=True):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_task_has_its_own(kind):
     source = kind()
-    before = copied({n: v for n, v in vars(source).items() if n not in ("_parameters", "_modules")})
+    before = detached_copy({n: v for n, v in vars(source).items() if n not in ("_parameters", "_modules")})
     model = hatcl.convert(source, 3, X)
     found = gates_of(model)[0].unit_map
     assert found.buffers or found.states
