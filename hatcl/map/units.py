@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .coupling import Trace
 from .labels import Ints
 from .lora import is_factor
-from .trace import Trace
 
 NORM = "norm"  # why a parameter is copied
 
@@ -36,6 +36,7 @@ class Factor:
     owner: bool
 
     def to_json(self) -> dict[str, Any]:
+        """JSON-able, with the units as runs."""
         return {"axis": self.axis, "units": runs(self.units), "shape": list(self.shape), "owner": self.owner}
 
 
@@ -83,7 +84,7 @@ class Entry:
 @dataclass(frozen=True)
 class NormInput:
     """What enters a norm: the dimension that carries units, their numbers, whether off units are exactly zero
-    there, and whether the norm takes its statistics across units. kind: see `registry.register_layer`."""
+    there, and whether the norm takes its statistics across units. kind: see `hatcl.register_layer`."""
 
     dim: int
     units: Ints
@@ -160,6 +161,8 @@ class UnitMap:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> UnitMap:
+        """The map that `to_json` wrote."""
+
         def factor(f: dict[str, Any]) -> Factor:
             return Factor(f["axis"], unrun(f["units"]), tuple(f["shape"]), f["owner"])
 
