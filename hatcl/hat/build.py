@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import HATConfig
 from ..errors import ConversionError
-from ..map.units import UnitMap
+from ..map.units import NormInput, UnitMap
 from ..shards import is_sharded
 from . import layers as _layers  # registers the HAT layers
 from .binding import Binding, ParameterPlan, UnitAxis, Units
@@ -25,78 +25,99 @@ GATES = "hat_gates"
 assert _layers
 
 
+class _Plan:
+    """How each module of a plain model is bound to gates on a map. Nothing of the model is changed."""
+
+    def __init__(self, model: nn.Module, unit_map: UnitMap, gates: Gates) -> None:
+        self.unit_map, self.gates = unit_map, gates
+        self._units: dict[bytes, Units] = {}
+        self._names = {id(p): n for n, p in model.named_parameters()}
+        self._holders: dict[str, set[str]] = {}  # name of a parameter -> paths of the modules that hold it
+        for path, m in model.named_modules():
+            for p in m._parameters.values():
+                if p is not None:
+                    self._holders.setdefault(self._names[id(p)], set()).add(path)
+        self.classes: list[tuple[nn.Module, type, Binding]] = []
+        self.stateful: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
+        for path, m in model.named_modules():
+            self._add(path, m)
+
+    def units(self, numbers: np.ndarray) -> Units:
+        return self._units.setdefault(numbers.tobytes(), Units(self.gates, numbers))
+
+    def _add(self, path: str, m: nn.Module) -> None:
+        norm = self.unit_map.norms.get(path)
+        layer = layer_for(type(m), norm.kind if norm is not None else "")
+        own = {n: p for n, p in m._parameters.items() if p is not None}
+        moving, states = self.unit_map.buffers.get(path, ()), self.unit_map.states.get(path, ())
+        known = any(m._buffers.get(b) is not None for b in layer.hat_task_buffers)
+        if not (own or norm is not None or known or moving or states or layer.hat_always):
+            return
+        hat = Binding(self.gates, buffers=moving, path=path)
+        for name, p in own.items():
+            self._add_parameter(hat, layer, name, p, norm)
+        if path in self.unit_map.outputs:
+            hat.output = (layer.hat_output_dim, self.units(self.unit_map.outputs[path]))
+        if norm is not None:
+            over = (norm.dim, self.units(norm.units))
+            if norm.across or not hasattr(layer, "eps"):
+                hat.norm = over
+            else:
+                hat.output = over
+            hat.dirty = not norm.clean
+        cls = task_class(layer, type(m), tuple(own), moving, state_attributes(states))
+        self.classes.append((m, cls, hat))
+        if states:
+            self.stateful[path] = (m, states)
+
+    def _add_parameter(
+        self, hat: Binding, layer: type[Any], name: str, p: nn.Parameter, norm: NormInput | None
+    ) -> None:
+        """Which axes of a parameter fold their gate, and what the layer's output is multiplied with instead."""
+        entry = self.unit_map.entries[self._names[id(p)]]
+        hat.shapes[name] = entry.shape
+        if entry.shape != tuple(p.shape):
+            raise ConversionError(
+                f"{hat.path}.{name}: the map says shape {list(entry.shape)}, it has {list(p.shape)}; "
+                "trace this model anew"
+            )
+        folds = set(self.unit_map.folds.get((hat.path, entry.name), ()))
+        elsewhere = {
+            a for (user, other), axes in self.unit_map.folds.items() for a in axes
+            if other == entry.name and user not in self._holders[entry.name]
+        }  # fmt: skip
+        to_output = layer.hat_fold_output and not elsewhere
+        if hat.path in self.unit_map.outputs or to_output:
+            owners = {f.axis for f in entry.factors if f.owner}
+            if to_output and folds & owners:
+                hat.output = (layer.hat_output_dim, self.units(next(f.units for f in entry.factors if f.owner)))
+            folds -= owners
+        folds |= elsewhere
+        if norm is not None and norm.across and layer.hat_is_norm:
+            # the weight carries the factor of the statistics; of a class that is not known, the output does
+            folds = set() if norm.kind else folds | {f.axis for f in entry.factors}
+        axes = tuple(UnitAxis(self.units(f.units), f.shape, f.owner) for f in entry.factors)
+        fold = tuple(i for i, f in enumerate(entry.factors) if f.axis in folds)
+        hat.params[name] = ParameterPlan(entry.view, axes, fold, entry.copied, entry.standardised)
+
+
 def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
-    """Turn `model` into a HAT model on this map, in place. Everything is planned before anything is swapped."""
+    """Turn `model` into a HAT model on this map, in place. Everything is planned before anything is swapped.
+
+    Raises:
+        ConversionError: the map is that of another model.
+    """
     some = next(model.parameters(), torch.zeros(()))
     with torch.device("cpu" if some.is_meta else some.device):
         layers = [(n.removesuffix(".weight"), a - 1, b - 1) for n, a, b in unit_map.layers]
         gates = Gates(unit_map.num_units, config, layers)
-    made: dict[bytes, Units] = {}
-
-    def units(numbers: np.ndarray) -> Units:
-        return made.setdefault(numbers.tobytes(), Units(gates, numbers))
-
-    names = {id(p): n for n, p in model.named_parameters()}
-    holders: dict[str, set[str]] = {}
-    for path, m in model.named_modules():
-        for p in m._parameters.values():
-            if p is not None:
-                holders.setdefault(names[id(p)], set()).add(path)
-    plan: list[tuple[nn.Module, type, Binding]] = []
-    stateful: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
-    for path, m in model.named_modules():
-        norm = unit_map.norms.get(path)
-        layer = layer_for(type(m), norm.kind if norm is not None else "")
-        own = {n: p for n, p in m._parameters.items() if p is not None}
-        moving, states = unit_map.buffers.get(path, ()), unit_map.states.get(path, ())
-        known = any(m._buffers.get(b) is not None for b in layer.hat_task_buffers)
-        if not (own or norm is not None or known or moving or states or layer.hat_always):
-            continue
-        hat = Binding(gates, buffers=moving, path=path)
-        for name, p in own.items():
-            entry = unit_map.entries[names[id(p)]]
-            hat.shapes[name] = entry.shape
-            if entry.shape != tuple(p.shape):
-                raise ConversionError(
-                    f"{path}.{name}: the map says shape {list(entry.shape)}, it has {list(p.shape)}; "
-                    "trace this model anew"
-                )
-            fold_axes = set(unit_map.folds.get((path, entry.name), ()))
-            elsewhere = {
-                a for (user, other), axes in unit_map.folds.items() for a in axes
-                if other == entry.name and user not in holders[entry.name]
-            }  # fmt: skip
-            hat_fold_output = layer.hat_fold_output and not elsewhere
-            if path in unit_map.outputs or hat_fold_output:
-                owners = {f.axis for f in entry.factors if f.owner}
-                if hat_fold_output and fold_axes & owners:
-                    hat.output = (layer.hat_output_dim, units(next(f.units for f in entry.factors if f.owner)))
-                fold_axes -= owners
-            fold_axes |= elsewhere
-            if norm is not None and norm.across and layer.hat_is_norm:
-                # the weight carries the factor of the statistics; of a class that is not known, the output does
-                fold_axes = set() if norm.kind else fold_axes | {f.axis for f in entry.factors}
-            axes_ = tuple(UnitAxis(units(f.units), f.shape, f.owner) for f in entry.factors)
-            fold = tuple(i for i, f in enumerate(entry.factors) if f.axis in fold_axes)
-            hat.params[name] = ParameterPlan(entry.view, axes_, fold, entry.copied, entry.standardised)
-        if path in unit_map.outputs:
-            hat.output = (layer.hat_output_dim, units(unit_map.outputs[path]))
-        if norm is not None:
-            across = norm.across or not hasattr(layer, "eps")
-            if across:
-                hat.norm = (norm.dim, units(norm.units))
-            else:
-                hat.output = (norm.dim, units(norm.units))
-            hat.dirty = not norm.clean
-        plan.append((m, task_class(layer, type(m), tuple(own), moving, state_attributes(states)), hat))
-        if states:
-            stateful[path] = (m, states)
-    keep_per_task(model, stateful)
-    for m, cls, hat in plan:
+    plan = _Plan(model, unit_map, gates)
+    keep_per_task(model, plan.stateful)
+    for m, cls, hat in plan.classes:
         m.__class__ = cls
         m._hat_attach(hat, config.num_tasks)  # type: ignore[operator]
     model.add_module(GATES, gates)
-    gates.bound = tuple(hat.path for _, _, hat in plan)
+    gates.bound = tuple(hat.path for _, _, hat in plan.classes)
     model.register_forward_pre_hook(_before_forward)
     model.register_load_state_dict_pre_hook(_take_plain_weights)
     gates.unit_map = unit_map
