@@ -132,11 +132,11 @@ class Kill(BaseException):
     """Like KeyboardInterrupt."""
 
 
-def killer(until: tuple[int, str] | None) -> Callable[[Progress], None]:
-    """Stops a run in a stage, while learning or scoring."""
+def killer(until: tuple[int, str] | None, step: int = 0) -> Callable[[Progress], None]:
+    """Stops a run in a stage, while learning (from a step on) or scoring."""
 
     def tell(at: Progress) -> None:
-        if until is not None and at.stage == until[0] and at.doing == until[1]:
+        if until is not None and at.stage == until[0] and at.doing == until[1] and at.step >= step:
             raise Kill
 
     return tell
@@ -149,6 +149,8 @@ def run(
     model: Any = None,
     tasks: list[ContinualTask] | None = None,
     until: tuple[int, str] | None = None,
+    step: int = 0,
+    seconds: float = 60.0,
     **options: Any,
 ) -> tuple[Any, SequenceResult]:
     """Learn three tiny text tasks."""
@@ -156,7 +158,7 @@ def run(
     tasks = text_tasks(bert()) if tasks is None else tasks
     result = learn_sequence(
         model, tasks, method, {**QUICK, "seed": seed, **options}, method_options=CHANGED.get(method), folder=folder,
-        on_progress=killer(until),
+        seconds=seconds, on_progress=killer(until, step),
     )  # fmt: skip
     return model, result
 

@@ -58,6 +58,7 @@ def fit(
     warm_start: Tensor | None = None,
     others: Mapping[str, tuple[nn.Parameter, float]] | None = None,
     checkpoint: Path_ | None = None,
+    seconds: float = 60.0,
     progress: Tell | None = None,
 ) -> Fitted:
     """Learn a composer's coefficients and leave the best in it.
@@ -73,8 +74,8 @@ def fit(
             both. None keeps the last coefficients.
         warm_start: where to start, `[T]`, `[T, 1]` or `[T, G]`; None = the coefficients as they are.
         others: parameters to learn beside the coefficients, with their learning rates; not decayed.
-        checkpoint: a file, replaced in one go after every epoch and every minute. If it is there, learning goes on from
-            it and ends with the same bits as without the interruption.
+        checkpoint: a file, replaced in one go after every epoch, and within one after so many seconds. If it is there,
+            learning goes on from it and ends with the same bits as without the interruption.
         progress: told after each step, and each epoch with its entry of the history as `measured`.
 
     Raises:
@@ -85,7 +86,7 @@ def fit(
     options = options or AtlasOptions()
     start = spread(composer, composer.coefficients.detach() if warm_start is None else warm_start)
     work = _Fitting(composer, loss_of_step, batches, select, options, start, dict(others or {}))
-    standing = None if checkpoint is None else Standing(Path(checkpoint), epochs=True)
+    standing = None if checkpoint is None else Standing(Path(checkpoint), seconds=seconds, epochs=True)
     grads = [p.grad for p in work.parameters]
     try:
         with (

@@ -19,10 +19,10 @@ from ..config import flag, number, one_of, whole
 from ..data.images import FITS, Preparation, Task, num_batches, test_batches, train_batches
 from ..engine import folder as checkpoints
 from ..engine import measures as metrics
-from ..engine.loop import Loop, Work
+from ..engine.loop import Loop, Tell, Work
 from ..engine.options import LoopOptions
 from ..engine.schedule import make_optimizer
-from ..engine.state import Modes, Standing, load_optimizer, seed_all
+from ..engine.state import Modes, Standing, kept_whole, load_optimizer, seed_all
 from ..errors import ConfigError, IntegrityError
 from ..hat.certify import certify
 from ..hat.describe import describe
@@ -198,16 +198,17 @@ def train(
     folder: Path | None = None,
     watcher: Watcher | None = None,
     checkpoint: checkpoints.Checkpoint | None = None,
+    on_progress: Tell | None = None,
 ) -> RunResult:
     """Learn `tasks` one after another with `model`, and test all sealed ones after each.
 
-    Seeds torch's global generator at the start of each task, so that a task's course does not depend on what ran
-    before it in the process.
+    All generators are seeded at the start of each task, so that a task's course does not depend on what ran before it
+    in the process; the caller's random state and each module's mode are put back.
 
     Args:
         model: a HAT model with room for all tasks; its task `i` learns `tasks[i]`.
         folder: the run folder; None writes nothing.
-        watcher: told of progress.
+        watcher, on_progress: told of progress.
         checkpoint: where to go on from (`checkpoints.load_checkpoint`); its model has to be `model`.
 
     Raises:
@@ -215,7 +216,7 @@ def train(
         IntegrityError: the tasks are not those that the checkpoint was learning.
         CapacityError: no unit is left for a task.
     """
-    return _Run(model, tasks, options, folder, watcher or Watcher(), checkpoint).go()
+    return _Run(model, tasks, options, folder, watcher or Watcher(), checkpoint, on_progress).go()
 
 
 @torch.no_grad()
@@ -246,7 +247,7 @@ class _Learning(Work):
 
     def __init__(self, run: _Run, t: int) -> None:
         super().__init__(run.tasks[t].name, run.model, run.model.parameters())
-        self.of, self.t = run, t
+        self.of, self.t, self.stage = run, t, t
         self.last: list[list[float]] = []  # loss and penalty of the last epoch's steps
         self.now: list[float] = []
 
@@ -322,10 +323,11 @@ class _Run:
         folder: Path | None,
         watcher: Watcher,
         checkpoint: checkpoints.Checkpoint | None,
+        on_progress: Tell | None,
     ) -> None:
         self.device = torch.device(options.device)
         self.model, self.modes = model.to(self.device), Modes(model)
-        self.tasks, self.options, self.folder, self.watcher = tasks, options, folder, watcher
+        self.tasks, self.options, self.folder, self.watcher, self.tell = tasks, options, folder, watcher, on_progress
         self.prepare = [Preparation.of(task, size=options.size, fit=options.fit) for task in tasks]
         self.digests = [task.digest() for task in tasks]
         self.optimizer: torch.optim.Optimizer | None = None
@@ -334,7 +336,8 @@ class _Run:
         self.next_task = 0
         self.standing: dict[str, Any] | None = None
         if checkpoint is not None:
-            self._take_up(checkpoint)
+            with kept_whole("the run's checkpoint"):
+                self._take_up(checkpoint)
         self.clock = time.monotonic()
         self.kept = _Kept(self)
 
@@ -352,10 +355,13 @@ class _Run:
             )
         self.result = RunResult.from_dict(progress["result"])
         self.next_task, self.standing = progress["task"], training["loop"]
+        if progress["step"] != (self.standing["step"] if self.standing else 0):
+            raise ValueError("its files are of two checkpoints")
+        self.modes.frozen = [self.model.get_submodule(name) for name in training["frozen"]]  # files hold no modes
         if training["optimizer"] is not None:
             self.optimizer = make_optimizer(self.model, self.options)
             load_optimizer(self.optimizer, training["optimizer"], "the run's checkpoint")
-            if training["scaler"]:  # empty where the run did without one
+            if dict(training["scaler"]):  # empty where the run did without one
                 self.scaler.load_state_dict(training["scaler"])
 
     def go(self) -> RunResult:
@@ -384,7 +390,7 @@ class _Run:
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model, options)
         work = _Learning(self, t)
-        loop = Loop(work, options, optimizer=self.optimizer, scaler=self.scaler, standing=self.kept)
+        loop = Loop(work, options, optimizer=self.optimizer, scaler=self.scaler, standing=self.kept, tell=self.tell)
         self.watcher.learning(t, loop.step)
         with learn(
             self.model, t, optimizer=self.optimizer, steps=steps, epochs=options.epochs, start=loop.step
@@ -453,7 +459,13 @@ class _Run:
         if self.folder is None:
             return
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
-        progress = {"task": self.next_task, "digests": self.digests, "result": self.result.to_dict()}
-        training = {"optimizer": optimizer, "scaler": self.scaler.state_dict(), "loop": loop}
+        progress = {
+            "task": self.next_task,
+            "step": loop["step"] if loop else 0,
+            "digests": self.digests,
+            "result": self.result.to_dict(),
+        }
+        frozen = [name for name, m in self.model.named_modules() if any(m is f for f in self.modes.frozen)]
+        training = {"optimizer": optimizer, "scaler": self.scaler.state_dict(), "loop": loop, "frozen": frozen}
         checkpoints.save_checkpoint(self.folder, checkpoints.Checkpoint(self.model, training, progress))
         log.info("checkpoint of task %d in %s", self.next_task, self.folder)

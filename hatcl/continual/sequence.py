@@ -265,9 +265,10 @@ class _Run:
         read_state(self.model, at / STATE)
         with kept_whole(at / PROGRESS):
             self.result = SequenceResult.from_dict(progress["result"])
+            done = int(progress["stages"])
         if (folder / SECONDS).exists():
-            self.result.seconds = checkpoints.read_json(folder / SECONDS, list)[: progress["stages"]]
-        return int(progress["stages"])
+            self.result.seconds = checkpoints.read_json(folder / SECONDS, list)[:done]
+        return done
 
     def _write(self, folder: Path, stage: int) -> None:
         index = self.stages[stage][-1]

@@ -329,7 +329,8 @@ class Loop:
             self.step, self.epoch, self.taken = (int(saved[name]) for name in ("step", "epoch", "taken"))
             self.losses = [float(loss) for loss in saved["losses"]]
             self._epoch_began, self._now = saved["epoch_began"], saved["random"]
-            set_random_state(self._now, self.device, self.work.generators)
-            if saved["scaler"]:  # empty where it did without one
+            for state in (*([self._epoch_began] if self.taken else []), self._now):
+                set_random_state(state, self.device, self.work.generators)
+            if dict(saved["scaler"]):  # empty where it did without one
                 self.scaler.load_state_dict(saved["scaler"])
             load_optimizer(self.optimizer, saved["optimizer"], where)

@@ -306,14 +306,16 @@ def test_heads_that_do_not_fit(here, tmp_path, capsys, tensors, text):
 # --- the same command again ---
 
 
-def stop_after(monkeypatch, epochs: int) -> list[float]:
+def stop_after(monkeypatch, epochs: int) -> list[int]:
     """Ctrl-C after so many epochs; returns the epochs that were told."""
-    seen: list[float] = []
+    seen: list[int] = []
     real = cli_atlas_run.Bar.epoch
 
-    def epoch(self, entry, stage):
-        real(self, entry, stage)
-        seen.append(entry["epoch"])
+    def epoch(self, at, stage):
+        real(self, at, stage)
+        if at.doing != "epoch":
+            return
+        seen.append(at.epoch)
         if len(seen) == epochs:
             raise KeyboardInterrupt
 

@@ -131,7 +131,7 @@ def test_errors_of_fine_tuning(here, tmp_path, capsys):
         (["--k", "0"], "k: got 0"),
         (["--k", "9"], "k-shot: class '0' has 4 different examples for train, expected 9"),
         (["--epochs", "2"], "give one of the two"),
-        (["--optimizer", "adam"], "did you mean 'adamw'"),
+        (["--optimizer", "adamq"], "did you mean 'adam"),
         (["--mode", "prompt"], "give words for labels"),
         (["--mode", "prompt", "--word", "0=terribly unlikely", "--word", "1=great"], "splits into 2 tokens"),
         (["--device", "cuda:9"], "--device: 'cuda:9' cannot be used here"),

@@ -16,12 +16,15 @@ from continual_parts import (  # noqa: E402
     QUICK,
     Kill,
     adapted,
+    bert,
     files,
     killer,
+    made,
     plain,
     run,
     same,
     state,
+    text_tasks,
     vector_task,
 )
 from safetensors.torch import load_file  # noqa: E402
@@ -47,6 +50,50 @@ def test_killed_in_the_second_task_it_ends_as_if_it_had_not_been(method, at, tmp
     a, b = (files(tmp_path / name) for name in ("whole", "killed"))
     assert a.pop("seconds.json") and b.pop("seconds.json")
     assert a == b
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_in_the_middle_of_a_task_it_goes_on_there(method, step, tmp_path):
+    """In its first or second pass over the examples, of two steps each; a checkpoint is written after every step."""
+    whole, expected = run(method, tmp_path / "whole")
+    stage = 0 if method == "joint" else 1
+    with pytest.raises(Kill):
+        run(method, tmp_path / "killed", until=(stage, "learning"), step=step, seconds=0)
+    told = []
+    resumed = made(method)
+    result = learn_sequence(
+        resumed, text_tasks(bert()), method, QUICK, method_options=CHANGED.get(method), folder=tmp_path / "killed",
+        on_progress=told.append,
+    )  # fmt: skip
+    assert next(at.step for at in told if at.doing == "learning") == step + 1
+    assert np.array_equal(result.matrix, expected.matrix, equal_nan=True)
+    assert same(state(whole), state(resumed))
+    a, b = (files(tmp_path / name) for name in ("whole", "killed"))
+    assert a.pop("seconds.json") and b.pop("seconds.json")
+    assert a == b
+
+
+@pytest.mark.parametrize("method", ["tasl", "replay", "ilora"])
+def test_twin_without_what_its_steps_changed_it_ends_elsewhere(method, tmp_path, monkeypatch):
+    run(method, tmp_path / "whole")
+    with pytest.raises(Kill):
+        run(method, tmp_path / "killed", until=(1, "learning"), step=3, seconds=0)
+    monkeypatch.setattr(list_continual_methods()[method], "load_state", lambda self, state: None)
+    run(method, tmp_path / "killed")
+    a, b = (files(tmp_path / name) for name in ("whole", "killed"))
+    assert a.pop("seconds.json") and b.pop("seconds.json")
+    assert a != b
+
+
+def test_a_method_that_does_not_tell_its_state_begins_the_task_again(tmp_path, monkeypatch):
+    whole, _ = run("tasl", tmp_path / "whole")
+    monkeypatch.setattr(list_continual_methods()["tasl"], "state", lambda self: None)
+    with pytest.raises(Kill):
+        run("tasl", tmp_path / "killed", until=(1, "learning"), step=3, seconds=0)
+    assert not list((tmp_path / "killed").glob("learning_*"))
+    resumed, _ = run("tasl", tmp_path / "killed", seconds=0)
+    assert same(state(whole), state(resumed))
 
 
 def test_twin_a_method_that_keeps_nothing_does_not_end_the_same(tmp_path, monkeypatch):

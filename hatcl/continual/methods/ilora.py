@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from ...config import number, one_of, whole
 from ...errors import ConfigError, SkillError
-from ...files import read_json, read_torch
+from ...files import read_json
 from ...skills.hidden import Hidden, hidden_states_of
 from ...skills.ilora import ILoRA
 from ...skills.ilora_config import ILoRAConfig
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
-from .replay import MEMORY, mean_loss, together
+from .replay import MEMORY, mean_loss, read_memory, together
 
 COUNTS = "counts.json"
 
@@ -128,7 +128,7 @@ class InterpolatedLoRA(Method):
         (folder / COUNTS).write_text(json.dumps({"steps": self.two.steps, "moves": self.two.moves}))
 
     def load(self, folder: Path, model: nn.Module) -> None:
-        self.two.memory.load_state_dict(read_torch(folder / MEMORY))
+        read_memory(self.two.memory, folder / MEMORY, self.tasks)
         counts = read_json(folder / COUNTS)
         self.two.steps, self.two.moves = counts["steps"], counts["moves"]
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...config import whole
+from ...engine.state import kept_whole
+from ...errors import SkillError
 from ...files import read_torch
 from ...skills.reservoir import Reservoir
 from ..tasks import ContinualTask
@@ -66,7 +68,24 @@ class Replay(Method):
         torch.save(self.memory.state_dict(), folder / MEMORY)
 
     def load(self, folder: Path, model: nn.Module) -> None:
-        self.memory.load_state_dict(read_torch(folder / MEMORY))
+        read_memory(self.memory, folder / MEMORY, self.tasks)
+
+
+def read_memory(memory: Reservoir, path: Path, tasks: Sequence[ContinualTask]) -> None:
+    """Read what a memory of (task, position) pairs wrote.
+
+    Raises:
+        IntegrityError: the file is damaged, or holds something else.
+    """
+    state = read_torch(path)
+    with kept_whole(path):
+        for index, position in state["examples"]:
+            if not 0 <= int(position) < len(tasks[int(index)].train):
+                raise IndexError(f"task {index} has no example {position}")
+        try:
+            memory.load_state_dict(state)
+        except SkillError as error:
+            raise ValueError(str(error)) from error
 
 
 def together(tasks: Sequence[ContinualTask], drawn: Sequence[Any]) -> list[Batch]:
