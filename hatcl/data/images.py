@@ -64,6 +64,19 @@ class Task:
                 f"{list(self.x_test.shape[1:])}; expected one shape"
             )
 
+    def on_validation(self, share: float = 0.2, seed: int = 0) -> Task:
+        """The task to choose options and methods by: of each class a share of the training images is held out and takes
+        the place of the test images, which are not used.
+
+        Raises:
+            ConfigError: a share outside [0, 1), or one that leaves no images on one of the sides.
+        """
+        kept, out = (ids.numpy() for ids in held_out(self.y_train, share, seed))
+        if not len(out):
+            raise ConfigError(f"task {self.name!r}: a share of {share} holds out no image of {len(self.y_train)}")
+        parts = self.x_train[kept], self.y_train[kept], self.x_train[out], self.y_train[out]
+        return Task(self.name, *parts, self.num_classes)
+
     def digest(self) -> str:
         """sha256 over the arrays; a resumed run compares it to know that it goes on with the same data."""
         out = hashlib.sha256()

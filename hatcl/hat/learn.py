@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import warnings
 import weakref
@@ -82,10 +83,12 @@ class Learning:
         length = max(-(-self.steps // cycles), 1)
         at = min(self.step, self.steps - 1)
         value = scale_at(at % length, length, self.config.max_scale, self.config.schedule)
-        settled = self.step >= self.steps * (1 - self.config.settle)
+        first = math.ceil(self.steps * (1 - self.config.settle))
+        settled = self.step >= first
         if settled and not self.settled:
-            self._settled_at = self.step
-            self._statistics.restart()
+            again = self._start > first  # an interrupted task goes on: its statistics are under way
+            self._settled_at = first if again else self.step
+            self._statistics.restart(again)
         self.settled = settled
         for g in self.gates:
             g.scale.fill_(value)
@@ -107,8 +110,8 @@ class _Statistics:
                     self._layers.append((own, getattr(module, "momentum", None)))
         self._before: list[tuple[Tensor, Tensor, int]] = []
 
-    def restart(self) -> None:
-        for own, momentum in self._layers:
+    def restart(self, again: bool = False) -> None:
+        for own, momentum in () if again else self._layers:
             if momentum is None and own.get("num_batches_tracked") is not None:
                 own["num_batches_tracked"].zero_()  # a cumulative average, which torch takes over this count
         self._remember()

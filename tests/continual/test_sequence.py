@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -221,6 +222,17 @@ def test_errors_before_anything_is_written(tmp_path):
     with pytest.raises(SkillError, match="no parameter requires a gradient"):
         learn_sequence(model, tasks, "sequential", QUICK, folder=folder)
     assert not folder.exists()
+
+
+def test_scores_may_be_of_validation_examples():
+    """So that test examples choose nothing."""
+
+    def task(name, seed):
+        inner = vector_task(name, seed)
+        return dataclasses.replace(inner, score=lambda model: pytest.fail("a test score"), validate=lambda model: 0.25)
+
+    result = learn_sequence(plain(), [task("a", 0), task("b", 1)], "sequential", {**QUICK, "score_on": "validation"})
+    assert np.nanmin(result.matrix) == np.nanmax(result.matrix) == 0.25 and result.baseline == [0.25, 0.25]
 
 
 def test_options_of_another_method():

@@ -255,3 +255,17 @@ def test_none_and_bad_sizes():
     assert len(none) == 0 and list(none.batches(4)) == []
     with pytest.raises(ConfigError, match="batch size: got 0, expected at least 1"):
         IMAGES.batches(0)
+
+
+def test_options_are_chosen_on_images_that_are_held_out(three_tasks):
+    task = three_tasks[1]
+    chosen = task.on_validation(0.25, seed=1)
+    assert (len(chosen.x_train), len(chosen.x_test)) == (18, 6)
+    assert np.bincount(chosen.y_test).tolist() == [2, 2, 2]
+    rows = {x.tobytes() for x in task.x_train}
+    assert {x.tobytes() for x in chosen.x_train} | {x.tobytes() for x in chosen.x_test} == rows
+    assert not {x.tobytes() for x in chosen.x_test} & {x.tobytes() for x in task.x_test}
+    with pytest.raises(ConfigError, match="task 'blobs1': a share of 0.01 holds out no image of 24"):
+        task.on_validation(0.01)
+    with pytest.raises(ConfigError, match="validation: got 1.0, expected a share"):
+        task.on_validation(1.0)

@@ -78,6 +78,14 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(name, count, tmp_path, whole
     assert same(case.tensors(), whole[name])
 
 
+def test_statistics_of_settled_gates_go_on(tmp_path):
+    """The last tenth of a task is learned with hard gates, and its statistics are averaged from there on."""
+    whole = finished("images", epochs=10)
+    with pytest.raises(Stop):
+        LOOPS["images"]().run(tmp_path, stop_at(29), epochs=10)
+    assert same(finished("images", tmp_path, epochs=10), whole)
+
+
 @every
 @pytest.mark.parametrize("lost", ["python", "numpy", "torch", "epoch", "optimizer"])
 def test_twin_without_a_part_of_what_is_kept_the_bits_differ(name, lost, tmp_path, whole, monkeypatch):
