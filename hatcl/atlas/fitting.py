@@ -75,8 +75,8 @@ def fit(
         warm_start: where to start, `[T]`, `[T, 1]` or `[T, G]`; None = the coefficients as they are.
         others: parameters to learn beside the coefficients, with their learning rates; not decayed.
         checkpoint: a file, replaced in one go after every epoch, and within one after so many seconds. If it is there,
-            learning goes on from it and ends with the same bits as without the interruption.
-        progress: told after each step, and each epoch with its entry of the history as `measured`.
+            learning resumes from it and ends with the same bits as without the interruption.
+        progress: called after each step, and after each epoch with its entry of the history as `measured`.
 
     Raises:
         ConfigError: batches that cannot be passed over again, or a checkpoint of other options.
@@ -149,7 +149,7 @@ class _Fitting(Work):
 
     @property
     def learned(self) -> dict[str, Tensor]:
-        """What changes, by name."""
+        """The tensors that learn, by name."""
         return {"": self.composer.coefficients, **self.others}
 
     @property
@@ -222,7 +222,7 @@ class _Fitting(Work):
     # ---- the checkpoint ----------------------------------------------------------------------------------------
 
     def described(self) -> dict[str, Any]:
-        """What a checkpoint must agree in."""
+        """The values in which a checkpoint must agree."""
         return {
             **dataclasses.asdict(self.options),
             "grain": self.composer.grain.name,
@@ -241,7 +241,7 @@ class _Fitting(Work):
         differ = [f"{k} {theirs.get(k)!r} (now {v!r})" for k, v in self.described().items() if theirs.get(k) != v]
         if differ:
             raise ConfigError(
-                f"{where} was written with {', '.join(differ)}; go on as it was, or delete it to start anew"
+                f"{where} was written with {', '.join(differ)}; give the same options, or delete it to start over"
             )
         self.put(state["coefficients"], state["others"])
         fitted, device = dict(state["fitted"]), self.composer.coefficients.device

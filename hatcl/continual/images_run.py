@@ -208,7 +208,7 @@ def train(
     Args:
         model: a HAT model with room for all tasks; its task `i` learns `tasks[i]`.
         folder: the run folder; None writes nothing.
-        watcher, on_progress: told of progress.
+        watcher, on_progress: called with the run's progress.
         checkpoint: where to go on from (`checkpoints.load_checkpoint`); its model has to be `model`.
 
     Raises:
@@ -356,7 +356,7 @@ class _Run:
         self.result = RunResult.from_dict(progress["result"])
         self.next_task, self.standing = progress["task"], training["loop"]
         if progress["step"] != (self.standing["step"] if self.standing else 0):
-            raise ValueError("its files are of two checkpoints")
+            raise ValueError("its files belong to two checkpoints")
         self.modes.frozen = [self.model.get_submodule(name) for name in training["frozen"]]  # files hold no modes
         if training["optimizer"] is not None:
             self.optimizer = make_optimizer(self.model, self.options)

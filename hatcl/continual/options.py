@@ -13,14 +13,14 @@ SCORED_ON = ("test", "validation")
 
 @dataclass(frozen=True)
 class LearnOptions(LoopOptions):
-    """How `learn_sequence` trains, with an optimizer that is made anew for every task.
+    """How `learn_sequence` trains each task. Every task gets a new optimizer.
 
     Args:
         batch_size: examples per batch.
         evaluate: after each task, score the tasks learned so far and the `next` one, which is what the measures need,
             or `all`.
         baseline: score every task before anything is learned, for forward transfer.
-        score_on: which examples scores are of: `test`, or `validation`, by which options and methods are to be chosen.
+        score_on: the examples to score on: `test`, or `validation` to choose options and methods by.
 
     Raises:
         ConfigError: a value outside its range, see also `LoopOptions`.

@@ -1,4 +1,4 @@
-"""The loop over tasks: learn, let the method do its part, score, save, and go on where an interrupted run stopped."""
+"""The loop over tasks: learn, let the method do its part, score, save, and resume where an interrupted run stopped."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ def learn_sequence(
     last task's method left it, each module in the mode it came in. A model that came in evaluation mode is trained in
     training mode; of one that came in training mode, modules that were put into evaluation mode stay in it.
 
-    `options.seed` is of the batches' order, dropout and what the method draws; all generators are seeded anew for each
-    stage, so that a stage does not depend on how the ones before it were run. The caller's random state is put back.
+    `options.seed` seeds the order of batches, dropout and the method's own choices. All generators are seeded again for
+    each stage, so that a stage does not depend on how those before it were run. The caller's random state is put back.
 
     Args:
         model: a peft model with one active LoRA adapter, or any module.
         tasks: see `ContinualTask`.
         method: one of `list_continual_methods()`, or a `Method`. method_options: what to change of its options.
         options: how to train, see `LearnOptions`, or a mapping of what to change.
-        folder: where the run is kept (see `hatcl/continual/folder.py`). A run that is there goes on where it stopped,
-            and ends with what an uninterrupted run gives, bit for bit; a finished one is read. seconds: between two
-            checkpoints within a task, where the method can go on in the middle of one (`Method.state`).
-        on_progress: is told after each step, each epoch and each score.
+        folder: where the run is kept (see `hatcl/continual/folder.py`). An interrupted run resumes where it stopped,
+            and ends with the bits of one that was not interrupted; a finished run is read. seconds: the time between two
+            checkpoints within a task, for methods that can resume in the middle of one (`Method.state`).
+        on_progress: called after each step, each epoch and each score.
 
     Raises:
         ConfigError: options, tasks or a folder that do not fit. SkillError: an adapter or a base model that does not

@@ -1,4 +1,4 @@
-"""The loop: batches, steps, epochs, and where to go on from. It knows no method; a `Work` says what is learned."""
+"""The loop over batches, steps and epochs. It knows no method: a `Work` says what is learned, and how."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Progress:
     """Where learning stands, told after each step, each epoch and each measurement of any loop.
 
     Attributes:
-        doing: `learning` (a step is done), `epoch` (one is over) or `scoring` (something was measured).
-        task: what is at work. stage: which of several stages, -1 before the first.
-        step, steps: of this stage, done and in all; None where it is not known. epoch: epochs done.
-        value: the step's loss, the epoch's mean loss, or the score. measured: what else there is to tell, by name.
+        doing: `learning` (a step is done), `epoch` (an epoch is over) or `scoring` (something was measured).
+        task: the task's name. stage: the number of the stage, where there are several; -1 before the first.
+        step, steps: this stage's steps, done and in all; None where their number is not known. epoch: epochs done.
+        value: the step's loss, the epoch's mean loss, or the score. measured: further values, by name.
     """
 
     doing: str
@@ -46,14 +46,15 @@ Tell = Callable[[Progress], None]
 
 
 class Work:
-    """What a loop is to do. Alone it is plain training; a procedure overrides what it does differently.
+    """The protocol between a loop and a procedure: a procedure overrides the parts that it does differently.
 
     Attributes:
-        kind: which procedure's checkpoints these are. promise: what an error's message says is as it was.
-        name: the task's, for progress. model: what is trained. parameters: those that learn.
-        seed: of the global generators at the first step; None leaves that to the caller. generators: others that
-            batches draw from.
-        stage: which of several works, for `Progress`.
+        kind: the procedure's name, which its checkpoints carry. promise: a sentence for errors that says what an error
+            leaves unchanged.
+        name: the task's name. model: the model that is trained. parameters: the parameters that learn.
+        seed: seeds the global generators before the first step; None leaves that to the caller. generators: further
+            generators that batches draw from; they are kept in checkpoints.
+        stage: the number of this work, where there are several.
     """
 
     kind: ClassVar[str] = "hatcl"
@@ -68,11 +69,11 @@ class Work:
 
     @property
     def title(self) -> str:
-        """What an error calls it."""
+        """The name that errors use."""
         return f"task {self.name}"
 
     def trained(self, options: LoopOptions) -> Any:
-        """What the optimizer is made of, see `make_optimizer`."""
+        """Parameters or groups for the optimizer, see `make_optimizer`."""
         return self.parameters
 
     def epoch_length(self) -> int | None:
@@ -80,7 +81,8 @@ class Work:
         return None
 
     def batches(self, epoch: int) -> Iterable[Any]:
-        """The batches of epoch 0, 1, ... To go on in the middle of one, they are gone through again."""
+        """The batches of epoch 0, 1, ... To resume in the middle of an epoch, the loop asks for them again, with the
+        generators as they were at its start, and leaves out those that were taken."""
         raise NotImplementedError
 
     def loss(self, batch: Any) -> Tensor:
@@ -92,11 +94,11 @@ class Work:
         return 1.0
 
     def penalty(self) -> Tensor | None:
-        """What a step adds to its loss, whatever its batches."""
+        """A term that each step adds to its loss once, whatever its batches."""
         return None
 
     def said_of(self, batch: Any) -> str:
-        """How an error points at a batch."""
+        """Words by which an error points at a batch."""
         return "the inputs"
 
     def set_mode(self) -> None:
@@ -106,42 +108,43 @@ class Work:
         """Before the first step of a course that starts from its beginning."""
 
     def after_step(self, loop: Loop, batches: list[Any]) -> Mapping[str, float]:
-        """After the optimizer's step; returns what to tell beside the loss."""
+        """Called after the optimizer's step. Returns values for `Progress.measured`."""
         return {}
 
     def after_epoch(self, loop: Loop, loss: float) -> Mapping[str, float]:
-        """After an epoch of this mean loss; returns what to tell."""
+        """Called after an epoch of this mean loss. Returns values for `Progress.measured`."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What is kept beside optimizer and generators to go on from: tensors and plain values."""
+        """The work's own part of a checkpoint: tensors and plain values."""
         return {}
 
     def load_state(self, state: Mapping[str, Any], where: object) -> None:
-        """Take up what `state` gave.
+        """Continue from a checkpoint's part.
 
         Raises:
-            ConfigError: it is of other options. IntegrityError: it does not fit.
+            ConfigError: the checkpoint was written with other options. IntegrityError: it does not fit.
         """
 
 
 class Loop:
     """One course of learning.
 
-    It has, for any work: any optimizer of timm or torch, schedules, mixed precision with a gradient scaler,
-    accumulation, clipping, refusal of what is not finite, `torch.compile`, and going on with the bits of a course that
-    was never interrupted, with the states of all generators.
+    For any work it offers any optimizer of timm or torch, schedules, mixed precision with a gradient scaler,
+    accumulation, clipping, refusal of losses and gradients that are not finite, and `torch.compile`. A course that is
+    interrupted and resumed ends with the bits of one that was not: checkpoints hold the states of all generators.
 
     Args:
-        optimizer, scaler: to go on with those of a course before; None makes new ones.
-        standing: where it is kept how far this got; what is there is taken up at once, so that `step` is known.
-        tell: is told after each step and each epoch.
+        optimizer, scaler: those of an earlier course, to keep their state; None makes new ones.
+        standing: the checkpoint. If there is one, it is read at once, so that `step` is known.
+        tell: called after each step and each epoch.
 
     Attributes:
-        step, steps: done and in all (None where only epochs are known). epoch: epochs done. rate: of the last step.
+        step, steps: steps done and in all (None where only epochs are known). epoch: epochs done. rate: of the last step.
 
     Raises:
-        ConfigError: an optimizer that cannot be made, or a standing of other options. IntegrityError: a damaged one.
+        ConfigError: an optimizer that cannot be made, or a checkpoint of other options. IntegrityError: a damaged
+            checkpoint.
     """
 
     def __init__(
@@ -177,7 +180,7 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Is the course at its end?"""
+        """Whether the course is at its end."""
         return self.step == self.steps if self.steps is not None else self.epoch == self.options.epochs
 
     def run(self) -> None:
@@ -213,7 +216,7 @@ class Loop:
         self.tell(self._progress("epoch", mean, measured))
 
     def _from_here(self) -> Iterator[Any]:
-        """This epoch's batches, without those that were taken before an interruption."""
+        """This epoch's batches, without those taken before an interruption."""
         work, now = self.work, self._now
         if now is not None:
             set_random_state(self._epoch_began if self.taken else now, self.device, work.generators)
@@ -287,7 +290,8 @@ class Loop:
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:
-        """Inside, calls of the model run compiled; it stays the same module, and evaluation the same program."""
+        """Inside the block, calls of the model run compiled. The module stays the same one, and evaluation is not
+        compiled."""
         model = self.work.model
         if self._compiled is None:
             yield
@@ -305,12 +309,12 @@ class Loop:
     # --- where it stands ---
 
     def keep(self) -> None:
-        """Write where the loop stands."""
+        """Write a checkpoint."""
         if self.standing is not None:
             self.standing.write(self.work.kind, self.state())
 
     def state(self) -> dict[str, Any]:
-        """All that a loop goes on from, beside the model: tensors and plain values."""
+        """The content of a checkpoint: tensors and plain values."""
         return {
             "step": self.step,
             "epoch": self.epoch,

@@ -22,15 +22,15 @@ class LoopOptions(Changeable):
         momentum: of optimizers that have one. None = timm's own default: 0.9, and Nesterov's for `sgd`; `sgd` with a
             number is torch's without Nesterov's.
         weight_decay: as the optimizer has it (decoupled for `adamw`).
-        max_steps: how many optimizer steps, however many passes they take; None = as `epochs` say. epochs: passes over
-            the examples.
+        max_steps: the number of optimizer steps, however many passes they take; None = as many as `epochs` take.
+            epochs: passes over the examples.
         schedule: after the warm-up `constant`, or `linear` or `cosine` down to 0 at the last step, or timm's `tanh`,
             `step` or `poly`. warmup: share of the steps in which the rate rises linearly from 0.
-        accumulate: so many batches make one step, weighted by their sizes.
+        accumulate: the number of batches per step; they are weighted by their sizes.
         clip: clip the gradient's norm to this, 0 = off.
         amp: autocast losses to `bf16` or `fp16` (with a gradient scaler), or `none`.
         compile: run the model's training steps through `torch.compile`.
-        seed: of everything that is drawn while learning: order, dropout, augmentation.
+        seed: seeds everything that is drawn while learning: order, dropout, augmentation.
 
     Raises:
         ConfigError: a value outside its range, with the nearest one where there are names.
@@ -77,11 +77,11 @@ class LoopOptions(Changeable):
 
     @property
     def course(self) -> str:
-        """The schedule that is meant."""
+        """The schedule that is followed; a subclass may have a name for a choice by other options."""
         return self.schedule
 
     def steps_of(self, batches: int) -> int | None:
-        """How many steps learning takes where an epoch has so many batches; None where nothing says when it ends."""
+        """The number of steps, given the number of batches per epoch; None where neither option is set."""
         if self.max_steps is not None or self.epochs is None:
             return self.max_steps
         return self.epochs * -(-batches // self.accumulate)

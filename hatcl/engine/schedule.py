@@ -41,7 +41,7 @@ def make_optimizer(
 class Schedule:
     """The learning rate of each step, for an optimizer whose groups may have rates of their own.
 
-    It depends on the place in the course alone, so that a run that goes on needs no state of it.
+    It depends on the place in the course alone, so that a resumed run needs no state of it.
 
     Args:
         rates: the highest rate of each group.
@@ -69,7 +69,7 @@ class Schedule:
 
 
 def _timm(name: str, done: float, total: float, lr: float) -> float:
-    """What timm's schedule of this name gives; `step` divides the rate by ten at each 30 % of the course."""
+    """The rate by timm's schedule of this name; `step` divides it by ten at each 30 % of the course."""
     from timm.scheduler import create_scheduler_v2
 
     group = {"params": [nn.Parameter(torch.zeros(()))], "lr": lr}

@@ -1,4 +1,4 @@
-"""What a loop goes on from: the states of the random generators, the modes of the modules, and where it stands."""
+"""The parts of a loop's state: random generators, the modes of modules, tensors, and the checkpoint that holds it."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def generators_of(batches: Any) -> list[torch.Generator]:
 
 
 class Modes:
-    """The modes of a model's modules, for one who trains it for a while and gives it back.
+    """The modes of a model's modules, for a procedure that trains the model and then gives it back.
 
-    A model that came in evaluation mode, as `from_pretrained` gives it, is trained in training mode as a whole. Of one
-    that came in training mode, the modules that its owner put into evaluation mode (`net.body.eval()`) stay there.
+    A model that came in evaluation mode, as `from_pretrained` gives it, is trained in training mode as a whole. In a
+    model that came in training mode, the modules that its owner put into evaluation mode (`net.body.eval()`) stay so.
     """
 
     def __init__(self, model: Any) -> None:
@@ -91,13 +91,13 @@ class Modes:
         self.frozen = [m for m, training in self.was if not training] if inner.training else []
 
     def train(self) -> None:
-        """Training mode, but for what is frozen."""
+        """Put the model into training mode, except for the frozen modules."""
         self.model.train()
         for module in self.frozen:
             module.training = False
 
     def put_back(self) -> None:
-        """Each module in the mode it was in; modules that were added since in the model's own."""
+        """Put each module back into its former mode; modules that were added since get the model's own."""
         self.model.train(self.root)
         for module, training in self.was:
             module.training = training
@@ -117,7 +117,7 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def undone_on_error(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """If the block is left by any exception, the tensors are what they were before. Yields copies of these."""
+    """If an exception leaves the block, the tensors get their former values back. Yields copies of these."""
     before = copied(tensors)
     try:
         yield before
@@ -127,10 +127,10 @@ def undone_on_error(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], where: object) -> None:
-    """Give an optimizer the moments of another of the same parameters; rates stay its own.
+    """Give an optimizer the moments that another one had for the same parameters. Its rates stay its own.
 
     Raises:
-        IntegrityError: they do not fit.
+        IntegrityError: the moments do not fit.
     """
     rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     with kept_whole(where):
@@ -141,7 +141,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], w
 
 @contextlib.contextmanager
 def kept_whole(where: object) -> Iterator[None]:
-    """What a file holds is taken up inside; what it lacks, or has of another kind, is an `IntegrityError`."""
+    """Around the use of a file's content: an entry that it lacks, or has of another kind, is an `IntegrityError`."""
     try:
         yield
     except HATError:
@@ -149,8 +149,8 @@ def kept_whole(where: object) -> Iterator[None]:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise IntegrityError(
-            f"{where} does not hold what is to go on from it ({why}); it is damaged, edited, or of another hatcl. Copy "
-            "it again, or remove it to begin anew"
+            f"{where} lacks a part that is needed to resume, or has another one in its place ({why}); it is damaged, "
+            "edited, or another version of hatcl wrote it. Copy it again, or remove it to start from the beginning"
         ) from error
 
 
@@ -158,11 +158,11 @@ def kept_whole(where: object) -> Iterator[None]:
 
 
 class Standing:
-    """Where an unfinished loop stands, so that a kill costs a minute and not the run.
+    """The checkpoint of an unfinished loop, so that a kill costs a minute and not the run.
 
     Args:
-        path: a file; with `about` a folder that holds it as `state.pt`. Replaced at every write, all or nothing.
-        about: tells what is learned, JSON-able, for the folder's `config.json`; asked when there is something to write.
+        path: a file; with `about` a folder that holds it as `state.pt`. Each write replaces it, all or nothing.
+        about: gives the content of the folder's `config.json`; it is asked at each write.
         seconds: the least time between two writes, and before the first. epochs: write after every epoch as well.
     """
 
@@ -179,30 +179,30 @@ class Standing:
 
     @property
     def file(self) -> Path:
-        """Where the newest state lies, or will lie."""
+        """The file of the newest state."""
         return self.path if self.about is None else complete(self.path) / STATE
 
     def read(self, kind: str) -> dict[str, Any] | None:
-        """What `write` kept, or None.
+        """The state that `write` kept, or None.
 
         Raises:
-            IntegrityError: a damaged file, or one of another kind.
+            IntegrityError: a damaged file, or one of another procedure.
         """
         if not self.file.exists():
             return None
         state = read_torch(self.file)
         if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("kind") != kind:
             raise IntegrityError(
-                f"{self.file}: not a checkpoint of {kind}; give another path, or remove it to begin anew"
+                f"{self.file}: not a checkpoint of {kind}; give another path, or remove it to start from the beginning"
             )
         return state
 
     def due(self) -> bool:
-        """Is it time for another `write`?"""
+        """Whether it is time for another `write`."""
         return time.monotonic() - self.last >= self.seconds
 
     def write(self, kind: str, state: Mapping[str, Any]) -> None:
-        """Keep this."""
+        """Replace the checkpoint."""
         content = {"format": FORMAT, "kind": kind, **state}
         if self.about is None:
             write_files({self.path: lambda path: torch.save(content, path)})
@@ -214,7 +214,7 @@ class Standing:
 
 
 def length_of(batches: Iterable[Any]) -> int | None:
-    """How many batches there are, if they tell."""
+    """The number of batches, or None where they have no length."""
     try:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:  # a generator, or a DataLoader over an iterable data set

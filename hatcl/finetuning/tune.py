@@ -91,9 +91,9 @@ def finetune_(
 
     Args:
         model: the task's own, or a copy of it. options: `FinetuneOptions`, or a mapping of what to change.
-        on_progress: told after each step, with `measured` {validation} when it has validated, and each epoch.
-        standing: where it is kept how far this got, after every minute or as it says; a fine-tuning that was killed
-            goes on from there, and ends with the bits of one that was not.
+        on_progress: called after each step, with `measured` {validation} when it has validated, and each epoch.
+        standing: the checkpoint, written every minute or as it says. A fine-tuning that was killed resumes from it, and
+            ends with the bits of one that was not.
 
     Returns:
         One entry per validation (and for the last step): step, the mean loss since the entry before, lr, validation
@@ -218,7 +218,7 @@ class _Tuning(Work):
         if wrong is not None:
             raise IntegrityError(
                 f"{where}: {wrong} had other values when this fine-tuning began; give the model that it began with, or "
-                "remove it to begin anew"
+                "remove it to start from the beginning"
             )
         put(self.watched, state["tensors"])
         self.history, self.losses, self.best = state["history"], state["losses"], state["best"]

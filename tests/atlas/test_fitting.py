@@ -287,7 +287,7 @@ def test_the_seed_decides():
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     path = tmp_path / "a.pt"
     noisy_fit(path, False)
-    with pytest.raises(ConfigError, match=r"was written with lr 0.1 \(now 0.2\); go on as it was, or delete it"):
+    with pytest.raises(ConfigError, match=r"was written with lr 0.1 \(now 0.2\); give the same options, or delete it"):
         noisy_fit(path, False, options={"lr": 0.2})
     with pytest.raises(ConfigError, match=r"coefficients \[2, 4\] \(now \[3, 4\]\), others \['extra'\] \(now \[\]\)"):
         _, _, composer = parts.tiny(3)

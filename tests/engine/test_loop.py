@@ -62,7 +62,7 @@ def whole():
 
 @every
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_a_run_that_goes_on_ends_with_the_same_bits(name, count, tmp_path, whole):
+def test_a_resumed_run_ends_with_the_same_bits(name, count, tmp_path, whole):
     """Collate and model draw from Python's, NumPy's and torch's generators; steps 1 and 4 are in the middle of an
     epoch of three, 3 is at its end. Sequences and images are stopped in their second task."""
     if name not in whole:
@@ -228,7 +228,7 @@ def test_a_damaged_file_is_refused_with_cause_and_remedy(name, tmp_path):
                 LOOPS[name]().run(tmp_path, stop_at(1))
             except HATError as error:
                 said = str(error)
-                assert any(word in said for word in ("opy ", "remove", "new run", "anew", "another", "give")), said
+                assert any(word in said for word in ("opy ", "remove", "new run", "another folder", "give")), said
                 assert path.name in said or name == "images", said
             except Stop:
                 pytest.fail(f"{file}, {damage}: not refused")
@@ -357,5 +357,5 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
         one.run()
     other = Line()
     other.parameters.append(torch.nn.Parameter(torch.zeros(2)))
-    with pytest.raises(IntegrityError, match="at.pt does not hold what is to go on from it .*Copy it again, or remove"):
+    with pytest.raises(IntegrityError, match="at.pt lacks a part that is needed to resume.*Copy it again, or remove"):
         loop(other)

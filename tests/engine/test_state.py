@@ -104,7 +104,7 @@ def test_a_standing_comes_back(tmp_path, folder):
     assert found["step"] == 3 and torch.equal(found["x"], torch.ones(2))
     assert (tmp_path / "at" / "config.json").exists() == folder
     assert not Standing(tmp_path / "at", seconds=60).due()
-    with pytest.raises(IntegrityError, match="not a checkpoint of b; give another path, or remove it to begin anew"):
+    with pytest.raises(IntegrityError, match="not a checkpoint of b; give another path, or remove it to start"):
         kept.read("b")
     kept.file.write_bytes(kept.file.read_bytes()[:200])
     with pytest.raises(IntegrityError, match="cannot be read as tensors and plain values"):

@@ -57,7 +57,7 @@ class Method:
 
     `begin` is called once per stage, then for each step `loss` of its batches, a backward pass, clipping, the
     optimizer's step and `after_step`, then `end`. All randomness comes from the global generators, which are seeded
-    anew for each stage.
+    again for each stage.
 
     Attributes:
         name: as registered. paper: who proposed it. options: of the class `Options`.
@@ -98,7 +98,7 @@ class Method:
     def watching(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
     ) -> contextlib.AbstractContextManager[Any]:
-        """Around a stage's steps, of which `start` were done before an interruption."""
+        """Around a stage's steps. `start` of them were done before an interruption."""
         return contextlib.nullcontext()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -134,12 +134,12 @@ class Method:
         """Read what `save` wrote. It comes after `start` and before the model's tensors are read."""
 
     def state(self) -> dict[str, Any] | None:
-        """What steps changed since `begin`, beside the model's tensors: plain values and tensors. None where that is
-        not known; an interrupted task is then learned again from its beginning."""
+        """Everything but the model's tensors that steps have changed since `begin`: plain values and tensors. None
+        means that it is not known; an interrupted task is then learned again from its beginning."""
         return None
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave; it comes after `begin`."""
+        """Continue from what `state` gave. It is called after `begin`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Name and options, JSON-able."""
