@@ -71,7 +71,7 @@ def learn_sequence(
         method: one of `list_continual_methods()`, or a `Method`. method_options: what to change of its options.
         options: how to train, see `LearnOptions`, or a mapping of what to change.
         folder: where the run is kept (see `hatcl/continual/folder.py`). An interrupted run resumes where it stopped,
-            and ends with the bits of one that was not interrupted; a finished run is read. seconds: the time between two
+            and ends with the bits of one that was not; a finished run is read. seconds: the time between two
             checkpoints within a task, for methods that can resume in the middle of one (`Method.state`).
         on_progress: called after each step, each epoch and each score.
 

@@ -140,7 +140,7 @@ class Loop:
         tell: called after each step and each epoch.
 
     Attributes:
-        step, steps: steps done and in all (None where only epochs are known). epoch: epochs done. rate: of the last step.
+        step, steps: steps done and in all (None where only epochs are known). epoch: epochs done. rate: the last one.
 
     Raises:
         ConfigError: an optimizer that cannot be made, or a checkpoint of other options. IntegrityError: a damaged
