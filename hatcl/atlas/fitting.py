@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..calls import Batches, again, seeded
 from ..engine.loop import Loop, Tell, Work
 from ..engine.options import LoopOptions
-from ..engine.state import Standing, copied, generators_of, put, undone_on_error
+from ..engine.state import Standing, copies_of, generators_of, put, undone_on_error
 from ..errors import ConfigError, VectorError
 from ..lend import Evaluating
 from .linear import Composed
@@ -104,7 +104,7 @@ def fit(
 
 def spread(composer: Composed, coefficients: Tensor) -> Tensor:
     """Coefficients per vector, `[T]` or `[T, 1]` (an isotropic composition's), as the composer's own `[T, G]`: the
-    same model at a finer grain. Those of its own shape are copied.
+    same model at a finer grain. Those of its own shape are copies_of.
 
     Raises:
         VectorError: another shape, or numbers that are not finite.
@@ -142,7 +142,7 @@ class _Fitting(Work):
         self.others = {name: p for name, (p, _) in others.items()}
         super().__init__("fit", composer, [composer.coefficients, *self.others.values()], options.seed)
         self.composer, self.of_step, self.select, self.options = composer, loss_of_step, select, options
-        self.make = batches if callable(batches) else _same(again(batches, "batches"))
+        self.given = batches if callable(batches) else again(batches, "batches")
         self.generators = [] if callable(batches) else generators_of(batches)
         self.start, self.rates = start, [lr for _, lr in others.values()]
         self.fitted = Fitted(composer.coefficients.detach().clone())
@@ -162,7 +162,7 @@ class _Fitting(Work):
         return [own, *({"params": [p], "lr": lr, "weight_decay": 0.0} for p, lr in pairs)]
 
     def batches(self, epoch: int) -> Batches:
-        return self.make(epoch)
+        return self.given(epoch) if callable(self.given) else self.given
 
     def loss(self, batch: Any) -> Tensor:
         return self.of_step(batch)
@@ -177,7 +177,7 @@ class _Fitting(Work):
     # ---- what is learned ---------------------------------------------------------------------------------------
 
     def values(self) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.composer.coefficients.detach().clone(), copied(self.others)
+        return self.composer.coefficients.detach().clone(), copies_of(self.others)
 
     def put(self, coefficients: Tensor, others: Mapping[str, Tensor]) -> None:
         put({"": self.composer.coefficients}, {"": coefficients})
@@ -248,10 +248,6 @@ class _Fitting(Work):
         fitted["coefficients"] = fitted["coefficients"].to(device)
         fitted["others"] = {n: v.to(device) for n, v in fitted["others"].items()}
         self.fitted = Fitted(**fitted)
-
-
-def _same(batches: Batches) -> Callable[[int], Batches]:
-    return lambda epoch: batches
 
 
 def _examples(batch: Any) -> int:

@@ -216,7 +216,7 @@ def train(
         IntegrityError: the tasks are not those that the checkpoint was learning.
         CapacityError: no unit is left for a task.
     """
-    return _Run(model, tasks, options, folder, watcher or Watcher(), checkpoint, on_progress).go()
+    return _ImageRun(model, tasks, options, folder, watcher or Watcher(), checkpoint, on_progress).go()
 
 
 @torch.no_grad()
@@ -245,7 +245,7 @@ class _Learning(Work):
     promise = "Nothing of it was sealed; earlier tasks are as they were"
     learning: Learning
 
-    def __init__(self, run: _Run, t: int) -> None:
+    def __init__(self, run: _ImageRun, t: int) -> None:
         super().__init__(run.tasks[t].name, run.model, run.model.parameters())
         self.of, self.t, self.stage = run, t, t
         self.last: list[list[float]] = []  # loss and penalty of the last epoch's steps
@@ -297,7 +297,7 @@ class _Learning(Work):
 class _Kept(Standing):
     """A run's checkpoint: the model as a whole, so that every command can look at it."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _ImageRun) -> None:
         super().__init__(run.folder or Path(), seconds=run.options.checkpoint_seconds)
         self.of = run
 
@@ -312,7 +312,7 @@ class _Kept(Standing):
         self.last = time.monotonic()
 
 
-class _Run:
+class _ImageRun:
     """One call of `train`: what its parts share."""
 
     def __init__(

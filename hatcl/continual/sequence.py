@@ -42,7 +42,7 @@ from .options import LearnOptions
 from .result import SequenceResult
 from .tasks import ContinualTask, check_tasks
 
-LEARNING = "learning_{}.pt"  # where a stage's loop stands
+MIDWAY = "learning_{}.pt"  # where a stage's loop stands
 
 
 def learn_sequence(
@@ -212,7 +212,7 @@ class _Run:
         self.method.begin(self.model, stage)
         standing = None
         if self.folder is not None and self.method.state() is not None:
-            standing = Standing(self.folder / LEARNING.format(stage), seconds=self.seconds)
+            standing = Standing(self.folder / MIDWAY.format(stage), seconds=self.seconds)
         work = _Stage(self, stage)
         loop = Loop(work, self.options, standing=standing, tell=self.tell)
         with self.method.watching(self.model, loop.optimizer, loop.steps or 0, loop.step):
@@ -291,7 +291,7 @@ class _Run:
             self.method.save(new / METHOD)
             progress = {"stages": stages, "result": self.result.to_dict()}
             (new / PROGRESS).write_text(json.dumps(progress) + "\n")
-        for path in folder.glob(LEARNING.format("*")):  # of the stage that is done
+        for path in folder.glob(MIDWAY.format("*")):  # of the stage that is done
             path.unlink()
 
 

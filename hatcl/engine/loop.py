@@ -18,7 +18,7 @@ from .options import LoopOptions
 from .schedule import Schedule, make_optimizer
 from .state import Standing, kept_whole, length_of, load_optimizer, random_state, seed_all, set_random_state
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ class Loop:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         amp = self.options.amp
-        return contextlib.nullcontext() if amp == "none" else torch.autocast(self.device.type, DTYPES[amp])
+        return contextlib.nullcontext() if amp == "none" else torch.autocast(self.device.type, PRECISIONS[amp])
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:

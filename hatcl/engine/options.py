@@ -9,7 +9,7 @@ from ..errors import ConfigError, nearest
 from ..functional import RATES
 
 AMP = ("none", "bf16", "fp16")
-SCHEDULES = (*RATES, "tanh", "step", "poly")
+RATE_SCHEDULES = (*RATES, "tanh", "step", "poly")
 COMMON = ("adamw", "sgd")  # known without asking timm, whose import takes a while
 
 
@@ -73,7 +73,7 @@ class LoopOptions(Changeable):
     @classmethod
     def schedules(cls) -> tuple[str, ...]:
         """The names that `schedule` may have."""
-        return SCHEDULES
+        return RATE_SCHEDULES
 
     @property
     def course(self) -> str:

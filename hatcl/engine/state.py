@@ -17,8 +17,8 @@ from ..errors import HATError, IntegrityError
 from ..files import complete, read_torch, replaced_folder, write_files
 from .folder import CONFIG, write_json
 
-FORMAT = "hatcl.loop"
-STATE = "state.pt"
+LOOP_FORMAT = "hatcl.loop"
+STATE_FILE = "state.pt"
 
 # --- random generators ---
 
@@ -110,7 +110,7 @@ def put(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         t.copy_(values[name])
 
 
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copies_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Detached copies."""
     return {name: t.detach().clone() for name, t in tensors.items()}
 
@@ -118,7 +118,7 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def undone_on_error(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """If an exception leaves the block, the tensors get their former values back. Yields copies of these."""
-    before = copied(tensors)
+    before = copies_of(tensors)
     try:
         yield before
     except BaseException:
@@ -180,7 +180,7 @@ class Standing:
     @property
     def file(self) -> Path:
         """The file of the newest state."""
-        return self.path if self.about is None else complete(self.path) / STATE
+        return self.path if self.about is None else complete(self.path) / STATE_FILE
 
     def read(self, kind: str) -> dict[str, Any] | None:
         """The state that `write` kept, or None.
@@ -191,7 +191,7 @@ class Standing:
         if not self.file.exists():
             return None
         state = read_torch(self.file)
-        if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("kind") != kind:
+        if not isinstance(state, dict) or state.get("format") != LOOP_FORMAT or state.get("kind") != kind:
             raise IntegrityError(
                 f"{self.file}: not a checkpoint of {kind}; give another path, or remove it to start from the beginning"
             )
@@ -203,12 +203,12 @@ class Standing:
 
     def write(self, kind: str, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
-        content = {"format": FORMAT, "kind": kind, **state}
+        content = {"format": LOOP_FORMAT, "kind": kind, **state}
         if self.about is None:
             write_files({self.path: lambda path: torch.save(content, path)})
         else:
             with replaced_folder(self.path) as new:
-                torch.save(content, new / STATE)
+                torch.save(content, new / STATE_FILE)
                 write_json(new / CONFIG, self.about())
         self.last = time.monotonic()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import Changeable, flag, number, one_of, whole
 from ..data.images import FITS
-from ..engine.options import COMMON, SCHEDULES, LoopOptions
+from ..engine.options import COMMON, RATE_SCHEDULES, LoopOptions
 from ..errors import ConfigError
 
 STATISTICS = ("held", "learned")
@@ -156,7 +156,7 @@ class FinetuneOptions(LoopOptions):
 
     @classmethod
     def schedules(cls) -> tuple[str, ...]:
-        return ("auto", *SCHEDULES)
+        return ("auto", *RATE_SCHEDULES)
 
     @property
     def course(self) -> str:

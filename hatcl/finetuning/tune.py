@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..calls import device_of, seeded
 from ..engine.loop import Loop, Tell, Work
 from ..engine.options import LoopOptions
-from ..engine.state import Modes, Standing, copied, put, undone_on_error
+from ..engine.state import Modes, Standing, copies_of, put, undone_on_error
 from ..errors import ConfigError, IntegrityError
 from ..functional import digest_of
 from ..lend import lent
@@ -190,7 +190,7 @@ class _Tuning(Work):
         if len(self.task.validation):
             entry["validation"] = measured["validation"] = self.task.accuracy(self.model, "validation")
             if self.best is None or entry["validation"] >= self.best[0]:
-                self.best = (entry["validation"], copied(self.watched), len(self.history))
+                self.best = (entry["validation"], copies_of(self.watched), len(self.history))
         self.history.append(entry)
         self.losses = []
         return measured

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hatcl.engine.options import SCHEDULES, LoopOptions
+from hatcl.engine.options import RATE_SCHEDULES, LoopOptions
 from hatcl.engine.schedule import Schedule, make_optimizer
 from hatcl.errors import ConfigError
 
@@ -36,7 +36,7 @@ def rates(steps=20, **options):
     return [schedule.set(step, steps) for step in range(steps)]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", RATE_SCHEDULES)
 def test_the_rate_depends_on_the_step_alone(name):
     whole = rates(schedule=name, warmup=0.25)
     assert whole[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
