@@ -1,4 +1,4 @@
-"""How much memory `hatcl compose` takes on files: eight fine-tunes of a ViT-B are added to their base, 3.1 GB in all.
+"""How much memory `hatcl merge` takes on files: eight fine-tunes of a ViT-B are added to their base, 3.1 GB in all.
 
     python benchmarks/compose_memory.py [--parts 8] [--model vit_base_patch16_224]
 

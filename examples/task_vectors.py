@@ -1,7 +1,7 @@
 """Task vectors: what fine-tuning added to a model, to compute with, save, and put onto the model again.
 
 With scale 1 a vector gives the fine-tuned model back bit for bit, with scale 0 the base. The same on files of any size:
-hatcl compose base.safetensors even.safetensors:0.5 large.safetensors:0.5 --out composed
+hatcl merge base.safetensors even.safetensors:0.5 large.safetensors:0.5 --output merged
 """
 
 import copy

@@ -1,6 +1,6 @@
 """`python -m hatcl` is the `hatcl` command."""
 
-from .commands.main import main
+from .commands import main
 
 if __name__ == "__main__":
     main()

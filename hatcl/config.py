@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -203,3 +204,21 @@ def flag(name: str, value: Any) -> None:
     """Raise `ConfigError` for what is neither True nor False."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name}: got {value!r}, expected True or False")
+
+
+def help_of(cls: type) -> dict[str, str]:
+    """What a dataclass says of each of its fields: `metadata["help"]`, or else its docstring.
+
+    In the docstring a field's text follows `name:` or `name, other:`, at the start of a line or after the end of a
+    sentence, and goes on to the next field or empty line.
+    """
+    fields = dataclasses.fields(cls)
+    names = "|".join(f.name for f in fields)
+    said: dict[str, str] = {}
+    for paragraph in re.split(r"\n\s*\n", cls.__doc__ or ""):
+        heads = list(re.finditer(rf"(?:(?<=[.;:)]\s)|^\s*)((?:{names})(?:, (?:{names}))*): ", paragraph, flags=re.M))
+        for head, after in zip(heads, [*heads, None][1:], strict=True):
+            text = " ".join(paragraph[head.end() : after.start() if after else None].split()).replace("`", "")
+            for name in head[1].split(", "):
+                said.setdefault(name, text[:1].upper() + text[1:])
+    return {f.name: f.metadata.get("help", said.get(f.name, "")) for f in fields}

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .errors import IntegrityError
+from .errors import ConfigError, IntegrityError
 
 TEMPORARY = re.compile(r"\.(?P<of>.+)\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.new")
 LONGEST = 24 * 3600  # seconds that a write takes at most, for what other machines left on a shared drive
@@ -131,6 +131,37 @@ def alone(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # a forked process may have the handle too, and closing is not enough then
             fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def held_by_one(lock: Path) -> Iterator[None]:
+    """No other process or thread is in such a block for the same file. A killed process is in none.
+
+    Raises:
+        ConfigError: another one is.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{lock.parent}: another process is at work in this folder; wait for its end, stop it, or name another "
+                "folder"
+            ) from None
+        except OSError:  # some network drives cannot lock
+            pass
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
         os.close(handle)
 
 

@@ -30,6 +30,7 @@ ROOMS = [room for floor in FLOORS for room in floor]
 # who may know these libraries; everything else works with plain torch
 GUESTS = {
     "timm": [
+        "atlas/experiment.py",
         "integrations/timm_names.py",
         "finetuning/loading.py",
         "hat/layers",
@@ -38,8 +39,8 @@ GUESTS = {
         "zoo",
         "commands",
     ],
-    "transformers": ["integrations", "finetuning", "hat/layers", "skills", "zoo", "commands"],
-    "peft": ["integrations", "skills", "vectors/adapters.py", "commands"],
+    "transformers": ["integrations", "finetuning", "hat/layers", "skills", "zoo", "continual/loading.py"],
+    "peft": ["integrations", "skills", "vectors/adapters.py", "continual/loading.py"],
     "lightning": ["integrations"],
     "avalanche": ["integrations"],
     "matplotlib": ["report/calibration.py", "report/picture.py", "report/heatmap.py"],

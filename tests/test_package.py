@@ -51,7 +51,8 @@ def test_import_works_without_the_extras():
         "import sys\n"
         "for name in ('transformers', 'peft', 'lightning', 'avalanche', 'matplotlib', 'sklearn', 'accelerate'):\n"
         "    sys.modules[name] = None\n"
-        "import hatcl, hatcl.commands.main\n"
+        "import hatcl, hatcl.commands\n"
+        "hatcl.commands.app()\n"
     )
     assert python(code).returncode == 0, python(code).stderr
 

@@ -1,1 +1,70 @@
-"""The command line: one file a command."""
+"""The `hatcl` command. Each file here whose name starts with no underscore is a command, or a folder of commands, and
+is found by itself: to add one, add a file with a function under `@command("name")`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+import hatcl
+
+from ..errors import HATError
+from ._command import COMMANDS, Answer, Asked, Command, Either, Stopped, command, reads_files, typed, words
+from ._console import Bar, err, fail, out, say
+
+__all__ = ["COMMANDS", "Answer", "Asked", "Bar", "Command", "Either", "command", "err", "main", "out", "say"]
+GROUPS: dict[str, str] = {}  # folders of commands, with what they say of themselves
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line. Errors that are the user's to mend are shown as one message, with exit code 2."""
+    try:
+        app()(args, prog_name="hatcl")
+    except Stopped as stopped:
+        err.print(f"\n{stopped}", soft_wrap=True)
+        raise SystemExit(130) from None
+    except (HATError, OSError) as error:
+        fail(error)
+        raise SystemExit(2) from None
+
+
+def app() -> typer.Typer:
+    """The command line with every command that is registered, those of this folder included."""
+    find(__path__, __name__)
+    options: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
+    root = typer.Typer(
+        name="hatcl", help="Learn one task after another; what an earlier task learned stays, bit for bit.", **options
+    )
+    root.callback(invoke_without_command=True)(_version)
+    groups: dict[str, typer.Typer] = {}
+    for name, it in sorted(COMMANDS.items()):
+        *above, last = name.split()
+        parent = root
+        if above:
+            group = " ".join(above)
+            if group not in groups:
+                groups[group] = typer.Typer(name=group, help=GROUPS.get(group), **options)
+                root.add_typer(groups[group])
+            parent = groups[group]
+        parent.command(last, cls=reads_files(it), help=words(it.body.__doc__ or ""))(typed(it))
+    return root
+
+
+def find(path: Sequence[str], package: str) -> None:
+    """Import every module of a folder whose name starts with no underscore, those of its folders too."""
+    for module in pkgutil.iter_modules(path):
+        if not module.name.startswith("_"):
+            found = importlib.import_module(f"{package}.{module.name}")
+            if module.ispkg:
+                GROUPS[module.name] = words(found.__doc__ or "")
+                find(found.__path__, found.__name__)
+
+
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(hatcl.__version__)
+        raise typer.Exit

@@ -1,4 +1,4 @@
-"""The `hatcl graft` command: which few weights of a fine-tuned model hold what it learned, and what they are worth."""
+"""`hatcl graft`: which few weights of a fine-tuned model hold what it learned, and what they are worth."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ from rich.table import Table
 
 import hatcl
 
-from ..engine import folder as checkpoints
+from ..config import one_of, whole
 from ..engine.measures import BINS, Calibration
 from ..errors import ConfigError
 from ..files import write_files
 from ..finetuning import load_run
-from ..grafts import Graft, GraftOptions, GraftScores, LearnedGraft
-from ..report.calibration import draw_graft_curve, draw_reliability
-from ..report.picture import short
-from .atlas import spelled_out
-from .atlas_run import Bar, err, out
-from .graft_run import (
+from ..finetuning.grafts import (
     CHOOSE,
     MASK,
     MEASURED,
@@ -38,30 +33,47 @@ from .graft_run import (
     read_mask,
     with_gain,
 )
-from .options import chosen, usable_device
+from ..grafts import Graft, GraftOptions, GraftScores, LearnedGraft
+from ..report.calibration import draw_graft_curve, draw_reliability
+from ..report.picture import short
+from ._command import Asked, Device, absolute, command, usable_device
+from ._console import Bar, out, percent, say
 
 GRAFTS, RELIABILITY, CURVE = "grafts", "reliability.png", "curve.png"
 SPARSITY = 1e-4  # the paper's headline: 0.01 % of the weights
 HIGHEST = "highest_movement"  # the paper's word for the base patch of the largest differences
-LEARNING = {
-    "lr": "Learning: the share of the loss that the first step would remove, to first order, if the gates that matter "
-    "most moved; with --rule plain the published rate, near 1e7.",
-    "steps": "Learning: how often the logits move.",
-    "accumulate": "Learning: so many batches make one step; without it all of them.",
-    "gamma": "Learning: what the model computes with: hard (0 or 1) or soft (sigmoid of the logits, as published).",
-    "rule": "Learning: natural (the natural gradient, whose rate has a unit) or plain (as published).",
-    "size": "Learning: fixed (the k highest logits) or free (all above 0, as published: the size drifts).",
-    "optimizer": "Learning: sgd or adam.",
-    "momentum": "Learning: of sgd.",
-    "bias": "Learning: how far from 0 the logits start.",
-    "seed": "Of what is random: the logits' start, and --by random.",
-}
 
 
-@spelled_out(GraftOptions(), LEARNING)
-def graft_command(
+class _Any:
+    """A graft's folder says itself how it was made, and a run may gather many: all options but RUN may differ."""
+
+    def __contains__(self, name: object) -> bool:
+        return name != "run"
+
+
+def show(run: Path, metrics: dict[str, Any]) -> None:
+    """Print the table of the models and grafts, and draw the pictures."""
+    models, rows = {name: metrics[name] for name in MODELS}, metrics["grafts"]
+    if metrics["finetuned_head"]:
+        say(f"{', '.join(metrics['finetuned_head'])}: new, and the fine-tuned ones in all models", "dim")
+    out.print(_table(models, rows))
+    every = {"pretrained": models["pretrained"], "fine-tuned": models["finetuned"]}
+    every |= {f"{row['by']} {row['sparsity']:g}": row for row in rows}
+    try:
+        pictures = {
+            run / RELIABILITY: draw_reliability({n: Calibration.from_dict(r["calibration"]) for n, r in every.items()}),
+            run / CURVE: draw_graft_curve(rows, **{name: models[name]["accuracy"] for name in MODELS}),
+        }
+        write_files(pictures)
+        say(", ".join(str(path) for path in pictures), "dim")
+    except ConfigError as error:
+        say(f"no picture: {error}", "yellow")
+
+
+@command("graft", show=show, place=lambda options: Path(options["run"]) / GRAFTS if options.get("run") else None)
+def graft(
+    asked: Asked,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run of hatcl finetune.")],
-    learning: GraftOptions,
     sparsity: Annotated[
         list[float] | None,
         typer.Option(
@@ -148,14 +160,10 @@ def graft_command(
     test: Annotated[int | None, typer.Option(help="At most so many test examples, also of --ood.")] = None,
     bins: Annotated[int, typer.Option(help="Bins of the calibration error.")] = BINS,
     batch_size: Annotated[int, typer.Option(help="Examples per batch while learning.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")] = "auto",
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", help=f"Where grafts go, one folder each; by default RUN/{GRAFTS}. What is there is kept."
-        ),
-    ] = None,
-) -> None:
+    device: Device = "auto",
+    *,
+    learning: GraftOptions,
+) -> dict[str, Any]:
     """Put a few weights of the fine-tuned model into the pretrained one, and measure what that is worth.
 
     The table has the pretrained and the fine-tuned model and each graft: accuracy, F1, the share of the fine-tuning
@@ -165,13 +173,12 @@ def graft_command(
     interruption.
     """
     for name, value in (("--test", test), ("--bins", bins), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}: got {value}, expected at least 1")
-    chosen("--choose", choose, CHOOSE)
+        whole(name, value, optional=name == "--test")
+    one_of("--choose", choose, CHOOSE)
     where = usable_device(device)
-    folder = output or run / GRAFTS
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out: {folder} is a file, expected a folder")
+    if mask_path not in (None, HIGHEST):
+        asked.options["mask_path"] = absolute(str(mask_path))
+    folder = asked.folder(free=_Any())  # type: ignore[arg-type]
     wanted = _wanted(by, sparsity, grain, per_layer)
     file = _file(no_train, mask_path, checkpoint_location, wanted, by)
     start = None if file is None else read_mask(file)
@@ -185,44 +192,49 @@ def graft_command(
     inputs = inputs_of(run)
     maker = Maker(loaded, parts, learning, batch_size, inputs, start, file, choose, keep_scores)
     maker.check(wanted)
-    kept = {w: graft for w in wanted if (graft := maker.kept(folder, w)) is not None}
+    kept = {w: found for w in wanted if (found := maker.kept(folder.path, w)) is not None}
     missing = [w for w in wanted if w not in kept]
     settings = {**scene.settings, "inputs": inputs, "finetuned_head": parts.given}
-    try:
-        with Bar(sum(learning.steps + 1 if w.by == "learned" else 1 for w in missing) + len(wanted), "steps") as bar:
-            models = {}
-            for w in missing:
-                bar.says(w.name)
-                kept[w] = graft = maker.keep(folder, w, bar)
-                if not out.is_terminal:
-                    best = f", best after step {graft.step}" if isinstance(graft, LearnedGraft) else ""
-                    out.print(f"{w.name}: {graft.size:,} of {graft.numel:,} elements{best}", soft_wrap=True)
-            if checkpoint_location is not None and not no_train:
-                kept[next(w for w in wanted if w.by == "learned")].save(checkpoint_location)
-            bar.says("measuring")
-            for name in MODELS:
-                models[name] = measured(folder / f"{name}.json", settings, functools.partial(scene.model, name))
-            rows = []
-            for w in wanted:
-                measure = functools.partial(scene.graft, kept[w])
-                row = measured(folder / w.name / MEASURED, settings, measure)
-                rows.append({"by": w.rule, "sparsity": w.sparsity, "folder": w.name, **with_gain(row, models)})
-                bar.advance()
-    except KeyboardInterrupt:
-        err.print("\nstopped. The same command goes on with what is missing", soft_wrap=True)
-        raise typer.Exit(130) from None
-    if parts.given:
-        out.print(f"{', '.join(parts.given)}: new, and the fine-tuned ones in all models", style="dim", soft_wrap=True)
-    _conclude(folder, models, rows)
+    steps = sum(learning.steps + 1 if w.by == "learned" else 1 for w in missing) + len(wanted)
+    with folder.claimed(hatcl=hatcl.__version__, inputs=inputs), Bar(steps, "steps") as bar:
+
+        def tell(name: str, entry: Mapping[str, float]) -> None:
+            keys = [key for key in ("loss", "mask_loss", "validation") if key in entry]
+            text = ", ".join(f"{key.replace('_', ' ')} {entry[key]:.4g}" for key in keys)
+            bar.says(f"{name}, step {int(entry['step'])}: {text}")
+            bar.advance()
+
+        for w in missing:
+            bar.says(w.name)
+            kept[w] = made = maker.keep(folder.path, w, tell)
+            best = f", best after step {made.step}" if isinstance(made, LearnedGraft) else ""
+            bar.line(f"{w.name}: {made.size:,} of {made.numel:,} elements{best}")
+        if checkpoint_location is not None and not no_train:
+            kept[next(w for w in wanted if w.by == "learned")].save(checkpoint_location)
+        bar.says("measuring")
+        models = {}
+        for name in MODELS:
+            models[name] = measured(folder.path / f"{name}.json", settings, functools.partial(scene.model, name))
+        rows = []
+        for w in wanted:
+            row = measured(folder.path / w.name / MEASURED, settings, functools.partial(scene.graft, kept[w]))
+            rows.append({"by": w.rule, "sparsity": w.sparsity, "folder": w.name, **with_gain(row, models)})
+            bar.advance()
+        return folder.finish({**models, "grafts": rows, "finetuned_head": parts.given})
 
 
 # --- reading ---
 
 
+def _rule(rule: str) -> str:
+    one_of("--by", rule, RULES)
+    return rule
+
+
 def _wanted(
     by: Sequence[str] | None, sparsity: Sequence[float] | None, grain: Sequence[str] | None, per_layer: bool
 ) -> list[Wanted]:
-    rules = [chosen("--by", rule, RULES) for rule in by or [RULES[0]]]
+    rules = [_rule(rule) for rule in by or [RULES[0]]]
     shares = list(sparsity or [SPARSITY])
     grains = list(grain or ["element"])
     named = [f"{share:g}" for share in shares]  # folders are called by these
@@ -283,28 +295,6 @@ def _masks(start: Graft | GraftScores, sparsity: Sequence[float] | None, file: P
 # --- showing ---
 
 
-def _conclude(folder: Path, models: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table, write the figures and draw the pictures."""
-    content = {"hatcl": hatcl.__version__, **models, "grafts": list(rows)}
-    checkpoints.write_json(folder / checkpoints.METRICS, content)
-    out.print(_table(models, rows))
-    every = {"pretrained": models["pretrained"], "fine-tuned": models["finetuned"]}
-    every |= {f"{row['by']} {row['sparsity']:g}": row for row in rows}
-    ends = {name: models[name]["accuracy"] for name in MODELS}
-    try:
-        pictures = {
-            folder / RELIABILITY: draw_reliability(
-                {n: Calibration.from_dict(r["calibration"]) for n, r in every.items()}
-            ),
-            folder / CURVE: draw_graft_curve(rows, **ends),
-        }
-        write_files(pictures)
-        out.print(", ".join(str(path) for path in pictures), style="dim", soft_wrap=True)
-    except ConfigError as error:
-        out.print(f"no picture: {error}", style="yellow", soft_wrap=True)
-    out.print(str(folder), style="dim", soft_wrap=True)
-
-
 def _table(models: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         title="on the test examples, in %", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False,
@@ -318,18 +308,14 @@ def _table(models: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, 
         row = models[name]
         share = ["0", "all"][name == "finetuned"]
         table.add_row(
-            title, share, _percent(row["accuracy"]), _percent(row["f1"]), "", "", _percent(row["ece"]),
-            *[_percent(row["ood"][n]) for n in others],
+            title, share, percent(row["accuracy"]), percent(row["f1"]), "", "", percent(row["ece"]),
+            *[percent(row["ood"][n]) for n in others],
         )  # fmt: skip
     table.add_section()
     for row in rows:
         table.add_row(
             f"{row['by']} {row['sparsity']:g}", f"{row['size']:,}",
-            *[_percent(row[key]) for key in ("accuracy", "f1", "gain_kept", "agreement", "ece")],
-            *[_percent(row["ood"][n]) for n in others],
+            *[percent(row[key]) for key in ("accuracy", "f1", "gain_kept", "agreement", "ece")],
+            *[percent(row["ood"][n]) for n in others],
         )  # fmt: skip
     return table
-
-
-def _percent(value: float) -> str:
-    return "·" if value != value else f"{100 * value:.1f}"

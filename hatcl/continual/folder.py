@@ -1,9 +1,9 @@
 """A run's folder: what each task leaves behind, and from where an interrupted run goes on.
 
-    config.json       what is learned and how: method, options, tasks, digest of the base model
+    config.json       what is learned and how: command, options, method, tasks, digest of the base model
     tasks/0_NAME/     adapter/ (peft's own format), scores.safetensors and .csv, cumulative.*, config.json
     checkpoint/       the newest state: model.safetensors (all that is trained, and buffers), method/, progress.json
-    result.json       the matrix and its measures, once the run is finished
+    metrics.json      the matrix and its measures, once the run is finished
     seconds.json      where the time went
 
 Everything is written beside its target and renamed. Only `seconds.json` differs between two runs of the same seed.
@@ -28,7 +28,7 @@ from ..skills.switch import of_adapters
 from ..skills.tensors import adapters_of, skill_tensors
 from .methods.registry import Method
 
-CHECKPOINT, RESULT, SECONDS, TASKS = "checkpoint", "result.json", "seconds.json", "tasks"
+CHECKPOINT, RESULT, SECONDS, TASKS = "checkpoint", "metrics.json", "seconds.json", "tasks"
 STATE, METHOD, PROGRESS, ADAPTER, WEIGHTS = "model.safetensors", "method", "progress.json", "adapter", "weights"
 
 
@@ -81,9 +81,12 @@ def read_state(model: nn.Module, path: Path) -> None:
 
 
 def claim(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json into a new folder."""
-    if not (folder / checkpoints.CONFIG).exists():
-        checkpoints.write_json(folder / checkpoints.CONFIG, config)
+    """Write config.json into a new folder, or add to what `hatcl train` has written there already."""
+    path = folder / checkpoints.CONFIG
+    stored = checkpoints.read_json(path) if path.exists() else {"command": "learn_sequence", **config}
+    if "learning" not in stored:
+        facts = {**config, "learning": config["options"], "options": stored["options"]}
+        checkpoints.write_json(path, {**stored, **facts})
 
 
 def check(folder: Path, config: dict[str, Any]) -> None:
@@ -93,17 +96,14 @@ def check(folder: Path, config: dict[str, Any]) -> None:
         SkillError: it was started with another base model, or with an adapter of other tensors.
         ConfigError: with other options or tasks, or it holds something else.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"folder: {folder} is a file, expected a folder")
-    config = json.loads(json.dumps(config))
-    path = folder / checkpoints.CONFIG
-    if not path.exists():
-        if (folder / TASKS).exists() or complete(folder / CHECKPOINT).exists():
-            raise ConfigError(f"folder: {folder} holds a run without {checkpoints.CONFIG}; name another folder")
+    stored = checkpoints.stored_config(folder)
+    if stored is None:
         return
-    stored = checkpoints.read_json(path)
-    if not set(config) <= set(stored):
+    began = (folder / TASKS).exists() or complete(folder / CHECKPOINT).exists()
+    if stored["command"] not in ("train", "learn_sequence") or (began and "learning" not in stored):
         raise ConfigError(f"folder: {folder} holds something else than a run of learn_sequence; name another folder")
+    if "learning" not in stored:
+        return
     if stored["base"] != config["base"]:
         raise SkillError(
             f"{folder}: the run was started from another base model (digest {stored['base'][:12]}, now came "
@@ -116,13 +116,7 @@ def check(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: the run was started with other LoRA options: {name} was {was.get(name, 'not there')}, now is "
             f"{now.get(name, 'not there')}; give the same rank and targets, or name another folder"
         )
-    for key in config:
-        if stored[key] != config[key]:
-            was, now = _difference(stored[key], config[key])
-            raise ConfigError(
-                f"{folder}: the run was started with {key} {was}, now came {now}; give the same to go on with it, or "
-                "name another folder"
-            )
+    checkpoints.check_same(folder, {**{key: stored.get(key) for key in config}, "options": stored["learning"]}, config)
 
 
 def write_task(folder: Path, name: str, model: nn.Module, method: Method, about: dict[str, Any]) -> None:
@@ -178,13 +172,3 @@ def _peft_model(model: nn.Module) -> Any:
         if hasattr(module, "peft_config") and hasattr(module, "save_pretrained") and adapters_of(module):
             return module
     return None
-
-
-def _difference(was: Any, now: Any) -> tuple[Any, Any]:
-    """The first entry that differs, where both are mappings."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        key = next(k for k in sorted({*was, *now}) if was.get(k) != now.get(k))
-        if isinstance(was.get(key), dict):
-            return _difference(was[key], now.get(key))
-        return f"{key}={was.get(key)}", f"{key}={now.get(key)}"
-    return was, now

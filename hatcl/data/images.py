@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..errors import ConfigError, IntegrityError, nearest
-from .shots import draw
+from .shots import draw, held_out
 
 FITS = ("resize", "pad")
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")

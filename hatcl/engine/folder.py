@@ -1,11 +1,21 @@
-"""Run folders that survive a kill at any moment: whole folders and files are written beside their target, synced to
-disk and renamed, so that a reader finds either the old content or the new one, complete."""
+"""The folder of a run, the same for every command and for the functions that keep runs.
+
+    config.json      the command, its options, digests of the files it read; `--config` reads it back
+    metrics.jsonl    a line per step, where the loop tells
+    checkpoint/ ...  from where an interrupted run goes on; gone once it is finished
+    metrics.json     what came of it, written last: once it is there, the run is finished
+
+Files and folders are written beside their target, synced to disk and renamed: a kill at any moment leaves the old
+content or the new one, complete.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +23,237 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import IntegrityError
-from ..files import beside, complete, drop_left_overs, read_json, read_torch, replaced_folder, write_files
+from ..errors import ConfigError, IntegrityError
+from ..files import (
+    beside,
+    complete,
+    drop_left_overs,
+    held_by_one,
+    read_json,
+    read_torch,
+    replaced_folder,
+    sha256_of,
+    write_files,
+)
 from ..hat.pretrained import from_pretrained, save_pretrained
+from . import measures
 
 CHECKPOINT = "checkpoint"
 MODEL = "model"
 CONFIG = "config.json"
 METRICS = "metrics.json"
+STEPS = "metrics.jsonl"
+LOCK = ".lock"
 PICTURE = "picture.png"
+
+
+@dataclasses.dataclass
+class RunFolder:
+    """The folder of one run: is it free, is the run in it this one, is it finished?
+
+    Args:
+        command: what writes the run, such as `train` or `atlas add`. options: all of its options, JSON-able.
+        resume: may the folder hold a run already? free: options that may differ when a run is resumed.
+
+    Raises:
+        ConfigError: the folder holds something else, or a run of other options; or any run, and `resume` is False.
+    """
+
+    path: Path
+    command: str
+    options: Mapping[str, Any]
+    resume: bool = True
+    free: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.path)
+        self.options = _plain(self.options)
+        stored = stored_config(self.path)
+        if stored is None:
+            return
+        if stored["command"] != self.command:
+            raise ConfigError(
+                f"--output: {self.path} holds a run of hatcl {stored['command']}, not of hatcl {self.command}; name "
+                "another folder"
+            )
+        if not self.resume:
+            raise ConfigError(
+                f"--output: {self.path} already holds a run; add --resume to go on with it, or name another folder"
+            )
+        check_same(self.path, stored["options"], self.options, self.free)
+
+    @property
+    def begun(self) -> bool:
+        """Is there a run in it already?"""
+        return (self.path / CONFIG).exists()
+
+    @property
+    def finished(self) -> bool:
+        """Has the run in it come to its end?"""
+        return self.begun and (self.path / METRICS).exists()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What came of a finished run."""
+        content: dict[str, Any] = read_json(self.path / METRICS)
+        return content
+
+    def same_inputs(self, files: Collection[str | Path]) -> dict[str, str]:
+        """The digests of the files that a run reads, compared with those that it began with.
+
+        Raises:
+            IntegrityError: a file cannot be read, or is another one than it was.
+        """
+        found = {str(Path(f).absolute()): sha256_of(Path(f)) for f in files}
+        if self.begun:
+            check_inputs(self.path, read_json(self.path / CONFIG).get("inputs", {}), found)
+        return found
+
+    @contextlib.contextmanager
+    def claimed(self, *, light: Collection[str] = (), **facts: Any) -> Iterator[None]:
+        """The folder is this run's from here on; no other process can claim it while the block runs. An error that
+        leaves no more than the claim takes the claim back, so that the corrected command can have the folder.
+
+        Args:
+            light: files that are no loss either. facts: what else config.json is to hold, such as `inputs`.
+
+        Raises:
+            ConfigError: another process is at work in the folder.
+        """
+        fresh = not self.begun
+        self.path.mkdir(parents=True, exist_ok=True)
+        with held_by_one(self.path / LOCK):
+            try:
+                self.note(**facts)
+                yield
+            except Exception:
+                if fresh:
+                    self._unclaim({CONFIG, STEPS, LOCK, *light})
+                raise
+
+    def _unclaim(self, light: Collection[str]) -> None:
+        drop_left_overs(self.path)
+        if {p.name for p in self.path.iterdir()} <= set(light):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def note(self, **facts: Any) -> None:
+        """Write config.json, with facts added to those that it holds."""
+        stored = read_json(self.path / CONFIG) if self.begun else {}
+        options = {**stored.get("options", {}), **self.options}
+        write_json(self.path / CONFIG, {**stored, "command": self.command, "options": options, **facts})
+
+    def tell(self, **entry: Any) -> None:
+        """Append a line to metrics.jsonl. Steps that are done again after a kill replace their lines.
+
+        Args:
+            entry: what is known of a step. Its place in the run are those of `stage`, `task`, `epoch` and `step` that
+                are numbers.
+        """
+        path = self.path / STEPS
+        if not self._told and path.exists():
+            kept = [line for line in read_steps(self.path) if _place(line) < _place(entry)]
+            write_files({path: "".join(json.dumps(line) + "\n" for line in kept).encode()})
+        self._told = True
+        with path.open("a") as f:
+            f.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
+
+    _told: bool = dataclasses.field(default=False, repr=False)
+
+    def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Write metrics.json, which says that the run is finished, and drop what only an unfinished one needs."""
+        write_json(self.path / METRICS, dict(metrics))
+        tidy(self.path)
+        return self.metrics
+
+
+def stored_config(path: Path) -> dict[str, Any] | None:
+    """The config.json of the run in a folder; None where the folder is free.
+
+    Raises:
+        ConfigError: the folder is a file, or holds something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--output: {path} is a file, expected a folder")
+    if not (path / CONFIG).exists():
+        others = sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.exists() else []
+        if others:
+            raise ConfigError(
+                f"--output: {path} holds something else than a run of hatcl ({others[0]}, and no {CONFIG}); name "
+                "another folder"
+            )
+        return None
+    stored: dict[str, Any] = read_json(path / CONFIG)
+    if not isinstance(stored.get("command"), str) or not isinstance(stored.get("options"), dict):
+        raise ConfigError(f"--output: the {CONFIG} in {path} is not of a run of hatcl; name another folder")
+    return stored
+
+
+def check_same(where: object, stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> None:
+    """Was a run started with these options?
+
+    Args:
+        where: the run, for the error to name. free: options that may differ.
+
+    Raises:
+        ConfigError: it was not; names the first option that differs, and both values.
+    """
+    found = _difference({k: v for k, v in stored.items() if k not in free}, {
+        k: v for k, v in _plain(now).items() if k not in free
+    })  # fmt: skip
+    if found is not None:
+        name, was, is_now = found
+        raise ConfigError(
+            f"the run in {where} was started with {name}={_short(was)}, now came {_short(is_now)}; give the same to go "
+            "on with it, or name another folder (--output)"
+        )
+
+
+def check_inputs(where: object, stored: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises `IntegrityError` where a file has another digest than a run was started with."""
+    for file, digest in now.items():
+        if stored.get(file) != digest:
+            raise IntegrityError(
+                f"{file} is not what the run in {where} was started with: it changed since; put it back, or name "
+                "another folder (--output)"
+            )
+
+
+def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first entry that differs, by its path, with both values."""
+    for key in sorted({*was, *now}):
+        a, b = was.get(key), now.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            inside = _difference(a, b)
+            if inside is not None:
+                return f"{key}.{inside[0]}", *inside[1:]
+        elif a != b:
+            return key, a, b
+    return None
+
+
+def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps(_finite(dict(content))))
+    return found
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def read_steps(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one that a kill has cut is left out."""
+    path = run / STEPS
+    found: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[float, ...]:
+    return tuple(float(entry[k]) for k in ("stage", "task", "epoch", "step") if isinstance(entry.get(k), (int, float)))
 
 
 @dataclasses.dataclass
@@ -74,6 +306,31 @@ def save_model(run: Path, model: nn.Module) -> None:
     """Replace the run's finished model by this one, all or nothing."""
     with replaced_folder(run / MODEL) as folder:
         save_pretrained(model, folder)
+
+
+def drop_task(run: Path, task: int) -> None:
+    """Take a task that was forgotten out of a finished run's metrics.json and metrics.jsonl: of its record only the
+    name stays, its row and column of the accuracy matrix are empty, and the measures are those of the other tasks."""
+    content = read_json(run / METRICS)
+    gone = {*content.get("forgotten", ()), task}
+    if task < len(content.get("records", ())):
+        record = content["records"][task]
+        content["records"][task] = {key: value if key == "name" else None for key, value in record.items()}
+    rows = content.get("rows", [])
+    for i, row in enumerate(rows):
+        rows[i] = [] if i in gone else [None if j in gone else value for j, value in enumerate(row)]
+    stay = [i for i in range(len(rows)) if i not in gone]
+    left = measures.matrix([[rows[i][j] for j in stay if j < len(rows[i])] for i in stay]) if stay else None
+    for name in ("average_accuracy", "forgetting", "backward_transfer"):
+        if name in content:
+            content[name] = None if left is None else getattr(measures, name)(left)
+    for layer in content.get("layers", ()):
+        layer["used"].pop(str(task), None)
+    (content.get("max_abs_diff") or {}).pop(str(task), None)
+    write_json(run / METRICS, {**content, "forgotten": sorted(gone)})
+    if (run / STEPS).exists():
+        kept = [line for line in read_steps(run) if line.get("task") != task]
+        write_files({run / STEPS: "".join(json.dumps(line) + "\n" for line in kept).encode()})
 
 
 def find_model(run: Path) -> Path:

@@ -21,13 +21,13 @@ from .modes import (
 )
 from .options import FinetuneOptions, TaskOptions
 from .prompts import PromptReader, Template, label_tokens
-from .run import Run, finetune_run, holds, inputs_of, load_run, save_run
+from .run import Run, finetune_run, load_run, save_run
 from .tasks import FinetuneTask, TaskBatches
 from .tune import finetune_, pull_, reached, trained_names
 
 __all__ = [
     "FinetuneMode", "FinetuneOptions", "FinetuneTask", "PromptReader", "Run", "TaskBatches", "TaskOptions", "Template",
-    "autoregressive_task", "finetune_", "finetune_mode", "finetune_run", "head_task", "holds", "image_task",
-    "inputs_of", "k_shot", "k_shot_images", "label_tokens", "labels_task", "list_finetune_modes", "load_model",
+    "autoregressive_task", "finetune_", "finetune_mode", "finetune_run", "head_task", "image_task",
+    "k_shot", "k_shot_images", "label_tokens", "labels_task", "list_finetune_modes", "load_model",
     "load_run", "make_task", "mode_of", "prompt_task", "pull_", "reached", "read_data", "save_run", "trained_names",
 ]  # fmt: skip

@@ -112,7 +112,7 @@ class FinetuneOptions(LoopOptions):
     Args:
         batch_size: examples per batch.
         train_bias_only: of the pretrained model only biases are trained; a new head is trained whole.
-        fix_embeddings: leave embeddings as they are, those of positions and the norm beside them included.
+        fix_embeddings: leave embeddings as they are, those of positions and the norm next to them included.
         fix_head: leave the head as it is; None = as the mode has it: a language model's or a fitted head is fixed, a
             new random one learns. A tensor that is both (tied output embeddings) is fixed if either is.
         l1: pull to the pretrained weights, `l1 sum |theta - theta_pre|`, as a proximal step after each of the

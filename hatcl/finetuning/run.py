@@ -1,17 +1,19 @@
 """Fine-tuning as a run with a folder, which `hatcl graft` goes on from.
 
-    config.json               the options, the inputs' digests, how the plain model is made again, what was trained
+    config.json               the options, the inputs' digests; at the end, how the plain model is made again, and what
+                              was trained
     pretrained.safetensors    the weights it started from, a new head included
     finetuned.safetensors     the weights it ended with
     tokenizer/                of a text model
-    metrics.json              accuracies, history, counts
+    metrics.json              accuracies, history, counts; it is written last
 
-The folder is written beside its place and renamed when all of it is there; until then it has at most `checkpoint/`,
-from which the same call goes on. It needs the data file still, but neither the model's folder nor its hub.
+Until it is finished the folder has at most `checkpoint/` besides, from which the same call goes on. A finished run
+needs the data file still, but neither the model's folder nor its hub.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import time
@@ -23,11 +25,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engine.folder import CHECKPOINT, CONFIG, METRICS, write_json
+from ..engine.folder import CHECKPOINT, CONFIG, METRICS, RunFolder, check_inputs
 from ..engine.loop import Tell
 from ..engine.state import Standing
 from ..errors import ConfigError, HATError, IntegrityError
-from ..files import beside, complete, is_temporary, read_json, replaced_folder, sha256_of
+from ..files import read_json, replaced_folder, sha256_of
 from ..integrations.timm_names import timm_source
 from ..sources import build_source, source_of
 from ..vectors.files import write_tensors
@@ -39,7 +41,7 @@ from .state import load_state, state_of
 from .tasks import FinetuneTask
 from .tune import finetune_, reached, trained_names
 
-FORMAT, KIND = 1, "finetune"
+COMMAND = "finetune"
 PRETRAINED, FINETUNED, TOKENIZER = "pretrained.safetensors", "finetuned.safetensors", "tokenizer"
 
 
@@ -86,11 +88,13 @@ def finetune_run(
             missing, damaged, or not what the folder's run was made of. NonFiniteLossError: see `finetune_`.
     """
     chosen = FinetuneOptions().changed(learning)
-    where = None if folder is None else Path(folder)
     given = options if isinstance(options, FinetuneTask) else None
     described = None if isinstance(options, FinetuneTask) else options
-    if where is not None and holds(where, described, chosen):
-        return load_run(where, task=given, device=device)
+    kept = None if folder is None else RunFolder(Path(folder), COMMAND, described_by(described, chosen))
+    files = [] if described is None else input_files(described)
+    inputs = {} if kept is None else kept.same_inputs(files)
+    if kept is not None and kept.finished:
+        return load_run(kept.path, task=given, device=device)
     source = None
     if isinstance(options, FinetuneTask):
         made = options
@@ -102,29 +106,29 @@ def finetune_run(
     made.model.to(device)
     began = time.perf_counter()
     finetuned = copy.deepcopy(made.model).eval()
-    standing = None
-    if where is not None:
-        standing = Standing(where / CHECKPOINT, lambda: _config_of(described, chosen, source, names), seconds)
+    standing = None if kept is None else Standing(kept.path / CHECKPOINT, dict, seconds)
     before = _accuracies(made, made.model)
-    with reached(finetuned) as found:
-        history = finetune_(finetuned, made, chosen, on_progress, standing)
-    names = [n for n in names if n in found]
-    metrics = {
-        "accuracy": {"pretrained": before, "finetuned": _accuracies(made, finetuned)},
-        "examples": {part: len(made.part(part)) for part in ("train", "validation", "test")},
-        "classes": list(made.labels),
-        "trained": _moved(made.model, finetuned, names),
-        "history": history,
-        "seconds": time.perf_counter() - began,
-    }
-    run = Run(made, made.model, finetuned, chosen, tuple(names), metrics, described)
-    if where is not None:
-        save_run(where, run, source)
+    with contextlib.nullcontext() if kept is None else kept.claimed(inputs=inputs):
+        with reached(finetuned) as found:
+            history = finetune_(finetuned, made, chosen, on_progress, standing)
+        names = [n for n in names if n in found]
+        metrics = {
+            "task": made.name,
+            "accuracy": {"pretrained": before, "finetuned": _accuracies(made, finetuned)},
+            "examples": {part: len(made.part(part)) for part in ("train", "validation", "test")},
+            "classes": list(made.labels),
+            "trained": _moved(made.model, finetuned, names),
+            "history": history,
+            "seconds": time.perf_counter() - began,
+        }
+        run = Run(made, made.model, finetuned, chosen, tuple(names), metrics, described)
+        if kept is not None:
+            _write(kept, run, source)
     return run
 
 
 def save_run(folder: str | Path, run: Run, source: Mapping[str, Any] | None = None) -> None:
-    """Write a run's folder, all or nothing.
+    """Write the folder of a run that was made in memory.
 
     Args:
         source: how to make the plain model again (`hatcl.sources`); None = `load_run` needs the task.
@@ -132,17 +136,21 @@ def save_run(folder: str | Path, run: Run, source: Mapping[str, Any] | None = No
     Raises:
         ConfigError: the folder holds something. IntegrityError: an input file is missing, the disk is full.
     """
-    target = Path(folder)
-    _check_free(target)
-    config = _config_of(run.options, run.learning, source, run.trained)
-    with replaced_folder(target) as new:
-        for file, model in ((PRETRAINED, run.pretrained), (FINETUNED, run.finetuned)):
-            state = state_of(model)
-            write_tensors(new / file, kinds_of(state), lambda name, state=state: {name: state[name]})  # type: ignore[misc]
-        if run.task.tokenizer is not None:
-            run.task.tokenizer.save_pretrained(str(new / TOKENIZER))
-        write_json(new / METRICS, run.metrics)
-        write_json(new / CONFIG, config)
+    kept = RunFolder(Path(folder), COMMAND, described_by(run.options, run.learning), resume=False)
+    with kept.claimed(inputs=kept.same_inputs([] if run.options is None else input_files(run.options))):
+        _write(kept, run, source)
+
+
+def _write(kept: RunFolder, run: Run, source: Mapping[str, Any] | None) -> None:
+    """Both models and what they need, then the metrics, which say that the run is finished."""
+    for file, model in ((PRETRAINED, run.pretrained), (FINETUNED, run.finetuned)):
+        state = state_of(model)
+        write_tensors(kept.path / file, kinds_of(state), lambda name, state=state: {name: state[name]})  # type: ignore[misc]
+    if run.task.tokenizer is not None:
+        with replaced_folder(kept.path / TOKENIZER) as new:
+            run.task.tokenizer.save_pretrained(str(new))
+    kept.note(source=source, trained=list(run.trained))
+    kept.finish(run.metrics)
 
 
 def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: torch.device | str = "cpu") -> Run:
@@ -158,15 +166,17 @@ def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: to
     """
     path = Path(folder)
     config = _config(path)
-    learning = FinetuneOptions().changed(config["learning"])
-    options = None if config["task"] is None else _options(path, config["task"])
+    names = {f.name for f in dataclasses.fields(FinetuneOptions)}
+    learning = FinetuneOptions().changed({n: v for n, v in config["options"].items() if n in names})
+    described = {n: v for n, v in config["options"].items() if n not in names}
+    options = _options(path, described) if described else None
     stored = named_tensors(path / PRETRAINED)
     if task is None:
         if options is None or config["source"] is None:
             raise ConfigError(
                 f"{path}: its model or data came from memory; pass the task that it was made with: load_run(..., task=)"
             )
-        _same_inputs(path, {str(options.data): config["inputs"].get(str(options.data), "")})
+        check_inputs(path, config["inputs"], {options.data: sha256_of(Path(options.data))})
         task = _remade(path, config, options, learning, stored)
     load_state(task.model, stored, str(path / PRETRAINED))
     task.model.to(device).eval()
@@ -175,49 +185,16 @@ def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: to
     return Run(task, task.model, finetuned, learning, tuple(config["trained"]), read_json(path / METRICS), options)
 
 
-def holds(folder: str | Path, options: TaskOptions | None, learning: FinetuneOptions) -> bool:
-    """Does a folder hold the finished run of these options?
-
-    Raises:
-        ConfigError: it holds a run of other options, finished or not, or something else. IntegrityError: an input file
-            changed since.
-    """
-    path = Path(folder)
-    finished = (path / CONFIG).exists()
-    if not finished:
-        _check_free(path)
-        if not complete(path / CHECKPOINT).exists():
-            return False
-    config = _config(path if finished else complete(path / CHECKPOINT))
-    now = _described(options, learning)
-    for part in ("task", "learning"):
-        was = config[part]
-        if (was is None) != (now[part] is None):
-            raise ConfigError(f"folder: {path} holds a run of another task; name another folder (--out)")
-        for name in sorted({*(was or {}), *(now[part] or {})}):
-            if was.get(name) != now[part].get(name):
-                raise ConfigError(
-                    f"folder: the run in {path} was started with {name} {was.get(name)}, now came "
-                    f"{now[part].get(name)}; give the same options to go on with it, or name another folder (--out)"
-                )
-    _same_inputs(path, config["inputs"])
-    return finished
-
-
 # --- what a run is of ---
 
 
-def inputs_of(options: TaskOptions) -> dict[str, str]:
-    """The files that a task is made of, with their sha256: data, weights, and the model's folder where it is one.
-
-    Raises:
-        IntegrityError: one cannot be read.
-    """
+def input_files(options: TaskOptions) -> list[Path]:
+    """The files that a task is made of: data, weights, and the model's folder where it is one."""
     paths = [Path(options.data), *([Path(options.weights)] if options.weights is not None else [])]
     model = Path(options.model)
     if mode_of(options.mode).texts and model.is_dir():
         paths += sorted(f for f in model.iterdir() if f.is_file())
-    return {str(p): sha256_of(p) for p in paths}
+    return paths
 
 
 def absolute(options: TaskOptions) -> TaskOptions:
@@ -231,37 +208,20 @@ def absolute(options: TaskOptions) -> TaskOptions:
     )
 
 
-def _config_of(
-    options: TaskOptions | None, learning: FinetuneOptions, source: Mapping[str, Any] | None, trained: Sequence[str]
-) -> dict[str, Any]:
-    return {**_described(options, learning), "source": source, "trained": list(trained)}
-
-
-def _described(options: TaskOptions | None, learning: FinetuneOptions) -> dict[str, Any]:
-    full = None if options is None else absolute(options)
-    return {
-        "format": FORMAT,
-        "kind": KIND,
-        "task": None if full is None else full.to_dict(),
-        "learning": dataclasses.asdict(learning),
-        "inputs": {} if full is None else inputs_of(full),
-    }
+def described_by(options: TaskOptions | None, learning: FinetuneOptions) -> dict[str, Any]:
+    """The options as config.json holds them: those of the task, unless it was made in memory, and those of learning."""
+    return {**({} if options is None else absolute(options).to_dict()), **dataclasses.asdict(learning)}
 
 
 def _config(path: Path) -> dict[str, Any]:
-    if not (path / CONFIG).exists() and complete(path / CHECKPOINT).exists():
-        raise ConfigError(f"{path}: this run is not finished; the command that began it goes on with it")
     if not (path / CONFIG).exists():
         raise ConfigError(f"{path}: holds no run of hatcl finetune (no {CONFIG}); name the folder of one")
-    config = read_json(path / CONFIG)
-    if config.get("kind") != KIND:
+    config: dict[str, Any] = read_json(path / CONFIG)
+    if config.get("command") != COMMAND:
         raise ConfigError(f"{path}: holds something else than a run of hatcl finetune; name another folder")
-    if config.get("format") != FORMAT:
-        raise IntegrityError(
-            f"{path / CONFIG}: format {config.get('format')!r}, this hatcl reads {FORMAT}; install the hatcl that "
-            "wrote it"
-        )
-    missing = {"task", "learning", "inputs", "source", "trained"} - set(config)
+    if not (path / METRICS).exists():
+        raise ConfigError(f"{path}: this run is not finished; go on with: hatcl finetune --resume --output {path}")
+    missing = {"inputs", "source", "trained"} - set(config)
     if missing:
         raise IntegrityError(f"{path / CONFIG}: lacks {', '.join(sorted(missing))}; it was edited. Copy the run again")
     return config
@@ -274,23 +234,6 @@ def _options(path: Path, fields: Mapping[str, Any]) -> TaskOptions:
         raise IntegrityError(
             f"{path / CONFIG}: no task can be made from it ({error}); was it edited, or written by a newer hatcl?"
         ) from error
-
-
-def _check_free(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"folder: {path} is a file, expected a folder (--out)")
-    ours = CHECKPOINT, beside(path / CHECKPOINT, "old").name
-    if path.exists() and any(p.name not in ours and not is_temporary(p, CHECKPOINT) for p in path.iterdir()):
-        raise ConfigError(f"folder: {path} holds something else than a run of hatcl finetune; name another (--out)")
-
-
-def _same_inputs(path: Path, stored: Mapping[str, str]) -> None:
-    for file, digest in stored.items():
-        if sha256_of(Path(file)) != digest:
-            raise IntegrityError(
-                f"{file} is not what the run in {path} was made of: it changed since; put it back, or fine-tune anew "
-                "into another folder"
-            )
 
 
 def _source(options: TaskOptions, model: nn.Module) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..config import one_of
 from ..errors import GraftError, IntegrityError
-from ..functional import bits, digest_of
+from ..functional import bits_of, digest_of
 from ..vectors.bases import digests_of
 from ..vectors.delta import Delta, delta_between
 from ..vectors.task_vector import TaskVector
@@ -400,7 +400,7 @@ def _joined_values(name: str, parts: Sequence[Tensor], which: Tensor, count: int
     for part in reversed(parts):  # so that the first graft's values stay
         inplace.put(out, which[end - len(part) : end], part)
         end -= len(part)
-    differ = bits(every) != bits(out)[which]
+    differ = bits_of(every) != bits_of(out)[which]
     if overlap == "first" or not bool(differ.any()):
         return out
     if overlap == "equal":

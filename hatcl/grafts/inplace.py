@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraftError
-from ..functional import bits, same_bits
+from ..functional import bits_of, same_bits
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ _APPLIED: weakref.WeakKeyDictionary[nn.Module, list[Applied]] = weakref.WeakKeyD
 
 def take(t: Tensor, at: Tensor) -> Tensor:
     """Some elements, given by flat indices (int64, in row order), however the tensor lies in memory."""
-    b = bits(t)
+    b = bits_of(t)
     return (b.view(-1).index_select(0, at) if b.is_contiguous() else b[torch.unravel_index(at, b.shape)]).view(t.dtype)
 
 
 def put(t: Tensor, at: Tensor, values: Tensor) -> None:
     """Write values of the tensor's own dtype into some elements."""
-    b = bits(t)
+    b = bits_of(t)
     if b.is_contiguous():
-        b.view(-1).scatter_(0, at, bits(values))  # a fifth of the time of an assignment
+        b.view(-1).scatter_(0, at, bits_of(values))  # a fifth of the time of an assignment
     else:
-        b[torch.unravel_index(at, b.shape)] = bits(values)
+        b[torch.unravel_index(at, b.shape)] = bits_of(values)
 
 
 def write_in(model: nn.Module, by: Any, what: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:

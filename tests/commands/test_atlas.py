@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-import typer
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as tf
 
 import hatcl
 from hatcl import atlas
+from hatcl import commands as cli
+from hatcl.atlas import experiment
 from hatcl.atlas.files import read_head
-from hatcl.commands import atlas as cli_atlas
-from hatcl.commands import atlas_run as cli_atlas_run
-from hatcl.commands import main as cli
+from hatcl.commands.atlas import _learning
 from hatcl.data.images import Preparation, npz_task
+from hatcl.engine.folder import RunFolder
 
 NAME = "test_vit"
 MODEL = ["--model", NAME, "--model-kwargs", "depth=1", "--size", "32", "--batch-size", "24", "--device", "cpu"]
@@ -85,7 +85,7 @@ def here(made, monkeypatch):
 def drawn(monkeypatch):
     """What was to be drawn; drawing costs more than the rest of a run here, so only one test does it."""
     asked: list[tuple] = []
-    monkeypatch.setattr(cli_atlas_run, "draw_coefficients", lambda *what: asked.append(what) or b"png")
+    monkeypatch.setattr(_learning, "draw_coefficients", lambda *what: asked.append(what) or b"png")
     return asked
 
 
@@ -108,7 +108,7 @@ def good(capsys, *args: object) -> str:
 
 
 def report_of(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def coefficients(folder: Path) -> torch.Tensor:
@@ -124,8 +124,8 @@ NEGATE = ("negate", "base.safetensors", "--target", A, "--control", "b.npz", *MO
 FEW = ("few-shot", "base.safetensors", *OTHERS, *MODEL, *QUICK, "--shots", "4", "--steps", "2")
 ADAPT = ("adapt", "base.safetensors", *OTHERS, *MODEL, *QUICK)
 EVERY = {"add": ADD, "negate": NEGATE, "few-shot": FEW, "adapt": ADAPT}
-FILES = {"config.json", "report.json", "heads.safetensors", "coefficients.safetensors", "coefficients.csv"}
-FILES |= {"coefficients.png"}
+FILES = {"config.json", "metrics.json", "heads.safetensors", "coefficients.safetensors", "coefficients.csv"}
+FILES |= {"coefficients.png", "metrics.jsonl"}
 
 
 # --- what a run leaves behind ---
@@ -177,9 +177,9 @@ def test_the_heat_map_shows_the_coefficients(here, tmp_path, monkeypatch, capsys
     def missing(*_):
         raise hatcl.errors.ConfigError("the picture needs matplotlib")
 
-    monkeypatch.setattr(cli_atlas_run, "draw_coefficients", missing)
+    monkeypatch.setattr(_learning, "draw_coefficients", missing)
     out = good(capsys, *FEW, "--output", tmp_path / "without")
-    assert "no picture: the picture needs matplotlib" in out and "report.json" in left(tmp_path / "without")
+    assert "no picture: the picture needs matplotlib" in out and "metrics.json" in left(tmp_path / "without")
 
 
 def test_the_fine_tuned_row_is_the_fine_tuned_checkpoint(here, tmp_path, capsys):
@@ -306,20 +306,18 @@ def test_heads_that_do_not_fit(here, tmp_path, capsys, tensors, text):
 # --- the same command again ---
 
 
-def stop_after(monkeypatch, epochs: int) -> list[int]:
+def stop_after(monkeypatch, epochs: int) -> list[float]:
     """Ctrl-C after so many epochs; returns the epochs that were told."""
-    seen: list[int] = []
-    real = cli_atlas_run.Bar.epoch
+    seen: list[float] = []
+    real = RunFolder.tell
 
-    def epoch(self, at, stage):
-        real(self, at, stage)
-        if at.doing != "epoch":
-            return
-        seen.append(at.epoch)
+    def tell(self, **entry):
+        real(self, **entry)
+        seen.append(entry["epoch"])
         if len(seen) == epochs:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_atlas_run.Bar, "epoch", epoch)
+    monkeypatch.setattr(RunFolder, "tell", tell)
     return seen
 
 
@@ -335,15 +333,15 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(here, tmp_path, 
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         code, _, err = call(capsys, *args, "--output", tmp_path / "cut")
-    assert code == 130 and "stopped. The same command goes on from here" in err
-    assert left(tmp_path / "cut") == {"config.json", "heads.safetensors", "checkpoint.pt"}
+    assert code == 130 and f"stopped. Go on with: hatcl atlas {command[0]} --resume --output {tmp_path / 'cut'}" in err
+    assert left(tmp_path / "cut") == {"config.json", "heads.safetensors", "checkpoint.pt", "metrics.jsonl"}
     with monkeypatch.context() as patch:
         seen = stop_after(patch, 99)
-        good(capsys, *args, "--output", tmp_path / "cut")
+        good(capsys, command[0], "--resume", "--output", tmp_path / "cut")  # the options are those of the run
     assert seen == [2, 3]  # the first epoch is not done again
     whole, cut = report_of(tmp_path / "whole"), report_of(tmp_path / "cut")
     assert whole.pop("seconds") and cut.pop("seconds") and whole == cut
-    for name in left(tmp_path / "whole") - {"report.json"}:
+    for name in left(tmp_path / "whole") - {"metrics.json"}:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
@@ -355,7 +353,7 @@ def test_an_isotropic_start_is_not_learned_again(here, tmp_path, monkeypatch, ca
         assert call(capsys, *args, "--output", tmp_path / "cut")[0] == 130
     with monkeypatch.context() as patch:
         seen = stop_after(patch, 99)
-        good(capsys, *args, "--output", tmp_path / "cut")
+        good(capsys, *args, "--resume", "--output", tmp_path / "cut")
     assert seen == [2]
     assert torch.equal(coefficients(tmp_path / "whole"), coefficients(tmp_path / "cut"))
 
@@ -368,10 +366,10 @@ def test_stopped_while_writing(here, tmp_path, monkeypatch, capsys, function):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli_atlas_run, function, stop)
+        patch.setattr(_learning if function == "draw_coefficients" else experiment, function, stop)
         assert call(capsys, *args)[0] == 130
-    assert "report.json" not in left(tmp_path / "run")  # what is not finished does not look so
-    good(capsys, *args)
+    assert "metrics.json" not in left(tmp_path / "run")  # what is not finished does not look so
+    good(capsys, *args, "--resume")
     assert left(tmp_path / "run") == FILES | {"merged.safetensors"}
 
 
@@ -380,7 +378,7 @@ def test_a_finished_run_is_reported_and_not_redone(here, tmp_path, capsys):
     first = good(capsys, *NEGATE, "--output", folder)
     (folder / "checkpoint.pt").write_bytes(b"left by a kill between the report and the tidying")
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    again = good(capsys, *NEGATE, "--output", folder)
+    again = good(capsys, *NEGATE, "--resume", "--output", folder)
     assert f"{folder.name} is finished already." in again and first.split("accuracy in")[1] in again
     del before["checkpoint.pt"]
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
@@ -393,33 +391,35 @@ def test_another_run_in_the_folder_is_refused(here, tmp_path, monkeypatch, capsy
         call(capsys, *ADD, "--output", folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for more, text in (
-        (["--lr", "0.01"], "was started with --lr 0.05, now came 0.01; give the same options to go on with it"),
-        (["--grain", "global"], "was started with --grain block, now came global"),
-        (["--task", "x=b.safetensors:c.npz"], "was started with --task"),
+        (["--lr", "0.01"], "was started with lr=0.05, now came 0.01; give the same to go on with it"),
+        (["--grain", "global"], "was started with grain=block, now came global"),
+        (["--task", "x=b.safetensors:c.npz"], "was started with task="),
     ):
-        code, _, err = call(capsys, *ADD, *more, "--output", folder)
+        code, _, err = call(capsys, *ADD, *more, "--resume", "--output", folder)
         assert code == 2 and text in err
     code, _, err = call(capsys, *NEGATE, "--output", folder)
-    assert code == 2 and "holds a run of hatcl atlas add; name another folder" in err
+    assert code == 2 and "holds a run of hatcl atlas add, not of hatcl atlas negate; name another folder" in err
+    code, _, err = call(capsys, *ADD, "--output", folder)
+    assert code == 2 and "already holds a run; add --resume to go on with it, or name another folder" in err
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("base.safetensors", "a.safetensors", "b.safetensors", "a.npz", "b.npz"):
         shutil.copy(name, moved / name)
     monkeypatch.chdir(moved)
-    code, _, err = call(capsys, *ADD, "--output", folder)
-    assert code == 2 and "was started with --base" in err  # paths are absolute
+    code, _, err = call(capsys, *ADD, "--resume", "--output", folder)
+    assert code == 2 and "was started with base=" in err  # paths are absolute
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
     with monkeypatch.context() as patch:  # the same paths with other content
         stop_after(patch, 1)
         call(capsys, *ADD, "--output", "own")
     shutil.copy(here / "c.npz", "a.npz")
-    code, _, err = call(capsys, *ADD, "--output", "own")
-    assert code == 2 and "a.npz is not what the run in own was started with; put it back" in err
+    code, _, err = call(capsys, *ADD, "--resume", "--output", "own")
+    assert code == 2 and "a.npz is not what the run in own was started with: it changed since; put it back" in err
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "config.json").write_text('{"flags": {}}')
     code, _, err = call(capsys, *ADD, "--output", tmp_path / "train")
-    assert code == 2 and "holds something else than a run of hatcl atlas" in err
+    assert code == 2 and "is not of a run of hatcl; name another folder" in err
 
 
 # --- looking ---
@@ -479,8 +479,8 @@ def test_sweep_goes_through_the_pretrained_and_the_fine_tuned_model(here, tmp_pa
         (["add", "base.safetensors", "--task", "x=b.safetensors:none.npz"], "none.npz is not a file; expected an .npz"),
         (["add", "base.safetensors", "--task", "b.safetensors"], "got 'b.safetensors', expected NAME=VECTOR:DATA.npz"),
         (["add", "base.safetensors", "--task", A], "--task: the name 'a' comes twice"),
-        (["add", "base.safetensors", "--model", "test_vitt"], "--model: got 'test_vitt', did you mean 'test_vit'?"),
-        (["add", "base.safetensors", "--model", "hat_test_vit"], "--model: got 'hat_test_vit', did you mean"),
+        (["add", "base.safetensors", "--model", "test_vitt"], "--model: got 'test_vitt'; did you mean 'test_vit'?"),
+        (["add", "base.safetensors", "--model", "hat_test_vit"], "--model: got 'hat_test_vit'; did you mean"),
         (["add", "base.safetensors", "--model", "test_vit.none"], "Invalid pretrained tag (none)"),
         (["add", "base.safetensors", "--output", "a.npz"], "--output: a.npz is a file, expected a folder"),
         (["add", "base.safetensors", "--model", "test_vit2"], "test_vit2 and base.safetensors differ in"),
@@ -492,14 +492,14 @@ def test_sweep_goes_through_the_pretrained_and_the_fine_tuned_model(here, tmp_pa
         (["add", "base.safetensors", "--task", "x=moved.safetensors:a.npz"], "is not what vector 2 was taken from"),
         (["add", "base.safetensors", "--size", "33"], "a.npz: test_vit does not take images of [3, 33, 33]"),
         (["add", "base.safetensors", "--size", "0", "--task", "x=b.safetensors:odd.npz"], "odd.npz: test_vit does not"),
-        (["add", "base.safetensors", "--fit", "crop"], "--fit: got 'crop', expected one of resize, pad; did you mean"),
-        (["add", "base.safetensors", "--head", "train"], "--head: got 'train', expected one of trained, prototypes"),
+        (["add", "base.safetensors", "--fit", "crop"], "fit: got 'crop', expected one of resize, pad; did you mean"),
+        (["add", "base.safetensors", "--head", "train"], "head: got 'train', expected one of trained, prototypes"),
         (["add", "base.safetensors", "--head", "none.safetensors"], "none.safetensors: no such file"),
         (["add", "base.safetensors", "--validation", "1"], "validation: got 1.0, expected a share of at least 0"),
         (["add", "base.safetensors", "--validation", "0"], "--validation: 0.0 of each class of a.npz is no image"),
         (["add", "base.safetensors", "--normalise", "modle"], "did you mean 'model'?"),
-        (["add", "base.safetensors", "--vector-dtype", "float"], "--vector-dtype: got 'float', expected one of"),
-        (["add", "base.safetensors", "--batch-size", "0"], "--batch-size: got 0, expected at least 1"),
+        (["add", "base.safetensors", "--vector-dtype", "float"], "vector_dtype: got 'float', expected one of"),
+        (["add", "base.safetensors", "--batch-size", "0"], "batch_size: got 0, expected an integer of at least 1"),
         (["add", "base.safetensors", "--grain", "blok"], "grain: got 'blok'"),
         (["add", "base.safetensors", "--epochs", "0"], "epochs: got 0, expected an integer of at least 1"),
         (["add", "base.safetensors", "--warm-start", "serch"], "did you mean 'search'?"),
@@ -541,14 +541,3 @@ def test_bad_input_gives_one_clean_message(made, tmp_path, monkeypatch, capsys, 
     code, _, err = call(capsys, *all_args, *([] if "--output" in args else ["--output", "run"]))
     assert code == 2 and err.startswith("error: ") and text in err, err
     assert "Traceback" not in err and not (tmp_path / "run").exists()  # the corrected command may take the folder
-
-
-# --- help ---
-
-
-def test_every_option_is_explained():
-    group = typer.main.get_command(cli_atlas.app)
-    assert set(group.commands) == {"add", "negate", "few-shot", "adapt", "cosine", "sweep"}
-    for command in group.commands.values():
-        assert command.help
-        assert [p.name for p in command.params if not getattr(p, "help", None)] == []

@@ -43,7 +43,7 @@ def test_killed_in_the_second_task_it_ends_as_if_it_had_not_been(method, at, tmp
     stage = 0 if method == "joint" else 1
     with pytest.raises(Kill):
         run(method, tmp_path / "killed", until=(stage, at))
-    assert not (tmp_path / "killed" / "result.json").exists()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
     resumed, result = run(method, tmp_path / "killed")
     assert np.array_equal(result.matrix, expected.matrix, equal_nan=True)
     assert same(state(whole), state(resumed))

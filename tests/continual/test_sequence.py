@@ -62,7 +62,7 @@ def test_learns_and_measures(method, tmp_path):
         assert np.isnan(rows[0, 2])
     assert result.losses[0][1] < result.losses[0][0]
     # what is on disk says the same, and the run can be read without the model
-    stored = SequenceResult.from_dict(json.loads((tmp_path / "run" / "result.json").read_text()))
+    stored = SequenceResult.from_dict(json.loads((tmp_path / "run" / "metrics.json").read_text()))
     assert np.array_equal(stored.matrix, rows, equal_nan=True) and stored.baseline == result.baseline
 
 

@@ -33,7 +33,7 @@ from finetuning_parts import (  # noqa: E402
 import hatcl  # noqa: E402
 from hatcl.data.images import npz_task  # noqa: E402
 from hatcl.engine import state as standing  # noqa: E402
-from hatcl.errors import ConfigError, IntegrityError, VectorError  # noqa: E402
+from hatcl.errors import ConfigError, HATError, IntegrityError, VectorError  # noqa: E402
 from hatcl.finetuning import (  # noqa: E402
     FinetuneOptions,
     FinetuneTask,
@@ -164,12 +164,12 @@ def test_a_finished_run_is_read(tmp_path, monkeypatch):
 def test_other_options_are_refused(tmp_path):
     options = options_of("prompt", tmp_path)
     finetune_run(options, LEARNING, tmp_path / "run")
-    with pytest.raises(ConfigError, match="was started with k 2, now came 1; give the same"):
+    with pytest.raises(ConfigError, match="was started with k=2, now came 1; give the same"):
         finetune_run(options.changed({"k": 1}), LEARNING, tmp_path / "run")
-    with pytest.raises(ConfigError, match="was started with l1 0.0, now came 0.1"):
+    with pytest.raises(ConfigError, match="was started with l1=0.0, now came 0.1"):
         finetune_run(options, LEARNING.changed({"l1": 0.1}), tmp_path / "run")
     task = make_task(options)
-    with pytest.raises(ConfigError, match="holds a run of another task"):
+    with pytest.raises(ConfigError, match="was started with cut=end, now came nothing"):
         finetune_run(task, LEARNING, tmp_path / "run")
 
 
@@ -180,7 +180,7 @@ def test_a_changed_input_is_noticed(tmp_path):
     text_file(tmp_path, data=dataclasses.replace(texts(), test=texts().train))
     for again in (lambda: load_run(tmp_path / "run"), lambda: finetune_run(options, LEARNING, tmp_path / "run")):
         with pytest.raises(
-            IntegrityError, match="films.json.gz is not what the run in .* was made of: it changed since"
+            IntegrityError, match="films.json.gz is not what the run in .* was started with: it changed since"
         ):
             again()
     (tmp_path / "films.json.gz").unlink()
@@ -195,8 +195,8 @@ def test_a_changed_input_is_noticed(tmp_path):
     load_run(tmp_path / "run")  # which does not need it
 
 
-@pytest.mark.parametrize("where", ["write_json", "write_tensors", "finetune_"])
-def test_a_kill_leaves_nothing(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("where", ["write_tensors", "finetune_"])
+def test_a_kill_leaves_the_claim_alone(tmp_path, monkeypatch, where):
     options = options_of("prompt", tmp_path)
 
     def killed(*a, **k):
@@ -205,8 +205,21 @@ def test_a_kill_leaves_nothing(tmp_path, monkeypatch, where):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run, where, killed)
         finetune_run(options, LEARNING, tmp_path / "run")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["films.json.gz", "model"]
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
     finetune_run(options, LEARNING, tmp_path / "run")
+
+
+def test_an_error_leaves_nothing(tmp_path, monkeypatch):
+    options = options_of("prompt", tmp_path)
+
+    def fails(*a, **k):
+        raise IntegrityError("the disk is full")
+
+    for where in ("load_model", "finetune_"):
+        with monkeypatch.context() as patch, pytest.raises(IntegrityError, match="the disk is full"):
+            patch.setattr(run, where, fails)
+            finetune_run(options, LEARNING, tmp_path / "run")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["films.json.gz", "model"]
 
 
 def test_a_folder_that_holds_something(tmp_path):
@@ -222,7 +235,7 @@ def test_a_folder_that_holds_something(tmp_path):
             load_run(tmp_path / name)
     finetune_run(options, LEARNING, tmp_path / "empty")
     made = load_run(tmp_path / "empty")
-    with pytest.raises(ConfigError, match="holds something else than a run"):
+    with pytest.raises(ConfigError, match="already holds a run"):
         run.save_run(tmp_path / "empty", made)
 
 
@@ -237,12 +250,18 @@ def test_damaged_runs(tmp_path):
         (folder / "config.json").write_text(json.dumps(fields))
 
     for changes, error, words in (
-        ({"kind": "train"}, ConfigError, "holds something else than a run of hatcl finetune"),
-        ({"format": 2}, IntegrityError, "format 2, this hatcl reads 1"),
+        ({"command": "train"}, ConfigError, "holds something else than a run of hatcl finetune"),
         ({"source": "gone", "trained": "gone"}, IntegrityError, "lacks source, trained; it was edited"),
-        ({"source": {**config["source"], "class": "BertForNothing"}}, IntegrityError, "no model can be made from it"),
-        ({"learning": {"lrr": 1}}, ConfigError, "no option 'lrr'"),
-        ({"task": {**config["task"], "kk": 1}}, IntegrityError, "no task can be made from it .*'kk'.*was it edited"),
+        (
+            {"source": {**config["source"], "class": "BertForNothing"}},
+            HATError,
+            "BertForNothing., which is no model of it",
+        ),
+        (
+            {"options": {**config["options"], "kk": 1}},
+            IntegrityError,
+            "no task can be made from it .*'kk'.*was it edited",
+        ),
     ):
         edited(**changes)
         with pytest.raises(error, match=words):
@@ -333,7 +352,7 @@ def test_a_name_on_a_hub_is_passed_as_it_is(tmp_path, monkeypatch):
     options = TaskOptions("prompt", "google-bert/bert-tiny", str(text_file(tmp_path)), words=WORDS, max_length=32)
     made = finetune_run(options, LEARNING)
     assert asked == ["google-bert/bert-tiny"] * 2 and run.absolute(options).model == "google-bert/bert-tiny"
-    assert list(run.inputs_of(options)) == [options.data] and made.options == options
+    assert [str(f) for f in run.input_files(options)] == [options.data] and made.options == options
 
 
 def test_models_that_cannot_be_loaded(tmp_path):
@@ -436,7 +455,7 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(name, tmp_
     told = []
     for step in (1, 4, 6):
         killed(options, learning, tmp_path / "run", step)
-        assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint"]
+        assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint", "config.json"]
     again = finetune_run(options, learning, tmp_path / "run", on_progress=told.append, seconds=0)
     assert [t.step for t in told if t.doing == "learning"] == [7]
     assert same(whole.finetuned, again.finetuned) and same(whole.pretrained, again.pretrained)
@@ -494,7 +513,7 @@ def test_a_task_in_memory_goes_on_too(tmp_path):
     killed(make_task(options), learning, tmp_path / "run", 5)
     again = finetune_run(make_task(options), learning, tmp_path / "run")
     assert same(whole.finetuned, again.finetuned)
-    with pytest.raises(ConfigError, match="holds a run of another task"):
+    with pytest.raises(ConfigError, match="was started with cut=nothing, now came end"):
         killed(make_task(options), learning, tmp_path / "other", 5)
         finetune_run(options, learning, tmp_path / "other")
 
@@ -514,16 +533,16 @@ def test_a_quick_run_keeps_no_checkpoint(tmp_path):
     options, learning = longer("momentum", tmp_path)
     with pytest.raises(Killed):
         finetune_run(options, learning, tmp_path / "run", on_progress=killed_after(5))
-    assert not (tmp_path / "run").exists()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 def test_what_an_unfinished_run_refuses(tmp_path):
     options, learning = longer("momentum", tmp_path)
     folder = tmp_path / "run"
     killed(options, learning, folder, 3)
-    with pytest.raises(ConfigError, match="started with lr 0.001, now came 0.5; give the same options"):
+    with pytest.raises(ConfigError, match="started with lr=0.001, now came 0.5; give the same"):
         finetune_run(options, learning.changed({"lr": 0.5}), folder)
-    with pytest.raises(ConfigError, match="this run is not finished; the command that began it goes on with it"):
+    with pytest.raises(ConfigError, match="this run is not finished; go on with: hatcl finetune --resume"):
         load_run(folder)
     state = folder / "checkpoint" / "state.pt"
     whole = state.read_bytes()
@@ -538,5 +557,5 @@ def test_what_an_unfinished_run_refuses(tmp_path):
     with pytest.raises(IntegrityError, match=f"{first} had other values when this fine-tuning began"):
         tune.finetune_(task.model, task, learning, standing=standing.Standing(folder / "checkpoint", dict))
     (tmp_path / "films.json.gz").write_bytes(b"other")
-    with pytest.raises(IntegrityError, match="is not what the run in .* was made of: it changed since"):
+    with pytest.raises(IntegrityError, match="is not what the run in .* was started with: it changed since"):
         finetune_run(options, learning, folder)

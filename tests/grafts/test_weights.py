@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hatcl.functional import bits
+from hatcl.functional import bits_of
 from hatcl.grafts.selection import candidates
 from hatcl.grafts.weights import HardWeights, SoftWeights
 
@@ -32,13 +32,13 @@ def test_hard_gamma_shows_the_members_and_puts_every_bit_back(model):
     weights.compute_with(MEMBERS, {})
     want = before.clone().view(-1)
     want[[1, 3]] = THEIRS.view(-1)[[1, 3]]
-    assert torch.equal(bits(model.weight).view(-1), bits(want))
+    assert torch.equal(bits_of(model.weight).view(-1), bits_of(want))
     delta = weights.delta("weight").view(-1)
     assert torch.equal(delta[[0, 1, 3]], (THEIRS - OURS).view(-1)[[0, 1, 3]])  # of what is pretrained, also of members
     weights.show({"weight": torch.tensor([5], dtype=torch.int32)})
     assert model.weight.view(-1)[5] == -6 and model.weight.view(-1)[3] == 4
     weights.close()
-    assert torch.equal(bits(model.weight), bits(before))
+    assert torch.equal(bits_of(model.weight), bits_of(before))
 
 
 def test_soft_gamma_is_between_and_puts_every_bit_back(model):
@@ -50,7 +50,7 @@ def test_soft_gamma_is_between_and_puts_every_bit_back(model):
     weights.show(MEMBERS)
     assert model.weight.view(-1)[[0, 1, 3]].tolist() == [1.0, 7.0, pytest.approx(0.1)]
     weights.close()
-    assert torch.equal(bits(model.weight), bits(before))
+    assert torch.equal(bits_of(model.weight), bits_of(before))
 
 
 @pytest.mark.parametrize("kind", [HardWeights, SoftWeights])

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat.held import held as held_by
 from hatcl.hat.convert import map_of
 from hatcl.hat.gates import gates_of
+from hatcl.hat.held import held as held_by
 from hatcl.hat.layers.gated import HATLayer
 from hatcl.map.labels import Labels
 from hatcl.map.rules import TRACE_RULES, Rule

@@ -1,4 +1,4 @@
-"""What `hatcl graft` does: which tensors take part, how a graft is made or read, and how it is measured."""
+"""Grafts of a run of fine-tuning: which tensors take part, how a graft is made or read, and how it is measured."""
 
 from __future__ import annotations
 
@@ -16,24 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 
-import hatcl
-
 from ..data.images import Images, npz_task
 from ..data.texts import read_texts
 from ..engine import folder as checkpoints
 from ..engine.measures import Predictions, agreement, gain_kept, predict
 from ..errors import ConfigError, GraftError, IntegrityError
 from ..files import complete, replaced_folder, sha256_of
-from ..finetuning import Run
-from ..finetuning.run import FINETUNED, PRETRAINED
-from ..finetuning.tasks import Examples
 from ..grafts import Graft, GraftOptions, GraftScores, LearnedGraft, candidates, learn_graft, select_graft
 from ..grafts import files as graft_files
 from ..grafts.checks import size_of
+from ..hat.convert import convert
 from ..hat.gates import gates_of
 from ..map.grains import make_grain
 from ..map.units import UnitMap
-from .atlas_run import Bar
+from .run import FINETUNED, PRETRAINED, Run
+from .tasks import Examples
 
 RULES = ("learned", "magnitude", "random")
 MASK = "mask"  # the rule of a graft that is read from a file
@@ -41,6 +38,7 @@ CHOOSE = ("loss", "accuracy")
 ABOUT, MEASURED, GRAFT, SCORES = "about.json", "measured.json", "graft.safetensors", "scores.safetensors"
 HISTORY = "history.json"
 MODELS = ("pretrained", "finetuned")
+Told = Callable[[str, Mapping[str, float]], None]  # which graft, and an entry of its history
 EVALUATION_BATCH = 64  # how many test examples pass through a model together; it changes nothing but memory
 
 
@@ -149,26 +147,17 @@ class Maker:
         if not at.exists():
             return None
         if not (at / ABOUT).exists():
-            raise ConfigError(f"--out: {at} holds something else than a graft; name another folder")
-        stored, now = checkpoints.read_json(at / ABOUT), json.loads(json.dumps(self.about(wanted)))
-        for key in sorted({*stored, *now} - {"hatcl"}):
-            was, is_now = stored.get(key), now.get(key)
-            if was == is_now:
-                continue
-            if isinstance(was, dict) and isinstance(is_now, dict):
-                key = next(k for k in sorted({*was, *is_now}) if was.get(k) != is_now.get(k))
-                was, is_now = was.get(key), is_now.get(key)
-            raise ConfigError(
-                f"--out: {at} was made with {key} {_shown(was)}, now came {_shown(is_now)}; give the same options to "
-                "keep it, or name another folder"
-            )
+            raise ConfigError(f"--output: {at} holds something else than a graft; name another folder")
+        checkpoints.check_same(at, checkpoints.read_json(at / ABOUT), self.about(wanted))
         if self.keep_scores and wanted.by == "learned" and not (at / SCORES).exists():
-            raise ConfigError(f"--keep-scores: {at} was made without; name another folder (--out), or remove that one")
+            raise ConfigError(
+                f"--keep-scores: {at} was made without; name another folder (--output), or remove that one"
+            )
         return Graft.load(at / GRAFT)
 
-    def keep(self, folder: Path, wanted: Wanted, bar: Bar) -> Graft:
-        """Make the graft and write its folder, all or nothing."""
-        graft = self.make(wanted, bar)
+    def keep(self, folder: Path, wanted: Wanted, tell: Told) -> Graft:
+        """Make the graft and write its folder, all or nothing; `tell` is told of each step of learning."""
+        graft = self.make(wanted, tell)
         with replaced_folder(folder / wanted.name) as new:
             graft.save(new / GRAFT)
             if isinstance(graft, LearnedGraft):
@@ -179,7 +168,7 @@ class Maker:
             checkpoints.write_json(new / ABOUT, self.about(wanted))
         return graft
 
-    def make(self, wanted: Wanted, bar: Bar) -> Graft:
+    def make(self, wanted: Wanted, tell: Told) -> Graft:
         run, names = self.run, [glob.escape(name) for name in self.parts.names]
         if wanted.by == MASK:
             return self._from_file(wanted)
@@ -190,15 +179,6 @@ class Maker:
                 seed=self.options.seed,
             )  # fmt: skip
 
-        def tell(entry: Mapping[str, float]) -> None:
-            words = [
-                f"{key.replace('_', ' ')} {entry[key]:.4g}"
-                for key in ("loss", "mask_loss", "validation")
-                if key in entry
-            ]
-            bar.says(f"{wanted.name}, step {int(entry['step'])}: {', '.join(words)}")
-            bar.advance()
-
         task, size = run.task, self.batch_size
         batches: Iterable[Any] = task.batches("train", size)
         if self.options.accumulate is not None:  # not always the same few
@@ -208,14 +188,14 @@ class Maker:
         validate = self.accuracy if self.choose == "accuracy" else None
         return learn_graft(
             run.pretrained, run.finetuned, task.loss, batches, wanted.sparsity, start=self.start,
-            validate=validate, only=names, options=self.options, on_progress=tell,
+            validate=validate, only=names, options=self.options, on_progress=lambda entry: tell(wanted.name, entry),
         )  # fmt: skip
 
     @functools.cached_property
     def unit_map(self) -> UnitMap:
         """Of the run's model."""
         inputs = self.run.task.batch("train", [0, 1])[0]
-        return gates_of(hatcl.convert(self.run.pretrained, 1, inputs, verify=False))[0].unit_map
+        return gates_of(convert(self.run.pretrained, 1, inputs, verify=False))[0].unit_map
 
     def sample(self) -> Examples:
         """As many training examples as a step learns from, always the same."""
@@ -230,7 +210,7 @@ class Maker:
 
     def about(self, wanted: Wanted) -> dict[str, Any]:
         """How it was made, to be kept beside it and compared."""
-        made: dict[str, Any] = {"hatcl": hatcl.__version__, "graft": dataclasses.asdict(wanted), "inputs": self.inputs}
+        made: dict[str, Any] = {"graft": dataclasses.asdict(wanted), "inputs": self.inputs}
         if self.file is not None and wanted.by in (MASK, "learned"):
             made["mask"] = {"file": self.file.name, "sha256": sha256_of(self.file)}
         if wanted.by != MASK:
@@ -263,11 +243,6 @@ def read_mask(path: Path) -> Graft | GraftScores:
         GraftError: neither. IntegrityError: it is missing or damaged.
     """
     return GraftScores.load(path) if graft_files.held_by(path) == graft_files.SCORES else Graft.load(path)
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:59] + "…"
 
 
 # --- what it is worth ---

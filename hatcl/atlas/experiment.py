@@ -1,0 +1,387 @@
+"""What the `hatcl atlas` commands do around a procedure: read, check, learn, measure, write, go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from ..calls import Head
+from ..config import number, one_of, whole
+from ..data.images import FITS, Images, Preparation, Task, npz_task, preparation_for
+from ..data.shots import held_out, sample_shots
+from ..engine.loop import Progress
+from ..engine.measures import accuracy
+from ..errors import ConfigError, VectorError, nearest
+from ..files import write_files
+from ..hat.convert import convert
+from ..hat.gates import gates_of
+from ..integrations.timm_names import PREFIX
+from ..vectors.compose import Composer, compose
+from ..vectors.files import write_tensors
+from ..vectors.task_vector import TaskVector
+from ..vectors.tensors import check_fit, kinds_of, named_tensors
+from .files import all_files, read_head, read_vector, write_coefficients, write_heads
+from .fitting import Fitted
+from .heads import ClassHead, encoder, prototypes, trained_head
+from .linear import Composed, linearised
+from .options import AtlasOptions
+from .selection import select_blocks
+from .tasks import AtlasTask
+
+HEADS, CLASSIFIER, MERGED = "heads.safetensors", "classifier.safetensors", "merged.safetensors"
+CHECKPOINT, ISOTROPIC = "checkpoint.pt", "checkpoint-isotropic.pt"
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEADS_BY = ("trained", "prototypes")
+NORMALISE = ("data", "model")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The model and the images of an experiment.
+
+    Args:
+        base: the pretrained checkpoint: a safetensors file, or a folder of shards.
+        model: timm's name of the model that BASE is of, such as vit_base_patch32_224.
+        model_kwargs: for the model, such as img_size=64; repeatable.
+        head: frozen heads on the base's features of the training images: trained (logistic regression), prototypes
+            (cosines to class means), or a .safetensors file with [NAME.]weight and [NAME.]bias or [NAME.]scale, such as
+            embeddings of class names.
+        validation: share of each class's training images that is held out. Coefficients are chosen by it (add and
+            negate also learn from it), and heads never see it.
+        size: images are brought to this size; 0 keeps their own; by default the model's.
+        fit: how they are brought to this size, resize or pad.
+        normalise: by the mean and deviation of data (its training images, as hatcl train does), or model (timm's).
+        batch_size: images per batch.
+        check: refuse task vectors that were taken from another base.
+        vector_dtype: keep task vectors in memory as float32, bfloat16 or float16.
+        device: where to compute.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    base: Path
+    model: str
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    head: str = "trained"
+    validation: float = 0.2
+    size: int | None = None
+    fit: str = "resize"
+    normalise: str = "data"
+    batch_size: int = 128
+    check: bool = True
+    vector_dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if Path(self.head).suffix != ".safetensors":
+            one_of("head", self.head, (*HEADS_BY, "FILE.safetensors"))
+        one_of("fit", self.fit, FITS)
+        one_of("normalise", self.normalise, NORMALISE)
+        one_of("vector_dtype", self.vector_dtype, tuple(DTYPES))
+        number("validation", self.validation, 0, 1, without="high", what="a share")
+        whole("batch_size", self.batch_size)
+        whole("size", self.size, 0, optional=True)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What an experiment composes and keeps.
+
+    Args:
+        grain: what shares a coefficient: global, block, qkv, row, unit, partition:K, ...
+        linearised: compose the model's first-order expansion instead of its weights.
+        merge: write the composed model, as merged.safetensors, with BASE's classifier.
+    """
+
+    grain: str = "block"
+    linearised: bool = False
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        if self.linearised and self.merge:
+            raise ConfigError("--merge: a linearised composition has no weights of its own; leave one of the two out")
+
+
+class Loaded:
+    """A pretrained encoder, task vectors, and tasks with their images and frozen heads.
+
+    Args:
+        reading: what is read, and how. seed: of the held-out images and of partitions.
+    """
+
+    def __init__(self, reading: Reading, seed: int) -> None:
+        self.reading, self.seed = reading, seed
+        self.head_file = None if reading.head in HEADS_BY else Path(reading.head)
+        self.device = reading.device
+        self.parts: dict[str, dict[str, Images]] = {}
+        self.classes: dict[str, int] = {}
+        self.heads: dict[str, ClassHead] = {}
+
+    def read(self, vectors: Mapping[str, Path], data: Mapping[str, Path], *, needs_validation: bool = False) -> None:
+        """Read everything and check that it fits, before anything is computed or written."""
+        reading = self.reading
+        tasks = {name: npz_task(path) for name, path in data.items()}
+        model, classifier = _model(reading)
+        ours = dict(model.named_parameters())
+        self.names = list(vectors)
+        self.vectors = [read_vector(path, ours, without=classifier).in_memory() for path in vectors.values()]
+        self.encoder = encoder(model).to(self.device).eval()
+        for name, task in tasks.items():
+            self.classes[name] = task.num_classes
+            prepare = _preparation(reading, model, task)
+            keep, held = held_out(task.y_train, reading.validation, self.seed)
+            if needs_validation and not len(held):
+                raise ConfigError(
+                    f"--validation: {reading.validation} of each class of {data[name]} is no image; give a larger share"
+                )
+            images = Images(task.x_train, task.y_train, prepare)
+            self.parts[name] = {
+                "training": images.at(keep), "validation": images.at(held),
+                "test": Images(task.x_test, task.y_test, prepare),
+            }  # fmt: skip
+            self._try(data[name], images)
+            if self.head_file is not None:
+                self._head_from(self.head_file, name)
+        read = [reading.base, *vectors.values(), *([] if self.head_file is None else [self.head_file])]
+        self.files = [f for path in read for f in all_files(path)] + list(data.values())
+
+    def _try(self, path: Path, images: Images) -> None:
+        """Do two images pass through the model?"""
+        x = images.prepare(images.x[:2]).to(self.device)
+        try:
+            with torch.no_grad():
+                self.width = self.encoder(x).shape[-1]
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: {self.reading.model} does not take images of {list(x.shape[1:])} "
+                f"({str(error).splitlines()[0]}); bring them to another --size, or give --model-kwargs img_size=..."
+            ) from error
+
+    def fit_heads(self, on: Mapping[str, Images] | None = None, stored: Path | None = None) -> None:
+        """A frozen head for each task, on its training images or on those given; or from a file.
+
+        Args:
+            stored: where they are kept; those that are there are read instead.
+        """
+        file = stored if stored is not None and stored.exists() else self.head_file
+        for name, parts in self.parts.items():
+            if file is not None:
+                head = self._head_from(file, name)
+            else:
+                images = (on or {}).get(name, parts["training"])
+                fit = trained_head if self.reading.head == "trained" else prototypes
+                head = fit(self.encoder, images.batches(self.reading.batch_size), self.classes[name])
+            self.heads[name] = head
+        if stored is not None and not stored.exists():
+            write_heads(stored, self.heads)
+
+    def _head_from(self, file: Path, name: str) -> ClassHead:
+        head = read_head(file, name)
+        classes, width = head.get_buffer("weight").shape
+        if classes < self.classes[name] or width != self.width:
+            raise ConfigError(
+                f"{file}: the head of {name} is {[classes, width]}, expected at least {self.classes[name]} classes of "
+                f"the model's {self.width} features"
+            )
+        return head.to(self.device)
+
+    def compose(self, grain: str, vectors: Sequence[TaskVector] | None = None) -> Composer:
+        unit_map: Any = None
+        if grain == "unit":
+            images = next(iter(self.parts.values()))["training"]
+            x = images.prepare(images.x[:2]).to(self.device)
+            unit_map = gates_of(convert(self.encoder, 1, x, verify=False))[0].unit_map
+        return compose(
+            self.encoder, self.vectors if vectors is None else vectors, grain,
+            dtype=DTYPES[self.reading.vector_dtype], unit_map=unit_map, seed=self.seed, check=self.reading.check,
+        )  # fmt: skip
+
+
+def _model(reading: Reading) -> tuple[nn.Module, tuple[str, ...]]:
+    """The timm model with BASE's weights, and the names of its classifiers, which no task vector is of."""
+    name, stored = reading.model, named_tensors(reading.base)
+    if not timm.is_model(name) or name.startswith(PREFIX):
+        near = nearest(name.split(".")[0], timm.list_models())
+        raise ConfigError(f"--model: got {name!r}; did you mean {near!r}?")
+    options = dict(reading.model_kwargs)
+    try:
+        if "num_classes" not in options:
+            first = next(iter(_classifiers(timm.get_pretrained_cfg(name))), "")
+            weight = kinds_of(stored).get(f"{first}.weight")
+            options["num_classes"] = 0 if weight is None else weight.shape[0]
+        model = timm.create_model(name, **options)
+    except (TypeError, RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"--model, --model-kwargs: timm cannot make {name} with {options} ({error})") from error
+    state = model.state_dict()
+    counters = [n for n in state if n.endswith("num_batches_tracked") and n not in stored]  # some writers drop them
+    try:
+        check_fit({n: t for n, t in state.items() if n not in counters}, stored, (name, str(reading.base)))
+    except VectorError as error:
+        raise VectorError(f"{error}. Is it of another --model, or made with other --model-kwargs?") from error
+    model.load_state_dict({n: stored[n] for n in stored}, strict=False)
+    return model, _classifiers(getattr(model, "pretrained_cfg", None))
+
+
+def _classifiers(cfg: Any) -> tuple[str, ...]:
+    found = cfg.get("classifier") if isinstance(cfg, Mapping) else getattr(cfg, "classifier", None)
+    return () if not found else (found,) if isinstance(found, str) else tuple(found)
+
+
+def _preparation(reading: Reading, model: nn.Module, task: Task) -> Preparation:
+    return preparation_for(
+        task, getattr(model, "pretrained_cfg", None) or {}, size=reading.size, fit=reading.fit,
+        image_size=reading.model_kwargs.get("img_size"), normalise=reading.normalise,
+    )  # fmt: skip
+
+
+class Experiment(Loaded):
+    """One procedure on what is loaded, and the folder where it is kept.
+
+    Args:
+        name: the procedure's. folder: where heads, checkpoints and coefficients go.
+        tell: is told what is at work, and each epoch's entry of the history of what is learned.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reading: Reading,
+        writing: Writing,
+        learning: AtlasOptions,
+        folder: Path,
+        tell: Callable[[str, Mapping[str, float]], None],
+    ) -> None:
+        super().__init__(reading, learning.seed)
+        self.name, self.writing, self.learning, self.folder, self.tell = name, writing, learning, folder, tell
+        self.classifier: nn.Module | None = None
+        self.stages: dict[str, Fitted] = {}
+        self.rows: dict[str, dict[str, dict[str, float]]] = {}
+        self.began = time.monotonic()
+
+    def read(self, vectors: Mapping[str, Path], data: Mapping[str, Path], *, needs_validation: bool = False) -> None:
+        super().read(vectors, data, needs_validation=needs_validation)
+        self.composer = self.compose(self.writing.grain)  # raises where something does not fit
+
+    def fit_heads(self, on: Mapping[str, Images] | None = None, stored: Path | None = None) -> None:
+        self.tell("heads", {})
+        super().fit_heads(on, stored or self.folder / HEADS)
+
+    def atlas_task(self, name: str) -> AtlasTask:
+        """For procedures that learn from the held-out images, as published."""
+        held = self.parts[name]["validation"]
+        size = self.reading.batch_size
+        return AtlasTask(name, held.batches(size, shuffle=True), held.batches(size), head=self.heads[name])
+
+    def shots(self, name: str, text: str) -> Images:
+        """`16` of each class, the share `0.1`, or `all` of the training images."""
+        images = self.parts[name]["training"]
+        if text == "all":
+            return images
+        try:
+            number: int | float = int(text) if text.isdigit() else float(text)
+        except ValueError:
+            raise ConfigError(
+                f"--shots: got {text!r}, expected a number per class, a share such as 0.1, or all"
+            ) from None
+        ids = sample_shots(torch.from_numpy(images.y), number, seed=self.seed, num_classes=self.classes[name])
+        return images.at(ids)
+
+    def keep_best(self, budget: int, by: str, few: Images, head: Head) -> None:
+        """Only the most informative of the vectors."""
+        self.tell("choosing blocks", {})
+        found = select_blocks(
+            self.encoder, self.vectors, few.batches(self.reading.batch_size), budget, by=by, head=head, seed=self.seed
+        )
+        names = [self.names[i] for i in found.chosen[:, 0].tolist()]
+        self.names = names if by == "vectors" else [f"mix {i}" for i in range(budget)]
+        self.vectors = [v.in_memory() for v in found.vectors]
+        self.composer = self.compose(self.writing.grain)
+
+    def learn(self, procedure: Callable[..., Fitted], warm_start: str = "zero") -> None:
+        """Learn coefficients, going on from the folder's checkpoints."""
+        how: dict[str, Any] = {}
+        if warm_start == "isotropic":
+            coarse = self._form(self.compose("global"))
+            how["warm_start"] = self._stage("isotropic", procedure, coarse, ISOTROPIC, "search").coefficients
+        elif warm_start == "search":
+            how["warm_start"] = "search"
+        self.composed = self._form(self.composer)
+        self._stage(self.name, procedure, self.composed, CHECKPOINT, **how)
+        self.tell("measuring", {})
+
+    def _form(self, composer: Composer) -> Composed:
+        return linearised(composer) if self.writing.linearised else composer
+
+    def _stage(
+        self, name: str, procedure: Callable[..., Fitted], composed: Composed, file: str, warm_start: Any = None
+    ) -> Fitted:
+        path = self.folder / file
+        how = {} if warm_start is None or path.exists() else {"warm_start": warm_start}  # a checkpoint knows better
+
+        def told(at: Progress) -> None:
+            if at.doing == "epoch":
+                self.tell(name, {"epoch": at.epoch, **at.measured})
+
+        self.stages[name] = procedure(composed, checkpoint=path, progress=told, **how)
+        return self.stages[name]
+
+    @torch.no_grad()
+    def measure(
+        self,
+        row: str,
+        scale: float | None = None,
+        *,
+        vector: int | None = None,
+        tasks: Sequence[str] | None = None,
+        head: Head | None = None,
+    ) -> None:
+        """Accuracies on held-out and test images: as composed, or with (one vector's) coefficients at `scale`."""
+        lam = self.composer.coefficients
+        learned = lam.clone()
+        try:
+            if scale is not None:
+                lam.zero_()
+                lam[slice(None) if vector is None else vector] = scale
+            for name in self.parts if tasks is None else tasks:
+                self.rows.setdefault(row, {})[name] = {
+                    part: accuracy(
+                        self.composed, self.parts[name][part].batches(self.reading.batch_size), head or self.heads[name]
+                    )
+                    for part in ("validation", "test")
+                    if len(self.parts[name][part])
+                }
+        finally:
+            lam.copy_(learned)
+
+    def write(self) -> dict[str, Any]:
+        """Write what was learned; the figures of it are returned."""
+        write_coefficients(self.folder, self.composer, self.names)
+        if self.classifier is not None:
+            tensors = {n: t.detach().cpu().contiguous() for n, t in self.classifier.state_dict().items()}
+            write_files({self.folder / CLASSIFIER: save(tensors)})
+        if self.writing.merge:
+            state = self.composer.merge().state_dict()
+            write_tensors(self.folder / MERGED, kinds_of(state), lambda name: {name: state[name]})
+        return {
+            "procedure": self.name,
+            "vectors": self.names,
+            "coefficients": list(self.composer.coefficients.shape),
+            "images": {n: {part: len(images) for part, images in p.items()} for n, p in self.parts.items()},
+            "classes": self.classes,
+            "accuracy": self.rows,
+            "fitted": {
+                name: {k: v for k, v in dataclasses.asdict(f).items() if k not in ("coefficients", "others")}
+                for name, f in self.stages.items()
+            },
+            "seconds": time.monotonic() - self.began,
+        }

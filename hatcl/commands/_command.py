@@ -1,0 +1,531 @@
+"""How a function becomes a command: `@command("name")` above it is all that it takes.
+
+The function's parameters are read by typer. A parameter that is a dataclass is spelled out, one option per field; a
+parameter of the kind `Asked` makes a command that writes a run, which then has --output, --resume and --config. The
+function prints through `_console`, and gives back what --json prints.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+from typer.core import TyperCommand
+
+from ..config import help_of
+from ..engine import folder as runs
+from ..engine.folder import RunFolder
+from ..errors import ConfigError, IntegrityError, nearest
+from ..files import read_json
+from ._console import print_json, quiet, say
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of hatcl.save_pretrained.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
+RUNS = Path("runs")
+# the option of a field, where a dataclass calls it otherwise
+SPELLED = {"words": "word"}
+META = ("output", "resume", "config", "json_")  # options of the command line, not of the run
+Show = Callable[[Path, dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: words after `hatcl`. body: the function. show: of a command that writes a run, prints what came of it.
+        free: options that may differ when its run is resumed. place: where its runs go if --output is not given; it is
+            told the options.
+    """
+
+    name: str
+    body: Callable[..., Any]
+    show: Show | None = None
+    free: frozenset[str] = frozenset()
+    place: Callable[[Mapping[str, Any]], Path | None] | None = None
+
+    @property
+    def writes_run(self) -> bool:
+        """Has it --output, --resume and --config?"""
+        return self.show is not None
+
+
+@dataclasses.dataclass
+class Answer:
+    """What a command gives back that does not end well: `content` for --json, and the exit code."""
+
+    content: Any
+    code: int = 1
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(
+    name: str,
+    *,
+    show: Show | None = None,
+    free: Collection[str] = ("device",),
+    place: Callable[[Mapping[str, Any]], Path | None] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function the command `hatcl NAME`; see `Command`.
+
+    Raises:
+        ConfigError: a name that is taken.
+    """
+
+    def add(body: Callable[..., Any]) -> Callable[..., Any]:
+        if name in COMMANDS:
+            raise ConfigError(f"command: {name!r} is taken by {COMMANDS[name].body.__qualname__}")
+        COMMANDS[name] = Command(name, body, show, frozenset(free), place)
+        return body
+
+    return add
+
+
+@dataclasses.dataclass
+class Asked:
+    """What the command line asks of a command that writes a run.
+
+    Attributes:
+        options: all options as config.json holds them; a body may put paths and defaults in their final form.
+        given: the names of those that were given, not left at their defaults.
+    """
+
+    command: Command
+    options: dict[str, Any]
+    given: set[str]
+    output: Path
+    resume: bool
+
+    def folder(self, free: Collection[str] | None = None) -> RunFolder:
+        """The run's folder, after it was found to be free, or to hold this run.
+
+        Args:
+            free: options that may differ when the run is resumed; None = those of the command.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        may_differ = self.command.free if free is None else free
+        return RunFolder(self.output, self.command.name, self.options, self.resume, may_differ)
+
+
+@dataclasses.dataclass(frozen=True)
+class Either:
+    """Marks a parameter that is a mapping of those options of several dataclasses that were given."""
+
+    kinds: tuple[type, ...]
+
+
+# --- from a function to a typer command ---
+
+
+def typed(it: Command) -> Callable[..., None]:
+    """The function that typer reads: every option spelled out."""
+    hints = typing.get_type_hints(it.body, include_extras=True)
+    groups: dict[str, list[inspect.Parameter]] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, p in inspect.signature(it.body).parameters.items():
+        hint = hints[name]
+        either = _either(hint)
+        if hint is Asked:
+            continue
+        if dataclasses.is_dataclass(hint) or either is not None:
+            kinds = (typing.cast(type, hint),) if either is None else either.kinds
+            taken = {q.name for q in parameters} | {n for n in inspect.signature(it.body).parameters if n != name}
+            groups[name] = _fields(kinds, None if p.default is p.empty else p.default, taken)
+            parameters += groups[name]
+        else:
+            parameters.append(p.replace(annotation=_spelled(name, hint, p.default), kind=p.KEYWORD_ONLY))
+    parameters += _meta(it)
+
+    def run(context: typer.Context, **values: Any) -> None:
+        given = {n for n in values if _was_given(context, n)}
+        values = {n: _read(hints_of.get(n), n, v) for n, v in values.items()}
+        asked = {n: v for n, v in values.items() if n not in META}
+        arguments = {n: v for n, v in values.items() if n in hints}
+        for name, fields in groups.items():
+            kind = hints[name]
+            if _either(kind) is not None:
+                own = {q.name: values[q.name] for q in fields}
+                arguments[name] = {n: v for n, v in own.items() if n in given and v is not None}
+            else:
+                arguments[name] = made(kind, values)
+        for name, hint in hints.items():
+            if hint is Asked:
+                place = values["output"] or _place(it, values, values["resume"])
+                options = {n: _kept(v) for n, v in asked.items()}
+                arguments[name] = Asked(it, options, given, place, values["resume"])
+        with quiet(values["json_"]), _stoppable(context, arguments):
+            answer = it.body(**arguments)
+        content, code = (answer.content, answer.code) if isinstance(answer, Answer) else (answer, 0)
+        if it.show is not None and not values["json_"]:
+            folder = next(a.output for a in arguments.values() if isinstance(a, Asked))
+            it.show(folder, content)
+            say(folder, "dim")
+        if values["json_"]:
+            print_json(content)
+        if code:
+            raise typer.Exit(code)
+
+    hints_of = {p.name: p.annotation for p in parameters}
+    first = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    run.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (first, *parameters)}
+    run.__doc__ = it.body.__doc__
+    run.__name__ = it.body.__name__
+    return run
+
+
+def _fields(kinds: tuple[type, ...], default: Any, taken: Collection[str]) -> list[inspect.Parameter]:
+    """One option per field; of several dataclasses one for all fields of a name, without a default of its own."""
+    found: dict[str, inspect.Parameter] = {}
+    for kind in kinds:
+        hints, said = typing.get_type_hints(kind, include_extras=True), help_of(kind)
+        for f in dataclasses.fields(kind):
+            name = SPELLED.get(f.name, f.name)
+            if name in taken:
+                continue
+            first = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            value = getattr(default, f.name) if type(default) is kind else first
+            hint, text = hints[f.name], said[f.name]
+            if len(kinds) > 1:
+                text = " / ".join(dict.fromkeys(t for t in (_said(found.get(name)), f"{text} (default {value})") if t))
+                hint, value = _optional(hint), None
+            if f.name == "device":
+                value, text = "auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
+            value = inspect.Parameter.empty if value is dataclasses.MISSING else value
+            annotation = _spelled(name, hint, value, text)
+            if _is_mapping(hint) or _is_tuple(hint):
+                value = None
+            found[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
+    return list(found.values())
+
+
+def made(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A dataclass of the options that are called as its fields. Raises what it raises."""
+    hints, out = typing.get_type_hints(kind), {}
+    for f in dataclasses.fields(kind):
+        name = SPELLED.get(f.name, f.name)
+        if name in values and not (values[name] is None and (_is_mapping(hints[f.name]) or _is_tuple(hints[f.name]))):
+            out[f.name] = values[name]
+    return kind(**out)
+
+
+def options_of(kind: Any) -> set[str]:
+    """What the options of a dataclass's fields are called."""
+    return {SPELLED.get(f.name, f.name) for f in dataclasses.fields(kind)}
+
+
+def spelled(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass's instance by the names of their options."""
+    return {SPELLED.get(name, name): value for name, value in dataclasses.asdict(options).items()}
+
+
+def _said(p: inspect.Parameter | None) -> str:
+    return "" if p is None else str(typing.get_args(p.annotation)[1].help)
+
+
+def _spelled(name: str, hint: Any, default: Any, text: str = "") -> Any:
+    """The annotation that typer reads, of a parameter that may have one already."""
+    inside, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    option = next((m for m in marks if isinstance(m, typer.models.ParameterInfo)), None)
+    if option is None:
+        flag = "--" + name.rstrip("_").replace("_", "-")
+        if bool in (inside, *typing.get_args(inside)):
+            flag = f"{flag}/--no-{flag[2:]}"
+        option = typer.Option(flag, help=text, metavar="KEY=VALUE" if _is_mapping(inside) else None)
+    if _is_mapping(inside):
+        texts = typing.get_args(_bare(inside))[1:] == (str,)
+        return Annotated[list[str] | None, option, _pairs if texts else _values]
+    if _is_tuple(inside):
+        return Annotated[list[str] | None, option, _several]
+    return Annotated[inside, option]
+
+
+def _bare(hint: Any) -> Any:
+    """A hint without its None."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        left = [a for a in typing.get_args(hint) if a is not type(None)]
+        return left[0] if len(left) == 1 else hint
+    return hint
+
+
+def _optional(hint: Any) -> Any:
+    return typing.Optional[_bare(hint)]  # noqa: UP007, UP045
+
+
+def _is_mapping(hint: Any) -> bool:
+    return typing.get_origin(_bare(hint)) in (Mapping, dict)
+
+
+def _is_tuple(hint: Any) -> bool:
+    return typing.get_origin(_bare(hint)) is tuple
+
+
+def _either(hint: Any) -> Either | None:
+    marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+    return next((m for m in marks if isinstance(m, Either)), None)
+
+
+def _meta(it: Command) -> list[inspect.Parameter]:
+    """The options that every command, or every command that writes a run, has."""
+    found: list[tuple[str, Any, Any]] = []
+    if it.writes_run:
+        where = "a new one in runs/" if it.place is None else "one inside of what the command reads"
+        found += [
+            ("output", Path | None, typer.Option("--output", help=f"The run's folder; by default {where}.")),
+            (
+                "resume", bool,
+                typer.Option(
+                    "--resume",
+                    help="Go on with the run in --output (by default the newest), or show it if it is finished. "
+                    "Options that are not given are those of the run.",
+                ),
+            ),
+            (
+                "config", Path | None,
+                typer.Option(
+                    "--config",
+                    help="Options from a YAML or JSON file, such as a run's own config.json; those given on the "
+                    "command line count more.",
+                ),
+            ),
+        ]  # fmt: skip
+    found.append(("json_", bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")))
+    return [
+        inspect.Parameter(
+            n, inspect.Parameter.KEYWORD_ONLY, default=False if t is bool else None, annotation=Annotated[t, o]
+        )
+        for n, t, o in found
+    ]
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+
+
+@contextlib.contextmanager
+def _stoppable(context: typer.Context, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Ctrl-C ends a command with a word on how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run = next((a for a in arguments.values() if isinstance(a, Asked)), None)
+        again = f"{context.command_path} --resume --output {run.output}" if run else "the same command"
+        raise Stopped(f"stopped. Go on with: {again}") from None
+
+
+class Stopped(Exception):
+    """Somebody pressed Ctrl-C; the text says how to go on."""
+
+
+# --- values ---
+
+
+def _read(annotation: Any, name: str, value: Any) -> Any:
+    """A value as the body gets it: `key=value` texts as a mapping, by the last mark of its annotation."""
+    marks = typing.get_args(annotation)[2:]
+    readers = [m for m in marks if callable(m)]
+    flag = "--" + name.rstrip("_").replace("_", "-")
+    return readers[0](flag, value) if readers and value is not None else value
+
+
+def _values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` pairs, values read as Python literals where they are ones (true and false too) and as text otherwise.
+
+    Raises:
+        ConfigError: something else.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"{flag}: got {pair!r}, expected key=value")
+        try:
+            values[key] = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return values
+
+
+def _pairs(flag: str, pairs: Sequence[str]) -> dict[str, str]:
+    """`key=text` pairs.
+
+    Raises:
+        ConfigError: something else, or a key twice.
+    """
+    values: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not (key and equals and text):
+            raise ConfigError(f"{flag}: got {pair!r}, expected KEY=VALUE")
+        if key in values:
+            raise ConfigError(f"{flag}: got {key!r} twice, expected each once")
+        values[key] = text
+    return values
+
+
+def _several(flag: str, values: Sequence[str]) -> tuple[str, ...]:
+    return tuple(values)
+
+
+def absolute(path: Path | str) -> str:
+    """A path as config.json holds it."""
+    return str(Path(path).absolute())
+
+
+def _kept(value: Any) -> Any:
+    """A value as config.json holds it."""
+    if isinstance(value, Path):
+        return absolute(value)
+    return [_kept(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def usable_device(device: str) -> str:
+    """The device of this name; for `auto` a GPU where there is one.
+
+    Raises:
+        ConfigError: it cannot be used here.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device: {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+# --- options from files ---
+
+
+def _place(it: Command, options: Mapping[str, Any], resume: bool) -> Path:
+    """Where a run goes, or lies, if --output is not given."""
+    if it.place is not None and (own := it.place(options)) is not None:
+        return own
+    numbers = sorted(int(path.name) for path in RUNS.glob("*") if path.name.isdigit())
+    if not resume:
+        return RUNS / f"{(numbers[-1] if numbers else 0) + 1:03d}"
+    for number in reversed(numbers):
+        config = RUNS / f"{number:03d}" / runs.CONFIG
+        if config.exists() and read_json(config).get("command") == it.name:
+            return config.parent
+    raise ConfigError(f"--resume: there is no run of hatcl {it.name} in {RUNS}/; name its folder with --output")
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Options from a YAML or JSON file; of a run's config.json its `options`, with `command` beside them.
+
+    Raises:
+        IntegrityError: the file cannot be read. ConfigError: it holds something else.
+    """
+    if path.suffix == ".json":
+        content = read_json(path, object)
+    else:
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise IntegrityError(f"{path} cannot be read as YAML ({error}); is the path right?") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds {type(content).__name__}, expected a mapping from options to values")
+    if isinstance(content.get("options"), dict) and "command" in content:
+        return {**content["options"], "command": content["command"]}
+    return content
+
+
+class ReadsFiles(TyperCommand):
+    """A command whose defaults come from --config and, with --resume, from the run."""
+
+    it: Command
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Look for --config, --resume and --output first, and fill in the defaults that they bring."""
+        if self.it.writes_run and not {"--help", "-h"} & set(args):
+            options, rest, _ = self.make_parser(ctx).parse_args(list(args))
+            ctx.default_map = {**self._resumed(options), **self._configured(options)}
+        return super().parse_args(ctx, args)
+
+    def _resumed(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        if not options.get("resume"):
+            return {}
+        told = {n: v for n, v in options.items() if isinstance(v, str)}
+        folder = Path(options["output"]) if options.get("output") else _place(self.it, told, True)
+        stored = runs.stored_config(folder)
+        if stored is None:
+            return {}
+        if stored["command"] != self.it.name:
+            raise ConfigError(
+                f"--output: {folder} holds a run of hatcl {stored['command']}, not of hatcl {self.it.name}; name "
+                "another folder"
+            )
+        return self._checked(stored["options"], str(folder / runs.CONFIG), stored=True)
+
+    def _configured(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        if not options.get("config"):
+            return {}
+        path = Path(options["config"])
+        found = read_options(path)
+        other = found.pop("command", self.it.name)
+        if other != self.it.name:
+            raise ConfigError(f"--config: {path} is of hatcl {other}, not of hatcl {self.it.name}")
+        return self._checked(found, f"--config: {path}")
+
+    def _checked(self, found: Mapping[str, Any], where: str, stored: bool = False) -> dict[str, Any]:
+        known = {p.name: p for p in self.params if p.name not in META and p.name != "help"}
+        spelled = {n.rstrip("_"): n for n in known} | {n: n for n in known}
+        out: dict[str, Any] = {}
+        for key, value in found.items():
+            text = str(key).replace("-", "_")
+            name = spelled.get(SPELLED.get(text, text))
+            if name is None and stored:
+                raise IntegrityError(f"{where} has the option {key!r}, which hatcl {self.it.name} does not know")
+            if name is None:
+                raise ConfigError(
+                    f"{where}: hatcl {self.it.name} has no option {key!r}; did you mean {nearest(key, spelled)!r}?"
+                )
+            if value is not None and value != {} and value != []:
+                out[name] = _as_texts(value, many=bool(known[name].multiple or known[name].nargs != 1))
+        return out
+
+
+def _as_texts(value: Any, many: bool) -> Any:
+    """A value as the command line would have given it."""
+    if isinstance(value, Mapping):
+        return [f"{k}={_literal(v)}" for k, v in value.items()]
+    if many:
+        return [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    return value if isinstance(value, bool) else str(value)
+
+
+def _literal(value: Any) -> str:
+    if not isinstance(value, str):
+        return repr(value)
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+    return repr(value)  # a text that looks like a number
+
+
+def reads_files(it: Command) -> type[TyperCommand]:
+    """The class of the typer command, which knows what it is of."""
+    return type("ReadsFiles", (ReadsFiles,), {"it": it})
+
+
+def words(text: str) -> str:
+    """A docstring's text for --help: paragraphs, without line breaks inside of them."""
+    return "\n\n".join(" ".join(p.split()) for p in re.split(r"\n\s*\n", inspect.cleandoc(text)))

@@ -1,0 +1,100 @@
+"""Where the commands print: two consoles, a progress bar, and a switch that leaves only JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def say(text: object, style: str | None = None) -> None:
+    """One message, not broken into lines, so that paths in it can be copied."""
+    out.print(text, style=style, soft_wrap=True)
+
+
+def fail(message: object) -> None:
+    """What went wrong, on the error stream."""
+    err.print(Text.assemble(("error: ", "bold red"), (str(message), "red")), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def quiet(on: bool) -> Iterator[None]:
+    """Print nothing inside but errors."""
+    before, out.quiet = out.quiet, on
+    try:
+        yield
+    finally:
+        out.quiet = before
+
+
+def print_json(content: Any) -> None:
+    """A report as JSON, on standard output. Numbers that are not finite are null."""
+    print(json.dumps(_plain(content), indent=2, allow_nan=False))
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_plain(value) for value in content]
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    return content if content is None or isinstance(content, (str, int)) else str(content)
+
+
+def percent(value: float | None) -> str:
+    """A share for a table; a dot where it was not measured."""
+    return "·" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+class Bar:
+    """A progress bar on a terminal; elsewhere, and under --json, nothing.
+
+    Args:
+        total: how many there are in all, None = not known yet. unit: what is counted; `bytes` are shown as sizes.
+    """
+
+    def __init__(self, total: int | None, unit: str, text: str = "reading") -> None:
+        counted = [DownloadColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), *counted, TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), console=out, disable=out.quiet or not out.is_terminal,
+        )  # fmt: skip
+        self.bar = self.progress.add_task(text, total=total)
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def says(self, text: str, **at: Any) -> None:
+        """Change the text, and with `completed=` and `total=` where it stands."""
+        self.progress.update(self.bar, description=text, **at)
+
+    def advance(self) -> None:
+        """One more is done."""
+        self.progress.advance(self.bar)
+
+    def line(self, text: str) -> None:
+        """A line of its own where there is no terminal to show the bar."""
+        if not out.is_terminal:
+            say(text)

@@ -1,0 +1,161 @@
+"""What the commands that learn coefficients share: their options, the run around a procedure, and how it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+import hatcl
+
+from ...atlas.experiment import CHECKPOINT, HEADS, HEADS_BY, ISOTROPIC, Experiment, Reading, Writing
+from ...atlas.files import per_block
+from ...atlas.options import AtlasOptions
+from ...engine.folder import RunFolder
+from ...errors import ConfigError
+from ...files import write_files
+from ...report.heatmap import draw_coefficients
+from ...report.tables import accuracy_table
+from .._command import Asked, absolute, usable_device
+from .._console import Bar, out, say
+
+PICTURE = "coefficients.png"
+STARTS = ("zero", "search", "isotropic")
+TASK = "task"  # the name of a command's only task
+
+Base = Annotated[
+    Path, typer.Argument(metavar="BASE", help="The pretrained checkpoint: a safetensors file, or a folder of shards.")
+]
+DataFile = Annotated[Path, typer.Option(help="An .npz file with x_train, y_train, x_test, y_test.")]
+Vectors = Annotated[
+    list[str], typer.Option(metavar="NAME=PATH", help="A task vector to compose (not the task's own); repeatable.")
+]
+TaskSpecs = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME=VECTOR:DATA.npz",
+        help="A task: its name, its task vector (a saved one, a fine-tuned checkpoint or a folder of a LoRA adapter) "
+        "and its images; repeatable.",
+    ),
+]
+WarmStart = Annotated[
+    str,
+    typer.Option(
+        help="Where learning starts: zero, search (the best scale that all vectors share), or isotropic (search, then "
+        "one learned coefficient per vector)."
+    ),
+]
+
+
+class TaskSpec(NamedTuple):
+    """A task as the command line names it."""
+
+    name: str
+    vector: Path
+    data: Path
+
+    def __str__(self) -> str:
+        return f"{self.name}={absolute(self.vector)}:{absolute(self.data)}"
+
+
+def learned(
+    asked: Asked, reading: Reading, writing: Writing, learning: AtlasOptions,
+    vectors: Mapping[str, Path], data: Mapping[str, Path], work: Callable[[Experiment], None],
+    *, needs_validation: bool = False, stages: Collection[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Run a procedure, go on with an interrupted one, or give back what a finished one has found.
+
+    Args:
+        stages: what is learned before the procedure's own coefficients.
+    """
+    if reading.head not in HEADS_BY:
+        asked.options["head"] = absolute(reading.head)
+    folder = asked.folder()
+    if folder.finished:
+        say(f"{folder.path} is finished already.")
+        return _tidied(folder)
+    name = asked.command.name.split()[-1]
+    order = [*stages, name]
+
+    with Bar(learning.epochs * len(order), "epochs") as bar:
+
+        def tell(at: str, entry: Mapping[str, float]) -> None:
+            if not entry:
+                bar.says(at)
+                return
+            text = ", ".join(f"{key} {entry[key]:.4g}" for key in ("loss", "score") if key in entry)
+            epoch = int(entry["epoch"])
+            bar.says(f"{at}: {text}", completed=order.index(at) * learning.epochs + epoch)
+            bar.line(f"{at}, epoch {epoch}: {text}")
+            folder.tell(name=at, stage=order.index(at), **entry)
+
+        run = Experiment(name, here(reading), writing, learning, folder.path, tell)
+        run.read(vectors, data, needs_validation=needs_validation)
+        inputs = folder.same_inputs(run.files)
+        with folder.claimed(light={HEADS}, hatcl=hatcl.__version__, inputs=inputs):
+            work(run)
+            metrics = run.write()
+            try:
+                blocks = [b.name for b in run.composer.blocks]
+                picture = draw_coefficients(per_block(run.composer).tolist(), run.names, blocks)
+                write_files({folder.path / PICTURE: picture})
+            except ConfigError as error:
+                say(f"no picture: {error}", "yellow")
+            folder.finish(metrics)
+    return _tidied(folder)
+
+
+def _tidied(folder: RunFolder) -> dict[str, Any]:
+    for file in (CHECKPOINT, ISOTROPIC):
+        (folder.path / file).unlink(missing_ok=True)
+    return folder.metrics
+
+
+def show(run: Path, metrics: dict[str, Any]) -> None:
+    """Print what a procedure has found."""
+    out.print(accuracy_table(metrics["accuracy"]))
+    fitted = metrics["fitted"][metrics["procedure"]]
+    epoch, last = fitted["epoch"], len(fitted["history"])
+    words = {-1: "all zero: the pretrained model is the best", 0: "those of the start"}.get(epoch, f"of epoch {epoch}")
+    vectors, groups = metrics["coefficients"]
+    say(f"coefficients ({vectors} x {groups}): {words}{f' of {last}' if epoch > 0 else ''}")
+    say(f"{metrics['seconds']:.0f} s", "dim")
+
+
+def here(reading: Reading) -> Reading:
+    """With a device that can be used."""
+    return dataclasses.replace(reading, device=usable_device(reading.device))
+
+
+def task_specs(flag: str, texts: Sequence[str]) -> list[TaskSpec]:
+    """`NAME=VECTOR:DATA.npz`. Of several colons the one counts at which two paths exist, else the last."""
+    found = []
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        cuts = [i for i, letter in enumerate(rest) if letter == ":" and 0 < i < len(rest) - 1]
+        if not (name and equals and cuts):
+            raise ConfigError(f"{flag}: got {text!r}, expected NAME=VECTOR:DATA.npz")
+        pairs = [(Path(rest[:i]), Path(rest[i + 1 :])) for i in reversed(cuts)]
+        found.append(TaskSpec(name, *next((p for p in pairs if p[0].exists() and p[1].exists()), pairs[0])))
+    _distinct(flag, [s.name for s in found])
+    return found
+
+
+def vector_paths(asked: Asked, texts: Sequence[str]) -> dict[str, Path]:
+    """`NAME=PATH`, which config.json then holds with absolute paths."""
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, equals, path) in zip(texts, pairs, strict=True):
+        if not (name and equals and path):
+            raise ConfigError(f"--vector: got {text!r}, expected NAME=PATH")
+    _distinct("--vector", [name for name, _, _ in pairs])
+    asked.options["vector"] = [f"{name}={absolute(path)}" for name, _, path in pairs]
+    return {name: Path(path) for name, _, path in pairs}
+
+
+def _distinct(flag: str, names: Sequence[str]) -> None:
+    twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
+    if twice is not None:
+        raise ConfigError(f"{flag}: the name {twice!r} comes twice; each needs a name of its own")

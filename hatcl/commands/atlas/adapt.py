@@ -1,0 +1,55 @@
+"""`hatcl atlas adapt`: test-time adaptation."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Any
+
+import typer
+
+from ... import atlas
+from ...atlas import adaptation
+from ...atlas.experiment import Experiment, Reading, Writing
+from ...config import one_of
+from .._command import Asked, command
+from ._learning import TASK, Base, DataFile, Vectors, learned, show, vector_paths
+
+OBJECTIVES = ("ufm", "entropy")
+
+
+@command("atlas adapt", show=show)
+def adapt(
+    asked: Asked, base: Base, vector: Vectors, data: DataFile,
+    images: Annotated[
+        str, typer.Option(help="Whose images are learned from, without their labels: test, or training.")
+    ] = "test",
+    objective: Annotated[
+        str, typer.Option(help="ufm (unsupervised FixMatch), or entropy of the predictions, to compare with.")
+    ] = "ufm",
+    per_class: Annotated[
+        int | None, typer.Option(help="How many images of each class are trusted; by default images / classes, to 100.")
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror images in the strong view.")] = True,
+    *, reading: Reading, writing: Writing, learning: atlas.AtlasOptions = adaptation.ADAPTATION,
+) -> dict[str, Any]:  # fmt: skip
+    """Adapt at test time: learn coefficients from images without labels.
+
+    Labels of the training images fit the head; those of the test images are used nowhere but in the report.
+    """
+    paths = vector_paths(asked, vector)
+    one_of("--images", images, ("test", "training"))
+    one_of("--objective", objective, OBJECTIVES)
+
+    def work(run: Experiment) -> None:
+        run.fit_heads()
+        strong = functools.partial(atlas.random_crops, flip=flip)
+        run.learn(
+            lambda composed, **how: atlas.adapt(
+                composed, run.parts[TASK][images], head=run.heads[TASK], strong=strong, per_class=per_class,
+                batch_size=reading.batch_size, objective=objective, options=learning, **how,
+            )
+        )  # fmt: skip
+        run.measure("pretrained", 0.0)
+        run.measure("composed")
+
+    return learned(asked, reading, writing, learning, paths, {TASK: data}, work)

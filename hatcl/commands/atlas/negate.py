@@ -1,0 +1,54 @@
+"""`hatcl atlas negate`: unlearn a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ... import atlas
+from ...atlas import negation
+from ...atlas.experiment import Experiment, Reading, Writing
+from ...config import number, one_of
+from ...errors import ConfigError
+from .._command import Asked, command
+from ._learning import STARTS, Base, WarmStart, learned, show, task_specs
+
+
+@command("atlas negate", show=show)
+def negate(
+    asked: Asked, base: Base,
+    target: Annotated[
+        str, typer.Option(metavar="NAME=VECTOR:DATA.npz", help="The task to unlearn: its name, task vector and images.")
+    ],
+    control: Annotated[Path, typer.Option(metavar="DATA.npz", help="Images of what must stay.")],
+    keep: Annotated[float, typer.Option(help="Share of the pretrained control accuracy that must remain.")] = 0.95,
+    warm_start: WarmStart = "zero",
+    *, reading: Reading, writing: Writing, learning: atlas.AtlasOptions = negation.NEGATION,
+) -> dict[str, Any]:  # fmt: skip
+    """Unlearn a task and keep another: the lowest accuracy on the target at which the control keeps its own.
+
+    It lowers accuracy on what it is shown and proves nothing. As published, coefficients are learned from the held-out
+    images and chosen by them; the test images are only reported.
+    """
+    (spec,) = task_specs("--target", [target])
+    if spec.name == "control":
+        raise ConfigError("--target: the name control is that of --control; choose another")
+    one_of("--warm-start", warm_start, STARTS)
+    number("--keep", keep, 0, 1, what="a share")
+    asked.options["target"] = str(spec)
+
+    def work(run: Experiment) -> None:
+        run.fit_heads()
+        gone, stays = run.atlas_task(spec.name), run.atlas_task("control")
+        run.learn(
+            lambda composed, **how: atlas.negate(composed, gone, stays, keep=keep, options=learning, **how), warm_start
+        )
+        run.measure("pretrained", 0.0)
+        run.measure("composed")
+
+    return learned(
+        asked, reading, writing, learning, {spec.name: spec.vector}, {spec.name: spec.data, "control": control}, work,
+        needs_validation=True, stages=["isotropic"] * (warm_start == "isotropic"),
+    )  # fmt: skip

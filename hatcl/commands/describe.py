@@ -1,0 +1,24 @@
+"""`hatcl describe`: the units of a model, and who uses them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hatcl
+
+from ..engine.folder import find_model
+from ..report.tables import units_table
+from ._command import Run, command
+from ._console import out, say
+
+
+@command("describe")
+def describe(run: Run) -> dict[str, Any]:
+    """Show the units of each layer, how they are shared, and what each task uses."""
+    description = hatcl.describe(hatcl.from_pretrained(find_model(run))).to_dict()
+    out.print(units_table(description))
+    elements = description["elements"]
+    total = max(1, sum(elements.values()))
+    shares = (f"{name.replace('_', ' ')} {100 * count / total:.1f} %" for name, count in elements.items())
+    say(f"{total:,} elements: {', '.join(shares)}")
+    return description

@@ -1,0 +1,43 @@
+"""`hatcl forget`: erase a task."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+
+import hatcl
+
+from ..engine import folder as runs
+from ..errors import ConfigError
+from ._command import Run, command
+from ._console import say
+
+
+@command("forget")
+def forget(
+    run: Run,
+    task: Annotated[int, typer.Option(help="The task to forget, counted from 0.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be erased.")] = False,
+) -> dict[str, Any]:
+    """Erase what only this task holds; every other task stays as it is, bit for bit.
+
+    Of a run, the metrics lose the task as well.
+    """
+    folder = runs.find_model(run)
+    of_a_run = (run / runs.CONFIG).exists() and folder != run
+    if of_a_run and not dry_run:
+        if not (run / runs.METRICS).exists():
+            raise ConfigError(f"{run} is not finished; finish it with: hatcl train --resume --output {run}")
+        runs.tidy(run)  # no older copy may keep what is to be forgotten
+    model = hatcl.from_pretrained(folder)
+    report = hatcl.forget_task(model, task, dry_run=dry_run)
+    if of_a_run and not dry_run:
+        runs.save_model(run, model)
+        runs.drop_task(run, task)
+        (run / runs.PICTURE).unlink(missing_ok=True)  # it shows the task; hatcl show draws one of the others
+    elif not dry_run:
+        hatcl.save_pretrained(model, folder)
+    say(str(report))
+    return dataclasses.asdict(report)

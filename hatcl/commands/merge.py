@@ -1,0 +1,159 @@
+"""`hatcl merge`: checkpoints into one, file to file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import known_options
+from ..errors import ConfigError
+from ..vectors.stream import compose_files
+from ._command import absolute, command, read_options
+from ._console import Bar, say
+
+RECIPES = (".yaml", ".yml", ".json")
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a recipe's file holds.
+
+    Args:
+        base: the pretrained checkpoint. parts: checkpoints, task vectors or adapters; a list of paths (PATH:COEFFICIENT
+            where wanted), or a mapping from paths to coefficients.
+        coefficients: of a list of parts, in its order.
+        method: a merging method instead of the sum. options: its options.
+    """
+
+    base: str
+    parts: Any
+    coefficients: Any = None
+    method: str | None = None
+    options: Mapping[str, Any] | None = None
+
+
+@command("merge")
+def merge(
+    base: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BASE",
+            help="The pretrained checkpoint: a safetensors file, or a folder of shards. Or, alone, a recipe: a .yaml "
+            "or .json file with base, parts, and where wanted coefficients, method and options.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="A folder, or a file that ends in .safetensors.")],
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PART[:COEFFICIENT]]...",
+            help="Fine-tuned checkpoints, saved task vectors or folders of LoRA adapters, such as cars/:0.4; the "
+            "coefficient is 1 where none is given.",
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="A merging method, such as ties, instead of the sum.")] = None,
+    set_: Annotated[
+        Mapping[str, Any] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of --method, such as density=0.2; repeatable."),
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="How large a file may become: 100MB, 2GB, ...")] = "100MB",
+    vector: Annotated[bool, typer.Option("--vector", help="Write the task vector instead of the checkpoint.")] = False,
+    buffers: Annotated[
+        bool, typer.Option("--buffers", help="Merge running statistics too; otherwise they are BASE's.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Refuse task vectors that were taken from another base.")
+    ] = True,
+) -> dict[str, Any]:
+    """Add what fine-tuning changed to a checkpoint: BASE + sum of COEFFICIENT * (PART - BASE), file to file.
+
+    The memory needed is that of one shard and a few tensors. When it was interrupted, the same command goes on where it
+    stopped.
+    """
+    if base.suffix in RECIPES and not parts:
+        recipe = _recipe(base)
+        if recipe.method is not None and method not in (None, recipe.method):
+            raise ConfigError(
+                f"--method: got {method}, but {base} has the method {recipe.method}; leave one of them out"
+            )
+        start, pairs = base.parent / recipe.base, _pairs(base, recipe)
+        method, options = method or recipe.method, {**(recipe.options or {}), **(set_ or {})}
+    else:
+        start, pairs, options = base, [_part(text) for text in parts or ()], dict(set_ or {})
+    if not pairs:
+        raise ConfigError("merge: no parts; give at least one PART, or a recipe that ends in .yaml or .json")
+    size = _bytes("--shard-size", shard_size)
+    with Bar(None, "bytes", "merging") as bar:
+        compose_files(
+            start, pairs, output, method=method, options=options, vector=vector, buffers=buffers, check=check,
+            shard_bytes=size, progress=lambda done, total: bar.says("merging", completed=done, total=total),
+        )  # fmt: skip
+    say(f"{output}: {start} and {len(pairs)} part{'s' * (len(pairs) > 1)}")
+    return {
+        "output": absolute(output), "base": absolute(start), "method": method, "options": options,
+        "parts": [{"path": absolute(path), "coefficient": c} for path, c in pairs],
+    }  # fmt: skip
+
+
+def _recipe(path: Path) -> Recipe:
+    content = read_options(path)
+    known_options(Recipe, content)
+    missing = [name for name in ("base", "parts") if not content.get(name)]
+    if missing:
+        raise ConfigError(f"{path}: the recipe lacks {' and '.join(missing)}; it needs base and parts")
+    recipe = Recipe(**content)
+    if not isinstance(recipe.options or {}, Mapping):
+        raise ConfigError(f"{path}: options is {recipe.options!r}, expected a mapping")
+    return recipe
+
+
+def _pairs(path: Path, recipe: Recipe) -> list[tuple[Path, float]]:
+    """Paths of a recipe are as seen from its file."""
+    parts, given = recipe.parts, recipe.coefficients
+    if isinstance(parts, Mapping):
+        if given is not None:
+            raise ConfigError(f"{path}: parts has coefficients already; leave out coefficients")
+        pairs = list(parts.items())
+    elif isinstance(parts, list) and given is None:
+        return [_part(str(part), path.parent) for part in parts]
+    elif isinstance(parts, list) and isinstance(given, list) and len(parts) == len(given):
+        pairs = list(zip(parts, given, strict=True))
+    else:
+        raise ConfigError(
+            f"{path}: expected parts as a list of paths and as many coefficients, or as a mapping from paths to "
+            "coefficients"
+        )
+    wrong = next((c for _, c in pairs if isinstance(c, bool) or not isinstance(c, (int, float))), None)
+    if wrong is not None:
+        raise ConfigError(f"{path}: the coefficient {wrong!r} is no number")
+    return [(path.parent / str(part), float(c)) for part, c in pairs]
+
+
+def _part(text: str, folder: Path = Path()) -> tuple[Path, float]:
+    """`path` or `path:coefficient`."""
+    path, colon, number = text.rpartition(":")
+    if not colon or (folder / text).exists():
+        return folder / text, 1.0
+    try:
+        return folder / path, float(number)
+    except ValueError:
+        raise ConfigError(
+            f"{text}: no such file, and {number!r} is no coefficient; expected PATH or PATH:COEFFICIENT"
+        ) from None
+
+
+def _bytes(flag: str, text: str) -> int:
+    found = re.fullmatch(r"([\d.]+) *([KMG]?I?B)", text.strip().upper())
+    try:
+        size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    except (ValueError, KeyError):
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{flag}: got {text!r}, expected a size such as 100MB or 2GB")
+    return size

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from command_parts import call
+from safetensors.torch import load_file, save_file
+
+import hatcl
+from hatcl.commands.merge import _bytes
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """base.safetensors, its fine-tunes 0 and 1, and a task vector of another base."""
+    torch.manual_seed(0)
+    for name in ("base", "0", "1"):
+        save_file({"a": torch.randn(5, 5), "b": torch.randn(5), "n": torch.tensor(3)}, tmp_path / f"{name}.safetensors")
+    vector = hatcl.TaskVector.between(tmp_path / "0.safetensors", tmp_path / "1.safetensors")
+    vector.save(tmp_path / "vector.safetensors")
+    return tmp_path
+
+
+def test_merge_adds_checkpoints(checkpoints, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoints)
+    code, out, _ = call(
+        capsys, "merge", "base.safetensors", "0.safetensors:0.4", "1.safetensors:-1", "--output", "out",
+        "--shard-size", "100B",
+    )  # fmt: skip
+    assert code == 0 and "out: base.safetensors and 2 parts" in out
+    base, one, two = (load_file(f"{n}.safetensors") for n in ("base", "0", "1"))
+    want = hatcl.vectors.task_vector.composed(
+        base, [(0.4, hatcl.TaskVector.between(base, one)), (-1, hatcl.TaskVector.between(base, two))]
+    )
+    got = hatcl.vectors.tensors.tensors_of("out")
+    assert len(list(Path("out").glob("model-*.safetensors"))) == 2
+    assert {n for n in want if torch.equal(want[n], got[n])} == {"a", "b", "n"} == set(got)
+    code, out, _ = call(capsys, "merge", "base.safetensors", "1.safetensors", "--output", "one.safetensors")
+    assert code == 0 and "one.safetensors: base.safetensors and 1 part\n" in out
+    assert all(torch.equal(t, two[n]) for n, t in load_file("one.safetensors").items())  # bit for bit
+
+
+def test_merge_writes_vectors_and_merges(checkpoints, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoints)
+    Path("0.safetensors").rename("x:0.5")  # a name that looks like a coefficient
+    code, _, _ = call(capsys, "merge", "base.safetensors", "x:0.5", "--output", "v", "--vector")
+    assert code == 0 and torch.equal(
+        hatcl.TaskVector.load("v").apply_to("base.safetensors")["a"], load_file("x:0.5")["a"]
+    )
+    parts = ["x:0.5:2", "1.safetensors"]
+    code, _, err = call(
+        capsys, "merge", "base.safetensors", *parts, "--method", "ties", "--set", "density=0.5", "--output", "m",
+    )  # fmt: skip
+    assert code == 0, err
+    code, _, _ = call(capsys, "merge", "base.safetensors", "vector.safetensors", "--no-check", "--output", "n")
+    assert code == 0 and Path("n/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (["no.safetensors"], "no.safetensors: no such file; expected safetensors"),
+        (
+            ["0.safetensors:half"],
+            "0.safetensors:half: no such file, and 'half' is no coefficient; expected PATH or PATH:COEF",
+        ),
+        (["0.safetensors:nan"], "coefficient of 0.safetensors: got nan, expected a finite number"),
+        (["0.safetensors", "--shard-size", "many"], "--shard-size: got 'many', expected a size such as 100MB or 2GB"),
+        (["0.safetensors", "--shard-size", "1.1.1MB"], "--shard-size: got '1.1.1MB'"),
+        (["0.safetensors", "--shard-size", "0MB"], "--shard-size: got '0MB'"),
+        (["0.safetensors", "--set", "x"], "--set: got 'x', expected key=value"),
+        (["0.safetensors", "--set", "x=1"], "options: got x without a method that takes them"),
+        (["0.safetensors", "--method", "tise"], "method: got 'tise'"),
+        (["vector.safetensors"], "is not what this vector was taken from; apply it to its own base"),
+        (["0.safetensors", "--output", "base.safetensors"], "base.safetensors would replace"),
+    ],
+)
+def test_merge_refuses_with_one_clean_message(checkpoints, monkeypatch, capsys, args, text):
+    monkeypatch.chdir(checkpoints)
+    code, _, err = call(
+        capsys, "merge", "base.safetensors", *args, *([] if "--output" in args else ["--output", "out"])
+    )
+    assert code == 2 and err.startswith("error: ") and text in err and "Traceback" not in err
+    assert not list(Path("out").glob("*.safetensors"))
+
+
+def test_merge_stopped_by_ctrl_c_goes_on(checkpoints, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoints)
+    args = ("merge", "base.safetensors", "0.safetensors:0.5", "--output", "out", "--shard-size", "1B")
+    real, left = hatcl.vectors.files._write, [2]
+
+    def stopping(*write):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        real(*write)
+
+    monkeypatch.setattr(hatcl.vectors.files, "_write", stopping)
+    code, _, err = call(capsys, *args)
+    assert code == 130 and "stopped. Go on with: the same command" in err
+    left[0] = 1  # one of three shards is left
+    code, _, _ = call(capsys, *args)
+    assert code == 0 and len(list(Path("out").glob("*.safetensors"))) == 3
+
+
+def test_sizes():
+    sizes = {"100MB": 100_000_000, "2 GB": 2_000_000_000, "1.5KB": 1500, "1MiB": 1 << 20, "7b": 7}
+    assert {text: _bytes("--shard-size", text) for text in sizes} == sizes

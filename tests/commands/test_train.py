@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+from command_parts import FAST, call, given, write_tasks
+
+import hatcl
+from hatcl.commands.train import DEFAULT_MODEL
+
+
+def test_the_run_folder_holds_everything(run):
+    names = {path.name for path in run.iterdir()}
+    always = {"model", "metrics.json", "metrics.jsonl", "config.json"}
+    assert always <= names <= always | {"picture.png"}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["bit_equal"] is True and metrics["exact"] is True and metrics["forgetting"] == 0
+    assert [record["name"] for record in metrics["records"]] == ["t0", "t1", "t2"]
+    config = json.loads((run / "config.json").read_text())
+    assert config["input_shape"] == [3, 32, 32] and config["tasks"][0] == {"name": "t0", "classes": 2}
+    assert config["command"] == "train" and config["options"]["task"][0] == f"t0={run.parent / 't0.npz'}"
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(s["task"], s["step"]) for s in steps] == [(t, step) for t in range(3) for step in range(1, 7)]
+
+
+def test_the_end_of_a_run_says_what_counts(run, capsys):
+    code, out, _ = call(capsys, "train", "--resume", "--output", run)
+    assert code == 0
+    shown = " ".join(out.split())
+    for words in ("is finished already", "average accuracy", "forgetting 0.00 %", "row: learned, column: tested"):
+        assert words in shown
+    assert "certificate: exact. The logits of all 3 sealed tasks are bit-equal to those at sealing" in shown
+    assert shown.count("bit-equal") >= 4  # one per task and the certificate's
+
+
+def test_train_by_default_learns_the_digits(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, "train", "--epochs", "1")
+    assert code == 0 and (tmp_path / "runs" / "001" / "model").is_dir()
+    metrics = json.loads((tmp_path / "runs" / "001" / "metrics.json").read_text())
+    assert [record["name"] for record in metrics["records"]] == [f"digits {c}-{c + 1}" for c in range(0, 10, 2)]
+    code, out, _ = call(capsys, "train", "--resume")
+    assert code == 0 and "001 is finished already" in " ".join(out.split())
+
+
+def test_options_reach_the_model_and_its_config(tmp_path, capsys):
+    tasks = write_tasks(tmp_path, 2)
+    code, _, err = call(
+        capsys, "train", "--split", f"{tasks[0]}:1", "--output", tmp_path / "run", *FAST, "--model", "hat_test_resnet",
+        "--model-kwargs", "drop_rate=0.1", "--set", "max_scale=200", "--set", "schedule=cosine", "--set", "num_tasks=3",
+        "--optimizer", "sgd", "--schedule", "cosine", "--amp", "bf16", "--flip", "--crop", "2", "--fit", "pad",
+    )  # fmt: skip
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(metrics["records"]) == 1 and metrics["records"][0]["steps"] == 2 * 3
+    model = hatcl.from_pretrained(tmp_path / "run" / "model")
+    assert hatcl.tasks(model) == [0]
+
+
+def test_a_finished_or_other_run_is_not_overwritten(run, capsys):
+    code, _, err = call(capsys, "train", "--output", run, *FAST)
+    assert code == 2 and "already holds a run; add --resume to go on with it, or name another folder" in err
+    code, _, err = call(capsys, "train", "--output", run, "--resume", "--epochs", "3")
+    assert code == 2 and "was started with epochs=2, now came 3; give the same to go on with it" in err
+    code, _, err = call(capsys, "train", "--output", run, "--resume", "--epochs", "2", "--device", "cpu")
+    assert code == 0
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--task", "none.npz"], "--task: none.npz is not a file; expected .npz (images) or .json, .json.gz (texts)"),
+        (["--split", "5"], "--split: got '5', expected FILE.npz:5"),
+        (["--split", "a.npz"], "expected FILE.npz:5"),
+        (["--dataset", "CIFAR100"], "--dataset needs --root"),
+        (["--dataset", "CIFAR100", "--root", "nowhere"], "put its files there or give --download"),
+        (["--task", "t0.npz", "--dataset", "MNIST"], "exclude each other"),
+        (["--model", "hat_test_resnt"], "--model: there is no 'hat_test_resnt'; did you mean 'hat_test_resnet'?"),
+        (["--model-kwargs", "drop_rate"], "--model-kwargs: got 'drop_rate', expected key=value"),
+        (["--set", "max_scal=3"], "did you mean 'max_scale'"),
+        (["--set", "schedule=cosin"], "did you mean 'cosine'"),
+        (["--set", "num_tasks=1"], "--set num_tasks: got 1, expected at least the 3 tasks at hand"),
+        (["--optimizer", "adamq"], "optimizer: timm makes no 'adamq'"),
+        (["--schedule", "cosinus"], "schedule: timm makes no 'cosinus'"),
+        (["--epochs", "0"], "epochs: got 0, expected at least 1"),
+        (["--amp", "fp8"], "amp: got 'fp8', expected none, bf16 or fp16"),
+        (["--device", "cuda:99"], "--device: 'cuda:99' cannot be used here"),
+        (["--resume"], "--resume: there is no run of hatcl train in runs/; name its folder with --output"),
+    ],
+)
+def test_bad_flags_give_one_clean_message(tmp_path, monkeypatch, capsys, args, text):
+    tasks = write_tasks(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    data = [] if {"--task", "--split", "--dataset", "--resume"} & set(args) else given(tasks)
+    code, _, err = call(capsys, "train", *data, *args)
+    assert code == 2 and err.startswith("error: ") and text in err
+    assert "Traceback" not in err and not (tmp_path / "runs").exists()
+
+
+# --- interruptions ---
+
+
+def start(output: Path, *args: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "hatcl", "train", "--resume", "--output", str(output), *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # a background job of a shell inherits an ignored SIGINT; the command is to meet it as from a terminal
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, preexec_fn=listens
+    )
+
+
+def progress(output: Path) -> tuple[int, int]:
+    """Task and step that the newest complete checkpoint stands at."""
+    for name in ("checkpoint", ".checkpoint.old"):
+        try:  # the run may be replacing it at this moment
+            content = json.loads((output / name / "progress.json").read_text())
+        except FileNotFoundError:
+            continue
+        return content["task"], content["step"]
+    return 0, 0
+
+
+def sealed_digests(output: Path) -> list[str]:
+    """The logits' digests of the tasks sealed so far, as the newest complete checkpoint tells."""
+    for name in ("metrics.json", "checkpoint/progress.json", ".checkpoint.old/progress.json"):
+        try:
+            content = json.loads((output / name).read_text())
+        except FileNotFoundError:
+            continue
+        return [record["logits_sha256"] for record in content.get("result", content)["records"]]
+    return []
+
+
+def kill_and_resume(tmp_path: Path, moments: int, seed: int) -> list[tuple[int, int]]:
+    """Kill a run at random moments of its work, resume it each time, and demand the very result of a run that was left
+    alone. Returns where the kills found it."""
+    args = [
+        *given(write_tasks(tmp_path)),
+        "--epochs",
+        "3",
+        "--batch-size",
+        "8",
+        "--device",
+        "cpu",
+        "--checkpoint-seconds",
+        "0",
+    ]
+    whole = start(tmp_path / "whole", *args)
+    begun = time.monotonic()
+    while not (tmp_path / "whole" / "checkpoint").exists() and whole.poll() is None:
+        time.sleep(0.01)
+    set_up = time.monotonic() - begun
+    _, errors = whole.communicate()
+    assert whole.returncode == 0, errors.decode()
+    work = time.monotonic() - begun - set_up
+    expected = sealed_digests(tmp_path / "whole")
+
+    def check(output: Path) -> None:
+        assert sealed_digests(output) == expected
+        metrics = json.loads((output / "metrics.json").read_text())
+        assert metrics["bit_equal"] is True and metrics["exact"] is True
+
+    rng = random.Random(seed)
+    output, places = tmp_path / "killed", []
+    for kill in range(moments):
+        process = start(output, *args)
+        if rng.random() < 0.2:
+            time.sleep(rng.uniform(0.0, set_up))
+        else:  # after it has learned something, a small share of the work each time, so that the kills spread over it
+            before = progress(output)
+            while progress(output) == before and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0.0, 1.5) * work / moments)
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert not errors, errors.decode()
+        digests = sealed_digests(output)
+        assert digests == expected[: len(digests)]
+        places.append(progress(output))
+        if process.returncode == 0:  # it was faster; the other kills meet a new run
+            check(output)
+            output = tmp_path / f"killed{kill}"
+    process = start(output, *args)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    check(output)
+    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+    return places
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    output = tmp_path / "run"
+    process = start(output, *given(write_tasks(tmp_path)), "--epochs", "300")
+    while not (output / "config.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.decode().strip() == f"stopped. Go on with: hatcl train --resume --output {output}"
+
+
+def test_killed_at_3_random_moments_and_resumed(tmp_path):
+    kill_and_resume(tmp_path, moments=3, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments_and_resumed(tmp_path):
+    places = kill_and_resume(tmp_path, moments=20, seed=1)
+    assert len(set(places)) > 5, f"the kills met the run only at (task, step) {places}"
+
+
+def test_default_model_exists():
+    assert timm.is_model(DEFAULT_MODEL)
