@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hatcl
-from hatcl.config import INITS, PENALTIES, REUSE, SCHEDULES, HATConfig, flag, number, whole, without_effect
+from hatcl.config import INITS, PENALTIES, REUSE, SCHEDULES, HATConfig, flag, help_of, number, whole, without_effect
 
 valid = st.fixed_dictionaries(
     {},
@@ -128,3 +128,36 @@ def test_an_option_without_effect_is_refused_with_the_remedy():
     without_effect(config, ["clamp", "init"], "x", "y")
     with pytest.raises(hatcl.ConfigError, match="num_tasks: got 3, which has no effect with x; pass y, or leave"):
         without_effect(config, ["clamp", "num_tasks"], "x", "pass y")
+
+
+@dataclasses.dataclass
+class Described:
+    """Some options: of a thing.
+
+    Args:
+        lr, decay: for the optimizer. epochs: passes (at most
+            `many`): over all.
+        seed: of what is random; lr: is no field here, but this is its sentence
+
+    Raises:
+        ConfigError: never.
+    """
+
+    lr: float
+    decay: float
+    epochs: int
+    seed: int = 0
+    own: int = dataclasses.field(default=0, metadata={"help": "From the field."})
+    silent: int = 0
+
+
+def test_what_a_docstring_says_of_each_field():
+    assert help_of(Described) == {
+        "lr": "For the optimizer.",
+        "decay": "For the optimizer.",
+        "epochs": "Passes (at most many): over all.",
+        "seed": "Of what is random;",
+        "own": "From the field.",
+        "silent": "",
+    }
+    assert all(help_of(hatcl.HATConfig).values())

@@ -29,6 +29,12 @@ def say(text: object, style: str | None = None) -> None:
     out.print(text, style=style, soft_wrap=True)
 
 
+def plain(text: str) -> None:
+    """Text for pipes, whatever the width of the terminal."""
+    if not out.quiet:
+        print(text)
+
+
 def fail(message: object) -> None:
     """What went wrong, on the error stream."""
     err.print(Text.assemble(("error: ", "bold red"), (str(message), "red")), soft_wrap=True)

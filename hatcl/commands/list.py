@@ -10,7 +10,7 @@ import hatcl
 
 from ..errors import ConfigError
 from ._command import command
-from ._console import out
+from ._console import plain
 
 
 @command("list")
@@ -21,6 +21,5 @@ def list_models(
     names = hatcl.list_models(pattern)
     if not names:
         raise ConfigError(f"no model matches {pattern!r}; try a wider pattern such as 'hat_*resnet*'")
-    if not out.quiet:
-        print("\n".join(names))  # plain, for pipes
+    plain("\n".join(names))
     return list(names)

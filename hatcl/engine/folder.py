@@ -197,7 +197,7 @@ def check_same(where: object, stored: Mapping[str, Any], now: Mapping[str, Any],
     Raises:
         ConfigError: it was not; names the first option that differs, and both values.
     """
-    found = _difference({k: v for k, v in stored.items() if k not in free}, {
+    found = _difference({k: v for k, v in _plain(stored).items() if k not in free}, {
         k: v for k, v in _plain(now).items() if k not in free
     })  # fmt: skip
     if found is not None:

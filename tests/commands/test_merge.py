@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from command_parts import call
 from safetensors.torch import load_file, save_file
 
@@ -107,3 +109,62 @@ def test_merge_stopped_by_ctrl_c_goes_on(checkpoints, monkeypatch, capsys):
 def test_sizes():
     sizes = {"100MB": 100_000_000, "2 GB": 2_000_000_000, "1.5KB": 1500, "1MiB": 1 << 20, "7b": 7}
     assert {text: _bytes("--shard-size", text) for text in sizes} == sizes
+
+
+def recipe(folder: Path, content: object, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(json.dumps(content) if name.endswith("json") else yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"base": "base.safetensors", "parts": ["0.safetensors:0.4", "1.safetensors:-1"]},
+        {"base": "base.safetensors", "parts": {"0.safetensors": 0.4, "1.safetensors": -1}},
+        {"base": "base.safetensors", "parts": ["0.safetensors", "1.safetensors"], "coefficients": [0.4, -1]},
+    ],
+)
+@pytest.mark.parametrize("name", ["recipe.yaml", "recipe.json"])
+def test_a_recipe_gives_what_its_words_give(checkpoints, tmp_path, monkeypatch, capsys, content, name):
+    path = recipe(checkpoints, content, name)
+    monkeypatch.chdir(tmp_path.parent)  # its paths are as seen from the recipe
+    code, out, err = call(capsys, "merge", path, "--output", tmp_path / "a.safetensors", "--json")
+    assert code == 0, err
+    assert [part["coefficient"] for part in json.loads(out)["parts"]] == [0.4, -1.0]
+    monkeypatch.chdir(checkpoints)
+    parts = ["0.safetensors:0.4", "1.safetensors:-1"]
+    assert call(capsys, "merge", "base.safetensors", *parts, "--output", tmp_path / "b.safetensors")[0] == 0
+    ours, theirs = (load_file(tmp_path / f"{n}.safetensors") for n in "ab")
+    assert all(torch.equal(t, theirs[n]) for n, t in ours.items())
+
+
+def test_a_recipe_with_a_method(checkpoints, capsys):
+    content = {"base": "base.safetensors", "parts": ["0.safetensors", "1.safetensors"], "method": "ties"}
+    path = recipe(checkpoints, {**content, "options": {"density": 0.5}})
+    code, out, err = call(capsys, "merge", path, "--output", checkpoints / "m", "--json")
+    assert code == 0 and json.loads(out)["options"] == {"density": 0.5}, err
+    code, _, err = call(capsys, "merge", path, "--method", "dare", "--output", checkpoints / "n")
+    assert code == 2 and "--method: got dare, but" in err and "leave one of them out" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"base": "base.safetensors"}, "the recipe lacks parts; it needs base and parts"),
+        ({"base": "b", "parts": ["0"], "coeficients": [1]}, "no option 'coeficients'; did you mean 'coefficients'?"),
+        ({"base": "b", "parts": ["0"], "coefficients": [1, 2]}, "expected parts as a list of paths and as many"),
+        ({"base": "b", "parts": {"0": 1}, "coefficients": [1]}, "parts has coefficients already"),
+        ({"base": "b", "parts": {"0": "half"}}, "the coefficient 'half' is no number"),
+        ({"base": "b", "parts": ["0"], "options": [1]}, "options is [1], expected a mapping"),
+        ([1], "holds list, expected a mapping"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed(checkpoints, capsys, content, text):
+    code, _, err = call(capsys, "merge", recipe(checkpoints, content), "--output", checkpoints / "out")
+    assert code == 2 and text in err and not (checkpoints / "out").exists()
+
+
+def test_merge_without_parts(checkpoints, capsys):
+    code, _, err = call(capsys, "merge", checkpoints / "base.safetensors", "--output", checkpoints / "out")
+    assert code == 2 and "merge: no parts; give at least one PART, or a recipe" in err

@@ -9,8 +9,8 @@ import torch
 import hatcl
 from hatcl import files
 from hatcl.engine import folder as checkpoints
-from hatcl.engine.folder import Checkpoint
-from hatcl.errors import IntegrityError
+from hatcl.engine.folder import Checkpoint, RunFolder, check_same, drop_task, read_steps
+from hatcl.errors import ConfigError, IntegrityError
 
 CPU = torch.device("cpu")
 
@@ -95,3 +95,151 @@ def test_the_newest_model_of_a_run_is_found(tmp_path, model):
     assert not (tmp_path / "checkpoint").exists()
     checkpoints.save_model(tmp_path, model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "plain"]
+
+
+# --- one run's folder ---
+
+OPTIONS = {"lr": 0.1, "set_": {"grain": "row"}, "task": ["a=/a.npz"], "device": "cpu"}
+
+
+def test_a_run_from_the_claim_to_its_end(tmp_path):
+    run = RunFolder(tmp_path / "run", "train", OPTIONS)
+    assert not run.begun and not run.path.exists()  # looking writes nothing
+    with run.claimed(inputs={"a": "0"}):
+        assert run.begun and not run.finished
+        stored = json.loads((run.path / "config.json").read_text())
+        assert stored == {"command": "train", "options": OPTIONS, "inputs": {"a": "0"}}
+        (run.path / "checkpoint").mkdir()
+        assert run.finish({"accuracy": float("nan")}) == {"accuracy": None}
+    assert run.finished and sorted(p.name for p in run.path.iterdir()) == ["config.json", "metrics.json"]
+    assert RunFolder(run.path, "train", OPTIONS).metrics == {"accuracy": None}
+
+
+def failing(run, *files):
+    with pytest.raises(ConfigError, match="a late mistake"), run.claimed(light={"heads"}):
+        for name in files:
+            (run.path / name).touch()
+        raise ConfigError("a late mistake")
+
+
+def test_an_error_that_leaves_no_more_than_the_claim_takes_it_back(tmp_path):
+    failing(RunFolder(tmp_path / "run", "train", OPTIONS), "heads")
+    assert list(tmp_path.iterdir()) == []
+    failing(RunFolder(tmp_path / "run", "train", OPTIONS), "heads", "checkpoint.pt")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "heads", "checkpoint.pt"}
+    other = RunFolder(tmp_path / "other", "train", OPTIONS)
+    with pytest.raises(KeyboardInterrupt), other.claimed():  # whoever stops a run may go on with it
+        raise KeyboardInterrupt
+    failing(RunFolder(tmp_path / "other", "train", OPTIONS))
+    assert [p.name for p in other.path.iterdir()] == ["config.json"]  # it was begun before
+
+
+def test_twin_a_claim_that_is_not_taken_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "_unclaim", lambda self, light: None)
+    with pytest.raises(AssertionError):
+        test_an_error_that_leaves_no_more_than_the_claim_takes_it_back(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"command": "atlas add"}, "holds a run of hatcl train, not of hatcl atlas add; name another folder"),
+        ({"resume": False}, "already holds a run; add --resume to go on with it, or name another folder"),
+        ({"options": {**OPTIONS, "lr": 0.2}}, "was started with lr=0.1, now came 0.2; give the same to go on with it"),
+        ({"options": {**OPTIONS, "set_": {}}}, "was started with set_.grain=row, now came nothing"),
+        ({"options": {**OPTIONS, "task": ["a" * 99]}}, "now came .'a{57}…; give the same"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(tmp_path, changes, text):
+    with RunFolder(tmp_path / "run", "train", OPTIONS).claimed():
+        pass
+    given = {"command": "train", "options": OPTIONS, **changes}
+    with pytest.raises(ConfigError, match=text):
+        RunFolder(tmp_path / "run", **given)
+    assert RunFolder(tmp_path / "run", "train", {**OPTIONS, "device": "cuda"}, free={"device"}).begun
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"hidden_size": 3}')
+    for name, text in (
+        ("file", "file is a file, expected a folder"),
+        ("notes", r"holds something else than a run of hatcl \(todo.txt, and no config.json\)"),
+        ("model", "the config.json in .*model is not of a run of hatcl; name another folder"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            RunFolder(tmp_path / name, "train", OPTIONS)
+
+
+def test_another_process_in_the_folder(tmp_path):
+    run = RunFolder(tmp_path / "run", "train", OPTIONS)
+    with run.claimed():
+        with pytest.raises(ConfigError, match="run: another process is at work in this folder; wait for its end"):
+            with RunFolder(tmp_path / "run", "train", OPTIONS).claimed():
+                raise AssertionError
+        assert (run.path / ".lock").exists()
+    with run.claimed():
+        pass
+    assert [p.name for p in run.path.iterdir()] == ["config.json"]
+
+
+def test_inputs_that_changed(tmp_path):
+    (tmp_path / "a.npz").write_text("a")
+    run = RunFolder(tmp_path / "run", "train", OPTIONS)
+    with run.claimed(inputs=run.same_inputs([tmp_path / "a.npz"])):
+        assert list(run.same_inputs([tmp_path / "a.npz"])) == [str(tmp_path / "a.npz")]
+    (tmp_path / "a.npz").write_text("b")
+    with pytest.raises(IntegrityError, match="a.npz is not what the run in .*run was started with: it changed since"):
+        run.same_inputs([tmp_path / "a.npz"])
+
+
+def test_steps_that_are_done_again_replace_their_lines(tmp_path):
+    run = RunFolder(tmp_path, "train", {})
+    for task, step in ((0, 1), (0, 2), (1, 1), (1, 2)):
+        run.tell(task=task, step=step, loss=1.0)
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"task": 1, "st')  # cut by a kill
+    run._told = False  # as in another process
+    run.tell(task=1, step=2, loss=2.0)
+    run.tell(task=1, step=3, loss=float("nan"))
+    told = [(line["task"], line["step"], line["loss"]) for line in read_steps(tmp_path)]
+    assert told == [(0, 1, 1.0), (0, 2, 1.0), (1, 1, 1.0), (1, 2, 2.0), (1, 3, None)]
+
+
+def test_what_a_forgotten_task_leaves_in_the_metrics(tmp_path):
+    record = {"loss": 0.1, "logits_sha256": "f"}
+    checkpoints.write_json(
+        tmp_path / "metrics.json",
+        {
+            "records": [{"name": n, **record} for n in "abc"],
+            "rows": [[0.9], [0.9, 0.8], [0.7, 0.8, 0.6]],
+            "layers": [{"name": "l", "used": {"0": 1, "1": 2, "2": 3}}],
+            "max_abs_diff": {"0": 0.0, "1": 0.0, "2": 0.0},
+            "average_accuracy": 0.7, "forgetting": 0.1, "backward_transfer": -0.1,
+        },
+    )  # fmt: skip
+    run = RunFolder(tmp_path / "x", "train", {})
+    run.path = tmp_path
+    for task in range(3):
+        run.tell(task=task, step=1)
+    drop_task(tmp_path, 1)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["records"][1] == {"name": "b", "loss": None, "logits_sha256": None} and found["forgotten"] == [1]
+    assert found["rows"] == [[0.9], [], [0.7, None, 0.6]]
+    assert found["layers"][0]["used"] == {"0": 1, "2": 3} and set(found["max_abs_diff"]) == {"0", "2"}
+    assert found["average_accuracy"] == pytest.approx(0.65, abs=1e-12)
+    assert found["forgetting"] == pytest.approx(0.2, abs=1e-12)
+    assert [line["task"] for line in read_steps(tmp_path)] == [0, 2]
+    drop_task(tmp_path, 0)
+    drop_task(tmp_path, 2)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["rows"] == [[], [], []] and found["average_accuracy"] is None and found["forgotten"] == [0, 1, 2]
+
+
+def test_the_first_difference_is_named():
+    check_same("x", {"a": (1, 2), "b": {"c": 1}}, {"a": [1, 2], "b": {"c": 1}})
+    with pytest.raises(ConfigError, match=r"the run in x was started with b.c=1, now came 2.*\(--output\)"):
+        check_same("x", {"a": 1, "b": {"c": 1}}, {"a": 1, "b": {"c": 2}})

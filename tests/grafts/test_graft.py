@@ -88,17 +88,17 @@ def test_sets_are_as_those_of_their_elements(members, seed):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gamma_zero_is_the_pretrained_and_one_the_fine_tuned_bit_for_bit(kind):
     pre, ft = parts.pair(kind)
-    before, goal = parts.bits_of(pre), parts.bits_of(ft)
+    before, goal = parts.bits(pre), parts.bits(ft)
     assert not parts.same(before, goal)
     for share, want in ((-1, before), (2, goal)):
         g = parts.graft(pre, ft, share)
         assert g.sparsity == (share > 0)
-        assert parts.same(parts.bits_of(g.apply_to(pre)), want)
-        assert parts.same(parts.bits_of(g.apply_to(pre.state_dict())), want)
+        assert parts.same(parts.bits(g.apply_to(pre)), want)
+        assert parts.same(parts.bits(g.apply_to(pre.state_dict())), want)
         with g.applied(pre):
-            assert parts.same(parts.bits_of(pre), want)
-        assert parts.same(parts.bits_of(pre), before)
-        assert parts.same(parts.bits_of(g.vector(pre).apply_to(pre)), want)
+            assert parts.same(parts.bits(pre), want)
+        assert parts.same(parts.bits(pre), before)
+        assert parts.same(parts.bits(g.vector(pre).apply_to(pre)), want)
 
 
 def test_twin_adding_the_difference_does_not_give_the_fine_tuned_model(monkeypatch):
@@ -111,7 +111,7 @@ def test_twin_adding_the_difference_does_not_give_the_fine_tuned_model(monkeypat
         inplace.put(t, at, start + (values - start))
 
     monkeypatch.setattr(Graft, "_put", added)
-    assert not parts.same(parts.bits_of(g.apply_to(pre)), parts.bits_of(ft))
+    assert not parts.same(parts.bits(g.apply_to(pre)), parts.bits(ft))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,7 +123,7 @@ def test_each_element_is_one_models_or_the_others(kind):
     for n, m in on.items():
         want = torch.where(m, parts.as_ints(theirs[n]), parts.as_ints(ours[n]))
         assert torch.equal(parts.as_ints(new[n]), want)
-    assert parts.same(parts.bits_of(g.vector(pre).apply_to(pre)), parts.bits_of(g.apply_to(pre)))
+    assert parts.same(parts.bits(g.vector(pre).apply_to(pre)), parts.bits(g.apply_to(pre)))
 
 
 # ---- in place, and out again -------------------------------------------------------------------------------------
@@ -137,10 +137,10 @@ def test_a_second_graft_is_checked_against_the_model_before_the_first():
     late = Graft.from_masks(parts.masks(pre, 0.9, 3), ft, pre)
     assert all(late.base[n] == b.base[n] for n in b.base)
     wanted = union([b, a], "first")
-    assert parts.same(parts.bits_of(wanted.apply_to(pre)), parts.bits_of(pre))
+    assert parts.same(parts.bits(wanted.apply_to(pre)), parts.bits(pre))
     b.remove_(pre)
     a.remove_(pre)
-    assert parts.same(parts.bits_of(wanted.apply_to(pre)), parts.bits_of(union([a, b]).apply_to(pre)))
+    assert parts.same(parts.bits(wanted.apply_to(pre)), parts.bits(union([a, b]).apply_to(pre)))
 
 
 def test_training_through_the_graft_sees_its_values():
@@ -170,7 +170,7 @@ def test_tied_parameters_once():
     assert new.lm_head.weight is new.transformer.wte.weight
     stored = g.apply_to(pre.state_dict())
     assert stored["lm_head.weight"] is stored["transformer.wte.weight"]
-    assert parts.same(parts.bits_of(stored), parts.bits_of(new))
+    assert parts.same(parts.bits(stored), parts.bits(new))
     # by the name that stands second
     on = g.masks()
     second = Graft.from_masks({"lm_head.weight": on["transformer.wte.weight"]}, ft, pre)
@@ -192,10 +192,10 @@ def test_files_are_read_when_asked_for(tmp_path):
     g = Graft.from_masks(want.masks(), tmp_path / "ft.safetensors", tmp_path / "pre.safetensors")
     assert g.base == want.base and all(torch.equal(g.values[n], want.values[n]) for n in want.values)
     new = g.apply_to(tmp_path / "pre.safetensors")
-    assert parts.same(parts.bits_of({n: new[n] for n in new}), parts.bits_of(want.apply_to(pre)))
+    assert parts.same(parts.bits({n: new[n] for n in new}), parts.bits(want.apply_to(pre)))
     other = g.apply_to(tmp_path / "ft.safetensors")
     refused(IntegrityError, lambda: other["0.weight"], "0.weight is not what this graft was made for")
-    assert parts.same(parts.bits_of(g.vector(tmp_path / "pre.safetensors").apply_to(pre)), parts.bits_of(g.apply_to(pre)))
+    assert parts.same(parts.bits(g.vector(tmp_path / "pre.safetensors").apply_to(pre)), parts.bits(g.apply_to(pre)))
 
 
 def test_sums_of_vectors_are_sums_of_grafts():
@@ -217,11 +217,11 @@ def test_values_are_cast_to_a_model_in_another_precision():
     pre, ft = parts.pair("linear")
     g, half = parts.graft(pre, ft, 2), copy.deepcopy(pre).half()
     refused(IntegrityError, lambda: g.apply_to(half), "is not what this graft was made for")
-    assert parts.same(parts.bits_of(g.apply_to(half, check=False)), parts.bits_of(copy.deepcopy(ft).half()))
-    before = parts.bits_of(half)
+    assert parts.same(parts.bits(g.apply_to(half, check=False)), parts.bits(copy.deepcopy(ft).half()))
+    before = parts.bits(half)
     with g.applied(half, check=False):
         pass
-    assert parts.same(parts.bits_of(half), before)
+    assert parts.same(parts.bits(half), before)
 
 
 # ---- saved -------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_saved_and_loaded(kind, filled, tmp_path):
         assert back.values is None
         return
     assert all(torch.equal(bits_of(back.values[n]), bits_of(g.values[n])) for n in g.values)
-    assert parts.same(parts.bits_of(back.apply_to(pre)), parts.bits_of(g.apply_to(pre)))
+    assert parts.same(parts.bits(back.apply_to(pre)), parts.bits(g.apply_to(pre)))
     # two of the same content are the same file
     back.save(tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -250,7 +250,7 @@ def test_a_graft_of_nothing_is_saved_too(tmp_path):
     pre, ft = parts.pair("linear")
     parts.graft(pre, ft, -1).save(tmp_path / "a.safetensors")
     back = Graft.load(tmp_path / "a.safetensors")
-    assert back.size == 0 and back.numel == 26 and parts.same(parts.bits_of(back.apply_to(pre)), parts.bits_of(pre))
+    assert back.size == 0 and back.numel == 26 and parts.same(parts.bits(back.apply_to(pre)), parts.bits(pre))
 
 
 def roberta_base():
@@ -300,7 +300,7 @@ def test_a_graft_for_another_model():
     pre, ft = parts.pair("linear")
     g = parts.graft(pre, ft)
     other = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
-    before = parts.bits_of(other)
+    before = parts.bits(other)
     for call in (
         lambda: g.apply_to(other), lambda: g.apply_(other), lambda: g.apply_to(other.state_dict()),
         lambda: g.fill(other), lambda: g.vector(other), lambda: Graft.from_masks(g.masks(), pretrained=other),
@@ -312,7 +312,7 @@ def test_a_graft_for_another_model():
             "model has [5, 3]",
             "one architecture?",
         )
-    assert parts.same(parts.bits_of(other), before)
+    assert parts.same(parts.bits(other), before)
     refused(GraftError, lambda: g.apply_to(parts.bert()), "0.weight is [4, 3], the model has no such tensor")
     whole = {n: p.to(torch.int8) for n, p in pre.state_dict().items()}
     refused(GraftError, lambda: g.apply_to(whole), "0.weight is int8 in the model, expected float16 or wider")
@@ -326,7 +326,7 @@ def test_a_graft_for_another_model():
 def test_another_base(how):
     pre, ft = parts.pair("linear")
     g, other = parts.graft(pre, ft, 0.9), parts.pair("linear", seed=1)[0]
-    before = parts.bits_of(other)
+    before = parts.bits(other)
     call = {
         "apply_to": lambda **k: g.apply_to(other, **k), "apply_": lambda **k: g.apply_(other, **k),
         "state dict": lambda **k: g.apply_to(other.state_dict(), **k),
@@ -335,7 +335,7 @@ def test_another_base(how):
         IntegrityError, call,
         "0.weight is not what this graft was made for; apply it to its own pretrained model, or pass check=False",
     )  # fmt: skip
-    assert parts.same(parts.bits_of(other), before)
+    assert parts.same(parts.bits(other), before)
     call(check=False)
 
 

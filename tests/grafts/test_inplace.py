@@ -42,19 +42,19 @@ def raw(dtype, seed, strange):
 @settings(deadline=None, max_examples=60)
 def test_apply_then_remove_gives_back_every_bit(seed, shares, dtype, strange):
     pre = raw(dtype, seed, strange)
-    before = parts.bits_of(pre)
+    before = parts.bits(pre)
     grafts, seen = [], []
     for i, share in enumerate(shares):
         grafts.append(parts.graft(pre, raw(dtype, seed + 20 + i, strange), share, seed=i))
-        seen.append(parts.bits_of(pre))
+        seen.append(parts.bits(pre))
         grafts[-1].apply_(pre)
         for n, p in pre.named_parameters():
             at = grafts[-1].indices.get(n, torch.zeros(0)).long()
             assert torch.equal(parts.as_ints(p).reshape(-1)[at], bits_of(grafts[-1].values[n]) if len(at) else at)
     for g, was in zip(reversed(grafts), reversed(seen), strict=True):
         g.remove_(pre)
-        assert parts.same(parts.bits_of(pre), was)
-    assert parts.same(parts.bits_of(pre), before)
+        assert parts.same(parts.bits(pre), was)
+    assert parts.same(parts.bits(pre), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -62,16 +62,16 @@ def test_twin_values_that_pass_through_float32_lose_payloads(monkeypatch, dtype)
     plain = inplace.take
     monkeypatch.setattr(inplace, "take", lambda t, at: plain(t, at).float().to(t.dtype))
     pre = raw(dtype, 0, True)
-    before = parts.bits_of(pre)
+    before = parts.bits(pre)
     g = Graft.from_masks(parts.masks(pre, 0.9), raw(dtype, 1, True))
     g.apply_(pre)
     g.remove_(pre, check=False)
-    assert not parts.same(parts.bits_of(pre), before)
+    assert not parts.same(parts.bits(pre), before)
 
 
 def test_twin_taking_the_difference_away_again_loses_bits(monkeypatch):
     pre, ft = parts.pair("bert")
-    before, g = parts.bits_of(pre), parts.graft(pre, ft, 0.5)
+    before, g = parts.bits(pre), parts.graft(pre, ft, 0.5)
     g.apply_(pre)
 
     def subtracted(t, place):
@@ -79,41 +79,41 @@ def test_twin_taking_the_difference_away_again_loses_bits(monkeypatch):
 
     monkeypatch.setattr(inplace, "_put_back", subtracted)
     g.remove_(pre)
-    assert not parts.same(parts.bits_of(pre), before)
+    assert not parts.same(parts.bits(pre), before)
 
 
 @pytest.mark.parametrize("kind", ["convolutional", "tied"])
 def test_of_grafts_that_overlap_the_last_comes_out_first(kind):
     pre, ft = parts.pair(kind)
-    before = parts.bits_of(pre)
+    before = parts.bits(pre)
     a, b = parts.graft(pre, ft, 0.5, 1), parts.graft(pre, ft, 0.5, 2)
     a.apply_(pre)
     b.apply_(pre)
-    both = parts.bits_of(pre)
+    both = parts.bits(pre)
     refused(
         GraftError,
         lambda: a.remove_(pre),
         "elements of this graft are also in one that was applied later; remove that f",
     )
-    assert parts.same(parts.bits_of(pre), both)
+    assert parts.same(parts.bits(pre), both)
     b.remove_(pre)
     a.remove_(pre)
-    assert parts.same(parts.bits_of(pre), before)
+    assert parts.same(parts.bits(pre), before)
     # grafts that do not overlap come out in any order
     c = b - a
     a.apply_(pre)
     c.apply_(pre)
     a.remove_(pre)
     c.remove_(pre)
-    assert parts.same(parts.bits_of(pre), before)
+    assert parts.same(parts.bits(pre), before)
 
 
 def test_the_same_graft_twice():
     pre, ft = parts.pair("linear")
-    before, g = parts.bits_of(pre), parts.graft(pre, ft)
+    before, g = parts.bits(pre), parts.graft(pre, ft)
     with g.applied(pre), g.applied(pre):
-        assert not parts.same(parts.bits_of(pre), before)
-    assert parts.same(parts.bits_of(pre), before)
+        assert not parts.same(parts.bits(pre), before)
+    assert parts.same(parts.bits(pre), before)
 
 
 def test_what_was_not_applied_cannot_be_removed():
@@ -131,16 +131,16 @@ def test_what_was_not_applied_cannot_be_removed():
 @pytest.mark.parametrize("how", ["trained", "cast"])
 def test_elements_that_changed_since(how):
     pre, ft = parts.pair("linear")
-    before, g = parts.bits_of(pre), parts.graft(pre, ft)
+    before, g = parts.bits(pre), parts.graft(pre, ft)
     g.apply_(pre)
     if how == "trained":
         with torch.no_grad():
             pre[0].weight.mul_(2)
     else:
         pre.double()
-    changed = parts.bits_of(pre)
+    changed = parts.bits(pre)
     refused(GraftError, lambda: g.remove_(pre), "0.weight: elements of this graft changed since", "pass check=False")
-    assert parts.same(parts.bits_of(pre), changed)
+    assert parts.same(parts.bits(pre), changed)
     g.remove_(pre, check=False)
     on = g.masks()["0.weight"]
     assert torch.equal(parts.as_ints(pre[0].weight.float())[on], before["0.weight"][on])
@@ -159,32 +159,32 @@ def test_elements_outside_may_be_trained():
 
 def test_after_an_exception_every_bit_is_back():
     pre, ft = parts.pair("bert")
-    before, g = parts.bits_of(pre), parts.graft(pre, ft)
+    before, g = parts.bits(pre), parts.graft(pre, ft)
     with pytest.raises(KeyError), g.applied(pre):
         raise KeyError
-    assert parts.same(parts.bits_of(pre), before)
+    assert parts.same(parts.bits(pre), before)
 
 
 def test_after_an_exception_every_bit_is_back_also_of_elements_that_changed():
     pre, ft = parts.pair("linear")
-    before, g = parts.bits_of(pre), parts.graft(pre, ft, 2)
+    before, g = parts.bits(pre), parts.graft(pre, ft, 2)
     with pytest.raises(KeyError, match="mine"), g.applied(pre), torch.no_grad():
         pre[0].weight.mul_(2)
         raise KeyError("mine")
-    assert parts.same(parts.bits_of(pre), before)
+    assert parts.same(parts.bits(pre), before)
     with pytest.raises(GraftError, match="changed since it was applied"), g.applied(pre), torch.no_grad():
         pre[0].weight.mul_(2)  # without one it is told
     g.remove_(pre, check=False)
-    assert parts.same(parts.bits_of(pre), before)
+    assert parts.same(parts.bits(pre), before)
 
 
 def test_a_tensor_that_is_gone():
     pre, ft = parts.pair("linear")
     g, last = parts.graft(pre, ft, 2), pre[2]
-    before = parts.bits_of(pre)
+    before = parts.bits(pre)
     g.apply_(pre)
     pre[2] = nn.Identity()
     refused(GraftError, lambda: g.remove_(pre), "2.weight: this Sequential no longer has it; put the module that was")
     pre[2] = last
     g.remove_(pre)
-    assert parts.same(parts.bits_of(pre), before)
+    assert parts.same(parts.bits(pre), before)

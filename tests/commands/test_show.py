@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from command_parts import call
+
+from hatcl.engine import folder as runs
+
+
+def test_a_finished_run_and_its_picture(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "picture.png").unlink(missing_ok=True)
+    code, out, err = call(capsys, "show", copy)
+    shown = " ".join(out.split())
+    assert code == 0 and "certificate: exact" in shown and "row: learned, column: tested" in shown, err
+    assert pytest.importorskip("matplotlib") and (copy / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    code, out, _ = call(capsys, "show", copy, "--json")
+    assert code == 0 and json.loads(out) == json.loads((copy / "metrics.json").read_text())
+
+
+def test_a_run_that_is_not_finished(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    metrics = json.loads((copy / "metrics.json").read_text())
+    (copy / "metrics.json").unlink()
+    code, _, err = call(capsys, "show", copy)
+    assert code == 2 and f"has nothing to show yet; go on with: hatcl train --resume --output {copy}" in err
+    (copy / "checkpoint").mkdir()
+    runs.write_json(copy / "checkpoint" / "progress.json", {"result": {**metrics, "finished": False}})
+    code, out, err = call(capsys, "show", copy)
+    assert code == 0 and "3 tasks are learned; the run is not finished" in " ".join(out.split()), err
+
+
+def test_what_is_no_run(tmp_path, capsys):
+    code, _, err = call(capsys, "show", tmp_path)
+    assert code == 2 and "holds no run of hatcl (no config.json of one); name the folder of a run" in err
+    runs.write_json(tmp_path / "config.json", {"command": "cook", "options": {}})
+    code, _, err = call(capsys, "show", tmp_path)
+    assert code == 2 and "holds no run of hatcl" in err
+    code, _, err = call(capsys, "show", tmp_path, "--share", "1")
+    assert code == 2 and "--share: got 1.0, expected a share between 0 and 1, without these" in err
