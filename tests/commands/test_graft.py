@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +30,6 @@ from hatcl import commands as cli  # noqa: E402
 from hatcl.commands import graft as cli_graft  # noqa: E402
 from hatcl.continual import TextData  # noqa: E402
 from hatcl.engine.measures import predict  # noqa: E402
-from hatcl.errors import ConfigError  # noqa: E402
 from hatcl.finetuning import grafts as finetuning_grafts  # noqa: E402
 from hatcl.finetuning import load_run  # noqa: E402
 from hatcl.grafts import Graft, GraftScores  # noqa: E402
@@ -336,11 +334,6 @@ def test_a_late_mistake_is_seen_before_anything_is_made(here, tmp_path, monkeypa
     monkeypatch.setattr(finetuning_grafts.Maker, "make", lambda *a: pytest.fail("made a graft"))
     more = ["--by", "learned", "--by", "random", "--grain", "element", "--grain", "unti", "--sparsity", "0.1"]
     assert graft("run", *more, "--output", tmp_path / "g") == 2 and not (tmp_path / "g").exists()
-
-
-def test_a_run_without_test_examples():
-    with pytest.raises(ConfigError, match="the run has no test examples; fine-tune on a data file that has some"):
-        finetuning_grafts.Scene(SimpleNamespace(task=SimpleNamespace(test=[])), [], None, 15)
 
 
 def test_scores_that_were_not_kept(here, tmp_path, capsys):
