@@ -50,13 +50,16 @@ GUESTS = {
     "rich": ["commands", "report/tables.py"],
 }
 # files of one room that import each other -> why that cannot be otherwise
-CIRCLES: dict[tuple[str, ...], str] = {
-    ("skills/ilora.py", "skills/ilora_files.py"): "waits for the room's own split",
-}
+CIRCLES: dict[tuple[str, ...], str] = {}
 # what is raised beside HATError's kinds -> why. None: wherever it is raised
 RAISED: dict[tuple[str | None, str], str] = {
     ("commands", "typer.Exit"): "typer's own way to end a command",
     ("commands", "SystemExit"): "the command line ends",
+    ("commands/_command.py", "Stopped"): "Ctrl-C; the roof prints its word and ends",
+    ("continual/images_run.py", "ValueError"): "an IntegrityError where it is caught",
+    ("continual/methods/replay.py", "IndexError"): "an IntegrityError where it is caught",
+    ("continual/methods/replay.py", "ValueError"): "an IntegrityError where it is caught",
+    ("engine/loop.py", "NotImplementedError"): "a method that each procedure has",
     ("data/batches.py", "TypeError"): "what Python's len() raises of an object without a length",
     ("engine/schedule.py", "ValueError"): "timm's own for an unknown schedule; a ConfigError a few lines below",
     ("files.py", "IsADirectoryError"): "what the system would raise; an IntegrityError where it is caught",
