@@ -13,8 +13,9 @@ import typer
 import hatcl
 
 from ..errors import HATError
-from ._command import COMMANDS, Answer, Asked, Command, Either, Stopped, command, reads_files, typed, words
+from ._command import COMMANDS, Answer, Asked, Command, Stopped, command, reads_files, typed, words
 from ._console import Bar, err, fail, out, say
+from ._options import Either
 
 __all__ = ["COMMANDS", "Answer", "Asked", "Bar", "Command", "Either", "command", "err", "main", "out", "say"]
 GROUPS: dict[str, str] = {}  # folders of commands, with what they say of themselves

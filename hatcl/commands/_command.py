@@ -7,34 +7,38 @@ function prints through `_console`, and gives back what --json prints.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import inspect
 import re
-import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-import yaml
 from typer.core import TyperCommand
 
-from ..config import help_of
 from ..engine import folder as runs
 from ..engine.folder import RunFolder
 from ..errors import ConfigError, IntegrityError, nearest
 from ..files import read_json
 from ._console import print_json, quiet, say
+from ._options import (
+    SPELLED,
+    as_texts,
+    either_of,
+    fields_as_options,
+    kept,
+    made,
+    read_options,
+    read_value,
+    spelled_hint,
+)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of hatcl.save_pretrained.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 RUNS = Path("runs")
-# the option of a field, where a dataclass calls it otherwise
-SPELLED = {"words": "word"}
 META = ("output", "resume", "config", "json_")  # options of the command line, not of the run
 Show = Callable[[Path, dict[str, Any]], None]
 
@@ -122,13 +126,6 @@ class Asked:
         return RunFolder(self.output, self.command.name, self.options, self.resume, may_differ)
 
 
-@dataclasses.dataclass(frozen=True)
-class Either:
-    """Marks a parameter that is a mapping of those options of several dataclasses that were given."""
-
-    kinds: tuple[type, ...]
-
-
 # --- from a function to a typer command ---
 
 
@@ -139,26 +136,26 @@ def typed(it: Command) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
     for name, p in inspect.signature(it.body).parameters.items():
         hint = hints[name]
-        either = _either(hint)
+        either = either_of(hint)
         if hint is Asked:
             continue
         if dataclasses.is_dataclass(hint) or either is not None:
             kinds = (typing.cast(type, hint),) if either is None else either.kinds
             taken = {q.name for q in parameters} | {n for n in inspect.signature(it.body).parameters if n != name}
-            groups[name] = _fields(kinds, None if p.default is p.empty else p.default, taken)
+            groups[name] = fields_as_options(kinds, None if p.default is p.empty else p.default, taken)
             parameters += groups[name]
         else:
-            parameters.append(p.replace(annotation=_spelled(name, hint, p.default), kind=p.KEYWORD_ONLY))
+            parameters.append(p.replace(annotation=spelled_hint(name, hint, p.default), kind=p.KEYWORD_ONLY))
     parameters += _meta(it)
 
     def run(context: typer.Context, **values: Any) -> None:
         given = {n for n in values if _was_given(context, n)}
-        values = {n: _read(hints_of.get(n), n, v) for n, v in values.items()}
+        values = {n: read_value(hints_of.get(n), n, v) for n, v in values.items()}
         asked = {n: v for n, v in values.items() if n not in META}
         arguments = {n: v for n, v in values.items() if n in hints}
         for name, fields in groups.items():
             kind = hints[name]
-            if _either(kind) is not None:
+            if either_of(kind) is not None:
                 own = {q.name: values[q.name] for q in fields}
                 arguments[name] = {n: v for n, v in own.items() if n in given and v is not None}
             else:
@@ -166,7 +163,7 @@ def typed(it: Command) -> Callable[..., None]:
         for name, hint in hints.items():
             if hint is Asked:
                 place = values["output"] or _place(it, values, values["resume"])
-                options = {n: _kept(v) for n, v in asked.items()}
+                options = {n: kept(v) for n, v in asked.items()}
                 arguments[name] = Asked(it, options, given, place, values["resume"])
         with quiet(values["json_"]), _stoppable(context, arguments):
             answer = it.body(**arguments)
@@ -187,97 +184,6 @@ def typed(it: Command) -> Callable[..., None]:
     run.__doc__ = it.body.__doc__
     run.__name__ = it.body.__name__
     return run
-
-
-def _fields(kinds: tuple[type, ...], default: Any, taken: Collection[str]) -> list[inspect.Parameter]:
-    """One option per field; of several dataclasses one for all fields of a name, without a default of its own."""
-    found: dict[str, inspect.Parameter] = {}
-    for kind in kinds:
-        hints, said = typing.get_type_hints(kind, include_extras=True), help_of(kind)
-        for f in dataclasses.fields(kind):
-            name = SPELLED.get(f.name, f.name)
-            if name in taken:
-                continue
-            first = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            value = getattr(default, f.name) if type(default) is kind else first
-            hint, text = hints[f.name], said[f.name]
-            if len(kinds) > 1:
-                text = " / ".join(dict.fromkeys(t for t in (_said(found.get(name)), f"{text} (default {value})") if t))
-                hint, value = _optional(hint), None
-            if f.name == "device":
-                value, text = "auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
-            value = inspect.Parameter.empty if value is dataclasses.MISSING else value
-            annotation = _spelled(name, hint, value, text)
-            if _is_mapping(hint) or _is_tuple(hint):
-                value = None
-            found[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
-    return list(found.values())
-
-
-def made(kind: Any, values: Mapping[str, Any]) -> Any:
-    """A dataclass of the options that are called as its fields. Raises what it raises."""
-    hints, out = typing.get_type_hints(kind), {}
-    for f in dataclasses.fields(kind):
-        name = SPELLED.get(f.name, f.name)
-        if name in values and not (values[name] is None and (_is_mapping(hints[f.name]) or _is_tuple(hints[f.name]))):
-            out[f.name] = values[name]
-    return kind(**out)
-
-
-def options_of(kind: Any) -> set[str]:
-    """What the options of a dataclass's fields are called."""
-    return {SPELLED.get(f.name, f.name) for f in dataclasses.fields(kind)}
-
-
-def spelled(options: Any) -> dict[str, Any]:
-    """The fields of a dataclass's instance by the names of their options."""
-    return {SPELLED.get(name, name): value for name, value in dataclasses.asdict(options).items()}
-
-
-def _said(p: inspect.Parameter | None) -> str:
-    return "" if p is None else str(typing.get_args(p.annotation)[1].help)
-
-
-def _spelled(name: str, hint: Any, default: Any, text: str = "") -> Any:
-    """The annotation that typer reads, of a parameter that may have one already."""
-    inside, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
-    option = next((m for m in marks if isinstance(m, typer.models.ParameterInfo)), None)
-    if option is None:
-        flag = "--" + name.rstrip("_").replace("_", "-")
-        if bool in (inside, *typing.get_args(inside)):
-            flag = f"{flag}/--no-{flag[2:]}"
-        option = typer.Option(flag, help=text, metavar="KEY=VALUE" if _is_mapping(inside) else None)
-    if _is_mapping(inside):
-        texts = typing.get_args(_bare(inside))[1:] == (str,)
-        return Annotated[list[str] | None, option, _pairs if texts else _values]
-    if _is_tuple(inside):
-        return Annotated[list[str] | None, option, _several]
-    return Annotated[inside, option]
-
-
-def _bare(hint: Any) -> Any:
-    """A hint without its None."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        left = [a for a in typing.get_args(hint) if a is not type(None)]
-        return left[0] if len(left) == 1 else hint
-    return hint
-
-
-def _optional(hint: Any) -> Any:
-    return typing.Optional[_bare(hint)]  # noqa: UP007, UP045
-
-
-def _is_mapping(hint: Any) -> bool:
-    return typing.get_origin(_bare(hint)) in (Mapping, dict)
-
-
-def _is_tuple(hint: Any) -> bool:
-    return typing.get_origin(_bare(hint)) is tuple
-
-
-def _either(hint: Any) -> Either | None:
-    marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
-    return next((m for m in marks if isinstance(m, Either)), None)
 
 
 def _meta(it: Command) -> list[inspect.Parameter]:
@@ -333,83 +239,6 @@ class Stopped(Exception):
     """Somebody pressed Ctrl-C; the text says how to go on."""
 
 
-# --- values ---
-
-
-def _read(annotation: Any, name: str, value: Any) -> Any:
-    """A value as the body gets it: `key=value` texts as a mapping, by the last mark of its annotation."""
-    marks = typing.get_args(annotation)[2:]
-    readers = [m for m in marks if callable(m)]
-    flag = "--" + name.rstrip("_").replace("_", "-")
-    return readers[0](flag, value) if readers and value is not None else value
-
-
-def _values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs, values read as Python literals where they are ones (true and false too) and as text otherwise.
-
-    Raises:
-        ConfigError: something else.
-    """
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise ConfigError(f"{flag}: got {pair!r}, expected key=value")
-        try:
-            values[key] = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-        except (ValueError, SyntaxError):
-            values[key] = text
-    return values
-
-
-def _pairs(flag: str, pairs: Sequence[str]) -> dict[str, str]:
-    """`key=text` pairs.
-
-    Raises:
-        ConfigError: something else, or a key twice.
-    """
-    values: dict[str, str] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not (key and equals and text):
-            raise ConfigError(f"{flag}: got {pair!r}, expected KEY=VALUE")
-        if key in values:
-            raise ConfigError(f"{flag}: got {key!r} twice, expected each once")
-        values[key] = text
-    return values
-
-
-def _several(flag: str, values: Sequence[str]) -> tuple[str, ...]:
-    return tuple(values)
-
-
-def absolute(path: Path | str) -> str:
-    """A path as config.json holds it."""
-    return str(Path(path).absolute())
-
-
-def _kept(value: Any) -> Any:
-    """A value as config.json holds it."""
-    if isinstance(value, Path):
-        return absolute(value)
-    return [_kept(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def usable_device(device: str) -> str:
-    """The device of this name; for `auto` a GPU where there is one.
-
-    Raises:
-        ConfigError: it cannot be used here.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device: {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
-    return device
-
-
 # --- options from files ---
 
 
@@ -425,26 +254,6 @@ def _place(it: Command, options: Mapping[str, Any], resume: bool) -> Path:
         if config.exists() and read_json(config).get("command") == it.name:
             return config.parent
     raise ConfigError(f"--resume: there is no run of hatcl {it.name} in {RUNS}/; name its folder with --output")
-
-
-def read_options(path: Path) -> dict[str, Any]:
-    """Options from a YAML or JSON file; of a run's config.json its `options`, with `command` beside them.
-
-    Raises:
-        IntegrityError: the file cannot be read. ConfigError: it holds something else.
-    """
-    if path.suffix == ".json":
-        content = read_json(path, object)
-    else:
-        try:
-            content = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise IntegrityError(f"{path} cannot be read as YAML ({error}); is the path right?") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds {type(content).__name__}, expected a mapping from options to values")
-    if isinstance(content.get("options"), dict) and "command" in content:
-        return {**content["options"], "command": content["command"]}
-    return content
 
 
 class ReadsFiles(TyperCommand):
@@ -498,27 +307,8 @@ class ReadsFiles(TyperCommand):
                     f"{where}: hatcl {self.it.name} has no option {key!r}; did you mean {nearest(key, spelled)!r}?"
                 )
             if value is not None and value != {} and value != []:
-                out[name] = _as_texts(value, many=bool(known[name].multiple or known[name].nargs != 1))
+                out[name] = as_texts(value, many=bool(known[name].multiple or known[name].nargs != 1))
         return out
-
-
-def _as_texts(value: Any, many: bool) -> Any:
-    """A value as the command line would have given it."""
-    if isinstance(value, Mapping):
-        return [f"{k}={_literal(v)}" for k, v in value.items()]
-    if many:
-        return [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
-    return value if isinstance(value, bool) else str(value)
-
-
-def _literal(value: Any) -> str:
-    if not isinstance(value, str):
-        return repr(value)
-    try:
-        ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value
-    return repr(value)  # a text that looks like a number
 
 
 def reads_files(it: Command) -> type[TyperCommand]:

@@ -16,8 +16,9 @@ from ..data.images import Preparation
 from ..engine import folder as runs
 from ..errors import ConfigError, HATError
 from ..files import read_json
-from ._command import Answer, Device, Run, command, usable_device
+from ._command import Answer, Device, Run, command
 from ._console import say
+from ._options import usable_device
 from .train import image_options, image_tasks
 
 

@@ -14,8 +14,9 @@ from ..engine.loop import Progress
 from ..errors import ConfigError
 from ..finetuning import FinetuneOptions, TaskOptions, finetune_run, list_finetune_modes
 from ..finetuning.run import described_by
-from ._command import Asked, Device, command, usable_device
+from ._command import Asked, Device, command
 from ._console import Bar, out, percent, say
+from ._options import usable_device
 
 
 def show(run: Path, metrics: dict[str, Any]) -> None:

@@ -36,8 +36,9 @@ from ..finetuning.grafts import (
 from ..grafts import Graft, GraftOptions, GraftScores, LearnedGraft
 from ..report.calibration import draw_graft_curve, draw_reliability
 from ..report.picture import short
-from ._command import Asked, Device, absolute, command, usable_device
+from ._command import Asked, Device, command
 from ._console import Bar, out, percent, say
+from ._options import absolute, usable_device
 
 GRAFTS, RELIABILITY, CURVE = "grafts", "reliability.png", "curve.png"
 SPARSITY = 1e-4  # the paper's headline: 0.01 % of the weights

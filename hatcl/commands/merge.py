@@ -13,8 +13,9 @@ import typer
 from ..config import known_options
 from ..errors import ConfigError
 from ..vectors.stream import compose_files
-from ._command import absolute, command, read_options
+from ._command import command
 from ._console import Bar, say
+from ._options import absolute, read_options
 
 RECIPES = (".yaml", ".yml", ".json")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}

@@ -38,8 +38,9 @@ from ..report.picture import draw_run
 from ..report.skills import draw_overlap, draw_skills
 from ..report.tables import matrix_table, tasks_table
 from ..skills.scores import SkillScores, localize
-from ._command import Answer, Asked, Device, Either, absolute, command, made, options_of, spelled, usable_device
+from ._command import Answer, Asked, Device, command
 from ._console import Bar, out, percent, say
+from ._options import Either, absolute, made, options_of, spelled, usable_device
 
 DEFAULT_MODEL = "hat_test_resnet"
 HAT, TASL = "hat", "tasl"

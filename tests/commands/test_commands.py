@@ -18,7 +18,8 @@ from typer.main import get_command
 
 from hatcl import commands
 from hatcl.commands import COMMANDS
-from hatcl.commands._command import META, SPELLED, _pairs, _values, typed
+from hatcl.commands._command import META, typed
+from hatcl.commands._options import SPELLED, _pairs, _values
 from hatcl.engine import folder as runs
 from hatcl.errors import ConfigError
 from hatcl.files import held_by_one

@@ -19,8 +19,9 @@ from ...errors import ConfigError
 from ...files import write_files
 from ...report.heatmap import draw_coefficients
 from ...report.tables import accuracy_table
-from .._command import Asked, absolute, usable_device
+from .._command import Asked
 from .._console import Bar, out, say
+from .._options import absolute, usable_device
 
 PICTURE = "coefficients.png"
 STARTS = ("zero", "search", "isotropic")
