@@ -39,9 +39,9 @@ from .tasks import AtlasTask
 
 HEADS, CLASSIFIER, MERGED = "heads.safetensors", "classifier.safetensors", "merged.safetensors"
 CHECKPOINT, ISOTROPIC = "checkpoint.pt", "checkpoint-isotropic.pt"
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VECTOR_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADS_BY = ("trained", "prototypes")
-NORMALISE = ("data", "model")
+NORMALISED_BY = ("data", "model")
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Reading:
         if Path(self.head).suffix != ".safetensors":
             one_of("head", self.head, (*HEADS_BY, "FILE.safetensors"))
         one_of("fit", self.fit, FITS)
-        one_of("normalise", self.normalise, NORMALISE)
-        one_of("vector_dtype", self.vector_dtype, tuple(DTYPES))
+        one_of("normalise", self.normalise, NORMALISED_BY)
+        one_of("vector_dtype", self.vector_dtype, tuple(VECTOR_DTYPES))
         number("validation", self.validation, 0, 1, without="high", what="a share")
         whole("batch_size", self.batch_size)
         whole("size", self.size, 0, optional=True)
@@ -203,7 +203,7 @@ class Loaded:
             unit_map = gates_of(convert(self.encoder, 1, x, verify=False))[0].unit_map
         return compose(
             self.encoder, self.vectors if vectors is None else vectors, grain,
-            dtype=DTYPES[self.reading.vector_dtype], unit_map=unit_map, seed=self.seed, check=self.reading.check,
+            dtype=VECTOR_DTYPES[self.reading.vector_dtype], unit_map=unit_map, seed=self.seed, check=self.reading.check,
         )  # fmt: skip
 
 

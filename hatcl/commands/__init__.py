@@ -35,12 +35,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def app() -> typer.Typer:
     """The command line with every command that is registered, those of this folder included."""
-    find(__path__, __name__)
+    import_all(__path__, __name__)
     options: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
     root = typer.Typer(
         name="hatcl", help="Learn one task after another; what an earlier task learned stays, bit for bit.", **options
     )
-    root.callback(invoke_without_command=True)(_version)
+    root.callback(invoke_without_command=True)(_print_version)
     groups: dict[str, typer.Typer] = {}
     for name, it in sorted(COMMANDS.items()):
         *above, last = name.split()
@@ -55,17 +55,17 @@ def app() -> typer.Typer:
     return root
 
 
-def find(path: Sequence[str], package: str) -> None:
+def import_all(path: Sequence[str], package: str) -> None:
     """Import every module of a folder whose name starts with no underscore, those of its folders too."""
     for module in pkgutil.iter_modules(path):
         if not module.name.startswith("_"):
             found = importlib.import_module(f"{package}.{module.name}")
             if module.ispkg:
                 GROUPS[module.name] = words(found.__doc__ or "")
-                find(found.__path__, found.__name__)
+                import_all(found.__path__, found.__name__)
 
 
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _print_version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
         out.print(hatcl.__version__)
         raise typer.Exit

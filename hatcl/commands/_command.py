@@ -29,14 +29,14 @@ from ._options import (
     as_texts,
     either_of,
     fields_as_options,
-    kept,
     made,
     read_options,
     read_value,
     spelled_hint,
+    stored_value,
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of hatcl.save_pretrained.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of hatcl.save_pretrained.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 RUNS = Path("runs")
 META = ("output", "resume", "config", "json_")  # options of the command line, not of the run
@@ -162,8 +162,8 @@ def typed(it: Command) -> Callable[..., None]:
                 arguments[name] = made(kind, values)
         for name, hint in hints.items():
             if hint is Asked:
-                place = values["output"] or _place(it, values, values["resume"])
-                options = {n: kept(v) for n, v in asked.items()}
+                place = values["output"] or _run_place(it, values, values["resume"])
+                options = {n: stored_value(v) for n, v in asked.items()}
                 arguments[name] = Asked(it, options, given, place, values["resume"])
         with quiet(values["json_"]), _stoppable(context, arguments):
             answer = it.body(**arguments)
@@ -242,7 +242,7 @@ class Stopped(Exception):
 # --- options from files ---
 
 
-def _place(it: Command, options: Mapping[str, Any], resume: bool) -> Path:
+def _run_place(it: Command, options: Mapping[str, Any], resume: bool) -> Path:
     """Where a run goes, or lies, if --output is not given."""
     if it.place is not None and (own := it.place(options)) is not None:
         return own
@@ -272,7 +272,7 @@ class ReadsFiles(TyperCommand):
         if not options.get("resume"):
             return {}
         told = {n: v for n, v in options.items() if isinstance(v, str)}
-        folder = Path(options["output"]) if options.get("output") else _place(self.it, told, True)
+        folder = Path(options["output"]) if options.get("output") else _run_place(self.it, told, True)
         stored = runs.stored_config(folder)
         if stored is None:
             return {}

@@ -52,14 +52,14 @@ def quiet(on: bool) -> Iterator[None]:
 
 def print_json(content: Any) -> None:
     """A report as JSON, on standard output. Numbers that are not finite are null."""
-    print(json.dumps(_plain(content), indent=2, allow_nan=False))
+    print(json.dumps(_printable(content), indent=2, allow_nan=False))
 
 
-def _plain(content: Any) -> Any:
+def _printable(content: Any) -> Any:
     if isinstance(content, Mapping):
-        return {str(key): _plain(value) for key, value in content.items()}
+        return {str(key): _printable(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_plain(value) for value in content]
+        return [_printable(value) for value in content]
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     return content if content is None or isinstance(content, (str, int)) else str(content)

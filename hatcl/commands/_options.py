@@ -93,7 +93,7 @@ def spelled_hint(name: str, hint: Any, default: Any, text: str = "") -> Any:
         option = typer.Option(flag, help=text, metavar="KEY=VALUE" if _is_mapping(inside) else None)
     if _is_mapping(inside):
         texts = typing.get_args(_bare(inside))[1:] == (str,)
-        return Annotated[list[str] | None, option, _pairs if texts else _values]
+        return Annotated[list[str] | None, option, label_texts if texts else key_values]
     if _is_tuple(inside):
         return Annotated[list[str] | None, option, _several]
     return Annotated[inside, option]
@@ -135,7 +135,7 @@ def read_value(annotation: Any, name: str, value: Any) -> Any:
     return readers[0](flag, value) if readers and value is not None else value
 
 
-def _values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
+def key_values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
     """`key=value` pairs, values read as Python literals where they are ones (true and false too) and as text otherwise.
 
     Raises:
@@ -153,7 +153,7 @@ def _values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _pairs(flag: str, pairs: Sequence[str]) -> dict[str, str]:
+def label_texts(flag: str, pairs: Sequence[str]) -> dict[str, str]:
     """`key=text` pairs.
 
     Raises:
@@ -174,16 +174,16 @@ def _several(flag: str, values: Sequence[str]) -> tuple[str, ...]:
     return tuple(values)
 
 
-def absolute(path: Path | str) -> str:
+def absolute_path(path: Path | str) -> str:
     """A path as config.json holds it."""
     return str(Path(path).absolute())
 
 
-def kept(value: Any) -> Any:
+def stored_value(value: Any) -> Any:
     """A value as config.json holds it."""
     if isinstance(value, Path):
-        return absolute(value)
-    return [kept(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return absolute_path(value)
+    return [stored_value(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def usable_device(device: str) -> str:

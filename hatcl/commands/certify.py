@@ -16,14 +16,14 @@ from ..data.images import Preparation
 from ..engine import folder as runs
 from ..errors import ConfigError, HATError
 from ..files import read_json
-from ._command import Answer, Device, Run, command
+from ._command import Answer, Device, RunArgument, command
 from ._console import say
 from ._options import usable_device
 from .train import image_options, image_tasks
 
 
 @command("certify")
-def certify(run: Run, device: Device = "auto") -> Any:
+def certify_command(run: RunArgument, device: Device = "auto") -> Any:
     """Attack everything that is not a sealed task's own and demand bit-equal outputs; compare with those at sealing."""
     where = torch.device(usable_device(device))
     model = hatcl.from_pretrained(runs.find_model(run)).to(where)

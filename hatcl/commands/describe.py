@@ -8,12 +8,12 @@ import hatcl
 
 from ..engine.folder import find_model
 from ..report.tables import units_table
-from ._command import Run, command
+from ._command import RunArgument, command
 from ._console import out, say
 
 
 @command("describe")
-def describe(run: Run) -> dict[str, Any]:
+def describe_command(run: RunArgument) -> dict[str, Any]:
     """Show the units of each layer, how they are shared, and what each task uses."""
     description = hatcl.describe(hatcl.from_pretrained(find_model(run))).to_dict()
     out.print(units_table(description))

@@ -19,7 +19,7 @@ from ._console import Bar, out, percent, say
 from ._options import usable_device
 
 
-def show(run: Path, metrics: dict[str, Any]) -> None:
+def show_finetuned(run: Path, metrics: dict[str, Any]) -> None:
     """Print the accuracies of both models, and how much has moved."""
     table = Table(title=f"{metrics['task']}: accuracy in %", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("")
@@ -36,7 +36,7 @@ def show(run: Path, metrics: dict[str, Any]) -> None:
     say(f"{metrics['seconds']:.0f} s. Go on with: hatcl graft {run}", "dim")
 
 
-@command("finetune", show=show)
+@command("finetune", show=show_finetuned)
 def finetune(
     asked: Asked,
     model: Annotated[

@@ -11,13 +11,13 @@ import hatcl
 
 from ..engine import folder as runs
 from ..errors import ConfigError
-from ._command import Run, command
+from ._command import RunArgument, command
 from ._console import say
 
 
 @command("forget")
-def forget(
-    run: Run,
+def forget_command(
+    run: RunArgument,
     task: Annotated[int, typer.Option(help="The task to forget, counted from 0.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be erased.")] = False,
 ) -> dict[str, Any]:

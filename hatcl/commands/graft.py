@@ -20,11 +20,11 @@ from ..files import write_files
 from ..finetuning import load_run
 from ..finetuning.grafts import (
     CHOOSE,
-    MASK,
+    FROM_FILE,
+    GRAFT_RULES,
     MEASURED,
     MODELS,
-    RULES,
-    Maker,
+    GraftMaker,
     Parts,
     Scene,
     Wanted,
@@ -38,7 +38,7 @@ from ..report.calibration import draw_graft_curve, draw_reliability
 from ..report.picture import short
 from ._command import Asked, Device, command
 from ._console import Bar, out, percent, say
-from ._options import absolute, usable_device
+from ._options import absolute_path, usable_device
 
 GRAFTS, RELIABILITY, CURVE = "grafts", "reliability.png", "curve.png"
 SPARSITY = 1e-4  # the paper's headline: 0.01 % of the weights
@@ -52,7 +52,7 @@ class _Any:
         return name != "run"
 
 
-def show(run: Path, metrics: dict[str, Any]) -> None:
+def show_grafts(run: Path, metrics: dict[str, Any]) -> None:
     """Print the table of the models and grafts, and draw the pictures."""
     models, rows = {name: metrics[name] for name in MODELS}, metrics["grafts"]
     if metrics["finetuned_head"]:
@@ -71,7 +71,7 @@ def show(run: Path, metrics: dict[str, Any]) -> None:
         say(f"no picture: {error}", "yellow")
 
 
-@command("graft", show=show, place=lambda options: Path(options["run"]) / GRAFTS if options.get("run") else None)
+@command("graft", show=show_grafts, place=lambda options: Path(options["run"]) / GRAFTS if options.get("run") else None)
 def graft(
     asked: Asked,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run of hatcl finetune.")],
@@ -178,7 +178,7 @@ def graft(
     one_of("--choose", choose, CHOOSE)
     where = usable_device(device)
     if mask_path not in (None, HIGHEST):
-        asked.options["mask_path"] = absolute(str(mask_path))
+        asked.options["mask_path"] = absolute_path(str(mask_path))
     folder = asked.folder(free=_Any())  # type: ignore[arg-type]
     wanted = _wanted(by, sparsity, grain, per_layer)
     file = _file(no_train, mask_path, checkpoint_location, wanted, by)
@@ -191,7 +191,7 @@ def graft(
     parts = Parts(loaded, fix_embeddings=fix_embeddings, fix_head=fix_head, only=only or (), skip=skip or ())
     scene = Scene(loaded, ood or (), test, bins)
     inputs = inputs_of(run)
-    maker = Maker(loaded, parts, learning, batch_size, inputs, start, file, choose, keep_scores)
+    maker = GraftMaker(loaded, parts, learning, batch_size, inputs, start, file, choose, keep_scores)
     maker.check(wanted)
     kept = {w: found for w in wanted if (found := maker.kept(folder.path, w)) is not None}
     missing = [w for w in wanted if w not in kept]
@@ -228,14 +228,14 @@ def graft(
 
 
 def _rule(rule: str) -> str:
-    one_of("--by", rule, RULES)
+    one_of("--by", rule, GRAFT_RULES)
     return rule
 
 
 def _wanted(
     by: Sequence[str] | None, sparsity: Sequence[float] | None, grain: Sequence[str] | None, per_layer: bool
 ) -> list[Wanted]:
-    rules = [_rule(rule) for rule in by or [RULES[0]]]
+    rules = [_rule(rule) for rule in by or [GRAFT_RULES[0]]]
     shares = list(sparsity or [SPARSITY])
     grains = list(grain or ["element"])
     named = [f"{share:g}" for share in shares]  # folders are called by these
@@ -287,10 +287,10 @@ def _file(
 
 def _masks(start: Graft | GraftScores, sparsity: Sequence[float] | None, file: Path | None) -> list[Wanted]:
     if isinstance(start, GraftScores):
-        return [Wanted(MASK, share) for share in sparsity or ()]
+        return [Wanted(FROM_FILE, share) for share in sparsity or ()]
     if sparsity:
         raise ConfigError(f"--sparsity: {file} holds a graft, which has its own size, {start.sparsity:g}; leave it out")
-    return [Wanted(MASK, start.sparsity)]
+    return [Wanted(FROM_FILE, start.sparsity)]
 
 
 # --- showing ---

@@ -14,7 +14,7 @@ from ._console import plain
 
 
 @command("list")
-def list_models(
+def list_command(
     pattern: Annotated[str, typer.Argument(help="A name with wildcards, such as 'hat_*resnet*'.")] = "*",
 ) -> list[str]:
     """List the names that hatcl train --model takes: every timm model with hat_ in front of its name."""

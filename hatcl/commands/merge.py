@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..vectors.stream import compose_files
 from ._command import command
 from ._console import Bar, say
-from ._options import absolute, read_options
+from ._options import absolute_path, read_options
 
 RECIPES = (".yaml", ".yml", ".json")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -40,7 +40,7 @@ class Recipe:
 
 
 @command("merge")
-def merge(
+def merge_command(
     base: Annotated[
         Path,
         typer.Argument(
@@ -83,7 +83,7 @@ def merge(
             raise ConfigError(
                 f"--method: got {method}, but {base} has the method {recipe.method}; leave one of them out"
             )
-        start, pairs = base.parent / recipe.base, _pairs(base, recipe)
+        start, pairs = base.parent / recipe.base, _weighted_parts(base, recipe)
         method, options = method or recipe.method, {**(recipe.options or {}), **(set_ or {})}
     else:
         start, pairs, options = base, [_part(text) for text in parts or ()], dict(set_ or {})
@@ -97,8 +97,8 @@ def merge(
         )  # fmt: skip
     say(f"{output}: {start} and {len(pairs)} part{'s' * (len(pairs) > 1)}")
     return {
-        "output": absolute(output), "base": absolute(start), "method": method, "options": options,
-        "parts": [{"path": absolute(path), "coefficient": c} for path, c in pairs],
+        "output": absolute_path(output), "base": absolute_path(start), "method": method, "options": options,
+        "parts": [{"path": absolute_path(path), "coefficient": c} for path, c in pairs],
     }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def _recipe(path: Path) -> Recipe:
     return recipe
 
 
-def _pairs(path: Path, recipe: Recipe) -> list[tuple[Path, float]]:
+def _weighted_parts(path: Path, recipe: Recipe) -> list[tuple[Path, float]]:
     """Paths of a recipe are as seen from its file."""
     parts, given = recipe.parts, recipe.coefficients
     if isinstance(parts, Mapping):

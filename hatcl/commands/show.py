@@ -19,7 +19,7 @@ ALSO = {"learn_sequence": "train"}  # what writes runs without a command -> the 
 
 
 @command("show")
-def show(
+def show_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
     share: Annotated[float, typer.Option(help="Share of the units that count as a task's skill.")] = SHARE,
 ) -> dict[str, Any]:

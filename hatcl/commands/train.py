@@ -40,7 +40,7 @@ from ..report.tables import matrix_table, tasks_table
 from ..skills.scores import SkillScores, localize
 from ._command import Answer, Asked, Device, command
 from ._console import Bar, out, percent, say
-from ._options import Either, absolute, made, options_of, spelled, usable_device
+from ._options import Either, absolute_path, made, options_of, spelled, usable_device
 
 DEFAULT_MODEL = "hat_test_resnet"
 HAT, TASL = "hat", "tasl"
@@ -52,7 +52,7 @@ IMAGES = ("split", "dataset", "root", "download", "pretrained", "model_kwargs") 
 TEXTS = (".json", ".gz")
 
 
-def show(run: Path, metrics: dict[str, Any]) -> None:
+def show_learning(run: Path, metrics: dict[str, Any]) -> None:
     """Print what came of a run and draw its pictures."""
     if "records" in metrics:
         _show_images(run, metrics)
@@ -61,8 +61,8 @@ def show(run: Path, metrics: dict[str, Any]) -> None:
         show_skills(run, SHARE)
 
 
-@command("train", show=show, free=FREE)
-def train(
+@command("train", show=show_learning, free=FREE)
+def train_command(
     asked: Asked,
     task: Annotated[
         list[str] | None,
@@ -129,14 +129,14 @@ def train(
         "method": chosen,
         "seed": seed,
         "device": device,
-        "task": [f"{n}={absolute(p)}" for n, p in specs.items()],
+        "task": [f"{n}={absolute_path(p)}" for n, p in specs.items()],
     }
     if of_texts:
         _none_of(asked.given, {*(options_of(TrainOptions) - options_of(LearnOptions)), *IMAGES}, "texts")
         own, form = made(LearnOptions, {**learning, "seed": seed}), made(TextOptions, texts)
         if model is None:
             raise ConfigError("--model: texts need one: a folder of transformers, or a name on its hub")
-        base = absolute(model) if Path(model).exists() else model
+        base = absolute_path(model) if Path(model).exists() else model
         options |= {"model": base, "set_": dict(set_ or {})}
         asked.options = {**options, **spelled(own), **spelled(form)}
         return _texts(asked, own, form, specs, base, where)
@@ -144,10 +144,10 @@ def train(
     if chosen != HAT:
         raise ConfigError(f"--method {chosen} learns texts with an adapter; images are learned by --method {HAT}")
     if split and ":" in split:
-        split = f"{absolute(split.rpartition(':')[0])}:{split.rpartition(':')[2]}"
+        split = f"{absolute_path(split.rpartition(':')[0])}:{split.rpartition(':')[2]}"
     asked.options = {
         **spelled(TrainOptions()), **learning, **options, "model": model or DEFAULT_MODEL, "set_": dict(set_ or {}),
-        "split": split, "dataset": dataset, "root": None if root is None else absolute(root), "download": download,
+        "split": split, "dataset": dataset, "root": None if root is None else absolute_path(root), "download": download,
         "pretrained": pretrained, "model_kwargs": dict(model_kwargs or {}),
     }  # fmt: skip
     return _images(asked, image_options(asked.options, where))

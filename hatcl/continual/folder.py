@@ -116,7 +116,9 @@ def check(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: the run was started with other LoRA options: {name} was {was.get(name, 'not there')}, now is "
             f"{now.get(name, 'not there')}; give the same rank and targets, or name another folder"
         )
-    checkpoints.check_same(folder, {**{key: stored.get(key) for key in config}, "options": stored["learning"]}, config)
+    checkpoints.check_same_run(
+        folder, {**{key: stored.get(key) for key in config}, "options": stored["learning"]}, config
+    )
 
 
 def write_task(folder: Path, name: str, model: nn.Module, method: Method, about: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ def text_tasks(
     for name, path in files.items():
         data = read_texts(path).cut(options.train, options.test)
         data = data.plain() if options.plain else data
-        tasks.append(_task(form, name, data, model, tokenizer, words.get(name), options, positions))
+        tasks.append(_task_of_form(form, name, data, model, tokenizer, words.get(name), options, positions))
     return tasks
 
 
@@ -147,7 +147,7 @@ def label_words(specs: tuple[str, ...] | list[str], names: list[str]) -> dict[st
     return found
 
 
-def _task(
+def _task_of_form(
     form: str, name: str, data: TextData, model: Any, tokenizer: Any, words: Mapping[str, str] | None,
     options: TextOptions, positions: int | None,
 ) -> ContinualTask:  # fmt: skip

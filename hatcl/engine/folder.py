@@ -42,7 +42,7 @@ CHECKPOINT = "checkpoint"
 MODEL = "model"
 CONFIG = "config.json"
 METRICS = "metrics.json"
-STEPS = "metrics.jsonl"
+STEP_LINES = "metrics.jsonl"
 LOCK = ".lock"
 PICTURE = "picture.png"
 
@@ -67,7 +67,7 @@ class RunFolder:
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
-        self.options = _plain(self.options)
+        self.options = _as_json(self.options)
         stored = stored_config(self.path)
         if stored is None:
             return
@@ -80,7 +80,7 @@ class RunFolder:
             raise ConfigError(
                 f"--output: {self.path} already holds a run; add --resume to go on with it, or name another folder"
             )
-        check_same(self.path, stored["options"], self.options, self.free)
+        check_same_run(self.path, stored["options"], self.options, self.free)
 
     @property
     def begun(self) -> bool:
@@ -128,7 +128,7 @@ class RunFolder:
                 yield
             except Exception:
                 if fresh:
-                    self._unclaim({CONFIG, STEPS, LOCK, *light})
+                    self._unclaim({CONFIG, STEP_LINES, LOCK, *light})
                 raise
 
     def _unclaim(self, light: Collection[str]) -> None:
@@ -149,13 +149,13 @@ class RunFolder:
             entry: what is known of a step. Its place in the run are those of `stage`, `task`, `epoch` and `step` that
                 are numbers.
         """
-        path = self.path / STEPS
+        path = self.path / STEP_LINES
         if not self._told and path.exists():
-            kept = [line for line in read_steps(self.path) if _place(line) < _place(entry)]
+            kept = [line for line in read_steps(self.path) if _position(line) < _position(entry)]
             write_files({path: "".join(json.dumps(line) + "\n" for line in kept).encode()})
         self._told = True
         with path.open("a") as f:
-            f.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
+            f.write(json.dumps(_json_able(entry), allow_nan=False) + "\n")
 
     _told: bool = dataclasses.field(default=False, repr=False)
 
@@ -188,7 +188,9 @@ def stored_config(path: Path) -> dict[str, Any] | None:
     return stored
 
 
-def check_same(where: object, stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> None:
+def check_same_run(
+    where: object, stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
+) -> None:
     """Was a run started with these options?
 
     Args:
@@ -197,8 +199,8 @@ def check_same(where: object, stored: Mapping[str, Any], now: Mapping[str, Any],
     Raises:
         ConfigError: it was not; names the first option that differs, and both values.
     """
-    found = _difference({k: v for k, v in _plain(stored).items() if k not in free}, {
-        k: v for k, v in _plain(now).items() if k not in free
+    found = _difference({k: v for k, v in _as_json(stored).items() if k not in free}, {
+        k: v for k, v in _as_json(now).items() if k not in free
     })  # fmt: skip
     if found is not None:
         name, was, is_now = found
@@ -231,9 +233,9 @@ def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, An
     return None
 
 
-def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+def _as_json(content: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON gives it back."""
-    found: dict[str, Any] = json.loads(json.dumps(_finite(dict(content))))
+    found: dict[str, Any] = json.loads(json.dumps(_json_able(dict(content))))
     return found
 
 
@@ -244,7 +246,7 @@ def _short(value: Any) -> str:
 
 def read_steps(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last one that a kill has cut is left out."""
-    path = run / STEPS
+    path = run / STEP_LINES
     found: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -252,7 +254,7 @@ def read_steps(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _place(entry: Mapping[str, Any]) -> tuple[float, ...]:
+def _position(entry: Mapping[str, Any]) -> tuple[float, ...]:
     return tuple(float(entry[k]) for k in ("stage", "task", "epoch", "step") if isinstance(entry.get(k), (int, float)))
 
 
@@ -328,9 +330,9 @@ def drop_task(run: Path, task: int) -> None:
         layer["used"].pop(str(task), None)
     (content.get("max_abs_diff") or {}).pop(str(task), None)
     write_json(run / METRICS, {**content, "forgotten": sorted(gone)})
-    if (run / STEPS).exists():
+    if (run / STEP_LINES).exists():
         kept = [line for line in read_steps(run) if line.get("task") != task]
-        write_files({run / STEPS: "".join(json.dumps(line) + "\n" for line in kept).encode()})
+        write_files({run / STEP_LINES: "".join(json.dumps(line) + "\n" for line in kept).encode()})
 
 
 def find_model(run: Path) -> Path:
@@ -354,12 +356,12 @@ def find_model(run: Path) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file, all or nothing. Numbers that are not finite are written as null."""
-    write_files({path: (json.dumps(_finite(content), indent=2, allow_nan=False) + "\n").encode()})
+    write_files({path: (json.dumps(_json_able(content), indent=2, allow_nan=False) + "\n").encode()})
 
 
-def _finite(content: Any) -> Any:
+def _json_able(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: _json_able(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
+        return [_json_able(value) for value in content]
     return None if isinstance(content, float) and not np.isfinite(content) else content

@@ -32,13 +32,13 @@ from ..map.units import UnitMap
 from .run import FINETUNED, PRETRAINED, Run
 from .tasks import Examples
 
-RULES = ("learned", "magnitude", "random")
-MASK = "mask"  # the rule of a graft that is read from a file
+GRAFT_RULES = ("learned", "magnitude", "random")
+FROM_FILE = "mask"  # the rule of a graft that is read from a file
 CHOOSE = ("loss", "accuracy")
 ABOUT, MEASURED, GRAFT, SCORES = "about.json", "measured.json", "graft.safetensors", "scores.safetensors"
 HISTORY = "history.json"
 MODELS = ("pretrained", "finetuned")
-Told = Callable[[str, Mapping[str, float]], None]  # which graft, and an entry of its history
+GraftTold = Callable[[str, Mapping[str, float]], None]  # which graft, and an entry of its history
 EVALUATION_BATCH = 64  # how many test examples pass through a model together; it changes nothing but memory
 
 
@@ -98,7 +98,7 @@ class Parts:
 # --- how a graft is made ---
 
 
-class Maker:
+class GraftMaker:
     """Makes the grafts of one command, and keeps each in a folder of its own.
 
     Args:
@@ -132,7 +132,7 @@ class Maker:
         shapes = {name: tuple(self.run.pretrained.get_parameter(name).shape) for name in self.parts.names}
         total = sum(math.prod(shape) for shape in shapes.values())
         for w in wanted:
-            if w.by != MASK:
+            if w.by != FROM_FILE:
                 size_of(w.sparsity, total)
             if w.grain != "unit":
                 make_grain(w.grain, shapes)
@@ -148,14 +148,14 @@ class Maker:
             return None
         if not (at / ABOUT).exists():
             raise ConfigError(f"--output: {at} holds something else than a graft; name another folder")
-        checkpoints.check_same(at, checkpoints.read_json(at / ABOUT), self.about(wanted))
+        checkpoints.check_same_run(at, checkpoints.read_json(at / ABOUT), self.about(wanted))
         if self.keep_scores and wanted.by == "learned" and not (at / SCORES).exists():
             raise ConfigError(
                 f"--keep-scores: {at} was made without; name another folder (--output), or remove that one"
             )
         return Graft.load(at / GRAFT)
 
-    def keep(self, folder: Path, wanted: Wanted, tell: Told) -> Graft:
+    def keep(self, folder: Path, wanted: Wanted, tell: GraftTold) -> Graft:
         """Make the graft and write its folder, all or nothing; `tell` is told of each step of learning."""
         graft = self.make(wanted, tell)
         with replaced_folder(folder / wanted.name) as new:
@@ -168,9 +168,9 @@ class Maker:
             checkpoints.write_json(new / ABOUT, self.about(wanted))
         return graft
 
-    def make(self, wanted: Wanted, tell: Told) -> Graft:
+    def make(self, wanted: Wanted, tell: GraftTold) -> Graft:
         run, names = self.run, [glob.escape(name) for name in self.parts.names]
-        if wanted.by == MASK:
+        if wanted.by == FROM_FILE:
             return self._from_file(wanted)
         if wanted.by != "learned":
             return select_graft(
@@ -211,9 +211,9 @@ class Maker:
     def about(self, wanted: Wanted) -> dict[str, Any]:
         """How it was made, to be kept beside it and compared."""
         made: dict[str, Any] = {"graft": dataclasses.asdict(wanted), "inputs": self.inputs}
-        if self.file is not None and wanted.by in (MASK, "learned"):
+        if self.file is not None and wanted.by in (FROM_FILE, "learned"):
             made["mask"] = {"file": self.file.name, "sha256": sha256_of(self.file)}
-        if wanted.by != MASK:
+        if wanted.by != FROM_FILE:
             made["parts"] = self.parts.to_dict()
         if wanted.by == "learned":
             made["learning"] = {

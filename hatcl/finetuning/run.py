@@ -117,13 +117,13 @@ def finetune_run(
             "accuracy": {"pretrained": before, "finetuned": _accuracies(made, finetuned)},
             "examples": {part: len(made.part(part)) for part in ("train", "validation", "test")},
             "classes": list(made.labels),
-            "trained": _moved(made.model, finetuned, names),
+            "trained": _count_moved(made.model, finetuned, names),
             "history": history,
             "seconds": time.perf_counter() - began,
         }
         run = Run(made, made.model, finetuned, chosen, tuple(names), metrics, described)
         if kept is not None:
-            _write(kept, run, source)
+            _write_run(kept, run, source)
     return run
 
 
@@ -138,10 +138,10 @@ def save_run(folder: str | Path, run: Run, source: Mapping[str, Any] | None = No
     """
     kept = RunFolder(Path(folder), COMMAND, described_by(run.options, run.learning), resume=False)
     with kept.claimed(inputs=kept.same_inputs([] if run.options is None else input_files(run.options))):
-        _write(kept, run, source)
+        _write_run(kept, run, source)
 
 
-def _write(kept: RunFolder, run: Run, source: Mapping[str, Any] | None) -> None:
+def _write_run(kept: RunFolder, run: Run, source: Mapping[str, Any] | None) -> None:
     """Both models and what they need, then the metrics, which say that the run is finished."""
     for file, model in ((PRETRAINED, run.pretrained), (FINETUNED, run.finetuned)):
         state = state_of(model)
@@ -169,7 +169,7 @@ def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: to
     names = {f.name for f in dataclasses.fields(FinetuneOptions)}
     learning = FinetuneOptions().changed({n: v for n, v in config["options"].items() if n in names})
     described = {n: v for n, v in config["options"].items() if n not in names}
-    options = _options(path, described) if described else None
+    options = _task_options(path, described) if described else None
     stored = named_tensors(path / PRETRAINED)
     if task is None:
         if options is None or config["source"] is None:
@@ -197,7 +197,7 @@ def input_files(options: TaskOptions) -> list[Path]:
     return paths
 
 
-def absolute(options: TaskOptions) -> TaskOptions:
+def with_absolute_paths(options: TaskOptions) -> TaskOptions:
     """The options with absolute paths, as config.json holds them; a name on a hub stays as it is."""
     model = Path(options.model)
     return dataclasses.replace(
@@ -210,7 +210,7 @@ def absolute(options: TaskOptions) -> TaskOptions:
 
 def described_by(options: TaskOptions | None, learning: FinetuneOptions) -> dict[str, Any]:
     """The options as config.json holds them: those of the task, unless it was made in memory, and those of learning."""
-    return {**({} if options is None else absolute(options).to_dict()), **dataclasses.asdict(learning)}
+    return {**({} if options is None else with_absolute_paths(options).to_dict()), **dataclasses.asdict(learning)}
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _options(path: Path, fields: Mapping[str, Any]) -> TaskOptions:
+def _task_options(path: Path, fields: Mapping[str, Any]) -> TaskOptions:
     try:
         return TaskOptions(**fields)
     except TypeError as error:
@@ -278,7 +278,7 @@ def _accuracies(task: FinetuneTask, model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _moved(pretrained: nn.Module, finetuned: nn.Module, names: list[str]) -> dict[str, Any]:
+def _count_moved(pretrained: nn.Module, finetuned: nn.Module, names: list[str]) -> dict[str, Any]:
     """How many elements were trained, and how many of them are not what they were."""
     before, after = dict(pretrained.named_parameters()), dict(finetuned.named_parameters())
     changed = sum(int((before[n] != after[n]).sum()) for n in names)

@@ -19,7 +19,7 @@ from typer.main import get_command
 from hatcl import commands
 from hatcl.commands import COMMANDS
 from hatcl.commands._command import META, typed
-from hatcl.commands._options import SPELLED, _pairs, _values
+from hatcl.commands._options import SPELLED, key_values, label_texts
 from hatcl.engine import folder as runs
 from hatcl.errors import ConfigError
 from hatcl.files import held_by_one
@@ -282,19 +282,19 @@ def test_a_config_that_holds_something_else(tmp_path, capsys, text, message):
 
 
 def test_key_values():
-    assert _values("--set", ["a=1", "b=true", "c=x y", "d={'e': 1e-4}", "f=None"]) == {
+    assert key_values("--set", ["a=1", "b=true", "c=x y", "d={'e': 1e-4}", "f=None"]) == {
         "a": 1, "b": True, "c": "x y", "d": {"e": 1e-4}, "f": None,
     }  # fmt: skip
-    assert _pairs("--words", ["0=1", "a=b=c"]) == {"0": "1", "a": "b=c"}
+    assert label_texts("--words", ["0=1", "a=b=c"]) == {"0": "1", "a": "b=c"}
     for wrong in ("x", "=1", "a-b=1"):
         with pytest.raises(ConfigError, match="--set: got .*, expected key=value"):
-            _values("--set", [wrong])
+            key_values("--set", [wrong])
     with pytest.raises(ConfigError, match="--words: got 'a' twice, expected each once"):
-        _pairs("--words", ["a=b", "a=c"])
+        label_texts("--words", ["a=b", "a=c"])
 
 
 def test_a_name_that_is_taken():
-    with pytest.raises(ConfigError, match="command: 'train' is taken by train"):
+    with pytest.raises(ConfigError, match="command: 'train' is taken by train_command"):
         commands.command("train")(lambda: None)
 
 

@@ -331,7 +331,7 @@ def test_how_the_best_mask_is_chosen(here, tmp_path, more, key):
 
 
 def test_a_late_mistake_is_seen_before_anything_is_made(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetuning_grafts.Maker, "make", lambda *a: pytest.fail("made a graft"))
+    monkeypatch.setattr(finetuning_grafts.GraftMaker, "make", lambda *a: pytest.fail("made a graft"))
     more = ["--by", "learned", "--by", "random", "--grain", "element", "--grain", "unti", "--sparsity", "0.1"]
     assert graft("run", *more, "--output", tmp_path / "g") == 2 and not (tmp_path / "g").exists()
 

@@ -9,7 +9,7 @@ import torch
 import hatcl
 from hatcl import files
 from hatcl.engine import folder as checkpoints
-from hatcl.engine.folder import Checkpoint, RunFolder, check_same, drop_task, read_steps
+from hatcl.engine.folder import Checkpoint, RunFolder, check_same_run, drop_task, read_steps
 from hatcl.errors import ConfigError, IntegrityError
 
 CPU = torch.device("cpu")
@@ -240,6 +240,6 @@ def test_what_a_forgotten_task_leaves_in_the_metrics(tmp_path):
 
 
 def test_the_first_difference_is_named():
-    check_same("x", {"a": (1, 2), "b": {"c": 1}}, {"a": [1, 2], "b": {"c": 1}})
+    check_same_run("x", {"a": (1, 2), "b": {"c": 1}}, {"a": [1, 2], "b": {"c": 1}})
     with pytest.raises(ConfigError, match=r"the run in x was started with b.c=1, now came 2.*\(--output\)"):
-        check_same("x", {"a": 1, "b": {"c": 1}}, {"a": 1, "b": {"c": 2}})
+        check_same_run("x", {"a": 1, "b": {"c": 1}}, {"a": 1, "b": {"c": 2}})

@@ -90,7 +90,7 @@ def test_a_run_from_a_local_folder_and_back(name, tmp_path):
     assert not same(made.pretrained, made.finetuned)
     for ours, theirs in ((made.pretrained, again.pretrained), (made.finetuned, again.finetuned)):
         assert torch.equal(logits(made, ours), logits(again, theirs))
-    assert again.options == run.absolute(options) and again.learning == LEARNING
+    assert again.options == run.with_absolute_paths(options) and again.learning == LEARNING
     assert again.trained == made.trained and again.task.fixed_head == made.task.fixed_head
     assert (again.task.train, again.task.validation) == (made.task.train, made.task.validation)
     assert again.metrics == json.loads(json.dumps(made.metrics))
@@ -351,7 +351,7 @@ def test_a_name_on_a_hub_is_passed_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: asked.append(name) or minilm())
     options = TaskOptions("prompt", "google-bert/bert-tiny", str(text_file(tmp_path)), words=WORDS, max_length=32)
     made = finetune_run(options, LEARNING)
-    assert asked == ["google-bert/bert-tiny"] * 2 and run.absolute(options).model == "google-bert/bert-tiny"
+    assert asked == ["google-bert/bert-tiny"] * 2 and run.with_absolute_paths(options).model == "google-bert/bert-tiny"
     assert [str(f) for f in run.input_files(options)] == [options.data] and made.options == options
 
 

@@ -21,9 +21,9 @@ from ...report.heatmap import draw_coefficients
 from ...report.tables import accuracy_table
 from .._command import Asked
 from .._console import Bar, out, say
-from .._options import absolute, usable_device
+from .._options import absolute_path, usable_device
 
-PICTURE = "coefficients.png"
+HEAT_MAP = "coefficients.png"
 STARTS = ("zero", "search", "isotropic")
 TASK = "task"  # the name of a command's only task
 
@@ -59,7 +59,7 @@ class TaskSpec(NamedTuple):
     data: Path
 
     def __str__(self) -> str:
-        return f"{self.name}={absolute(self.vector)}:{absolute(self.data)}"
+        return f"{self.name}={absolute_path(self.vector)}:{absolute_path(self.data)}"
 
 
 def learned(
@@ -73,7 +73,7 @@ def learned(
         stages: what is learned before the procedure's own coefficients.
     """
     if reading.head not in HEADS_BY:
-        asked.options["head"] = absolute(reading.head)
+        asked.options["head"] = absolute_path(reading.head)
     folder = asked.folder()
     if folder.finished:
         say(f"{folder.path} is finished already.")
@@ -102,7 +102,7 @@ def learned(
             try:
                 blocks = [b.name for b in run.composer.blocks]
                 picture = draw_coefficients(per_block(run.composer).tolist(), run.names, blocks)
-                write_files({folder.path / PICTURE: picture})
+                write_files({folder.path / HEAT_MAP: picture})
             except ConfigError as error:
                 say(f"no picture: {error}", "yellow")
             folder.finish(metrics)
@@ -115,7 +115,7 @@ def _tidied(folder: RunFolder) -> dict[str, Any]:
     return folder.metrics
 
 
-def show(run: Path, metrics: dict[str, Any]) -> None:
+def show_learned(run: Path, metrics: dict[str, Any]) -> None:
     """Print what a procedure has found."""
     out.print(accuracy_table(metrics["accuracy"]))
     fitted = metrics["fitted"][metrics["procedure"]]
@@ -152,7 +152,7 @@ def vector_paths(asked: Asked, texts: Sequence[str]) -> dict[str, Path]:
         if not (name and equals and path):
             raise ConfigError(f"--vector: got {text!r}, expected NAME=PATH")
     _distinct("--vector", [name for name, _, _ in pairs])
-    asked.options["vector"] = [f"{name}={absolute(path)}" for name, _, path in pairs]
+    asked.options["vector"] = [f"{name}={absolute_path(path)}" for name, _, path in pairs]
     return {name: Path(path) for name, _, path in pairs}
 
 

@@ -9,16 +9,15 @@ import typer
 
 from ... import atlas
 from ...atlas import adaptation
+from ...atlas.adaptation import OBJECTIVES
 from ...atlas.experiment import Experiment, Reading, Writing
 from ...config import one_of
 from .._command import Asked, command
-from ._learning import TASK, Base, DataFile, Vectors, learned, show, vector_paths
-
-OBJECTIVES = ("ufm", "entropy")
+from ._learning import TASK, Base, DataFile, Vectors, learned, show_learned, vector_paths
 
 
-@command("atlas adapt", show=show)
-def adapt(
+@command("atlas adapt", show=show_learned)
+def adapt_command(
     asked: Asked, base: Base, vector: Vectors, data: DataFile,
     images: Annotated[
         str, typer.Option(help="Whose images are learned from, without their labels: test, or training.")

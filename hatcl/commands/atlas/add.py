@@ -9,11 +9,11 @@ from ...atlas import addition
 from ...atlas.experiment import Experiment, Reading, Writing
 from ...config import one_of
 from .._command import Asked, command
-from ._learning import STARTS, Base, TaskSpecs, WarmStart, learned, show, task_specs
+from ._learning import STARTS, Base, TaskSpecs, WarmStart, learned, show_learned, task_specs
 
 
-@command("atlas add", show=show)
-def add(
+@command("atlas add", show=show_learned)
+def add_command(
     asked: Asked, base: Base, task: TaskSpecs, warm_start: WarmStart = "zero",
     *, reading: Reading, writing: Writing, learning: atlas.AtlasOptions = addition.ADDITION,
 ) -> dict[str, Any]:  # fmt: skip

@@ -14,11 +14,11 @@ from ...atlas.linear import Composed
 from ...config import one_of, whole
 from ...errors import ConfigError
 from .._command import Asked, command
-from ._learning import TASK, Base, DataFile, Vectors, learned, show, vector_paths
+from ._learning import TASK, Base, DataFile, Vectors, learned, show_learned, vector_paths
 
 
-@command("atlas few-shot", show=show)
-def few_shot(
+@command("atlas few-shot", show=show_learned)
+def few_shot_command(
     asked: Asked, base: Base, vector: Vectors, data: DataFile,
     shots: Annotated[
         str, typer.Option(help="Labelled images to learn from: so many of each class, a share such as 0.1, or all.")

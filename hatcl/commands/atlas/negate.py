@@ -13,11 +13,11 @@ from ...atlas.experiment import Experiment, Reading, Writing
 from ...config import number, one_of
 from ...errors import ConfigError
 from .._command import Asked, command
-from ._learning import STARTS, Base, WarmStart, learned, show, task_specs
+from ._learning import STARTS, Base, WarmStart, learned, show_learned, task_specs
 
 
-@command("atlas negate", show=show)
-def negate(
+@command("atlas negate", show=show_learned)
+def negate_command(
     asked: Asked, base: Base,
     target: Annotated[
         str, typer.Option(metavar="NAME=VECTOR:DATA.npz", help="The task to unlearn: its name, task vector and images.")

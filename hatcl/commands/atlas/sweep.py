@@ -22,7 +22,7 @@ from ._learning import Base, TaskSpecs, here, task_specs
 
 
 @command("atlas sweep")
-def sweep(
+def sweep_command(
     base: Base, task: TaskSpecs,
     first: Annotated[float, typer.Option("--from", help="The first coefficient.")] = -1.0,
     last: Annotated[float, typer.Option("--to", help="The last coefficient.")] = 1.5,
