@@ -14,16 +14,16 @@ from ..config import one_of
 from ..errors import ConfigError
 from ..map.lora import factor_in
 from ..skills.scores import Skill, SkillScores, check_same_groups, overlap
+from .heatmap import MOST_NUMBERS
 from .picture import FREE, INK, MUTED, SHADES, dress, new_figure, png, separate, short
 
 OF = ("rank", "score")
-MOST_NUMBERS = 24  # on a side of the matrix, to be written into its cells
 MOST_NAMES = 40  # of layers, to be readable below a panel
 NARROWEST, WIDEST = 7.0, 16.0  # inches, for the title and for the page
 NUMBERED = re.compile(r"[^.]+\.\d+\.")
 
 
-class Place(NamedTuple):
+class LayerPlace(NamedTuple):
     """Where a module is: the layer (`3`, `encoder.block.3`, `head`) and what it is in there (`attn.qkv`)."""
 
     layer: str
@@ -42,7 +42,7 @@ def draw_skills(scores: Mapping[str, SkillScores], of: str = "rank") -> bytes:
         ConfigError: no scores, another `of`, or matplotlib is not installed. SkillError: scores of other groups.
     """
     one_of("of", of, OF)
-    every = _alike(scores, "scores")
+    every = _same_units(scores, "scores")
     places = places_of(every[0].labels)
     layers, kinds = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
     grids = [_grid(_heights(s, of), places, layers, kinds) for s in every]
@@ -88,7 +88,7 @@ def draw_overlap(skills: Mapping[str, Skill]) -> bytes:
     Raises:
         ConfigError: no skills, or matplotlib is not installed. SkillError: skills of other groups.
     """
-    every, names = _alike(skills, "skills"), list(skills)
+    every, names = _same_units(skills, "skills"), list(skills)
     count = len(every)
     grid = np.array([[overlap(a, b) if bool(b.on.any()) else np.nan for b in every] for a in every])
     cell = 0.5 if count <= MOST_NUMBERS else 0.28
@@ -118,7 +118,7 @@ def draw_overlap(skills: Mapping[str, Skill]) -> bytes:
     return png(figure)
 
 
-def places_of(labels: Sequence[str]) -> list[Place]:
+def places_of(labels: Sequence[str]) -> list[LayerPlace]:
     """Layer and kind of the module of each group: the path in two, after its first number or after its last, whichever
     gives fewer cells (T5 has `block.0.layer.1.DenseReluDense.wi`, one layer with two parts; Swin `layers.0.blocks.1`, a
     layer each); without a number, after its first part. What all paths start with is left out. So are numbered parts of
@@ -127,14 +127,14 @@ def places_of(labels: Sequence[str]) -> list[Place]:
     shared = 0
     while all(len(p) > shared + 1 and p[shared] == paths[0][shared] and not p[shared].isdigit() for p in paths):
         shared += 1
-    cuts = [[_place(p[shared:], last) for p in paths] for last in (False, True)]
+    cuts = [[_place_of(p[shared:], last) for p in paths] for last in (False, True)]
     numbered = [i for i, p in enumerate(paths) if any(part.isdigit() for part in p[shared:])]
 
-    def cells(places: list[Place]) -> int:
+    def cells(places: list[LayerPlace]) -> int:
         return math.prod(len({places[i][side] for i in numbered}) for side in (0, 1))
 
     places = min(cuts, key=cells)
-    plain = [Place(p.layer, NUMBERED.sub("", p.kind)) for p in places]
+    plain = [LayerPlace(p.layer, NUMBERED.sub("", p.kind)) for p in places]
     return plain if len(set(plain)) == len(set(places)) else places
 
 
@@ -149,10 +149,10 @@ def _path(label: str) -> list[str]:
     return parts[:-1]
 
 
-def _place(parts: list[str], last: bool) -> Place:
+def _place_of(parts: list[str], last: bool) -> LayerPlace:
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     cut = (numbers[-1 if last else 0] if numbers else 0) + 1
-    return Place(".".join(parts[:cut]), ".".join(parts[cut:]) or parts[-1])
+    return LayerPlace(".".join(parts[:cut]), ".".join(parts[cut:]) or parts[-1])
 
 
 def _heights(scores: SkillScores, of: str) -> np.ndarray:
@@ -164,7 +164,7 @@ def _heights(scores: SkillScores, of: str) -> np.ndarray:
     return (ranks / max(1, len(which) - 1))[which].numpy()
 
 
-def _grid(heights: np.ndarray, places: Sequence[Place], layers: list[str], kinds: list[str]) -> np.ndarray:
+def _grid(heights: np.ndarray, places: Sequence[LayerPlace], layers: list[str], kinds: list[str]) -> np.ndarray:
     """Mean height `[kinds, layers]`, NaN where there is no such module."""
     total, count = (np.zeros((len(kinds), len(layers))) for _ in range(2))
     row, column = ({name: i for i, name in enumerate(names)} for names in (kinds, layers))
@@ -174,7 +174,7 @@ def _grid(heights: np.ndarray, places: Sequence[Place], layers: list[str], kinds
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
-def _alike(named: Mapping[str, Any], what: str) -> list[Any]:
+def _same_units(named: Mapping[str, Any], what: str) -> list[Any]:
     if not named:
         raise ConfigError(f"{what}: got none, expected those of at least one task by its name")
     every = list(named.values())

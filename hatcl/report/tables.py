@@ -57,7 +57,7 @@ def tasks_table(
                 f"{100 * record['soft_accuracy']:.1f}",
                 f"{100 * record['hard_accuracy']:.1f}",
                 f"{used} ({100 * used / units:.0f}%)" if units else str(used),
-                _moved(record.get("bit_equal")),
+                _moved_text(record.get("bit_equal")),
             )
         elif t == len(records) and running is not None:
             table.add_row(
@@ -93,7 +93,7 @@ def _shade(value: float) -> str:
     return "green" if value >= 0.9 else "yellow" if value >= 0.7 else "red"
 
 
-def _moved(bit_equal: bool | None) -> Text:
+def _moved_text(bit_equal: bool | None) -> Text:
     if bit_equal is None:
         return Text("")
     return Text("bit-equal", style="green") if bit_equal else Text("MOVED", style="bold red")
@@ -137,7 +137,7 @@ def accuracy_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Tab
         table.add_row(name, *[_both(row.get(name, {})) for row in rows.values()])
     if len(tasks) > 1:
         table.add_section()
-        table.add_row("mean", *[_both(_mean(list(row.values()))) for row in rows.values()])
+        table.add_row("mean", *[_both(_mean_of_parts(list(row.values()))) for row in rows.values()])
     return table
 
 
@@ -159,6 +159,6 @@ def _both(parts: Mapping[str, float]) -> str:
     return " ".join([*shown, *([f"({100 * parts['validation']:.1f})"] if "validation" in parts else [])])
 
 
-def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _mean_of_parts(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     shared = [part for part in ("test", "validation") if all(part in row for row in rows)]
     return {part: sum(row[part] for row in rows) / len(rows) for part in shared}

@@ -29,9 +29,9 @@ from ..hat.pretrained import from_pretrained, read_config, save_pretrained
 from ..hat.tasks import task as active
 
 # about half of each task's units off, and they stay so: a few steps do not turn an embedding of 6 around
-CONFIG = HATConfig(num_tasks=2, init="sparse", init_density=0.5, init_value=6.0, penalty_weight=0.0)
+PROOF_CONFIG = HATConfig(num_tasks=2, init="sparse", init_density=0.5, init_value=6.0, penalty_weight=0.0)
 EXPECTED = "expected.pt"
-MASK = "attention_mask"
+MASK_SUFFIX = "attention_mask"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +79,14 @@ def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] |
         ProofFailed: says what does not hold. Whatever conversion and learning raise comes through.
     """
     began = time.perf_counter()
-    before = _digest(source)
+    before = _model_digest(source)
     source.eval()
     forms = [inputs, *_without_masks(inputs)]
     forward = min(_timed(_outputs, source, [inputs])[0] for _ in range(2))
     traced, unit_map = _timed(map_of, source, inputs)
-    model = convert(source.train(), None, inputs, config=CONFIG)
+    model = convert(source.train(), None, inputs, config=PROOF_CONFIG)
     _hold(model.training and source.training, "convert changes the mode of the model")
-    _hold(_digest(source) == before, "convert changes the source")
+    _hold(_model_digest(source) == before, "convert changes the source")
     gates = gates_of(model)[0]
     assert gates.unit_map is not None
     maps = [{n: [f.to_json() for f in e.factors] for n, e in m.entries.items()} for m in (unit_map, gates.unit_map)]
@@ -96,14 +96,14 @@ def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] |
         mode = "training" if training else "evaluation"
         _hold(_all_equal(want, got), f"without a task it is not the source, in {mode} mode: {_gap(want, got)}")
     for form in forms[1:]:
-        convert(source, None, form, config=CONFIG)
+        convert(source, None, form, config=PROOF_CONFIG)
     del source, unit_map
     if recipe is not None:
         gates.source = recipe
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     sealed: list[list[Tensor]] = []
-    for t in range(CONFIG.num_tasks):
+    for t in range(PROOF_CONFIG.num_tasks):
         with warnings.catch_warnings(), learn(model, t, optimizer, steps=steps) as learning:
             warnings.simplefilter("ignore")  # a layer of one or two units may be left without any
             model.train()
@@ -160,11 +160,13 @@ def reload(folder: Path, make: Callable[[], nn.Module]) -> None:
 
 def _without_masks(inputs: Any) -> list[dict[str, Any]]:
     """The inputs of a text model without their masks for padding, where they have some."""
-    bare = {name: x for name, x in inputs.items() if not name.endswith(MASK)} if isinstance(inputs, Mapping) else {}
+    bare = (
+        {name: x for name, x in inputs.items() if not name.endswith(MASK_SUFFIX)} if isinstance(inputs, Mapping) else {}
+    )
     return [bare] if bare and len(bare) < len(inputs) else []
 
 
-def _digest(model: nn.Module) -> str:
+def _model_digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, value in model.state_dict().items():
         found.update(name.encode())

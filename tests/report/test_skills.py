@@ -11,7 +11,7 @@ from PIL import Image
 
 from hatcl.errors import ConfigError, SkillError
 from hatcl.report import skills as module
-from hatcl.report.skills import Place, draw_overlap, draw_skills, places_of
+from hatcl.report.skills import LayerPlace, draw_overlap, draw_skills, places_of
 from hatcl.skills.scores import SKILL_GRAINS, Skill, SkillScores, localize
 
 BERT = "base_model.model.bert.encoder.layer.{}.attention.self.{}"
@@ -57,8 +57,8 @@ def test_places_in_a_transformer():
     for grain in SKILL_GRAINS:
         places = places_of(scored(bert(2), grain).labels)
         assert list(dict.fromkeys(places)) == [
-            Place("0", "attention.self.query"), Place("0", "attention.self.value"),
-            Place("1", "attention.self.query"), Place("1", "attention.self.value"),
+            LayerPlace("0", "attention.self.query"), LayerPlace("0", "attention.self.value"),
+            LayerPlace("1", "attention.self.query"), LayerPlace("1", "attention.self.value"),
         ]  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_places_in_stages_and_outside_of_layers():
 
 
 def test_cells_by_hand():
-    places = [Place("0", "q"), Place("0", "q"), Place("0", "v"), Place("1", "v")]
+    places = [LayerPlace("0", "q"), LayerPlace("0", "q"), LayerPlace("0", "v"), LayerPlace("1", "v")]
     grid = module._grid(np.array([0.0, 0.5, 0.25, 1.0]), places, ["0", "1"], ["q", "v"])
     assert np.array_equal(grid, [[0.25, np.nan], [0.25, 1.0]], equal_nan=True)
 
