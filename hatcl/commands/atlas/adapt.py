@@ -9,7 +9,7 @@ import typer
 
 from ... import atlas
 from ...atlas import adaptation
-from ...atlas.adaptation import OBJECTIVES
+from ...atlas.adaptation import ADAPTED_BY
 from ...atlas.experiment import Experiment, Reading, Writing
 from ...config import one_of
 from .._command import Asked, command
@@ -37,11 +37,11 @@ def adapt_command(
     """
     paths = vector_paths(asked, vector)
     one_of("--images", images, ("test", "training"))
-    one_of("--objective", objective, OBJECTIVES)
+    one_of("--objective", objective, ADAPTED_BY)
 
     def work(run: Experiment) -> None:
         run.fit_heads()
-        strong = functools.partial(atlas.random_crops, flip=flip)
+        strong = functools.partial(atlas.random_crops, flip=flip) if objective == "ufm" else None
         run.learn(
             lambda composed, **how: atlas.adapt(
                 composed, run.parts[TASK][images], head=run.heads[TASK], strong=strong, per_class=per_class,
