@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
 from hatcl.continual import ContinualTask, learn_sequence
-from hatcl.skills.scores import SkillScores, localize, overlap
+from hatcl.skills.scores import SkillScores, localize, skill_overlap
 
 config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 lora = LoraConfig(r=4, target_modules=r".*layer\..*(query|value|dense)")
@@ -36,4 +36,4 @@ for method in ("sequential", "tasl"):
     result = learn_sequence(model, tasks, method, {"epochs": 6, "lr": 2e-2}, folder=f"run_{method}")
     print(method, result.matrix.round(2).tolist(), result.measures)
 first, last = (localize(SkillScores.load(f"run_tasl/tasks/{i}_t{i}/scores.safetensors")) for i in (0, 2))
-print("share of the last task's skill that the first has too:", overlap(first, last))
+print("share of the last task's skill that the first has too:", skill_overlap(first, last))

@@ -2,6 +2,7 @@
 
 from . import atlas, continual
 from .config import HATConfig
+from .continual import continual_method, learn_sequence, list_continual_methods
 from .errors import (
     CapacityError,
     ConfigError,
@@ -60,11 +61,11 @@ from .skills import (
     Skill,
     SkillScorer,
     SkillScores,
-    accumulate,
+    accumulate_scores,
     consolidate,
     localize,
     orthogonality,
-    overlap,
+    skill_overlap,
     skill_tensors,
 )
 from .vectors.compose import Composer, compose
@@ -74,18 +75,20 @@ from .vectors.task_vector import TaskVector
 
 __version__ = "0.1.0"
 __all__ = [
-    "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions", "ConversionError", "Description",
-    "ForgetReport", "Graft", "GraftError", "GraftOptions", "GraftScores", "GuardError", "HATConfig", "HATConv1d",
-    "HATConv2d", "HATConv3d", "HATConvTranspose1d", "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding",
-    "HATError", "HATLayer", "HATLinear", "ILoRA", "ILoRAConfig", "IntegrityError", "IsolationError", "Learning",
-    "NonFiniteLossError", "SignConflicts", "Skill", "SkillError", "SkillScorer", "SkillScores", "TaskError",
-    "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm",
-    "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm",
-    "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError",
-    "accumulate", "add_tasks", "as_adapter", "atlas", "certify", "compose", "consolidate", "continual", "convert",
-    "describe", "forget_task", "forward", "from_pretrained", "gathered", "hold", "learn", "learn_graft", "list_merges",
-    "list_models", "localize", "merge", "merge_method", "orthogonality", "overlap", "register_layer", "save_pretrained",
-    "seal", "select_graft", "set_task", "sign_conflicts", "skill_tensors", "task", "task_parameters", "tasks",
+    "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions", "ConversionError",
+    "Description", "ForgetReport", "Graft", "GraftError", "GraftOptions", "GraftScores", "GuardError", "HATConfig",
+    "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d", "HATConvTranspose2d", "HATConvTranspose3d",
+    "HATEmbedding", "HATError", "HATLayer", "HATLinear", "ILoRA", "ILoRAConfig", "IntegrityError", "IsolationError",
+    "Learning", "NonFiniteLossError", "SignConflicts", "Skill", "SkillError", "SkillScorer", "SkillScores",
+    "TaskError", "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d",
+    "TaskIndexedGroupNorm", "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d",
+    "TaskIndexedLayerNorm", "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector",
+    "UnitMap", "VectorError", "accumulate_scores", "add_tasks", "as_adapter", "atlas", "certify", "compose",
+    "consolidate", "continual", "continual_method", "convert", "describe", "forget_task", "forward",
+    "from_pretrained", "gathered", "hold", "learn", "learn_graft", "learn_sequence", "list_continual_methods",
+    "list_merges", "list_models", "localize", "merge", "merge_method", "orthogonality", "register_layer",
+    "save_pretrained", "seal", "select_graft", "set_task", "sign_conflicts", "skill_overlap", "skill_tensors",
+    "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

@@ -298,7 +298,7 @@ class StoredWeights:
                 if isinstance(x, Tensor) and x.shape == p.shape:
                     beside.setdefault(key, {})[id(p)] = (p, x)
         for name, value in vars(self._optimizer).items():
-            tensors = list(_stored_tensors(value)) if isinstance(value, (list, tuple)) else []
+            tensors = list(_tensors_within(value)) if isinstance(value, (list, tuple)) else []
             if len(tensors) == len(params) and all(x.shape == p.shape for x, p in zip(tensors, params, strict=True)):
                 beside[f".{name}"] = {id(p): (p, x) for p, x in zip(params, tensors, strict=True)}
         for key, pairs in beside.items():
@@ -333,12 +333,12 @@ def _state_of(optimizer: Any, p: Tensor) -> dict[Any, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _stored_tensors(value: Any) -> Iterator[Tensor]:
+def _tensors_within(value: Any) -> Iterator[Tensor]:
     for x in value:
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, (list, tuple)):
-            yield from _stored_tensors(x)
+            yield from _tensors_within(x)
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Any], remedy: str) -> set[int]:

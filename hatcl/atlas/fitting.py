@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..calls import Batches, again, seeded
 from ..engine.loop import Loop, Tell, Work
 from ..engine.options import LoopOptions
-from ..engine.state import Standing, copies_of, generators_of, put, undone_on_error
+from ..engine.state import Standing, copies_of, generators_of, undone_on_error, write_all
 from ..errors import ConfigError, VectorError
 from ..lend import Evaluating
 from .linear import Composed
@@ -180,8 +180,8 @@ class _Fitting(Work):
         return self.composer.coefficients.detach().clone(), copies_of(self.others)
 
     def put(self, coefficients: Tensor, others: Mapping[str, Tensor]) -> None:
-        put({"": self.composer.coefficients}, {"": coefficients})
-        put({name: self.others[name] for name in others}, others)
+        write_all({"": self.composer.coefficients}, {"": coefficients})
+        write_all({name: self.others[name] for name in others}, others)
 
     def begin(self) -> None:
         if self.select is not None:

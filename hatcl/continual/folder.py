@@ -38,7 +38,7 @@ def base_of(model: nn.Module) -> str:
     return base_digest(model) if adapters_of(model) else tensors_digest(dict(model.named_parameters()))
 
 
-def state_of(model: nn.Module) -> dict[str, Tensor]:
+def learned_state(model: nn.Module) -> dict[str, Tensor]:
     """What learning changes: all that belongs to an adapter, all else that requires a gradient, and the buffers."""
     out: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
@@ -49,8 +49,8 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_state(model: nn.Module, path: Path) -> None:
-    """`state_of` as a safetensors file; tensors that share memory are written once each."""
-    save_file({n: t.detach().cpu().contiguous().clone() for n, t in state_of(model).items()}, path)
+    """`learned_state` as a safetensors file; tensors that share memory are written once each."""
+    save_file({n: t.detach().cpu().contiguous().clone() for n, t in learned_state(model).items()}, path)
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def read_state(model: nn.Module, path: Path) -> None:
         stored = load_file(path)
     except Exception as error:  # safetensors raises its own kind, which is no subclass of anything narrower
         raise IntegrityError(f"{path} cannot be read ({error}); start the run anew in another folder") from error
-    ours = state_of(model)
+    ours = learned_state(model)
     wrong = [f"{n} is missing" for n in stored if n not in ours] + [f"{n} is new" for n in ours if n not in stored]
     wrong += [
         f"{n} is {list(stored[n].shape)}, the model's {list(t.shape)}"

@@ -74,7 +74,7 @@ def matches(given: str, expected: str) -> bool:
     return given.lower().split() == expected.lower().split()
 
 
-def check_labels(labels: Tensor, name: str, examples: Sequence[Any]) -> None:
+def check_some_label(labels: Tensor, name: str, examples: Sequence[Any]) -> None:
     """Raises `ConfigError` if a row's labels are all masked: its loss would be a mean over nothing."""
     empty = (labels == MASKED).all(-1).nonzero().flatten().tolist()
     if empty:
@@ -98,7 +98,7 @@ class _Seq2Seq:
         out = self.inputs([x for x, _ in pairs])
         rows = [_with_end(self.tokenizer, _ids(self.tokenizer, y), self.lengths.max_output) for _, y in pairs]
         out["labels"] = self._filled(rows, MASKED, left=False)
-        check_labels(out["labels"], self.name, pairs)
+        check_some_label(out["labels"], self.name, pairs)
         return out
 
     def written(self, model: nn.Module, texts: Sequence[str]) -> list[str]:
@@ -135,7 +135,7 @@ class _Causal(_Seq2Seq):
         out = self._padded([b + a for b, a in zip(before, after, strict=True)], left=False)
         rows = [[MASKED] * len(b) + a for b, a in zip(before, after, strict=True)]
         out["labels"] = self._filled(rows, MASKED, left=False)
-        check_labels(out["labels"], self.name, pairs)
+        check_some_label(out["labels"], self.name, pairs)
         return out
 
     def written(self, model: nn.Module, texts: Sequence[str]) -> list[str]:

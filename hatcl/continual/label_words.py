@@ -53,7 +53,7 @@ def label_word_task(
         ConfigError: fewer than two labels, a label word without a letter, a pair whose label is none of them, or an
             encoder without hidden states.
     """
-    words = check_labels(name, data, labels)
+    words = words_of_labels(name, data, labels)
     check_words(name, words)
     place = {y: i for i, y in enumerate(words)}
     read = _Reader(tokenizer, max_length)
@@ -76,7 +76,9 @@ def label_word_task(
     )
 
 
-def check_labels(name: str, data: TextData, labels: Mapping[str, str] | Sequence[str] | None = None) -> dict[str, str]:
+def words_of_labels(
+    name: str, data: TextData, labels: Mapping[str, str] | Sequence[str] | None = None
+) -> dict[str, str]:
     """label -> the word or phrase that stands for it; those of the training data in their own words where none are
     given.
 

@@ -17,7 +17,7 @@ from ..calls import device_of, seeded
 from ..config import number
 from ..engine import folder as checkpoints
 from ..engine.loop import Loop, Progress, Tell, Work
-from ..engine.state import Modes, Standing, kept_whole, put, seed_all
+from ..engine.state import Modes, Standing, kept_whole, seed_all, write_all
 from ..errors import SkillError
 from ..files import complete, replaced_folder
 from ..skills.tensors import skill_tensors
@@ -31,8 +31,8 @@ from .folder import (
     base_of,
     check,
     claim,
+    learned_state,
     read_state,
-    state_of,
     task_folder,
     write_state,
     write_task,
@@ -135,11 +135,11 @@ class _Stage(Work):
         return {}
 
     def state(self) -> dict[str, Any]:
-        tensors = {n: t.detach() for n, t in state_of(self.model).items()}
+        tensors = {n: t.detach() for n, t in learned_state(self.model).items()}
         return {"tensors": tensors, "losses": self.losses, "method": self.method.state()}
 
     def load_state(self, state: Mapping[str, Any], where: object) -> None:
-        put(state_of(self.model), state["tensors"])
+        write_all(learned_state(self.model), state["tensors"])
         self.losses = [float(loss) for loss in state["losses"]]
         self.method.load_state(state["method"])
 

@@ -64,11 +64,11 @@ class Schedule:
             elif name in RATES:
                 group["lr"] = rate_at((done - rising) / max(step, total - rising), 1, lr, name)
             else:
-                group["lr"] = _timm(name, done - rising, max(step, total - rising), lr)
+                group["lr"] = _timm_rate(name, done - rising, max(step, total - rising), lr)
         return max(group["lr"] for group in self.optimizer.param_groups)
 
 
-def _timm(name: str, done: float, total: float, lr: float) -> float:
+def _timm_rate(name: str, done: float, total: float, lr: float) -> float:
     """The rate by timm's schedule of this name; `step` divides it by ten at each 30 % of the course."""
     from timm.scheduler import create_scheduler_v2
 

@@ -104,7 +104,7 @@ class Modes:
 
 
 @torch.no_grad()
-def put(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def write_all(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Write values into tensors of the same names."""
     for name, t in tensors.items():
         t.copy_(values[name])
@@ -122,7 +122,7 @@ def undone_on_error(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]
     try:
         yield before
     except BaseException:
-        put(tensors, before)
+        write_all(tensors, before)
         raise
 
 

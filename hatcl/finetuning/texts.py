@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..continual.label_words import check_labels
+from ..continual.label_words import words_of_labels
 from ..data.texts import Pair, TextData
 from ..errors import ConfigError
 from .forwards import WordForward, embedding_names, language_head_names, open_copy, with_forward
@@ -20,10 +20,10 @@ def _words_of(name: str, data: TextData, words: Any) -> dict[str, str]:
     """label -> word, in the order of `words`, for language models.
 
     Raises:
-        ConfigError: as `check_labels`; a label without a word, or one that would stand for itself and has no letter.
+        ConfigError: as `words_of_labels`; a label without a word, or one that would stand for itself and has no letter.
     """
     if words is None:
-        found = check_labels(name, data)
+        found = words_of_labels(name, data)
         mute = [w for w in found if not any(c.isalpha() for c in w)]
         if mute:
             raise ConfigError(
@@ -31,7 +31,7 @@ def _words_of(name: str, data: TextData, words: Any) -> dict[str, str]:
                 f"words={{{next(iter(found))!r}: 'terrible', ...}} (--word {next(iter(found))}=terrible)"
             )
         return found
-    return check_labels(name, data, words)
+    return words_of_labels(name, data, words)
 
 
 def word_task(

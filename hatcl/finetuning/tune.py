@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..calls import device_of, seeded
 from ..engine.loop import Loop, Tell, Work
 from ..engine.options import LoopOptions
-from ..engine.state import Modes, Standing, copies_of, put, undone_on_error
+from ..engine.state import Modes, Standing, copies_of, undone_on_error, write_all
 from ..errors import ConfigError, IntegrityError
 from ..functional import digest_of
 from ..lend import lent
@@ -104,7 +104,7 @@ def finetune_(
             finite. IntegrityError: a damaged standing, or one of a model that began with other bits.
     """
     chosen = FinetuneOptions().changed(options)
-    trained = _trained(model, task, chosen)
+    trained = _trained_parameters(model, task, chosen)
     if not len(task.train):
         raise ConfigError(f"task {task.name}: no training examples")
     statistics = _statistics(model) if chosen.statistics == "learned" else {}
@@ -198,7 +198,7 @@ class _Tuning(Work):
     def finish(self) -> list[dict[str, float]]:
         """The best weights into the model, and what was measured."""
         if self.best is not None:
-            put(self.watched, self.best[1])
+            write_all(self.watched, self.best[1])
         self.history[-1 if self.best is None else self.best[2]]["kept"] = 1.0
         return self.history
 
@@ -220,7 +220,7 @@ class _Tuning(Work):
                 f"{where}: {wrong} had other values when this fine-tuning began; give the model that it began with, or "
                 "remove it to start from the beginning"
             )
-        put(self.watched, state["tensors"])
+        write_all(self.watched, state["tensors"])
         self.history, self.losses, self.best = state["history"], state["losses"], state["best"]
 
 
@@ -250,7 +250,7 @@ def reach(
     return found
 
 
-def _trained(model: nn.Module, task: FinetuneTask, options: FinetuneOptions) -> dict[str, nn.Parameter]:
+def _trained_parameters(model: nn.Module, task: FinetuneTask, options: FinetuneOptions) -> dict[str, nn.Parameter]:
     names = trained_names(task, options)
     have = dict(model.named_parameters())
     lacking = [n for n in names if n not in have or have[n].shape != task.model.get_parameter(n).shape]

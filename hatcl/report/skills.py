@@ -13,7 +13,7 @@ import torch
 from ..config import one_of
 from ..errors import ConfigError
 from ..map.lora import factor_in
-from ..skills.scores import Skill, SkillScores, check_same_groups, overlap
+from ..skills.scores import Skill, SkillScores, check_same_groups, skill_overlap
 from .heatmap import MOST_NUMBERS
 from .picture import FREE, INK, MUTED, SHADES, dress, new_figure, png, separate, short
 
@@ -90,7 +90,7 @@ def draw_overlap(skills: Mapping[str, Skill]) -> bytes:
     """
     every, names = _same_units(skills, "skills"), list(skills)
     count = len(every)
-    grid = np.array([[overlap(a, b) if bool(b.on.any()) else np.nan for b in every] for a in every])
+    grid = np.array([[skill_overlap(a, b) if bool(b.on.any()) else np.nan for b in every] for a in every])
     cell = 0.5 if count <= MOST_NUMBERS else 0.28
     figure = new_figure(4.6 + cell * count, 2.9 + cell * count)
     axes = figure.add_subplot()

@@ -9,11 +9,11 @@ from .orthogonality import orthogonality
 from .product import best_factors
 from .reservoir import Reservoir
 from .scorer import SkillScorer
-from .scores import Skill, SkillScores, accumulate, localize, overlap
+from .scores import Skill, SkillScores, accumulate_scores, localize, skill_overlap
 from .tensors import adapters_of, skill_tensors
 
 __all__ = [
     "ConsolidateOptions", "Hidden", "ILoRA", "ILoRAConfig", "Reservoir", "Skill", "SkillScorer", "SkillScores",
-    "accumulate", "adapters_of", "best_factors", "consolidate", "group_weights", "hidden_states_of", "localize",
-    "orthogonality", "overlap", "skill_tensors",
+    "accumulate_scores", "adapters_of", "best_factors", "consolidate", "group_weights", "hidden_states_of", "localize",
+    "orthogonality", "skill_overlap", "skill_tensors",
 ]  # fmt: skip

@@ -114,8 +114,8 @@ def consolidate(
     Args:
         previous, current: the tensors of both by the same names, as `skill_tensors` gives them (or peft's file); dtypes
             and devices may differ.
-        previous_scores: the scores over all earlier tasks (`accumulate`). current_scores: those of the current task
-            alone. `coarse` does without both, None.
+        previous_scores: the scores over all earlier tasks (`accumulate_scores`). current_scores: those of the current
+            task alone. `coarse` does without both, None.
         options: `ConsolidateOptions`, or a mapping of what to change.
 
     Returns:

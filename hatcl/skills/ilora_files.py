@@ -69,7 +69,7 @@ def save(ilora: TwoAdapters, folder: Path) -> Path:
         "stable": None,
     }
     if config.save_ema_adapter:
-        about["stable"] = {"path": str(where), "digest": tensors_digest(_stored_tensors(model, ilora.stable))}
+        about["stable"] = {"path": str(where), "digest": tensors_digest(_peft_tensors(model, ilora.stable))}
     inside = not where.is_absolute() and ".." not in where.parts
     _ours(target, {ADAPTER_FOLDER, STABLE_FOLDER, MEMORY_FILE, ABOUT_FILE, where.parts[0]})
     if config.save_ema_adapter and not inside:
@@ -181,7 +181,7 @@ def _read_about(at: Path) -> dict[str, Any]:
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 
-def _stored_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
+def _peft_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
     """An adapter's tensors as peft stores them, sharing memory with the model."""
     from peft import get_peft_model_state_dict
 
@@ -191,7 +191,7 @@ def _stored_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
 
 def _write_adapter(model: Any, adapter: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _stored_tensors(model, adapter).items()}
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _peft_tensors(model, adapter).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = copy.copy(model.peft_config[adapter])
     config.inference_mode = True
@@ -218,7 +218,7 @@ def _read_adapter(model: Any, adapter: str, folder: Path) -> dict[str, Tensor]:
                 "adapter with the options that it was saved with"
             )
     tensors = dict(named_tensors(folder / WEIGHTS))
-    expected = _stored_tensors(model, adapter)
+    expected = _peft_tensors(model, adapter)
     for name in dict.fromkeys([*expected, *tensors]):
         shapes = [list(t[name].shape) if name in t else "lacking" for t in (tensors, expected)]
         if shapes[0] != shapes[1]:
@@ -231,7 +231,7 @@ def _read_adapter(model: Any, adapter: str, folder: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _copy_in(model: Any, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    for name, t in _stored_tensors(model, adapter).items():
+    for name, t in _peft_tensors(model, adapter).items():
         t.copy_(tensors[name])
 
 

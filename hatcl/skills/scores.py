@@ -158,7 +158,7 @@ class Skill(_Groups):
         return self._parts.expand(self.on)
 
 
-def accumulate(
+def accumulate_scores(
     current: SkillScores, previous: SkillScores | None, weights: tuple[float, float] = (0.3, 0.7)
 ) -> SkillScores:
     """The memory of scores over tasks: `C_k = N(0.3 N(I_k) + 0.7 N(C_{k-1}))`, and `C_1 = N(I_1)`, with N as in
@@ -212,7 +212,7 @@ def localize(scores: SkillScores, share: float = 0.2, threshold: float | None = 
     return Skill(scores.grain, scores.shapes, on)
 
 
-def overlap(a: Skill, b: Skill) -> float:
+def skill_overlap(a: Skill, b: Skill) -> float:
     """`|a & b| / |b|`: what share of b's groups is in a as well.
 
     Raises:

@@ -240,7 +240,7 @@ def known(name: str) -> Known:
     plain, options = _options(name)
     if plain in _registry._model_to_module:
         source = timm_source(plain, options)
-        return Known(name, _registry._model_to_module[plain], lambda: _timm(plain, options), source)
+        return Known(name, _registry._model_to_module[plain], lambda: _made_by_timm(plain, options), source)
     near = nearest(plain, names())
     raise ConfigError(f"no model is called {name!r}; did you mean {near!r}?")
 
@@ -274,7 +274,7 @@ def _options(name: str) -> tuple[str, dict[str, int]]:
     return plain, options
 
 
-def _timm(name: str, options: dict[str, int]) -> Made:
+def _made_by_timm(name: str, options: dict[str, int]) -> Made:
     torch.manual_seed(0)
     model = timm.create_model(name, **options)
     return model, example_input(model, options)

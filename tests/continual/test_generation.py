@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 from continual_parts import texts, tokenizer, vocabulary  # noqa: E402
 
 from hatcl.continual import TextData, Turn, causal_task, learn_sequence, read_texts, seq2seq_task  # noqa: E402
-from hatcl.continual.generation import check_labels, matches  # noqa: E402
+from hatcl.continual.generation import check_some_label, matches  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -132,7 +132,7 @@ def test_bad_input():
         assert task.collate([("w1", "red")])["labels"].shape[0] == 1, form
     labels = torch.tensor([[1, -100], [-100, -100]])
     with pytest.raises(ConfigError, match="all labels of 1 of 2 examples are masked, the first is .*w2"):
-        check_labels(labels, "t", [("w1", "red"), ("w2", "red")])
+        check_some_label(labels, "t", [("w1", "red"), ("w2", "red")])
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer)
     with pytest.raises(ConfigError, match="no token for padding; set tokenizer.pad_token"):
         seq2seq_task("t", texts(0), bare)

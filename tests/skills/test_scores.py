@@ -16,7 +16,15 @@ from safetensors.torch import save_file
 from hatcl.errors import ConfigError, IntegrityError, SkillError
 from hatcl.map.grains import make_grain
 from hatcl.skills import scores as module
-from hatcl.skills.scores import SKILL_GRAINS, Skill, SkillScores, accumulate, check_same_groups, localize, overlap
+from hatcl.skills.scores import (
+    SKILL_GRAINS,
+    Skill,
+    SkillScores,
+    accumulate_scores,
+    check_same_groups,
+    localize,
+    skill_overlap,
+)
 
 PAIRS = {
     "m.q.lora_A.weight": (2, 3),
@@ -78,28 +86,31 @@ def test_normalising_keeps_the_order_and_is_done_once(values):
 
 
 def test_two_tasks_by_hand():
-    first = accumulate(blocks(1.0, 3.0, 5.0), None)
+    first = accumulate_scores(blocks(1.0, 3.0, 5.0), None)
     assert first.values.tolist() == [0.0, 0.5, 1.0]
     # .3 * (1, .25, 0) + .7 * (0, .5, 1) = (.3, .425, .7); less .3, over .4: (0, .3125, 1)
-    second = accumulate(blocks(8.0, 2.0, 0.0), first)
+    second = accumulate_scores(blocks(8.0, 2.0, 0.0), first)
     assert second.values.tolist() == [0.0, 0.3125, 1.0]
     # only the current: (1, .25, 0); only the previous: (0, .5, 1); half and half: (.5, .375, .5)
-    assert accumulate(blocks(8.0, 2.0, 0.0), first, (1.0, 0.0)).values.tolist() == [1.0, 0.25, 0.0]
-    assert accumulate(blocks(8.0, 2.0, 0.0), first, (0.0, 1.0)).values.tolist() == [0.0, 0.5, 1.0]
-    assert accumulate(blocks(8.0, 2.0, 0.0), first, (1.0, 1.0)).values.tolist() == [1.0, 0.0, 1.0]
+    assert accumulate_scores(blocks(8.0, 2.0, 0.0), first, (1.0, 0.0)).values.tolist() == [1.0, 0.25, 0.0]
+    assert accumulate_scores(blocks(8.0, 2.0, 0.0), first, (0.0, 1.0)).values.tolist() == [0.0, 0.5, 1.0]
+    assert accumulate_scores(blocks(8.0, 2.0, 0.0), first, (1.0, 1.0)).values.tolist() == [1.0, 0.0, 1.0]
 
 
 @given(FINITE, st.integers(0, 30))
 def test_the_memory_does_not_see_the_size_of_scores(values, exponent):
     """N takes it away, so that a task with larger losses counts no more."""
-    one, other = accumulate(blocks(*values), None), accumulate(blocks(*(v * 2.0**exponent for v in values)), None)
+    one, other = (
+        accumulate_scores(blocks(*values), None),
+        accumulate_scores(blocks(*(v * 2.0**exponent for v in values)), None),
+    )
     assert torch.equal(one.values, other.values)
 
 
 @pytest.mark.parametrize("weights", [(-0.1, 1.0), (0.0, 0.0), (math.nan, 1.0), (math.inf, 1.0), (1.0,)])
 def test_weights_outside_their_range(weights):
     with pytest.raises(ConfigError, match="weights: got .*, expected two numbers of at least 0, not both 0"):
-        accumulate(blocks(1.0, 2.0), None, weights)
+        accumulate_scores(blocks(1.0, 2.0), None, weights)
 
 
 # ---- skills ----------------------------------------------------------------------------------------------------------
@@ -160,11 +171,11 @@ def test_expanded_over_the_tensors():
 
 def test_overlap_by_hand():
     a, b = skill(True, True, True, False), skill(True, False, False, True)
-    assert overlap(a, b) == 1 / 2 and overlap(b, a) == 1 / 3
-    assert overlap(a, a) == 1.0 and overlap(skill(True, False), skill(False, True)) == 0.0
-    assert overlap(skill(False, False), skill(True, True)) == 0.0
+    assert skill_overlap(a, b) == 1 / 2 and skill_overlap(b, a) == 1 / 3
+    assert skill_overlap(a, a) == 1.0 and skill_overlap(skill(True, False), skill(False, True)) == 0.0
+    assert skill_overlap(skill(False, False), skill(True, True)) == 0.0
     with pytest.raises(SkillError, match="the second skill has no group.*lower its threshold"):
-        overlap(a, skill(False, False, False, False))
+        skill_overlap(a, skill(False, False, False, False))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -313,10 +324,10 @@ def test_scores_and_skills_of_other_adapters(grain, shapes, text):
     here = SkillScores("block", PAIRS, torch.rand(4))
     there = SkillScores(grain, shapes, torch.rand(len(shapes)))
     with pytest.raises(SkillError, match=text):
-        accumulate(here, there)
+        accumulate_scores(here, there)
     with pytest.raises(SkillError, match=text):
-        overlap(localize(here), localize(there))
+        skill_overlap(localize(here), localize(there))
     check_same_groups(here, SkillScores("block", PAIRS, torch.rand(4)), ("one", "the other"))
     if shapes is LESS:  # also where the second has what the first lacks
         with pytest.raises(SkillError, match=r"m.v.lora_A.weight is lacking in .*, \[3, 3\] in "):
-            accumulate(there, here)
+            accumulate_scores(there, here)

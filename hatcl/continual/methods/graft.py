@@ -73,10 +73,12 @@ class Grafts(Method):
         self.tasks = tasks
         self.grafts: list[Graft] = []  # task by task, with the values that it learned
         self.under: list[Graft] = []  # the same elements with those of theta_pre
-        candidates(_trained(model), _trained(model), self.options.only, self.options.skip)  # raises for a wrong pattern
+        candidates(
+            _learned_parameters(model), _learned_parameters(model), self.options.only, self.options.skip
+        )  # raises for a wrong pattern
 
     def begin(self, model: nn.Module, stage: int) -> None:
-        self.before = {n: t.detach().clone() for n, t in {**_trained(model), **_buffers(model)}.items()}
+        self.before = {n: t.detach().clone() for n, t in {**_learned_parameters(model), **_buffers(model)}.items()}
 
     def watching(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
@@ -85,7 +87,7 @@ class Grafts(Method):
 
     @torch.no_grad()
     def end(self, model: nn.Module, stage: int) -> None:
-        weights = _trained(model)
+        weights = _learned_parameters(model)
         before = {n: self.before[n] for n in weights}
         after = {n: p.detach().clone() for n, p in weights.items()}
         for name, t in {**weights, **_buffers(model)}.items():
@@ -115,7 +117,7 @@ class Grafts(Method):
     @contextlib.contextmanager
     def scoring(self, model: nn.Module, index: int) -> Iterator[None]:
         later = slice(index + 1, None) if self.options.scored == "own" else slice(0, 0)
-        weights = _trained(model)
+        weights = _learned_parameters(model)
         _write(weights, self.under[later])
         try:
             yield
@@ -151,7 +153,7 @@ class _Batches:
             yield self.task.collate([train[i] for i in range(k, min(k + self.size, len(train)))])
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def _learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What learning changes; of parameters that share their elements the one that stands first."""
     tied = tied_names(model)
     return {n: p for n, p in model.named_parameters() if p.requires_grad and tied[n] == n}

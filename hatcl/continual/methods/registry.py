@@ -21,7 +21,7 @@ from ...config import known_options, one_of
 from ...errors import ConfigError
 from ..tasks import ContinualTask
 
-C = TypeVar("C", bound="type[Method]")
+MethodClass = TypeVar("MethodClass", bound="type[Method]")
 
 
 @dataclass(frozen=True)
@@ -149,14 +149,14 @@ class Method:
 _METHODS: dict[str, type[Method]] = {}
 
 
-def continual_method(name: str, *, paper: str) -> Callable[[C], C]:
+def continual_method(name: str, *, paper: str) -> Callable[[MethodClass], MethodClass]:
     """Class decorator: `learn_sequence` finds the method under this name.
 
     Raises:
         ConfigError: a name that is taken.
     """
 
-    def add(kind: C) -> C:
+    def add(kind: MethodClass) -> MethodClass:
         if name in _METHODS:
             raise ConfigError(f"continual_method: {name!r} is taken by {_METHODS[name].__qualname__}")
         kind.name, kind.paper = name, paper

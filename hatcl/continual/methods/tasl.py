@@ -16,7 +16,7 @@ from ...config import flag, number, one_of
 from ...skills.consolidate import ConsolidateOptions, consolidate
 from ...skills.orthogonality import orthogonality
 from ...skills.scorer import IMPORTANCE, TIMINGS, SkillScorer
-from ...skills.scores import SKILL_GRAINS, SkillScores, accumulate, two_weights
+from ...skills.scores import SKILL_GRAINS, SkillScores, accumulate_scores, two_weights
 from ...skills.tensors import adapters_of, skill_tensors
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -78,7 +78,9 @@ class TaSL(Method):
 
     def begin(self, model: nn.Module, stage: int) -> None:
         self.scorer = self._scorer(model)
-        self.previous = tuple({n: p.detach().clone() for n, p in x.items()} for x in _trained(model)) if stage else None
+        self.previous = (
+            tuple({n: p.detach().clone() for n, p in x.items()} for x in _scored_and_beside(model)) if stage else None
+        )
 
     def watching(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
@@ -96,13 +98,13 @@ class TaSL(Method):
         self.current = self.scorer.scores()
         if self.previous is not None:
             how = self.options.consolidate
-            (scored, beside), (factors, others) = _trained(model), self.previous
+            (scored, beside), (factors, others) = _scored_and_beside(model), self.previous
             merged = consolidate(factors, dict(scored), self.cumulative, self.current, how)
             if beside:
                 merged |= consolidate(others, dict(beside), None, None, {"mode": "coarse", "coarse": how.unscored})
             for name, p in {**scored, **beside}.items():
                 p.copy_(merged[name])
-        self.cumulative = accumulate(self.current, self.cumulative, self.options.memory)
+        self.cumulative = accumulate_scores(self.current, self.cumulative, self.options.memory)
 
     def scores(self) -> dict[str, SkillScores]:
         found = {"scores": self.current, "cumulative": self.cumulative}
@@ -123,7 +125,7 @@ class TaSL(Method):
         self.cumulative = SkillScores.load(path) if path.exists() else None
 
 
-def _trained(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def _scored_and_beside(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """What has scores, and what else is trained."""
     scored = skill_tensors(model)
     known = {id(p) for p in scored.values()}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...config import one_of
-from ...continual.label_words import check_labels
+from ...continual.label_words import words_of_labels
 from ...data.texts import TextData
 from ...errors import ConfigError
 from ..forwards import HEAD, HeadForward, embedding_names, open_copy, with_forward
@@ -44,7 +44,7 @@ def head_task(
         ConfigError: labels, a tokenizer or a model that do not fit; see `PromptReader`.
     """
     one_of("head", head, HEADS)
-    labels = check_labels(name, data)
+    labels = words_of_labels(name, data)
     if token == "mask" and template is None:
         template = MASK_TEMPLATE
     read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at=token)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...continual.label_words import SCALE, LabelWords, check_labels, check_words, label_embeddings
+from ...continual.label_words import SCALE, LabelWords, check_words, label_embeddings, words_of_labels
 from ...data.texts import TextData
 from ..forwards import CosineForward, embedding_names, open_copy, with_forward
 from ..options import TaskOptions
@@ -38,7 +38,7 @@ def labels_task(
     Raises:
         ConfigError: words, a template, a tokenizer or a model that do not fit.
     """
-    found = check_labels(name, data, words)
+    found = words_of_labels(name, data, words)
     check_words(name, found)
     read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at=None)
     alone = PromptReader(tokenizer, None, max_length=max_length, cut=cut, at=None)
