@@ -207,7 +207,8 @@ def flag(name: str, value: Any) -> None:
 
 
 def help_of(cls: type) -> dict[str, str]:
-    """What a dataclass says of each of its fields: `metadata["help"]`, or else its docstring.
+    """What a dataclass says of each of its fields: `metadata["help"]`, or else its docstring, or that of a class that it
+    derives from.
 
     In the docstring a field's text follows `name:` or `name, other:`, at the start of a line or after the end of a
     sentence, and goes on to the next field or empty line.
@@ -215,7 +216,7 @@ def help_of(cls: type) -> dict[str, str]:
     fields = dataclasses.fields(cls)
     names = "|".join(f.name for f in fields)
     said: dict[str, str] = {}
-    for paragraph in re.split(r"\n\s*\n", cls.__doc__ or ""):
+    for paragraph in (p for kind in cls.__mro__ for p in re.split(r"\n\s*\n", kind.__doc__ or "")):
         heads = list(re.finditer(rf"(?:(?<=[.;:)]\s)|^\s*)((?:{names})(?:, (?:{names}))*): ", paragraph, flags=re.M))
         for head, after in zip(heads, [*heads, None][1:], strict=True):
             text = " ".join(paragraph[head.end() : after.start() if after else None].split()).replace("`", "")

@@ -161,3 +161,19 @@ def test_what_a_docstring_says_of_each_field():
         "silent": "",
     }
     assert all(help_of(hatcl.HATConfig).values())
+
+
+def test_what_the_docstring_of_a_base_says():
+    @dataclasses.dataclass
+    class Derived(Described):
+        """More options.
+
+        Args:
+            more: of the derived class. lr: said again.
+        """
+
+        more: int = 0
+
+    told = help_of(Derived)
+    assert (told["more"], told["lr"]) == ("Of the derived class.", "Said again.")
+    assert told["epochs"] == "Passes (at most many): over all."

@@ -61,7 +61,6 @@ RAISED: dict[tuple[str | None, str], str] = {
     ("continual/methods/replay.py", "ValueError"): "an IntegrityError where it is caught",
     ("engine/loop.py", "NotImplementedError"): "a method that each procedure has",
     ("data/batches.py", "TypeError"): "what Python's len() raises of an object without a length",
-    ("engine/schedule.py", "ValueError"): "timm's own for an unknown schedule; a ConfigError a few lines below",
     ("files.py", "IsADirectoryError"): "what the system would raise; an IntegrityError where it is caught",
     ("hat/distributed.py", "failed"): "what this process failed with, once all processes know",
     ("hat/layers/state.py", "AttributeError"): "an attribute that is not there",

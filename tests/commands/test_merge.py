@@ -35,7 +35,7 @@ def test_merge_adds_checkpoints(checkpoints, monkeypatch, capsys):
     want = hatcl.vectors.task_vector.composed(
         base, [(0.4, hatcl.TaskVector.between(base, one)), (-1, hatcl.TaskVector.between(base, two))]
     )
-    got = hatcl.vectors.tensors.tensors_of("out")
+    got = hatcl.vectors.tensors.named_tensors("out")
     assert len(list(Path("out").glob("model-*.safetensors"))) == 2
     assert {n for n in want if torch.equal(want[n], got[n])} == {"a", "b", "n"} == set(got)
     code, out, _ = call(capsys, "merge", "base.safetensors", "1.safetensors", "--output", "one.safetensors")
@@ -90,7 +90,7 @@ def test_merge_refuses_with_one_clean_message(checkpoints, monkeypatch, capsys, 
 def test_merge_stopped_by_ctrl_c_goes_on(checkpoints, monkeypatch, capsys):
     monkeypatch.chdir(checkpoints)
     args = ("merge", "base.safetensors", "0.safetensors:0.5", "--output", "out", "--shard-size", "1B")
-    real, left = hatcl.vectors.files._write, [2]
+    real, left = hatcl.vectors.files._write_file, [2]
 
     def stopping(*write):
         if not left[0]:
@@ -98,7 +98,7 @@ def test_merge_stopped_by_ctrl_c_goes_on(checkpoints, monkeypatch, capsys):
         left[0] -= 1
         real(*write)
 
-    monkeypatch.setattr(hatcl.vectors.files, "_write", stopping)
+    monkeypatch.setattr(hatcl.vectors.files, "_write_file", stopping)
     code, _, err = call(capsys, *args)
     assert code == 130 and "stopped. Go on with: the same command" in err
     left[0] = 1  # one of three shards is left
