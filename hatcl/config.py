@@ -207,8 +207,8 @@ def flag(name: str, value: Any) -> None:
 
 
 def help_of(cls: type) -> dict[str, str]:
-    """What a dataclass says of each of its fields: `metadata["help"]`, or else its docstring, or that of a class that it
-    derives from.
+    """What a dataclass says of each of its fields: `metadata["help"]`, or else its docstring, or that of a class from
+    which it derives.
 
     In the docstring a field's text follows `name:` or `name, other:`, at the start of a line or after the end of a
     sentence, and goes on to the next field or empty line.
