@@ -17,7 +17,7 @@ import hatcl
 from hatcl.hat.layers.gated import HATLayer
 from hatcl.map.coupling import Coupling
 from hatcl.map.rules import pointwise
-from hatcl.zoo.proof import CONFIG
+from hatcl.zoo.proof import PROOF_CONFIG
 
 EXAMPLES = int(os.environ.get("HATCL_EXAMPLES", "200"))
 
@@ -26,7 +26,7 @@ def hold(spec):
     source = Network(spec)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     y = torch.arange(4) % 3
-    model = hatcl.convert(source, None, x, config=CONFIG)
+    model = hatcl.convert(source, None, x, config=PROOF_CONFIG)
     for training in (True, False):
         assert torch.equal(source.train(training)(x), model.train(training)(x))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
