@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calls import seeded
 from ..data.images import Task, npz_task
 from ..data.shots import same_few
 from ..data.texts import TextData, k_shot, read_texts
@@ -28,7 +29,8 @@ def make_task(
     """The task that the options describe, with its pretrained model in evaluation mode on the CPU.
 
     Args:
-        seed: of a new head (`FinetuneOptions.seed`). model, tokenizer: in place of what `options.model` names.
+        seed: of what is random in the model, such as a new head (`FinetuneOptions.seed`). model, tokenizer: in place of
+            what `options.model` names.
 
     Raises:
         ConfigError: an unknown mode, or a model, data or options that do not fit. IntegrityError: a file that is
@@ -37,7 +39,8 @@ def make_task(
     mode = mode_of(options.mode)
     data = read_data(options)
     if model is None:
-        model, tokenizer = load_model(options)
+        with seeded(seed):
+            model, tokenizer = load_model(options)
     return mode.make(options, data, model, tokenizer, seed)
 
 

@@ -56,3 +56,12 @@ def test_what_cannot_be_loaded(images, tmp_path):
         load_model(images.changed({"weights": str(tmp_path / "other.safetensors")}))
     with pytest.raises(ConfigError, match="mode: got 'imgae'.*did you mean 'image'"):
         make_task(images.changed({"mode": "imgae"}))
+
+
+def test_a_model_without_weights_follows_the_seed(images):
+    state = torch.get_rng_state()
+    first, again, other = (make_task(images, seed).model for seed in (3, 3, 4))
+    assert all(torch.equal(p, again.get_parameter(n)) for n, p in first.named_parameters())
+    assert not torch.equal(*(next(iter(model.parameters())) for model in (first, other))) and torch.equal(
+        torch.get_rng_state(), state
+    )
