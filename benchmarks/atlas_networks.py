@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 import hatcl
 from hatcl import atlas
-from hatcl.atlas.search import SCALES
+from hatcl.atlas.searching import SCALES
 
 BATCH = 128
 

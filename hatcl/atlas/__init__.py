@@ -15,7 +15,7 @@ from .negation import negate
 from .options import AtlasOptions
 from .prediction import Predicted, learn_predictor
 from .regularisers import cosines, penalty
-from .search import refine, search
+from .searching import refine, search
 from .selection import Selection, select_blocks
 from .tasks import AtlasTask
 

@@ -17,7 +17,7 @@ from .fitting import Fitted, Path_, Select, fit
 from .linear import Composed
 from .measures import normalised
 from .options import AtlasOptions, Options
-from .search import SCALES, search
+from .searching import SCALES, search
 from .tasks import AtlasTask
 
 ADDITION = AtlasOptions()

@@ -16,7 +16,7 @@ from .addition import started
 from .fitting import Fitted, Path_, Select, fit
 from .linear import Composed
 from .options import AtlasOptions, Options
-from .search import SCALES
+from .searching import SCALES
 from .tasks import AtlasTask
 
 NEGATION = AtlasOptions(lr=5e-3, epochs=10)

@@ -1,7 +1,7 @@
 """Grafts: the few elements of a fine-tuned model that hold its skill (Panigrahi et al. 2023, arXiv 2302.06600)."""
 
 from .graft import Graft, overlaps, union
-from .hold import hold
+from .holding import hold
 from .learned import LearnedGraft, learn_graft
 from .options import PUBLISHED, GraftOptions
 from .scores import GraftScores

@@ -1,11 +1,11 @@
 """Skills: which units of an adapter a task needs, scored, localised and consolidated task after task (TaSL), or held by
 a stable adapter beside the plastic one (I-LoRA). `hatcl.skills.trainer` is for transformers' Trainer."""
 
-from .consolidate import ConsolidateOptions, consolidate, group_weights
+from .consolidation import ConsolidateOptions, consolidate, group_weights
 from .hidden import Hidden, hidden_states_of
 from .ilora import ILoRA
 from .ilora_config import ILoRAConfig
-from .orthogonality import orthogonality
+from .orthogonal import orthogonality
 from .product import best_factors
 from .reservoir import Reservoir
 from .scorer import SkillScorer

@@ -17,7 +17,7 @@ from ..config import number, one_of
 from ..errors import ConfigError, SkillError
 from ..files import read_torch, write_files
 from .ilora import ILoRA
-from .orthogonality import orthogonality
+from .orthogonal import orthogonality
 from .scorer import TIMINGS, SkillScorer
 
 ILORA_FOLDER = "ilora"  # the folder inside a checkpoint

@@ -15,7 +15,7 @@ from torch import nn
 
 from hatcl.errors import ConfigError, SkillError
 from hatcl.skills.ilora import ILoRA
-from hatcl.skills.orthogonality import orthogonality
+from hatcl.skills.orthogonal import orthogonality
 from hatcl.skills.scorer import SkillScorer
 from hatcl.skills.switch import adapter_tensors
 

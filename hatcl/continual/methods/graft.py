@@ -17,7 +17,7 @@ from ...config import number, one_of, whole
 from ...functional import digest_of
 from ...grafts import inplace
 from ...grafts.graft import Graft, union
-from ...grafts.hold import hold
+from ...grafts.holding import hold
 from ...grafts.learned import learn_graft
 from ...grafts.options import GraftOptions
 from ...grafts.selection import candidates, select_graft

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...config import flag, number, one_of
-from ...skills.consolidate import ConsolidateOptions, consolidate
-from ...skills.orthogonality import orthogonality
+from ...skills.consolidation import ConsolidateOptions, consolidate
+from ...skills.orthogonal import orthogonality
 from ...skills.scorer import IMPORTANCE, TIMINGS, SkillScorer
 from ...skills.scores import SKILL_GRAINS, SkillScores, accumulate_scores, two_weights
 from ...skills.tensors import adapters_of, skill_tensors

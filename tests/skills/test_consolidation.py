@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 
 from hatcl.errors import ConfigError, SkillError
 from hatcl.map.grains import make_grain
-from hatcl.skills.consolidate import AVERAGES, MODES, ConsolidateOptions, consolidate, group_weights
+from hatcl.skills import consolidation as module
+from hatcl.skills.consolidation import AVERAGES, MODES, ConsolidateOptions, consolidate, group_weights
 from hatcl.skills.scores import SKILL_GRAINS, SkillScores
 from hatcl.skills.tensors import skill_tensors
 
-module = importlib.import_module("hatcl.skills.consolidate")  # the package has the function by this name
 A, B = "q.lora_A.weight", "q.lora_B.weight"
 PAIR = {A: (4, 3), B: (5, 4)}
 FULL = {"fc.weight": (3, 2), "fc.bias": (3,), "out.weight": (2, 3), "norm.weight": (3,)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import graft_parts as parts
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch.nn import functional as tf
 import hatcl
 from hatcl import keeper
 from hatcl.errors import GraftError, GuardError
-from hatcl.grafts import Graft, hold
+from hatcl.grafts import Graft, hold, holding
 from hatcl.hat import guard
 
 OPTIMIZERS = {
@@ -336,4 +334,4 @@ def test_refused():
 
 def test_both_guards_are_one():
     assert issubclass(guard.Guard, keeper.Keeper)
-    assert importlib.import_module("hatcl.grafts.hold").Keeper is keeper.Keeper
+    assert holding.Keeper is keeper.Keeper

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 
 import pytest
@@ -11,11 +10,11 @@ import torch
 from torch import nn
 
 from hatcl.errors import SkillError
-from hatcl.skills.orthogonality import orthogonality
+from hatcl.skills import orthogonal as module
+from hatcl.skills.orthogonal import orthogonality
 from hatcl.skills.tensors import skill_tensors
 
 peft = pytest.importorskip("peft")
-module = importlib.import_module("hatcl.skills.orthogonality")  # the package has the function by this name
 
 
 class Net(nn.Module):
