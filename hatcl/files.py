@@ -182,12 +182,6 @@ def _temporary(target: Path, mode: int = 0o777) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)
 
 
-def is_temporary(path: Path, of: str) -> bool:
-    """Is it what somebody writes, or was writing when killed, of that name?"""
-    name = TEMPORARY.fullmatch(path.name)
-    return name is not None and name["of"] == of
-
-
 def drop_left_overs(folder: Path, of: str | None = None) -> None:
     """Remove what killed writers left in a folder, of one name there or of any. What others are writing stays."""
     for path in folder.glob(".*.new"):

@@ -19,7 +19,7 @@ SMALLEST_GATE = 1e-4
 make denormal floats there, which cost a CPU many times the step. Their embeddings still learn (see `soft_gate`)."""
 
 RATES = ("constant", "linear", "cosine")
-"""How a learning rate goes on after its warm-up."""
+"""How a learning rate changes after its warm-up."""
 
 
 def scale_at(step: int, steps: int, max_scale: float, schedule: str = "linear") -> float:
@@ -40,19 +40,14 @@ def scale_at(step: int, steps: int, max_scale: float, schedule: str = "linear") 
     return max_scale
 
 
-def rate_at(step: float, steps: float, lr: float, schedule: str = "constant", warmup: float = 0.0) -> float:
-    """The learning rate of step 0, 1, ... of `steps`, one of `RATES`: with w = round(warmup * steps), `lr (step + 1) /
-    w` while step < w; then with p = (step - w) / (steps - w)
+def rate_at(progress: float, lr: float, schedule: str) -> float:
+    """The learning rate at the share `progress` = p of what comes after the warm-up, by one of `RATES`:
 
-        constant: lr;   linear: lr (1 - p);   cosine: lr (1 + cos(pi p)) / 2
+    constant: lr;   linear: lr (1 - p);   cosine: lr (1 + cos(pi p)) / 2
     """
-    rising = round(warmup * steps)
-    if step < rising:
-        return lr * (step + 1) / rising
-    p = (step - rising) / max(1, steps - rising)
     if schedule == "linear":
-        return lr * (1 - p)
-    return lr * (1 + math.cos(math.pi * p)) / 2 if schedule == "cosine" else lr
+        return lr * (1 - progress)
+    return lr * (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else lr
 
 
 class _Gate(torch.autograd.Function):

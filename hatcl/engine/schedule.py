@@ -62,7 +62,7 @@ class Schedule:
             if done < rising:
                 group["lr"] = lr * min(done + step, rising) / rising
             elif name in RATES:
-                group["lr"] = rate_at((done - rising) / max(step, total - rising), 1, lr, name)
+                group["lr"] = rate_at((done - rising) / max(step, total - rising), lr, name)
             else:
                 group["lr"] = _timm_rate(name, done - rising, max(step, total - rising), lr)
         return max(group["lr"] for group in self.optimizer.param_groups)
