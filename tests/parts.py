@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat.certify import attack, outputs_of
+from hatcl.hat.certify import attack, named_outputs
 from hatcl.hat.digests import record
 from hatcl.hat.gates import gates_of
 from hatcl.hat.held import held, own_buffers
@@ -127,6 +127,11 @@ def pretend(model, tasks=None, share=0.6, seed=0, own=True):
                     b.add_(0.1 * torch.rand(b.shape, generator=generator).to(b))
         record(model, t)
     return model
+
+
+def outputs_of(model, inputs, task):
+    """Every value that the model puts out for a task."""
+    return list(named_outputs(model, inputs, task).values())
 
 
 def leaks(model, inputs, task, **options):

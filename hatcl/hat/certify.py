@@ -138,13 +138,9 @@ def _plain_buffers(model: nn.Module) -> Iterator[Tensor]:
             yield from (b for name, b in module._buffers.items() if name in own and b is not None)
 
 
-def outputs_of(model: nn.Module, inputs: Any, task: int | None, seed: int = 0) -> list[Tensor]:
-    """Every value that the model puts out for a task; the same each time, where random numbers are drawn."""
-    return list(named_outputs(model, inputs, task, seed).values())
-
-
 def named_outputs(model: nn.Module, inputs: Any, task: int | None, seed: int = 0) -> dict[str, Tensor]:
-    """The same, with the path of each value."""
+    """Every value that the model puts out for a task, by its path; the same each time, where random numbers are
+    drawn."""
     with active(model, task), seeded(seed, device_of(model)):
         return {path: x.clone() for path, x in values_of(call(model, inputs)).items()}
 

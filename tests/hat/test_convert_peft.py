@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import hatcl
-from hatcl.hat.certify import outputs_of
 from hatcl.hat.gates import gates_of
 from hatcl.hat.held import held
 from hatcl.map.lora import starts_at_zero
@@ -22,7 +21,7 @@ def made(request):
 
 def outputs(model, inputs, task):
     with torch.no_grad(), hatcl.task(model, task):
-        return outputs_of(model, inputs, task)
+        return parts.outputs_of(model, inputs, task)
 
 
 def test_the_units_are_the_pairs(made):

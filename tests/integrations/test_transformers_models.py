@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import hatcl
-from hatcl.hat.certify import outputs_of
 from hatcl.integrations import transformers_models
 from hatcl.sources import build_source, source_of
 
@@ -50,7 +49,7 @@ def sealed(make):
 
 def logits(model, task):
     with torch.no_grad():
-        return outputs_of(model.eval(), INPUTS, task)[0]
+        return parts.outputs_of(model.eval(), INPUTS, task)[0]
 
 
 def digests(model):
@@ -59,7 +58,7 @@ def digests(model):
 
 CODE = """
 import hashlib, sys, torch, hatcl
-from hatcl.hat.certify import outputs_of
+from hatcl.hat.certify import named_outputs
 inputs = torch.load(sys.argv[1], weights_only=True)
 for folder in sys.argv[2:]:
     torch.manual_seed(99)
@@ -67,7 +66,7 @@ for folder in sys.argv[2:]:
     print(type(model).__name__, *hatcl.tasks(model), hatcl.certify(model, inputs).exact)
     for t in hatcl.tasks(model):
         with torch.no_grad():
-            print(hashlib.sha256(outputs_of(model, inputs, t)[0].numpy().tobytes()).hexdigest())
+            print(hashlib.sha256(next(iter(named_outputs(model, inputs, t).values())).numpy().tobytes()).hexdigest())
 """
 
 

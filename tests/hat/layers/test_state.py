@@ -15,7 +15,6 @@ from torch import nn
 
 import hatcl
 from hatcl.hat import convert as converting
-from hatcl.hat.certify import outputs_of
 from hatcl.hat.gates import gates_of
 from hatcl.hat.layers.state import Watch, detached_copy, same
 
@@ -233,7 +232,7 @@ def learned(model, tasks, evaluate=True):
                     with torch.no_grad():
                         model(X)
             model.train()
-        want[t] = outputs_of(model.eval(), X, t)[0]
+        want[t] = parts.outputs_of(model.eval(), X, t)[0]
     return want
 
 
@@ -250,14 +249,14 @@ def test_every_task_has_its_own(kind):
     for training in (False, True):  # a forward in training mode moves nothing of a sealed task
         model.train(training)
         for t in (0, 1, 2, 1, 0):
-            got = [outputs_of(model, X, t)[0] for _ in range(2)][1]
+            got = [parts.outputs_of(model, X, t)[0] for _ in range(2)][1]
             assert training or torch.equal(got, want[t])
     model.eval()
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert all(torch.equal(outputs_of(other, X, t)[0], want[t]) for t in (2, 0, 1))
+        assert all(torch.equal(parts.outputs_of(other, X, t)[0], want[t]) for t in (2, 0, 1))
     certificate = hatcl.certify(model, X, strict=True)
     assert certificate.exact
-    assert all(torch.equal(outputs_of(model, X, t)[0], want[t]) for t in want)
+    assert all(torch.equal(parts.outputs_of(model, X, t)[0], want[t]) for t in want)
 
 
 @pytest.mark.parametrize("kind", [Number, Unsaved, Queue, Cache, Growing])
@@ -274,7 +273,7 @@ def test_twin_without_it_tasks_are_not_what_they_were(kind, monkeypatch):
             optimizer.step()
             model.eval()
             model(X)
-        got = outputs_of(model, X, 0)[0]
+        got = parts.outputs_of(model, X, 0)[0]
     except hatcl.IntegrityError:
         return
     assert not torch.equal(got, want[0])
