@@ -28,7 +28,7 @@ import hatcl
 from hatcl.atlas import AtlasOptions, fit
 from hatcl.continual import ContinualTask, learn_sequence
 from hatcl.continual.images_run import TrainOptions, train
-from hatcl.data.images import Task
+from hatcl.data.images import ImageData
 from hatcl.finetuning import FinetuneOptions, FinetuneTask, finetune_
 
 RESULTS = Path(__file__).parent / "results" / "loops.json"
@@ -76,7 +76,7 @@ def images(**options: Any) -> dict[str, Tensor]:
         labels = np.arange(36) % 3
         x = rng.integers(0, 120, (36, 16, 16), dtype=np.uint8)
         x[np.arange(36), :8, :8] += (40 * labels[:, None, None]).astype(np.uint8)
-        tasks.append(Task(f"blobs{t}", x, labels, x, labels, 3))
+        tasks.append(ImageData(f"blobs{t}", x, labels, x, labels, 3))
     torch.manual_seed(0)
     model = timm.create_model("hat_test_resnet", num_tasks=2, num_classes=[3, 3], drop_rate=0.2)
     train(model, tasks, TrainOptions(**{"epochs": 2, "batch_size": 8, "size": 32, "flip": True, "crop": 1, **options}))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from hatcl.data.images import Task
+from hatcl.data.images import ImageData
 
 
-def blobs(name: str, seed: int, classes: int = 2, count: int = 24, size: int = 16) -> Task:
+def blobs(name: str, seed: int, classes: int = 2, count: int = 24, size: int = 16) -> ImageData:
     """Grey images with a bright square whose corner tells the class."""
     rng = np.random.default_rng(seed)
     arrays = {}
@@ -19,4 +19,4 @@ def blobs(name: str, seed: int, classes: int = 2, count: int = 24, size: int = 1
             top, left = divmod(int(label), 2)
             image[top * half : (top + 1) * half, left * half : (left + 1) * half] += 120
         arrays[f"x_{part}"], arrays[f"y_{part}"] = images, labels.astype(np.int64)
-    return Task(name, num_classes=classes, **arrays)
+    return ImageData(name, num_classes=classes, **arrays)

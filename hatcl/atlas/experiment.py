@@ -16,7 +16,7 @@ from torch import nn
 
 from ..calls import Head
 from ..config import number, one_of, whole
-from ..data.images import FITS, Images, Preparation, Task, npz_task, preparation_for
+from ..data.images import FITS, ImageData, Images, Preparation, npz_task, preparation_for
 from ..data.shots import held_out, sample_shots
 from ..engine.loop import Progress
 from ..engine.measures import accuracy
@@ -237,7 +237,7 @@ def _classifiers(cfg: Any) -> tuple[str, ...]:
     return () if not found else (found,) if isinstance(found, str) else tuple(found)
 
 
-def _preparation(reading: Reading, model: nn.Module, task: Task) -> Preparation:
+def _preparation(reading: Reading, model: nn.Module, task: ImageData) -> Preparation:
     return preparation_for(
         task, getattr(model, "pretrained_cfg", None) or {}, size=reading.size, fit=reading.fit,
         image_size=reading.model_kwargs.get("img_size"), normalise=reading.normalise,

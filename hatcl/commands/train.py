@@ -28,7 +28,7 @@ from ..continual.images_run import RunResult, TrainOptions, Watcher, probe_input
 from ..continual.images_run import train as learn_images
 from ..continual.loading import TextOptions, adapted_model, example_of, text_tasks
 from ..continual.options import LearnOptions
-from ..data.images import Preparation, Source, Task, npz_task
+from ..data.images import ImageData, Preparation, Source, npz_task
 from ..engine import folder as runs
 from ..engine.schedule import make_optimizer
 from ..errors import ConfigError, nearest
@@ -183,7 +183,7 @@ def _specs(texts: Sequence[str]) -> dict[str, Path]:
 # --- images ---
 
 
-def image_tasks(options: Mapping[str, Any]) -> list[Task]:
+def image_tasks(options: Mapping[str, Any]) -> list[ImageData]:
     """The tasks of a run's options.
 
     Raises:
@@ -235,7 +235,7 @@ def _images(asked: Asked, options: TrainOptions) -> Any:
     return _judged(folder.metrics)
 
 
-def _new_model(options: Mapping[str, Any], stream: Sequence[Task], seed: int) -> nn.Module:
+def _new_model(options: Mapping[str, Any], stream: Sequence[ImageData], seed: int) -> nn.Module:
     """The untrained model, its weights drawn from the run's seed."""
     config = HATConfig.from_dict({"num_tasks": len(stream), **options["set_"]})
     if config.num_tasks < len(stream):
@@ -332,7 +332,7 @@ class _Display(Watcher):
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
-    def started(self, tasks: Sequence[Task], steps: Sequence[int], result: RunResult) -> None:
+    def started(self, tasks: Sequence[ImageData], steps: Sequence[int], result: RunResult) -> None:
         self.names, self.steps, self.result = [task.name for task in tasks], list(steps), result
         say(f"{self.model}: {len(tasks)} tasks, run folder {self.folder.path}")
         self.bar.says("learning", total=sum(steps))

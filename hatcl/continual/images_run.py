@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..calls import seeded
 from ..config import flag, number, one_of, whole
-from ..data.images import FITS, Preparation, Task, num_batches, test_batches, train_batches
+from ..data.images import FITS, ImageData, Preparation, num_batches, test_batches, train_batches
 from ..engine import folder as checkpoints
 from ..engine import measures as metrics
 from ..engine.loop import Loop, Tell, Work
@@ -177,7 +177,7 @@ class RunResult:
 class Watcher:
     """Told what happens in a run; every method does nothing until overridden."""
 
-    def started(self, tasks: Sequence[Task], steps: Sequence[int], result: RunResult) -> None:
+    def started(self, tasks: Sequence[ImageData], steps: Sequence[int], result: RunResult) -> None:
         """The run starts (or goes on, with `result` so far)."""
 
     def learning(self, task: int, step: int) -> None:
@@ -192,7 +192,7 @@ class Watcher:
 
 def train(
     model: nn.Module,
-    tasks: Sequence[Task],
+    tasks: Sequence[ImageData],
     options: TrainOptions,
     *,
     folder: Path | None = None,
@@ -220,7 +220,7 @@ def train(
 
 
 @torch.no_grad()
-def test_logits(model: nn.Module, task: Task, prepare: Preparation, options: TrainOptions) -> torch.Tensor:
+def test_logits(model: nn.Module, task: ImageData, prepare: Preparation, options: TrainOptions) -> torch.Tensor:
     """The logits of `model`, as it is set, on the task's whole test set, on the CPU. Runs in eval mode."""
     device = torch.device(options.device)
     with Evaluating(model):
@@ -233,7 +233,7 @@ def logits_digest(logits: torch.Tensor) -> str:
     return hashlib.sha256(logits.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def probe_inputs(task: Task, prepare: Preparation, count: int = 8) -> torch.Tensor:
+def probe_inputs(task: ImageData, prepare: Preparation, count: int = 8) -> torch.Tensor:
     """A few test images to certify with."""
     return prepare(task.x_test[:count])
 
@@ -318,7 +318,7 @@ class _ImageRun:
     def __init__(
         self,
         model: nn.Module,
-        tasks: Sequence[Task],
+        tasks: Sequence[ImageData],
         options: TrainOptions,
         folder: Path | None,
         watcher: Watcher,

@@ -17,6 +17,7 @@ from .generation import causal_task, seq2seq_task
 from .label_words import label_word_task
 from .tasks import ContinualTask
 
+LORA = ("rank", "alpha", "target", "dropout")  # the fields of `TextOptions` that make the adapter
 FORMS = ("auto", "labels", "seq2seq", "causal")
 
 
@@ -72,7 +73,6 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
         ConfigError: transformers or peft is not installed, or cannot make it.
     """
     try:
-        import peft
         import transformers
     except ImportError as error:
         raise ConfigError(f"learning texts needs {error.name}; run: pip install 'hatcl[hf]'") from error
@@ -96,12 +96,25 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     torch.manual_seed(seed)
+    return with_adapter(base, options), tokenizer, form
+
+
+def with_adapter(base: nn.Module, options: TextOptions) -> Any:
+    """A model with a new LoRA adapter, as a peft model. Its start is drawn from torch's global generator.
+
+    Raises:
+        ConfigError: peft is not installed, or cannot adapt the model.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"an adapter needs {error.name}; run: pip install 'hatcl[hf]'") from error
     try:
         lora = peft.LoraConfig(
             r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout,
             target_modules=list(options.target) or None,
         )  # fmt: skip
-        return peft.get_peft_model(base, lora), tokenizer, form
+        return peft.get_peft_model(base, lora)
     except ValueError as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(

@@ -26,7 +26,7 @@ ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Task:
+class ImageData:
     """One training problem as it came: images N x H x W (grey) or N x H x W x C, labels 0 .. num_classes - 1.
 
     Raises:
@@ -64,7 +64,7 @@ class Task:
                 f"{list(self.x_test.shape[1:])}; expected one shape"
             )
 
-    def on_validation(self, share: float = 0.2, seed: int = 0) -> Task:
+    def on_validation(self, share: float = 0.2, seed: int = 0) -> ImageData:
         """The task to choose options and methods by: of each class a share of the training images is held out and takes
         the place of the test images, which are not used.
 
@@ -75,7 +75,7 @@ class Task:
         if not len(out):
             raise ConfigError(f"task {self.name!r}: a share of {share} holds out no image of {len(self.y_train)}")
         parts = self.x_train[kept], self.y_train[kept], self.x_train[out], self.y_train[out]
-        return Task(self.name, *parts, self.num_classes)
+        return ImageData(self.name, *parts, self.num_classes)
 
     def digest(self) -> str:
         """sha256 over the arrays; a resumed run compares it to know that it goes on with the same data."""
@@ -105,7 +105,7 @@ class Source:
     root: str | None = None
     download: bool = False
 
-    def load(self) -> list[Task]:
+    def load(self) -> list[ImageData]:
         """The tasks. Raises `ConfigError` or `IntegrityError` where they cannot be read."""
         if self.kind == "digits":
             return digits_tasks()
@@ -125,7 +125,7 @@ class Source:
         return cls(**{**fields, "paths": tuple(fields.get("paths", ()))})
 
 
-def digits_tasks(num_tasks: int = 5) -> list[Task]:
+def digits_tasks(num_tasks: int = 5) -> list[ImageData]:
     """scikit-learn's 1,797 handwritten digits (8 x 8, grey) as `num_tasks` tasks of consecutive classes.
 
     The test part is every fifth image of each class, so it is the same everywhere.
@@ -146,11 +146,11 @@ def digits_tasks(num_tasks: int = 5) -> list[Task]:
     test = np.zeros(len(labels), dtype=bool)
     for label in range(10):
         test[np.flatnonzero(labels == label)[::5]] = True
-    whole = Task("digits", images[~test], labels[~test], images[test], labels[test], num_classes=10)
+    whole = ImageData("digits", images[~test], labels[~test], images[test], labels[test], num_classes=10)
     return split_classes(whole, num_tasks)
 
 
-def npz_task(path: str | Path) -> Task:
+def npz_task(path: str | Path) -> ImageData:
     """A task from an `.npz` file holding `x_train`, `y_train`, `x_test`, `y_test`; it is named after the file, or after
     the folder where the file is called `data.npz`. Labels are remapped to 0, 1, ... in ascending order.
 
@@ -184,7 +184,7 @@ def npz_task(path: str | Path) -> Task:
     return _relabelled(name, arrays)
 
 
-def torchvision_task(dataset: str, root: str | Path, *, download: bool = False) -> Task:
+def torchvision_task(dataset: str, root: str | Path, *, download: bool = False) -> ImageData:
     """One of torchvision's image classification data sets as a single task.
 
     Raises:
@@ -225,7 +225,7 @@ def torchvision_task(dataset: str, root: str | Path, *, download: bool = False) 
     return _relabelled(dataset.lower(), arrays)
 
 
-def split_classes(task: Task, num_tasks: int) -> list[Task]:
+def split_classes(task: ImageData, num_tasks: int) -> list[ImageData]:
     """`task` cut into `num_tasks` tasks of consecutive classes (the first ones get one more where it does not divide),
     each with its labels remapped to 0, 1, ...
 
@@ -245,7 +245,7 @@ def split_classes(task: Task, num_tasks: int) -> list[Task]:
         train = (task.y_train >= first) & (task.y_train <= last)
         test = (task.y_test >= first) & (task.y_test <= last)
         out.append(
-            Task(
+            ImageData(
                 f"{task.name} {first}-{last}",
                 task.x_train[train],
                 task.y_train[train] - first,
@@ -257,14 +257,14 @@ def split_classes(task: Task, num_tasks: int) -> list[Task]:
     return out
 
 
-def _relabelled(name: str, arrays: Mapping[str, np.ndarray]) -> Task:
+def _relabelled(name: str, arrays: Mapping[str, np.ndarray]) -> ImageData:
     """A task whose labels are the ranks of the labels met in training."""
     classes = np.unique(arrays["y_train"])
     unknown = np.setdiff1d(arrays["y_test"], classes)
     if len(unknown):
         raise ConfigError(f"task {name!r}: y_test holds labels never seen in y_train: {unknown.tolist()[:10]}")
     labels = {part: np.searchsorted(classes, arrays[part]).astype(np.int64) for part in ("y_train", "y_test")}
-    return Task(
+    return ImageData(
         name, arrays["x_train"], labels["y_train"], arrays["x_test"], labels["y_test"], num_classes=len(classes)
     )
 
@@ -297,7 +297,7 @@ class Preparation:
     fit: str = "resize"
 
     @classmethod
-    def of(cls, task: Task, *, size: int | None = None, fit: str = "resize") -> Preparation:
+    def of(cls, task: ImageData, *, size: int | None = None, fit: str = "resize") -> Preparation:
         """Measured on `task`. Raises `ConfigError` on an unknown `fit`."""
         if fit not in FITS:
             raise ConfigError(f"--fit: got {fit!r}, expected one of {', '.join(FITS)}")
@@ -323,13 +323,13 @@ class Preparation:
         return (repeat(x, "n 1 h w -> n c h w", c=3) if x.shape[1] == 1 else x).contiguous()
 
 
-def num_batches(task: Task, batch_size: int) -> int:
+def num_batches(task: ImageData, batch_size: int) -> int:
     """How many batches one epoch over `task` has."""
     return math.ceil(len(task.x_train) / batch_size)
 
 
 def train_batches(
-    task: Task,
+    task: ImageData,
     prepare: Preparation,
     batch_size: int,
     *,
@@ -363,7 +363,7 @@ def train_batches(
 
 
 def test_batches(
-    task: Task, prepare: Preparation, batch_size: int, *, split: str = "test"
+    task: ImageData, prepare: Preparation, batch_size: int, *, split: str = "test"
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The test (or, with `split="train"`, training) images in order."""
     x, y = getattr(task, f"x_{split}"), getattr(task, f"y_{split}")
@@ -438,7 +438,7 @@ class ImageBatches:
 
 
 def preparation_for(
-    task: Task,
+    task: ImageData,
     cfg: Mapping[str, Any],
     *,
     size: int | None = None,

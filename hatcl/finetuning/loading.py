@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..calls import seeded
-from ..data.images import Task, npz_task
+from ..data.images import ImageData, npz_task
 from ..data.shots import same_few
 from ..data.texts import TextData, k_shot, read_texts
 from ..errors import ConfigError, nearest
@@ -44,7 +44,7 @@ def make_task(
     return mode.make(options, data, model, tokenizer, seed)
 
 
-def read_data(options: TaskOptions) -> TextData | Task:
+def read_data(options: TaskOptions) -> TextData | ImageData:
     """The data of the options: texts after the K-shot choice, or images as they are (their mode makes the choice).
 
     Raises:

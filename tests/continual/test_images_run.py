@@ -57,7 +57,7 @@ class Recorder(Watcher):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One whole run, shared by the tests that only look at it."""
-    from hatcl.data.images import Task
+    from hatcl.data.images import ImageData
 
     rng = np.random.default_rng(0)
     tasks = []
@@ -66,7 +66,7 @@ def finished(tmp_path_factory):
         labels = np.arange(24) % classes
         images = rng.integers(0, 120, (24, 16, 16), dtype=np.uint8)
         images[np.arange(24), :8, :8] += (100 * labels[:, None, None] / classes).astype(np.uint8)
-        tasks.append(Task(f"blobs{t}", images, labels, images, labels, classes))
+        tasks.append(ImageData(f"blobs{t}", images, labels, images, labels, classes))
     folder = tmp_path_factory.mktemp("run")
     model, recorder = new_model(tasks), Recorder()
     result = train(model, tasks, OPTIONS, folder=folder, watcher=recorder)

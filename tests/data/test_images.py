@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from hatcl.data import images as stream
-from hatcl.data.images import Images, Preparation, Source, Task
+from hatcl.data.images import ImageData, Images, Preparation, Source
 from hatcl.errors import ConfigError, IntegrityError
 
 DATA = Path(os.environ.get("HATCL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 
 
-def task_of(x: np.ndarray, y: np.ndarray, classes: int = 2) -> Task:
-    return Task("t", x, y, x, y, classes)
+def task_of(x: np.ndarray, y: np.ndarray, classes: int = 2) -> ImageData:
+    return ImageData("t", x, y, x, y, classes)
 
 
 # --- tasks ---
@@ -116,7 +116,7 @@ def test_arrays_that_make_no_task(change, text):
     arrays = {"x_train": np.zeros((4, 8, 8), np.uint8), "y_train": np.array([0, 1, 0, 1])}
     arrays |= {"x_test": arrays["x_train"], "y_test": arrays["y_train"]}
     with pytest.raises(ConfigError, match=text):
-        Task("t", num_classes=2, **(arrays | change))
+        ImageData("t", num_classes=2, **(arrays | change))
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...config import one_of
-from ...data.images import Images, Preparation, Task, k_shot_images, preparation_for
+from ...data.images import ImageData, Images, Preparation, k_shot_images, preparation_for
 from ...data.shots import held_out
 from ...errors import ConfigError
 from ..forwards import embedding_names
@@ -22,7 +22,7 @@ VALIDATION = 0.1  # share of each class's training images that validate where th
 
 
 def image_task(
-    data: Task,
+    data: ImageData,
     model: nn.Module,
     *,
     prepare: Preparation | None = None,
@@ -74,7 +74,7 @@ def image_task(
 
 
 @finetune_mode("image", loads="", paper="grafts of vision models, beside the paper")
-def _image(options: TaskOptions, data: Task, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
+def _image(options: TaskOptions, data: ImageData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     prepare = preparation_for(
         data, getattr(model, "pretrained_cfg", None) or {}, size=options.size, fit=options.fit,
         image_size=options.model_kwargs.get("img_size"), normalise=options.normalise,
