@@ -157,8 +157,8 @@ def run(
     model = made(method) if model is None else model
     tasks = text_tasks(bert()) if tasks is None else tasks
     result = learn_sequence(
-        model, tasks, method, {**QUICK, "seed": seed, **options}, method_options=CHANGED.get(method), folder=folder,
-        seconds=seconds, on_progress=killer(until, step),
+        model, tasks, method, {**QUICK, "seed": seed, "checkpoint_seconds": seconds, **options},
+        method_options=CHANGED.get(method), folder=folder, on_progress=killer(until, step),
     )  # fmt: skip
     return model, result
 

@@ -11,33 +11,36 @@ from torch import nn
 
 import hatcl
 
-from ..continual.images_run import RunResult, logits_digest, probe_inputs, test_logits
-from ..data.images import Preparation
+from ..calls import moved as on_device
+from ..continual.folder import find_model
+from ..continual.methods.hat import PROBED, outputs_digest
 from ..engine import folder as runs
 from ..errors import ConfigError, HATError
 from ..files import read_json
 from ._command import Answer, Device, RunArgument, command
 from ._console import say
 from ._options import usable_device
-from .train import image_options, image_tasks
+from ._sequence import tasks_of
+
+TRAIN = "train"
 
 
 @command("certify")
 def certify_command(run: RunArgument, device: Device = "auto") -> Any:
     """Attack everything that is not a sealed task's own and demand bit-equal outputs; compare with those at sealing."""
     where = torch.device(usable_device(device))
-    model = hatcl.from_pretrained(runs.find_model(run)).to(where)
+    model = hatcl.from_pretrained(find_model(run)).to(where)
     sealed = hatcl.tasks(model)
     if not sealed:
         raise ConfigError(f"{run}: no task is sealed yet, so there is nothing to certify")
     moved, inputs = _compare_with_sealing(run, model, sealed, where)
-    certificate = hatcl.certify(model, inputs.to(where))
+    certificate = hatcl.certify(model, on_device(inputs, where))
     for task in sealed:
         words = [f"task {task}: {'exact' if certificate.max_abs_diff[task] == 0 else 'LEAKS'}"]
         if certificate.max_abs_diff[task] != 0:
-            words.append(f"logits move by {certificate.max_abs_diff[task]:g} under attack")
+            words.append(f"outputs move by {certificate.max_abs_diff[task]:g} under attack")
         if task in moved:
-            words.append("logits MOVED since sealing" if moved[task] else "logits bit-equal to those at sealing")
+            words.append("outputs MOVED since sealing" if moved[task] else "outputs bit-equal to those at sealing")
         say(", ".join(words), "red" if moved.get(task) or certificate.max_abs_diff[task] else "green")
     report = {
         "exact": certificate.exact,
@@ -49,27 +52,24 @@ def certify_command(run: RunArgument, device: Device = "auto") -> Any:
 
 def _compare_with_sealing(
     run: Path, model: nn.Module, sealed: Sequence[int], device: torch.device
-) -> tuple[dict[int, bool], torch.Tensor]:
-    """Which tasks' test logits are no longer those at sealing, and inputs to certify with. Without a run's records or
-    its data, nothing is compared and the inputs are random."""
+) -> tuple[dict[int, bool], Any]:
+    """Which tasks' outputs are no longer those at sealing, and inputs to certify with. Without a run's records or its
+    data, nothing is compared and the inputs are random images."""
     config = read_json(run / runs.CONFIG) if (run / runs.CONFIG).exists() else {}
     shape = tuple(config.get("input_shape", (3, 224, 224)))
     drawn = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
-    if not config or not (run / runs.METRICS).exists():
-        say("no finished run's records here, so logits are not compared with those at sealing", "yellow")
+    if config.get("command") != TRAIN or not (run / runs.METRICS).exists():
+        say("no finished run's records here, so outputs are not compared with those at sealing", "yellow")
         return {}, drawn
-    result = RunResult.from_dict(read_json(run / runs.METRICS))
-    options = image_options(config["options"], str(device))
+    metrics = read_json(run / runs.METRICS)
     try:
-        stream = image_tasks(config["options"])
+        tasks = tasks_of(config["options"])
     except HATError as error:
-        say(f"logits are not compared with those at sealing: {error}", "yellow")
+        if "input_shape" not in config:
+            raise
+        say(f"outputs are not compared with those at sealing: {error}", "yellow")
         return {}, drawn
-    moved = {}
-    for t in sealed:
-        if t < len(result.records) and t not in result.forgotten:
-            prepare = Preparation.of(stream[t], size=options.size, fit=options.fit)
-            with hatcl.task(model, t):
-                digest = logits_digest(test_logits(model, stream[t], prepare, options))
-            moved[t] = digest != result.records[t].logits_sha256
-    return moved, probe_inputs(stream[0], Preparation.of(stream[0], size=options.size, fit=options.fit))
+    facts = metrics["facts"]
+    known = {t: facts[t]["outputs_sha256"] for t in sealed if t < len(facts) and facts[t]}
+    moved = {t: outputs_digest(model, tasks[t], t) != digest for t, digest in known.items()}
+    return moved, tasks[0].inputs(PROBED)

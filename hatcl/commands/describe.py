@@ -6,7 +6,7 @@ from typing import Any
 
 import hatcl
 
-from ..engine.folder import find_model
+from ..continual.folder import find_model
 from ..report.tables import units_table
 from ._command import RunArgument, command
 from ._console import out, say

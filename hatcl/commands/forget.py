@@ -9,6 +9,7 @@ import typer
 
 import hatcl
 
+from ..continual import folder as kept
 from ..engine import folder as runs
 from ..errors import ConfigError
 from ._command import RunArgument, command
@@ -23,9 +24,9 @@ def forget_command(
 ) -> dict[str, Any]:
     """Erase what only this task holds; every other task stays as it is, bit for bit.
 
-    Of a run, the metrics lose the task as well.
+    Of a run, the metrics lose the task as well, and so does its folder.
     """
-    folder = runs.find_model(run)
+    folder = kept.find_model(run)
     of_a_run = (run / runs.CONFIG).exists() and folder != run
     if of_a_run and not dry_run:
         if not (run / runs.METRICS).exists():
@@ -34,8 +35,8 @@ def forget_command(
     model = hatcl.from_pretrained(folder)
     report = hatcl.forget_task(model, task, dry_run=dry_run)
     if of_a_run and not dry_run:
-        runs.save_model(run, model)
-        runs.drop_task(run, task)
+        kept.save_model(run, model)
+        kept.drop_task(run, task)
         (run / runs.PICTURE).unlink(missing_ok=True)  # it shows the task; hatcl show draws one of the others
     elif not dry_run:
         hatcl.save_pretrained(model, folder)

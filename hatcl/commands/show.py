@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..files import complete, read_json
 from ._command import COMMANDS, command
 from ._console import say
-from .train import SHARE, show_skills
+from ._shown import SHARE, show_skills
 
 ALSO = {"learn_sequence": "train"}  # what writes runs without a command -> the command that shows them
 

@@ -8,6 +8,7 @@ result = hatcl.continual.learn_sequence(model, tasks, "tasl", {"epochs": 2}, fol
 from ..data.texts import TextData, Turn, read_texts
 from ..engine.loop import Progress
 from .generation import causal_task, seq2seq_task
+from .images import ImageLearning, ImageOptions, image_tasks
 from .label_words import label_word_task
 from .methods import Batch, Method, continual_method, list_continual_methods, make_method
 from .options import LearnOptions
@@ -18,6 +19,8 @@ from .tasks import ContinualTask
 __all__ = [
     "Batch",
     "ContinualTask",
+    "ImageLearning",
+    "ImageOptions",
     "LearnOptions",
     "Method",
     "Progress",
@@ -26,6 +29,7 @@ __all__ = [
     "Turn",
     "causal_task",
     "continual_method",
+    "image_tasks",
     "label_word_task",
     "learn_sequence",
     "list_continual_methods",

@@ -2,7 +2,10 @@
 
     config.json       what is learned and how: command, options, method, tasks, digest of the base model
     tasks/0_NAME/     adapter/ (peft's own format), scores.safetensors and .csv, cumulative.*, config.json
-    checkpoint/       the newest state: model.safetensors (all that is trained, and buffers), method/, progress.json
+    checkpoint/       the newest state: model.safetensors (all that is trained, and buffers) or model/ (a model with
+                      gates that is trained whole), method/, optimizer.pt (one for all tasks), progress.json
+    learning_0.pt     where the loop stands in the middle of a stage
+    model/            of a finished run of a model with gates: as hatcl.save_pretrained writes it. checkpoint/ is gone
     metrics.json      the matrix and its measures, once the run is finished
     seconds.json      where the time went
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +25,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..engine import folder as checkpoints
+from ..engine import measures
+from ..engine.folder import METRICS
+from ..engine.state import kept_whole
 from ..errors import ConfigError, IntegrityError, SkillError
 from ..files import complete, replaced_folder
+from ..hat.pretrained import is_converted, restore, save_pretrained
 from ..skills.ilora_files import base_digest, tensors_digest
 from ..skills.switch import of_adapters
 from ..skills.tensors import adapters_of, skill_tensors
 from .methods.registry import Method
+from .options import FREE
 
-CHECKPOINT, RESULT, SECONDS, TASKS = "checkpoint", "metrics.json", "seconds.json", "tasks"
+CHECKPOINT, MODEL, SECONDS, TASKS = "checkpoint", "model", "seconds.json", "tasks"
 STATE, METHOD, PROGRESS, ADAPTER, WEIGHTS = "model.safetensors", "method", "progress.json", "adapter", "weights"
+MIDWAY = "learning_{}.pt"  # where a stage's loop stands
 
 
 def base_of(model: nn.Module) -> str:
@@ -80,6 +90,49 @@ def read_state(model: nn.Module, path: Path) -> None:
         t.copy_(stored[name])
 
 
+def write_model(model: nn.Module, folder: Path) -> None:
+    """What a run goes on from: a model with gates that is trained whole as `hatcl.save_pretrained` writes it, so that
+    every command can look at it; of others, whose base may be large, what learning changes."""
+    if is_converted(model) and not adapters_of(model):
+        save_pretrained(model, folder / MODEL)
+    else:
+        write_state(model, folder / STATE)
+
+
+def read_model(model: nn.Module, folder: Path) -> None:
+    """Put back what `write_model` wrote.
+
+    Raises:
+        SkillError, IntegrityError: as `read_state` and `hatcl.from_pretrained`.
+    """
+    if (folder / MODEL).exists():
+        restore(model, folder / MODEL)
+    else:
+        read_state(model, folder / STATE)
+
+
+def save_model(run: Path, model: nn.Module) -> None:
+    """Replace a finished run's model by this one, all or nothing."""
+    with replaced_folder(run / MODEL) as new:
+        save_pretrained(model, new)
+
+
+def find_model(run: Path) -> Path:
+    """The folder with the newest complete model of a run: the finished one, else the checkpoint's, else `run` itself
+    where it is a folder written by `hatcl.save_pretrained`.
+
+    Raises:
+        IntegrityError: there is none.
+    """
+    for folder in (complete(run / MODEL), complete(run / CHECKPOINT) / MODEL, run):
+        if (folder / STATE).exists():
+            return folder
+    raise IntegrityError(
+        f"{run} holds no model with gates; expected the folder of a run (hatcl train --method hat --output {run}), "
+        "finished where it adapts a model by LoRA, or one written by hatcl.save_pretrained"
+    )
+
+
 def claim(folder: Path, config: dict[str, Any]) -> None:
     """Write config.json into a new folder, or add to what `hatcl train` has written there already."""
     path = folder / checkpoints.CONFIG
@@ -94,7 +147,8 @@ def check(folder: Path, config: dict[str, Any]) -> None:
 
     Raises:
         SkillError: it was started with another base model, or with an adapter of other tensors.
-        ConfigError: with other options or tasks, or it holds something else.
+        IntegrityError: with other data of the same name. ConfigError: with other options or tasks, or it holds
+            something else.
     """
     stored = checkpoints.stored_config(folder)
     if stored is None:
@@ -116,9 +170,19 @@ def check(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: the run was started with other LoRA options: {name} was {was.get(name, 'not there')}, now is "
             f"{now.get(name, 'not there')}; give the same rank and targets, or name another folder"
         )
-    checkpoints.check_same_run(
-        folder, {**{key: stored.get(key) for key in config}, "options": stored["learning"]}, config
-    )
+    for was, now in zip(stored["tasks"], config["tasks"], strict=False):
+        if was["name"] == now["name"] and was.get("digest", "") != now["digest"]:
+            raise IntegrityError(
+                f"{folder}: the data of the task {now['name']} are not those that the run was started with; put them "
+                "back, or name another folder"
+            )
+    first = {**{key: stored.get(key) for key in config}, "options": _bound(stored["learning"])}
+    checkpoints.check_same_run(folder, first, {**config, "options": _bound(config["options"])})
+
+
+def _bound(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a resumed run must share with its beginning."""
+    return {name: value for name, value in options.items() if name not in FREE}
 
 
 def write_task(folder: Path, name: str, model: nn.Module, method: Method, about: dict[str, Any]) -> None:
@@ -128,8 +192,10 @@ def write_task(folder: Path, name: str, model: nn.Module, method: Method, about:
         name: the folder's, see `task_folder`. about: the content of its config.json.
     """
     with replaced_folder(folder / TASKS / name) as new:
-        with method.saving(model):
-            write_adapter(model, new / ADAPTER, method.adapters(model))
+        names = method.adapters(model)
+        if names != []:
+            with method.saving(model):
+                write_adapter(model, new / ADAPTER, names)
         for kind, scores in method.scores().items():
             scores.save(new / f"{kind}.safetensors")
         (new / checkpoints.CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
@@ -174,3 +240,44 @@ def _peft_model(model: nn.Module) -> Any:
         if hasattr(module, "peft_config") and hasattr(module, "save_pretrained") and adapters_of(module):
             return module
     return None
+
+
+# --- what a forgotten task leaves ---
+
+
+def drop_task(run: Path, task: int) -> None:
+    """Take a task that was forgotten out of a finished run of `hat`: its folder and its lines of metrics.jsonl go; in
+    metrics.json only its name stays, its row and column of the matrix are empty, and the measures are those of the
+    other tasks.
+
+    Raises:
+        IntegrityError: metrics.json is not of a run of `hat`.
+    """
+    path = run / METRICS
+    content = checkpoints.read_json(path)
+    with kept_whole(path):
+        gone = sorted({*content.get("forgotten", ()), task})
+        details, rows, names = content["details"], content["matrix"], content["tasks"]
+        if task < len(names):
+            content["facts"][task], content["losses"][task] = {}, [None, None]
+        for i, row in enumerate(rows):
+            rows[i] = [None if i in gone or j in gone else value for j, value in enumerate(row)]
+        stay = [i for i in range(len(rows)) if i not in gone]
+        left = measures.matrix([[_score(rows[i][j]) for j in stay] for i in stay]) if stay else None
+        for name in ("average_accuracy", "forgetting", "backward_transfer"):
+            content[name] = None if left is None else getattr(measures, name)(left)
+        for layer in details["layers"]:
+            layer["used"].pop(str(task), None)
+        details["max_abs_diff"].pop(str(task), None)
+    if task < len(names):
+        shutil.rmtree(run / TASKS / task_folder(task, names[task]), ignore_errors=True)
+        for i in stay:
+            about = run / TASKS / task_folder(i, names[i]) / checkpoints.CONFIG
+            told = checkpoints.read_json(about)
+            checkpoints.write_json(about, {**told, "scores": {**told["scores"], names[task]: None}})
+    checkpoints.write_json(path, {**content, "forgotten": gone})
+    checkpoints.drop_steps(run, task)
+
+
+def _score(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,11 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
     return with_adapter(base, options), tokenizer, form
 
 
-def with_adapter(base: nn.Module, options: TextOptions) -> Any:
+def with_adapter(base: nn.Module, options: TextOptions, beside: Sequence[str] = ()) -> Any:
     """A model with a new LoRA adapter, as a peft model. Its start is drawn from torch's global generator.
+
+    Args:
+        beside: modules that are trained in full besides it, such as a new head.
 
     Raises:
         ConfigError: peft is not installed, or cannot adapt the model.
@@ -112,7 +115,7 @@ def with_adapter(base: nn.Module, options: TextOptions) -> Any:
     try:
         lora = peft.LoraConfig(
             r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout,
-            target_modules=list(options.target) or None,
+            target_modules=list(options.target) or None, modules_to_save=list(beside) or None,
         )  # fmt: skip
         return peft.get_peft_model(base, lora)
     except ValueError as error:
@@ -182,9 +185,3 @@ def _task_of_form(
         raise ConfigError("--word: only with --form labels")
     make = {"seq2seq": seq2seq_task, "causal": causal_task}[form]
     return make(name, data, tokenizer, max_input=length, max_output=options.max_output)
-
-
-def example_of(task: ContinualTask) -> dict[str, Any]:
-    """What the model's forward takes, for the trace."""
-    batch = task.collate(list(task.train[:2]))
-    return dict(batch[0] if isinstance(batch, tuple) else batch)

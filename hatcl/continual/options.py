@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import flag, one_of, whole
+from ..config import flag, number, one_of, whole
 from ..engine.options import LoopOptions
 
 EVALUATE = ("next", "all")
 SCORED_ON = ("test", "validation")
+# what may differ when a run is resumed: where and how often it computes and writes, and what helps a loss that went NaN
+FREE = frozenset({"device", "compile", "checkpoint_seconds", "lr", "clip", "amp"})
 
 
 @dataclass(frozen=True)
 class LearnOptions(LoopOptions):
-    """How `learn_sequence` trains each task. Every task gets a new optimizer.
+    """How `learn_sequence` trains each task.
 
     Args:
-        batch_size: examples per batch.
+        batch_size: the most examples per batch; the batches of an epoch are of nearly equal size.
+        fresh_optimizer: make a new optimizer for each task, instead of one for all.
         evaluate: after each task, score the tasks learned so far and the `next` one, which is what the measures need,
             or `all`.
         baseline: score every task before anything is learned, for forward transfer.
         score_on: the examples to score on: `test`, or `validation` to choose options and methods by.
+        checkpoint_seconds: the least time between two checkpoints within a task, for methods that can resume in the
+            middle of one (`Method.state`); one is written after each task as well.
 
     Raises:
         ConfigError: a value outside its range, see also `LoopOptions`.
@@ -32,13 +37,17 @@ class LearnOptions(LoopOptions):
     warmup: float = 0.1
     clip: float = 1.0
     batch_size: int = 16
+    fresh_optimizer: bool = True
     evaluate: str = "next"
     baseline: bool = True
     score_on: str = "test"
+    checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         whole("batch_size", self.batch_size)
-        flag("baseline", self.baseline)
+        for name in ("fresh_optimizer", "baseline"):
+            flag(name, getattr(self, name))
+        number("checkpoint_seconds", self.checkpoint_seconds, 0)
         one_of("evaluate", self.evaluate, EVALUATE)
         one_of("score_on", self.score_on, SCORED_ON)

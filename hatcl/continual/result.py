@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.measures import average_accuracy, backward_transfer, forward_transfer, matrix, zero_shot_transfer
+from ..engine.measures import (
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    matrix,
+    zero_shot_transfer,
+)
 
 
 @dataclass
@@ -22,6 +29,8 @@ class SequenceResult:
         baseline: each task's score before anything was learned, NaN where it was not measured.
         seconds: spent on each task: learning, with what the method does at its end, and scoring.
         losses: the mean training loss of the first and of the last tenth of each stage's steps.
+        facts: what the method tells of each stage (`Method.facts`). details: and of the whole (`Method.finish`); empty
+            until the run is finished.
     """
 
     method: str
@@ -30,6 +39,8 @@ class SequenceResult:
     baseline: list[float] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def matrix(self) -> np.ndarray:
@@ -57,10 +68,16 @@ class SequenceResult:
         return zero_shot_transfer(self.matrix)
 
     @property
+    def forgetting(self) -> float:
+        """`1/(T-1) sum_{j<T-1} max_i R[i, j] - R[T-1, j]`."""
+        return forgetting(self.matrix)
+
+    @property
     def measures(self) -> dict[str, float]:
-        """All four."""
+        """All five."""
         return {
             "average_accuracy": self.average_accuracy,
+            "forgetting": self.forgetting,
             "forward_transfer": self.forward_transfer,
             "backward_transfer": self.backward_transfer,
             "zero_shot_transfer": self.zero_shot_transfer,
@@ -74,6 +91,8 @@ class SequenceResult:
             "matrix": [[_known(v) for v in row] for row in self.rows],
             "baseline": [_known(v) for v in self.baseline],
             "losses": [[_known(v) for v in pair] for pair in self.losses],
+            "facts": self.facts,
+            "details": self.details,
             **({n: _known(v) for n, v in self.measures.items()} if len(self.rows) == len(self.tasks) else {}),
         }
 
@@ -90,6 +109,8 @@ class SequenceResult:
             [read(row) for row in content["matrix"]],
             read(content["baseline"]),
             losses=[read(pair) for pair in content["losses"]],
+            facts=[dict(stage) for stage in content["facts"]],
+            details=dict(content["details"]),
         )
 
 

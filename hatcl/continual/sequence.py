@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,31 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import device_of, seeded
-from ..config import number
 from ..engine import folder as checkpoints
+from ..engine.folder import METRICS, tidy
 from ..engine.loop import Loop, Progress, Tell, Work
-from ..engine.state import Modes, Standing, kept_whole, seed_all, write_all
+from ..engine.options import LoopOptions
+from ..engine.schedule import make_optimizer
+from ..engine.state import Modes, Standing, kept_whole, load_optimizer, seed_all, write_all
 from ..errors import SkillError
-from ..files import complete, replaced_folder
-from ..skills.tensors import skill_tensors
+from ..files import complete, read_torch, replaced_folder
+from ..hat.pretrained import is_converted, restore
+from ..skills.tensors import adapters_of, skill_tensors
 from .folder import (
     CHECKPOINT,
     METHOD,
+    MIDWAY,
+    MODEL,
     PROGRESS,
-    RESULT,
     SECONDS,
-    STATE,
     base_of,
     check,
     claim,
     learned_state,
-    read_state,
+    read_model,
+    save_model,
     task_folder,
-    write_state,
+    write_model,
     write_task,
 )
 from .methods import Batch, Method, make_method
@@ -42,7 +46,7 @@ from .options import LearnOptions
 from .result import SequenceResult
 from .tasks import ContinualTask, check_tasks
 
-MIDWAY = "learning_{}.pt"  # where a stage's loop stands
+OPTIMIZER = "optimizer.pt"  # one for all tasks
 
 
 def learn_sequence(
@@ -53,7 +57,6 @@ def learn_sequence(
     *,
     method_options: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
-    seconds: float = 60.0,
     on_progress: Tell | None = None,
 ) -> SequenceResult:
     """Learn tasks one after another and score them after each.
@@ -71,9 +74,9 @@ def learn_sequence(
         method: one of `list_continual_methods()`, or a `Method`. method_options: what to change of its options.
         options: how to train, see `LearnOptions`, or a mapping of what to change.
         folder: where the run is kept (see `hatcl/continual/folder.py`). An interrupted run resumes where it stopped,
-            and ends with the bits of one that was not; a finished run is read. seconds: the time between two
-            checkpoints within a task, for methods that can resume in the middle of one (`Method.state`).
-        on_progress: called after each step, each epoch and each score.
+            and ends with the bits of one that was not; a finished run is read.
+        on_progress: called after each step, each epoch, each score and each stage, and at the start for the stages that
+            were done before.
 
     Raises:
         ConfigError: options, tasks or a folder that do not fit. SkillError: an adapter or a base model that does not
@@ -82,10 +85,15 @@ def learn_sequence(
     """
     chosen = make_method(method, method_options)
     learning = LearnOptions().changed(options)
-    check_tasks(tasks, validated=learning.score_on == "validation")
-    number("seconds", seconds, 0)
+    validated = learning.score_on == "validation"
+    check_tasks(tasks, validated=validated)
+    scored = (
+        [dataclasses.replace(t, score=t.validate or t.score) for t in tasks]
+        if learning.score_on == "validation"
+        else tasks
+    )
     where = None if folder is None else Path(folder)
-    return _Run(model, list(tasks), chosen, learning, where, seconds, on_progress).go()
+    return _Run(model, list(scored), chosen, learning, where, on_progress).go()
 
 
 class _Stage(Work):
@@ -109,12 +117,18 @@ class _Stage(Work):
     def epoch_length(self) -> int:
         return sum(-(-len(self.run.tasks[i].train) // self.run.options.batch_size) for i in self.indices)
 
+    def trained(self, options: LoopOptions) -> Any:
+        """Biases and norms do not decay, nor do gates."""
+        return self.model if options.weight_decay else self.parameters
+
     def batches(self, epoch: int) -> list[Batch]:
-        """Every example once; the batches of a stage's tasks are shuffled together."""
+        """Every example once; the batches of a stage's tasks are shuffled together. They are of nearly equal size: a
+        last batch of one example would break batch norms."""
         size, found = self.run.options.batch_size, list[Batch]()
         for i in self.indices:
-            order = torch.randperm(len(self.run.tasks[i].train), generator=self.order).tolist()
-            found += [Batch(i, self.run.tasks[i], tuple(order[k : k + size])) for k in range(0, len(order), size)]
+            order = torch.randperm(len(self.run.tasks[i].train), generator=self.order)
+            parts = order.tensor_split(-(-len(order) // size))
+            found += [Batch(i, self.run.tasks[i], tuple(part.tolist())) for part in parts]
         if len(self.indices) > 1:
             found = [found[k] for k in torch.randperm(len(found), generator=self.order).tolist()]
         return found
@@ -132,7 +146,7 @@ class _Stage(Work):
     def after_step(self, loop: Loop, batches: list[Any]) -> dict[str, float]:
         self.method.after_step(self.model, batches)
         self.losses.append(loop.losses[-1])
-        return {}
+        return self.method.measured()
 
     def state(self) -> dict[str, Any]:
         tensors = {n: t.detach() for n, t in learned_state(self.model).items()}
@@ -154,13 +168,15 @@ class _Run:
         method: Method,
         options: LearnOptions,
         folder: Path | None,
-        seconds: float,
         on_progress: Tell | None,
     ) -> None:
         self.model, self.tasks, self.method, self.options = model, tasks, method, options
-        self.folder, self.seconds, self.tell = folder, seconds, on_progress or (lambda progress: None)
+        self.folder, self.tell = folder, on_progress or (lambda progress: None)
         self.stages = method.stages(len(tasks))
         self.modes = Modes(model)
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.scaler: torch.amp.GradScaler | None = None
+        self.moments: dict[str, Any] = {}  # the state of one optimizer for all tasks, and of its scaler
         self.result = SequenceResult(method.name, [t.name for t in tasks])
 
     def go(self) -> SequenceResult:
@@ -177,51 +193,88 @@ class _Run:
         return self.result
 
     def _go(self) -> None:
-        done = 0
         config = self._config()  # before the method adds adapters of its own
         if self.folder is not None:
             check(self.folder, config)
+        self.method.learning = self.options
         self.method.start(self.model, self.tasks, self.options.seed)
+        done = 0
         if self.folder is not None:
             claim(self.folder, config)
             done = self._resume(self.folder)
+            if (self.folder / METRICS).exists():
+                return
+        for stage in range(done):
+            self._tell_stage(stage)
         if done == 0 and not self.result.baseline:
             every = range(len(self.tasks)) if self.options.baseline and self.method.ahead else []
             self.result.baseline = self._scores(every, -1)
             if self.folder is not None:
                 self._checkpoint(self.folder, 0)
         for stage in range(done, len(self.stages)):
-            seed_all(_mix(self.options.seed, stage + 1))
-            began = time.perf_counter()
-            self._learn(stage)
-            learned = time.perf_counter()
-            row = self._scores(self._due(stage), stage)
-            # rows are by task: a stage of several tasks has no scores after each
-            gap = [[math.nan] * len(self.tasks)] * (len(self.stages[stage]) - 1)
-            self.result.rows += [*gap, row]
-            now = time.perf_counter()
-            self.result.seconds.append({"learning": learned - began, "scoring": now - learned})
-            if self.folder is not None:
-                self._write(self.folder, stage)
+            self._stage(stage)
+        self.result.details = self.method.finish(self.model, self.result.facts)
         if self.folder is not None:
-            checkpoints.write_json(self.folder / RESULT, self.result.to_dict())
+            self._finish(self.folder)
 
     # --- one stage ---
+
+    def _stage(self, stage: int) -> None:
+        seed_all(_mix(self.options.seed, stage + 1))
+        began = time.perf_counter()
+        self._learn(stage)
+        facts = self.method.facts(self.model, stage)
+        learned = time.perf_counter()
+        row = self._scores(self._due(stage), stage)
+        # rows are by task: a stage of several tasks has no scores after each
+        gap = [[math.nan] * len(self.tasks)] * (len(self.stages[stage]) - 1)
+        self.result.rows += [*gap, row]
+        self.result.facts.append(facts)
+        now = time.perf_counter()
+        self.result.seconds.append({"learning": learned - began, "scoring": now - learned})
+        if self.folder is not None:
+            self._write(self.folder, stage)
+        self._tell_stage(stage)
 
     def _learn(self, stage: int) -> None:
         self.method.begin(self.model, stage)
         standing = None
         if self.folder is not None and self.method.state() is not None:
-            standing = Standing(self.folder / MIDWAY.format(stage), seconds=self.seconds)
+            standing = Standing(self.folder / MIDWAY.format(stage), seconds=self.options.checkpoint_seconds)
         work = _Stage(self, stage)
-        loop = Loop(work, self.options, standing=standing, tell=self.tell)
+        loop = Loop(
+            work, self.options, optimizer=self._kept_optimizer(work), scaler=self.scaler, standing=standing,
+            tell=self.tell,
+        )  # fmt: skip
         with self.method.watching(self.model, loop.optimizer, loop.steps or 0, loop.step):
             loop.run()
         loop.optimizer.zero_grad(set_to_none=True)
+        if not self.options.fresh_optimizer:
+            self.optimizer, self.scaler = loop.optimizer, loop.scaler
         self.method.end(self.model, stage)
         losses = work.losses
         tenth = -(-len(losses) // 10)
         self.result.losses.append([sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth])
+
+    def _kept_optimizer(self, work: _Stage) -> torch.optim.Optimizer | None:
+        """The optimizer of the stages before, where there is one for all; also after an interruption."""
+        if self.optimizer is None and self.moments:
+            where = f"{OPTIMIZER} in the run's checkpoint"
+            self.optimizer = make_optimizer(work.trained(self.options), self.options)
+            self.scaler = torch.amp.GradScaler(device_of(self.model).type, enabled=self.options.amp == "fp16")
+            with kept_whole(where):
+                load_optimizer(self.optimizer, self.moments["optimizer"], where)
+                if dict(self.moments["scaler"]):  # empty where the run did without one
+                    self.scaler.load_state_dict(self.moments["scaler"])
+        return self.optimizer
+
+    def _tell_stage(self, stage: int) -> None:
+        """A stage is done: how its last task fares, and what the method tells of it."""
+        index = self.stages[stage][-1]
+        told = {"loss": self.result.losses[stage][1], **self.result.facts[stage]}
+        facts = {n: float(v) for n, v in told.items() if isinstance(v, (int, float))}
+        score = self.result.rows[index][index]
+        self.tell(Progress("stage", self.tasks[index].name, 0, 0, score, stage=stage, measured=facts))
 
     def _due(self, stage: int) -> list[int]:
         """Which tasks to score after a stage."""
@@ -236,39 +289,48 @@ class _Run:
         self.model.eval()
         for i in due:
             with torch.no_grad(), self.method.scoring(self.model, i):
-                score = self.tasks[i].score if self.options.score_on == "test" else self.tasks[i].validate
-                assert score is not None  # checked at the start
-                row[i] = float(score(self.model))
+                row[i] = float(self.tasks[i].score(self.model))
                 self.tell(Progress("scoring", self.tasks[i].name, 0, 0, row[i], stage=stage))
         return row
 
     # --- the folder ---
 
     def _config(self) -> dict[str, Any]:
-        adapter = skill_tensors(self.model)
+        adapter = skill_tensors(self.model) if adapters_of(self.model) else {}
         return {
             "method": self.method.to_dict(),
-            "options": asdict(self.options),
-            "tasks": [{"name": t.name, "examples": len(t.train)} for t in self.tasks],
+            "options": dataclasses.asdict(self.options),
+            "tasks": [{"name": t.name, "examples": len(t.train), "digest": t.digest} for t in self.tasks],
             "base": base_of(self.model),
             "tensors": {n: list(p.shape) for n, p in adapter.items()},
         }
 
     def _resume(self, folder: Path) -> int:
-        """Read the newest checkpoint; how many stages are done."""
-        at = complete(folder / CHECKPOINT)
+        """Read the newest checkpoint, or a finished run; how many stages are done."""
+        at, finished = complete(folder / CHECKPOINT), complete(folder / MODEL)
+        if (folder / METRICS).exists() and finished.exists():
+            restore(self.model, finished)
+            self._take(folder / METRICS, checkpoints.read_json(folder / METRICS), folder)
+            return len(self.stages)
         if not at.exists():
             return 0
         progress = checkpoints.read_json(at / PROGRESS)
         with kept_whole(at / METHOD):
             self.method.load(at / METHOD, self.model)
-        read_state(self.model, at / STATE)
+        read_model(self.model, at)
+        if (at / OPTIMIZER).exists():
+            self.moments = read_torch(at / OPTIMIZER)
         with kept_whole(at / PROGRESS):
-            self.result = SequenceResult.from_dict(progress["result"])
+            self._take(at / PROGRESS, progress["result"], folder)
             done = int(progress["stages"])
-        if (folder / SECONDS).exists():
-            self.result.seconds = checkpoints.read_json(folder / SECONDS, list)[:done]
+        self.result.seconds = self.result.seconds[:done]
         return done
+
+    def _take(self, path: Path, content: dict[str, Any], folder: Path) -> None:
+        with kept_whole(path):
+            self.result = SequenceResult.from_dict(content)
+        if (folder / SECONDS).exists():
+            self.result.seconds = checkpoints.read_json(folder / SECONDS, list)
 
     def _write(self, folder: Path, stage: int) -> None:
         index = self.stages[stage][-1]
@@ -276,7 +338,7 @@ class _Run:
             "task": self.tasks[index].name,
             "tasks": [self.tasks[i].name for i in self.stages[stage]],
             "method": self.method.to_dict(),
-            "options": asdict(self.options),
+            "options": dataclasses.asdict(self.options),
             "base": checkpoints.read_json(folder / checkpoints.CONFIG)["base"],
             "scores": dict(zip(self.result.tasks, self.result.to_dict()["matrix"][index], strict=True)),
         }
@@ -287,12 +349,23 @@ class _Run:
     def _checkpoint(self, folder: Path, stages: int) -> None:
         with replaced_folder(folder / CHECKPOINT) as new:
             (new / METHOD).mkdir()
-            write_state(self.model, new / STATE)
+            write_model(self.model, new)
             self.method.save(new / METHOD)
+            if self.optimizer is not None and self.scaler is not None:
+                moments = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+                torch.save(moments, new / OPTIMIZER)
             progress = {"stages": stages, "result": self.result.to_dict()}
             (new / PROGRESS).write_text(json.dumps(progress) + "\n")
         for path in folder.glob(MIDWAY.format("*")):  # of the stage that is done
             path.unlink()
+
+    def _finish(self, folder: Path) -> None:
+        whole = is_converted(self.model)
+        if whole:
+            save_model(folder, self.model)
+        checkpoints.write_json(folder / METRICS, self.result.to_dict())
+        if whole:
+            tidy(folder)
 
 
 def _mix(seed: int, stage: int) -> int:

@@ -6,9 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..calls import call, device_of, moved, seeded, values_of
 from ..errors import ConfigError
+from ..lend import Evaluating
+
+SEEN = 16  # training examples that stand for a task which does not say what its outputs are
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +30,9 @@ class ContinualTask:
         validate: the same on validation data, for `LearnOptions.score_on="validation"`.
         hidden: hidden states of a batch, for `ilora`: one `hatcl.skills.ilora.Hidden` per stack of layers, or a list of
             tensors for one stack without padding. None = what `model(**batch, output_hidden_states=True)` gives.
+        outputs: what the model says to the test set, in its order, on the CPU: what `hat` compares bit for bit between
+            sealing and the end of a run. None = what its forward gives for the first `SEEN` training examples.
+        digest: of the task's data, so that a run that is resumed knows them again.
     """
 
     name: str
@@ -34,6 +42,22 @@ class ContinualTask:
     score: Callable[[nn.Module], float]
     validate: Callable[[nn.Module], float] | None = None
     hidden: Callable[[nn.Module, Any], Sequence[Any]] | None = None
+    outputs: Callable[[nn.Module], Tensor] | None = None
+    digest: str = ""
+
+    def inputs(self, count: int = 2) -> Any:
+        """What the model's forward takes for the first training examples. A collate that draws random numbers draws the
+        same ones each time."""
+        with seeded():
+            batch = self.collate([self.train[i] for i in range(min(count, len(self.train)))])
+        return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+    def said(self, model: nn.Module) -> dict[str, Tensor]:
+        """What the model says to the task, as it is set, in evaluation mode: values by their paths."""
+        with Evaluating(model), torch.no_grad():
+            if self.outputs is not None:
+                return {"outputs": self.outputs(model)}
+            return values_of(call(model, moved(self.inputs(SEEN), device_of(model))))
 
 
 def check_tasks(tasks: Sequence[ContinualTask], *, validated: bool = False) -> None:

@@ -1,11 +1,10 @@
-"""The stream of tasks: arrays from scikit-learn, `.npz` files or torchvision, split into tasks, served in batches."""
+"""Images of tasks: arrays from scikit-learn, `.npz` files or torchvision, split into tasks, made ready for networks."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import inspect
-import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -323,60 +322,15 @@ class Preparation:
         return (repeat(x, "n 1 h w -> n c h w", c=3) if x.shape[1] == 1 else x).contiguous()
 
 
-def num_batches(task: ImageData, batch_size: int) -> int:
-    """How many batches one epoch over `task` has."""
-    return math.ceil(len(task.x_train) / batch_size)
+def shifted(x: Tensor, offsets: Tensor, crop: int) -> Tensor:
+    """Each image moved by its offset: its window in the image with `crop` more pixels at each edge.
 
-
-def train_batches(
-    task: ImageData,
-    prepare: Preparation,
-    batch_size: int,
-    *,
-    seed: tuple[int, ...],
-    start: int = 0,
-    flip: bool = False,
-    crop: int = 0,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch's batches in an order drawn from `seed`, from batch `start` on.
-
-    The order and every batch's augmentation depend on `seed` and the batch's number only, so a run that resumes at
-    batch k sees what an uninterrupted one would have seen. The batches are of nearly equal size: a last batch of one
-    image would break batch norms.
-
-    Args:
-        flip: mirror each image with probability 1/2.
-        crop: shift each image by up to this many pixels in both directions, filling with the border's values.
+    Shapes: x: `[N, C, H, W]`. offsets: `[N, 2]`, rows and columns from 0 to 2 * crop.
     """
-    order = np.random.default_rng(seed).permutation(len(task.x_train))
-    parts = np.array_split(order, num_batches(task, batch_size))
-    for number in range(start, len(parts)):
-        rng = np.random.default_rng([*seed, number])
-        chosen = parts[number]
-        x = prepare(task.x_train[chosen])
-        if flip:
-            mirrored = torch.from_numpy(rng.random(len(x)) < 0.5)
-            x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
-        if crop:
-            x = _shifted(x, rng.integers(0, 2 * crop + 1, size=(len(x), 2)), crop)
-        yield x, torch.from_numpy(task.y_train[chosen])
-
-
-def test_batches(
-    task: ImageData, prepare: Preparation, batch_size: int, *, split: str = "test"
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The test (or, with `split="train"`, training) images in order."""
-    x, y = getattr(task, f"x_{split}"), getattr(task, f"y_{split}")
-    for first in range(0, len(x), batch_size):
-        yield prepare(x[first : first + batch_size]), torch.from_numpy(y[first : first + batch_size])
-
-
-def _shifted(x: torch.Tensor, offsets: np.ndarray, crop: int) -> torch.Tensor:
     height, width = x.shape[-2:]
     padded = F.pad(x, (crop, crop, crop, crop), mode="replicate")
-    return torch.stack(
-        [image[:, top : top + height, left : left + width] for image, (top, left) in zip(padded, offsets, strict=True)]
-    )
+    places = zip(padded, offsets.tolist(), strict=True)
+    return torch.stack([image[:, top : top + height, left : left + width] for image, (top, left) in places])
 
 
 @dataclass(frozen=True, eq=False)

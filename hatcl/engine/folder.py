@@ -20,26 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from ..errors import ConfigError, IntegrityError
 from ..files import (
     beside,
-    complete,
     drop_left_overs,
     held_by_one,
     read_json,
-    read_torch,
-    replaced_folder,
     sha256_of,
     write_files,
 )
-from ..hat.pretrained import from_pretrained, save_pretrained
-from . import measures
 
 CHECKPOINT = "checkpoint"
-MODEL = "model"
 CONFIG = "config.json"
 METRICS = "metrics.json"
 STEP_LINES = "metrics.jsonl"
@@ -258,97 +250,21 @@ def _position(entry: Mapping[str, Any]) -> tuple[float, ...]:
     return tuple(float(entry[k]) for k in ("stage", "task", "epoch", "step") if isinstance(entry.get(k), (int, float)))
 
 
-@dataclasses.dataclass
-class Checkpoint:
-    """Where a run stands.
-
-    Args:
-        model: the model, sealed tasks and the unsealed one included.
-        training: state of optimizer, gradient scaler and random generators: tensors and plain values.
-        progress: what the run has seen so far, JSON-able.
-    """
-
-    model: nn.Module
-    training: dict[str, Any]
-    progress: dict[str, Any]
-
-
-def save_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
-    """Replace the run's checkpoint by this one, all or nothing."""
-    with replaced_folder(run / CHECKPOINT) as folder:
-        save_pretrained(checkpoint.model, folder / MODEL)
-        torch.save(checkpoint.training, folder / "training.pt")
-        (folder / "progress.json").write_text(json.dumps(checkpoint.progress))
-
-
-def load_checkpoint(run: Path, device: torch.device) -> Checkpoint | None:
-    """The run's checkpoint, or None if it has not come to one yet.
-
-    Raises:
-        IntegrityError: a file of the checkpoint is missing, truncated or of another kind.
-    """
-    folder = complete(run / CHECKPOINT)
-    if not folder.exists():
-        return None
-    progress = read_json(folder / "progress.json")
-    training = read_torch(folder / "training.pt")
-    return Checkpoint(from_pretrained(folder / MODEL).to(device), training, progress)
-
-
 def tidy(run: Path) -> None:
     """Drop what a finished run does not need: its checkpoint, and what interrupted replacements left behind."""
     shutil.rmtree(run / CHECKPOINT, ignore_errors=True)
     shutil.rmtree(beside(run / CHECKPOINT, "old"), ignore_errors=True)
-    if (run / MODEL).exists():
-        shutil.rmtree(beside(run / MODEL, "old"), ignore_errors=True)
+    for old in run.glob(".*.old"):
+        if (run / old.name[1:-4]).exists():
+            shutil.rmtree(old, ignore_errors=True)
     drop_left_overs(run)
 
 
-def save_model(run: Path, model: nn.Module) -> None:
-    """Replace the run's finished model by this one, all or nothing."""
-    with replaced_folder(run / MODEL) as folder:
-        save_pretrained(model, folder)
-
-
-def drop_task(run: Path, task: int) -> None:
-    """Take a task that was forgotten out of a finished run's metrics.json and metrics.jsonl: of its record only the
-    name stays, its row and column of the accuracy matrix are empty, and the measures are those of the other tasks."""
-    content = read_json(run / METRICS)
-    gone = {*content.get("forgotten", ()), task}
-    if task < len(content.get("records", ())):
-        record = content["records"][task]
-        content["records"][task] = {key: value if key == "name" else None for key, value in record.items()}
-    rows = content.get("rows", [])
-    for i, row in enumerate(rows):
-        rows[i] = [] if i in gone else [None if j in gone else value for j, value in enumerate(row)]
-    stay = [i for i in range(len(rows)) if i not in gone]
-    left = measures.matrix([[rows[i][j] for j in stay if j < len(rows[i])] for i in stay]) if stay else None
-    for name in ("average_accuracy", "forgetting", "backward_transfer"):
-        if name in content:
-            content[name] = None if left is None else getattr(measures, name)(left)
-    for layer in content.get("layers", ()):
-        layer["used"].pop(str(task), None)
-    (content.get("max_abs_diff") or {}).pop(str(task), None)
-    write_json(run / METRICS, {**content, "forgotten": sorted(gone)})
+def drop_steps(run: Path, stage: int) -> None:
+    """Take a stage's lines out of metrics.jsonl."""
     if (run / STEP_LINES).exists():
-        kept = [line for line in read_steps(run) if line.get("task") != task]
+        kept = [line for line in read_steps(run) if line.get("stage") != stage]
         write_files({run / STEP_LINES: "".join(json.dumps(line) + "\n" for line in kept).encode()})
-
-
-def find_model(run: Path) -> Path:
-    """The folder with the newest complete model of a run: the finished one, else the checkpoint's, else `run` itself
-    where it is a folder written by `hatcl.save_pretrained`.
-
-    Raises:
-        IntegrityError: there is none.
-    """
-    for folder in (complete(run / MODEL), complete(run / CHECKPOINT) / MODEL, run):
-        if folder.is_dir() and any(folder.glob("*.safetensors")):
-            return folder
-    raise IntegrityError(
-        f"{run} holds no model; expected the folder of a run (hatcl train --output {run}) or one written by "
-        "hatcl.save_pretrained"
-    )
 
 
 # --- JSON ---

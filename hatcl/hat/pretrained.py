@@ -113,15 +113,7 @@ def from_pretrained(
     try:
         plain = build_source(meta["source"]) if base is None else copy.deepcopy(base)
         model = build(plain, UnitMap.from_json(meta["map"]), HATConfig.from_dict(meta["config"]))
-        _check_dtypes(tensors, meta["dtypes"], path)
-        for name, first in meta["tied"].items():
-            if first in tensors:
-                tensors[name] = tensors[first]
-        _fit(model, tensors, path)
-        state = model.state_dict()  # torch's own, since some modules ask it for their format's version
-        state.update(tensors)
-        model.load_state_dict(state)
-        _check_digests(model, meta["digests"], path)
+        _put_in(model, meta, tensors, path)
     except HATError:
         raise
     except Exception as error:
@@ -131,6 +123,35 @@ def from_pretrained(
         ) from error
     gates_of(model)[0].source = meta["source"]
     return model.eval()
+
+
+def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Bring a converted model to the state that `save_pretrained` wrote of it, where the model is.
+
+    Raises:
+        IntegrityError: as `from_pretrained`; the tensors are not this model's.
+    """
+    path = Path(folder) / WEIGHTS
+    meta, tensors = _read_model(path, None)
+    _put_in(model, meta, tensors, path)
+
+
+def _put_in(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> None:
+    _check_dtypes(tensors, meta["dtypes"], path)
+    for name, first in meta["tied"].items():
+        if first in tensors:
+            tensors[name] = tensors[first]
+    _fit(model, tensors, path)
+    state = model.state_dict()  # torch's own, since some modules ask it for their format's version
+    state.update(tensors)
+    model.load_state_dict(state)
+    _check_digests(model, meta["digests"], path)
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Is it a model that `save_pretrained` can write, one that `hatcl.convert` made?"""
+    found = [g for m in model.modules() if (g := m._modules.get(GATES)) is not None]
+    return len(found) == 1 and getattr(found[0], "unit_map", None) is not None
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

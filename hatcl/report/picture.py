@@ -19,27 +19,28 @@ BAR, FREE, SHADES = "#3a7ca5", "#edf1f4", "Blues"
 
 
 def draw_run(metrics: Mapping[str, Any]) -> bytes:
-    """A PNG of a run: its accuracy matrix, the units on for each task, and their share in each layer.
+    """A PNG of a run of `hat`: its accuracy matrix, the units on for each task, and their share in each layer.
 
     Args:
-        metrics: what `RunResult.to_dict` returned or `metrics.json` holds.
+        metrics: what `SequenceResult.to_dict` returned or `metrics.json` holds.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    names = [record["name"] for record in metrics["records"]]
-    count = len(names)
+    facts, names = metrics["facts"], metrics["tasks"][: len(metrics["facts"])]
+    count, layers = len(names), metrics["details"].get("layers", [])  # none before a run's end
     side = max(3.2, 0.44 * count)
     heights = [side]
-    if metrics["layers"]:  # none where every parameter is the tasks' own
+    if layers:  # none where every parameter is the tasks' own
         heights.append(0.9 + 0.16 * count)
     figure = new_figure(2 * side + 3.0, sum(heights) + 1.9)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[1.15, 1])
-    _draw_matrix(figure.add_subplot(grid[0, 0]), metrics["rows"], names)
-    used = [record["units_used"] for record in metrics["records"]]
-    _draw_use(figure.add_subplot(grid[0, 1]), used, metrics["units"])
-    if len(heights) > 1:
-        _draw_layers(figure.add_subplot(grid[1, :]), metrics["layers"], count)
+    rows = [[np.nan if v is None else v for v in row[:count]] for row in metrics["matrix"]]
+    _draw_matrix(figure.add_subplot(grid[0, 0]), rows, names)
+    used = [known["units_used"] for known in facts]
+    _draw_use(figure.add_subplot(grid[0, 1]), used, facts[0]["units"])
+    if layers:
+        _draw_layers(figure.add_subplot(grid[1, :]), layers, count)
     figure.suptitle(_headline(metrics), x=0.015, ha="left", color=INK, fontsize=13, fontweight="bold")
     return png(figure)
 
@@ -72,10 +73,11 @@ def png(figure: Figure) -> bytes:
 
 def _headline(metrics: Mapping[str, Any]) -> str:
     words = [
-        f"average accuracy {100 * metrics['average_accuracy']:.1f} %",
-        f"forgetting {100 * metrics['forgetting']:.1f} %",
+        f"{name.replace('_', ' ')} {100 * metrics[name]:.1f} %"
+        for name in ("average_accuracy", "forgetting")
+        if metrics.get(name) is not None
     ]
-    if metrics.get("bit_equal"):
+    if metrics["details"].get("bit_equal"):
         words.append("every sealed task bit-equal")
     return "   ".join(words)
 

@@ -31,45 +31,48 @@ def tasks_table(
     names: Sequence[str],
     records: Sequence[Mapping[str, Any]],
     *,
-    units: int = 0,
     running: Mapping[str, Any] | None = None,
 ) -> Table:
-    """One line per task: accuracy with soft and hard gates, units used, and whether its logits moved since sealing.
+    """One line per stage: its loss and score, and under hard attention the penalty, the scores with soft and hard
+    gates, the units used, and whether its outputs moved since sealing.
 
     Args:
-        records: what is known of the sealed tasks (`TaskRecord` fields and `bit_equal`).
-        units: number of units of the model, for shares.
-        running: `loss`, `penalty`, `scale` of the task being learned, the first without a record.
+        records: what is known of the stages that are done: `score`, `loss`, and `Method.facts` of `hat`.
+        running: `loss`, for `hat` also `penalty` and `scale`, of the stage that is being learned.
     """
+    gates = any("penalty" in known for known in (*records, running or {}))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # fits 80 columns
     table.add_column("task", no_wrap=True, overflow="ellipsis", max_width=24)
-    for column in ("loss", "penalty", "scale", "soft %", "hard %", "units", "logits"):
+    columns = ("loss", "penalty", "scale", "soft %", "hard %", "units", "outputs") if gates else ("loss", "score")
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for t, name in enumerate(names):
         if t < len(records):
-            record = records[t]
-            used = record["units_used"]
-            table.add_row(
-                f"{t} {name}",
-                f"{record['loss']:.3f}",
-                f"{record['penalty']:.3f}",
-                "sealed",
-                f"{100 * record['soft_accuracy']:.1f}",
-                f"{100 * record['hard_accuracy']:.1f}",
-                f"{used} ({100 * used / units:.0f}%)" if units else str(used),
-                _moved_text(record.get("bit_equal")),
-            )
+            cells, style = (_gates_cells if gates else _plain_cells)(records[t]), ""
         elif t == len(records) and running is not None:
-            table.add_row(
-                Text(f"{t} {name}", style="bold"),
-                f"{running['loss']:.3f}",
-                f"{running['penalty']:.3f}",
-                f"{running['scale']:.1f}",
-                *[""] * 4,
-            )
+            shown = ("loss:.3f", "penalty:.3f", "scale:.1f") if gates else ("loss:.3f",)
+            cells, style = [f"{{{key}}}".format(**running) for key in shown], "bold"
         else:
-            table.add_row(Text(f"{t} {name}", style="dim"), *[""] * 7)
+            cells, style = [], "dim"
+        table.add_row(Text(f"{t} {name}", style=style), *cells, *[""] * (len(columns) - len(cells)))
     return table
+
+
+def _plain_cells(known: Mapping[str, Any]) -> list[str | Text]:
+    return [f"{known['loss']:.3f}", f"{known['score']:.4f}"]
+
+
+def _gates_cells(known: Mapping[str, Any]) -> list[str | Text]:
+    used, units = known["units_used"], known["units"]
+    return [
+        f"{known['loss']:.3f}",
+        f"{known['penalty']:.3f}",
+        "sealed",
+        f"{100 * known['soft_score']:.1f}",
+        f"{100 * known['score']:.1f}",
+        f"{used:.0f} ({100 * used / units:.0f}%)" if units else f"{used:.0f}",
+        _moved_text(known.get("bit_equal")),
+    ]
 
 
 def units_table(description: Mapping[str, Any]) -> Table:

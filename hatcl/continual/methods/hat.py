@@ -1,34 +1,47 @@
-"""HAT over an adapter: each task learns which LoRA pairs it uses, and what it learned stays bit for bit."""
+"""HAT: each task learns which units it uses, and what it learned stays bit for bit."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...calls import device_of, moved
 from ...errors import TaskError
 from ...files import read_json
+from ...functional import digest_of
 from ...hat.adapter import as_adapter
+from ...hat.certify import certify
+from ...hat.describe import describe
 from ...hat.gates import gates_of
 from ...hat.learn import Learning, learn
 from ...hat.tasks import task
+from ...lend import Evaluating
 from ...skills.tensors import adapters_of
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
 
 DIGESTS = "digests.json"
+PROBED = 8  # training examples that the certificate is taken on
 
 
 @continual_method("hat", paper="Serra et al. 2018, arXiv 1801.01423")
 class HardAttention(Method):
-    """Learn each task inside `hatcl.learn`, with HAT's penalty, on a model that `hatcl.convert` made: of a peft model
-    it gates the pairs. Each task is scored with its own gates, so that backward transfer is 0 by construction; a task
-    that is not learned yet cannot be scored, and forward transfer is not known.
+    """Learn each task inside `hatcl.learn`, with HAT's penalty, on a model that `hatcl.convert` made: of a network it
+    gates the channels, of a peft model the pairs. Each task is scored with its own gates, so that backward transfer is
+    0 by construction; a task that is not learned yet cannot be scored, and forward transfer is not known.
+
+    Of each stage it tells `soft_score` (with the soft gates of the last scale), `units_used`, `units`, `loss` and
+    `penalty` (means over the last tenth of the steps), and digests of what the model says to the task (see
+    `ContinualTask.outputs`) at sealing and at the end of the run; of the whole the certificate (`hatcl.certify` on a
+    few training examples of the first task), and the units that each task uses in each layer.
 
     Options are those of the model's `HATConfig`.
     """
@@ -36,6 +49,7 @@ class HardAttention(Method):
     ahead = False
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
+        self.tasks = tasks
         self.gates = gates_of(model)[0]  # raises where there are none
         sealed = self.gates.sealed.nonzero().flatten().tolist()
         if sealed or self.gates.num_tasks < len(tasks):
@@ -46,26 +60,78 @@ class HardAttention(Method):
 
     def begin(self, model: nn.Module, stage: int) -> None:
         self.stage = stage
+        self.now: list[tuple[float, float, int]] = []  # loss, penalty and size of a step's batches
+        self.steps: list[list[float]] = []  # loss and penalty of the stage's steps
 
     @contextlib.contextmanager
     def watching(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
     ) -> Iterator[Learning]:
-        with learn(model, self.stage, optimizer, steps, start=start) as self.learning:
-            yield self.learning
+        epochs = self.learning.epochs or 1
+        with learn(model, self.stage, optimizer, steps, epochs, start) as self.course:
+            yield self.course
+            with self.course.soft(), Evaluating(model), torch.no_grad():
+                self.soft_score = float(self.tasks[self.stage].score(model))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return batch.loss(model) + self.learning.penalty()
+        loss = batch.loss(model)
+        with torch.autocast(loss.device.type, enabled=False):
+            penalty = self.course.penalty()
+        self.now.append((float(loss.detach()), float(penalty.detach()), len(batch.positions)))
+        return loss + penalty
+
+    def after_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        sizes = [size for *_, size in self.now]
+        self.steps.append([_mean([pair[i] for pair in self.now], sizes) for i in range(2)])
+        self.now = []
+
+    def measured(self) -> dict[str, float]:
+        loss, penalty = self.steps[-1]
+        return {"loss": loss, "penalty": penalty, "scale": self.course.scale}
+
+    def facts(self, model: nn.Module, stage: int) -> dict[str, Any]:
+        last = self.steps[-math.ceil(len(self.steps) / 10) :]
+        loss, penalty = (_mean([pair[i] for pair in last], [1] * len(last)) for i in range(2))
+        gates = gates_of(model)
+        return {
+            "soft_score": self.soft_score,
+            "units_used": sum(int(g.masks[stage].sum()) for g in gates),
+            "units": sum(g.num_units for g in gates),
+            "loss": loss,
+            "penalty": penalty,
+            "outputs_sha256": outputs_digest(model, self.tasks[stage], stage),
+        }
+
+    def finish(self, model: nn.Module, facts: list[dict[str, Any]]) -> dict[str, Any]:
+        for t, known in enumerate(facts):
+            known["outputs_sha256_end"] = outputs_digest(model, self.tasks[t], t)
+            known["bit_equal"] = known["outputs_sha256_end"] == known["outputs_sha256"]
+        certificate = certify(model, moved(self.tasks[0].inputs(PROBED), device_of(model)))
+        described = describe(model).to_dict()
+        return {
+            "exact": certificate.exact,
+            "bit_equal": all(known["bit_equal"] for known in facts),
+            "max_abs_diff": {str(t): float(diff) for t, diff in certificate.max_abs_diff.items()},
+            "units": described["units"],
+            "layers": described["layers"],
+        }
 
     def scoring(self, model: nn.Module, index: int) -> contextlib.AbstractContextManager[nn.Module]:
         return task(model, index)
+
+    def adapters(self, model: nn.Module) -> list[str] | None:
+        """Of LoRA pairs a task's own adapter; other units are in no task's tensors alone."""
+        return None if adapters_of(model) else []
 
     def saving(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """The adapter that a task leaves behind is an ordinary one, and computes what the task computes."""
         return as_adapter(model, self.stage) if adapters_of(model) else contextlib.nullcontext()
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {"steps": self.steps}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.steps = [[float(value) for value in pair] for pair in state["steps"]]
 
     def save(self, folder: Path) -> None:
         (folder / DIGESTS).write_text(json.dumps(self.gates.digests))
@@ -73,3 +139,14 @@ class HardAttention(Method):
     def load(self, folder: Path, model: nn.Module) -> None:
         stored = read_json(folder / DIGESTS)
         self.gates.digests = {int(t): d for t, d in stored.items()}
+
+
+def outputs_digest(model: nn.Module, of: ContinualTask, index: int) -> str:
+    """SHA-256 of the bits of what the model says to a task under its gates."""
+    with task(model, index):
+        said = of.said(model)
+    return hashlib.sha256("\n".join(f"{name} {digest_of(said[name])}" for name in said).encode()).hexdigest()
+
+
+def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+    return math.fsum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)

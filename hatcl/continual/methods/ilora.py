@@ -38,6 +38,8 @@ class InterpolatedLoRA(Method):
     `Replay`: a task's examples enter when it is finished.
     """
 
+    lora = "with_head"
+
     @dataclass(frozen=True)
     class Options:
         """Args:

@@ -34,6 +34,8 @@ class OLoRA(Method):
     the adapter that is trained starts anew, by peft's own initialisation.
     """
 
+    lora = "alone"
+
     @dataclass(frozen=True)
     class Options:
         """Args:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...config import known_options, one_of
 from ...errors import ConfigError
+from ..options import LearnOptions
 from ..tasks import ContinualTask
 
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
@@ -62,11 +63,16 @@ class Method:
     Attributes:
         name: as registered. paper: who proposed it. options: of the class `Options`.
         ahead: can a task be scored before it is learned?
+        lora: what `hatcl train` gives it to learn images with: `none` = the whole model; a LoRA adapter `with_head`,
+            which is trained as well, or `alone`.
+        learning: how the run trains; `learn_sequence` sets it before `start`.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     ahead: ClassVar[bool] = True
+    lora: ClassVar[str] = "none"
+    learning: LearnOptions = LearnOptions()
 
     @dataclass(frozen=True)
     class Options:
@@ -108,8 +114,20 @@ class Method:
     def after_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """After the optimizer's step, which these batches made."""
 
+    def measured(self) -> dict[str, float]:
+        """What is known of the last step besides its loss, for progress and metrics.jsonl."""
+        return {}
+
     def end(self, model: nn.Module, stage: int) -> None:
         """After a stage's steps; the model is scored and saved as this leaves it."""
+
+    def facts(self, model: nn.Module, stage: int) -> dict[str, Any]:
+        """What is known of the stage that has just ended besides its scores, JSON-able."""
+        return {}
+
+    def finish(self, model: nn.Module, facts: list[dict[str, Any]]) -> dict[str, Any]:
+        """After the last stage: what is known of the whole, JSON-able. `facts` of the stages may be added to."""
+        return {}
 
     def scoring(self, model: nn.Module, index: int) -> contextlib.AbstractContextManager[Any]:
         """Around the scoring of a task."""
@@ -120,7 +138,8 @@ class Method:
         return {}
 
     def adapters(self, model: nn.Module) -> list[str] | None:
-        """Which of the model's adapters to save with a finished task; None = the active one."""
+        """Which of the model's adapters to save with a finished task; None = the active one, or what a model without
+        LoRA has learned. Of an empty list nothing is saved."""
         return None
 
     def saving(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -34,6 +34,8 @@ class TaSL(Method):
     as what is important to neither. (TaSL's code has nothing of that kind.)
     """
 
+    lora = "with_head"
+
     @dataclass(frozen=True)
     class Options:
         """Args:

@@ -1,0 +1,194 @@
+"""What `hatcl train` and `hatcl show` print of a run: while it learns, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..continual import folder as kept
+from ..continual.result import SequenceResult
+from ..engine import folder as runs
+from ..engine.loop import Progress
+from ..errors import ConfigError
+from ..files import write_files
+from ..report.picture import draw_run
+from ..report.skills import draw_overlap, draw_skills
+from ..report.tables import matrix_table, tasks_table
+from ..skills.scores import SkillScores, localize
+from ._console import Bar, out, percent, say
+
+SKILLS, OVERLAP = "skills.png", "overlap.png"
+MEASURES = {
+    "average accuracy": "average_accuracy",
+    "forgetting": "forgetting",
+    "FWT": "forward_transfer",
+    "BWT": "backward_transfer",
+    "zero-shot": "zero_shot_transfer",
+}
+SHARE = 0.2  # of the units, for the picture of the overlap
+
+
+class Display:
+    """A progress bar over a table that fills while tasks are learned; without a terminal, a line for each task.
+
+    Args:
+        folder: whose metrics.jsonl gets a line per step. names: of the stages. steps: of each stage.
+    """
+
+    def __init__(self, folder: runs.RunFolder, names: Sequence[str], steps: Sequence[int]) -> None:
+        self.folder, self.names, self.steps = folder, list(names), list(steps)
+        self.bar = Bar(sum(steps), "steps", "starting")
+        self.live = Live(console=out, auto_refresh=False, transient=True)
+        self.done: list[dict[str, float]] = []
+        self.running: dict[str, float] | None = None
+        self.drawn = 0.0
+
+    def __enter__(self) -> Display:
+        if out.is_terminal and not out.quiet:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def tell(self, at: Progress) -> None:
+        """What the loop tells."""
+        if at.doing == "learning":
+            self.running = {"loss": at.value, **at.measured}
+            self.folder.tell(stage=at.stage, step=at.step, name=at.task, **self.running)
+            self.bar.says(f"{at.stage} {at.task}", completed=sum(self.steps[: at.stage]) + at.step)
+            self._draw()
+        elif at.doing == "stage":
+            self.done.append({"score": at.value, **at.measured})
+            self.running = None
+            self.bar.says(f"{at.stage} {at.task}", completed=sum(self.steps[: at.stage + 1]))
+            self._draw(force=True)
+            self.bar.line(f"stage {at.stage}, {at.task}: {_stage_line(at)}")
+        elif at.doing == "scoring" and at.stage < 0:
+            self.bar.line(f"before learning, {at.task}: score {at.value:.4f}")
+
+    def _draw(self, force: bool = False) -> None:
+        """At most ten times a second: drawing must not cost more than learning."""
+        now = time.monotonic()
+        if self.live.is_started and (force or now - self.drawn > 0.1):
+            table = tasks_table(self.names, self.done, running=self.running)
+            self.live.update(Group(table, self.bar.progress), refresh=True)
+            self.drawn = now
+
+
+def _stage_line(at: Progress) -> str:
+    known = at.measured
+    if "soft_score" not in known:
+        return f"score {at.value:.4f}, loss {known['loss']:.4f}"
+    return (
+        f"score {at.value:.4f} with hard gates ({known['soft_score']:.4f} with soft ones), "
+        f"{known['units_used']:.0f} of {known['units']:.0f} units"
+    )
+
+
+# --- what came of a run ---
+
+
+def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
+    """Print what a run showed, finished or not, and draw its pictures; tasks that were forgotten are left out."""
+    left, gone = without_forgotten(metrics)
+    result = SequenceResult.from_dict(left)
+    out.print(matrix_table(result.rows, result.tasks))
+    for j, name in enumerate(result.tasks):
+        say(f"task {j}  {name}", "dim")
+    finished = len(result.rows) == len(result.tasks) and (run / runs.METRICS).exists()
+    if finished and result.tasks:
+        out.print(_measures_table(result))
+    else:
+        say(f"{len(result.rows)} of {len(result.tasks)} tasks are learned; the run is not finished", "yellow")
+    if gone:
+        say(f"forgotten since: task {', '.join(map(str, gone))}; the others are counted anew here", "yellow")
+    if any("units_used" in known for known in result.facts):
+        scores = [result.rows[i][i] for i in range(len(result.facts))]
+        records = [{"score": score, **known} for score, known in zip(scores, result.facts, strict=True)]
+        out.print(tasks_table(result.tasks, records))
+        if result.details:
+            say(_certificate_line(result))
+        _draw(run / runs.PICTURE, lambda: draw_run(result.to_dict()))
+    show_skills(run, SHARE)
+    seconds = runs.read_json(run / kept.SECONDS, list) if (run / kept.SECONDS).exists() else []
+    say(f"{sum(sum(stage.values()) for stage in seconds):.0f} s", "dim")
+
+
+def without_forgotten(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """A run's metrics without the tasks that were forgotten since, and which these are."""
+    gone = list(metrics.get("forgotten", ()))
+    stay = [i for i in range(len(metrics["tasks"])) if i not in gone]
+    done = [i for i in stay if i < len(metrics["matrix"])]
+    details = dict(metrics["details"])
+    if "layers" in details:
+        details["layers"] = [
+            {**x, "used": {str(k): x["used"][str(i)] for k, i in enumerate(stay)}} for x in details["layers"]
+        ]
+    left = {
+        **metrics,
+        "tasks": [metrics["tasks"][i] for i in stay],
+        "matrix": [[metrics["matrix"][i][j] for j in stay] for i in done],
+        "baseline": [metrics["baseline"][i] for i in stay] if metrics["baseline"] else [],
+        "losses": [metrics["losses"][i] for i in done] if gone else metrics["losses"],
+        "facts": [metrics["facts"][i] for i in done] if gone else metrics["facts"],
+        "details": details,
+    }
+    return left, gone
+
+
+def _measures_table(result: SequenceResult) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=f"{result.method}, in %", title_justify="left")
+    for name in MEASURES:
+        table.add_column(name, justify="right")
+    table.add_row(*(percent(result.measures[measure]) for measure in MEASURES.values()))
+    return table
+
+
+def _certificate_line(result: SequenceResult) -> Text:
+    if not result.facts:
+        return Text("no task is left", style="yellow")
+    moved = [str(t) for t, known in enumerate(result.facts) if not known["bit_equal"]]
+    leaks = [f"task {t} by {diff:g}" for t, diff in result.details["max_abs_diff"].items() if diff != 0]
+    if result.details["exact"] and not moved:
+        return Text(
+            f"certificate: exact. The outputs of all {len(result.facts)} sealed tasks are bit-equal to those at "
+            "sealing, and stay so when everything that is not theirs is overwritten.",
+            style="green",
+        )
+    return Text(
+        f"certificate: NOT exact. Outputs moved since sealing: {', '.join(moved) or 'none'}; moved by overwriting what "
+        f"is not theirs: {', '.join(leaks) or 'none'}.",
+        style="bold red",
+    )
+
+
+def show_skills(run: Path, share: float) -> None:
+    """Draw the units' scores, and how far the tasks' skills overlap, where the method has scored units.
+
+    Args:
+        share: of the units that count as a task's skill.
+    """
+    found = sorted((run / kept.TASKS).glob("*/scores.safetensors"), key=lambda p: int(p.parent.name.split("_")[0]))
+    scores = {path.parent.name.partition("_")[2]: SkillScores.load(path) for path in found}
+    if not scores:
+        return
+    skills = {name: localize(s, share) for name, s in scores.items()}
+    _draw(run / SKILLS, lambda: draw_skills(scores))
+    _draw(run / OVERLAP, lambda: draw_overlap(skills))
+
+
+def _draw(path: Path, draw: Any) -> None:
+    try:
+        write_files({path: draw()})
+        say(path, "dim")
+    except ConfigError as error:
+        say(f"no picture: {error}", "yellow")

@@ -1,0 +1,169 @@
+"""Image tasks: what `learn_sequence` learns of arrays of images, with a network of gates or any other classifier.
+
+tasks = hatcl.continual.image_tasks(digits_tasks(), {"flip": True})
+model = timm.create_model("hat_resnet18", num_tasks=len(tasks), num_classes=[2] * len(tasks))
+learn_sequence(model, tasks, "hat", ImageLearning())
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..calls import device_of, moved, outputs
+from ..config import Changeable, flag, number, one_of, whole
+from ..data.images import FITS, ImageData, Preparation, shifted
+from ..engine.measures import top1
+from ..errors import ConfigError, SkillError
+from ..lend import Evaluating
+from .options import LearnOptions
+from .tasks import ContinualTask
+
+
+@dataclass(frozen=True)
+class ImageLearning(LearnOptions):
+    """`LearnOptions` with the defaults for images: networks that are learned from scratch."""
+
+    lr: float = 3e-3
+    weight_decay: float = 0.05
+    epochs: int = 12
+    warmup: float = 0.0
+    clip: float = 0.0
+    batch_size: int = 32
+    fresh_optimizer: bool = False
+    checkpoint_seconds: float = 20.0
+
+
+@dataclass(frozen=True)
+class ImageOptions(Changeable):
+    """How tasks are made of images.
+
+    Args:
+        size: bring images to this size; 0 = they keep their own. fit: by `resize` or `pad` (a black border).
+        flip: mirror training images with probability 1/2.
+        crop: shift training images by up to this many pixels.
+        eval_batch_size: images per batch of scoring; another size may round differently.
+        validation: share of each class's training images that is held out where scores are to be of validation images.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    size: int = 32
+    fit: str = "resize"
+    flip: bool = False
+    crop: int = 0
+    eval_batch_size: int = 256
+    validation: float = 0.2
+
+    def __post_init__(self) -> None:
+        one_of("fit", self.fit, FITS)
+        whole("size", self.size, 0)
+        flag("flip", self.flip)
+        whole("crop", self.crop, 0)
+        whole("eval_batch_size", self.eval_batch_size)
+        number("validation", self.validation, 0, 1, without="both", what="a share")
+
+
+def image_tasks(
+    stream: Sequence[ImageData],
+    options: ImageOptions | Mapping[str, Any] | None = None,
+    *,
+    one_head: bool = False,
+    validated: bool = False,
+    seed: int = 0,
+) -> list[ContinualTask]:
+    """A task for each of some data, in order.
+
+    Args:
+        options: see `ImageOptions`, or a mapping of what to change.
+        one_head: the model has one head with the classes of all tasks, one task's after the other's, as a plain
+            classifier has; a task is learned and scored on its own of them. Without it the head that the model has for
+            a task has the task's classes alone, as a model with gates has them.
+        validated: hold training images out, and score on them (`LearnOptions.score_on="validation"`): then no test
+            image is used. seed: of the choice.
+
+    Raises:
+        ConfigError: an option outside its range; a share that holds out no image.
+    """
+    chosen = ImageOptions().changed(options)
+    first = itertools.accumulate((data.num_classes for data in stream), initial=0)
+    parts = [data.on_validation(chosen.validation, seed) if validated else data for data in stream]
+    made = [_ImageTask(data, chosen, start if one_head else 0) for data, start in zip(parts, first, strict=False)]
+    return [
+        ContinualTask(
+            of.data.name, range(len(of.data.x_train)), of.collate, of.loss, of.score,
+            of.score if validated else None, hidden_states, of.outputs, whole_data.digest(),
+        )
+        for of, whole_data in zip(made, stream, strict=True)
+    ]  # fmt: skip
+
+
+class _ImageTask:
+    """The parts of one task: training examples are the images' numbers."""
+
+    def __init__(self, data: ImageData, options: ImageOptions, first: int) -> None:
+        self.data, self.options = data, options
+        self.classes = slice(first, first + data.num_classes)
+        self.prepare = Preparation.of(data, size=options.size or None, fit=options.fit)
+
+    def collate(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
+        ids, o = np.asarray(chosen), self.options
+        x = self.prepare(self.data.x_train[ids])
+        if o.flip:
+            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
+        if o.crop:
+            x = shifted(x, torch.randint(2 * o.crop + 1, (len(x), 2)), o.crop)
+        return x, torch.from_numpy(self.data.y_train[ids])
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        logits = self.logits(model, batch[0])
+        return F.cross_entropy(logits, batch[1].to(logits.device))
+
+    def logits(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Those of the task's classes.
+
+        Raises:
+            ConfigError: the model's head has fewer classes.
+        """
+        every = outputs(model, x)
+        if every.shape[-1] < self.classes.stop:
+            raise ConfigError(
+                f"task {self.data.name}: its classes end at {self.classes.stop}, and the model's head has "
+                f"{every.shape[-1]}; give a model without gates num_classes= the sum over all tasks"
+            )
+        return every[:, self.classes]
+
+    @torch.no_grad()
+    def outputs(self, model: nn.Module) -> Tensor:
+        """The logits of the task's classes for all test images, on the CPU."""
+        size, x = self.options.eval_batch_size, self.data.x_test
+        with Evaluating(model):
+            parts = [self.logits(model, self.prepare(x[i : i + size])) for i in range(0, len(x), size)]
+        return torch.cat([part.float().cpu() for part in parts])
+
+    def score(self, model: nn.Module) -> float:
+        """The accuracy on the test images."""
+        return top1(self.outputs(model), torch.from_numpy(self.data.y_test))
+
+
+def hidden_states(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The features before the head, for `ilora`.
+
+    Raises:
+        SkillError: the model does not give them.
+    """
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not hasattr(inner, "forward_features"):
+        raise SkillError(
+            f"{type(inner).__name__} has no forward_features, by which timm's models give their hidden states; give "
+            "consistency_weight=0, or take another method"
+        )
+    return [inner.forward_features(moved(batch[0], device_of(inner)))]
