@@ -16,9 +16,7 @@ from torch.nn import functional as F
 
 import hatcl
 from hatcl.atlas import AtlasOptions, fit
-from hatcl.continual import ContinualTask, learn_sequence
-from hatcl.continual.images_run import TrainOptions, train
-from hatcl.engine.folder import load_checkpoint
+from hatcl.continual import ContinualTask, ImageLearning, image_tasks, learn_sequence
 from hatcl.engine.state import Standing
 from hatcl.finetuning import FinetuneTask, finetune_
 
@@ -89,7 +87,9 @@ class Case:
 
 
 class Images(Case):
-    files = ("checkpoint/training.pt", "checkpoint/progress.json")
+    files = (
+        "learning_1.pt", "checkpoint/model/model.safetensors", "checkpoint/progress.json", "checkpoint/optimizer.pt",
+    )  # fmt: skip
     undone = False
 
     def make(self) -> nn.Module:
@@ -101,14 +101,11 @@ class Images(Case):
         return self.model.layer1  # type: ignore[union-attr,return-value]
 
     def run(self, folder: Path | None = None, tell: Tell | None = None, **options: Any) -> None:
-        tasks = [blobs(f"t{i}", i, classes=3, count=20) for i in range(2)]
-        chosen = {"epochs": 2, "batch_size": 8, "flip": True, "crop": 1, "checkpoint_seconds": 0.0, **options}
-        found = None if folder is None else load_checkpoint(folder, torch.device("cpu"))
-        if found is not None:
-            self.model = found.model
+        tasks = image_tasks([blobs(f"t{i}", i, classes=3, count=20) for i in range(2)], {"flip": True, "crop": 1})
+        chosen = {"epochs": 2, "batch_size": 8, "checkpoint_seconds": 0.0, **options}
         noise = self.model.register_forward_pre_hook(lambda module, given: (Noise()(given[0]),))
         try:
-            train(self.model, tasks, TrainOptions(**chosen), folder=folder, checkpoint=found, on_progress=tell)
+            learn_sequence(self.model, tasks, "hat", ImageLearning(**chosen), folder=folder, on_progress=tell)
         finally:
             noise.remove()
 
@@ -123,8 +120,8 @@ class Sequence(Case):
             ContinualTask(f"t{i}", rows(i), collate, lambda m, b: F.cross_entropy(m(b[0]), b[1]), lambda m: 0.5)
             for i in range(2)
         ]
-        chosen = {"epochs": 2, "batch_size": 8, "lr": 1e-2, **options}
-        learn_sequence(self.model, tasks, self.method, chosen, folder=folder, seconds=0, on_progress=tell)
+        chosen = {"epochs": 2, "batch_size": 8, "lr": 1e-2, "checkpoint_seconds": 0.0, **options}
+        learn_sequence(self.model, tasks, self.method, chosen, folder=folder, on_progress=tell)
 
 
 class Tuning(Case):

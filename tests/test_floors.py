@@ -56,7 +56,6 @@ RAISED: dict[tuple[str | None, str], str] = {
     ("commands", "typer.Exit"): "typer's own way to end a command",
     ("commands", "SystemExit"): "the command line ends",
     ("commands/_command.py", "Stopped"): "Ctrl-C; the roof prints its word and ends",
-    ("continual/images_run.py", "ValueError"): "an IntegrityError where it is caught",
     ("continual/methods/replay.py", "IndexError"): "an IntegrityError where it is caught",
     ("continual/methods/replay.py", "ValueError"): "an IntegrityError where it is caught",
     ("engine/loop.py", "NotImplementedError"): "a method that each procedure has",

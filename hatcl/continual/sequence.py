@@ -87,13 +87,9 @@ def learn_sequence(
     learning = LearnOptions().changed(options)
     validated = learning.score_on == "validation"
     check_tasks(tasks, validated=validated)
-    scored = (
-        [dataclasses.replace(t, score=t.validate or t.score) for t in tasks]
-        if learning.score_on == "validation"
-        else tasks
-    )
+    scored = [dataclasses.replace(t, score=t.validate or t.score) if validated else t for t in tasks]
     where = None if folder is None else Path(folder)
-    return _Run(model, list(scored), chosen, learning, where, on_progress).go()
+    return _Run(model, scored, chosen, learning, where, on_progress).go()
 
 
 class _Stage(Work):

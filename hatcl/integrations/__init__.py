@@ -1,5 +1,5 @@
 """Rooms in which other libraries are met."""
 
-from . import timm_names, transformers_models
+from . import peft_models, timm_names, transformers_models
 
-__all__ = ["timm_names", "transformers_models"]
+__all__ = ["peft_models", "timm_names", "transformers_models"]

@@ -20,18 +20,20 @@ def test_forget_erases_one_task_and_leaves_the_others(run, tmp_path, capsys):
     assert code == 0 and out.strip()
     assert hatcl.tasks(hatcl.from_pretrained(copy / "model")) == [0, 2]
     metrics = json.loads((copy / "metrics.json").read_text())
-    assert metrics["forgotten"] == [1] and [len(row) for row in metrics["rows"]] == [1, 0, 3]
-    assert {key for key, value in metrics["records"][1].items() if value is not None} == {"name"}
-    assert metrics["rows"][2][1] is None and "1" not in metrics["max_abs_diff"]
-    assert all("1" not in layer["used"] for layer in metrics["layers"])
-    assert metrics["average_accuracy"] == pytest.approx((metrics["rows"][2][0] + metrics["rows"][2][2]) / 2, abs=1e-12)
-    assert {json.loads(line)["task"] for line in (copy / "metrics.jsonl").read_text().splitlines()} == {0, 2}
+    rows, details = metrics["matrix"], metrics["details"]
+    assert metrics["forgotten"] == [1] and rows[1] == [None] * 3 and rows[2][1] is None
+    assert metrics["facts"][1] == {} and metrics["losses"][1] == [None, None] and "1" not in details["max_abs_diff"]
+    assert all("1" not in layer["used"] for layer in details["layers"])
+    assert metrics["average_accuracy"] == pytest.approx((rows[2][0] + rows[2][2]) / 2, abs=1e-12)
+    assert sorted(path.name for path in (copy / "tasks").iterdir()) == ["0_t0", "2_t2"]
+    assert json.loads((copy / "tasks" / "2_t2" / "config.json").read_text())["scores"]["t1"] is None
+    assert {json.loads(line)["stage"] for line in (copy / "metrics.jsonl").read_text().splitlines()} == {0, 2}
     assert not (copy / "picture.png").exists()
     shown = call(capsys, "show", copy)[1]
     assert "t0" in shown and "t2" in shown and "t1" not in shown and "forgotten since: task 1" in shown
     code, out, _ = call(capsys, "certify", copy)
     assert code == 0 and "task 1" not in out
-    assert "task 2: exact, logits bit-equal to those at sealing" in out
+    assert "task 2: exact, outputs bit-equal to those at sealing" in out
     code, _, err = call(capsys, "forget", copy, "--task", "1")
     assert code == 2 and "1" in err
     assert call(capsys, "describe", copy)[0] == 0

@@ -27,7 +27,7 @@ def test_a_run_that_is_not_finished(run, tmp_path, capsys):
     code, _, err = call(capsys, "show", copy)
     assert code == 2 and f"has nothing to show yet; go on with: hatcl train --resume --output {copy}" in err
     (copy / "checkpoint").mkdir()
-    runs.write_json(copy / "checkpoint" / "progress.json", {"result": {**metrics, "finished": False}})
+    runs.write_json(copy / "checkpoint" / "progress.json", {"result": {**metrics, "details": {}}})
     code, out, err = call(capsys, "show", copy)
     assert code == 0 and "3 tasks are learned; the run is not finished" in " ".join(out.split()), err
 

@@ -12,33 +12,36 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from command_parts import FAST, call, given, write_tasks
 
 import hatcl
 from hatcl.commands.train import DEFAULT_MODEL
+from hatcl.continual import list_continual_methods
 
 
 def test_the_run_folder_holds_everything(run):
     names = {path.name for path in run.iterdir()}
-    always = {"model", "metrics.json", "metrics.jsonl", "config.json"}
+    always = {"model", "metrics.json", "metrics.jsonl", "config.json", "seconds.json", "tasks"}
     assert always <= names <= always | {"picture.png"}
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["bit_equal"] is True and metrics["exact"] is True and metrics["forgetting"] == 0
-    assert [record["name"] for record in metrics["records"]] == ["t0", "t1", "t2"]
+    details = metrics["details"]
+    assert details["bit_equal"] is True and details["exact"] is True and metrics["forgetting"] == 0
+    assert metrics["tasks"] == ["t0", "t1", "t2"] and metrics["method"] == "hat"
     config = json.loads((run / "config.json").read_text())
-    assert config["input_shape"] == [3, 32, 32] and config["tasks"][0] == {"name": "t0", "classes": 2}
+    assert config["input_shape"] == [3, 32, 32] and config["tasks"][0]["name"] == "t0"
     assert config["command"] == "train" and config["options"]["task"][0] == f"t0={run.parent / 't0.npz'}"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(s["task"], s["step"]) for s in steps] == [(t, step) for t in range(3) for step in range(1, 7)]
+    assert [(s["stage"], s["step"]) for s in steps] == [(t, step) for t in range(3) for step in range(1, 7)]
 
 
 def test_the_end_of_a_run_says_what_counts(run, capsys):
     code, out, _ = call(capsys, "train", "--resume", "--output", run)
     assert code == 0
     shown = " ".join(out.split())
-    for words in ("is finished already", "average accuracy", "forgetting 0.00 %", "row: learned, column: tested"):
+    for words in ("is finished already", "average accuracy", "forgetting", "row: learned, column: tested"):
         assert words in shown
-    assert "certificate: exact. The logits of all 3 sealed tasks are bit-equal to those at sealing" in shown
+    assert "certificate: exact. The outputs of all 3 sealed tasks are bit-equal to those at sealing" in shown
     assert shown.count("bit-equal") >= 4  # one per task and the certificate's
 
 
@@ -48,7 +51,7 @@ def test_train_by_default_learns_the_digits(tmp_path, monkeypatch, capsys):
     code, out, _ = call(capsys, "train", "--epochs", "1")
     assert code == 0 and (tmp_path / "runs" / "001" / "model").is_dir()
     metrics = json.loads((tmp_path / "runs" / "001" / "metrics.json").read_text())
-    assert [record["name"] for record in metrics["records"]] == [f"digits {c}-{c + 1}" for c in range(0, 10, 2)]
+    assert metrics["tasks"] == [f"digits {c}-{c + 1}" for c in range(0, 10, 2)]
     code, out, _ = call(capsys, "train", "--resume")
     assert code == 0 and "001 is finished already" in " ".join(out.split())
 
@@ -62,7 +65,7 @@ def test_options_reach_the_model_and_its_config(tmp_path, capsys):
     )  # fmt: skip
     assert code == 0, err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert len(metrics["records"]) == 1 and metrics["records"][0]["steps"] == 2 * 3
+    assert len(metrics["facts"]) == 1 and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2 * 3
     model = hatcl.from_pretrained(tmp_path / "run" / "model")
     assert hatcl.tasks(model) == [0]
 
@@ -74,6 +77,54 @@ def test_a_finished_or_other_run_is_not_overwritten(run, capsys):
     assert code == 2 and "was started with epochs=2, now came 3; give the same to go on with it" in err
     code, _, err = call(capsys, "train", "--output", run, "--resume", "--epochs", "2", "--device", "cpu")
     assert code == 0
+
+
+# --- other methods than hat ---
+
+PLAIN = ["--epochs", "1", "--batch-size", "16", "--device", "cpu"]
+VIT = ["--model", "test_vit", "--model-kwargs", "img_size=32", "--model-kwargs", "depth=1", "--target", "qkv"]
+
+
+@pytest.mark.parametrize("method", sorted(set(list_continual_methods()) - {"hat"}))
+def test_every_method_learns_images(tmp_path, capsys, method):
+    kind = list_continual_methods()[method]
+    paths, output = write_tasks(tmp_path, 2), tmp_path / "run"
+    more = VIT if kind.lora != "none" else []
+    code, out, err = call(capsys, "train", *given(paths), "--method", method, "--output", output, *PLAIN, *more)
+    assert code == 0, err
+    assert f"{method}, in %" in out and "certificate" not in out
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["method"] == method and None not in metrics["matrix"][-1] and metrics["details"] == {}
+    last = output / "tasks" / "1_t1" / "adapter"
+    stored = [p.name for p in last.rglob("*.safetensors")]
+    assert set(stored) == ({"adapter_model.safetensors"} if kind.lora != "none" else {"weights.safetensors"})
+    config = json.loads((output / "config.json").read_text())
+    assert ("rank" in config["options"]) == (kind.lora != "none")
+    code, out, err = call(capsys, "train", "--resume", "--output", output)
+    assert code == 0 and "is finished already" in " ".join(out.split()), err
+
+
+def test_the_head_is_trained_with_the_adapter_where_the_method_can(tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    heads = {}
+    for method in ("tasl", "olora"):
+        args = ["train", *given(write_tasks(tmp_path, 2)), "--method", method, "--output", tmp_path / method]
+        assert call(capsys, *args, *PLAIN, *VIT)[0] == 0
+        tensors = load_file(tmp_path / method / "tasks" / "1_t1" / "adapter" / "adapter_model.safetensors")
+        heads[method] = [name for name in tensors if "lora_" not in name]
+    assert heads == {"tasl": ["base_model.model.head.bias", "base_model.model.head.weight"], "olora": []}
+
+
+def test_scores_of_validation_images(tmp_path, capsys):
+    paths = write_tasks(tmp_path, 2)
+    code, out, err = call(
+        capsys, "train", *given(paths), "--score-on", "validation", "--output", tmp_path / "run", *PLAIN
+    )
+    assert code == 0, err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [task["examples"] for task in config["tasks"]] == [40, 40]  # of 48
+    assert call(capsys, "certify", tmp_path / "run")[0] == 0
 
 
 # --- errors ---
@@ -92,6 +143,17 @@ def test_a_finished_or_other_run_is_not_overwritten(run, capsys):
         (["--model-kwargs", "drop_rate"], "--model-kwargs: got 'drop_rate', expected key=value"),
         (["--set", "max_scal=3"], "did you mean 'max_scale'"),
         (["--set", "schedule=cosin"], "did you mean 'cosine'"),
+        (["--model", "test_resnet"], "--model: test_resnet has no gates, which hat needs; give hat_test_resnet, or"),
+        (
+            ["--method", "joint", "--model", "hat_test_resnet"],
+            "hat_test_resnet has gates, which joint does not learn by",
+        ),
+        (["--method", "joint", "--model", "test_vit"], "test_vit does not take images of [3, 32, 32]"),
+        (["--method", "joint", "--rank", "3"], "--rank: has no effect on learning images by joint, which adapts no mo"),
+        (["--method", "tasl", "--target", "no"], "peft cannot adapt this model"),
+        (["--method", "tasel"], "--method: got 'tasel'"),
+        (["--word", "a:b=c"], "--word: has no effect on learning images; leave it out"),
+        (["--validation", "0.01", "--score-on", "validation"], "a share of 0.01 holds out no image of 48"),
         (["--set", "num_tasks=1"], "--set num_tasks: got 1, expected at least the 3 tasks at hand"),
         (["--optimizer", "adamq"], "got 'adamq', expected a name of timm.optim.list_optimizers(); did you mean"),
         (["--schedule", "cosinus"], "schedule: got 'cosinus', expected one of constant, linear, cosine, tanh"),
@@ -124,24 +186,29 @@ def start(output: Path, *args: str) -> subprocess.Popen:
 
 
 def progress(output: Path) -> tuple[int, int]:
-    """Task and step that the newest complete checkpoint stands at."""
+    """Stage and step that the newest complete checkpoint stands at."""
+    stages, step = 0, 0
     for name in ("checkpoint", ".checkpoint.old"):
         try:  # the run may be replacing it at this moment
-            content = json.loads((output / name / "progress.json").read_text())
+            stages = json.loads((output / name / "progress.json").read_text())["stages"]
+            break
         except FileNotFoundError:
             continue
-        return content["task"], content["step"]
-    return 0, 0
+    try:
+        step = torch.load(output / f"learning_{stages}.pt", weights_only=True)["step"]
+    except FileNotFoundError:
+        pass
+    return stages, step
 
 
 def sealed_digests(output: Path) -> list[str]:
-    """The logits' digests of the tasks sealed so far, as the newest complete checkpoint tells."""
+    """The outputs' digests of the tasks sealed so far, as the newest complete checkpoint tells."""
     for name in ("metrics.json", "checkpoint/progress.json", ".checkpoint.old/progress.json"):
         try:
             content = json.loads((output / name).read_text())
         except FileNotFoundError:
             continue
-        return [record["logits_sha256"] for record in content.get("result", content)["records"]]
+        return [known["outputs_sha256"] for known in content.get("result", content)["facts"]]
     return []
 
 
@@ -172,7 +239,7 @@ def kill_and_resume(tmp_path: Path, moments: int, seed: int) -> list[tuple[int, 
     def check(output: Path) -> None:
         assert sealed_digests(output) == expected
         metrics = json.loads((output / "metrics.json").read_text())
-        assert metrics["bit_equal"] is True and metrics["exact"] is True
+        assert metrics["details"]["bit_equal"] is True and metrics["details"]["exact"] is True
 
     rng = random.Random(seed)
     output, places = tmp_path / "killed", []

@@ -184,6 +184,16 @@ def test_hat_lays_gates_over_the_pairs(here, tmp_path, capsys, model):
         )
         == 0
     )
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["backward_transfer"] == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["backward_transfer"] == 0 and metrics["details"]["exact"] and metrics["details"]["bit_equal"]
+    capsys.readouterr()
+    assert hatcl("certify", tmp_path / "run", "--device", "cpu") == 0
+    assert "task 1: exact, outputs bit-equal to those at sealing" in capsys.readouterr().out
+    assert hatcl("describe", tmp_path / "run") == 0
+    if model == "bert":
+        assert hatcl("forget", tmp_path / "run", "--task", "0") == 0
+        assert hatcl("show", tmp_path / "run") == 0 and "forgotten since: task 0" in capsys.readouterr().out
+        assert [p.name for p in (tmp_path / "run" / "tasks").iterdir()] == ["1_b"]
+        assert hatcl("certify", tmp_path / "run", "--device", "cpu") == 0
     assert run(tmp_path / "other", "--method", "hat", "--set", "inlt=dense", model=model) == 2
     assert "HATConfig has no option 'inlt'; did you mean 'init'" in capsys.readouterr().err

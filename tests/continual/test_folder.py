@@ -97,7 +97,7 @@ def test_a_run_does_not_go_on_with_something_else(tmp_path):
         (SkillError, "another base model", {"model": adapted(bert(seed=3))}),
         (SkillError, "lora_A.weight was .4, 16., now is .2, 16.", {"model": adapted(r=2)}),
         (SkillError, "started with other LoRA options", {"model": adapted(target_modules=["query"])}),
-        (ConfigError, "options.lr=0.03, now came 0.02", {"lr": 0.02}),
+        (ConfigError, "options.weight_decay=0.0, now came 0.02", {"weight_decay": 0.02}),
         (ConfigError, "seed=0, now came 1", {"seed": 1}),
         (ConfigError, "was started with tasks=", {"tasks": text_tasks(bert(), 2)}),
         (ConfigError, "method", {"method": "sequential"}),

@@ -3,16 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
-import timm
-import torch
 
-import hatcl
 from hatcl import files
 from hatcl.engine import folder as checkpoints
-from hatcl.engine.folder import Checkpoint, RunFolder, check_same_run, drop_task, read_steps
+from hatcl.engine.folder import RunFolder, check_same_run, drop_steps, read_steps
 from hatcl.errors import ConfigError, IntegrityError
-
-CPU = torch.device("cpu")
 
 
 def test_json_is_replaced_whole_and_strict(tmp_path):
@@ -26,75 +21,6 @@ def test_json_is_replaced_whole_and_strict(tmp_path):
     path.write_text('{"a": [1')
     with pytest.raises(IntegrityError, match="metrics.json cannot be read as JSON.*Copy it again"):
         checkpoints.read_json(path)
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return timm.create_model("hat_test_resnet", num_tasks=2, num_classes=[2, 3])
-
-
-def some_training(model):
-    optimizer = torch.optim.AdamW(model.parameters())
-    for p in model.parameters():
-        p.grad = torch.ones_like(p) if p.requires_grad else None
-    optimizer.step()
-    return {"optimizer": optimizer.state_dict(), "scaler": {}, "step": 3}
-
-
-def test_a_checkpoint_comes_back(tmp_path, model):
-    assert checkpoints.load_checkpoint(tmp_path, CPU) is None
-    saved = Checkpoint(model, some_training(model), {"task": 1, "step": 7})
-    checkpoints.save_checkpoint(tmp_path, saved)
-    loaded = checkpoints.load_checkpoint(tmp_path, CPU)
-    assert loaded.progress == saved.progress
-    ours, theirs = model.state_dict(), loaded.model.state_dict()
-    assert ours.keys() == theirs.keys() and all(
-        torch.equal(ours[name], theirs[name]) for name in ours if isinstance(ours[name], torch.Tensor)
-    )
-    state = loaded.training["optimizer"]["state"]
-    assert torch.equal(state[0]["exp_avg"], saved.training["optimizer"]["state"][0]["exp_avg"])
-
-
-def test_damaged_checkpoints_are_refused_by_name(tmp_path, model):
-    def fresh():
-        checkpoints.save_checkpoint(tmp_path, Checkpoint(model, some_training(model), {"task": 0}))
-        return tmp_path / "checkpoint"
-
-    path = fresh() / "training.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(IntegrityError, match="training.pt cannot be read as tensors and plain values"):
-        checkpoints.load_checkpoint(tmp_path, CPU)
-    path = fresh() / "training.pt"
-    torch.save({"optimizer": tmp_path}, path)  # a pickled object, not a tensor
-    with pytest.raises(IntegrityError, match="training.pt cannot be read as tensors and plain values"):
-        checkpoints.load_checkpoint(tmp_path, CPU)
-    (fresh() / "progress.json").unlink()
-    with pytest.raises(IntegrityError, match="progress.json cannot be read"):
-        checkpoints.load_checkpoint(tmp_path, CPU)
-    (path,) = (fresh() / "model").glob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(hatcl.errors.HATError, match="safetensors"):
-        checkpoints.load_checkpoint(tmp_path, CPU)
-
-
-def test_the_newest_model_of_a_run_is_found(tmp_path, model):
-    with pytest.raises(IntegrityError, match="holds no model; expected the folder of a run"):
-        checkpoints.find_model(tmp_path)
-    hatcl.save_pretrained(model, tmp_path / "plain")
-    assert checkpoints.find_model(tmp_path / "plain") == tmp_path / "plain"
-    checkpoints.save_checkpoint(tmp_path, Checkpoint(model, some_training(model), {}))
-    assert checkpoints.find_model(tmp_path) == tmp_path / "checkpoint" / "model"
-    checkpoints.save_model(tmp_path, model)
-    assert checkpoints.find_model(tmp_path) == tmp_path / "model"
-    (tmp_path / "model").rename(tmp_path / ".model.old")  # killed between the two moves
-    for name in ("metrics.json", "model"):
-        (tmp_path / f".{name}.{files._machine()}-{2**22 + 1}-0123abcd.new").mkdir()  # of no process
-    checkpoints.tidy(tmp_path)
-    assert checkpoints.find_model(tmp_path) == tmp_path / ".model.old"
-    assert not (tmp_path / "checkpoint").exists()
-    checkpoints.save_model(tmp_path, model)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "plain"]
 
 
 # --- one run's folder ---
@@ -209,34 +135,20 @@ def test_steps_that_are_done_again_replace_their_lines(tmp_path):
     assert told == [(0, 1, 1.0), (0, 2, 1.0), (1, 1, 1.0), (1, 2, 2.0), (1, 3, None)]
 
 
-def test_what_a_forgotten_task_leaves_in_the_metrics(tmp_path):
-    record = {"loss": 0.1, "logits_sha256": "f"}
-    checkpoints.write_json(
-        tmp_path / "metrics.json",
-        {
-            "records": [{"name": n, **record} for n in "abc"],
-            "rows": [[0.9], [0.9, 0.8], [0.7, 0.8, 0.6]],
-            "layers": [{"name": "l", "used": {"0": 1, "1": 2, "2": 3}}],
-            "max_abs_diff": {"0": 0.0, "1": 0.0, "2": 0.0},
-            "average_accuracy": 0.7, "forgetting": 0.1, "backward_transfer": -0.1,
-        },
-    )  # fmt: skip
-    run = RunFolder(tmp_path / "x", "train", {})
-    run.path = tmp_path
-    for task in range(3):
-        run.tell(task=task, step=1)
-    drop_task(tmp_path, 1)
-    found = json.loads((tmp_path / "metrics.json").read_text())
-    assert found["records"][1] == {"name": "b", "loss": None, "logits_sha256": None} and found["forgotten"] == [1]
-    assert found["rows"] == [[0.9], [], [0.7, None, 0.6]]
-    assert found["layers"][0]["used"] == {"0": 1, "2": 3} and set(found["max_abs_diff"]) == {"0", "2"}
-    assert found["average_accuracy"] == pytest.approx(0.65, abs=1e-12)
-    assert found["forgetting"] == pytest.approx(0.2, abs=1e-12)
-    assert [line["task"] for line in read_steps(tmp_path)] == [0, 2]
-    drop_task(tmp_path, 0)
-    drop_task(tmp_path, 2)
-    found = json.loads((tmp_path / "metrics.json").read_text())
-    assert found["rows"] == [[], [], []] and found["average_accuracy"] is None and found["forgotten"] == [0, 1, 2]
+def test_the_lines_of_a_stage_go(tmp_path):
+    run = RunFolder(tmp_path, "train", {})
+    for stage in range(3):
+        run.tell(stage=stage, step=1)
+    drop_steps(tmp_path, 1)
+    assert [line["stage"] for line in read_steps(tmp_path)] == [0, 2]
+
+
+def test_a_finished_run_loses_what_interruptions_left(tmp_path):
+    for name in ("checkpoint", ".checkpoint.old", "model", ".model.old", ".other.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".model.{files._machine()}-{2**22 + 1}-0123abcd.new").mkdir()  # of no process
+    checkpoints.tidy(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".other.old", "model"]  # nothing took the other's place
 
 
 def test_the_first_difference_is_named():

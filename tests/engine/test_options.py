@@ -9,13 +9,12 @@ import re
 import pytest
 
 from hatcl.atlas import AtlasOptions
-from hatcl.continual import LearnOptions
-from hatcl.continual.images_run import TrainOptions
+from hatcl.continual import ImageLearning, LearnOptions
 from hatcl.engine.options import LoopOptions
 from hatcl.errors import ConfigError
 from hatcl.finetuning import FinetuneOptions
 
-KINDS = [LoopOptions, TrainOptions, LearnOptions, FinetuneOptions, AtlasOptions]
+KINDS = [LoopOptions, ImageLearning, LearnOptions, FinetuneOptions, AtlasOptions]
 WRONG = [
     (
         {"optimizer": "adamv"},

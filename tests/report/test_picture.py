@@ -13,16 +13,18 @@ from hatcl.report.picture import draw_run
 
 def run_of(count: int, layers: int = 4) -> dict:
     return {
-        "records": [{"name": f"a task with a rather long name {t}", "units_used": 10 + t} for t in range(count)],
-        "rows": [[0.5 + 0.5 / (1 + i + j) for j in range(i + 1)] for i in range(count)],
-        "layers": [
-            {"name": f"layer{n}", "units": 16, "used": {str(t): (3 * t + n) % 17 for t in range(count)}}
-            for n in range(layers)
-        ],
-        "units": 16 * layers or 40,
+        "tasks": [f"a task with a rather long name {t}" for t in range(count)],
+        "facts": [{"units_used": 10 + t, "units": 16 * layers or 40} for t in range(count)],
+        "matrix": [[0.5 + 0.5 / (1 + i + j) if j <= i else None for j in range(count)] for i in range(count)],
+        "details": {
+            "layers": [
+                {"name": f"layer{n}", "units": 16, "used": {str(t): (3 * t + n) % 17 for t in range(count)}}
+                for n in range(layers)
+            ],
+            "bit_equal": True,
+        },
         "average_accuracy": 0.9,
         "forgetting": 0.0,
-        "bit_equal": True,
     }
 
 

@@ -9,9 +9,10 @@ from hatcl.report.tables import matrix_table, tasks_table, units_table
 RECORD = {
     "loss": 0.1234,
     "penalty": 0.05,
-    "soft_accuracy": 0.99,
-    "hard_accuracy": 0.985,
+    "soft_score": 0.99,
+    "score": 0.985,
     "units_used": 25,
+    "units": 100,
     "bit_equal": None,
 }
 
@@ -30,12 +31,23 @@ def test_matrix_is_lower_triangular():
 def test_tasks_while_learning_and_at_the_end():
     names = ["digits 0-1", "digits 2-3", "digits 4-5"]
     running = {"loss": 0.5, "penalty": 0.25, "scale": 123.4}
-    shown = text(tasks_table(names, [RECORD], units=100, running=running))
+    shown = text(tasks_table(names, [RECORD], running=running))
     assert "98.5" in shown and "25 (25%)" in shown and "123.4" in shown and "…" not in shown
     assert "bit-equal" not in shown
     ended = [{**RECORD, "bit_equal": True}, {**RECORD, "bit_equal": False}, RECORD]
-    shown = text(tasks_table(names, ended, units=100))
+    shown = text(tasks_table(names, ended))
     assert shown.count("bit-equal") == 1 and shown.count("MOVED") == 1 and "…" not in shown
+
+
+def test_stages_of_methods_without_gates():
+    shown = text(tasks_table(["a", "b", "c"], [{"loss": 0.25, "score": 0.5}], running={"loss": 0.75}))
+    assert shown.split() == [
+        "task",
+        "loss",
+        "score",
+        "─" * len(shown.split()[3]),
+        *"0 a 0.250 0.5000 1 b 0.750 2 c".split(),
+    ]
 
 
 def test_units_per_layer():
