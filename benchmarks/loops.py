@@ -26,8 +26,7 @@ from torch.nn import functional as F
 
 import hatcl
 from hatcl.atlas import AtlasOptions, fit
-from hatcl.continual import ContinualTask, learn_sequence
-from hatcl.continual.images_run import TrainOptions, train
+from hatcl.continual import ContinualTask, ImageLearning, image_tasks, learn_sequence
 from hatcl.data.images import ImageData
 from hatcl.finetuning import FinetuneOptions, FinetuneTask, finetune_
 
@@ -79,7 +78,8 @@ def images(**options: Any) -> dict[str, Tensor]:
         tasks.append(ImageData(f"blobs{t}", x, labels, x, labels, 3))
     torch.manual_seed(0)
     model = timm.create_model("hat_test_resnet", num_tasks=2, num_classes=[3, 3], drop_rate=0.2)
-    train(model, tasks, TrainOptions(**{"epochs": 2, "batch_size": 8, "size": 32, "flip": True, "crop": 1, **options}))
+    learning = ImageLearning(**{"epochs": 2, "batch_size": 8, **options})
+    learn_sequence(model, image_tasks(tasks, {"flip": True, "crop": 1}), "hat", learning)
     return tensors(model)
 
 

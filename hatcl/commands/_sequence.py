@@ -167,7 +167,7 @@ def _check_name(name: str, method: str) -> None:
         return
     if method == HAT and timm.is_model(name):
         raise ConfigError(
-            f"--model: {name} has no gates, by which hat learns; give {PREFIX}{name}, or another --method"
+            f"--model: {name} has no gates, which hat needs; give {PREFIX}{name}, or another --method"
         )
     if method != HAT and name.startswith(PREFIX):
         raise ConfigError(

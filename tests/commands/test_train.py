@@ -146,10 +146,10 @@ def test_scores_of_validation_images(tmp_path, capsys):
         (["--model", "test_resnet"], "--model: test_resnet has no gates, which hat needs; give hat_test_resnet, or"),
         (
             ["--method", "joint", "--model", "hat_test_resnet"],
-            "hat_test_resnet has gates, which joint does not learn by",
+            "has gates, which joint does not learn by; give test_re",
         ),
         (["--method", "joint", "--model", "test_vit"], "test_vit does not take images of [3, 32, 32]"),
-        (["--method", "joint", "--rank", "3"], "--rank: has no effect on learning images by joint, which adapts no mo"),
+        (["--method", "joint", "--rank", "3"], "--rank: has no effect on learning images by joint, which adapts"),
         (["--method", "tasl", "--target", "no"], "peft cannot adapt this model"),
         (["--method", "tasel"], "--method: got 'tasel'"),
         (["--word", "a:b=c"], "--word: has no effect on learning images; leave it out"),
