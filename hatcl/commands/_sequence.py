@@ -166,9 +166,7 @@ def _check_name(name: str, method: str) -> None:
     if name.split(".")[0] in known:
         return
     if method == HAT and timm.is_model(name):
-        raise ConfigError(
-            f"--model: {name} has no gates, which hat needs; give {PREFIX}{name}, or another --method"
-        )
+        raise ConfigError(f"--model: {name} has no gates, which hat needs; give {PREFIX}{name}, or another --method")
     if method != HAT and name.startswith(PREFIX):
         raise ConfigError(
             f"--model: {name} has gates, which {method} does not learn by; give {name.removeprefix(PREFIX)}, or "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
-from torch import nn
+from torch import distributed
 
 import hatcl
 
@@ -16,13 +19,12 @@ from ..config import HATConfig, one_of
 from ..continual.images import ImageLearning, ImageOptions
 from ..continual.loading import LORA, TextOptions
 from ..continual.options import FREE, LearnOptions
-from ..continual.tasks import ContinualTask
-from ..engine.folder import RunFolder
+from ..engine.processes import place, wait_for_all
 from ..engine.schedule import make_optimizer
 from ..errors import ConfigError
 from ..integrations.timm_names import PREFIX
 from ._command import Answer, Asked, Device, command
-from ._console import say
+from ._console import out, quiet, say
 from ._options import Either, absolute_path, made, options_of, spelled, usable_device
 from ._sequence import HAT, are_texts, gated, image_data, image_model, images, task_files, texts
 from ._shown import Display, show_learning
@@ -124,12 +126,21 @@ def train_command(
             "split": split, "dataset": dataset, "root": None if root is None else absolute_path(root),
             "download": download, "pretrained": pretrained, "model_kwargs": dict(model_kwargs or {}),
         }  # fmt: skip
+    with processes(where) as where:
+        return _run(asked, files, own, how, gates, where)
+
+
+def _run(
+    asked: Asked, files: Mapping[str, Path], options: LearnOptions, method: continual.Method, gates: HATConfig | None,
+    device: str,
+) -> Any:  # fmt: skip
     folder = asked.folder()
     facts: dict[str, Any] = {"hatcl": hatcl.__version__, "inputs": folder.same_inputs(list(files.values()))}
+    wait_for_all()  # before one of them writes
     if folder.finished:
         say(f"{folder.path} is finished already.")
         return _judged(folder.metrics)
-    if of_texts:
+    if are_texts(files):
         network, tasks = texts(asked.options, files)
         network = gated(network, tasks, gates) if gates else network
     else:
@@ -137,14 +148,11 @@ def train_command(
         tasks = images(asked.options, stream)
         network = image_model(asked.options, stream, tasks)
         facts["input_shape"] = list(tasks[0].inputs(1).shape[1:])
-    return _learned(folder, facts, network.to(where), tasks, how, own)
-
-
-def _learned(
-    folder: RunFolder, facts: Mapping[str, Any], network: nn.Module, tasks: list[ContinualTask],
-    method: continual.Method, options: LearnOptions,
-) -> Any:  # fmt: skip
+    network.to(device)
     make_optimizer(network, options)  # or an error, before anything is written
+    if place()[0] > 0:
+        continual.learn_sequence(network, tasks, method, options, folder=folder.path)
+        return None
     stages = method.stages(len(tasks))
     steps = [options.steps_of(sum(-(-len(tasks[i].train) // options.batch_size) for i in some)) or 0 for some in stages]
     names = [tasks[some[0]].name if len(some) == 1 else "all" for some in stages]
@@ -152,6 +160,27 @@ def _learned(
         say(f"{method.name}: {len(tasks)} tasks, run folder {folder.path}")
         continual.learn_sequence(network, tasks, method, options, folder=folder.path, on_progress=display.tell)
     return _judged(folder.metrics)
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[str]:
+    """Inside, the processes that `torchrun` started are one group; yields the device of this one. All but the first
+    print nothing, and end with the block: what comes after it is the first one's."""
+    if not distributed.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield device
+        return
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        with quiet(out.quiet or distributed.get_rank() > 0):
+            yield device
+        first = distributed.get_rank() == 0
+    finally:
+        distributed.destroy_process_group()
+    if not first:
+        raise typer.Exit
 
 
 def _judged(metrics: dict[str, Any]) -> Any:

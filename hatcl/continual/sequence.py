@@ -18,9 +18,10 @@ from ..engine import folder as checkpoints
 from ..engine.folder import METRICS, tidy
 from ..engine.loop import Loop, Progress, Tell, Work
 from ..engine.options import LoopOptions
+from ..engine.processes import place, wait_for_all
 from ..engine.schedule import make_optimizer
 from ..engine.state import Modes, Standing, kept_whole, load_optimizer, seed_all, write_all
-from ..errors import SkillError
+from ..errors import ConfigError, SkillError
 from ..files import complete, read_torch, replaced_folder
 from ..hat.pretrained import is_converted, restore
 from ..skills.tensors import adapters_of, skill_tensors
@@ -67,6 +68,10 @@ def learn_sequence(
 
     `options.seed` seeds the order of batches, dropout and the method's own choices. All generators are seeded again for
     each stage, so that a stage does not depend on how those before it were run. The caller's random state is put back.
+
+    Where `torch.distributed` was initialised with several processes, each takes its share of every batch, and the model
+    is learned in `DistributedDataParallel` (`hat` alone). All must call this with the same arguments; rank 0 writes the
+    folder. Norms over a batch see a process's share. An interrupted stage is then learned again from its beginning.
 
     Args:
         model: a peft model with one active LoRA adapter, or any module.
@@ -127,14 +132,22 @@ class _Stage(Work):
             found += [Batch(i, self.run.tasks[i], tuple(part.tolist())) for part in parts]
         if len(self.indices) > 1:
             found = [found[k] for k in torch.randperm(len(found), generator=self.order).tolist()]
-        return found
+        return [self._share(batch) for batch in found]
+
+    def _share(self, batch: Batch) -> Batch:
+        """This process's share of a batch."""
+        rank, count = place()
+        if count == 1:
+            return batch
+        mine = batch.positions[rank::count]
+        return dataclasses.replace(batch, positions=mine, weight=len(mine) * count / len(batch.positions))
 
     def loss(self, batch: Batch) -> Tensor:
         self.name = batch.task.name
-        return self.method.loss(self.model, batch)
+        return self.method.loss(self.run.replica, batch)
 
     def size(self, batch: Batch) -> float:
-        return len(batch.positions)
+        return len(batch.positions) / batch.weight  # as large in every process that has a share of it
 
     def said_of(self, batch: Batch) -> str:
         return f"the examples {list(batch.positions[:4])} ..."
@@ -168,6 +181,9 @@ class _Run:
     ) -> None:
         self.model, self.tasks, self.method, self.options = model, tasks, method, options
         self.folder, self.tell = folder, on_progress or (lambda progress: None)
+        rank, self.processes = place()
+        self.writes = folder if rank == 0 else None
+        self.replica = model  # or what it is wrapped in, where several processes learn as one
         self.stages = method.stages(len(tasks))
         self.modes = Modes(model)
         self.optimizer: torch.optim.Optimizer | None = None
@@ -181,12 +197,27 @@ class _Run:
                 f"{type(self.model).__name__}: no parameter requires a gradient; give a peft model whose adapter is "
                 "trainable (is_trainable=True where it was loaded)"
             )
+        self._check_processes()
         with seeded(_mix(self.options.seed, 0), device_of(self.model)):
             try:
                 self._go()
             finally:
                 self.modes.put_back()
         return self.result
+
+    def _check_processes(self) -> None:
+        if self.processes > 1 and not self.method.together:
+            raise ConfigError(
+                f"{self.method.name}: cannot be learned by {self.processes} processes as one; start one process, or "
+                "take hat"
+            )
+        for task in self.tasks if self.processes > 1 else ():
+            smallest = len(task.train) // -(-len(task.train) // self.options.batch_size)
+            if smallest < self.processes:
+                raise ConfigError(
+                    f"batch_size: got {self.options.batch_size}; task {task.name} then has a batch of {smallest}, of "
+                    f"which {self.processes} processes cannot all have a share; give a larger one"
+                )
 
     def _go(self) -> None:
         config = self._config()  # before the method adds adapters of its own
@@ -196,22 +227,28 @@ class _Run:
         self.method.start(self.model, self.tasks, self.options.seed)
         done = 0
         if self.folder is not None:
-            claim(self.folder, config)
+            if self.writes is not None:
+                claim(self.writes, config)
+            wait_for_all()
             done = self._resume(self.folder)
             if (self.folder / METRICS).exists():
                 return
+        if self.processes > 1:
+            where = device_of(self.model)
+            self.replica = nn.parallel.DistributedDataParallel(self.model, [where] if where.type == "cuda" else None)
         for stage in range(done):
             self._tell_stage(stage)
         if done == 0 and not self.result.baseline:
             every = range(len(self.tasks)) if self.options.baseline and self.method.ahead else []
             self.result.baseline = self._scores(every, -1)
-            if self.folder is not None:
-                self._checkpoint(self.folder, 0)
+            if self.writes is not None:
+                self._checkpoint(self.writes, 0)
         for stage in range(done, len(self.stages)):
             self._stage(stage)
         self.result.details = self.method.finish(self.model, self.result.facts)
-        if self.folder is not None:
-            self._finish(self.folder)
+        if self.writes is not None:
+            self._finish(self.writes)
+        wait_for_all()
 
     # --- one stage ---
 
@@ -228,21 +265,21 @@ class _Run:
         self.result.facts.append(facts)
         now = time.perf_counter()
         self.result.seconds.append({"learning": learned - began, "scoring": now - learned})
-        if self.folder is not None:
-            self._write(self.folder, stage)
+        if self.writes is not None:
+            self._write(self.writes, stage)
         self._tell_stage(stage)
 
     def _learn(self, stage: int) -> None:
         self.method.begin(self.model, stage)
         standing = None
-        if self.folder is not None and self.method.state() is not None:
-            standing = Standing(self.folder / MIDWAY.format(stage), seconds=self.options.checkpoint_seconds)
+        if self.writes is not None and self.processes == 1 and self.method.state() is not None:
+            standing = Standing(self.writes / MIDWAY.format(stage), seconds=self.options.checkpoint_seconds)
         work = _Stage(self, stage)
         loop = Loop(
             work, self.options, optimizer=self._kept_optimizer(work), scaler=self.scaler, standing=standing,
             tell=self.tell,
         )  # fmt: skip
-        with self.method.watching(self.model, loop.optimizer, loop.steps or 0, loop.step):
+        with self.method.watching(self.replica, loop.optimizer, loop.steps or 0, loop.step):
             loop.run()
         loop.optimizer.zero_grad(set_to_none=True)
         if not self.options.fresh_optimizer:

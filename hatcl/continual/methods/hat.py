@@ -47,6 +47,7 @@ class HardAttention(Method):
     """
 
     ahead = False
+    together = True
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
         self.tasks = tasks

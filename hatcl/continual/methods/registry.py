@@ -31,11 +31,14 @@ class Batch:
 
     Attributes:
         index: which task. task: the task itself. positions: which of its training examples.
+        weight: of its loss: where several processes have shares of one batch, by how much this one's is larger than
+            their mean.
     """
 
     index: int
     task: ContinualTask
     positions: tuple[int, ...]
+    weight: float = 1.0
 
     @property
     def examples(self) -> list[Any]:
@@ -43,8 +46,9 @@ class Batch:
         return [self.task.train[i] for i in self.positions]
 
     def loss(self, model: nn.Module) -> Tensor:
-        """The task's own loss of them."""
-        return self.task.loss(model, self.task.collate(self.examples))
+        """The task's own loss of them, weighted."""
+        loss = self.task.loss(model, self.task.collate(self.examples))
+        return loss if self.weight == 1 else self.weight * loss
 
 
 class Saved(Protocol):
@@ -63,6 +67,7 @@ class Method:
     Attributes:
         name: as registered. paper: who proposed it. options: of the class `Options`.
         ahead: can a task be scored before it is learned?
+        together: can several processes learn as one, with the model in `DistributedDataParallel`?
         lora: what `hatcl train` gives it to learn images with: `none` = the whole model; a LoRA adapter `with_head`,
             which is trained as well, or `alone`.
         learning: how the run trains; `learn_sequence` sets it before `start`.
@@ -71,6 +76,7 @@ class Method:
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     ahead: ClassVar[bool] = True
+    together: ClassVar[bool] = False
     lora: ClassVar[str] = "none"
     learning: LearnOptions = LearnOptions()
 

@@ -1,0 +1,18 @@
+"""Several processes that learn as one, where `torch.distributed` was initialised (`torchrun`)."""
+
+from __future__ import annotations
+
+from torch import distributed
+
+
+def place() -> tuple[int, int]:
+    """This process's rank, and how many there are; (0, 1) where it is alone."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def wait_for_all() -> None:
+    """Go on when all processes have come to this point."""
+    if place()[1] > 1:
+        distributed.barrier()
