@@ -148,7 +148,7 @@ def test_scores_of_validation_images(tmp_path, capsys):
             ["--method", "joint", "--model", "hat_test_resnet"],
             "has gates, which joint does not learn by; give test_re",
         ),
-        (["--method", "joint", "--model", "test_vit"], "test_vit does not take images of [3, 32, 32]"),
+        (["--method", "joint", "--model", "vit_tiny_patch16_224"], "does not take images of [3, 32, 32]"),
         (["--method", "joint", "--rank", "3"], "--rank: has no effect on learning images by joint, which adapts"),
         (["--method", "tasl", "--target", "no"], "peft cannot adapt this model"),
         (["--method", "tasel"], "--method: got 'tasel'"),

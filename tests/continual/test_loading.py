@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from continual_parts import bert, texts, tokenizer  # noqa: E402
 
-from hatcl.continual.loading import TextOptions, adapted_model, example_of, label_words, text_tasks  # noqa: E402
+from hatcl.continual.loading import TextOptions, adapted_model, label_words, text_tasks  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,7 +35,7 @@ def test_a_model_with_an_adapter_and_its_tasks(folder):
     assert all((p == q).all() for p, q in zip(model.parameters(), again.parameters(), strict=True))
     (task,) = text_tasks({"a": folder / "a.json"}, model, words, form, options, None)
     assert task.name == "a" and len(task.train) == 8
-    assert set(example_of(task)) >= {"input_ids", "attention_mask"}
+    assert set(task.inputs()) >= {"input_ids", "attention_mask"}
 
 
 def test_words_of_labels():
