@@ -3,7 +3,6 @@ chance, or a score of one's own."""
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from ..functional import digest_of
 from ..map.grains import make_grain
 from ..map.units import UnitMap
 from ..vectors.bases import known_as
-from ..vectors.select import largest
+from ..vectors.select import Patterns, chosen_names, largest
 from ..vectors.tensors import Kind, Lazy, TensorSource, buffers_of, check_fit, kinds_of, parameters_of, tied_names
 from .checks import size_of
 from .graft import Graft
@@ -25,7 +24,6 @@ from .scores import GraftScores, highest
 
 SELECTED_BY = ("magnitude", "random")
 ALWAYS_ON = 0  # the number of the grain `unit`'s group of what no unit owns
-Patterns = str | Sequence[str]
 Pairs = Lazy[tuple[Tensor, Tensor]]
 
 
@@ -59,23 +57,8 @@ def candidates(pretrained: TensorSource, finetuned: TensorSource, only: Patterns
     for alias, first in tied.items():
         if first in names and alias != first:
             names[first].append(alias)
-    inside = _matched("only", only, names) if only else set(kinds)
-    outside = _matched("skip", skip, names)
-    kept = {n: k for n, k in kinds.items() if n in inside and n not in outside}
-    if not kept:
-        raise ConfigError(f"only={only!r} and skip={skip!r} leave none of {len(kinds)} tensors; leave out fewer")
+    kept = {n: kinds[n] for n in chosen_names(names, only, skip)}
     return Lazy(kept, lambda name: (ours[name], theirs[name]))
-
-
-def _matched(option: str, patterns: Patterns, names: Mapping[str, list[str]]) -> set[str]:
-    found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = {first for first, every in names.items() if any(fnmatch.fnmatchcase(n, pattern) for n in every)}
-        if not hits:
-            near = nearest(pattern, [n for every in names.values() for n in every])
-            raise ConfigError(f"{option}: {pattern!r} matches none of {len(names)} tensors; did you mean {near!r}?")
-        found |= hits
-    return found
 
 
 def select_graft(

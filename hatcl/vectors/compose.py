@@ -22,8 +22,10 @@ from ..errors import IntegrityError, VectorError
 from ..functional import digest_of
 from ..map.grains import Grain, make_grain
 from ..map.units import UnitMap
+from .bases import joined_kinds
 from .block import Block
-from .task_vector import Delta, TaskVector, restore
+from .delta import Delta, restore
+from .task_vector import TaskVector
 from .tensors import tied_names
 
 FIRST = (1 << 63) - 1  # a sequence number above those that autograd gives
@@ -206,15 +208,11 @@ class Composer(nn.Module):
 
     @torch.no_grad()
     def vector(self) -> TaskVector:
-        """`sum_i lambda_i tau_i`, as one task vector."""
+        """`sum_i lambda_i tau_i`, as one task vector: applied to the model it gives what `merge` gives, bit for bit."""
         self._check()
         out: dict[str, Tensor | Delta] = {}
         for block, part in zip(self.blocks, self._parts(self.coefficients), strict=True):
-            total = torch.zeros_like(block.theta0, dtype=torch.promote_types(block.theta0.dtype, torch.float32))
-            for i, c in enumerate(block.coefficients(part)):
-                if i in block.changing:
-                    total += (c * block.deltas[i].value).view_as(total)  # of a number it is `[1]`
-            out[block.name] = total
+            out[block.name] = block.combined(block.coefficients(part))
         return TaskVector(out, {b.name: digest_of(b.theta0) for b in self.blocks}, partial=True)
 
     def extra_repr(self) -> str:
@@ -259,8 +257,7 @@ class Composer(nn.Module):
             lam = next(numbers) if block.local is None else part.to(block.theta0.device)
             if exact:
                 each: Iterable[Any] = block.coefficients(lam) if isinstance(lam, Tensor) else lam
-                terms = ((c, d) for i, (c, d) in enumerate(zip(each, block.deltas, strict=True)) if i in block.changing)
-                block.target.data.copy_(restore(block.theta0, terms))
+                block.target.data.copy_(restore(block.theta0, block.combined(each)))
             else:
                 block.fold_(lam)
         w.at, w.exact, w.versions = at, exact, versions
@@ -377,7 +374,6 @@ def _stored_names(source: Mapping[str, Tensor], tied: Mapping[str, str], vector:
 
 def _common(source: Mapping[str, Tensor], vectors: list[TaskVector], stored: list[dict[str, str]]) -> list[str]:
     """The tensors that take part, in the model's order."""
-    names = {n for here in stored for n in here}
     for i, (v, here) in enumerate(zip(vectors, stored, strict=True)):
         kinds = v.kinds
         for name, own in here.items():
@@ -390,11 +386,10 @@ def _common(source: Mapping[str, Tensor], vectors: list[TaskVector], stored: lis
             if not ours.dtype.is_floating_point or ours.dtype.itemsize < 2:
                 kind = str(ours.dtype).removeprefix("torch.")
                 raise VectorError(f"{name} is {kind} in the model, expected float16 or wider; dequantise it first")
-        missing = [n for n in names if n not in here]
-        if missing and not v.partial:
-            raise VectorError(
-                f"vector {i} lacks {len(missing)} tensors that others change: {', '.join(sorted(missing)[:5])}"
-            )
+    changed = [
+        ({name: v.kinds[own] for name, own in here.items()}, v.partial) for v, here in zip(vectors, stored, strict=True)
+    ]
+    names = joined_kinds(changed)
     return [n for n in source if n in names]
 
 

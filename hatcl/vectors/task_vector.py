@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, overload
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..errors import IntegrityError, VectorError
 from ..files import parse_json
 from ..functional import digest_of
-from .bases import digests_of, joined_bases, known_as, one_base, refuse_integers
-from .delta import Delta, delta_between, restore
+from .bases import digests_of, joined_bases, joined_kinds, known_as, refuse_integers
+from .delta import Delta, combine, delta_between, restore
 from .files import read_metadata, write_tensors
 from .select import largest
 from .tensors import (
@@ -42,11 +42,51 @@ VECTOR_FORMAT = "hatcl.task_vector"
 AT, REST = ":at", ":rest"  # endings of the names under which remainders are saved
 
 
+def combined(terms: Sequence[tuple[float, TaskVector]], *, check: bool = True) -> TaskVector:
+    """`sum_i c_i tau_i`, the one rule by which vectors add up: `+`, `-`, `*` and `/` of vectors, `compose` and
+    `hatcl merge` all come here, so that the same coefficients give the same bits.
+
+    Products and sums are in float64, in the order in which the terms stand (a product with a sum multiplies the
+    coefficients), rounded once, to float32 or the widest of the vectors' types. Terms with coefficient 0 are left out.
+    Where an element of the sum is that of one vector with coefficient 1, its remainder (`Delta`) comes along, so that
+    one vector with coefficient 1 gives its model back bit for bit. Tensors that an adapter's vector lacks count as
+    zeros (`joined_kinds`).
+
+    Args:
+        check: are the vectors to be of one base? Otherwise the sum has none.
+
+    Raises:
+        VectorError: the vectors differ in names or shapes, or belong to different bases.
+    """
+    vectors = [v for _, v in terms]
+    shapes = joined_kinds([(v.kinds, v.partial) for v in vectors])
+    flat = tuple((c * k, part) for c, v in terms for k, part in v._terms or ((1.0, v),))
+    kinds = {}
+    for name, kind in shapes.items():
+        here = [(c, v.kinds[name].dtype) for c, v in flat if c and name in v]
+        alone = len(here) == 1 and here[0][0] == 1
+        kinds[name] = Kind(
+            kind.shape,
+            here[0][1] if alone else functools.reduce(torch.promote_types, (d for _, d in here), torch.float32),
+        )
+    base = joined_bases([v.base for v in vectors], shapes) if check else None
+    out = TaskVector(Lazy(kinds, functools.partial(_sum, flat, kinds)), base, partial=all(v.partial for v in vectors))
+    out._terms = flat
+    return out
+
+
+def _sum(terms: Sequence[tuple[float, TaskVector]], kinds: Mapping[str, Kind], name: str) -> Delta:
+    here = [(c, v) for c, v in terms if c and name in v]
+    if not here:
+        return Delta(torch.zeros(kinds[name].shape, dtype=kinds[name].dtype))
+    return combine((c, v.delta(name)) for c, v in here)
+
+
 def composed(
     model: TensorSource, terms: Sequence[tuple[float, TaskVector]], *, check: bool = True
 ) -> Mapping[str, Tensor]:
-    """All tensors of a source, `theta + sum_i c_i tau_i` where the vectors speak of them, rounded once: at once for
-    what is in memory, when asked for from files.
+    """All tensors of a source, `theta + tau` with `tau = sum_i c_i tau_i` where the vectors speak of them (`combined`,
+    `TaskVector.apply_to`): at once for what is in memory, when asked for from files.
 
     Raises:
         VectorError: tensors that the model lacks or that have another shape. IntegrityError: another base.
@@ -64,16 +104,18 @@ def composed(
                 f"{len(problems)} tensors of the vector do not fit: {'; '.join(problems[:5])}"
                 f"{' ...' if len(problems) > 5 else ''}. Apply it to the model it was taken from"
             )
+    tau = combined(terms, check=False)  # below the bases are compared with the model's own
 
     def one(name: str) -> Tensor:
         x = every[name]
-        mine = [(c, v) for c, v in terms if name in v]
-        digest = digest_of(x) if check and any(v.base is not None for _, v in mine) else None
-        if any(v.base is not None and v.base[name] != digest for _, v in mine if digest is not None):
+        if name not in tau:
+            return x
+        known = [v.base[name] for _, v in terms if name in v and v.base is not None] if check else []
+        if known and set(known) != {digest_of(x)}:
             raise IntegrityError(
                 f"{name} is not what this vector was taken from; apply it to its own base, or pass check=False"
             )
-        return restore(x, ((c, v.delta(name).to(x.device)) for c, v in mine)) if mine else x
+        return restore(x, tau.delta(name).to(x.device))
 
     return Lazy(kinds, one) if isinstance(every, Lazy) else {name: one(name) for name in every}
 
@@ -85,8 +127,8 @@ class TaskVector(Mapping[str, Tensor]):
     Vectors made from files read them when a tensor is asked for, also through sums and products, so that a composition
     of many checkpoints needs the memory of a few tensors. `in_memory()` ends that.
 
-    Sums and products compute with the differences alone. The remainders of `Delta` stay where differences are kept,
-    masked or saved, so that one vector with coefficient 1 gives its model back bit for bit.
+    A sum refers to its vectors and their coefficients (see `combined`), and computes a tensor each time it is asked for
+    it; `in_memory()` computes it once and lets go of them.
 
     Args:
         deltas: name -> difference.
@@ -108,8 +150,9 @@ class TaskVector(Mapping[str, Tensor]):
             raise VectorError("a task vector of no tensors; are there floating-point parameters in both models?")
         self.base = base
         self.partial = partial
+        self._terms: tuple[tuple[float, TaskVector], ...] = ()  # of a sum; empty for a vector of its own
         self._deltas: Mapping[str, Any] = (
-            Lazy(deltas.kinds, lambda name: _checked_delta(name, deltas[name]))
+            Lazy(deltas.kinds, functools.partial(_read_delta, deltas))
             if isinstance(deltas, Lazy)
             else {name: _checked_delta(name, d) for name, d in deltas.items()}
         )
@@ -156,7 +199,8 @@ class TaskVector(Mapping[str, Tensor]):
         )  # fmt: skip
         if not ours:
             raise VectorError("the pretrained model has no floating-point parameters, only integers or none at all")
-        deltas = _each(lambda name, a, b: delta_between(a, b), ours, theirs, at_least=torch.float32)
+        lazy = any(isinstance(side, Lazy) for side in (ours, theirs))
+        deltas = _each(lambda _, a, b: delta_between(a, b), ours, theirs, names=ours, lazy=lazy, at_least=torch.float32)
         if not (isinstance(deltas, Lazy) or any(bool(d.value.any()) for d in deltas.values())):
             refuse_integers(pretrained, finetuned)
         return cls(deltas, digests_of(ours))
@@ -225,12 +269,17 @@ class TaskVector(Mapping[str, Tensor]):
     def in_memory(self) -> TaskVector:
         """Read all of it now. Copies: what files give is mapped, at odd addresses, where sums are rounded otherwise."""
         base = None if self.base is None else dict(self.base)
-        lazy = isinstance(self._deltas, Lazy)
+        lazy = self._in_files
         read = {n: Delta(*(x.clone() if lazy and x is not None else x for x in d)) for n, d in self._deltas.items()}
         return TaskVector(read, base, partial=self.partial)
 
+    @property
+    def _in_files(self) -> bool:
+        """Is any of it read when it is asked for?"""
+        return any(v._in_files for _, v in self._terms) if self._terms else isinstance(self._deltas, Lazy)
+
     def __repr__(self) -> str:
-        where = "files" if isinstance(self._deltas, Lazy) else "memory"
+        where = "files" if self._in_files else "memory"
         return f"TaskVector({len(self)} tensors, {self.numel:,} elements, in {where})"
 
     # ---- computing ---------------------------------------------------------------------------------------------
@@ -246,35 +295,27 @@ class TaskVector(Mapping[str, Tensor]):
 
     def _map(self, fn: Callable[..., Tensor | Delta], *others: TaskVector) -> TaskVector:
         vectors = [self, *others]
-        base = self.base
-        sides: list[Mapping[str, Any]] = [v._deltas for v in vectors]
-        for other in others:
-            if self.partial and other.partial:
-                continue
-            check_fit(self, other, ("the first vector", "the other"))
-            base = one_base(base, other.base)
-        if others and all(v.partial for v in vectors):
-            sides, base = _filled(vectors), joined_bases(v.base for v in vectors)
-        return TaskVector(_each(fn, *sides), base, partial=self.partial)
+        kinds = joined_kinds([(v.kinds, v.partial) for v in vectors])
+        lazy = any(v._in_files for v in vectors)
+        sides: list[Mapping[str, Any]] = [_filled(v, kinds) if len(v) < len(kinds) else v._deltas for v in vectors]
+        base = joined_bases([v.base for v in vectors], kinds)
+        return TaskVector(_each(fn, *sides, names=kinds, lazy=lazy), base, partial=all(v.partial for v in vectors))
 
     def __add__(self, other: TaskVector) -> TaskVector:
         if not isinstance(other, TaskVector):
             return self if other == 0 else NotImplemented  # sum() starts with 0
-        return self.map(lambda _, a, b: a + b, other)
+        return combined([(1.0, self), (1.0, other)])
 
     __radd__ = __add__
 
     def __sub__(self, other: TaskVector) -> TaskVector:
-        return self.map(lambda _, a, b: a - b, other) if isinstance(other, TaskVector) else NotImplemented
+        return combined([(1.0, self), (-1.0, other)]) if isinstance(other, TaskVector) else NotImplemented
 
     def __neg__(self) -> TaskVector:
-        return self.map(lambda _, a: -a)
+        return combined([(-1.0, self)])
 
     def __mul__(self, scale: float) -> TaskVector:
-        if not _is_number(scale):
-            return NotImplemented
-        factor = _finite_scale(scale)
-        return self._map(lambda _, d: d if factor == 1 else d.value * factor)
+        return combined([(_finite_scale(scale), self)]) if _is_number(scale) else NotImplemented
 
     __rmul__ = __mul__
     __array_ufunc__ = None  # NumPy's numbers leave the product to `__rmul__`
@@ -285,7 +326,7 @@ class TaskVector(Mapping[str, Tensor]):
         factor = _finite_scale(scale)
         if factor == 0:
             raise VectorError("scale: got a division by 0, expected another number")
-        return self._map(lambda _, d: d if factor == 1 else d.value / factor)
+        return combined([(1 / factor, self)])
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -371,8 +412,7 @@ class TaskVector(Mapping[str, Tensor]):
         return _ratio(math.fsum(ab.values()), math.fsum(aa.values()), math.fsum(bb.values()))
 
     def _dots(self, other: TaskVector) -> dict[str, float]:
-        if not (self.partial and other.partial):
-            check_fit(self, other, ("the first vector", "the other"))
+        joined_kinds([(v.kinds, v.partial) for v in (self, other)])
         both = [n for n in self if n in other]
         return {n: float((self[n].double() * other[n].double()).sum()) for n in both}
 
@@ -387,6 +427,12 @@ class TaskVector(Mapping[str, Tensor]):
     def apply_to(self, model: Any, scale: float = 1.0, *, check: bool = True) -> Any:
         """`theta + scale * tau`: a new model, or new tensors for a state dict or files (from files: made when asked
         for). With scale 1 on its own base this is the fine-tuned model, bit for bit; with scale 0 the base.
+
+        The order of summation, here, in `compose` and in `hatcl merge`: the terms of tau are summed in float64, in the
+        order in which they stand, and rounded once to float32 or the vectors' own wider type (`combined`); then
+        theta + tau is summed in float64 and rounded once to theta's type. A vector that was saved, or read into memory,
+        in between gives the same bits. An element whose tau is zero keeps theta's bits, the sign of a zero included, so
+        that `0 * v` and `v - v` give theta back.
 
         Args:
             check: compare the model with the base the vector was taken from.
@@ -449,20 +495,33 @@ def _checked_delta(name: str, delta: Any) -> Delta:
     return d
 
 
-def _each(fn: Callable[..., Any], *sides: Mapping[str, Any], at_least: torch.dtype | None = None) -> Mapping[str, Any]:
-    """`fn(name, *tensors)` for every name, at once or, where a side is lazy, when asked for.
+def _read_delta(deltas: Mapping[str, Tensor | Delta], name: str) -> Delta:
+    return _checked_delta(name, deltas[name])
+
+
+def _each(
+    fn: Callable[..., Any],
+    *sides: Mapping[str, Any],
+    names: Iterable[str],
+    lazy: bool,
+    at_least: torch.dtype | None = None,
+) -> Mapping[str, Any]:
+    """`fn(name, *tensors)` for every name, at once or, if lazy, when asked for.
 
     Args:
         at_least: what the results are promoted to beside the sides' own dtypes.
     """
-    if any(isinstance(s, Lazy) for s in sides):
+    if lazy:
         of = [_kinds(s) for s in sides]
         kinds = {
-            n: Kind(k.shape, functools.reduce(torch.promote_types, [o[n].dtype for o in of], at_least or k.dtype))
-            for n, k in of[0].items()
+            n: Kind(
+                of[0][n].shape,
+                functools.reduce(torch.promote_types, [o[n].dtype for o in of], at_least or of[0][n].dtype),
+            )
+            for n in names
         }
         return Lazy(kinds, lambda name: fn(name, *(s[name] for s in sides)))
-    return {name: fn(name, *(s[name] for s in sides)) for name in sides[0]}
+    return {name: fn(name, *(s[name] for s in sides)) for name in names}
 
 
 def _kinds(side: Mapping[str, Any]) -> dict[str, Kind]:
@@ -472,20 +531,9 @@ def _kinds(side: Mapping[str, Any]) -> dict[str, Kind]:
     return {n: Kind(tuple(t.shape), t.dtype) for n, t in values.items()}
 
 
-def _filled(vectors: Sequence[TaskVector]) -> list[Mapping[str, Any]]:
-    """Adapters' vectors over all tensors that any of them changes."""
-    kinds: dict[str, Kind] = {}
-    for v in vectors:
-        for name, k in v.kinds.items():
-            if kinds.setdefault(name, k).shape != k.shape:
-                raise VectorError(f"{name} is {list(kinds[name].shape)} in one vector, {list(k.shape)} in another")
-
-    def reader(v: TaskVector) -> Callable[[str], Any]:
-        return lambda name: (
-            v.delta(name) if name in v else Delta(torch.zeros(kinds[name].shape, dtype=kinds[name].dtype))
-        )
-
-    return [Lazy(kinds, reader(v)) for v in vectors]
+def _filled(v: TaskVector, kinds: Mapping[str, Kind]) -> Lazy[Delta]:
+    """A partial vector over tensors that it lacks, too."""
+    return Lazy(kinds, lambda n: v.delta(n) if n in v else Delta(torch.zeros(kinds[n].shape, dtype=kinds[n].dtype)))
 
 
 def _is_number(x: Any) -> bool:

@@ -1020,7 +1020,7 @@ def test_errors():
         (v, {}, hatcl.VectorError, "compose: got str among the vectors, expected a list of TaskVectors"),
         ([v, net.state_dict()], {}, hatcl.VectorError, "got OrderedDict among the vectors, expected a list of TaskV"),
         ([v, wide], {}, hatcl.VectorError, r"1.bias is \[5\] in vector 1, \[2\] in the model; was the vector taken"),
-        ([v, hatcl.TaskVector(some)], {}, hatcl.VectorError, "vector 1 lacks 1 tensors that others change: 1.bias"),
+        ([v, hatcl.TaskVector(some)], {}, hatcl.VectorError, "vector 1 lacks 1 tensors that vector 0 has: 1.bias"),
         ([hatcl.TaskVector({**some, "2.bias": torch.zeros(5)})], {}, hatcl.VectorError,
          r"vector 0 changes 2.bias, which the model lacks \(1 such tensors\); compose the model that the vectors"),
         ([hatcl.TaskVector({"x": torch.zeros(5)})], {}, hatcl.VectorError, "vector 0 has none of the model's param.*x"),

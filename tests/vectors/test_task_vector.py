@@ -235,7 +235,7 @@ def test_nan_and_infinity_are_refused_by_name(tmp_path):
     lazily = TaskVector.between(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     refused(VectorError, lambda: lazily["a"], "a: 1 of 3 elements are NaN")
     refused(VectorError, lambda: lazily.save(tmp_path / "out"), "a: 1 of 3 elements are NaN")
-    refused(VectorError, lambda: vector(3e38) * 10, "or a coefficient too large?")
+    refused(VectorError, lambda: (vector(3e38) * 10).in_memory(), "or a coefficient too large?")
     refused(
         VectorError,
         lambda: TaskVector.between({"a": torch.tensor([3e38])}, {"a": torch.tensor([-3e38])}),
@@ -290,7 +290,7 @@ def test_vectors_of_different_bases_do_not_add_up(pair, tmp_path):
     for call in (lazily.in_memory, lambda: dict(lazily.apply_to(files[0])), lambda: lazily.save(tmp_path / "sum")):
         refused(VectorError, call, "the vectors were taken from different bases")
     assert not (tmp_path / "sum").exists()
-    refused(VectorError, lambda: v + vector(1), "the first vector and the other differ in 6 tensors")
+    refused(VectorError, lambda: v + vector(1), "vector 0 lacks 1 tensors that vector 1 has: a")
     assert (v + TaskVector(dict(w))).base == v.base  # a vector without digests has nothing to compare
 
 
@@ -344,7 +344,7 @@ def test_measures_by_hand():
     assert v.cosine(w) == 25 / 65 and v.cosine(w, per_block=True) == {"a": 1.0, "b": 0.0}
     large = vector(*[1e25] * 4)
     assert large.norm() == pytest.approx(2e25)  # squares beyond float32
-    refused(VectorError, lambda: v.dot(vector(1)), "b only in the first vector")
+    refused(VectorError, lambda: v.dot(vector(1, 2)), "vector 1 lacks 1 tensors that vector 0 has: b")
 
 
 def test_scales_of_other_libraries():
@@ -424,7 +424,7 @@ def test_cast(pair, tmp_path):
     v = TaskVector.between(base, finetuned)
     half = v.to(torch.bfloat16)
     assert all(half[n].dtype == torch.bfloat16 and torch.equal(half[n], v[n].bfloat16()) for n in v)
-    assert v.to(torch.float32) is v and (half + half)["fc.bias"].dtype == torch.bfloat16
+    assert v.to(torch.float32) is v and (half + half)["fc.bias"].dtype == torch.float32
     lazily = TaskVector.between(*(save(m, tmp_path / f"{i}.safetensors") for i, m in enumerate(pair))).to(torch.float16)
     assert {k.dtype for k in lazily.kinds.values()} == {torch.float16} == {t.dtype for t in lazily.values()}
 
@@ -448,7 +448,7 @@ def test_partial_vectors_count_what_they_lack_as_zeros():
     other = TaskVector({"a": torch.ones(2)}, {"a": "z"}, partial=True)
     refused(VectorError, lambda: v + other, "a: the vectors were taken from different bases")
     wide = TaskVector({"a": torch.ones(3)}, partial=True)
-    refused(VectorError, lambda: v + wide, "a is [2] in one vector, [3] in another")
+    refused(VectorError, lambda: v + wide, "a is [2] in vector 0, [3] in vector 1")
 
 
 # --- files ---
@@ -564,11 +564,12 @@ def test_a_vector_may_be_saved_over_the_files_it_is_read_from(pair, tmp_path):
 # --- several at once ---
 
 
-def test_composed_adds_in_float64_and_rounds_once(pair):
+def test_the_order_of_summation(pair):
     base, finetuned = pair
     v, w = TaskVector.between(base, finetuned), TaskVector.between(base, moved(base, seed=4))
     got = composed(base.state_dict(), [(0.3, v), (-0.7, w)])
-    want = (base.fc.weight.double() + 0.3 * v["fc.weight"].double() - 0.7 * w["fc.weight"].double()).float()
+    tau = (0.3 * v["fc.weight"].double() - 0.7 * w["fc.weight"].double()).float()
+    want = (base.fc.weight.double() + tau).float()
     assert torch.equal(got["fc.weight"], want) and torch.equal(got["rate"], base.rate)
     one_hot = composed(base, [(1, v), (0, w)])
     assert all(torch.equal(one_hot[n], p) for n, p in finetuned.named_parameters())
