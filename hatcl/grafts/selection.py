@@ -15,9 +15,9 @@ from ..errors import ConfigError, GraftError, VectorError, nearest
 from ..functional import digest_of
 from ..map.grains import make_grain
 from ..map.units import UnitMap
-from ..vectors.bases import known_as
-from ..vectors.select import Patterns, chosen_names, largest
-from ..vectors.tensors import Kind, Lazy, TensorSource, buffers_of, check_fit, kinds_of, parameters_of, tied_names
+from ..vectors.pairing import paired
+from ..vectors.select import Patterns, largest
+from ..vectors.tensors import Kind, Lazy, TensorSource, kinds_of
 from .checks import size_of
 from .graft import Graft
 from .scores import GraftScores, highest
@@ -43,22 +43,11 @@ def candidates(pretrained: TensorSource, finetuned: TensorSource, only: Patterns
         GraftError: models that differ in names or shapes. ConfigError: a pattern that matches nothing (with the
             nearest name), or patterns that leave nothing.
     """
-    tied = {**tied_names(finetuned), **tied_names(pretrained)}
-    buffers = buffers_of(pretrained) | buffers_of(finetuned)  # files do not tell them apart
     try:
-        ours, theirs = (known_as(parameters_of(side), tied, buffers) for side in (pretrained, finetuned))
-        check_fit(ours, theirs, ("the pretrained model", "the fine-tuned one"), "Are they of one architecture?")
+        ours, theirs = paired(pretrained, finetuned, only=only, skip=skip)
     except VectorError as error:
         raise GraftError(str(error)) from error
-    kinds = kinds_of(ours)
-    if not kinds:
-        raise GraftError("the pretrained model has no floating-point parameters, only integers or none at all")
-    names: dict[str, list[str]] = {n: [n] for n in kinds}
-    for alias, first in tied.items():
-        if first in names and alias != first:
-            names[first].append(alias)
-    kept = {n: kinds[n] for n in chosen_names(names, only, skip)}
-    return Lazy(kept, lambda name: (ours[name], theirs[name]))
+    return Lazy(kinds_of(ours), lambda name: (ours[name], theirs[name]))
 
 
 def select_graft(

@@ -18,19 +18,18 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from ..config import one_of
 from ..errors import IntegrityError, VectorError
 from ..files import parse_json
 from ..functional import digest_of
-from .bases import digests_of, joined_bases, joined_kinds, known_as, refuse_integers
+from .bases import digests_of, joined_bases, joined_kinds, refuse_integers
 from .delta import Delta, combine, delta_between, restore
 from .files import read_metadata, write_tensors
-from .select import largest
+from .select import Patterns, chosen_names, largest
 from .tensors import (
     Kind,
     Lazy,
     TensorSource,
-    buffers_of,
-    check_fit,
     kinds_of,
     named_tensors,
     parameters_of,
@@ -160,50 +159,51 @@ class TaskVector(Mapping[str, Tensor]):
     # ---- where it comes from -----------------------------------------------------------------------------------
 
     @classmethod
-    def between(cls, pretrained: TensorSource | None, finetuned: Any, *, buffers: bool = False) -> TaskVector:
-        """`finetuned - pretrained`.
+    def between(
+        cls,
+        pretrained: TensorSource | None,
+        finetuned: Any,
+        *,
+        buffers: bool = False,
+        only: Patterns = (),
+        skip: Patterns = (),
+        embeddings: str = "equal",
+    ) -> TaskVector:
+        """`finetuned - pretrained`, under the pretrained model's names.
 
         Args:
             pretrained, finetuned: modules, state dicts, safetensors files, or folders of them. `finetuned` may also be
                 a peft model or the folder of a peft LoRA adapter: then the vector is the product `scaling * B A` of
                 each layer, and `pretrained` is only needed for its digest and for modules that were trained in full.
             buffers: also the running statistics of norms.
+            only, skip: patterns of names (`fnmatch`), such as `skip="*.inv_freq"` for what one of the two lacks. What
+                is left out counts as unchanged.
+            embeddings: `common`: where the vocabulary has another size, the rows that both have; the pretrained
+                model's other rows count as unchanged.
 
         Raises:
-            VectorError: names or shapes that differ (they are listed), or nothing but integers.
-            IntegrityError: a file is missing or damaged.
+            VectorError: names or shapes that differ (they are listed), nothing but integers, quantised weights, or an
+                adapter whose change is no sum or changes one of several tied layers.
+            IntegrityError: a file is missing or damaged. ConfigError: patterns that match nothing or leave nothing.
         """
         from .adapters import is_adapter, lora_deltas  # a room of its own: it knows peft
+        from .pairing import EMBEDDINGS, OURS, paired
 
-        ours = None if pretrained is None else parameters_of(pretrained, buffers)
+        one_of("embeddings", embeddings, EMBEDDINGS)
         if is_adapter(finetuned):
-            deltas = lora_deltas(finetuned, ours, pretrained if isinstance(pretrained, nn.Module) else None)
-            unknown = [] if ours is None else [n for n in deltas if n not in ours]
-            if unknown:
-                other = tied_names(pretrained).get(unknown[0])
-                why = "it is tied to " + other if other else "pass the model that the adapter was trained on"
-                raise VectorError(
-                    f"the adapter changes {unknown[0]}, which the pretrained model lacks ({len(unknown)} such "
-                    f"tensors); {why}"
-                )
+            ours = None if pretrained is None else parameters_of(pretrained, buffers, what=OURS)
+            deltas = lora_deltas(finetuned, ours, pretrained, embeddings)
+            if only or skip:
+                deltas = pick(deltas, chosen_names({n: [n] for n in deltas}, only, skip))
             return cls(deltas, None if ours is None else digests_of(pick(ours, list(deltas))), partial=True)
-        if ours is None:
+        if pretrained is None:
             raise VectorError("between: pretrained=None is for peft adapters only; pass the model that was fine-tuned")
-        theirs = parameters_of(finetuned, buffers)
-        skip = set() if buffers else buffers_of(pretrained) | buffers_of(finetuned)  # files do not tell them apart
-        tied = {**tied_names(finetuned), **tied_names(pretrained)}
-        ours, theirs = (known_as(side, tied, skip) for side in (ours, theirs))
-        check_fit(
-            ours, theirs, ("the pretrained model", "the fine-tuned one"),
-            "Are they of one architecture and vocabulary? Compare the parts that fit as state dicts",
-        )  # fmt: skip
-        if not ours:
-            raise VectorError("the pretrained model has no floating-point parameters, only integers or none at all")
+        ours, theirs = paired(pretrained, finetuned, buffers=buffers, only=only, skip=skip, embeddings=embeddings)
         lazy = any(isinstance(side, Lazy) for side in (ours, theirs))
-        deltas = _each(lambda _, a, b: delta_between(a, b), ours, theirs, names=ours, lazy=lazy, at_least=torch.float32)
-        if not (isinstance(deltas, Lazy) or any(bool(d.value.any()) for d in deltas.values())):
+        made = _each(lambda _, a, b: delta_between(a, b), ours, theirs, names=ours, lazy=lazy, at_least=torch.float32)
+        if not (isinstance(made, Lazy) or any(bool(d.value.any()) for d in made.values())):
             refuse_integers(pretrained, finetuned)
-        return cls(deltas, digests_of(ours))
+        return cls(made, digests_of(ours), partial=bool(only or skip))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskVector:

@@ -91,24 +91,27 @@ def named_tensors(source: TensorSource) -> Mapping[str, Tensor]:
     raise VectorError(f"got {type(source).__name__}, expected a module, a state dict, or the path of safetensors files")
 
 
-def parameters_of(source: TensorSource, buffers: bool = False) -> Mapping[str, Tensor]:
+def parameters_of(
+    source: TensorSource, buffers: bool = False, *, what: str = "the model", check: bool = True
+) -> Mapping[str, Tensor]:
     """The floating-point parameters of a source; with `buffers` also its floating-point running statistics.
 
+    Args:
+        what: how to call the source. check: refuse a source that holds quantised weights, which are no parameters here.
+
     Raises:
-        VectorError: a parameter in 8 bits.
+        VectorError: quantised weights, by name.
     """
+    from .quantised import refuse_quantised  # which looks at named tensors
+
+    if check:
+        refuse_quantised(source, what)
     tensors = named_tensors(source)
     skip = set() if buffers else {n for n in tensors if n.rpartition(".")[2] in RUNNING}
     if isinstance(source, nn.Module):
         saved = set(source.state_dict())
         skip |= {n for n in tensors if n not in saved} | (set() if buffers else buffers_of(source))
-    kinds = {n: k for n, k in kinds_of(tensors).items() if n not in skip and k.dtype.is_floating_point}
-    tiny = next((n for n, k in kinds.items() if k.dtype.itemsize < 2), None)
-    if tiny is not None:
-        raise VectorError(
-            f"{tiny} is {str(kinds[tiny].dtype).removeprefix('torch.')}, expected float16 or wider; dequantise it first"
-        )
-    return pick(tensors, list(kinds))
+    return pick(tensors, [n for n, k in kinds_of(tensors).items() if n not in skip and k.dtype.is_floating_point])
 
 
 def buffers_of(source: Any) -> set[str]:

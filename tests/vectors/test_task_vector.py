@@ -181,15 +181,16 @@ def test_another_architecture_or_vocabulary(pair):
     wider = {n: t for n, t in finetuned.state_dict().items() if n != "head.weight"}
     wider["embed.weight"] = torch.zeros(9, 4)
     refused(
-        VectorError, lambda: TaskVector.between(base, wider), "the pretrained model and the fine-tuned one differ in 1",
-        "embed.weight is [7, 4] in the pretrained model, [9, 4] in the fine-tuned one",
-        "of one architecture and vocabulary? Compare the parts that fit as state dicts",
+        VectorError, lambda: TaskVector.between(base, wider),
+        "embed.weight is [7, 4] in the pretrained model, [9, 4] in the fine-tuned one: the vocabulary has 7 entries in",
+        "model.resize_token_embeddings(9)), or compare the rows that both have by embeddings='common'",
     )  # fmt: skip
     refused(
         VectorError,
         lambda: TaskVector.between(base, nn.Linear(2, 2)),
         "differ in 7 tensors",
         "embed.weight only in the pretrained",
+        "of one architecture and vocabulary? What only one of them has is left out by skip=, such as skip='*.inv_freq'",
     )
     lacks = {n: t for n, t in finetuned.state_dict().items() if n != "fc.bias"}
     refused(VectorError, lambda: TaskVector.between(base, lacks), "fc.bias only in the pretrained model")

@@ -1,0 +1,103 @@
+"""Which tensors are quantised weights: numbers that mean nothing without the scale that belongs to them. A difference
+cannot be added to them, and whoever leaves them out without a word computes with half a model."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import IntegrityError, VectorError
+from ..files import read_json
+from .tensors import RUNNING, Kind, Lazy, TensorSource, kinds_of, named_tensors
+
+EIGHT_BITS = (torch.int8, torch.uint8)
+SCALES = ("scale", "scales", "SCB", "weight_scale", "weight_scale_inv", "absmax")
+REMEDY = "dequantise it first (in transformers by model.dequantize(), or load what it was made from), and use that"
+
+
+def refuse_quantised(source: Any, what: str = "the model") -> None:
+    """Raise where a source holds quantised weights (`quantised_in`), or where its configuration says that it does.
+
+    Args:
+        what: how to call the source.
+
+    Raises:
+        VectorError: it does, by the first name.
+    """
+    method = _configured(source)
+    if method:
+        raise VectorError(f"{what} is quantised: its configuration has quantization_config ({method}); {REMEDY}")
+    refuse_all_of(quantised_in(source), what)
+
+
+def refuse_all_of(found: Mapping[str, str], what: str) -> None:
+    """Raise `VectorError` unless this is empty: names of quantised tensors, and what they are."""
+    for name, why in found.items():
+        raise VectorError(f"{what} is quantised: {name} is {why}, expected float16 or wider; {REMEDY}")
+
+
+def quantised_in(source: TensorSource) -> dict[str, str]:
+    """Name -> what it is, of all quantised weights: tensors in 8 bits (int8, uint8, float8) of two or more dimensions,
+    integers with a scale beside them, and tensors that carry their own scale. Counters, indices and causal masks
+    `[1, 1, n, n]` are none. Nothing is read."""
+    tensors = named_tensors(source)
+    kinds = kinds_of(tensors)
+    temporary = set(kinds) - set(source.state_dict()) if isinstance(source, nn.Module) else set()
+    out = {}
+    for name, kind in kinds.items():
+        why = None if name in temporary else _why(name, kind, tensors, kinds)
+        if why is not None:
+            out[name] = why
+    return out
+
+
+def _why(name: str, kind: Kind, tensors: Mapping[str, Tensor], kinds: Mapping[str, Kind]) -> str | None:
+    own, _, last = name.rpartition(".")
+    text = f"{str(kind.dtype).removeprefix('torch.')} {list(kind.shape)}"
+    if last in RUNNING or kind.dtype is torch.bool or kind.dtype.is_complex:
+        return None
+    if kind.dtype.is_floating_point:
+        held = None if isinstance(tensors, Lazy) else tensors[name]
+        if held is not None and (held.is_quantized or "dequantize" in vars(type(held))):
+            return f"a {type(held).__name__}"
+        return text if kind.dtype.itemsize < 2 else None
+    if kind.dtype in EIGHT_BITS and len(kind.shape) > 1 and not _is_mask(kind.shape):
+        return text
+    beside = next((n for n in _scales_of(own, name) if n in kinds), None)
+    return f"{text} with {beside} beside it" if beside is not None and math.prod(kind.shape) > 1 else None
+
+
+def _scales_of(own: str, name: str) -> list[str]:
+    start = own + "." if own else ""
+    return [f"{start}{s}" for s in SCALES] + [f"{name}.{s}" for s in SCALES] + [f"{name}_{s}" for s in SCALES]
+
+
+def _is_mask(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+
+
+def configuration_of(source: Any) -> dict[str, Any]:
+    """transformers' configuration of a module, a folder, or a file's folder; empty where there is none."""
+    if isinstance(source, nn.Module):
+        config = getattr(source, "config", None)
+        to_dict = getattr(config, "to_dict", None)
+        return dict(to_dict()) if callable(to_dict) else {}
+    if not isinstance(source, (str, os.PathLike)):
+        return {}
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    try:
+        return dict(read_json(folder / "config.json"))
+    except IntegrityError:  # it is not there, or is a file of something else: the tensors are what counts
+        return {}
+
+
+def _configured(source: Any) -> str:
+    config = configuration_of(source)
+    given = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    return str(given.get("quant_method", "no method named")) if isinstance(given, Mapping) else str(given or "")
