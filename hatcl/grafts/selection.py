@@ -14,6 +14,7 @@ from ..config import one_of, whole
 from ..errors import ConfigError, GraftError, VectorError, nearest
 from ..functional import digest_of
 from ..map.grains import make_grain
+from ..map.lora import no_pairs
 from ..map.units import UnitMap
 from ..vectors.pairing import paired
 from ..vectors.select import Patterns, largest
@@ -87,6 +88,9 @@ def select_graft(
         ConfigError: patterns that match nothing, an unknown rule or grain.
     """
     whole("seed", seed, 0)
+    why = no_pairs(pretrained) if grain == "lora_pair" else None
+    if why is not None:
+        raise GraftError(why)
     pairs = candidates(pretrained, finetuned, only, skip)
     check_moved(pairs)
     by = by.values if isinstance(by, GraftScores) else by

@@ -30,7 +30,7 @@ NO_PRODUCT = "{} is a convolution with groups, whose LoRA is no product of two m
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraPair:
     """One layer's factors.
 
     Attributes:
@@ -48,7 +48,7 @@ class Pair:
     def shape(self, turned: bool) -> tuple[int, ...]:
         return (*self.a[1:], self.b[0]) if turned else (self.b[0], *self.a[1:])
 
-    def same(self, other: Pair) -> bool:
+    def same(self, other: LoraPair) -> bool:
         """Is it the same product, in layers of one way of holding it or of two?"""
         (a, b), (c, d) = self.read(), other.read()
         if self.turned != other.turned:
@@ -78,7 +78,7 @@ class Adapter:
         together: does it keep these ties? lazy: is it read when asked for?
     """
 
-    pairs: Mapping[str, Pair]
+    pairs: Mapping[str, LoraPair]
     full: Mapping[str, Full]
     tied: Mapping[str, str] | None
     together: bool
@@ -108,21 +108,21 @@ def lora_deltas(
     """
     found = _of_model(source) if isinstance(source, nn.Module) else _of_folder(Path(source), base, pretrained)
     known = None if base is None else kinds_of(base)
-    changes: dict[str, Pair | Full] = {**found.pairs, **found.full}
+    changes: dict[str, LoraPair | Full] = {**found.pairs, **found.full}
 
     def same(a: str, b: str) -> bool:
         x, y = changes[a], changes[b]
         if isinstance(x, Full) and isinstance(y, Full):
             return torch.equal(x.read(), y.read())
-        return isinstance(x, Pair) and isinstance(y, Pair) and x.same(y)
+        return isinstance(x, LoraPair) and isinstance(y, LoraPair) and x.same(y)
 
     names = joined_ties(list(changes), _ties(found, known, pretrained), same, found.together)
-    names = _without_copies(names, changes, known, same)
+    names = _without_tied_copies(names, changes, known, same)
     if found.tied is None and not isinstance(pretrained, nn.Module):
         beside = {**(known or {}), **{n: _kind_of(c) for n, c in changes.items()}}
         for name in names.values():
             change = changes[name]
-            if change.lookup if isinstance(change, Pair) else not set(LOOKUPS).isdisjoint(name.split(".")):
+            if change.lookup if isinstance(change, LoraPair) else not set(LOOKUPS).isdisjoint(name.split(".")):
                 refuse_unknown_tie(name, _kind_of(change).shape, beside, pretrained)
     unknown = [] if known is None else [n for n in names if n not in known]
     if unknown:
@@ -137,7 +137,7 @@ def lora_deltas(
 
     def read(name: str) -> Tensor | Delta:
         change = changes[names[name]]
-        if isinstance(change, Pair):
+        if isinstance(change, LoraPair):
             return _product(*change.read(), change.scaling, change.turned)
         start = change.start if base is None else base[name]
         assert start is not None
@@ -156,9 +156,9 @@ def _ties(found: Adapter, known: Mapping[str, Kind] | None, pretrained: Any) -> 
     return {**own, **tied}
 
 
-def _without_copies(
+def _without_tied_copies(
     names: Mapping[str, str],
-    changes: Mapping[str, Pair | Full],
+    changes: Mapping[str, LoraPair | Full],
     known: Mapping[str, Kind] | None,
     same: Callable[[str, str], bool],
 ) -> dict[str, str]:
@@ -169,11 +169,11 @@ def _without_copies(
     return {n: s for n, s in names.items() if n in known or not any(same(names[m], s) for m in there)}
 
 
-def _kind_of(change: Pair | Full) -> Kind:
+def _kind_of(change: LoraPair | Full) -> Kind:
     return change.kind if isinstance(change, Full) else Kind(change.shape(change.turned), torch.float32)
 
 
-def _kind_in_base(name: str, change: Pair | Full, known: Mapping[str, Kind] | None, embeddings: str) -> Kind:
+def _kind_in_base(name: str, change: LoraPair | Full, known: Mapping[str, Kind] | None, embeddings: str) -> Kind:
     """Raises `VectorError` where the base has another shape there."""
     kind = _kind_of(change)
     ours = kind if known is None else known[name]
@@ -184,7 +184,7 @@ def _kind_in_base(name: str, change: Pair | Full, known: Mapping[str, Kind] | No
     text = f"{name} is {list(ours.shape)} in the pretrained model, {list(kind.shape)} in the adapter"
     if ours.shape[1:] != kind.shape[1:]:
         raise VectorError(f"{text}; pass the model that the adapter was trained on")
-    if embeddings != "common" or isinstance(change, Pair):
+    if embeddings != "common" or isinstance(change, LoraPair):
         raise VectorError(f"{text}: {grew(ours.shape[0], kind.shape[0])}")
     return Kind(ours.shape, kind.dtype)
 
@@ -229,7 +229,7 @@ def _of_model(model: Any) -> Adapter:
         raise VectorError(f"{len(active)} adapters are active ({', '.join(active)}), expected one; call set_adapter")
     adapter = active[0]
     _refuse({**model.peft_config[adapter].to_dict(), "peft_type": model.peft_config[adapter].peft_type.value})
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, LoraPair] = {}
     full: dict[str, Full] = {}
     inner = model.base_model.model if of_peft else model
     for path, module in inner.named_modules():
@@ -251,7 +251,7 @@ def _of_model(model: Any) -> Adapter:
             turned = lookup or getattr(module, "fan_in_fan_out", False)
             read = functools.partial(_given, (a.detach(), b.detach()))
             shapes = tuple(a.shape), tuple(b.shape)
-            pairs[f"{path}.weight"] = Pair(*shapes, read, module.scaling[adapter], lookup, turned)
+            pairs[f"{path}.weight"] = LoraPair(*shapes, read, module.scaling[adapter], lookup, turned)
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             for name, p in module.modules_to_save[adapter].named_parameters():
                 _refuse_empty(f"{path}.{name}", p)
@@ -285,7 +285,7 @@ def _of_folder(folder: Path, base: Mapping[str, Tensor] | None, pretrained: Any)
         at = factor_in(parts)
         _refuse_empty(key, kind)
         if at is not None:
-            adapters.update(p for p in parts[at + 1 :] if p != "weight")
+            adapters.add(".".join(p for p in parts[at + 1 :] if p != "weight") or "the plain names")
             first = next((f for f, second in PARTNER.items() if parts[at] in (f, second)))
             start = key.removesuffix(".".join(parts[at:]))
             ends = ".".join(["", *parts[at + 1 :]]).rstrip(".")
@@ -295,7 +295,7 @@ def _of_folder(folder: Path, base: Mapping[str, Tensor] | None, pretrained: Any)
         elif "original_module" not in parts:  # what the module was before, which the base has
             name = ".".join(p for p in parts if p != "modules_to_save")
             full[name] = key
-    if len(adapters) > 1 or "bias" in adapters:
+    if len(adapters) > 1:
         raise VectorError(
             f"{folder}: its keys are of {len(adapters)} adapters ({', '.join(sorted(adapters))}); save one of them by "
             "model.save_pretrained(folder, selected_adapters=[name])"
@@ -311,8 +311,8 @@ def _of_folder(folder: Path, base: Mapping[str, Tensor] | None, pretrained: Any)
             f"the adapter holds {next(iter(full))}, trained in full; pass the pretrained model it started from"
         )
     pairs = {
-        name: Pair(
-            stored[a].shape, stored[b].shape, functools.partial(_both, tensors, a, b),
+        name: LoraPair(
+            stored[a].shape, stored[b].shape, functools.partial(_factors, tensors, a, b),
             _scaling(config, name.removesuffix(".weight")), "lora_embedding_A" in a,
         )
         for name, (a, b) in keys.items()
@@ -333,7 +333,7 @@ def _given(x: Any) -> Any:
     return x
 
 
-def _both(tensors: Mapping[str, Tensor], a: str, b: str) -> tuple[Tensor, Tensor]:
+def _factors(tensors: Mapping[str, Tensor], a: str, b: str) -> tuple[Tensor, Tensor]:
     return tensors[a], tensors[b]
 
 
@@ -356,7 +356,7 @@ def _scaling(config: Mapping[str, Any], path: str) -> float:
 
 
 def _turned(
-    pairs: Mapping[str, Pair], base: Mapping[str, Kind], model: nn.Module | None, flag: bool
+    pairs: Mapping[str, LoraPair], base: Mapping[str, Kind], model: nn.Module | None, flag: bool
 ) -> dict[str, bool]:
     """Whether a layer holds its weight as [in, out]: embeddings do, and layers such as GPT-2's Conv1D. The adapter's
     config has one flag for all layers, and peft sets it to the last one's; so the base's layers go first, then its

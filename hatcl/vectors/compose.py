@@ -21,10 +21,12 @@ from ..calls import inside
 from ..errors import IntegrityError, VectorError
 from ..functional import digest_of
 from ..map.grains import Grain, make_grain
+from ..map.lora import no_pairs
 from ..map.units import UnitMap
 from .bases import joined_kinds
 from .block import Block
 from .delta import Delta, restore
+from .parameters import refuse_as_target
 from .task_vector import TaskVector
 from .tensors import tied_names
 
@@ -129,9 +131,14 @@ class Composer(nn.Module):
         tied = tied_names(model)
         source = {n: p for n, p in model.named_parameters() if tied[n] == n}
         stored = [_stored_names(source, tied, v, i) for i, v in enumerate(vectors)]
+        for names_of_one in stored:
+            refuse_as_target(model, names_of_one)
         names = _common(source, vectors, stored)
         if check:
             _same_base(source, vectors, stored)
+        why = no_pairs(model) if grain == "lora_pair" else None
+        if why is not None:
+            raise VectorError(why)
         self.grain: Grain = make_grain(grain, {n: source[n].shape for n in names}, unit_map, seed)
         if not self.grain.shapes:
             raise VectorError(f"compose: the grain {grain} speaks of none of the vectors' tensors")
@@ -383,9 +390,6 @@ def _common(source: Mapping[str, Tensor], vectors: list[TaskVector], stored: lis
                     f"{name} is {list(kinds[own].shape)} in vector {i}, {list(ours.shape)} in the model; was the "
                     "vector taken from a model of another size?"
                 )
-            if not ours.dtype.is_floating_point or ours.dtype.itemsize < 2:
-                kind = str(ours.dtype).removeprefix("torch.")
-                raise VectorError(f"{name} is {kind} in the model, expected float16 or wider; dequantise it first")
     changed = [
         ({name: v.kinds[own] for name, own in here.items()}, v.partial) for v, here in zip(vectors, stored, strict=True)
     ]

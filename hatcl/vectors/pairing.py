@@ -11,9 +11,9 @@ from torch import Tensor
 from ..config import one_of
 from ..errors import VectorError
 from .bases import known_as
-from .quantised import quantised_in, refuse_all_of
+from .parameters import parameters_of, quantised_in, refuse_all_of
 from .select import Patterns, chosen_names
-from .tensors import Kind, Lazy, TensorSource, buffers_of, check_fit, kinds_of, parameters_of, pick, tied_names
+from .tensors import Kind, Lazy, TensorSource, buffers_of, check_fit, kinds_of, pick, tied_names
 
 EMBEDDINGS = ("equal", "common")
 OURS, THEIRS = "the pretrained model", "the fine-tuned one"

@@ -25,6 +25,7 @@ from ..functional import digest_of
 from .bases import digests_of, joined_bases, joined_kinds, refuse_integers
 from .delta import Delta, combine, delta_between, restore
 from .files import read_metadata, write_tensors
+from .parameters import parameters_of, refuse_as_target
 from .select import Patterns, chosen_names, largest
 from .tensors import (
     Kind,
@@ -32,7 +33,6 @@ from .tensors import (
     TensorSource,
     kinds_of,
     named_tensors,
-    parameters_of,
     pick,
     tied_names,
 )
@@ -88,11 +88,13 @@ def composed(
     `TaskVector.apply_to`): at once for what is in memory, when asked for from files.
 
     Raises:
-        VectorError: tensors that the model lacks or that have another shape. IntegrityError: another base.
+        VectorError: tensors that the model lacks, that have another shape or that are quantised.
+        IntegrityError: another base.
     """
     every = named_tensors(model)
     kinds = kinds_of(every)
     for _, vector in terms:
+        refuse_as_target(model, vector)
         problems = [
             f"{n} is {list(k.shape)}, the model has {list(kinds[n].shape) if n in kinds else 'no such tensor'}"
             for n, k in vector.kinds.items()
@@ -438,7 +440,8 @@ class TaskVector(Mapping[str, Tensor]):
             check: compare the model with the base the vector was taken from.
 
         Raises:
-            VectorError: tensors that the model lacks or that have another shape. IntegrityError: another base.
+            VectorError: tensors that the model lacks, that have another shape or that are quantised.
+            IntegrityError: another base.
         """
         new = composed(model, [(_finite_scale(scale), self)], check=check)
         if isinstance(model, nn.Module):

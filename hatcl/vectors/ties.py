@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from ..errors import VectorError
-from .quantised import configuration_of
+from .parameters import configuration_of
 from .tensors import Kind, tied_names
 
 LOOKUPS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "embeddings")
 HEADED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "LMModel")
-REMEDY = (
+UNTIE = (
     "untie them in a copy of the base (in transformers: config.tie_word_embeddings=False, and the head's weight a "
     "clone), and take the vector from that, or leave the layer out of the adapter"
 )
@@ -55,13 +55,13 @@ def joined_ties(
         if rest and not together:
             raise VectorError(
                 f"the adapter changes {name} and not {rest[0]}; in the pretrained model it is tied to {rest[0]}, so "
-                f"that a task vector would change both: {REMEDY}"
+                f"that a task vector would change both: {UNTIE}"
             )
         other = next((n for n in here[1:] if not same(here[0], n)), None)
         if other is not None:
             raise VectorError(
                 f"the adapter changes {here[0]} and {other} in different ways; in the pretrained model {other} is tied "
-                f"to {here[0]}: {REMEDY}"
+                f"to {here[0]}: {UNTIE}"
             )
         out.setdefault(tied.get(name, name), here[0])
     return out
@@ -84,7 +84,10 @@ def refuse_unknown_tie(name: str, shape: tuple[int, ...], base: Mapping[str, Kin
     if built and not any(str(a).endswith(HEADED) for a in built):
         return
     why = "its config.json says that they are tied" if says else "files do not tell whether they are tied"
+    there = (
+        "no pretrained model is given" if pretrained is None else "the pretrained model's files hold no head beside it"
+    )
     raise VectorError(
-        f"the adapter changes {name}, and the pretrained model's files hold no head beside it; {why}, and a task "
-        f"vector would change the head too. Pass the pretrained model as a module where no head is tied, or {REMEDY}"
+        f"the adapter changes {name}, and {there}; {why}, and a task vector would "
+        f"change the head too. Pass the pretrained model as a module where no head is tied, or {UNTIE}"
     )

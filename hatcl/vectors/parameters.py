@@ -1,11 +1,12 @@
-"""Which tensors are quantised weights: numbers that mean nothing without the scale that belongs to them. A difference
-cannot be added to them, and whoever leaves them out without a word computes with half a model."""
+"""Which tensors of a source are parameters to compute with, and which are quantised weights: numbers that mean nothing
+without the scale that belongs to them. A difference cannot be added to those, and to leave them out without a word is
+to compute with half a model."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,32 @@ from torch import Tensor, nn
 
 from ..errors import IntegrityError, VectorError
 from ..files import read_json
-from .tensors import RUNNING, Kind, Lazy, TensorSource, kinds_of, named_tensors
+from .tensors import RUNNING, Kind, Lazy, TensorSource, buffers_of, kinds_of, named_tensors, pick
 
 EIGHT_BITS = (torch.int8, torch.uint8)
-SCALES = ("scale", "scales", "SCB", "weight_scale", "weight_scale_inv", "absmax")
-REMEDY = "dequantise it first (in transformers by model.dequantize(), or load what it was made from), and use that"
+SCALE_NAMES = ("scale", "scales", "SCB", "weight_scale", "weight_scale_inv", "absmax")
+DEQUANTISE = "dequantise it first (in transformers by model.dequantize(), or load what it was made from), and use that"
+
+
+def parameters_of(
+    source: TensorSource, buffers: bool = False, *, what: str = "the model", check: bool = True
+) -> Mapping[str, Tensor]:
+    """The floating-point parameters of a source; with `buffers` also its floating-point running statistics.
+
+    Args:
+        what: how to call the source. check: refuse a source that holds quantised weights, which are no parameters here.
+
+    Raises:
+        VectorError: quantised weights, by name.
+    """
+    if check:
+        refuse_quantised(source, what)
+    tensors = named_tensors(source)
+    skip = set() if buffers else {n for n in tensors if n.rpartition(".")[2] in RUNNING}
+    if isinstance(source, nn.Module):
+        saved = set(source.state_dict())
+        skip |= {n for n in tensors if n not in saved} | (set() if buffers else buffers_of(source))
+    return pick(tensors, [n for n, k in kinds_of(tensors).items() if n not in skip and k.dtype.is_floating_point])
 
 
 def refuse_quantised(source: Any, what: str = "the model") -> None:
@@ -32,14 +54,32 @@ def refuse_quantised(source: Any, what: str = "the model") -> None:
     """
     method = _configured(source)
     if method:
-        raise VectorError(f"{what} is quantised: its configuration has quantization_config ({method}); {REMEDY}")
+        raise VectorError(f"{what} is quantised: its configuration has quantization_config ({method}); {DEQUANTISE}")
     refuse_all_of(quantised_in(source), what)
+
+
+def refuse_as_target(source: TensorSource, names: Iterable[str], what: str = "the model") -> None:
+    """Raise where differences cannot be added to some of a source's tensors, because they are no floating-point numbers
+    of 16 bits or more, or are not there in a source that is quantised.
+
+    Raises:
+        VectorError: by the first name.
+    """
+    kinds = kinds_of(named_tensors(source))
+    found = quantised_in(source)
+    for name in names:
+        kind = kinds.get(name)
+        if name in found or (kind is not None and not kind.dtype.is_floating_point):
+            dtype = "" if kind is None else str(kind.dtype).removeprefix("torch.")
+            refuse_all_of({name: found.get(name, dtype)}, what)
+        if kind is None:
+            refuse_all_of(found, what)
 
 
 def refuse_all_of(found: Mapping[str, str], what: str) -> None:
     """Raise `VectorError` unless this is empty: names of quantised tensors, and what they are."""
     for name, why in found.items():
-        raise VectorError(f"{what} is quantised: {name} is {why}, expected float16 or wider; {REMEDY}")
+        raise VectorError(f"{what} is quantised: {name} is {why}, expected float16 or wider; {DEQUANTISE}")
 
 
 def quantised_in(source: TensorSource) -> dict[str, str]:
@@ -75,7 +115,11 @@ def _why(name: str, kind: Kind, tensors: Mapping[str, Tensor], kinds: Mapping[st
 
 def _scales_of(own: str, name: str) -> list[str]:
     start = own + "." if own else ""
-    return [f"{start}{s}" for s in SCALES] + [f"{name}.{s}" for s in SCALES] + [f"{name}_{s}" for s in SCALES]
+    return (
+        [f"{start}{s}" for s in SCALE_NAMES]
+        + [f"{name}.{s}" for s in SCALE_NAMES]
+        + [f"{name}_{s}" for s in SCALE_NAMES]
+    )
 
 
 def _is_mask(shape: tuple[int, ...]) -> bool:
