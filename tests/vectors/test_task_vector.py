@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from hatcl.errors import IntegrityError, VectorError
 from hatcl.functional import digest_of
 from hatcl.vectors import task_vector
 from hatcl.vectors.delta import Delta
+from hatcl.vectors.stream import compose_files
 from hatcl.vectors.task_vector import TaskVector, composed
-from hatcl.vectors.tensors import Lazy
+from hatcl.vectors.tensors import Lazy, named_tensors
 
 
 def vector(*values, **options):
@@ -574,6 +576,108 @@ def test_the_order_of_summation(pair):
     assert torch.equal(got["fc.weight"], want) and torch.equal(got["rate"], base.rate)
     one_hot = composed(base, [(1, v), (0, w)])
     assert all(torch.equal(one_hot[n], p) for n, p in finetuned.named_parameters())
+
+
+def bits(tensors):
+    """Also the signs of zeros, which `torch.equal` does not see."""
+    return {n: t.contiguous().view(torch.int32).tolist() if t.dtype is torch.float32 else t for n, t in tensors.items()}
+
+
+def test_no_change_leaves_every_bit(pair):
+    base, finetuned = pair
+    with torch.no_grad():
+        base.fc.weight[0] = -0.0
+    v, w = TaskVector.between(base, finetuned), TaskVector.between(base, moved(base, seed=4))
+    same_again = TaskVector.between(base, finetuned)
+    for nothing in (0 * v, v - v, v - same_again, 0 * v + 0 * w, (v + w) - (v + w), v * 0.3 - v * 0.3, -(v - v)):
+        assert bits(nothing.apply_to(base).state_dict()) == bits(base.state_dict())
+        assert bits(nothing.in_memory().apply_to(base).state_dict()) == bits(base.state_dict())
+    # and what one vector alone changes is that vector's, bit for bit
+    assert bits((v + w - w).apply_to(base).state_dict()) != bits(base.state_dict())
+    assert bits((v + 0 * w).apply_to(base).state_dict()) == bits(v.apply_to(base).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_arithmetic_composition_and_the_command_give_the_same_bits(tmp_path, dtype):
+    torch.manual_seed(0)
+    make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 90)).to(dtype)  # noqa: E731
+    base = make()
+    models = [moved(base, seed=1), moved(base, seed=2, size=3.0), make()]
+    vectors = [TaskVector.between(base, m) for m in models]
+    c = [0.6, 0.4, -1.3]
+    a, b, d = vectors
+    want = (0.6 * a + 0.4 * b - 1.3 * d).apply_to(base).state_dict()
+    files = [save(m, tmp_path / f"{i}.safetensors") for i, m in enumerate((base, *models))]
+    lazily = [TaskVector.between(files[0], f) for f in files[1:]]
+    parts = list(zip(files[1:], c, strict=True))
+    summed = 0.6 * lazily[0] + 0.4 * lazily[1] - 1.3 * lazily[2]
+    saved = TaskVector.load(summed.save(tmp_path / "v.safetensors"))
+    for got in (
+        compose_files(files[0], parts, tmp_path / "out"),
+        summed.apply_to(files[0]), saved.apply_to(files[0]), summed.in_memory().apply_to(base.state_dict()),
+        TaskVector.load(compose_files(files[0], parts, tmp_path / "w", vector=True)).apply_to(files[0]),
+        composed(base, list(zip(c, vectors, strict=True))),
+        ((0.6 * a + 0.4 * b) + (-1.3) * d).apply_to(base.state_dict()),
+    ):  # fmt: skip
+        got = named_tensors(got) if not isinstance(got, dict) else got
+        assert all(torch.equal(got[n], want[n]) for n in want)
+    composer = hatcl.compose(base, vectors)
+    exact = [float(torch.tensor(x)) for x in c]  # its coefficients are float32
+    composer.coefficients.data[:] = torch.tensor(c)[:, None]
+    want = sum((x * v for x, v in zip(exact, vectors, strict=True))).apply_to(base)
+    for got in (composer.merge(), composer.vector().apply_to(base)):
+        assert all(torch.equal(got.state_dict()[n], p) for n, p in want.named_parameters())
+    # one vector of several may be a sum itself
+    two = hatcl.compose(base, [0.6 * a + 0.4 * b, d])
+    two.coefficients.data[0] = 1
+    assert all(
+        torch.equal(two.merge().state_dict()[n], p) for n, p in (0.6 * a + 0.4 * b).apply_to(base).named_parameters()
+    )
+
+
+def test_twin_another_order_of_summation_gives_other_bits():
+    torch.manual_seed(0)
+    base = nn.Linear(50, 50)
+    a, b, d = (TaskVector.between(base, moved(base, seed=i, size=3.0)) for i in range(3))
+    want = (0.6 * a + 0.4 * b - 1.3 * d).apply_to(base).state_dict()
+    rounded = [{n: v[n] * c for n in v} for c, v in ((0.6, a), (0.4, b), (-1.3, d))]  # in float32, at each step
+    got = {n: base.state_dict()[n] + (rounded[0][n] + rounded[1][n] + rounded[2][n]) for n in a}
+    assert any(not torch.equal(got[n], want[n]) for n in a)
+
+
+def test_an_adapters_vector_and_a_full_one_add_up_everywhere(pair, tmp_path):
+    base, finetuned = pair
+    full = TaskVector.between(base, finetuned)
+    part = TaskVector({"fc.weight": torch.ones(4, 4)}, partial=True)
+    want = {n: p + 1 if n == "fc.weight" else p for n, p in finetuned.state_dict().items()}
+    path, file = part.save(tmp_path / "part.safetensors"), save(base, tmp_path / "base.safetensors")
+    ours = save(finetuned, tmp_path / "finetuned.safetensors")
+    composer = hatcl.compose(base, [full, part])
+    composer.coefficients.data[:] = 1
+    for both in (full + part, part + full, full - (-part)):
+        assert set(both) == set(full) and not both.partial and both.base == full.base
+        got = both.apply_to(base).state_dict()
+        # 1 is added before the sum is rounded, here after: one ulp
+        assert all(torch.allclose(got[n], want[n], rtol=2**-22) for n in full)
+        assert all(torch.equal(composer.merge().state_dict()[n], got[n]) for n in full)
+        out = named_tensors(compose_files(file, [(ours, 1.0), (path, 1.0)], tmp_path / "out"))
+        assert all(torch.equal(out[n], got[n]) for n in full)
+    assert hatcl.merge([part, full], "mean")["fc.bias"].equal(full["fc.bias"] / 2)
+    assert hatcl.merge([full, part], "ties", density=1.0)["fc.bias"].equal(full["fc.bias"])
+    assert full.cosine(part) == pytest.approx(part.cosine(full)) and full.dot(part) == float(
+        full["fc.weight"].double().sum()
+    )
+    extra = TaskVector({"other": torch.ones(2)}, partial=True)
+    for call in (lambda: full + extra, lambda: hatcl.merge([extra, full], "mean"), lambda: full.dot(extra)):
+        refused(VectorError, call, "lacks 1 tensors that vector", "of a vector made with partial=True, what it lacks")
+
+
+def test_sums_refer_to_their_vectors_and_can_be_copied_and_pickled(pair):
+    v, w = TaskVector.between(*pair), TaskVector.between(pair[0], moved(pair[0], seed=4))
+    both = 0.5 * (v + 2 * w) - v
+    for again in (copy.deepcopy(both), pickle.loads(pickle.dumps(both)), both.in_memory()):
+        assert same(again, both)
+    assert "in memory" in repr(both) and same(0.5 * v + 1.0 * w - 1.0 * v, both)
 
 
 def test_composed_hashes_a_tensor_once_for_all_vectors(pair, monkeypatch):
