@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
@@ -21,6 +22,12 @@ FIT = (
     "Are they of one architecture and vocabulary? What only one of them has is left out by skip=, such as "
     "skip='*.inv_freq'; or name what to compare by only="
 )
+
+EXPERTS = (
+    "One of them holds its experts one by one and the other in one tensor (as transformers 5 does in memory, and not in "
+    "files); pass both as folders, or both as models"
+)
+BY_ONES = re.compile(r"\.experts\.\d+\.")
 
 
 def paired(
@@ -76,7 +83,10 @@ def paired(
         theirs = _common_rows(ours, theirs)
     elif sizes is not None:
         raise VectorError(f"{_shapes(ours, theirs)}: {grew(*sizes)}")
-    check_fit(ours, theirs, (OURS, THEIRS), FIT)
+    by_ones = [any(BY_ONES.search(n) for n in side) for side in (ours, theirs)]
+    stacked = [any(".experts." in n and not BY_ONES.search(n) for n in side) for side in (ours, theirs)]
+    other_way = by_ones[0] != by_ones[1] and stacked[0] != stacked[1]
+    check_fit(ours, theirs, (OURS, THEIRS), EXPERTS if other_way else FIT)
     return ours, theirs
 
 

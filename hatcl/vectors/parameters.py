@@ -88,7 +88,7 @@ def quantised_in(source: TensorSource) -> dict[str, str]:
     `[1, 1, n, n]` are none. Nothing is read."""
     tensors = named_tensors(source)
     kinds = kinds_of(tensors)
-    temporary = set(kinds) - set(source.state_dict()) if isinstance(source, nn.Module) else set()
+    temporary = buffers_of(source) - set(source.state_dict()) if isinstance(source, nn.Module) else set()
     out = {}
     for name, kind in kinds.items():
         why = None if name in temporary else _why(name, kind, tensors, kinds)
@@ -104,7 +104,7 @@ def _why(name: str, kind: Kind, tensors: Mapping[str, Tensor], kinds: Mapping[st
         return None
     if kind.dtype.is_floating_point:
         held = None if isinstance(tensors, Lazy) else tensors[name]
-        if held is not None and (held.is_quantized or "dequantize" in vars(type(held))):
+        if held is not None and (held.is_quantized or type(held).dequantize is not Tensor.dequantize):
             return f"a {type(held).__name__}"
         return text if kind.dtype.itemsize < 2 else None
     if kind.dtype in EIGHT_BITS and len(kind.shape) > 1 and not _is_mask(kind.shape):
@@ -144,4 +144,5 @@ def configuration_of(source: Any) -> dict[str, Any]:
 def _configured(source: Any) -> str:
     config = configuration_of(source)
     given = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    return str(given.get("quant_method", "no method named")) if isinstance(given, Mapping) else str(given or "")
+    method = given.get("quant_method", "no method named") if isinstance(given, Mapping) else given or ""
+    return str(getattr(method, "value", method))

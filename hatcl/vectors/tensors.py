@@ -143,8 +143,9 @@ def tied_names(source: Any) -> dict[str, str]:
 
 
 def _identity(t: Tensor) -> object:
-    """Equal for tensors that are the same elements in memory."""
-    if t.is_meta or not t.numel():
+    """Equal for tensors that are the same elements in memory. (Those that wrap others, as quantised ones do, have no
+    memory of their own.)"""
+    if t.is_meta or not t.numel() or not t.data_ptr():
         return id(t)
     return t.data_ptr(), t.shape, t.stride(), t.dtype
 

@@ -74,6 +74,25 @@ def test_what_only_one_checkpoint_has(stored):
         TaskVector.between(ours, theirs, skip="*")
 
 
+def test_experts_that_one_side_holds_in_one_tensor():
+    """As transformers 5: in one tensor in memory, one by one in files."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=16, num_local_experts=3, max_position_embeddings=8,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    one_by_one = {
+        f"model.layers.0.block_sparse_moe.experts.{i}.w{j}.weight": torch.ones(2, 2) for i in (0, 1) for j in (1, 2)
+    }
+    for two in ((model, one_by_one), (one_by_one, model)):
+        with pytest.raises(
+            VectorError, match="one by one and the other in one tensor .* pass both as folders, or both as"
+        ):
+            TaskVector.between(*two)
+    assert len(TaskVector.between(model, model, skip="*.experts.*")) < len(TaskVector.between(model, model))
+
+
 def test_a_head_that_was_written_out_is_the_table_that_it_copies(stored):
     head = lambda s: {**s, "head": s["wte"].clone()}  # noqa: E731
     v = TaskVector.between(stored(BASE), stored(head(MOVED)))

@@ -13,7 +13,7 @@ from torch import nn
 import hatcl
 from hatcl.errors import GraftError, VectorError
 from hatcl.vectors import task_vector
-from hatcl.vectors.parameters import quantised_in, refuse_as_target, refuse_quantised
+from hatcl.vectors.parameters import quantised_in, refuse_quantised
 from hatcl.vectors.stream import compose_files
 from hatcl.vectors.task_vector import TaskVector
 
@@ -120,19 +120,59 @@ def test_what_patterns_leave_out_need_not_be_dequantised():
         TaskVector.between(ours, theirs, only="*.weight")
 
 
-class Carried(torch.Tensor):
-    """A tensor that carries its own scale, as those of torchao do."""
+class Wrapped(torch.Tensor):
+    """A tensor that carries its own scale and has no memory of its own, as those of torchao and quanto."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=torch.bfloat16)
+
+    def __init__(self, held):
+        self.held = held
 
     def dequantize(self):
+        return self.held
+
+    def detach(self):
         return self
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError
 
 
 def test_tensors_that_carry_their_own_scale():
-    held = torch.ones(4, 4).as_subclass(Carried)
-    assert quantised_in({"w": held}) == {"w": "a Carried"}
-    old = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
-    with pytest.raises(VectorError, match="w is"):
-        refuse_as_target({"w": old}, ["w"])
+    one, two = Wrapped(torch.ones(4, 4)), Wrapped(torch.zeros(4, 4))
+    assert one.data_ptr() == two.data_ptr()  # yet they are two, and none hides behind the other
+    assert quantised_in({"w": one, "u": two}) == {"w": "a Wrapped", "u": "a Wrapped"}
+    for name in ("w", "u"):
+        with pytest.raises(VectorError, match=f"{name} is a Wrapped, expected float16 or wider"):
+            TaskVector({name: torch.ones(4, 4)}).apply_to({"w": one, "u": two})
+
+
+def quantised_by_torchao():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    net = nn.Sequential(nn.Linear(64, 64))
+    quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
+    return net
+
+
+def quantised_by_bitsandbytes():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    net = nn.Sequential(bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False))
+    net.load_state_dict(nn.Sequential(nn.Linear(64, 64)).state_dict())
+    return net.to("cpu")
+
+
+@pytest.mark.parametrize("make", [quantised_by_torchao, quantised_by_bitsandbytes])
+def test_models_that_libraries_quantised(make):
+    net, plain = make(), nn.Sequential(nn.Linear(64, 64))
+    for call in (
+        lambda: TaskVector.between(net, plain), lambda: TaskVector.between(plain, net),
+        lambda: TaskVector({"0.weight": torch.ones(64, 64)}).apply_to(net),
+    ):  # fmt: skip
+        with pytest.raises(VectorError, match="quantised: 0.weight is"):
+            call()
 
 
 def test_models_in_8_bits_are_no_target_of_compositions_and_grafts():
