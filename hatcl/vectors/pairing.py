@@ -24,7 +24,7 @@ FIT = (
 )
 
 EXPERTS = (
-    "One of them holds its experts one by one and the other in one tensor (as transformers 5 does in memory, and not in "
+    "One of them holds its experts one by one, the other in one tensor (transformers 5 does so in memory, and not in "
     "files); pass both as folders, or both as models"
 )
 BY_ONES = re.compile(r"\.experts\.\d+\.")
