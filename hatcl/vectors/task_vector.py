@@ -81,6 +81,38 @@ def _sum(terms: Sequence[tuple[float, TaskVector]], kinds: Mapping[str, Kind], n
     return combine((c, v.delta(name)) for c, v in here)
 
 
+def named_as_in(tied: Mapping[str, str], vector: TaskVector) -> TaskVector:
+    """A vector under the names that stand first in a model, where it has that of a tensor tied to it.
+
+    Args:
+        tied: `tied_names` of the model.
+
+    Raises:
+        VectorError: it has several of one tensor's names and differs in them (of files: when the tensor is asked for).
+    """
+    names: dict[str, list[str]] = {}
+    for name in vector:
+        names.setdefault(tied.get(name, name), []).append(name)
+    if all(stored == [first] for first, stored in names.items()):
+        return vector
+    if vector._terms:
+        return combined([(c, named_as_in(tied, v)) for c, v in vector._terms])
+
+    def read(first: str) -> Delta:
+        name, *others = names[first]
+        delta = vector.delta(name)
+        for other in others:
+            if not torch.equal(delta.value, vector.delta(other).value):
+                raise VectorError(f"{name} and {other} are one tensor in the model and differ in the vector")
+        return delta
+
+    kinds = {first: vector.kinds[stored[0]] for first, stored in names.items()}
+    known = vector.base
+    base = None if known is None else Lazy(kinds, lambda first: known[names[first][0]])
+    lazily = Lazy(kinds, read)
+    return TaskVector(lazily if vector._in_files else dict(lazily), base, partial=vector.partial)
+
+
 def composed(
     model: TensorSource, terms: Sequence[tuple[float, TaskVector]], *, check: bool = True
 ) -> Mapping[str, Tensor]:
@@ -93,6 +125,8 @@ def composed(
     """
     every = named_tensors(model)
     kinds = kinds_of(every)
+    tied = tied_names(model)
+    terms = [(c, named_as_in(tied, v)) for c, v in terms]
     for _, vector in terms:
         refuse_as_target(model, vector)
         problems = [

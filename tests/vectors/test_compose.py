@@ -928,7 +928,7 @@ def test_tied_tensors():
         assert same_parameters(merged, tuned[0]) and merged.get_parameter(second) is merged.get_parameter(first)
     differ = hatcl.TaskVector({**{n: vectors[0].delta(n) for n in vectors[0]}, second: vectors[1].delta(first)})
     with pytest.raises(
-        hatcl.VectorError, match=f"{first} and {second} are one tensor in the model and differ in vector 0"
+        hatcl.VectorError, match=f"{first} and {second} are one tensor in the model and differ in the vector"
     ):
         hatcl.compose(base, [differ])
 
@@ -1046,9 +1046,7 @@ def test_errors():
     whole = nn.Linear(3, 3)
     whole.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
     v8 = hatcl.TaskVector({"weight": torch.ones(3, 3)})
-    with pytest.raises(
-        hatcl.VectorError, match="weight is int8 in the model, expected float16 or wider; dequantise it"
-    ):
+    with pytest.raises(hatcl.VectorError, match=r"weight is int8 \[3, 3\], expected float16 or wider; dequantise it"):
         hatcl.compose(whole, [v8])
     composer = hatcl.compose(net, [v])
     composer.coefficients = nn.Parameter(torch.zeros(2, 4))

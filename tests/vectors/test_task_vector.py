@@ -146,6 +146,34 @@ def test_a_tied_model_and_a_file_that_names_the_other_tensor(pair, tmp_path):
             TaskVector.between(base, source).in_memory()
 
 
+def test_a_vector_may_have_another_name_of_a_tied_tensor(pair, tmp_path):
+    """As one that was taken from files which hold the head."""
+    base, finetuned = pair
+    want = TaskVector.between(base, finetuned)
+    head = {"head.weight" if n == "embed.weight" else n: want.delta(n) for n in want}
+    base_of = {"head.weight" if n == "embed.weight" else n: d for n, d in want.base.items()}
+    by_head = TaskVector(head, base_of)
+    both = TaskVector({**head, "embed.weight": want.delta("embed.weight")}, {**base_of, **want.base})
+    for v in (by_head, both, TaskVector.load(by_head.save(tmp_path / "v.safetensors"))):
+        for target in (base, base.state_dict()):
+            got = v.apply_to(target)
+            got = got if isinstance(got, dict) else got.state_dict()
+            assert all(torch.equal(got[n], p) for n, p in finetuned.named_parameters())
+            assert torch.equal(got["head.weight"], got["embed.weight"])
+        added = composed(base, [(0.5, v), (0.5, want)])
+        assert all(torch.equal(added[n], p) for n, p in (0.5 * want + 0.5 * want).apply_to(base).named_parameters())
+        half = (0.5 * v).apply_to(base)
+        assert torch.equal(half.embed.weight, (0.5 * want).apply_to(base).embed.weight)
+    differ = TaskVector({"head.weight": torch.ones(7, 4), "embed.weight": torch.zeros(7, 4)})
+    refused(
+        VectorError, lambda: differ.apply_to(base),
+        "head.weight and embed.weight are one tensor in the model and differ in the vector",
+    )  # fmt: skip
+    refused(
+        IntegrityError, lambda: by_head.apply_to(moved(base, seed=9)), "embed.weight is not what this vector was taken"
+    )
+
+
 def test_transformers_files_leave_tied_heads_out(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
