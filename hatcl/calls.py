@@ -175,10 +175,28 @@ def tensor_of(out: Any) -> Tensor:
 
 
 def cross_entropy(model: nn.Module, batch: tuple[Any, Tensor], head: Head | None = None) -> Tensor:
-    """The mean cross-entropy of a batch (inputs, labels)."""
+    """The mean cross-entropy of a batch (inputs, labels).
+
+    Raises:
+        ConfigError: see `check_answers`.
+    """
     inputs, labels = split_batch(batch)
     logits = outputs(model, inputs, head)
+    check_answers(logits, labels)
     return F.cross_entropy(logits, labels.to(logits.device))
+
+
+def check_answers(logits: Tensor, labels: Any) -> None:
+    """Raise `ConfigError` unless these are logits `[B, C]` and labels: `[B]`, or `[B, C]` where they are shares."""
+    if labels is None:
+        raise ConfigError("batches: got one without labels, expected (inputs, labels)")
+    shares = labels.is_floating_point() and labels.shape == logits.shape
+    if logits.dim() != 2 or not (shares or labels.shape == logits.shape[:1]):
+        raise ConfigError(
+            f"the model gives logits {list(logits.shape)} for labels {list(labels.shape)}, expected [B, C] and [B]: "
+            "one answer per example. A language model answers at every token: pass a head= that takes the answer's, "
+            "such as lambda logits: logits[:, -1], or compose a model for sequence classification"
+        )
 
 
 # ---- every value in what it gives ------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from ..vectors.adapters import CONFIG, WEIGHTS, is_adapter
 from ..vectors.compose import Composer
 from ..vectors.delta import Delta
 from ..vectors.files import read_metadata
+from ..vectors.parameters import parameters_of
 from ..vectors.task_vector import VECTOR_FORMAT, TaskVector
-from ..vectors.tensors import RUNNING, Lazy, files_of, kinds_of, named_tensors, parameters_of, pick
+from ..vectors.tensors import RUNNING, Lazy, files_of, kinds_of, named_tensors, pick
 from .heads import ClassHead
 
 COEFFICIENTS = "coefficients"

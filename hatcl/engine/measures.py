@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..calls import Batches, Head, outputs, split_batch
+from ..calls import Batches, Head, check_answers, outputs, split_batch
 from ..errors import ConfigError
 from ..lend import Evaluating
 
@@ -71,13 +71,12 @@ def answers(model: nn.Module, batches: Batches, logits_fn: LogitsFn | None = Non
             labels, or a mapping with `labels`, and the model gives logits or an output that has them.
 
     Raises:
-        ConfigError: a batch without labels.
+        ConfigError: a batch without labels, or logits and labels of other shapes.
     """
     with Evaluating(model):
         for batch in batches:
             logits, labels = (logits_fn or _logits_and_labels)(model, batch)
-            if labels is None:
-                raise ConfigError("batches: got one without labels, expected (inputs, labels)")
+            check_answers(logits, labels)
             yield logits, labels
 
 

@@ -24,8 +24,9 @@ from ..errors import GraftError, IntegrityError
 from ..functional import bits_of, digest_of
 from ..vectors.bases import digests_of
 from ..vectors.delta import Delta, delta_between
+from ..vectors.parameters import parameters_of
 from ..vectors.task_vector import TaskVector
-from ..vectors.tensors import Lazy, TensorSource, kinds_of, named_tensors, parameters_of, pick, tied_names
+from ..vectors.tensors import Lazy, TensorSource, kinds_of, named_tensors, pick, tied_names
 from . import files, inplace
 from .checks import checked_indices, checked_values, dtype_name, found_in
 

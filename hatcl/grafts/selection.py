@@ -3,7 +3,6 @@ chance, or a score of one's own."""
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,17 +14,17 @@ from ..config import one_of, whole
 from ..errors import ConfigError, GraftError, VectorError, nearest
 from ..functional import digest_of
 from ..map.grains import make_grain
+from ..map.lora import no_pairs
 from ..map.units import UnitMap
-from ..vectors.bases import known_as
-from ..vectors.select import largest
-from ..vectors.tensors import Kind, Lazy, TensorSource, buffers_of, check_fit, kinds_of, parameters_of, tied_names
+from ..vectors.pairing import paired
+from ..vectors.select import Patterns, largest
+from ..vectors.tensors import Kind, Lazy, TensorSource, kinds_of
 from .checks import size_of
 from .graft import Graft
 from .scores import GraftScores, highest
 
 SELECTED_BY = ("magnitude", "random")
 ALWAYS_ON = 0  # the number of the grain `unit`'s group of what no unit owns
-Patterns = str | Sequence[str]
 Pairs = Lazy[tuple[Tensor, Tensor]]
 
 
@@ -45,37 +44,11 @@ def candidates(pretrained: TensorSource, finetuned: TensorSource, only: Patterns
         GraftError: models that differ in names or shapes. ConfigError: a pattern that matches nothing (with the
             nearest name), or patterns that leave nothing.
     """
-    tied = {**tied_names(finetuned), **tied_names(pretrained)}
-    buffers = buffers_of(pretrained) | buffers_of(finetuned)  # files do not tell them apart
     try:
-        ours, theirs = (known_as(parameters_of(side), tied, buffers) for side in (pretrained, finetuned))
-        check_fit(ours, theirs, ("the pretrained model", "the fine-tuned one"), "Are they of one architecture?")
+        ours, theirs = paired(pretrained, finetuned, only=only, skip=skip)
     except VectorError as error:
         raise GraftError(str(error)) from error
-    kinds = kinds_of(ours)
-    if not kinds:
-        raise GraftError("the pretrained model has no floating-point parameters, only integers or none at all")
-    names: dict[str, list[str]] = {n: [n] for n in kinds}
-    for alias, first in tied.items():
-        if first in names and alias != first:
-            names[first].append(alias)
-    inside = _matched("only", only, names) if only else set(kinds)
-    outside = _matched("skip", skip, names)
-    kept = {n: k for n, k in kinds.items() if n in inside and n not in outside}
-    if not kept:
-        raise ConfigError(f"only={only!r} and skip={skip!r} leave none of {len(kinds)} tensors; leave out fewer")
-    return Lazy(kept, lambda name: (ours[name], theirs[name]))
-
-
-def _matched(option: str, patterns: Patterns, names: Mapping[str, list[str]]) -> set[str]:
-    found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = {first for first, every in names.items() if any(fnmatch.fnmatchcase(n, pattern) for n in every)}
-        if not hits:
-            near = nearest(pattern, [n for every in names.values() for n in every])
-            raise ConfigError(f"{option}: {pattern!r} matches none of {len(names)} tensors; did you mean {near!r}?")
-        found |= hits
-    return found
+    return Lazy(kinds_of(ours), lambda name: (ours[name], theirs[name]))
 
 
 def select_graft(
@@ -115,6 +88,9 @@ def select_graft(
         ConfigError: patterns that match nothing, an unknown rule or grain.
     """
     whole("seed", seed, 0)
+    why = no_pairs(pretrained) if grain == "lora_pair" else None
+    if why is not None:
+        raise GraftError(why)
     pairs = candidates(pretrained, finetuned, only, skip)
     check_moved(pairs)
     by = by.values if isinstance(by, GraftScores) else by

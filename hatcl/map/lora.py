@@ -3,6 +3,8 @@ accident."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 PARTNER = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
@@ -22,6 +24,19 @@ def is_factor(name: str) -> bool:
 def merged_layer(model: nn.Module) -> str | None:
     """The first layer whose adapter is merged into its base."""
     return next((n for n, m in model.named_modules() if getattr(m, "merged", False) is True), None)
+
+
+def no_pairs(model: Any) -> str | None:
+    """Why the factors of a model are no pairs, by its first layer where they are not; None where they are. Of experts
+    in one parameter (`target_parameters`) peft stores A expert by expert, `[experts * r, in]`, and B rank by rank,
+    `[out, r * experts]`, so that row i of A is not the partner of column i of B."""
+    for name, m in model.named_modules() if isinstance(model, nn.Module) else ():
+        if getattr(m, "num_experts", 1) > 1 and hasattr(m, "lora_A") and hasattr(m, "parameter_name"):
+            return (
+                f"{name}: its LoRA (target_parameters) is of {m.num_experts} experts in one parameter, whose rows of A "
+                "and columns of B are no pairs; leave that parameter out of target_parameters"
+            )
+    return None
 
 
 def starts_at_zero(name: str) -> bool:

@@ -112,8 +112,9 @@ def consolidate(
     it has the weights of `neither`, `adaptive` and `coarse` those of equal scores and of `coarse`.
 
     Args:
-        previous, current: the tensors of both by the same names, as `skill_tensors` gives them (or peft's file); dtypes
-            and devices may differ.
+        previous, current: the tensors of both by the same names, as `skill_tensors` gives them (or peft's file, unless
+            its config has `target_parameters`: of experts its rows of A and columns of B are no pairs, which names and
+            shapes do not tell); dtypes and devices may differ.
         previous_scores: the scores over all earlier tasks (`accumulate_scores`). current_scores: those of the current
             task alone. `coarse` does without both, None.
         options: `ConsolidateOptions`, or a mapping of what to change.

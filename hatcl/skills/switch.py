@@ -114,6 +114,7 @@ def add_copy(model: Any, source: str, name: str) -> None:
             )
     config.inference_mode = False  # peft would freeze the trained adapter along with this one
     config.init_lora_weights = True  # others compute a start, and some change the base for it; here a copy follows
+    adapter_tensors(model, source)  # raises where it has none that could be copied, before anything is added
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modules = set(model.modules())
     devices = {p.device.index or 0 for p, _ in flags if p.device.type == "cuda"}

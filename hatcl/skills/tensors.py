@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..errors import SkillError, nearest
-from ..map.lora import factor_in
+from ..map.lora import factor_in, no_pairs
 
 
 def adapters_of(model: nn.Module) -> list[str]:
@@ -43,9 +43,13 @@ def skill_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, nn.
         adapter: which one; default: the active one.
 
     Raises:
-        SkillError: the adapter is not there, or there is nothing to train.
+        SkillError: the adapter is not there, or there is nothing to train; or its factors are of stacked experts, so
+            that row r of A and column r of B are no pair (`no_pairs`).
     """
     names = adapters_of(model)
+    why = no_pairs(model)
+    if why is not None:
+        raise SkillError(why)
     if adapter is None:
         adapter = active_adapter(model)
     if adapter is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import VectorError
 from ..functional import digest_of
-from .tensors import RUNNING, Lazy, kinds_of, named_tensors, pick
+from .tensors import RUNNING, Kind, Lazy, kinds_of, named_tensors, pick
 
 
 def digests_of(base: Mapping[str, Tensor]) -> Mapping[str, str]:
@@ -21,35 +21,54 @@ def digests_of(base: Mapping[str, Tensor]) -> Mapping[str, str]:
     return {name: digest_of(t) for name, t in base.items()}
 
 
-def one_base(a: Mapping[str, str] | None, b: Mapping[str, str] | None) -> Mapping[str, str] | None:
-    """The base of two vectors; one that is not known may be the other's.
+def joined_kinds(vectors: Sequence[tuple[Mapping[str, Kind], bool]]) -> dict[str, Kind]:
+    """The tensors that any of several vectors changes, with their shapes. This is the one rule about what a vector
+    lacks: of an adapter's vector (and of any other that is `partial`) it counts as zeros, of others it is refused.
+
+    Args:
+        vectors: of each the tensors, and whether it is partial.
 
     Raises:
-        VectorError: they are two (where a vector is read from files: when a digest is asked for).
+        VectorError: a vector that is not partial lacks tensors that others change, or shapes differ.
     """
-    if a is None or b is None or a is b:
-        return a if b is None else b
-
-    x, y = a, b  # neither is None
-    for side in (a, b):
-        if isinstance(side, Lazy):
-            return Lazy(side.kinds, lambda name: same_digest(name, x[name], y[name]))
-    return {name: same_digest(name, a[name], b[name]) for name in a}
-
-
-def joined_bases(bases: Iterable[Mapping[str, str] | None]) -> Mapping[str, str] | None:
-    """The digests of several bases as one; None where one is not known.
-
-    Raises:
-        VectorError: two that differ.
-    """
-    out: dict[str, str] = {}
-    for base in bases:
-        if base is None:
-            return None
-        for name, x in base.items():
-            same_digest(name, out.setdefault(name, x), x)
+    out: dict[str, Kind] = {}
+    first: dict[str, int] = {}
+    for i, (kinds, _) in enumerate(vectors):
+        for name, kind in kinds.items():
+            if out.setdefault(name, kind).shape != kind.shape:
+                raise VectorError(
+                    f"{name} is {list(out[name].shape)} in vector {first[name]}, {list(kind.shape)} in vector {i}; "
+                    "take the vectors from models of one architecture and vocabulary"
+                )
+            first.setdefault(name, i)
+    for i, (kinds, partial) in enumerate(vectors):
+        lacks = [] if partial else [name for name in out if name not in kinds]
+        if lacks:
+            raise VectorError(
+                f"vector {i} lacks {len(lacks)} tensors that vector {first[lacks[0]]} has: {', '.join(lacks[:5])}"
+                f"{' ...' if len(lacks) > 5 else ''}. Take both from models of one architecture (of an adapter, or "
+                "of a vector made with partial=True, what it lacks counts as zeros)"
+            )
     return out
+
+
+def joined_bases(bases: Sequence[Mapping[str, str] | None], names: Iterable[str]) -> Mapping[str, str] | None:
+    """The digests of some tensors, each from the bases that know it; None where there is a tensor of which none does.
+
+    Raises:
+        VectorError: two bases differ (of files: when a digest is asked for).
+    """
+    known = [base for base in bases if base is not None]
+    where = {name: [base for base in known if name in base] for name in names}
+    if not all(where.values()):
+        return None
+
+    def one(name: str) -> str:
+        return functools.reduce(lambda a, b: same_digest(name, a, b), (base[name] for base in where[name]))
+
+    if any(isinstance(base, Lazy) for base in known):
+        return Lazy(dict.fromkeys(where, Kind((), torch.uint8)), one)
+    return {name: one(name) for name in where}
 
 
 def same_digest(name: str, a: str, b: str) -> str:

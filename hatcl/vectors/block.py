@@ -5,14 +5,14 @@ Shapes: `T` vectors, `g` groups of the tensor's elements, `N` elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .delta import Delta
+from .delta import Delta, combine
 
 FOLDED_AT_ONCE = 1 << 19  # elements that a CPU core keeps in its cache while all vectors pass over them
 
@@ -74,6 +74,13 @@ class Block:
                 yield row
             else:  # `row[self.local]` takes four times as long
                 yield (row if self._each else row.index_select(0, ids)).view(self.local.shape)
+
+    def combined(self, coefficients: Iterable[float | Tensor]) -> Delta:
+        """`sum_i lambda_i tau_i`, exactly rounded: by the rule of `combine`; terms with coefficient 0 are left out."""
+        pairs = zip(coefficients, self.deltas, strict=True)
+        each = [(c, d) for i, (c, d) in enumerate(pairs) if i in self.changing]
+        used = [(c, d) for c, d in each if (bool((c != 0).any()) if isinstance(c, Tensor) else c)]
+        return combine(used or each[:1])
 
     def fold_(self, lam: Tensor | list[float]) -> None:
         """Write `theta0 + sum_i lambda_i tau_i` into the target, summed in float32 or wider; lam `[T, g]`, or T numbers

@@ -21,10 +21,14 @@ from ..calls import inside
 from ..errors import IntegrityError, VectorError
 from ..functional import digest_of
 from ..map.grains import Grain, make_grain
+from ..map.lora import no_pairs
 from ..map.units import UnitMap
+from .bases import joined_kinds
 from .block import Block
-from .task_vector import Delta, TaskVector, restore
-from .tensors import tied_names
+from .delta import Delta, restore
+from .parameters import refuse_as_target
+from .task_vector import TaskVector, named_as_in
+from .tensors import Kind, tied_names
 
 FIRST = (1 << 63) - 1  # a sequence number above those that autograd gives
 
@@ -123,13 +127,18 @@ class Composer(nn.Module):
         check: bool = True,
     ) -> None:
         super().__init__()
-        vectors = _checked_vectors(vectors)
         tied = tied_names(model)
         source = {n: p for n, p in model.named_parameters() if tied[n] == n}
-        stored = [_stored_names(source, tied, v, i) for i, v in enumerate(vectors)]
-        names = _common(source, vectors, stored)
+        vectors = [named_as_in(tied, v) for v in _checked_vectors(vectors)]
+        changed = [_changed(source, tied, v, i) for i, v in enumerate(vectors)]
+        for names_of_one in changed:
+            refuse_as_target(model, names_of_one)
+        names = _common(source, vectors, changed)
         if check:
-            _same_base(source, vectors, stored)
+            _same_base(source, vectors, changed)
+        why = no_pairs(model) if grain == "lora_pair" else None
+        if why is not None:
+            raise VectorError(why)
         self.grain: Grain = make_grain(grain, {n: source[n].shape for n in names}, unit_map, seed)
         if not self.grain.shapes:
             raise VectorError(f"compose: the grain {grain} speaks of none of the vectors' tensors")
@@ -145,9 +154,9 @@ class Composer(nn.Module):
         self.blocks: list[Block] = []
         for name in self.grain.shapes:
             p = source[name].detach()
-            changing = [i for i, names in enumerate(stored) if name in names]
+            changing = [i for i, names in enumerate(changed) if name in names]
             none = Delta(torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape))
-            deltas = [v.delta(stored[i][name]).to(p.device) if i in changing else none for i, v in enumerate(kept)]
+            deltas = [v.delta(name).to(p.device) if i in changing else none for i, v in enumerate(kept)]
             groups, local = torch.unique(self.grain.index[name]().to(p.device), return_inverse=True)
             self.blocks.append(
                 Block(name, p, deltas, changing, copies[name], groups.view(-1), None if len(groups) == 1 else local,
@@ -206,15 +215,11 @@ class Composer(nn.Module):
 
     @torch.no_grad()
     def vector(self) -> TaskVector:
-        """`sum_i lambda_i tau_i`, as one task vector."""
+        """`sum_i lambda_i tau_i`, as one task vector: applied to the model it gives what `merge` gives, bit for bit."""
         self._check()
         out: dict[str, Tensor | Delta] = {}
         for block, part in zip(self.blocks, self._parts(self.coefficients), strict=True):
-            total = torch.zeros_like(block.theta0, dtype=torch.promote_types(block.theta0.dtype, torch.float32))
-            for i, c in enumerate(block.coefficients(part)):
-                if i in block.changing:
-                    total += (c * block.deltas[i].value).view_as(total)  # of a number it is `[1]`
-            out[block.name] = total
+            out[block.name] = block.combined(block.coefficients(part))
         return TaskVector(out, {b.name: digest_of(b.theta0) for b in self.blocks}, partial=True)
 
     def extra_repr(self) -> str:
@@ -259,8 +264,7 @@ class Composer(nn.Module):
             lam = next(numbers) if block.local is None else part.to(block.theta0.device)
             if exact:
                 each: Iterable[Any] = block.coefficients(lam) if isinstance(lam, Tensor) else lam
-                terms = ((c, d) for i, (c, d) in enumerate(zip(each, block.deltas, strict=True)) if i in block.changing)
-                block.target.data.copy_(restore(block.theta0, terms))
+                block.target.data.copy_(restore(block.theta0, block.combined(each)))
             else:
                 block.fold_(lam)
         w.at, w.exact, w.versions = at, exact, versions
@@ -354,17 +358,10 @@ def _checked_vectors(vectors: Sequence[TaskVector]) -> list[TaskVector]:
     return out
 
 
-def _stored_names(source: Mapping[str, Tensor], tied: Mapping[str, str], vector: TaskVector, i: int) -> dict[str, str]:
-    """The model's name of each of its parameters that a vector changes -> the vector's, which may be that of a tensor
-    tied to it. Buffers in a vector are left to the model."""
-    out: dict[str, str] = {}
+def _changed(source: Mapping[str, Tensor], tied: Mapping[str, str], vector: TaskVector, i: int) -> dict[str, Kind]:
+    """Those of the model's parameters that a vector changes. Buffers in a vector are left to the model."""
+    out = {name: kind for name, kind in vector.kinds.items() if name in source}
     lost = [n for n in vector if n not in tied]
-    for name in vector:
-        first = tied.get(name)
-        if first is not None and first in source:
-            other = out.setdefault(first, name)
-            if other != name and not torch.equal(vector[other], vector[name]):
-                raise VectorError(f"{other} and {name} are one tensor in the model and differ in vector {i}")
     if not out:
         raise VectorError(f"vector {i} has none of the model's parameters; it starts with {next(iter(vector))}")
     if lost:
@@ -375,36 +372,26 @@ def _stored_names(source: Mapping[str, Tensor], tied: Mapping[str, str], vector:
     return out
 
 
-def _common(source: Mapping[str, Tensor], vectors: list[TaskVector], stored: list[dict[str, str]]) -> list[str]:
+def _common(source: Mapping[str, Tensor], vectors: list[TaskVector], changed: list[dict[str, Kind]]) -> list[str]:
     """The tensors that take part, in the model's order."""
-    names = {n for here in stored for n in here}
-    for i, (v, here) in enumerate(zip(vectors, stored, strict=True)):
-        kinds = v.kinds
-        for name, own in here.items():
-            ours = source[name]
-            if tuple(ours.shape) != kinds[own].shape:
+    for i, kinds in enumerate(changed):
+        for name, kind in kinds.items():
+            if tuple(source[name].shape) != kind.shape:
                 raise VectorError(
-                    f"{name} is {list(kinds[own].shape)} in vector {i}, {list(ours.shape)} in the model; was the "
+                    f"{name} is {list(kind.shape)} in vector {i}, {list(source[name].shape)} in the model; was the "
                     "vector taken from a model of another size?"
                 )
-            if not ours.dtype.is_floating_point or ours.dtype.itemsize < 2:
-                kind = str(ours.dtype).removeprefix("torch.")
-                raise VectorError(f"{name} is {kind} in the model, expected float16 or wider; dequantise it first")
-        missing = [n for n in names if n not in here]
-        if missing and not v.partial:
-            raise VectorError(
-                f"vector {i} lacks {len(missing)} tensors that others change: {', '.join(sorted(missing)[:5])}"
-            )
+    names = joined_kinds([(kinds, v.partial) for kinds, v in zip(changed, vectors, strict=True)])
     return [n for n in source if n in names]
 
 
-def _same_base(source: Mapping[str, Tensor], vectors: list[TaskVector], stored: list[dict[str, str]]) -> None:
+def _same_base(source: Mapping[str, Tensor], vectors: list[TaskVector], changed: list[dict[str, Kind]]) -> None:
     digests: dict[str, str] = {}
-    for i, (v, here) in enumerate(zip(vectors, stored, strict=True)):
-        for name, own in here.items() if v.base is not None else ():
+    for i, (v, names) in enumerate(zip(vectors, changed, strict=True)):
+        for name in names if v.base is not None else ():
             if name not in digests:
                 digests[name] = digest_of(source[name])
-            if v.base is not None and v.base[own] != digests[name]:
+            if v.base is not None and v.base[name] != digests[name]:
                 raise IntegrityError(
                     f"{name} is not what vector {i} was taken from; compose it with its own base, or pass check=False"
                 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VectorError
+from .bases import joined_kinds
 from .task_vector import TaskVector
 
 COMPARED_AT_ONCE = 1 << 18  # elements that are compared at a time
@@ -38,23 +39,16 @@ class SignConflicts:
 
 
 def sign_conflicts(vectors: Sequence[TaskVector]) -> SignConflicts:
-    """Count sign conflicts among vectors, one tensor of each in memory at a time. A tensor that a vector lacks counts
-    as zeros.
+    """Count sign conflicts among vectors, one tensor of each in memory at a time. A tensor that an
+    adapter's vector lacks counts as zeros.
 
     Raises:
-        VectorError: fewer than two vectors, or tensors of different shapes.
+        VectorError: fewer than two vectors, or vectors that differ in names or shapes (`joined_kinds`).
     """
     if len(vectors) < 2:
         raise VectorError(f"sign_conflicts: got {len(vectors)} vectors, expected at least two")
     count = len(vectors)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i, v in enumerate(vectors):
-        for name, kind in v.kinds.items():
-            if shapes.setdefault(name, kind.shape) != kind.shape:
-                raise VectorError(
-                    f"{name} is {list(kind.shape)} in vector {i}, {list(shapes[name])} in another; compare vectors of "
-                    "one architecture"
-                )
+    shapes = joined_kinds([(v.kinds, v.partial) for v in vectors])
     blocks: dict[str, float] = {}
     differ_all, both_all = torch.zeros(2, dtype=torch.long)
     differ_pairs, both_pairs = torch.zeros(2, count, count, dtype=torch.float64)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import VectorError
+
 
 class Delta(NamedTuple):
     """One tensor of a task vector. `value` alone does not always give the fine-tuned tensor back: where a weight ends
@@ -51,35 +53,76 @@ def delta_between(base: Tensor, finetuned: Tensor) -> Delta:
     goal, start, way = (x.reshape(-1)[lost].double() for x in (a, base, value))
     rest = goal - (start + way)  # the sum is within a rounding of the goal, so this is a float itself (Sterbenz)
     rest = torch.where((goal == 0) & goal.signbit(), goal, rest)
-    return Delta(value, lost.to(torch.int32 if value.numel() < 2**31 else torch.int64), rest.to(kind))
+    return Delta(value, lost.to(_index_type(value)), rest.to(kind))
 
 
-def restore(
-    base: Tensor, deltas: Delta | Iterable[tuple[float | Tensor, Delta]], dtype: torch.dtype | None = None
-) -> Tensor:
-    """`base + sum_i c_i tau_i` of one tensor, summed in float64 and rounded once, to `dtype` (base's own).
+def combine(terms: Iterable[tuple[float | Tensor, Delta]]) -> Delta:
+    """`sum_i c_i tau_i` of one tensor: products and sums in float64, in the order of the terms, rounded once, to
+    float32 or to the widest of the terms' types where that is wider. One term with coefficient 1 is that term.
 
-    Terms whose coefficient is 0 are left out, so that without any the base comes back bit for bit; with a single one of
-    coefficient 1 the fine-tuned tensor does.
+    Where an element of the sum is that of one term, its coefficient being 1, the term's remainder comes along.
 
     Args:
-        deltas: one delta (coefficient 1) or pairs of a coefficient, a number or a tensor that broadcasts, and a delta;
-            they are asked for one by one.
+        terms: at least one pair of a coefficient, a number or a tensor that broadcasts, and a delta; they are asked for
+            one by one.
     """
-    dtype = dtype or base.dtype
-    out: Tensor | None = None
-    for c, delta in [(1.0, deltas)] if isinstance(deltas, Delta) else deltas:
-        if not (bool((c != 0).any()) if isinstance(c, Tensor) else c):
-            continue
-        if out is None:
-            out = base.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    total: Tensor | None = None
+    only: Delta | None = None
+    kind = torch.float32
+    rests: list[tuple[float | Tensor, Tensor, Tensor, Tensor]] = []
+    for coefficient, delta in terms:
+        c = coefficient.item() if isinstance(coefficient, Tensor) and coefficient.numel() == 1 else coefficient
+        first = total is None
+        if total is None:
+            only = delta if not isinstance(c, Tensor) and c == 1 else None
+            total = torch.zeros(delta.value.shape, dtype=torch.float64, device=delta.value.device)
+        delta = delta if first else delta.to(total.device)
+        only = only if first else None
+        kind = torch.promote_types(kind, delta.value.dtype)
         scaled = delta.value.to(torch.float64, copy=True)
-        out += scaled.mul_(c.to(scaled) if isinstance(c, Tensor) else c)
+        total += scaled.mul_(c.to(scaled).broadcast_to(scaled.shape) if isinstance(c, Tensor) else c)
         del scaled  # so that the next delta finds its memory free
         if delta.at is not None and delta.rest is not None:
-            at, rest = delta.at.long(), delta.rest.to(torch.float64)
-            rest = rest * (c.expand(out.shape).reshape(-1)[at] if isinstance(c, Tensor) else c)
-            flat = out.view(-1)
-            sums = flat[at] + rest
-            flat[at] = torch.where(sums == 0, sums.copysign(rest), sums)
-    return base.to(dtype, copy=True) if out is None else out.to(dtype)
+            at = delta.at.long()
+            rests.append((c, at, delta.value.reshape(-1)[at], delta.rest))
+    if total is None:
+        raise VectorError("combine: got no terms, expected at least one")
+    if only is not None:
+        return only
+    value = total.to(kind)
+    ats, kept = [], []
+    for c, at, own, rest in rests:
+        mine = (
+            c.to(value.device).broadcast_to(value.shape).reshape(-1)[at]
+            if isinstance(c, Tensor)
+            else rest.new_tensor(c)
+        )
+        its_own = (value.reshape(-1)[at] == own.to(kind)) & (mine == 1)
+        changes = mine.expand(at.shape) != 0
+        ats.append(torch.stack([at, its_own])[:, changes])
+        kept.append(rest.to(kind)[changes])
+    if not rests:
+        return Delta(value)
+    (at, its_own), rest = torch.cat(ats, 1), torch.cat(kept)
+    _, which, count = at.unique(return_inverse=True, return_counts=True)
+    alone = its_own.bool() & (count[which] == 1)  # in `v - v` there are two
+    return Delta(value, at[alone].to(_index_type(value)), rest[alone]) if bool(alone.any()) else Delta(value)
+
+
+def restore(base: Tensor, delta: Delta, dtype: torch.dtype | None = None) -> Tensor:
+    """`base + tau` of one tensor, summed in float64 and rounded once, to `dtype` (base's own). Of the difference that
+    fine-tuning made this is the fine-tuned tensor, bit for bit. An element whose difference is zero keeps the base's
+    bits, the sign of a zero included."""
+    out = base.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    out += delta.value
+    out.masked_fill_((delta.value == 0) & (base == 0) & base.signbit(), -0.0)
+    if delta.at is not None and delta.rest is not None:
+        at, rest = delta.at.long(), delta.rest.to(torch.float64)
+        flat = out.view(-1)
+        sums = flat[at] + rest
+        flat[at] = torch.where(sums == 0, sums.copysign(rest), sums)
+    return out.to(dtype or base.dtype)
+
+
+def _index_type(x: Tensor) -> torch.dtype:
+    return torch.int32 if x.numel() < 2**31 else torch.int64

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import alone, write_files, writing
+from .pickles import PICKLES
 from .tensors import INDEX, IS_SHARD, SINGLE, Kind, files_of, kinds_of, named_tensors, opened
 
 SHARD_BYTES = 100 << 20
@@ -72,8 +73,11 @@ def write_tensors(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a safetensors file, or of a folder's first shard."""
-    with opened(files_of(path)[0]) as f:
+    """The metadata of a safetensors file, or of a folder's first shard. (What torch.save wrote has none.)"""
+    file = files_of(path)[0]
+    if file.suffix in PICKLES:
+        return {}
+    with opened(file) as f:
         return dict(f.metadata() or {})
 
 

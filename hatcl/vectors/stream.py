@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -10,39 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
-import torch
-
 from ..errors import ConfigError
 from .adapters import CONFIG, WEIGHTS, is_adapter
-from .bases import digests_of, one_base
-from .delta import Delta
+from .bases import digests_of, joined_bases
 from .files import SHARD_BYTES, nbytes, read_metadata, write_tensors
-from .task_vector import VECTOR_FORMAT, TaskVector, composed
+from .task_vector import VECTOR_FORMAT, TaskVector, combined, composed
 from .tensors import Kind, files_of, kinds_of, named_tensors, pick
 
 AnyPath = Union[str, "os.PathLike[str]"]
-
-
-def weighted_sum(terms: Sequence[tuple[float, TaskVector]]) -> TaskVector:
-    """`sum_i c_i tau_i`, summed in float64 and rounded once; a single vector with coefficient 1 is itself, remainders
-    and all.
-
-    Raises:
-        VectorError: the vectors differ in names or shapes, or belong to different bases.
-    """
-    coefficients = [c for c, _ in terms]
-
-    def total(_: str, *deltas: Delta) -> Delta:
-        if coefficients == [1]:
-            return deltas[0]
-        out = torch.zeros(deltas[0].value.shape, dtype=torch.float64, device=deltas[0].value.device)
-        for c, d in zip(coefficients, deltas, strict=True):
-            out += d.value.to(torch.float64, copy=True).mul_(c)
-        kinds = (torch.promote_types(d.value.dtype, torch.float32) for d in deltas)
-        return Delta(out.to(functools.reduce(torch.promote_types, kinds)))
-
-    first, *others = (v for _, v in terms)
-    return first._map(total, *others)
 
 
 def compose_files(
@@ -109,9 +83,9 @@ def compose_files(
         terms = [(1.0, merge([v * c for c, v in terms], method=method, **(options or {})))]
     made = composed(theta0, terms, check=check)  # raises where a vector does not fit
     if vector:
-        summed = weighted_sum(terms)
+        summed = combined(terms, check=check)
         digests = digests_of(pick(theta0, list(summed)))
-        base_of = one_base(summed.base, digests) if check else digests
+        base_of = joined_bases([summed.base, digests], summed)
         done = TaskVector(summed._deltas, base_of, partial=summed.partial)
         return done.save(out, shard_bytes=shard_bytes, recipe=recipe, progress=_towards(done.kinds, progress))
     kinds = kinds_of(made)

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, overload
@@ -18,22 +18,21 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from ..config import one_of
 from ..errors import IntegrityError, VectorError
 from ..files import parse_json
 from ..functional import digest_of
-from .bases import digests_of, joined_bases, known_as, one_base, refuse_integers
-from .delta import Delta, delta_between, restore
+from .bases import digests_of, joined_bases, joined_kinds, refuse_integers
+from .delta import Delta, combine, delta_between, restore
 from .files import read_metadata, write_tensors
-from .select import largest
+from .parameters import parameters_of, refuse_as_target
+from .select import Patterns, chosen_names, largest
 from .tensors import (
     Kind,
     Lazy,
     TensorSource,
-    buffers_of,
-    check_fit,
     kinds_of,
     named_tensors,
-    parameters_of,
     pick,
     tied_names,
 )
@@ -42,18 +41,94 @@ VECTOR_FORMAT = "hatcl.task_vector"
 AT, REST = ":at", ":rest"  # endings of the names under which remainders are saved
 
 
+def combined(terms: Sequence[tuple[float, TaskVector]], *, check: bool = True) -> TaskVector:
+    """`sum_i c_i tau_i`, the one rule by which vectors add up: `+`, `-`, `*` and `/` of vectors, `compose` and
+    `hatcl merge` all come here, so that the same coefficients give the same bits.
+
+    Products and sums are in float64, in the order in which the terms stand (a product with a sum multiplies the
+    coefficients), rounded once, to float32 or the widest of the vectors' types. Terms with coefficient 0 are left out.
+    Where an element of the sum is that of one vector with coefficient 1, its remainder (`Delta`) comes along, so that
+    one vector with coefficient 1 gives its model back bit for bit. Tensors that an adapter's vector lacks count as
+    zeros (`joined_kinds`).
+
+    Args:
+        check: are the vectors to be of one base? Otherwise the sum has none.
+
+    Raises:
+        VectorError: the vectors differ in names or shapes, or belong to different bases.
+    """
+    vectors = [v for _, v in terms]
+    shapes = joined_kinds([(v.kinds, v.partial) for v in vectors])
+    flat = tuple((c * k, part) for c, v in terms for k, part in v._terms or ((1.0, v),))
+    kinds = {}
+    for name, kind in shapes.items():
+        here = [(c, v.kinds[name].dtype) for c, v in flat if c and name in v]
+        alone = len(here) == 1 and here[0][0] == 1
+        kinds[name] = Kind(
+            kind.shape,
+            here[0][1] if alone else functools.reduce(torch.promote_types, (d for _, d in here), torch.float32),
+        )
+    base = joined_bases([v.base for v in vectors], shapes) if check else None
+    out = TaskVector(Lazy(kinds, functools.partial(_sum, flat, kinds)), base, partial=all(v.partial for v in vectors))
+    out._terms = flat
+    return out
+
+
+def _sum(terms: Sequence[tuple[float, TaskVector]], kinds: Mapping[str, Kind], name: str) -> Delta:
+    here = [(c, v) for c, v in terms if c and name in v]
+    if not here:
+        return Delta(torch.zeros(kinds[name].shape, dtype=kinds[name].dtype))
+    return combine((c, v.delta(name)) for c, v in here)
+
+
+def named_as_in(tied: Mapping[str, str], vector: TaskVector) -> TaskVector:
+    """A vector under the names that stand first in a model, where it has that of a tensor tied to it.
+
+    Args:
+        tied: `tied_names` of the model.
+
+    Raises:
+        VectorError: it has several of one tensor's names and differs in them (of files: when the tensor is asked for).
+    """
+    names: dict[str, list[str]] = {}
+    for name in vector:
+        names.setdefault(tied.get(name, name), []).append(name)
+    if all(stored == [first] for first, stored in names.items()):
+        return vector
+    if vector._terms:
+        return combined([(c, named_as_in(tied, v)) for c, v in vector._terms])
+
+    def read(first: str) -> Delta:
+        name, *others = names[first]
+        delta = vector.delta(name)
+        for other in others:
+            if not torch.equal(delta.value, vector.delta(other).value):
+                raise VectorError(f"{name} and {other} are one tensor in the model and differ in the vector")
+        return delta
+
+    kinds = {first: vector.kinds[stored[0]] for first, stored in names.items()}
+    known = vector.base
+    base = None if known is None else Lazy(kinds, lambda first: known[names[first][0]])
+    lazily = Lazy(kinds, read)
+    return TaskVector(lazily if vector._in_files else dict(lazily), base, partial=vector.partial)
+
+
 def composed(
     model: TensorSource, terms: Sequence[tuple[float, TaskVector]], *, check: bool = True
 ) -> Mapping[str, Tensor]:
-    """All tensors of a source, `theta + sum_i c_i tau_i` where the vectors speak of them, rounded once: at once for
-    what is in memory, when asked for from files.
+    """All tensors of a source, `theta + tau` with `tau = sum_i c_i tau_i` where the vectors speak of them (`combined`,
+    `TaskVector.apply_to`): at once for what is in memory, when asked for from files.
 
     Raises:
-        VectorError: tensors that the model lacks or that have another shape. IntegrityError: another base.
+        VectorError: tensors that the model lacks, that have another shape or that are quantised.
+        IntegrityError: another base.
     """
     every = named_tensors(model)
     kinds = kinds_of(every)
+    tied = tied_names(model)
+    terms = [(c, named_as_in(tied, v)) for c, v in terms]
     for _, vector in terms:
+        refuse_as_target(model, vector)
         problems = [
             f"{n} is {list(k.shape)}, the model has {list(kinds[n].shape) if n in kinds else 'no such tensor'}"
             for n, k in vector.kinds.items()
@@ -64,16 +139,18 @@ def composed(
                 f"{len(problems)} tensors of the vector do not fit: {'; '.join(problems[:5])}"
                 f"{' ...' if len(problems) > 5 else ''}. Apply it to the model it was taken from"
             )
+    tau = combined(terms, check=False)  # below the bases are compared with the model's own
 
     def one(name: str) -> Tensor:
         x = every[name]
-        mine = [(c, v) for c, v in terms if name in v]
-        digest = digest_of(x) if check and any(v.base is not None for _, v in mine) else None
-        if any(v.base is not None and v.base[name] != digest for _, v in mine if digest is not None):
+        if name not in tau:
+            return x
+        known = [v.base[name] for _, v in terms if name in v and v.base is not None] if check else []
+        if known and set(known) != {digest_of(x)}:
             raise IntegrityError(
                 f"{name} is not what this vector was taken from; apply it to its own base, or pass check=False"
             )
-        return restore(x, ((c, v.delta(name).to(x.device)) for c, v in mine)) if mine else x
+        return restore(x, tau.delta(name).to(x.device))
 
     return Lazy(kinds, one) if isinstance(every, Lazy) else {name: one(name) for name in every}
 
@@ -85,8 +162,8 @@ class TaskVector(Mapping[str, Tensor]):
     Vectors made from files read them when a tensor is asked for, also through sums and products, so that a composition
     of many checkpoints needs the memory of a few tensors. `in_memory()` ends that.
 
-    Sums and products compute with the differences alone. The remainders of `Delta` stay where differences are kept,
-    masked or saved, so that one vector with coefficient 1 gives its model back bit for bit.
+    A sum refers to its vectors and their coefficients (see `combined`), and computes a tensor each time it is asked for
+    it; `in_memory()` computes it once and lets go of them.
 
     Args:
         deltas: name -> difference.
@@ -108,8 +185,9 @@ class TaskVector(Mapping[str, Tensor]):
             raise VectorError("a task vector of no tensors; are there floating-point parameters in both models?")
         self.base = base
         self.partial = partial
+        self._terms: tuple[tuple[float, TaskVector], ...] = ()  # of a sum; empty for a vector of its own
         self._deltas: Mapping[str, Any] = (
-            Lazy(deltas.kinds, lambda name: _checked_delta(name, deltas[name]))
+            Lazy(deltas.kinds, functools.partial(_read_delta, deltas))
             if isinstance(deltas, Lazy)
             else {name: _checked_delta(name, d) for name, d in deltas.items()}
         )
@@ -117,49 +195,51 @@ class TaskVector(Mapping[str, Tensor]):
     # ---- where it comes from -----------------------------------------------------------------------------------
 
     @classmethod
-    def between(cls, pretrained: TensorSource | None, finetuned: Any, *, buffers: bool = False) -> TaskVector:
-        """`finetuned - pretrained`.
+    def between(
+        cls,
+        pretrained: TensorSource | None,
+        finetuned: Any,
+        *,
+        buffers: bool = False,
+        only: Patterns = (),
+        skip: Patterns = (),
+        embeddings: str = "equal",
+    ) -> TaskVector:
+        """`finetuned - pretrained`, under the pretrained model's names.
 
         Args:
             pretrained, finetuned: modules, state dicts, safetensors files, or folders of them. `finetuned` may also be
                 a peft model or the folder of a peft LoRA adapter: then the vector is the product `scaling * B A` of
                 each layer, and `pretrained` is only needed for its digest and for modules that were trained in full.
             buffers: also the running statistics of norms.
+            only, skip: patterns of names (`fnmatch`), such as `skip="*.inv_freq"` for what one of the two lacks. What
+                is left out counts as unchanged.
+            embeddings: `common`: where the vocabulary has another size, the rows that both have; the pretrained
+                model's other rows count as unchanged.
 
         Raises:
-            VectorError: names or shapes that differ (they are listed), or nothing but integers.
-            IntegrityError: a file is missing or damaged.
+            VectorError: names or shapes that differ (they are listed), nothing but integers, quantised weights, or an
+                adapter whose change is no sum or changes one of several tied layers.
+            IntegrityError: a file is missing or damaged. ConfigError: patterns that match nothing or leave nothing.
         """
         from .adapters import is_adapter, lora_deltas  # a room of its own: it knows peft
+        from .pairing import EMBEDDINGS, OURS, paired
 
-        ours = None if pretrained is None else parameters_of(pretrained, buffers)
+        one_of("embeddings", embeddings, EMBEDDINGS)
         if is_adapter(finetuned):
-            deltas = lora_deltas(finetuned, ours, pretrained if isinstance(pretrained, nn.Module) else None)
-            unknown = [] if ours is None else [n for n in deltas if n not in ours]
-            if unknown:
-                other = tied_names(pretrained).get(unknown[0])
-                why = "it is tied to " + other if other else "pass the model that the adapter was trained on"
-                raise VectorError(
-                    f"the adapter changes {unknown[0]}, which the pretrained model lacks ({len(unknown)} such "
-                    f"tensors); {why}"
-                )
+            ours = None if pretrained is None else parameters_of(pretrained, buffers, what=OURS)
+            deltas = lora_deltas(finetuned, ours, pretrained, embeddings)
+            if only or skip:
+                deltas = pick(deltas, chosen_names({n: [n] for n in deltas}, only, skip))
             return cls(deltas, None if ours is None else digests_of(pick(ours, list(deltas))), partial=True)
-        if ours is None:
+        if pretrained is None:
             raise VectorError("between: pretrained=None is for peft adapters only; pass the model that was fine-tuned")
-        theirs = parameters_of(finetuned, buffers)
-        skip = set() if buffers else buffers_of(pretrained) | buffers_of(finetuned)  # files do not tell them apart
-        tied = {**tied_names(finetuned), **tied_names(pretrained)}
-        ours, theirs = (known_as(side, tied, skip) for side in (ours, theirs))
-        check_fit(
-            ours, theirs, ("the pretrained model", "the fine-tuned one"),
-            "Are they of one architecture and vocabulary? Compare the parts that fit as state dicts",
-        )  # fmt: skip
-        if not ours:
-            raise VectorError("the pretrained model has no floating-point parameters, only integers or none at all")
-        deltas = _each(lambda name, a, b: delta_between(a, b), ours, theirs, at_least=torch.float32)
-        if not (isinstance(deltas, Lazy) or any(bool(d.value.any()) for d in deltas.values())):
+        ours, theirs = paired(pretrained, finetuned, buffers=buffers, only=only, skip=skip, embeddings=embeddings)
+        lazy = any(isinstance(side, Lazy) for side in (ours, theirs))
+        made = _each(lambda _, a, b: delta_between(a, b), ours, theirs, names=ours, lazy=lazy, at_least=torch.float32)
+        if not (isinstance(made, Lazy) or any(bool(d.value.any()) for d in made.values())):
             refuse_integers(pretrained, finetuned)
-        return cls(deltas, digests_of(ours))
+        return cls(made, digests_of(ours), partial=bool(only or skip))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskVector:
@@ -225,12 +305,17 @@ class TaskVector(Mapping[str, Tensor]):
     def in_memory(self) -> TaskVector:
         """Read all of it now. Copies: what files give is mapped, at odd addresses, where sums are rounded otherwise."""
         base = None if self.base is None else dict(self.base)
-        lazy = isinstance(self._deltas, Lazy)
+        lazy = self._in_files
         read = {n: Delta(*(x.clone() if lazy and x is not None else x for x in d)) for n, d in self._deltas.items()}
         return TaskVector(read, base, partial=self.partial)
 
+    @property
+    def _in_files(self) -> bool:
+        """Is any of it read when it is asked for?"""
+        return any(v._in_files for _, v in self._terms) if self._terms else isinstance(self._deltas, Lazy)
+
     def __repr__(self) -> str:
-        where = "files" if isinstance(self._deltas, Lazy) else "memory"
+        where = "files" if self._in_files else "memory"
         return f"TaskVector({len(self)} tensors, {self.numel:,} elements, in {where})"
 
     # ---- computing ---------------------------------------------------------------------------------------------
@@ -246,35 +331,27 @@ class TaskVector(Mapping[str, Tensor]):
 
     def _map(self, fn: Callable[..., Tensor | Delta], *others: TaskVector) -> TaskVector:
         vectors = [self, *others]
-        base = self.base
-        sides: list[Mapping[str, Any]] = [v._deltas for v in vectors]
-        for other in others:
-            if self.partial and other.partial:
-                continue
-            check_fit(self, other, ("the first vector", "the other"))
-            base = one_base(base, other.base)
-        if others and all(v.partial for v in vectors):
-            sides, base = _filled(vectors), joined_bases(v.base for v in vectors)
-        return TaskVector(_each(fn, *sides), base, partial=self.partial)
+        kinds = joined_kinds([(v.kinds, v.partial) for v in vectors])
+        lazy = any(v._in_files for v in vectors)
+        sides: list[Mapping[str, Any]] = [_filled(v, kinds) if len(v) < len(kinds) else v._deltas for v in vectors]
+        base = joined_bases([v.base for v in vectors], kinds)
+        return TaskVector(_each(fn, *sides, names=kinds, lazy=lazy), base, partial=all(v.partial for v in vectors))
 
     def __add__(self, other: TaskVector) -> TaskVector:
         if not isinstance(other, TaskVector):
             return self if other == 0 else NotImplemented  # sum() starts with 0
-        return self.map(lambda _, a, b: a + b, other)
+        return combined([(1.0, self), (1.0, other)])
 
     __radd__ = __add__
 
     def __sub__(self, other: TaskVector) -> TaskVector:
-        return self.map(lambda _, a, b: a - b, other) if isinstance(other, TaskVector) else NotImplemented
+        return combined([(1.0, self), (-1.0, other)]) if isinstance(other, TaskVector) else NotImplemented
 
     def __neg__(self) -> TaskVector:
-        return self.map(lambda _, a: -a)
+        return combined([(-1.0, self)])
 
     def __mul__(self, scale: float) -> TaskVector:
-        if not _is_number(scale):
-            return NotImplemented
-        factor = _finite_scale(scale)
-        return self._map(lambda _, d: d if factor == 1 else d.value * factor)
+        return combined([(_finite_scale(scale), self)]) if _is_number(scale) else NotImplemented
 
     __rmul__ = __mul__
     __array_ufunc__ = None  # NumPy's numbers leave the product to `__rmul__`
@@ -285,7 +362,7 @@ class TaskVector(Mapping[str, Tensor]):
         factor = _finite_scale(scale)
         if factor == 0:
             raise VectorError("scale: got a division by 0, expected another number")
-        return self._map(lambda _, d: d if factor == 1 else d.value / factor)
+        return combined([(1 / factor, self)])
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -371,8 +448,7 @@ class TaskVector(Mapping[str, Tensor]):
         return _ratio(math.fsum(ab.values()), math.fsum(aa.values()), math.fsum(bb.values()))
 
     def _dots(self, other: TaskVector) -> dict[str, float]:
-        if not (self.partial and other.partial):
-            check_fit(self, other, ("the first vector", "the other"))
+        joined_kinds([(v.kinds, v.partial) for v in (self, other)])
         both = [n for n in self if n in other]
         return {n: float((self[n].double() * other[n].double()).sum()) for n in both}
 
@@ -388,11 +464,18 @@ class TaskVector(Mapping[str, Tensor]):
         """`theta + scale * tau`: a new model, or new tensors for a state dict or files (from files: made when asked
         for). With scale 1 on its own base this is the fine-tuned model, bit for bit; with scale 0 the base.
 
+        The order of summation, here, in `compose` and in `hatcl merge`: the terms of tau are summed in float64, in the
+        order in which they stand, and rounded once to float32 or the vectors' own wider type (`combined`); then
+        theta + tau is summed in float64 and rounded once to theta's type. A vector that was saved, or read into memory,
+        in between gives the same bits. An element whose tau is zero keeps theta's bits, the sign of a zero included, so
+        that `0 * v` and `v - v` give theta back.
+
         Args:
             check: compare the model with the base the vector was taken from.
 
         Raises:
-            VectorError: tensors that the model lacks or that have another shape. IntegrityError: another base.
+            VectorError: tensors that the model lacks, that have another shape or that are quantised.
+            IntegrityError: another base.
         """
         new = composed(model, [(_finite_scale(scale), self)], check=check)
         if isinstance(model, nn.Module):
@@ -449,20 +532,33 @@ def _checked_delta(name: str, delta: Any) -> Delta:
     return d
 
 
-def _each(fn: Callable[..., Any], *sides: Mapping[str, Any], at_least: torch.dtype | None = None) -> Mapping[str, Any]:
-    """`fn(name, *tensors)` for every name, at once or, where a side is lazy, when asked for.
+def _read_delta(deltas: Mapping[str, Tensor | Delta], name: str) -> Delta:
+    return _checked_delta(name, deltas[name])
+
+
+def _each(
+    fn: Callable[..., Any],
+    *sides: Mapping[str, Any],
+    names: Iterable[str],
+    lazy: bool,
+    at_least: torch.dtype | None = None,
+) -> Mapping[str, Any]:
+    """`fn(name, *tensors)` for every name, at once or, if lazy, when asked for.
 
     Args:
         at_least: what the results are promoted to beside the sides' own dtypes.
     """
-    if any(isinstance(s, Lazy) for s in sides):
+    if lazy:
         of = [_kinds(s) for s in sides]
         kinds = {
-            n: Kind(k.shape, functools.reduce(torch.promote_types, [o[n].dtype for o in of], at_least or k.dtype))
-            for n, k in of[0].items()
+            n: Kind(
+                of[0][n].shape,
+                functools.reduce(torch.promote_types, [o[n].dtype for o in of], at_least or of[0][n].dtype),
+            )
+            for n in names
         }
         return Lazy(kinds, lambda name: fn(name, *(s[name] for s in sides)))
-    return {name: fn(name, *(s[name] for s in sides)) for name in sides[0]}
+    return {name: fn(name, *(s[name] for s in sides)) for name in names}
 
 
 def _kinds(side: Mapping[str, Any]) -> dict[str, Kind]:
@@ -472,20 +568,9 @@ def _kinds(side: Mapping[str, Any]) -> dict[str, Kind]:
     return {n: Kind(tuple(t.shape), t.dtype) for n, t in values.items()}
 
 
-def _filled(vectors: Sequence[TaskVector]) -> list[Mapping[str, Any]]:
-    """Adapters' vectors over all tensors that any of them changes."""
-    kinds: dict[str, Kind] = {}
-    for v in vectors:
-        for name, k in v.kinds.items():
-            if kinds.setdefault(name, k).shape != k.shape:
-                raise VectorError(f"{name} is {list(kinds[name].shape)} in one vector, {list(k.shape)} in another")
-
-    def reader(v: TaskVector) -> Callable[[str], Any]:
-        return lambda name: (
-            v.delta(name) if name in v else Delta(torch.zeros(kinds[name].shape, dtype=kinds[name].dtype))
-        )
-
-    return [Lazy(kinds, reader(v)) for v in vectors]
+def _filled(v: TaskVector, kinds: Mapping[str, Kind]) -> Lazy[Delta]:
+    """A partial vector over tensors that it lacks, too."""
+    return Lazy(kinds, lambda n: v.delta(n) if n in v else Delta(torch.zeros(kinds[n].shape, dtype=kinds[n].dtype)))
 
 
 def _is_number(x: Any) -> bool:

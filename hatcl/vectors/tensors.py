@@ -1,10 +1,11 @@
-"""Named tensors, wherever they lie: in a module, a state dict, or safetensors files that are read block by block."""
+"""Named tensors, wherever they lie: in a module, a state dict, or files that are read tensor by tensor."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, Union
 
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 
 from ..errors import IntegrityError, VectorError
 from ..files import read_json
+from .pickles import PICKLED, PICKLES, read_pickle
 
 TensorSource = Union[nn.Module, Mapping[str, Tensor], str, "os.PathLike[str]"]
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 IS_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+RUN = "finetuned.safetensors"  # beside which a run of `hatcl finetune` keeps what it started from
 # running statistics and counters: in files nothing else tells them from parameters
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -69,11 +71,12 @@ def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, Kind]:
 
 
 def named_tensors(source: TensorSource) -> Mapping[str, Tensor]:
-    """All tensors of a model, a state dict, a safetensors file, or a folder of them. Tied tensors come once, under the
-    name that stands first; files are not read before a tensor is asked for.
+    """All tensors of a model, a state dict, a safetensors file or one that torch.save wrote, or a folder of them
+    (`find_file`). Tied tensors come once, under the name that stands first; files are not read before a tensor is asked
+    for.
 
     Raises:
-        IntegrityError: a file is missing, truncated, or no safetensors file. VectorError: something else than these.
+        IntegrityError: a file is missing, damaged, or holds something else. VectorError: something else than these.
     """
     if isinstance(source, nn.Module):
         return _once({**dict(source.named_parameters()), **dict(source.named_buffers())})
@@ -89,26 +92,6 @@ def named_tensors(source: TensorSource) -> Mapping[str, Tensor]:
     if isinstance(source, (str, os.PathLike)):
         return _lazy_files(Path(source))
     raise VectorError(f"got {type(source).__name__}, expected a module, a state dict, or the path of safetensors files")
-
-
-def parameters_of(source: TensorSource, buffers: bool = False) -> Mapping[str, Tensor]:
-    """The floating-point parameters of a source; with `buffers` also its floating-point running statistics.
-
-    Raises:
-        VectorError: a parameter in 8 bits.
-    """
-    tensors = named_tensors(source)
-    skip = set() if buffers else {n for n in tensors if n.rpartition(".")[2] in RUNNING}
-    if isinstance(source, nn.Module):
-        saved = set(source.state_dict())
-        skip |= {n for n in tensors if n not in saved} | (set() if buffers else buffers_of(source))
-    kinds = {n: k for n, k in kinds_of(tensors).items() if n not in skip and k.dtype.is_floating_point}
-    tiny = next((n for n, k in kinds.items() if k.dtype.itemsize < 2), None)
-    if tiny is not None:
-        raise VectorError(
-            f"{tiny} is {str(kinds[tiny].dtype).removeprefix('torch.')}, expected float16 or wider; dequantise it first"
-        )
-    return pick(tensors, list(kinds))
 
 
 def buffers_of(source: Any) -> set[str]:
@@ -160,8 +143,9 @@ def tied_names(source: Any) -> dict[str, str]:
 
 
 def _identity(t: Tensor) -> object:
-    """Equal for tensors that are the same elements in memory."""
-    if t.is_meta or not t.numel():
+    """Equal for tensors that are the same elements in memory. (Those that wrap others, as quantised ones do, have no
+    memory of their own.)"""
+    if t.is_meta or not t.numel() or not t.data_ptr():
         return id(t)
     return t.data_ptr(), t.shape, t.stride(), t.dtype
 
@@ -172,23 +156,33 @@ def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_file(path: Path) -> Path:
-    """The safetensors file or the index of shards that a path (of either, or of a folder) means.
+    """The file, or the index of shards, that a path (of either, or of a folder) means: in a folder its index, else
+    `model.safetensors`, whatever lies beside it, else the one file of its kind, else `pytorch_model.bin` or its index,
+    else the fine-tuned weights of a run of `hatcl finetune`.
 
     Raises:
         IntegrityError: there is none, or more than one.
     """
     if not path.is_dir():
         return path
-    if (path / INDEX).exists():
-        return path / INDEX
+    for name in (INDEX, SINGLE):
+        if (path / name).exists():
+            return path / name
     found = sorted(path.glob("*.safetensors.index.json"))
     files = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
         return found[0]
     if not found and len(files) == 1 and not IS_SHARD.search(files[0].name):
         return files[0]
-    if not found and not files and any(f.suffix in PICKLES for f in path.iterdir()):
-        raise IntegrityError(f"{path}: holds no safetensors files; {FROM_PICKLE}")
+    if (path / RUN).exists():
+        return path / RUN
+    if not found and not files:
+        for name in (f"{PICKLED}.index.json", PICKLED):
+            if (path / name).exists():
+                return path / name
+        pickled = sorted(f for f in path.iterdir() if f.suffix in PICKLES)
+        if pickled:
+            raise IntegrityError(f"{path}: holds no safetensors files; pass the path of the one to read, {pickled[0]}")
     raise IntegrityError(
         f"{path}: holds {len(files)} safetensors files and no {INDEX}; pass one file's path, or write the shards again "
         "(an interrupted write has no index)"
@@ -214,18 +208,21 @@ def shards_of(path: Path) -> dict[str, Path]:
 
 
 def files_of(path: str | os.PathLike[str]) -> list[Path]:
-    """The safetensors files that a path stands for."""
+    """The files of tensors that a path stands for."""
     file = find_file(Path(path))
     return sorted(set(shards_of(file).values())) if file.suffix == ".json" else [file]
 
 
 def _lazy_files(path: Path) -> Lazy[Tensor]:
-    """Every tensor of a safetensors file, or of a folder with one or with an index of its shards."""
+    """Every tensor of a file, or of a folder with one or with an index of its shards; tied tensors of a pickle once."""
     file = find_file(path)
     if file.suffix != ".json":
-        return Lazy(_header(file), lambda name: _read_tensor(file, name))
+        return _lazy_pickles([file]) if file.suffix in PICKLES else Lazy(_header(file), partial(_read_tensor, file))
     where = shards_of(file)
-    kinds = {n: k for f in sorted(set(where.values())) for n, k in _header(f).items() if where.get(n) == f}
+    shards = sorted(set(where.values()))
+    if all(f.suffix in PICKLES for f in shards):
+        return _lazy_pickles(shards)
+    kinds = {n: k for f in shards for n, k in _header(f).items() if where.get(n) == f}
     missing = [n for n in where if n not in kinds]
     if missing:
         raise IntegrityError(
@@ -234,13 +231,19 @@ def _lazy_files(path: Path) -> Lazy[Tensor]:
     return Lazy(kinds, lambda name: _read_tensor(where[name], name))
 
 
+def _lazy_pickles(files: list[Path]) -> Lazy[Tensor]:
+    held: dict[str, Tensor] = {}
+    for file in files:
+        held |= _once(read_pickle(file))
+    return Lazy(kinds_of(held), held.__getitem__)
+
+
 STORED_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32,
     "U64": torch.uint64, "C64": torch.complex64, "BOOL": torch.bool,
 }  # fmt: skip
-FROM_PICKLE = "turn the pickle into one with safetensors.torch.save_file(torch.load(path, weights_only=True), new_path)"
 
 
 def _header(path: Path) -> dict[str, Kind]:
@@ -264,5 +267,6 @@ def opened(path: Path) -> Any:
     except FileNotFoundError:
         raise IntegrityError(f"{path}: no such file; expected safetensors") from None
     except (SafetensorError, OSError, ValueError) as error:
-        remedy = FROM_PICKLE if path.suffix in PICKLES else "the file is truncated, damaged, or of another format"
-        raise IntegrityError(f"{path}: not readable as safetensors ({error}); {remedy}") from error
+        raise IntegrityError(
+            f"{path}: not readable as safetensors ({error}); the file is truncated, damaged, or of another format"
+        ) from error

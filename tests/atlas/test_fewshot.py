@@ -76,3 +76,22 @@ def test_lora_vectors_alone_are_learned_over(tmp_path):
     assert [b.name for b in composer.blocks] == ["blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight"]
     fitted = few_shot(composer, [parts.view("turned", "val")], options={"epochs": 1}, steps=2)
     assert fitted.coefficients.shape == (2, 2) and bool(fitted.coefficients.all())
+
+
+def test_a_language_model_answers_at_every_token():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    base, other = transformers.GPT2LMHeadModel(config), transformers.GPT2LMHeadModel(config)
+    composer = hatcl.compose(base, [hatcl.TaskVector.between(base, other)])
+    ids, labels = torch.randint(0, 20, (4, 6)), torch.randint(0, 2, (4,))
+    text = r"the model gives logits \[4, 6, 20\] for labels .*, expected \[B, C\] and \[B\]: one answer per example"
+    for batches in ([({"input_ids": ids}, labels)], [{"input_ids": ids, "labels": ids}]):
+        for validation in (batches, None):
+            with pytest.raises(hatcl.errors.ConfigError, match=text):
+                few_shot(composer, batches, validation, options={"epochs": 1})
+    head = lambda logits: logits[:, -1]  # noqa: E731
+    fitted = few_shot(composer, [({"input_ids": ids}, labels)], head=head, options={"epochs": 1})
+    assert fitted.epoch == 1

@@ -426,7 +426,7 @@ def test_another_run_in_the_folder_is_refused(here, tmp_path, monkeypatch, capsy
 
 
 def test_cosine(here, tmp_path, capsys):
-    base = hatcl.vectors.tensors.parameters_of("base.safetensors")
+    base = hatcl.vectors.parameters.parameters_of("base.safetensors")
     names = [n for n in base if not n.startswith("head.")]
     a = torch.cat([(load_file("a.safetensors")[n] - base[n]).double().flatten() for n in names])
     b = torch.cat([load_file("b.safetensors")[n].double().flatten() for n in names])

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from hatcl.errors import SkillError
+import hatcl
+from hatcl.errors import GraftError, SkillError, VectorError
+from hatcl.skills.orthogonal import orthogonality
+from hatcl.skills.switch import adapter_tensors, add_copy
 from hatcl.skills.tensors import active_adapter, adapters_of, skill_tensors
 
 peft = pytest.importorskip("peft")
@@ -67,3 +70,46 @@ def test_full_fine_tuning_takes_what_is_trained():
     assert list(skill_tensors(model)) == ["fc.weight", "fc.bias", "head.weight", "head.bias"]
     with pytest.raises(SkillError, match="has no LoRA adapter and no parameter that requires a gradient"):
         skill_tensors(model.requires_grad_(False))
+
+
+def experts():
+    """A small mixture of experts, whose experts lie in one parameter, with LoRA on it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=16, num_local_experts=3, max_position_embeddings=8,
+    )  # fmt: skip
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return peft.get_peft_model(transformers.MixtralForCausalLM(config), peft.LoraConfig(r=2, target_parameters=targets))
+
+
+def test_factors_of_stacked_experts_are_no_pairs():
+    """peft has A expert by expert and B rank by rank: the twin is its own product, which is not that of the pairs."""
+    model = experts()
+    layer = next(m for m in model.modules() if getattr(m, "parameter_name", "") == "down_proj")
+    a, b = (torch.randn_like(f["default"].weight) for f in (layer.lora_A, layer.lora_B))
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(a)
+        layer.lora_B["default"].weight.copy_(b)
+    peft_says, pairs_say = layer.get_delta_weight("default").sum(0), layer.scaling["default"] * b @ a
+    assert not torch.allclose(peft_says.squeeze(), pairs_say, atol=1e-2)
+    text = r"experts: its LoRA \(target_parameters\) is of 3 experts in one parameter, whose rows of A and columns of B"
+    vector = hatcl.TaskVector({n: torch.ones_like(p) for n, p in model.named_parameters() if "lora_" in n})
+    for error, call in (
+        (SkillError, lambda: skill_tensors(model)), (SkillError, lambda: hatcl.SkillScorer(model)),
+        (SkillError, lambda: orthogonality(model)), (SkillError, lambda: adapter_tensors(model, "default")),
+        (SkillError, lambda: add_copy(model, "default", "stable")), (SkillError, lambda: hatcl.ILoRA(model)),
+        (VectorError, lambda: hatcl.compose(model, [vector], "lora_pair")),
+        (GraftError, lambda: hatcl.select_graft(model, model, 0.1, grain="lora_pair")),
+    ):  # fmt: skip
+        with pytest.raises(error, match=text):
+            call()
+    assert list(model.peft_config) == ["default"]
+    with pytest.raises(VectorError, match="target_parameters: it changes parameters instead of layers"):
+        hatcl.TaskVector.between(None, model)
+
+
+def test_a_parameter_that_is_one_matrix_has_pairs():
+    model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_parameters=["fc.weight"], target_modules=[]))
+    assert len(skill_tensors(model)) == 2

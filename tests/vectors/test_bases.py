@@ -7,7 +7,7 @@ import torch
 
 from hatcl.errors import VectorError
 from hatcl.functional import digest_of
-from hatcl.vectors.bases import digests_of, joined_bases, known_as, one_base, refuse_integers
+from hatcl.vectors.bases import digests_of, joined_bases, joined_kinds, known_as, refuse_integers
 from hatcl.vectors.tensors import Kind, Lazy
 
 X, Y = torch.arange(3.0), torch.ones(2)
@@ -20,22 +20,28 @@ def test_files_are_hashed_when_asked_for_and_once():
     assert read == [] and lazy["x"] == lazy["x"] == digest_of(X) == digests_of({"x": X})["x"] and read == ["x"]
 
 
-def test_one_base_of_two_vectors():
+def test_digests_of_several_bases_are_joined():
     base, other = {"x": "1"}, {"x": "2"}
-    assert one_base(base, None) is base is one_base(None, base) is one_base(base, base) and one_base(None, None) is None
-    assert one_base(base, dict(base)) == base
+    assert joined_bases([base, None], "x") == base == joined_bases([None, base], "x") == joined_bases([base] * 2, "x")
+    assert joined_bases([None, None], "x") is None
+    assert joined_bases([base, {"y": "2", "x": "1"}], "xy") == {"x": "1", "y": "2"}
+    assert joined_bases([base, None], "xy") is None  # nobody knows y
     with pytest.raises(VectorError, match="x: the vectors were taken from different bases; both must start from one"):
-        one_base(base, other)
-    late = one_base(base, Lazy(KINDS, lambda name: "2"))
+        joined_bases([base, other], "x")
+    late = joined_bases([base, Lazy(KINDS, lambda name: "2")], "x")
     with pytest.raises(VectorError, match="x: the vectors were taken from different bases"):
         late["x"]
 
 
-def test_bases_of_several_adapters_are_joined():
-    assert joined_bases([{"x": "1"}, {"y": "2", "x": "1"}]) == {"x": "1", "y": "2"}
-    assert joined_bases([{"x": "1"}, None]) is None
-    with pytest.raises(VectorError, match="x: the vectors were taken from different bases"):
-        joined_bases([{"x": "1"}, {"x": "2"}])
+def test_one_rule_for_what_a_vector_lacks():
+    full, part = {"x": Kind((3,), torch.float32), "y": Kind((2,), torch.float32)}, KINDS
+    assert joined_kinds([(full, False), (part, True)]) == joined_kinds([(part, True), (full, False)]) == full
+    with pytest.raises(VectorError, match=r"vector 1 lacks 1 tensors that vector 0 has: y\. Take both from"):
+        joined_kinds([(full, False), (part, False)])
+    with pytest.raises(VectorError, match=r"vector 0 lacks 1 tensors that vector 1 has: y"):
+        joined_kinds([(part, False), (full, True)])
+    with pytest.raises(VectorError, match=r"x is \[3\] in vector 0, \[4\] in vector 2; take the vectors"):
+        joined_kinds([(part, True), ({}, True), ({"x": Kind((4,), torch.float32)}, True)])
 
 
 def test_tied_tensors_go_by_their_first_name():

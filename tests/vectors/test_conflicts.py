@@ -66,6 +66,6 @@ def test_bad_input():
     with pytest.raises(VectorError, match="got 1 vectors, expected at least two"):
         sign_conflicts(vectors()[:1])
     with pytest.raises(
-        VectorError, match=r"b is \[3\] in vector 1, \[2\] in another; compare vectors of one architecture"
+        VectorError, match=r"b is \[2\] in vector 0, \[3\] in vector 1; take the vectors from models of one"
     ):
         sign_conflicts([TaskVector({"b": torch.ones(2)}), TaskVector({"b": torch.ones(3)})])

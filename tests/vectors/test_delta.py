@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hatcl.vectors.delta import Delta, delta_between, restore
+from hatcl.errors import VectorError
+from hatcl.vectors.delta import Delta, combine, delta_between, restore
 
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 # half of the largest magnitude, so that the difference of any two is a float32; see `test_what_overflows`
@@ -42,9 +43,10 @@ def test_one_gives_the_fine_tuned_back_and_zero_the_base(pair):
     base, finetuned = pair
     delta = delta_between(base, finetuned)
     assert same_bits(restore(base, delta), finetuned)
-    assert same_bits(restore(base, [(1, delta), (0.0, delta)]), finetuned)
-    assert same_bits(restore(base, [(0, delta)]), base)
-    assert same_bits(restore(base, []), base)
+    assert same_bits(restore(base, combine([(1, delta), (0.0, delta)])), finetuned)
+    assert same_bits(restore(base, combine([(0.0, delta), (1, delta)])), finetuned)
+    assert same_bits(restore(base, combine([(0, delta)])), base)
+    assert same_bits(restore(base, combine([(1, delta), (-1, delta)])), base)
 
 
 @given(pairs())
@@ -97,7 +99,7 @@ def test_a_sum_is_rounded_once():
     base = torch.tensor([1.0])
     deltas = [Delta(torch.tensor([2.0**-24])) for _ in range(3)]
     # in float32 each addition of half an ulp would round back to 1; their sum is 1.5 ulp
-    assert restore(base, [(1, d) for d in deltas]).item() == 1 + 2 * 2.0**-23
+    assert restore(base, combine([(1, d) for d in deltas])).item() == 1 + 2 * 2.0**-23
     assert (base + deltas[0].value + deltas[1].value + deltas[2].value).item() == 1.0
 
 
@@ -107,7 +109,7 @@ def test_coefficients_may_be_tensors_that_broadcast():
     delta = delta_between(base, finetuned)
     assert delta.at is not None
     c = torch.tensor([[1.0], [0.0], [1.0]])
-    got = restore(base, [(c, delta)])
+    got = restore(base, combine([(c, delta)]))
     assert torch.equal(got[::2], finetuned[::2]) and torch.equal(got[1], base[1])
 
 
@@ -139,5 +141,33 @@ def test_deltas_are_asked_for_one_by_one():
             alive.append(i)
             yield float(i), Delta(torch.full((2,), float(i)))
 
-    assert restore(torch.zeros(2), terms()).tolist() == [5.0, 5.0]
+    assert combine(terms()).value.tolist() == [5.0, 5.0]
     assert alive == [0, 1, 2]
+
+
+@given(pairs(), pairs())
+@settings(max_examples=100, deadline=None)
+def test_of_two_vectors_each_element_that_one_of_them_changes_is_that_ones(first, second):
+    """Also where it needs a remainder: an adapter and a fine-tuned model, or two tasks that changed other elements."""
+    base, finetuned = first
+    n = min(len(base), len(second[1]))
+    base, finetuned, other = base[:n], finetuned[:n], second[1][:n].to(base.dtype)
+    theirs = torch.arange(n) % 2 == 0
+    a, b = torch.where(theirs, base, finetuned), torch.where(theirs, other, base)
+    if not (other.double() - base.double()).float().isfinite().all():
+        return
+    got = restore(base, combine([(1, delta_between(base, a)), (1, delta_between(base, b))]))
+    assert same_bits(got, torch.where(theirs, other, finetuned))
+
+
+def test_a_sum_keeps_the_signs_of_zeros_where_nothing_changes():
+    base = torch.tensor([-0.0, 0.0, -0.0, -0.0])
+    delta = Delta(torch.tensor([0.0, 0.0, -0.0, 1.0]))
+    assert same_bits(restore(base, delta), torch.tensor([-0.0, 0.0, -0.0, 1.0]))
+    # the twin: plain addition makes them positive
+    assert not same_bits(base + delta.value, torch.tensor([-0.0, 0.0, -0.0, 1.0]))
+
+
+def test_no_terms_have_no_sum():
+    with pytest.raises(VectorError, match="combine: got no terms, expected at least one"):
+        combine([])

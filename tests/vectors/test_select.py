@@ -1,4 +1,4 @@
-"""The k largest of all elements, exactly k."""
+"""Tensors by patterns of their names; the k largest of all elements, exactly k."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hatcl.vectors.select import largest
+from hatcl.errors import ConfigError
+from hatcl.vectors.select import chosen_names, largest
 
 # few values, so that ties are the rule; subnormals and both zeros among them
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 2.0, -2.0, 1e-45, 3e38, -1e-20])
@@ -79,3 +80,15 @@ def test_passes_over_the_tensors():
     tensors = Counting(a=torch.randn(50))
     largest(tensors, 10)
     assert tensors.passes <= 4  # their sizes, twice half of the bits, and the ties
+
+
+def test_patterns_choose_tensors_by_any_of_their_names():
+    names = {"a.weight": ["a.weight", "head.weight"], "a.bias": ["a.bias"], "b.weight": ["b.weight"]}
+    assert chosen_names(names) == list(names)
+    assert chosen_names(names, only="*.weight") == ["a.weight", "b.weight"]
+    assert chosen_names(names, only=["*.weight"], skip=("head.*",)) == ["b.weight"]
+    assert chosen_names(names, skip="?.weight") == ["a.bias"]
+    with pytest.raises(ConfigError, match="only: 'A.*' matches none of 3 tensors; did you mean 'a.bias'"):
+        chosen_names(names, only="A.*")
+    with pytest.raises(ConfigError, match="leave none of 3 tensors; leave out fewer"):
+        chosen_names(names, only="a.bias", skip="a.*")

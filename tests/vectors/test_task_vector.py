@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from hatcl.errors import IntegrityError, VectorError
 from hatcl.functional import digest_of
 from hatcl.vectors import task_vector
 from hatcl.vectors.delta import Delta
+from hatcl.vectors.stream import compose_files
 from hatcl.vectors.task_vector import TaskVector, composed
-from hatcl.vectors.tensors import Lazy
+from hatcl.vectors.tensors import Lazy, named_tensors
 
 
 def vector(*values, **options):
@@ -144,6 +146,34 @@ def test_a_tied_model_and_a_file_that_names_the_other_tensor(pair, tmp_path):
             TaskVector.between(base, source).in_memory()
 
 
+def test_a_vector_may_have_another_name_of_a_tied_tensor(pair, tmp_path):
+    """As one that was taken from files which hold the head."""
+    base, finetuned = pair
+    want = TaskVector.between(base, finetuned)
+    head = {"head.weight" if n == "embed.weight" else n: want.delta(n) for n in want}
+    base_of = {"head.weight" if n == "embed.weight" else n: d for n, d in want.base.items()}
+    by_head = TaskVector(head, base_of)
+    both = TaskVector({**head, "embed.weight": want.delta("embed.weight")}, {**base_of, **want.base})
+    for v in (by_head, both, TaskVector.load(by_head.save(tmp_path / "v.safetensors"))):
+        for target in (base, base.state_dict()):
+            got = v.apply_to(target)
+            got = got if isinstance(got, dict) else got.state_dict()
+            assert all(torch.equal(got[n], p) for n, p in finetuned.named_parameters())
+            assert torch.equal(got["head.weight"], got["embed.weight"])
+        added = composed(base, [(0.5, v), (0.5, want)])
+        assert all(torch.equal(added[n], p) for n, p in (0.5 * want + 0.5 * want).apply_to(base).named_parameters())
+        half = (0.5 * v).apply_to(base)
+        assert torch.equal(half.embed.weight, (0.5 * want).apply_to(base).embed.weight)
+    differ = TaskVector({"head.weight": torch.ones(7, 4), "embed.weight": torch.zeros(7, 4)})
+    refused(
+        VectorError, lambda: differ.apply_to(base),
+        "head.weight and embed.weight are one tensor in the model and differ in the vector",
+    )  # fmt: skip
+    refused(
+        IntegrityError, lambda: by_head.apply_to(moved(base, seed=9)), "embed.weight is not what this vector was taken"
+    )
+
+
 def test_transformers_files_leave_tied_heads_out(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
@@ -181,15 +211,16 @@ def test_another_architecture_or_vocabulary(pair):
     wider = {n: t for n, t in finetuned.state_dict().items() if n != "head.weight"}
     wider["embed.weight"] = torch.zeros(9, 4)
     refused(
-        VectorError, lambda: TaskVector.between(base, wider), "the pretrained model and the fine-tuned one differ in 1",
-        "embed.weight is [7, 4] in the pretrained model, [9, 4] in the fine-tuned one",
-        "of one architecture and vocabulary? Compare the parts that fit as state dicts",
+        VectorError, lambda: TaskVector.between(base, wider),
+        "embed.weight is [7, 4] in the pretrained model, [9, 4] in the fine-tuned one: the vocabulary has 7 entries in",
+        "model.resize_token_embeddings(9)), or compare the rows that both have by embeddings='common'",
     )  # fmt: skip
     refused(
         VectorError,
         lambda: TaskVector.between(base, nn.Linear(2, 2)),
         "differ in 7 tensors",
         "embed.weight only in the pretrained",
+        "of one architecture and vocabulary? What only one of them has is left out by skip=, such as skip='*.inv_freq'",
     )
     lacks = {n: t for n, t in finetuned.state_dict().items() if n != "fc.bias"}
     refused(VectorError, lambda: TaskVector.between(base, lacks), "fc.bias only in the pretrained model")
@@ -235,7 +266,7 @@ def test_nan_and_infinity_are_refused_by_name(tmp_path):
     lazily = TaskVector.between(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     refused(VectorError, lambda: lazily["a"], "a: 1 of 3 elements are NaN")
     refused(VectorError, lambda: lazily.save(tmp_path / "out"), "a: 1 of 3 elements are NaN")
-    refused(VectorError, lambda: vector(3e38) * 10, "or a coefficient too large?")
+    refused(VectorError, lambda: (vector(3e38) * 10).in_memory(), "or a coefficient too large?")
     refused(
         VectorError,
         lambda: TaskVector.between({"a": torch.tensor([3e38])}, {"a": torch.tensor([-3e38])}),
@@ -290,7 +321,7 @@ def test_vectors_of_different_bases_do_not_add_up(pair, tmp_path):
     for call in (lazily.in_memory, lambda: dict(lazily.apply_to(files[0])), lambda: lazily.save(tmp_path / "sum")):
         refused(VectorError, call, "the vectors were taken from different bases")
     assert not (tmp_path / "sum").exists()
-    refused(VectorError, lambda: v + vector(1), "the first vector and the other differ in 6 tensors")
+    refused(VectorError, lambda: v + vector(1), "vector 0 lacks 1 tensors that vector 1 has: a")
     assert (v + TaskVector(dict(w))).base == v.base  # a vector without digests has nothing to compare
 
 
@@ -344,7 +375,7 @@ def test_measures_by_hand():
     assert v.cosine(w) == 25 / 65 and v.cosine(w, per_block=True) == {"a": 1.0, "b": 0.0}
     large = vector(*[1e25] * 4)
     assert large.norm() == pytest.approx(2e25)  # squares beyond float32
-    refused(VectorError, lambda: v.dot(vector(1)), "b only in the first vector")
+    refused(VectorError, lambda: v.dot(vector(1, 2)), "vector 1 lacks 1 tensors that vector 0 has: b")
 
 
 def test_scales_of_other_libraries():
@@ -424,7 +455,7 @@ def test_cast(pair, tmp_path):
     v = TaskVector.between(base, finetuned)
     half = v.to(torch.bfloat16)
     assert all(half[n].dtype == torch.bfloat16 and torch.equal(half[n], v[n].bfloat16()) for n in v)
-    assert v.to(torch.float32) is v and (half + half)["fc.bias"].dtype == torch.bfloat16
+    assert v.to(torch.float32) is v and (half + half)["fc.bias"].dtype == torch.float32
     lazily = TaskVector.between(*(save(m, tmp_path / f"{i}.safetensors") for i, m in enumerate(pair))).to(torch.float16)
     assert {k.dtype for k in lazily.kinds.values()} == {torch.float16} == {t.dtype for t in lazily.values()}
 
@@ -448,7 +479,7 @@ def test_partial_vectors_count_what_they_lack_as_zeros():
     other = TaskVector({"a": torch.ones(2)}, {"a": "z"}, partial=True)
     refused(VectorError, lambda: v + other, "a: the vectors were taken from different bases")
     wide = TaskVector({"a": torch.ones(3)}, partial=True)
-    refused(VectorError, lambda: v + wide, "a is [2] in one vector, [3] in another")
+    refused(VectorError, lambda: v + wide, "a is [2] in vector 0, [3] in vector 1")
 
 
 # --- files ---
@@ -564,14 +595,117 @@ def test_a_vector_may_be_saved_over_the_files_it_is_read_from(pair, tmp_path):
 # --- several at once ---
 
 
-def test_composed_adds_in_float64_and_rounds_once(pair):
+def test_the_order_of_summation(pair):
     base, finetuned = pair
     v, w = TaskVector.between(base, finetuned), TaskVector.between(base, moved(base, seed=4))
     got = composed(base.state_dict(), [(0.3, v), (-0.7, w)])
-    want = (base.fc.weight.double() + 0.3 * v["fc.weight"].double() - 0.7 * w["fc.weight"].double()).float()
+    tau = (0.3 * v["fc.weight"].double() - 0.7 * w["fc.weight"].double()).float()
+    want = (base.fc.weight.double() + tau).float()
     assert torch.equal(got["fc.weight"], want) and torch.equal(got["rate"], base.rate)
     one_hot = composed(base, [(1, v), (0, w)])
     assert all(torch.equal(one_hot[n], p) for n, p in finetuned.named_parameters())
+
+
+def bits(tensors):
+    """Also the signs of zeros, which `torch.equal` does not see."""
+    return {n: t.contiguous().view(torch.int32).tolist() if t.dtype is torch.float32 else t for n, t in tensors.items()}
+
+
+def test_no_change_leaves_every_bit(pair):
+    base, finetuned = pair
+    with torch.no_grad():
+        base.fc.weight[0] = -0.0
+    v, w = TaskVector.between(base, finetuned), TaskVector.between(base, moved(base, seed=4))
+    same_again = TaskVector.between(base, finetuned)
+    for nothing in (0 * v, v - v, v - same_again, 0 * v + 0 * w, (v + w) - (v + w), v * 0.3 - v * 0.3, -(v - v)):
+        assert bits(nothing.apply_to(base).state_dict()) == bits(base.state_dict())
+        assert bits(nothing.in_memory().apply_to(base).state_dict()) == bits(base.state_dict())
+    # and what one vector alone changes is that vector's, bit for bit
+    assert bits((v + w - w).apply_to(base).state_dict()) != bits(base.state_dict())
+    assert bits((v + 0 * w).apply_to(base).state_dict()) == bits(v.apply_to(base).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_arithmetic_composition_and_the_command_give_the_same_bits(tmp_path, dtype):
+    torch.manual_seed(0)
+    make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 90)).to(dtype)  # noqa: E731
+    base = make()
+    models = [moved(base, seed=1), moved(base, seed=2, size=3.0), make()]
+    vectors = [TaskVector.between(base, m) for m in models]
+    c = [0.6, 0.4, -1.3]
+    a, b, d = vectors
+    want = (0.6 * a + 0.4 * b - 1.3 * d).apply_to(base).state_dict()
+    files = [save(m, tmp_path / f"{i}.safetensors") for i, m in enumerate((base, *models))]
+    lazily = [TaskVector.between(files[0], f) for f in files[1:]]
+    parts = list(zip(files[1:], c, strict=True))
+    summed = 0.6 * lazily[0] + 0.4 * lazily[1] - 1.3 * lazily[2]
+    saved = TaskVector.load(summed.save(tmp_path / "v.safetensors"))
+    for got in (
+        compose_files(files[0], parts, tmp_path / "out"),
+        summed.apply_to(files[0]), saved.apply_to(files[0]), summed.in_memory().apply_to(base.state_dict()),
+        TaskVector.load(compose_files(files[0], parts, tmp_path / "w", vector=True)).apply_to(files[0]),
+        composed(base, list(zip(c, vectors, strict=True))),
+        ((0.6 * a + 0.4 * b) + (-1.3) * d).apply_to(base.state_dict()),
+    ):  # fmt: skip
+        got = named_tensors(got) if not isinstance(got, dict) else got
+        assert all(torch.equal(got[n], want[n]) for n in want)
+    composer = hatcl.compose(base, vectors)
+    exact = [float(torch.tensor(x)) for x in c]  # its coefficients are float32
+    composer.coefficients.data[:] = torch.tensor(c)[:, None]
+    want = sum((x * v for x, v in zip(exact, vectors, strict=True))).apply_to(base)
+    for got in (composer.merge(), composer.vector().apply_to(base)):
+        assert all(torch.equal(got.state_dict()[n], p) for n, p in want.named_parameters())
+    # one vector of several may be a sum itself
+    two = hatcl.compose(base, [0.6 * a + 0.4 * b, d])
+    two.coefficients.data[0] = 1
+    assert all(
+        torch.equal(two.merge().state_dict()[n], p) for n, p in (0.6 * a + 0.4 * b).apply_to(base).named_parameters()
+    )
+
+
+def test_twin_another_order_of_summation_gives_other_bits():
+    torch.manual_seed(0)
+    base = nn.Linear(50, 50)
+    a, b, d = (TaskVector.between(base, moved(base, seed=i, size=3.0)) for i in range(3))
+    want = (0.6 * a + 0.4 * b - 1.3 * d).apply_to(base).state_dict()
+    rounded = [{n: v[n] * c for n in v} for c, v in ((0.6, a), (0.4, b), (-1.3, d))]  # in float32, at each step
+    got = {n: base.state_dict()[n] + (rounded[0][n] + rounded[1][n] + rounded[2][n]) for n in a}
+    assert any(not torch.equal(got[n], want[n]) for n in a)
+
+
+def test_an_adapters_vector_and_a_full_one_add_up_everywhere(pair, tmp_path):
+    base, finetuned = pair
+    full = TaskVector.between(base, finetuned)
+    part = TaskVector({"fc.weight": torch.ones(4, 4)}, partial=True)
+    want = {n: p + 1 if n == "fc.weight" else p for n, p in finetuned.state_dict().items()}
+    path, file = part.save(tmp_path / "part.safetensors"), save(base, tmp_path / "base.safetensors")
+    ours = save(finetuned, tmp_path / "finetuned.safetensors")
+    composer = hatcl.compose(base, [full, part])
+    composer.coefficients.data[:] = 1
+    for both in (full + part, part + full, full - (-part)):
+        assert set(both) == set(full) and not both.partial and both.base == full.base
+        got = both.apply_to(base).state_dict()
+        # 1 is added before the sum is rounded, here after: one ulp
+        assert all(torch.allclose(got[n], want[n], rtol=2**-22) for n in full)
+        assert all(torch.equal(composer.merge().state_dict()[n], got[n]) for n in full)
+        out = named_tensors(compose_files(file, [(ours, 1.0), (path, 1.0)], tmp_path / "out"))
+        assert all(torch.equal(out[n], got[n]) for n in full)
+    assert hatcl.merge([part, full], "mean")["fc.bias"].equal(full["fc.bias"] / 2)
+    assert hatcl.merge([full, part], "ties", density=1.0)["fc.bias"].equal(full["fc.bias"])
+    assert full.cosine(part) == pytest.approx(part.cosine(full)) and full.dot(part) == float(
+        full["fc.weight"].double().sum()
+    )
+    extra = TaskVector({"other": torch.ones(2)}, partial=True)
+    for call in (lambda: full + extra, lambda: hatcl.merge([extra, full], "mean"), lambda: full.dot(extra)):
+        refused(VectorError, call, "lacks 1 tensors that vector", "of a vector made with partial=True, what it lacks")
+
+
+def test_sums_refer_to_their_vectors_and_can_be_copied_and_pickled(pair):
+    v, w = TaskVector.between(*pair), TaskVector.between(pair[0], moved(pair[0], seed=4))
+    both = 0.5 * (v + 2 * w) - v
+    for again in (copy.deepcopy(both), pickle.loads(pickle.dumps(both)), both.in_memory()):
+        assert same(again, both)
+    assert "in memory" in repr(both) and same(0.5 * v + 1.0 * w - 1.0 * v, both)
 
 
 def test_composed_hashes_a_tensor_once_for_all_vectors(pair, monkeypatch):

@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...files import write_files
 from ...report.heatmap import draw_cosines
 from ...report.tables import number_table
-from ...vectors.tensors import parameters_of
+from ...vectors.parameters import parameters_of
 from .._command import command
 from .._console import out, say
 
