@@ -75,7 +75,9 @@ def setting_at(option: str, setting: Any, name: str, place: float) -> Any:
                 return setting_at(option, case["value"], name, place)
         return None
     if any(isinstance(value, (Mapping, list, tuple)) for value in setting):
-        raise ConfigError(f"{option}: got {list(setting)!r}, expected values only, or mappings with value and filter only")
+        raise ConfigError(
+            f"{option}: got {list(setting)!r}, expected values only, or mappings with value and filter only"
+        )
     at = place * (len(setting) - 1)
     below = int(at)
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in setting):
@@ -124,6 +126,4 @@ def _part(vector: TaskVector, names: list[str]) -> TaskVector:
     kinds, base = vector.kinds, vector.base
     deltas: Lazy[Tensor | Delta] = Lazy({n: kinds[n] for n in names}, vector.delta)
     digests = None if base is None else Lazy({n: kinds[n] for n in names}, base.__getitem__)
-    return TaskVector(
-        deltas if isinstance(vector._deltas, Lazy) else dict(deltas), digests, partial=vector.partial
-    )
+    return TaskVector(deltas if isinstance(vector._deltas, Lazy) else dict(deltas), digests, partial=vector.partial)
