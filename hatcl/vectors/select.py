@@ -1,14 +1,49 @@
-"""The largest of many elements that need not fit into memory at once."""
+"""Some of many: tensors by patterns of their names, and the largest of elements that do not fit into memory at once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError, nearest
+
 DIGIT = 16  # bits that one pass over the tensors settles
+
+Patterns = str | Sequence[str]
+
+
+def chosen_names(names: Mapping[str, Sequence[str]], only: Patterns = (), skip: Patterns = ()) -> list[str]:
+    """The tensors that patterns of names choose, in their order.
+
+    Args:
+        names: a tensor's name -> all names that it goes by, such as those of tied tensors.
+        only: patterns (`fnmatch`: `*`, `?`, `[...]`; case counts), of which one must match; none = every tensor.
+        skip: patterns of those that are left out, such as `*.inv_freq` or `lm_head.*`.
+
+    Raises:
+        ConfigError: a pattern that matches no tensor (with the nearest name), or patterns that leave none.
+    """
+    inside = _matched("only", only, names) if only else set(names)
+    outside = _matched("skip", skip, names)
+    kept = [name for name in names if name in inside and name not in outside]
+    if not kept:
+        raise ConfigError(f"only={only!r} and skip={skip!r} leave none of {len(names)} tensors; leave out fewer")
+    return kept
+
+
+def _matched(option: str, patterns: Patterns, names: Mapping[str, Sequence[str]]) -> set[str]:
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = {first for first, every in names.items() if any(fnmatch.fnmatchcase(n, pattern) for n in every)}
+        if not hits:
+            near = nearest(pattern, [n for every in names.values() for n in every])
+            raise ConfigError(f"{option}: {pattern!r} matches none of {len(names)} tensors; did you mean {near!r}?")
+        found |= hits
+    return found
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .bases import digests_of, one_base
 from .delta import Delta
 from .files import SHARD_BYTES, nbytes, read_metadata, write_tensors
 from .task_vector import VECTOR_FORMAT, TaskVector, composed
-from .tensors import Kind, files_of, kinds_of, named_tensors, pick
+from .tensors import Kind, files_of, kinds_of, named_tensors, pick, stamps_of
 
 AnyPath = Union[str, "os.PathLike[str]"]
 
@@ -98,7 +98,7 @@ def compose_files(
     terms = [(float(c), _vector(base, path, buffers)) for path, c in parts]
     recipe = json.dumps(
         [
-            [[(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files] for files in read],
+            [stamps_of(files) for files in read],
             [c for c, _ in terms], method, dict(options or {}), vector, buffers,
         ],
         default=repr,

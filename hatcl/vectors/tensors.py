@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, Union
 
@@ -217,6 +217,11 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
     """The safetensors files that a path stands for."""
     file = find_file(Path(path))
     return sorted(set(shards_of(file).values())) if file.suffix == ".json" else [file]
+
+
+def stamps_of(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """What tells a changed file from the one that it was: its path, size and time."""
+    return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
 def _lazy_files(path: Path) -> Lazy[Tensor]:
