@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import sys
 import tempfile
@@ -28,12 +29,19 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests")]
 sys.path.remove(str(Path(__file__).parent))  # or this file would be what `import mergekit` finds
 import recipe_parts  # noqa: E402
 
-from hatcl.vectors.merging.dare import kept  # noqa: E402
 from hatcl.vectors.mergekit import follow_recipe  # noqa: E402
+from hatcl.vectors.merging.dare import kept  # noqa: E402
 from hatcl.vectors.tensors import named_tensors  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "mergekit.json"
-TIED = ("linear", "ties", "slices, passthrough", "tokenizer_source: base")  # also on a model with a tied head
+# other networks -> how they are made, and the cases that are also run on them
+OTHERS = {
+    "tied head": ({"kind": "gpt2"}, ("linear", "ties", "slices, passthrough", "tokenizer_source: base")),
+    "small steps": (
+        {"size": 1e-4},
+        ("sce", "model_stock", "model_stock, filter_wise", "multislerp, with a base"),
+    ),
+}
 
 
 def main() -> None:
@@ -48,18 +56,18 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for kind in ("llama", "gpt2"):
-            recipe_parts.write_models(folder / kind, kind)
-            os.chdir(folder / kind)
-            for case, content in recipe_parts.cases().items():
-                if (kind == "llama" or case in TIED) and case.startswith(options.only or ""):
-                    label = case if kind == "llama" else f"{case} (tied head)"
-                    result["cases"][label] = compare(content, Path(f"{kind}_{len(result['cases'])}"))
-                    print(f"{label:50s} {result['cases'][label]['difference']:.2e}", flush=True)
+        cases = recipe_parts.cases()
+        for network, (made, chosen) in {"": ({}, tuple(cases)), **OTHERS}.items():
+            recipe_parts.write_models(folder / network, **made)
+            os.chdir(folder / network)
+            for case in (c for c in chosen if c.startswith(options.only or "")):
+                label = f"{case} ({network})" if network else case
+                found = result["cases"][label] = compare(cases[case], Path(f"case_{len(result['cases'])}"))
+                print(f"{label:50s} {found['difference']:.1e} of {found['change']:.1e}", flush=True)
     if options.save:
-        import json
-
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in result.pop("cases").items()]
+        whole = json.dumps(result)[:-1] + ', "cases": {\n' + ",\n".join(lines) + "\n}}\n"
+        RESULT.write_text(whole)
 
 
 def compare(content: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hatcl.functional import hashed
 
 MODELS = {"base": 0, "a": 1, "b": 2, "c": 3}  # folder -> seed
 LAYERS = 4
-SAMPLE = 37  # of mergekit's results every so-manieth element is recorded
+SAMPLE = 211  # of mergekit's results every so-manieth element is recorded
 A, B, C = ({"model": m, "parameters": {"weight": w}} for m, w in (("a", 0.6), ("b", 0.3), ("c", 0.5)))
 BASE = {"base_model": "base"}
 

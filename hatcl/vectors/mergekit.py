@@ -22,7 +22,7 @@ from ..config import flag, number, one_of, whole
 from ..errors import ConfigError, IntegrityError, VectorError, nearest
 from .adapters import is_adapter
 from .checkpoint import complete, dtype_named, layer_settings
-from .delta import delta_between, restore
+from .delta import restore
 from .files import SHARD_BYTES, nbytes, write_tensors
 from .merging.layers import setting_at
 from .merging.registry import merge
@@ -336,11 +336,8 @@ def _merged(
     method = MERGEKIT[recipe.merge_method]
     order = _merged_models(method, made)
     base = read[made.base] if method.base != "none" and made.base in read else None
-    if base is None:
-        wide = torch.promote_types(kind, torch.float32)
-        vectors = [TaskVector({made.name: read[m].to(wide)}) for m in order]
-        out = merge(vectors, method.method, **options)[made.name].to(kind)
-    else:
-        vectors = [TaskVector({made.name: delta_between(base, read[m])}) for m in order]
-        out = restore(base, merge(vectors, method.method, **options).delta(made.name), kind)
+    wide = torch.promote_types(kind, torch.float32)
+    start = torch.zeros((), dtype=wide) if base is None else base.to(wide)
+    merged = merge([TaskVector({made.name: read[m].to(wide) - start}) for m in order], method.method, **options)
+    out = merged[made.name].to(kind) if base is None else restore(base, merged.delta(made.name), kind)
     return out.reshape(tensors[0].shape)

@@ -103,7 +103,7 @@ def by_layers(
         groups.setdefault(json.dumps(mine, default=repr), ([], mine))[0].append(name)
     merged: dict[str, TaskVector] = {}
     for names, mine in groups.values():
-        made = method([_part(v, names) for v in whole], **mine)
+        made = method([tensors_of(v, names) for v in whole], **mine)
         merged |= dict.fromkeys(names, made)
     kinds: dict[str, Kind] = {n: merged[n].kinds[n] for n in whole[0]}
     together: Lazy[Delta] = Lazy(kinds, lambda name: merged[name].delta(name))
@@ -122,8 +122,9 @@ def _resolved(option: str, value: Any, name: str, place: float) -> Any:
     return found
 
 
-def _part(vector: TaskVector, names: list[str]) -> TaskVector:
+def tensors_of(vector: TaskVector, names: Sequence[str]) -> TaskVector:
+    """Some tensors of a vector; those that it then lacks are known to be unchanged."""
     kinds, base = vector.kinds, vector.base
     deltas: Lazy[Tensor | Delta] = Lazy({n: kinds[n] for n in names}, vector.delta)
     digests = None if base is None else Lazy({n: kinds[n] for n in names}, base.__getitem__)
-    return TaskVector(deltas if isinstance(vector._deltas, Lazy) else dict(deltas), digests, partial=vector.partial)
+    return TaskVector(deltas if isinstance(vector._deltas, Lazy) else dict(deltas), digests, partial=True)
