@@ -56,7 +56,8 @@ def layer_settings(recipe: MergekitRecipe, folders: Mapping[str, Path]) -> dict[
             f"{folders[recipe.donor] / CONFIG_FILE} has none of {', '.join(LAYER_COUNTS)}, so that nothing "
             "says how many layers the result has"
         )
-    listed: dict[str, list[Any]] = {k: [] for k, v in config.items() if isinstance(v, list) and len(v) == config[key]}
+    lists = {k: v for k, v in config.items() if isinstance(v, list) and ("layer" in k or "block" in k)}
+    listed: dict[str, list[Any]] = {k: [] for k, v in lists.items() if len(v) == config[key]}
     count = 0
     for part in recipe.slices:
         first = part.sources[0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config import known_options
-from ..errors import ConfigError, VectorError
+from ..errors import ConfigError, VectorError, nearest
 from .merging.layers import layer_of
 from .tensors import Kind
 
@@ -89,7 +89,10 @@ def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
     given = dict(content)
     _refuse(given, "modules", "chat_template")
     models, tokenizer = given.pop("models", None), given.pop("tokenizer", None)
-    known_options(MergekitRecipe, given)
+    known = ["models", "tokenizer", *(f.name for f in fields(MergekitRecipe) if f.name != "pad_to_multiple_of")]
+    unknown = next((key for key in given if key not in known), None)
+    if unknown is not None:
+        raise ConfigError(f"recipe: no key {unknown!r}; did you mean {nearest(str(unknown), known)!r}?")
     if (models is None) == (given.get("slices") is None):
         raise ConfigError("recipe: expected either models or slices")
     if not isinstance(given.get("merge_method"), str):

@@ -89,7 +89,7 @@ def test_twin_the_papers_options_give_something_else(label, folders, tmp_path, m
     monkeypatch.chdir(folders[network_of(label)])
     content = cases()[label.removesuffix(f" ({network_of(label)})")]
     name = content["merge_method"]
-    want = sampled(dict(named_tensors(follow_recipe(content, tmp_path / "right"))))
+    want = named_tensors(follow_recipe(content, tmp_path / "right"))
     method = MERGEKIT[name]
     papers = {**method.shared, "normalize": mergekit.Parameter("normalise", False, "flag")}
     fixed = {k: v for k, v in method.fixed.items() if k != "floor"}
@@ -98,8 +98,8 @@ def test_twin_the_papers_options_give_something_else(label, folders, tmp_path, m
         own[name]["each"] = {k: v for k, v in method.each.items() if k != "gamma"}
     changed = mergekit.MergekitMethod(**{**vars(method), "fixed": fixed, **own.get(name, {})})
     monkeypatch.setitem(mergekit.MERGEKIT, name, changed)
-    other = sampled(dict(named_tensors(follow_recipe(content, tmp_path / "wrong"))))
-    assert max(abs(a - b) for a, b in zip(want, other, strict=True)) > 10 * ROUNDING
+    other = named_tensors(follow_recipe(content, tmp_path / "wrong"))
+    assert max(float((want[n] - other[n]).abs().max()) for n in want) > 10 * ROUNDING
 
 
 LOADED = ["linear", "ties", "slices, passthrough", "out_dtype", "tokenizer_source: union", "linear (tied head)"]
@@ -112,7 +112,7 @@ def test_transformers_loads_and_generates(label, folders, tmp_path, monkeypatch)
     network = network_of(label)
     monkeypatch.chdir(folders[network])
     content = cases()[label.removesuffix(f" ({network})")]
-    out = follow_recipe(content, tmp_path / "out", text="the recipe's own words", shard_bytes=20_000)
+    out = follow_recipe(content, tmp_path / "out", text="the recipe's own words", shard_bytes=12_000)
     assert (out / "model.safetensors.index.json").exists()
     model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
@@ -211,9 +211,7 @@ def test_it_does_not_replace_what_it_reads(models):
 
 def test_models_that_do_not_fit(models, folders, tmp_path):
     other = {"model": str(folders["tied head"] / "a"), "parameters": {"weight": 1.0}}
-    with pytest.raises(
-        VectorError, match="has no tensor model.embed_tokens.weight, which .* is to be made of; are the"
-    ):
+    with pytest.raises(VectorError, match="has no tensor model.embed_tokens.weight, which .* is to be made of; are"):
         follow_recipe(recipe("linear", [A, other]), tmp_path / "out")
     tensors = dict(named_tensors("a"))
     big = dict(tensors, **{"model.norm.weight": torch.ones(17)})

@@ -113,9 +113,7 @@ def test_adapters_that_change_different_layers():
 
 
 def test_what_layers_cannot_do(vectors):
-    with pytest.raises(
-        ConfigError, match="density: no value for embed.weight; end the list with one that has no filter"
-    ):
+    with pytest.raises(ConfigError, match="density: no value for embed.weight; end the list with one that has no fil"):
         merge(vectors, "ties", density={"layers": [{"filter": "mlp", "value": 0.5}]})
     with pytest.raises(ConfigError, match="layers: fisher works on the whole model; give each option one value"):
         merge(vectors, "fisher", floor={"layers": [0.1, 0.5]}, model=object(), batches=[])
