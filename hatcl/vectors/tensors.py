@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, Union
 
@@ -219,7 +219,7 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
     return sorted(set(shards_of(file).values())) if file.suffix == ".json" else [file]
 
 
-def stamps_of(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+def stamps_of(files: list[Path]) -> list[tuple[str, int, int]]:
     """What tells a changed file from the one that it was: its path, size and time."""
     return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
