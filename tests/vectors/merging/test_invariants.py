@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vector_parts import MOST
 
 import hatcl
 from hatcl.vectors.merging import blocks, list_merges, merge
@@ -18,9 +19,6 @@ METHODS = list_merges()
 FREE = [m for m in METHODS if not merge_info(m).needs]
 # these pass over the vectors once before any tensor is asked for
 LOOK_FIRST = {"ties": {}, "dare_ties": {"density": 0.5}}
-
-
-MOST = {"slerp": 2, "nuslerp": 2, "passthrough": 1}  # how many vectors these take, exactly
 
 
 def fitting(method, vectors):
