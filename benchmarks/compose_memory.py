@@ -1,6 +1,7 @@
 """How much memory `hatcl merge` takes on files: eight fine-tunes of a ViT-B are added to their base, 3.1 GB in all.
 
     python benchmarks/compose_memory.py [--parts 8] [--model vit_base_patch16_224]
+    python benchmarks/compose_memory.py --parts 3 --recipe ties      # a recipe of mergekit instead of the sum
 
 The composition runs in a process of its own while its anonymous memory is polled (RssAnon of /proc/<pid>/status: pages
 of files that are mapped count as resident too, but the kernel takes them back when it wants them). Limit: 400 MB above
@@ -25,6 +26,7 @@ import torch
 from common import save
 from safetensors.torch import load_file, save_file
 
+from hatcl.vectors.mergekit import follow_recipe
 from hatcl.vectors.stream import compose_files
 from hatcl.vectors.task_vector import TaskVector, composed
 from hatcl.vectors.tensors import named_tensors
@@ -38,19 +40,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224", help="a timm name")
     parser.add_argument("--parts", type=int, default=8, help="how many fine-tunes")
+    parser.add_argument("--recipe", help="one of mergekit's methods: measure a recipe with it")
     parser.add_argument("--scratch", type=Path, help="where the files go; by default the system's temporary folder")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        return child(options.child, options.parts)
+        return child(options.child, options.parts, options.recipe)
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
         folder = Path(name)
         size = write_files(folder, options.model, options.parts)
         result: dict[str, Any] = {"model": options.model, "parts": options.parts, "bytes_read": size}
-        result |= measure(folder, options.parts)
-        result |= equal(folder, options.parts)
+        result |= measure(folder, options.parts, options.recipe)
+        if options.recipe is None:
+            result |= equal(folder, options.parts)
     result["limit_bytes"] = int(LIMIT)
     print(result)
+    if options.recipe is not None:
+        save(f"recipe_memory_{options.recipe}", result)
+        return
     if options.parts == 8 and options.model == "vit_base_patch16_224":
         save("compose_memory", result)
     assert result["equal_to_in_memory"] and result["peak_above_import_bytes"] <= LIMIT
@@ -75,16 +82,23 @@ def write_files(folder: Path, model: str, parts: int) -> int:
     return size
 
 
-def child(folder: Path, parts: int) -> None:
+def child(folder: Path, parts: int, recipe: str | None) -> None:
     print(READY, flush=True)
     sys.stdin.readline()
+    if recipe is not None:
+        own = {"weight": 0.5, "density": 0.5}
+        models = [{"model": str(folder / f"{i}.safetensors"), "parameters": own} for i in range(parts)]
+        base = str(folder / "base.safetensors")
+        follow_recipe({"merge_method": recipe, "base_model": base, "models": models}, folder / "out")
+        return
     sources = [(folder / f"{i}.safetensors", c) for i, c in enumerate(coefficients(parts))]
     compose_files(folder / "base.safetensors", sources, folder / "out")
 
 
-def measure(folder: Path, parts: int) -> dict[str, Any]:
+def measure(folder: Path, parts: int, recipe: str | None) -> dict[str, Any]:
     """Compose in a process of its own and watch it."""
     command = [sys.executable, __file__, "--child", str(folder), "--parts", str(parts)]
+    command += ["--recipe", recipe] if recipe is not None else []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline().strip() == READY

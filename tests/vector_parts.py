@@ -12,6 +12,8 @@ from torch import nn
 from hatcl.vectors.merging import merge
 from hatcl.vectors.task_vector import TaskVector
 
+MOST = {"slerp": 2, "nuslerp": 2, "passthrough": 1}  # how many vectors these methods take, exactly
+
 
 class Tied(nn.Module):
     """An embedding that is also the head, a counter, and running statistics."""

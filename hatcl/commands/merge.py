@@ -1,9 +1,10 @@
-"""`hatcl merge`: checkpoints into one, file to file."""
+"""`hatcl merge`: checkpoints into one, file to file; by words, by a recipe, or by a recipe of mergekit."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import typer
 
 from ..config import known_options
 from ..errors import ConfigError
+from ..vectors.mergekit import follow_recipe
 from ..vectors.stream import compose_files
 from ._command import command
 from ._console import Bar, say
@@ -46,7 +48,7 @@ def merge_command(
         typer.Argument(
             metavar="BASE",
             help="The pretrained checkpoint: a safetensors file, or a folder of shards. Or, alone, a recipe: a .yaml "
-            "or .json file with base, parts, and where wanted coefficients, method and options.",
+            "or .json file with base, parts, and where wanted coefficients, method and options; or one of mergekit.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", help="A folder, or a file that ends in .safetensors.")],
@@ -63,6 +65,20 @@ def merge_command(
         Mapping[str, Any] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An option of --method, such as density=0.2; repeatable."),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="PATTERN", help="Merge these tensors, such as '*.mlp.*'; repeatable."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option("--skip", metavar="PATTERN", help="Leave these tensors as BASE has them; repeatable."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Store bfloat16, float16, float32 or float64; by default as BASE.")
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", metavar="base|PART", help="Whose tokenizer the result gets.")
+    ] = "base",
     shard_size: Annotated[str, typer.Option(help="How large a file may become: 100MB, 2GB, ...")] = "100MB",
     vector: Annotated[bool, typer.Option("--vector", help="Write the task vector instead of the checkpoint.")] = False,
     buffers: Annotated[
@@ -75,10 +91,25 @@ def merge_command(
     """Add what fine-tuning changed to a checkpoint: BASE + sum of COEFFICIENT * (PART - BASE), file to file.
 
     The memory needed is that of one shard and a few tensors. When it was interrupted, the same command goes on where it
-    stopped.
+    stopped. Of folders of transformers the result is one as well: config, tokenizer and a model card come along.
     """
-    if base.suffix in RECIPES and not parts:
-        recipe = _recipe(base)
+    size, alone = _bytes("--shard-size", shard_size), base.suffix in RECIPES and not parts
+    content = read_options(base) if alone else {}
+    if "merge_method" in content:
+        told = {"--method": method, "--set": set_, "--only": only, "--skip": skip, "--dtype": dtype, "--vector": vector}
+        told |= {"--buffers": buffers, "--tokenizer": tokenizer != "base"}
+        given = next((name for name, value in told.items() if value), None)
+        if given is not None:
+            raise ConfigError(f"{given}: {base} is a recipe of mergekit, which says it all; write it there")
+        with Bar(None, "bytes", "merging") as bar:
+            follow_recipe(
+                content, output, folder=base.parent, text=base.read_text(), shard_bytes=size,
+                progress=lambda done, total: bar.says("merging", completed=done, total=total),
+            )  # fmt: skip
+        say(f"{output}: {base}")
+        return {"output": absolute_path(output), "recipe": content}
+    if alone:
+        recipe = _recipe(base, content)
         if recipe.method is not None and method not in (None, recipe.method):
             raise ConfigError(
                 f"--method: got {method}, but {base} has the method {recipe.method}; leave one of them out"
@@ -89,11 +120,12 @@ def merge_command(
         start, pairs, options = base, [_part(text) for text in parts or ()], dict(set_ or {})
     if not pairs:
         raise ConfigError("merge: no parts; give at least one PART, or a recipe that ends in .yaml or .json")
-    size = _bytes("--shard-size", shard_size)
     with Bar(None, "bytes", "merging") as bar:
         compose_files(
             start, pairs, output, method=method, options=options, vector=vector, buffers=buffers, check=check,
-            shard_bytes=size, progress=lambda done, total: bar.says("merging", completed=done, total=total),
+            only=only or (), skip=skip or (), dtype=dtype, tokenizer=tokenizer,
+            card=base.read_text() if alone else _words(start, pairs, method, options), shard_bytes=size,
+            progress=lambda done, total: bar.says("merging", completed=done, total=total),
         )  # fmt: skip
     say(f"{output}: {start} and {len(pairs)} part{'s' * (len(pairs) > 1)}")
     return {
@@ -102,8 +134,14 @@ def merge_command(
     }  # fmt: skip
 
 
-def _recipe(path: Path) -> Recipe:
-    content = read_options(path)
+def _words(base: Path, pairs: list[tuple[Path, float]], method: str | None, options: Mapping[str, Any]) -> str:
+    """The command as a model card shows it."""
+    words = ["hatcl", "merge", str(base), *(f"{path}:{c:g}" for path, c in pairs)]
+    words += ["--method", method] if method else []
+    return shlex.join([*words, *(w for k, v in options.items() for w in ("--set", f"{k}={v}"))])
+
+
+def _recipe(path: Path, content: Mapping[str, Any]) -> Recipe:
     known_options(Recipe, content)
     missing = [name for name in ("base", "parts") if not content.get(name)]
     if missing:

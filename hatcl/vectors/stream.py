@@ -12,9 +12,12 @@ from typing import Any, Union
 from ..errors import ConfigError
 from .adapters import CONFIG, WEIGHTS, is_adapter
 from .bases import digests_of, joined_bases
+from .checkpoint import complete, dtype_named, tokenizer_folder
 from .files import SHARD_BYTES, nbytes, read_metadata, write_tensors
+from .merging.layers import tensors_of
+from .select import Patterns, chosen_names
 from .task_vector import VECTOR_FORMAT, TaskVector, combined, composed
-from .tensors import Kind, files_of, kinds_of, named_tensors, pick
+from .tensors import Kind, files_of, kinds_of, named_tensors, pick, stamps_of
 
 AnyPath = Union[str, "os.PathLike[str]"]
 
@@ -29,11 +32,19 @@ def compose_files(
     vector: bool = False,
     buffers: bool = False,
     check: bool = True,
+    only: Patterns = (),
+    skip: Patterns = (),
+    dtype: str | None = None,
+    tokenizer: str = "base",
+    card: str = "",
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write `theta0 + sum_i c_i tau_i`, summed in float64 and rounded once: a single part with coefficient 1 gives its
     fine-tuned checkpoint back bit for bit. The result is byte for byte that of the same vectors in memory.
+
+    Where the base is a folder of transformers and `out` a folder, its config and generation config, a tokenizer and a
+    model card are written too, so that `from_pretrained` loads the result.
 
     A write that was interrupted goes on where it stopped if it is called again with the same files and options.
 
@@ -47,6 +58,10 @@ def compose_files(
         vector: write the task vector instead of the checkpoint.
         buffers: compose also running statistics; otherwise they are the base's, as integers always are.
         check: compare the base with the digests that saved task vectors hold.
+        only, skip: patterns (`fnmatch`) of the tensors that are composed, and of those that are not; the others are the
+            base's.
+        dtype: what floating-point tensors are stored as, such as `bfloat16`, once they are rounded to the base's own.
+        tokenizer: `base`, or the part whose tokenizer the result gets. card: the recipe as the model card shows it.
         progress: told the bytes that are settled and those in all.
 
     Raises:
@@ -68,12 +83,14 @@ def compose_files(
     for file in (f.resolve() for files in read for f in files):
         if target in (file, file.parent):
             raise ConfigError(f"out: {out} would replace {file}, which is read; name another folder")
+    stored = dtype_named(dtype)
+    texts = tokenizer_folder(tokenizer, Path(base), [Path(p) for p, _ in parts]) if tokenizer != "base" else None
     theta0 = named_tensors(base)
-    terms = [(float(c), _vector(base, path, buffers)) for path, c in parts]
+    terms = [(float(c), _vector(base, path, buffers, only, skip)) for path, c in parts]
     recipe = json.dumps(
         [
-            [[(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files] for files in read],
-            [c for c, _ in terms], method, dict(options or {}), vector, buffers,
+            [stamps_of(files) for files in read],
+            [c for c, _ in terms], method, dict(options or {}), vector, buffers, only, skip, dtype,
         ],
         default=repr,
     )  # fmt: skip
@@ -88,21 +105,30 @@ def compose_files(
         base_of = joined_bases([summed.base, digests], summed)
         done = TaskVector(summed._deltas, base_of, partial=summed.partial)
         return done.save(out, shard_bytes=shard_bytes, recipe=recipe, progress=_towards(done.kinds, progress))
-    kinds = kinds_of(made)
-    return write_tensors(
-        Path(out), kinds, lambda name: {name: made[name]},
+    kinds = {
+        n: k._replace(dtype=stored if stored and k.dtype.is_floating_point else k.dtype)
+        for n, k in kinds_of(made).items()
+    }
+    path = write_tensors(
+        Path(out), kinds, lambda name: {name: made[name].to(kinds[name].dtype)},
         shard_bytes=shard_bytes, recipe=recipe, progress=_towards(kinds, progress),
     )  # fmt: skip
+    if path.is_dir():
+        named = [str(base), *(str(p) for p, _ in parts)]
+        complete(path, Path(base), dtype=stored, tokenizer=texts, models=named, recipe=card or recipe)
+    return path
 
 
 def _files(path: Path) -> list[Path]:
     return [path / CONFIG, path / WEIGHTS] if is_adapter(path) else files_of(path)
 
 
-def _vector(base: AnyPath, path: AnyPath, buffers: bool) -> TaskVector:
+def _vector(base: AnyPath, path: AnyPath, buffers: bool, only: Patterns, skip: Patterns) -> TaskVector:
+    chosen: dict[str, Any] = {"only": only, "skip": skip} if only or skip else {}
     if not is_adapter(path) and VECTOR_FORMAT in read_metadata(path):
-        return TaskVector.load(path)
-    vector = TaskVector.between(base, path, buffers=buffers)
+        whole = TaskVector.load(path)
+        return tensors_of(whole, chosen_names({n: [n] for n in whole}, only, skip)) if chosen else whole
+    vector = TaskVector.between(base, path, buffers=buffers, **chosen)
     vector.base = None  # it is taken from this very base, so that nothing needs to be hashed
     return vector
 

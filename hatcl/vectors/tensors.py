@@ -213,6 +213,11 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
     return sorted(set(shards_of(file).values())) if file.suffix == ".json" else [file]
 
 
+def stamps_of(files: list[Path]) -> list[tuple[str, int, int]]:
+    """What tells a changed file from the one that it was: its path, size and time."""
+    return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
 def _lazy_files(path: Path) -> Lazy[Tensor]:
     """Every tensor of a file, or of a folder with one or with an index of its shards; tied tensors of a pickle once."""
     file = find_file(path)

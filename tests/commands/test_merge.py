@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
+import recipe_parts
 import torch
 import yaml
 from command_parts import call
@@ -11,6 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import hatcl
 from hatcl.commands.merge import _bytes
+from hatcl.vectors.mergekit import follow_recipe
+from hatcl.vectors.task_vector import TaskVector
+from hatcl.vectors.tensors import named_tensors
 
 
 @pytest.fixture
@@ -168,3 +173,90 @@ def test_a_recipe_that_cannot_be_followed(checkpoints, capsys, content, text):
 def test_merge_without_parts(checkpoints, capsys):
     code, _, err = call(capsys, "merge", checkpoints / "base.safetensors", "--output", checkpoints / "out")
     assert code == 2 and "merge: no parts; give at least one PART, or a recipe" in err
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    recipe_parts.write_models(folder)
+    return folder
+
+
+def test_a_recipe_of_mergekit(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    content = recipe_parts.cases()["ties"]
+    path = recipe(tmp_path, content)
+    code, out, err = call(capsys, "merge", path, "--output", tmp_path / "out", "--shard-size", "12KB", "--json")
+    assert code == 0 and json.loads(out)["recipe"] == content, err
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    got, want = named_tensors(tmp_path / "out"), named_tensors(follow_recipe(content, tmp_path / "same"))
+    assert all(torch.equal(got[n], want[n]) for n in want)
+    assert path.read_text().strip() in (tmp_path / "out" / "README.md").read_text()
+    code, out, _ = call(capsys, "merge", path, "--output", tmp_path / "again")
+    assert code == 0 and "again: " in out
+    for words in (["--method", "ties"], ["--set", "density=1"], ["--dtype", "float16"], ["--only", "*"], ["--buffers"]):
+        code, _, err = call(capsys, "merge", path, "--output", tmp_path / "no", *words)
+        assert code == 2 and f"{words[0]}: {path} is a recipe of mergekit, which says it all; write it there" in err
+    code, _, err = call(capsys, "merge", recipe(tmp_path, {**content, "modles": []}), "--output", tmp_path / "no")
+    assert code == 2 and "recipe: no key 'modles'; did you mean 'models'" in err
+
+
+@pytest.mark.parametrize("words", [[], ["--method", "ties", "--set", "density=0.5"], ["--dtype", "bfloat16"]])
+def test_transformers_loads_what_the_command_wrote(models, tmp_path, monkeypatch, capsys, words):
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.chdir(models)
+    code, _, err = call(
+        capsys, "merge", "base", "a:0.4", "b", "--output", tmp_path / "out", "--tokenizer", "b", "--shard-size", "12KB",
+        *words,
+    )  # fmt: skip
+    assert code == 0, err
+    net, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert net.dtype == (torch.bfloat16 if "--dtype" in words else torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("<new>") == 30  # which only b has
+    ids = tokenizer("abcd", return_tensors="pt").input_ids
+    assert net.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    AutoModel.from_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "hatcl merge base a:0.4 b:1" in card and ("--method ties --set density=0.5" in card) == ("ties" in words)
+
+
+@pytest.mark.skipif(not hasattr(hatcl.vectors.task_vector, "combined"), reason="vectors do not add up by one rule yet")
+def test_the_command_gives_the_bits_of_arithmetic(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    assert call(capsys, "merge", "base", "a:0.6", "b:0.4", "c:-1.3", "--output", tmp_path / "out")[0] == 0
+    got = named_tensors(tmp_path / "out")
+    kinds = {n: k.dtype for n, k in got.kinds.items()}
+    a, b, c = (TaskVector.between("base", p) for p in "abc")
+    want = (a * 0.6 + b * 0.4 + c * -1.3).apply_to("base")
+    assert kinds and set(kinds.values()) == {torch.float32}
+    assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_a_tokenizer_that_is_not_there(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    code, _, err = call(capsys, "merge", "base", "a", "--output", tmp_path / "out", "--tokenizer", "c")
+    assert code == 2 and "tokenizer: got 'c', expected base or one of the parts" in err
+    code, _, err = call(capsys, "merge", "base", "a", "--output", tmp_path / "out", "--dtype", "int4")
+    assert code == 2 and "dtype: got 'int4', expected one of bfloat16" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(
+    "only" not in inspect.signature(TaskVector.between).parameters, reason="patterns are not in TaskVector.between yet"
+)
+def test_only_some_tensors(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    words = ["--only", "*.mlp.*", "--skip", "*.up_proj.*"]
+    code, _, err = call(capsys, "merge", "base", "a", "--output", tmp_path / "out", *words)
+    assert code == 0, err
+    TaskVector.between("base", "b").save(tmp_path / "v")
+    assert call(capsys, "merge", "base", tmp_path / "v", "--output", tmp_path / "w", *words)[0] == 0
+    for out, part in ((tmp_path / "out", "a"), (tmp_path / "w", "b")):
+        got, base, whole = named_tensors(out), named_tensors("base"), named_tensors(part)
+        for n in base:
+            chosen = ".mlp." in n and "up_proj" not in n
+            assert torch.equal(got[n], whole[n] if chosen else base[n])
+    code, _, err = call(capsys, "merge", "base", "a", "--output", tmp_path / "no", "--only", "*.mpl.*")
+    assert code == 2 and "only: '*.mpl.*' matches none of" in err

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ...config import number
+from ...config import flag, number
 from ...errors import ConfigError
 from ..task_vector import TaskVector
-from .blocks import blockwise, weighted
+from .blocks import PerVector, blockwise, shares, summed
 from .registry import merge_method
 
 log = logging.getLogger(__name__)
@@ -24,16 +24,19 @@ def arithmetic(
     vectors: Sequence[TaskVector],
     *,
     scale: float | None = None,
+    weights: PerVector | None = None,
+    normalise: bool = False,
     evaluate: Callable[[Any], float] | None = None,
     scales: Sequence[float] | None = None,
     model: nn.Module | None = None,
 ) -> TaskVector:
-    """`tau = scale * sum_t tau_t`.
+    """`tau = scale * sum_t w_t tau_t`.
 
     Needs no data, or a validation set: with `evaluate` the scale is the one of the grid that scores highest.
 
     Args:
         scale: default 0.4, which Yadav et al. 2023 report as the authors' advice where nothing can be validated.
+        weights: one per vector, default 1 each. normalise: divide by their sum.
         evaluate: scores a candidate on a validation set, the higher the better. It gets the model with the candidate
             applied where `model` is given, else the candidate vector.
         scales: the grid, default 0, 0.05, ..., 1. model: the base.
@@ -42,19 +45,21 @@ def arithmetic(
         ConfigError: `scale` beside `evaluate`, or `scales` or `model` without it; no scales; a score that is no finite
             number.
     """
+    flag("normalise", normalise)
+    w = shares(weights, vectors)
     if evaluate is None:
         for option, value in (("scales", scales), ("model", model)):
             if value is not None:
                 raise ConfigError(f"{option}: is for the search of the scale; pass evaluate= as well")
         factor = number("scale", 0.4 if scale is None else scale)
-        return blockwise(vectors, lambda _, taus: weighted(taus, [1.0] * len(taus)) * factor)
+        return blockwise(vectors, lambda _, taus: summed(taus, w, normalise) * factor)
     if scale is not None:
         raise ConfigError(f"scale: got {scale!r} beside evaluate, which searches for it; pass one of them")
-    total = blockwise(vectors, lambda _, taus: weighted(taus, [1.0] * len(taus)))
+    total = blockwise(vectors, lambda _, taus: summed(taus, w, normalise))
     scores = search_scale(total, evaluate, GRID if scales is None else scales, model)
     best = max(scores, key=lambda s: scores[s])  # of equal ones the first
     log.info("arithmetic: scale %g scores %g; all: %s", best, scores[best], scores)
-    return blockwise(vectors, lambda _, taus: weighted(taus, [1.0] * len(taus)) * best)
+    return blockwise(vectors, lambda _, taus: summed(taus, w, normalise) * best)
 
 
 def search_scale(

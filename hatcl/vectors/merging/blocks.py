@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +12,15 @@ from einops import rearrange
 from torch import Tensor
 
 from ...calls import outputs
+from ...config import number, one_of
 from ...errors import ConfigError
 from ..task_vector import Delta, TaskVector
 
 Forward = Callable[[Any, Any, int], Tensor]
+PerVector = float | Sequence[float]  # an option that is one number for all vectors, or one for each
+RESCALES = ("expected", "l1", "none")
+LEAST_MASS = 1e-7  # an L1 norm below this is left alone (mergekit's)
+NO_TOTAL = 1e-8  # weights whose sum is smaller than this are not divided by it (mergekit's)
 
 
 def blockwise(vectors: Sequence[TaskVector], fn: Callable[[str, list[Tensor]], Tensor]) -> TaskVector:
@@ -53,6 +59,55 @@ def per_vector(option: str, values: object, vectors: Sequence[TaskVector], what:
         got = f"{len(values)}" if isinstance(values, (list, tuple)) else f"a {type(values).__name__}"
         raise ConfigError(f"{option}: got {got}, expected a list of {len(vectors)}: one {what} per vector")
     return list(values)
+
+
+def each(
+    option: str,
+    value: PerVector,
+    vectors: Sequence[TaskVector],
+    low: float = -math.inf,
+    high: float = math.inf,
+    without: str = "",
+) -> list[float]:
+    """An option that is one number for all vectors, or a list of one per vector. Raises `ConfigError` as `number`."""
+    values = (
+        per_vector(option, value, vectors, "number") if isinstance(value, (list, tuple)) else [value] * len(vectors)
+    )
+    return [number(option, v, low, high, without=without) for v in values]
+
+
+def shares(weights: PerVector | None, vectors: Sequence[TaskVector]) -> list[float]:
+    """The weights of the vectors; None = 1 each."""
+    return each("weights", 1.0 if weights is None else weights, vectors)
+
+
+def summed(taus: Sequence[Tensor], weights: Sequence[float], normalise: bool) -> Tensor:
+    """`sum_t w_t tau_t`, with `normalise` divided by `sum_t w_t`, as float64."""
+    total = sum(weights)
+    out = weighted(taus, weights)
+    return out / total if normalise and abs(total) >= NO_TOTAL else out
+
+
+def rescaled(part: Tensor, whole: Tensor, how: str, keep: float | Tensor = 1.0) -> Tensor:
+    """What a mask left of a tensor, made as large as it was.
+
+    Args:
+        how: `expected` divides by the probability `keep` with which each element was kept; `l1` restores the sum of
+            magnitudes (mergekit's way); `none` leaves it.
+    """
+    if how == "expected":
+        return part.double() / keep
+    if how == "l1":
+        before, after = float(whole.abs().sum(dtype=torch.float64)), float(part.abs().sum(dtype=torch.float64))
+        if before >= LEAST_MASS and after >= LEAST_MASS:
+            return part.double() * (before / after)
+    return part
+
+
+def rescaling(how: str, choices: Sequence[str] = RESCALES) -> str:
+    """The option `rescale`, checked. Raises `ConfigError`."""
+    one_of("rescale", how, choices)
+    return how
 
 
 def own_logits(model: Any, inputs: Any, task: int = 0) -> Tensor:

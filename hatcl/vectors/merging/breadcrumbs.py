@@ -2,41 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ...config import number
+from ...config import flag, number
 from ..select import largest
 from ..task_vector import TaskVector
-from .blocks import blockwise, weighted
+from .blocks import PerVector, blockwise, each, rescaled, rescaling, shares, summed
 from .registry import merge_method
+from .ties import election
+
+PAPER = "Davari and Belilovsky 2023, arXiv 2312.06795"
 
 
-@merge_method("breadcrumbs", paper="Davari and Belilovsky 2023, arXiv 2312.06795")
+@merge_method("breadcrumbs", paper=PAPER)
 def breadcrumbs(
-    vectors: Sequence[TaskVector], *, density: float = 0.15, outliers: float = 0.006, scale: float = 0.2
+    vectors: Sequence[TaskVector],
+    *,
+    density: PerVector = 0.15,
+    outliers: PerVector = 0.006,
+    scale: float = 0.2,
+    weights: PerVector | None = None,
+    normalise: bool = False,
+    rescale: str = "none",
 ) -> TaskVector:
-    """`tau = scale * sum_t m_t tau_t`, where the mask of a layer drops both tails of its magnitudes: the share
+    """`tau = scale * sum_t w_t m_t tau_t`, where the mask of a layer drops both tails of its magnitudes: the share
     `outliers` of largest ones, and all but the share `density` of what follows.
 
     Needs no data. The defaults are the point from which the authors' search starts. A layer is a tensor here, as in the
-    paper's text; the authors' code masks each row of it. Tensors without dimensions are kept whole.
+    paper's text; the authors' code masks each row of it. Tensors without dimensions are kept whole. Where the two
+    shares are more than 1 together, less of the largest are dropped, so that the density holds.
+
+    Args:
+        density, outliers: one for all vectors, or one per vector. weights: one per vector, default 1 each.
+        normalise: divide by the sum of the weights. rescale: `l1` gives each tensor the sum of magnitudes that it had.
 
     Raises:
         ConfigError: a share outside 0 to 1.
     """
-    keep, top, factor = number("density", density, 0, 1), number("outliers", outliers, 0, 1), number("scale", scale)
-    return blockwise(
-        vectors, lambda _, taus: weighted([_band(tau, keep, top) for tau in taus], [1.0] * len(taus)) * factor
-    )
+    flag("normalise", normalise)
+    factor, w = number("scale", scale), shares(weights, vectors)
+    crumbs = banding(vectors, density, outliers, rescale)
+    return blockwise(vectors, lambda _, taus: summed(crumbs(taus), w, normalise) * factor)
+
+
+@merge_method("breadcrumbs_ties", paper=f"{PAPER}; Yadav et al. 2023, arXiv 2306.01708; together in mergekit")
+def breadcrumbs_ties(
+    vectors: Sequence[TaskVector],
+    *,
+    density: PerVector = 0.15,
+    outliers: PerVector = 0.006,
+    scale: float = 1.0,
+    weights: PerVector | None = None,
+    normalise: bool = True,
+    rescale: str = "none",
+    undecided: str = "zero",
+) -> TaskVector:
+    """The masks of `breadcrumbs`, merged by the elected signs of `ties`. Needs no data.
+
+    Args:
+        density, outliers, rescale: as in `breadcrumbs`. weights, normalise, undecided: as in `ties`.
+
+    Raises:
+        ConfigError: a share outside 0 to 1.
+    """
+    factor, w, elect = number("scale", scale), shares(weights, vectors), election(normalise, undecided)
+    crumbs = banding(vectors, density, outliers, rescale)
+    return blockwise(vectors, lambda _, taus: elect(crumbs(taus), w) * factor)
+
+
+def banding(
+    vectors: Sequence[TaskVector], density: PerVector, outliers: PerVector, rescale: str
+) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """What the masks leave of a tensor of each vector, rescaled. Raises `ConfigError`."""
+    keep, top = each("density", density, vectors, 0, 1), each("outliers", outliers, vectors, 0, 1)
+    how = rescaling(rescale, ("l1", "none"))
+
+    def crumbs(taus: Sequence[Tensor]) -> list[Tensor]:
+        return [rescaled(_band(tau, k, t), tau, how) for tau, k, t in zip(taus, keep, top, strict=True)]
+
+    return crumbs
 
 
 def _band(tau: Tensor, keep: float, top: float) -> Tensor:
     if not tau.dim():
         return tau
-    skipped = int(top * tau.numel())
+    count = int(keep * tau.numel())
+    skipped = min(int(top * tau.numel()), tau.numel() - count)
     over = largest({"": tau}, skipped).mask("", tau)
-    held = largest({"": tau}, skipped + int(keep * tau.numel())).mask("", tau)
+    held = largest({"": tau}, skipped + count).mask("", tau)
     return torch.where(held & ~over, tau, 0)

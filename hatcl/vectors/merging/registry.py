@@ -4,7 +4,7 @@
     model = merged.apply_to(pretrained)
 
 A method is a function of task vectors and keyword options that gives a task vector. `@merge_method(name, ...)` above it
-is all that it takes to be found.
+is all that it takes to be found. `layers.py` gives every method options that differ from layer to layer.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ...config import one_of
 from ...errors import ConfigError, VectorError, nearest
 from ..task_vector import TaskVector
+from .layers import by_layers, differs
 
 MergeFunction = TypeVar("MergeFunction", bound=Callable[..., TaskVector])
 
@@ -42,6 +43,17 @@ class MergeMethod:
 
 
 _MERGES: dict[str, MergeMethod] = {}
+# what people type elsewhere -> the method here
+ALIASES = {
+    "linear": "mean",
+    "average": "mean",
+    "soup": "mean",
+    "task_arithmetic": "arithmetic",
+    "ties_merging": "ties",
+    "tsv_m": "tsv",
+    "wudi_merging": "wudi",
+    "layerwise_adamerging": "adamerging",
+}
 
 
 def merge_method(
@@ -84,7 +96,9 @@ def list_merges() -> list[str]:
 
 
 def merge_info(method: str) -> MergeMethod:
-    """What is registered under a name. Raises `ConfigError` where nothing is."""
+    """What is registered under a name, or what `ALIASES` says that it is called here. Raises `ConfigError` where
+    nothing is."""
+    method = ALIASES.get(method, method)
     one_of("method", method, list_merges())
     return _MERGES[method]
 
@@ -96,7 +110,8 @@ def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -
     asked for (each time anew; `in_memory()` keeps them).
 
     Args:
-        vectors: of one model. method: one of `list_merges()`. options: the method's own.
+        vectors: of one model. method: one of `list_merges()`, or one of `ALIASES`. options: the method's own. One that
+            differs from layer to layer is `{"layers": SETTING}` (see `layers.py`), where the method needs no data.
 
     Raises:
         VectorError: no vectors, or vectors of different bases, names or shapes. ConfigError: an unknown method or
@@ -135,4 +150,8 @@ def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -
                 )
     # raises where they do not belong together, before a method has read anything
     vectors[0]._map(lambda _, d, *others: d, *vectors[1:])
-    return chosen.function(vectors, **options)
+    if not any(differs(value) for value in options.values()):
+        return chosen.function(vectors, **options)
+    if chosen.needs:
+        raise ConfigError(f"layers: {method} works on the whole model; give each option one value")
+    return by_layers(vectors, chosen.function, options)

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ...config import number
 from ...errors import ConfigError
 from ..task_vector import TaskVector
-from .blocks import blockwise, weighted
+from .blocks import blockwise
 from .registry import merge_method
 
 PARALLEL = 0.9995  # beyond this cosine the angle's sine is too small to divide by (mergekit's threshold)
@@ -24,23 +24,29 @@ def slerp(vectors: Sequence[TaskVector], *, t: float = 0.5) -> TaskVector:
         tau = sin((1 - t) w) / sin(w) tau_1 + sin(t w) / sin(w) tau_2
 
     Needs no data. It interpolates the task vectors, not the weights (whose angle is next to nothing). Where the two are
-    nearly parallel or opposite (|cos w| > 0.9995) or one is zero, `(1 - t) tau_1 + t tau_2`. Symmetric at t = 0.5; else
-    exchanging the vectors exchanges t and 1 - t.
+    nearly parallel or opposite (|cos w| > 0.9995), `(1 - t) tau_1 + t tau_2`; where one is zero, the angle is taken to
+    be right. Symmetric at t = 0.5; else exchanging the vectors exchanges t and 1 - t.
 
     Raises:
         ConfigError: not two vectors, or t outside 0 to 1.
     """
     if len(vectors) != 2:
-        raise ConfigError(f"slerp: got {len(vectors)} vectors, expected 2; for more take mean, ties or tsv")
+        raise ConfigError(f"slerp: got {len(vectors)} vectors, expected 2; for more take mean, karcher or multislerp")
     at = number("t", t, 0, 1)
-    return blockwise(vectors, lambda _, taus: weighted(taus, _weights(taus[0], taus[1], at)))
+
+    def one(_: str, taus: list[Tensor]) -> Tensor:
+        a, b = (tau.double().reshape(-1) for tau in taus)
+        return arc(a, b, at, PARALLEL).reshape(taus[0].shape)
+
+    return blockwise(vectors, one)
 
 
-def _weights(a: Tensor, b: Tensor, t: float) -> tuple[float, float]:
-    a, b = a.double().flatten(), b.double().flatten()
-    norms = float(a.norm() * b.norm())
-    cosine = float(a @ b) / norms if norms else 1.0
-    if abs(cosine) > PARALLEL:
-        return 1 - t, t
-    angle = math.acos(cosine)
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+def arc(a: Tensor, b: Tensor, t: float, parallel: float) -> Tensor:
+    """Between two tensors along the arc, for each row along the last dimension; straight where `|cos|` is above
+    `parallel`."""
+    unit_a, unit_b = (x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) for x in (a, b))
+    cosine = (unit_a * unit_b).sum(-1, keepdim=True).clamp(-1, 1)
+    straight = cosine.abs() > parallel
+    angle = torch.acos(torch.where(straight, 0, cosine))
+    first, second = (torch.sin(s * angle) / torch.sin(angle) for s in (1 - t, t))
+    return torch.where(straight, 1 - t, first) * a + torch.where(straight, t, second) * b

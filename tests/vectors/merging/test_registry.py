@@ -13,7 +13,8 @@ from hatcl.vectors.merging.registry import merge_info
 from hatcl.vectors.task_vector import TaskVector
 
 EVERY = [
-    "adamerging", "arithmetic", "breadcrumbs", "dare_linear", "dare_ties", "fisher", "magmax", "mean", "regmean",
+    "adamerging", "arithmetic", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear",
+    "fisher", "karcher", "magmax", "mean", "model_stock", "multislerp", "nuslerp", "passthrough", "regmean", "sce",
     "slerp", "ties", "tsv", "wudi",
 ]  # fmt: skip
 DATA = [(m, o) for m in EVERY for o in merge_info(m).needs]
@@ -66,10 +67,10 @@ def test_unknown_option(method, two):
     with pytest.raises(ConfigError, match=f"densty: no option of {method}, which has .*"):
         merge(two, method, densty=0.1)
     with pytest.raises(
-        ConfigError, match="densty: no option of ties, which has density, scale; did you mean 'density'"
+        ConfigError, match="densty: no option of ties, which has density, scale, weights, .*; did you mean 'density'"
     ):
         merge(two, "ties", densty=0.1)
-    with pytest.raises(ConfigError, match="density: no option of mean, which has none"):
+    with pytest.raises(ConfigError, match="density: no option of mean, which has weights, normalise"):
         merge(two, "mean", density=0.1)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hatcl.vectors.merging import merge
-from hatcl.vectors.merging.ties import elected_mean
+from hatcl.vectors.merging.ties import elected
 from hatcl.vectors.task_vector import TaskVector
 
 
@@ -72,4 +72,33 @@ def test_law_as_the_paper_says(rows, density):
 
 def test_twin_averaging_all_votes_differs():
     taus = [torch.tensor([4.0]), torch.tensor([-1.0])]
-    assert elected_mean(taus).item() == 4.0 != sum(taus).item() / 2
+    assert elected(taus, [1.0, 1.0]).item() == 4.0 != sum(taus).item() / 2
+
+
+def test_weights_count_in_signs_and_means():
+    rows = [[4.0, -1.0], [-3.0, 2.0], [2.0, 0.0]]
+    merged = merge([vector(r) for r in rows], density=1.0, weights=[0.5, 2.0, 1.0])["w"]
+    # masses 2 - 6 + 2 and -0.5 + 4 + 0: the second's signs win
+    assert merged.tolist() == [-3.0, 2.0]
+    # dividing by the weights of those that agree is not scaling the vectors beforehand
+    assert merge([vector(r) * w for r, w in zip(rows, [0.5, 2.0, 1.0], strict=True)], density=1.0)["w"].tolist() == [
+        -6,
+        4,
+    ]
+    summed = merge([vector(r) for r in rows], density=1.0, weights=[0.5, 2.0, 1.0], normalise=False)["w"]
+    assert summed.tolist() == [-6.0, 4.0]
+    negative = merge([vector([1.0]), vector([2.0])], density=1.0, weights=[1.0, -0.25])["w"]
+    assert negative.tolist() == [1.0]  # 1 against -0.5
+
+
+def test_a_density_for_each_vector_and_at_least_one_element():
+    rows = [[4.0, 1.0, 2.0], [3.0, 2.0, 1.0]]
+    assert merge([vector(r) for r in rows], density=[0.34, 1.0])["w"].tolist() == [3.5, 2.0, 1.0]
+    assert merge([vector([4.0, 1.0, 2.0])], density=0.1)["w"].tolist() == [4.0, 0.0, 0.0]
+    assert merge([vector([4.0, 1.0, 2.0])], density=0.0)["w"].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_undecided_signs_and_restored_mass():
+    rows = [[2.0, 1.0], [-2.0, 1.0]]
+    assert merge([vector(r) for r in rows], density=1.0, undecided="positive")["w"].tolist() == [2.0, 1.0]
+    assert merge([vector([3.0, 1.0])], density=0.5, rescale="l1")["w"].tolist() == [4.0, 0.0]

@@ -1,0 +1,145 @@
+"""What lies beside the weights in a folder of transformers: config, generation config, tokenizer, model card. A merge
+writes them, so that `from_pretrained` loads its result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, IntegrityError, nearest
+from ..files import read_json, write_files
+from .recipe import MergekitRecipe
+from .vocabulary import Vocabulary
+
+CONFIG_FILE, CARD = "config.json", "README.md"
+BESIDE = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "*.py",
+)  # fmt: skip
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+    "spiece.model", "sentencepiece*.model", "*.tiktoken",
+)  # fmt: skip
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The type of a name such as `bfloat16` or `torch.float16`. Raises `ConfigError` for another one."""
+    short = name.removeprefix("torch.") if name is not None else None
+    if short is not None and short not in DTYPES:
+        raise ConfigError(
+            f"dtype: got {name!r}, expected one of {', '.join(DTYPES)}; did you mean {nearest(short, DTYPES)!r}?"
+        )
+    return None if short is None else DTYPES[short]
+
+
+def is_model_folder(path: Path) -> bool:
+    """Is it a folder that transformers can load a config from?"""
+    return path.is_dir() and (path / CONFIG_FILE).is_file()
+
+
+def layer_settings(recipe: MergekitRecipe, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """What a config has to say of the layers that a recipe puts together: their number, and what it lists for each of
+    them (such as `layer_types`), taken from where each comes from."""
+    if recipe.slices[0].sources[0].layer_range is None or not is_model_folder(folders[recipe.donor]):
+        return {}
+    config = read_json(folders[recipe.donor] / CONFIG_FILE)
+    key = next((k for k in LAYER_COUNTS if isinstance(config.get(k), int)), None)
+    if key is None:
+        raise ConfigError(
+            f"{folders[recipe.donor] / CONFIG_FILE} has none of {', '.join(LAYER_COUNTS)}, so that nothing "
+            "says how many layers the result has"
+        )
+    lists = {k: v for k, v in config.items() if isinstance(v, list) and ("layer" in k or "block" in k)}
+    listed: dict[str, list[Any]] = {k: [] for k, v in lists.items() if len(v) == config[key]}
+    count = 0
+    for part in recipe.slices:
+        first = part.sources[0]
+        start, stop = first.layer_range or (0, 0)
+        count += stop - start
+        own = read_json(folders[first.model] / CONFIG_FILE) if is_model_folder(folders[first.model]) else config
+        for name, values in listed.items():
+            values += own.get(name, config[name])[start:stop]
+    return {key: count, **listed}
+
+
+def complete(
+    out: Path,
+    base: Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: Path | None = None,
+    vocabulary: Vocabulary | None = None,
+    models: Sequence[str] = (),
+    recipe: str = "",
+) -> None:
+    """Write what belongs beside the weights in `out`. Does nothing where the base is no folder of transformers.
+
+    Args:
+        base: where config and generation config come from. changes: to the config. dtype: of the weights.
+        tokenizer: the folder that the tokenizer comes from, by default the base. vocabulary: a joint one to write
+            instead.
+        models, recipe: what the card names.
+
+    Raises:
+        IntegrityError: a file is damaged, or the disk is full.
+    """
+    if not is_model_folder(base):
+        return
+    config = read_json(base / CONFIG_FILE)
+    config |= dict(changes or {})
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    if vocabulary is not None:
+        config["vocab_size"] = vocabulary.rows
+    texts = vocabulary.source if vocabulary is not None else tokenizer or base
+    copied = _found(base, BESIDE) | _found(texts, TOKENIZER)
+    contents: dict[Path, bytes | Callable[[Path], object]] = {
+        out / name: _copying(file) for name, file in sorted(copied.items())
+    }
+    if vocabulary is not None:
+        contents[out / "tokenizer.json"] = json.dumps(vocabulary.content, ensure_ascii=False).encode()
+    contents[out / CARD] = card(out.name, models, recipe).encode()
+    contents[out / CONFIG_FILE] = json.dumps(config, indent=2).encode()
+    write_files(contents)
+
+
+def _copying(file: Path) -> Callable[[Path], object]:
+    return lambda new: shutil.copyfile(file, new)
+
+
+def _found(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    return {f.name: f for pattern in patterns for f in folder.glob(pattern) if f.is_file()}
+
+
+def tokenizer_folder(which: str, base: Path, parts: Sequence[Path]) -> Path:
+    """The folder of `--tokenizer`: `base`, or a part as it was given.
+
+    Raises:
+        ConfigError: neither. IntegrityError: it holds no tokenizer.
+    """
+    known = {"base": base, **{str(p): p for p in parts}}
+    if which not in known:
+        raise ConfigError(
+            f"tokenizer: got {which!r}, expected base or one of the parts; did you mean {nearest(which, known)!r}?"
+        )
+    if not known[which].is_dir() or not _found(known[which], TOKENIZER):
+        raise IntegrityError(f"{known[which]} holds no tokenizer; take another part's, or leave --tokenizer out")
+    return known[which]
+
+
+def card(name: str, models: Sequence[str], recipe: str) -> str:
+    """A model card as hubs show it."""
+    listed = "\n".join(f"- `{m}`" for m in models)
+    return (
+        f"---\nlibrary_name: transformers\ntags:\n- merge\n- hatcl\n---\n\n# {name}\n\n"
+        f"Merged with hatcl from\n\n{listed}\n\nby this recipe:\n\n```\n{recipe.strip()}\n```\n"
+    )

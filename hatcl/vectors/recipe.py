@@ -1,0 +1,292 @@
+"""mergekit's recipes (Goddard et al. 2024, arXiv 2403.13257): reading one, and which tensors of which models make each
+tensor of the result. `mergekit.py` follows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..config import known_options
+from ..errors import ConfigError, VectorError, nearest
+from .merging.layers import layer_of
+from .tensors import Kind
+
+# which tensors outside of the layers stand before them: those of the inputs. Others belong to the last slice
+BEFORE = re.compile(r"embed(?!_out)|wte|wpe|(^|\.)shared\.|patch|token_type", re.IGNORECASE)
+NOT_HERE = {
+    "modules": "recipes of several modules are not read; merge each module's files by a recipe of its own",
+    "tokenizer.tokens": "embeddings of single tokens are not chosen here; leave it out, and those that a model lacks "
+    "come from the models that have them",
+    "chat_template": "copy the template into the result's chat_template.jinja",
+    "residual_weight": "mergekit itself makes no use of it; leave it out",
+}
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model in a slice.
+
+    Attributes:
+        model: its path. layer_range: its layers from the first to before the second; None = all. parameters: options of
+            the method, for this model.
+    """
+
+    model: str
+    layer_range: tuple[int, int] | None = None
+    parameters: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive layers of the result, made of as many layers of each source."""
+
+    sources: tuple[Source, ...]
+    base_model: str | None = None
+    parameters: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergekitRecipe:
+    """A recipe as mergekit has it.
+
+    Attributes:
+        merge_method: mergekit's name of it. slices: of `models` there is one, of all layers.
+        dtype: what tensors are read as. out_dtype: what they are written as. tokenizer_source: `base`, `union`, a
+            model, or None: the base's tokenizer, and embeddings as they are. pad_to_multiple_of: of the vocabulary.
+    """
+
+    merge_method: str
+    slices: tuple[Slice, ...]
+    base_model: str | None = None
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    pad_to_multiple_of: int | None = None
+    parameters: Settings = field(default_factory=dict)
+
+    @property
+    def models(self) -> list[str]:
+        """Every model that is named, in their order, the base first."""
+        named = [self.base_model, *(s.base_model for s in self.slices)]
+        named += [source.model for s in self.slices for source in s.sources]
+        return list(dict.fromkeys(m for m in named if m is not None))
+
+    @property
+    def donor(self) -> str:
+        """The model whose config the result gets."""
+        return self.base_model or self.models[0]
+
+
+def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
+    """A recipe from what its file holds.
+
+    Raises:
+        ConfigError: a key that is not known or not supported here, or a value of another kind.
+    """
+    given = dict(content)
+    _refuse(given, "modules", "chat_template")
+    models, tokenizer = given.pop("models", None), given.pop("tokenizer", None)
+    known = ["models", "tokenizer", *(f.name for f in fields(MergekitRecipe) if f.name != "pad_to_multiple_of")]
+    unknown = next((key for key in given if key not in known), None)
+    if unknown is not None:
+        raise ConfigError(f"recipe: no key {unknown!r}; did you mean {nearest(str(unknown), known)!r}?")
+    if (models is None) == (given.get("slices") is None):
+        raise ConfigError("recipe: expected either models or slices")
+    if not isinstance(given.get("merge_method"), str):
+        raise ConfigError(f"merge_method: got {given.get('merge_method')!r}, expected the name of a method")
+    for key in ("base_model", "dtype", "out_dtype", "tokenizer_source"):
+        if given.get(key) is not None and not isinstance(given[key], str):
+            raise ConfigError(f"{key}: got {given[key]!r}, expected a text")
+    if tokenizer is not None:
+        if given.get("tokenizer_source") is not None:
+            raise ConfigError("tokenizer: given beside tokenizer_source; leave one of them out")
+        tokenizer = dict(_mapping("tokenizer", tokenizer))
+        if tokenizer.pop("tokens", None):
+            raise ConfigError(f"tokenizer.tokens: {NOT_HERE['tokenizer.tokens']}")
+        given["tokenizer_source"] = tokenizer.pop("source", "union")
+        given["pad_to_multiple_of"] = tokenizer.pop("pad_to_multiple_of", None)
+        if tokenizer:
+            raise ConfigError(f"tokenizer: got {', '.join(tokenizer)}, expected source and pad_to_multiple_of")
+    given["parameters"] = _parameters(given.get("parameters"))
+    if models is not None:
+        sources = [_source(s, "models", layers=False) for s in _items("models", models)]
+        base = given.get("base_model")
+        if base is not None and base not in [s.model for s in sources]:
+            sources.append(Source(base))
+        given["slices"] = (_checked(Slice(tuple(sources))),)
+    else:
+        given["slices"] = tuple(_slice(s) for s in _items("slices", given["slices"]))
+    return MergekitRecipe(**given)
+
+
+def _slice(content: Any) -> Slice:
+    given = dict(_mapping("slices", content))
+    _refuse(given, "residual_weight")
+    known_options(Slice, given)
+    sources = tuple(_source(s, "sources", layers=True) for s in _items("sources", given.get("sources")))
+    lengths = {s.layer_range[1] - s.layer_range[0] for s in sources if s.layer_range is not None}
+    if len(lengths) > 1:
+        raise ConfigError(f"slices: sources of {sorted(lengths)} layers, expected as many layers of each")
+    return _checked(Slice(sources, given.get("base_model"), _parameters(given.get("parameters"))))
+
+
+def _source(content: Any, where: str, *, layers: bool) -> Source:
+    given = dict(_mapping(where, content))
+    known_options(Source, given)
+    if not isinstance(given.get("model"), str):
+        raise ConfigError(f"{where}: got the model {given.get('model')!r}, expected a path")
+    span = given.get("layer_range")
+    if layers:
+        pair = span if isinstance(span, (list, tuple)) and all(type(i) is int for i in span) else []
+        if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
+            raise ConfigError(f"layer_range: got {span!r}, expected [FIRST, LAST + 1], such as [0, 16]")
+        span = (pair[0], pair[1])
+    elif span is not None:
+        raise ConfigError("layer_range: is for slices; list the models under slices instead of models")
+    return Source(given["model"], span, _parameters(given.get("parameters")))
+
+
+def _checked(part: Slice) -> Slice:
+    models = [s.model for s in part.sources]
+    twice = next((m for m in models if models.count(m) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"sources: {twice} twice in one slice, expected each model once")
+    return part
+
+
+def _refuse(given: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        if given.get(key) is not None:
+            raise ConfigError(f"{key}: {NOT_HERE[key]}")
+
+
+def _items(key: str, value: Any) -> Sequence[Any]:
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{key}: got {value!r}, expected a list that is not empty")
+    return value
+
+
+def _mapping(key: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}: got {value!r}, expected a mapping")
+    return value
+
+
+def _parameters(value: Any) -> Settings:
+    return {} if value is None else {k: _numbers(v) for k, v in _mapping("parameters", value).items()}
+
+
+def _numbers(setting: Any) -> Any:
+    """YAML reads 1e-5 as a text; the parameters of no method are texts."""
+    if isinstance(setting, str):
+        try:
+            return float(setting)
+        except ValueError:
+            return setting
+    if isinstance(setting, list):
+        return [_numbers(s) for s in setting]
+    if isinstance(setting, Mapping):
+        return {k: v if k == "filter" else _numbers(v) for k, v in setting.items()}
+    return setting
+
+
+# ---- which tensors make which -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """One tensor of the result.
+
+    Attributes:
+        name: its name. inputs: model -> the name of the tensor that it gives. base: the model that counts as the base.
+        place: how far along its slice, from 0 to 1 (see `layers.places`); 0 outside of layers.
+        part: the slice whose parameters count.
+    """
+
+    name: str
+    inputs: Mapping[str, str]
+    base: str | None
+    place: float
+    part: Slice
+
+
+def tensors_to_make(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> list[Made]:
+    """All tensors of the result: those before the layers, of the first slice; the layers, slice after slice; and those
+    after them, of the last slice.
+
+    Args:
+        kinds: model -> its tensors.
+
+    Raises:
+        VectorError: a model that lacks a tensor, or has none of its layers. ConfigError: slices of a model that has
+            several stacks of layers.
+    """
+    out = []
+    for names, part in ((True, recipe.slices[0]), (False, recipe.slices[-1])):
+        own = [n for n in kinds[part.sources[0].model] if layer_of(n) is None and bool(BEFORE.search(n)) == names]
+        base = part.base_model or recipe.base_model
+        out.append([Made(n, dict.fromkeys(_models(part), n), base, 0.0, part) for n in own])
+    whole = recipe.slices[0].sources[0].layer_range is None
+    layers = list(_whole(recipe, kinds) if whole else _sliced(recipe, kinds))
+    made = [*out[0], *layers, *out[1]]
+    for one in made:
+        lacking = next((m for m, n in one.inputs.items() if n not in kinds[m]), None)
+        if lacking is not None:
+            raise VectorError(
+                f"{lacking} has no tensor {one.inputs[lacking]}, which {one.name} of the result is to be made of; are "
+                "the models of one architecture, with the same tied weights?"
+            )
+    made_of = {(m, n) for one in made for m, n in one.inputs.items()}
+    for model in _models(recipe.slices[0]) if whole else ():
+        extra = next((n for n in kinds[model] if (model, n) not in made_of), None)
+        if extra is not None:
+            raise VectorError(
+                f"{model} has the tensor {extra}, which {recipe.slices[0].sources[0].model} lacks; are the models of "
+                "one architecture, with the same tied weights?"
+            )
+    return made
+
+
+def _models(part: Slice) -> list[str]:
+    return [s.model for s in part.sources]
+
+
+def _whole(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> Iterator[Made]:
+    part = recipe.slices[0]
+    names = kinds[part.sources[0].model]
+    stacks: dict[str, int] = {}
+    for n in names:
+        if (at := layer_of(n)) is not None:
+            stacks[at[0]] = max(stacks.get(at[0], 0), at[1])
+    for n in names:
+        if (at := layer_of(n)) is not None:
+            place = at[1] / stacks[at[0]] if stacks[at[0]] else 1.0
+            yield Made(n, dict.fromkeys(_models(part), n), recipe.base_model, place, part)
+
+
+def _sliced(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> Iterator[Made]:
+    written = 0
+    for part in recipe.slices:
+        first = part.sources[0]
+        start, stop = first.layer_range or (0, 0)
+        stacks = {at[0] for n in kinds[first.model] if (at := layer_of(n)) is not None}
+        if len(stacks) != 1:
+            raise ConfigError(
+                f"slices: {first.model} has {len(stacks)} stacks of layers ({', '.join(sorted(stacks))}), expected one"
+            )
+        for i in range(stop - start):
+            names = [n for n in kinds[first.model] if (at := layer_of(n)) is not None and at[1] == start + i]
+            if not names:
+                raise VectorError(f"{first.model} has no layer {start + i}, which layer_range {[start, stop]} names")
+            for n in names:
+                inputs = {s.model: _in_layer(n, (s.layer_range or (0, 0))[0] + i) for s in part.sources}
+                place = i / (stop - start - 1) if stop - start > 1 else 1.0
+                yield Made(_in_layer(n, written), inputs, part.base_model or recipe.base_model, place, part)
+            written += 1
+
+
+def _in_layer(name: str, layer: int) -> str:
+    return re.sub(r"(^|\.)\d+\.", lambda m: f"{m[1]}{layer}.", name, count=1)
