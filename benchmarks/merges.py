@@ -5,8 +5,8 @@
 
 Scales and thresholds are chosen by the validation examples. `tall_masks` and `emr` give one model per task (base, one
 vector, and each task's mask), which is measured on its own task; the others give one model for all. `... of rank 16`
-are the vectors cut to 16 singular values per matrix, as LoRA's are. Networks and vectors are kept in `--work`, results are
-written after each method, and a method that is there is not run again.
+are the vectors cut to 16 singular values per matrix, as LoRA's are. Networks and vectors are kept in `--work`, results
+are written after each method, and a method that is there is not run again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hatcl.vectors.merging.tsv import thin_svd
 
 Vectors = list[hatcl.TaskVector]
 Candidates = dict[str, Vectors]  # a setting -> one vector for all tasks, or one per task
-HALVES = (0.5, 1.0, 1.5)
+SCALES = (1.0, 1.5, 2.0, 2.5)
 THRESHOLDS = (0.2, 0.4, 0.6)
 # the eight tasks of ViT-B/32, in the words of each paper; checkpoints differ by up to 4 points: never mix columns
 PUBLISHED = {
@@ -72,7 +72,7 @@ def of_rank(vectors: Vectors, rank: int) -> Vectors:
 def low(method: str) -> Callable[[World], Candidates]:
     def make(world: World) -> Candidates:
         merged = hatcl.merge(of_rank(world.vectors, 16), method).in_memory()
-        return {f"scale {s:g}": [merged * s] for s in HALVES}
+        return {f"scale {s:g}": [merged * s] for s in SCALES}
 
     return make
 
@@ -86,7 +86,7 @@ def by_inputs(method: str) -> Callable[[World], Candidates]:
 
 
 METHODS: dict[str, Callable[[World], Candidates]] = {
-    "iso_c": scaled("iso_c", HALVES), "iso_cts": scaled("iso_cts", HALVES), "emr": rescaled, "tall_masks": masked,
+    "iso_c": scaled("iso_c", SCALES), "iso_cts": scaled("iso_cts", SCALES), "emr": rescaled, "tall_masks": masked,
     "consensus": scaled("consensus", (0.25, 0.5, 0.75), scale=1.0), "opcm": scaled("opcm", (1.0,)),
     "localize_and_stitch": scaled("localize_and_stitch", (1.0,)), "regmean_plusplus": by_inputs("regmean_plusplus"),
     "knots of rank 16": low("knots"), "ties of rank 16": low("ties"),

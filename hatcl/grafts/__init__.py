@@ -6,8 +6,9 @@ from .learned import LearnedGraft, learn_graft
 from .options import PUBLISHED, GraftOptions
 from .scores import GraftScores
 from .selection import candidates, select_graft
+from .task_grafts import TaskGrafts, task_grafts
 
 __all__ = [
-    "PUBLISHED", "Graft", "GraftOptions", "GraftScores", "LearnedGraft", "candidates", "hold", "learn_graft",
-    "overlaps", "select_graft", "union",
+    "PUBLISHED", "Graft", "GraftOptions", "GraftScores", "LearnedGraft", "TaskGrafts", "candidates", "hold",
+    "learn_graft", "overlaps", "select_graft", "task_grafts", "union",
 ]  # fmt: skip
