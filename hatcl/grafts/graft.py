@@ -125,7 +125,7 @@ class Graft:
             shapes = {n: tuple(s) for n, s in about["shapes"].items()}
             indices = {n.removesuffix(AT): t for n, t in tensors.items() if n.endswith(AT)}
             packed = {n.removesuffix(BITS): t for n, t in tensors.items() if n.endswith(BITS)}
-            indices |= {n: files.unpacked(t, math.prod(shapes.get(n, ()))) for n, t in packed.items()}
+            indices |= {n: files.unpacked(t, math.prod(shapes[n])) if n in shapes else t for n, t in packed.items()}
             values = {n.removesuffix(VALUE): t for n, t in tensors.items() if n.endswith(VALUE)}
             return Graft(shapes, indices, values if about["values"] else None, about["base"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
