@@ -4,9 +4,9 @@ from .graft import Graft, overlaps, union
 from .holding import hold
 from .learned import LearnedGraft, learn_graft
 from .options import PUBLISHED, GraftOptions
+from .per_task import TaskGrafts, task_grafts
 from .scores import GraftScores
 from .selection import candidates, select_graft
-from .task_grafts import TaskGrafts, task_grafts
 
 __all__ = [
     "PUBLISHED", "Graft", "GraftOptions", "GraftScores", "LearnedGraft", "TaskGrafts", "candidates", "hold",

@@ -76,9 +76,9 @@ def packed(at: Tensor, size: int) -> Tensor:
 
 
 def unpacked(bits: Tensor, size: int) -> Tensor:
-    """The indices again. Raises `ValueError` where there are not so many bits."""
+    """The indices again. Raises `IntegrityError` where there are not so many bits."""
     if bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-size // 8),):
-        raise ValueError(f"{list(bits.shape)} bytes of bits for {size} elements")
+        raise IntegrityError(f"got {bits.numel()} bytes of bits for {size} elements; save the graft again")
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=size).nonzero()[0])
 
 

@@ -6,9 +6,10 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,9 +21,6 @@ from ..files import write_files
 from ..functional import digest_of
 from .adapters import CONFIG, WEIGHTS
 from .tensors import check_fit, named_tensors, pick
-
-if TYPE_CHECKING:
-    from .task_vector import TaskVector
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -53,8 +51,10 @@ class LoRAReport:
         return out
 
 
-def write_lora(vector: TaskVector, rank: int, base: nn.Module, folder: Path) -> LoRAReport:
-    """What `TaskVector.to_lora` says."""
+def write_lora(
+    vector: Mapping[str, Tensor], digests: Mapping[str, str] | None, rank: int, base: nn.Module, folder: Path
+) -> LoRAReport:
+    """What `TaskVector.to_lora` says. `digests` are of the tensors that the vector was taken from."""
     rank = whole("rank", rank)
     tensors = named_tensors(base)
     check_fit(
@@ -62,9 +62,9 @@ def write_lora(vector: TaskVector, rank: int, base: nn.Module, folder: Path) -> 
         "Pass the model that the vector was taken from",
     )  # fmt: skip
     for name in vector:
-        if vector.base is not None and vector.base[name] != digest_of(tensors[name]):
+        if digests is not None and digests[name] != digest_of(tensors[name]):
             raise IntegrityError(f"{name} is not what this vector was taken from; pass its own base")
-    layers = _layers(base)
+    layers = _paired_layers(base)
     factors: dict[str, Tensor] = {}
     errors, left_out, lost, mass = {}, {}, [], []
     for name in vector:
@@ -77,7 +77,7 @@ def write_lora(vector: TaskVector, rank: int, base: nn.Module, folder: Path) -> 
             left_out[name] = math.sqrt(size)
             lost.append(size)
             continue
-        turned = _turned(layers[name])
+        turned = _inputs_first(layers[name])
         a, b = _factors(tau.T if turned else tau.flatten(1), rank)
         gap = float(((tau.T if turned else tau.flatten(1)) - b.double() @ a.double()).square().sum())
         errors[name] = math.sqrt(gap / size)
@@ -91,7 +91,9 @@ def write_lora(vector: TaskVector, rank: int, base: nn.Module, folder: Path) -> 
             "the vector changes no weight that LoRA has a place for; it takes linear layers and convolutions without "
             f"groups, the vector changes {', '.join(list(left_out)[:5]) or 'nothing'}"
         )
-    config = _config(base, rank, [n.removesuffix(".weight") for n in errors], all(_turned(layers[n]) for n in errors))
+    config = _peft_config(
+        base, rank, [n.removesuffix(".weight") for n in errors], all(_inputs_first(layers[n]) for n in errors)
+    )
     text = json.dumps(config, indent=2).encode()
     write_files(
         {folder / WEIGHTS: lambda new: save_file(factors, new, metadata={"format": "pt"}), folder / CONFIG: text}
@@ -101,7 +103,7 @@ def write_lora(vector: TaskVector, rank: int, base: nn.Module, folder: Path) -> 
     return LoRAReport(folder, rank, errors, shares, math.sqrt(math.fsum(lost)) / whole_norm)
 
 
-def _layers(base: nn.Module) -> dict[str, nn.Module]:
+def _paired_layers(base: nn.Module) -> dict[str, nn.Module]:
     """Name of a weight -> the layer that peft puts a pair beside. Not of weights that other layers hold as well (a tied
     head): the pair would change one of them only; nor inside `nn.MultiheadAttention`, which does not call its own."""
     holders = Counter(id(p) for m in base.modules() for p in m.parameters(recurse=False))
@@ -110,12 +112,12 @@ def _layers(base: nn.Module) -> dict[str, nn.Module]:
         f"{path}.weight": m
         for path, m in base.named_modules()
         if id(m) not in inside
-        and (isinstance(m, nn.Linear) or _turned(m) or (isinstance(m, CONVS) and m.groups == 1))
+        and (isinstance(m, nn.Linear) or _inputs_first(m) or (isinstance(m, CONVS) and m.groups == 1))
         and holders[id(m.weight)] == 1
     }
 
 
-def _turned(layer: nn.Module) -> bool:
+def _inputs_first(layer: nn.Module) -> bool:
     """Does a layer hold its weight as [in, out]? Those that peft knows are transformers' Conv1D, as in GPT-2."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
@@ -129,7 +131,7 @@ def _factors(tau: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _config(base: nn.Module, rank: int, targets: list[str], turned: bool) -> dict[str, Any]:
+def _peft_config(base: nn.Module, rank: int, targets: list[str], turned: bool) -> dict[str, Any]:
     """peft's configuration. A name in its list stands for every module that ends in it; where that would be another one
     too, the names are an expression that must match in full."""
     paths = [path for path, _ in base.named_modules()]

@@ -23,10 +23,10 @@ def emr(vectors: Sequence[TaskVector]) -> TaskVector:
     use it alone: each task has its mask and its scale, see `emr_parts`. Where both signs have the same mass the result
     is 0, by the paper's formula (the authors' code takes the negative sign).
     """
-    return blockwise(vectors, lambda _, taus: elected(taus))
+    return blockwise(vectors, lambda _, taus: unified(taus))
 
 
-def elected(taus: Sequence[Tensor]) -> Tensor:
+def unified(taus: Sequence[Tensor]) -> Tensor:
     """One tensor of `emr`."""
     sign = weighted(taus, [1.0] * len(taus)).sign().to(taus[0].dtype)
     largest = torch.zeros_like(sign)
@@ -44,21 +44,22 @@ def emr_parts(vectors: Sequence[TaskVector]) -> list[tuple[float, TaskVector]]:
     and one number beside the one tau. Reads every tensor once. The sums are over all elements, as in the paper; the
     authors' code sums the means of the tensors, so that a bias counts as much as a matrix.
     """
-    own = [_part(vectors, task) for task in range(len(vectors))]
+    kinds = vectors[0]._map(lambda _, d, *others: d, *vectors[1:]).kinds
     mass: list[list[float]] = [[] for _ in vectors]
     kept: list[list[float]] = [[] for _ in vectors]
-    for name in vectors[0]._map(lambda _, d, *others: d, *vectors[1:]):
-        taus = [v[name] if name in v else None for v in vectors]
-        for task, tau in enumerate(taus):
-            mass[task].append(0.0 if tau is None else float(tau.double().abs().sum()))
-            kept[task].append(float(own[task][name].double().abs().sum()))
+    for name, kind in kinds.items():
+        taus = [v[name] if name in v else torch.zeros(kind.shape, dtype=kind.dtype) for v in vectors]
+        tau = unified(taus)
+        for task, own in enumerate(taus):
+            mass[task].append(float(own.double().abs().sum()))
+            kept[task].append(float(_agreeing(own, tau).double().abs().sum()))
     scales = [math.fsum(m) / math.fsum(k) if math.fsum(k) else 1.0 for m, k in zip(mass, kept, strict=True)]
-    return list(zip(scales, own, strict=True))
+    return [(scale, _own_part(vectors, task)) for task, scale in enumerate(scales)]
 
 
-def _part(vectors: Sequence[TaskVector], task: int) -> TaskVector:
-    def one(_: str, taus: list[Tensor]) -> Tensor:
-        tau = elected(taus)
-        return torch.where(taus[task] * tau > 0, tau, 0)
+def _own_part(vectors: Sequence[TaskVector], task: int) -> TaskVector:
+    return blockwise(vectors, lambda _, taus: _agreeing(taus[task], unified(taus)))
 
-    return blockwise(vectors, one)
+
+def _agreeing(own: Tensor, tau: Tensor) -> Tensor:
+    return torch.where(own.sign() == tau.sign(), tau, 0)  # their product would underflow

@@ -11,7 +11,7 @@ from ...config import number
 from ..task_vector import TaskVector
 from .blocks import as_matrix, average, blockwise
 from .registry import merge_method
-from .ties import cut, elected_mean, trimmed
+from .ties import ties
 from .tsv import thin_svd
 
 
@@ -52,13 +52,11 @@ def knots(
         return taus[0]
 
     blockwise(vectors, tied).in_memory()
-    represented = [TaskVector(part) for part in parts if part]
-    cuts = [cut(v, v.__getitem__, share) for v in represented]
+    merged = ties([TaskVector(part) for part in parts], density=share) if bases else {}
 
     def one(name: str, taus: list[Tensor]) -> Tensor:
         if name not in bases:
             return average(taus) * factor
-        kept = trimmed(name, [v[name] for v in represented], cuts)
-        return (bases[name] @ elected_mean(kept) * factor).view(taus[0].shape)
+        return (bases[name] @ merged[name].double() * factor).view(taus[0].shape)
 
     return blockwise(vectors, one)
