@@ -42,9 +42,10 @@ def adapt(
     """Learn coefficients from examples without labels, by unsupervised FixMatch (UFM). Labels are used nowhere: also
     the coefficients kept are the last epoch's, chosen by nothing.
 
-    At the start of each epoch the weak view of every example is classified. Trusted are, for each class, the k most
-    confident of those that are put into it, `k = min(N / C, 100)`. A batch is a quarter trusted examples, which repeat,
-    and three quarters others; an epoch passes over the others once. For the strong view x' of an example
+    At the start of each epoch the weak view of every example is classified. Trusted are, for each class, the k of all
+    examples that are likeliest of it, `k = min(N / 10 C, 100)`, with the class that they are put into. A batch is a
+    quarter trusted examples, which repeat, and three quarters others; an epoch passes over the others once. For the
+    strong view x' of an example
 
         trusted:   CE(f(x'), argmax of the class it was put into)
         others:    CE(f(x'), q),  q = sqrt(p) / sum sqrt(p),  p the weak view's softmax,  where max q > t
@@ -53,11 +54,12 @@ def adapt(
 
     As published: AdamW, cosine from lr 1e-2 without warm-up, weight decay 0.1, clip 1, 10 epochs, batches of 128.
 
-    The trusted set, the batches, q and t are those of the authors' earlier script (github fredzzhang/atlas,
-    src/learn_coef.py at 03ca31e), but for k, a tenth there: min(N / 10 C, 100); pass `per_class` for that. It drops
-    what does not fill a batch. The one released in its place, src/learn_ufm.py, takes p / 2 for the root of p and holds
-    t at 0.99; by a slip it trusts all examples, with the labels it gave them before the first epoch, so that its loss
-    is cross-entropy on these. Both choose the epoch by true labels.
+    The trusted set is that of the authors' released script (github fredzzhang/atlas, src/learn_ufm.py), which ranks all
+    examples for each class; an example that two classes rank is in it once. The batches, q, t and that it is estimated
+    anew in each epoch are those of the earlier one (src/learn_coef.py at 03ca31e), which ranks those that are put into
+    the class by their confidence, and drops what does not fill a batch. The released one takes p / 2 for the root of p
+    and holds t at 0.99; by a slip it trusts all examples, with the labels it gave them before the first epoch, so that
+    its loss is cross-entropy on these. Both choose the epoch by true labels.
 
     Args:
         examples: what can be indexed and has a length: a tensor `[N, ...]`, a mapping of such, or a data set. Of items
@@ -151,25 +153,20 @@ class Unlabelled:
 
 
 def trusted(probabilities: Tensor, per_class: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """For each class the most confident examples that are put into it.
+    """For each class the examples, of all, that are likeliest of it.
 
     Args:
-        probabilities: `[N, C]`. per_class: k; None = `min(N / C, 100)`, at least 1.
+        probabilities: `[N, C]`. per_class: k; None = `min(N / 10 C, 100)`, at least 1.
 
     Returns:
-        indices of the trusted, their classes, indices of the others.
+        indices of the trusted, the classes that they are put into, indices of the others; both in ascending order.
     """
     n, classes = probabilities.shape
-    k = max(1, min(n // classes, 100)) if per_class is None else per_class
-    confidence, put = probabilities.max(-1)
-    ids = []
-    for c in range(classes):
-        of_class = (put == c).nonzero().view(-1)
-        ids.append(of_class[confidence[of_class].argsort(descending=True, stable=True)][:k])
-    chosen = torch.cat(ids)
-    rest = torch.ones(n, dtype=torch.bool)
-    rest[chosen] = False
-    return chosen, put[chosen], rest.nonzero().view(-1)
+    k = max(1, min(n // (10 * classes), 100)) if per_class is None else per_class
+    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen[probabilities.argsort(dim=0, descending=True, stable=True)[:k]] = True
+    ids = chosen.nonzero().view(-1)
+    return ids, probabilities.argmax(-1)[ids], (~chosen).nonzero().view(-1)
 
 
 def two_streams(ids: Tensor, labels: Tensor, rest: Tensor, batch_size: int, threshold: float) -> list[Step]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -64,6 +66,20 @@ def held_by(path: str | os.PathLike[str]) -> str:
         IntegrityError, GraftError: as `read`.
     """
     return str(_what_it_says(path)["holds"])
+
+
+def packed(at: Tensor, size: int) -> Tensor:
+    """One bit for each of so many elements, those at the indices on: uint8 `[ceil(size / 8)]`."""
+    on = np.zeros(size, dtype=bool)
+    on[at.numpy()] = True
+    return torch.from_numpy(np.packbits(on))
+
+
+def unpacked(bits: Tensor, size: int) -> Tensor:
+    """The indices again. Raises `IntegrityError` where there are not so many bits."""
+    if bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-size // 8),):
+        raise IntegrityError(f"got {bits.numel()} bytes of bits for {size} elements; save the graft again")
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=size).nonzero()[0])
 
 
 def _what_it_says(path: str | os.PathLike[str]) -> dict[str, Any]:

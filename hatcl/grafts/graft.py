@@ -30,7 +30,8 @@ from ..vectors.tensors import Lazy, TensorSource, kinds_of, named_tensors, pick,
 from . import files, inplace
 from .checks import checked_indices, checked_values, dtype_name, found_in
 
-AT, VALUE = ":at", ":value"  # endings of the names under which a tensor's indices and values are saved
+# endings of the names under which a tensor's indices (as they are, or one bit for every element) and values are saved
+AT, BITS, VALUE = ":at", ":bits", ":value"
 OVERLAPS = ("equal", "mean", "first")
 
 
@@ -124,18 +125,25 @@ class Graft:
         try:
             shapes = {n: tuple(s) for n, s in about["shapes"].items()}
             indices = {n.removesuffix(AT): t for n, t in tensors.items() if n.endswith(AT)}
+            packed = {n.removesuffix(BITS): t for n, t in tensors.items() if n.endswith(BITS)}
+            indices |= {n: files.unpacked(t, math.prod(shapes[n])) if n in shapes else t for n, t in packed.items()}
             values = {n.removesuffix(VALUE): t for n, t in tensors.items() if n.endswith(VALUE)}
             return Graft(shapes, indices, values if about["values"] else None, about["base"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"{path}: its parts do not fit each other ({error}); save the graft again") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one `.safetensors` file, which says that it holds bits; a few bytes per element of the graft.
+        """Write one `.safetensors` file, which says that it holds bits; of each tensor the indices, a few bytes per
+        element of the graft, or where that is less one bit for every element.
 
         Raises:
             GraftError: another ending. IntegrityError: the disk is full or not writable.
         """
-        tensors = {n + AT: at for n, at in self.indices.items()}
+        tensors = {}
+        for n, at in self.indices.items():
+            size = math.prod(self.shapes[n])
+            dense = len(at) * at.element_size() > -(-size // 8)
+            tensors[n + (BITS if dense else AT)] = files.packed(at, size) if dense else at
         tensors |= {n + VALUE: v for n, v in (self.values or {}).items()}
         about = {"shapes": self.shapes, "base": self.base, "values": self.values is not None}
         return files.write(path, files.BITS, tensors, about)

@@ -200,8 +200,8 @@ def _opened(path: Path, tensors: bool) -> tuple[str, dict[str, torch.Tensor]]:
                 f"{path}: a pickle (torch.save), expected a safetensors file; hatcl does not load pickles"
             ) from None
         raise IntegrityError(
-            f"{path}: not readable as safetensors ({error}); the file is truncated or damaged. Copy it again from where "
-            "it came"
+            f"{path}: not readable as safetensors ({error}); the file is truncated or damaged. Copy it again from "
+            "where it came"
         ) from error
     if text is None:
         raise IntegrityError(

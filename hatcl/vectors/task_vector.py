@@ -36,6 +36,7 @@ from .tensors import (
     pick,
     tied_names,
 )
+from .to_lora import LoRAReport, write_lora
 
 VECTOR_FORMAT = "hatcl.task_vector"
 AT, REST = ":at", ":rest"  # endings of the names under which remainders are saved
@@ -508,6 +509,22 @@ class TaskVector(Mapping[str, Tensor]):
             recipe=recipe,
             progress=progress,
         )
+
+    def to_lora(self, rank: int, base: nn.Module, folder: str | os.PathLike[str]) -> LoRAReport:
+        """Write the nearest LoRA adapter, `B A` of this rank for each weight (the leading singular values, Eckart and
+        Young 1936), in peft's format: `PeftModel.from_pretrained(base, folder)` loads it.
+
+        It has linear layers, GPT-2's kind of them, and convolutions without groups. Biases, norms, embeddings and tied
+        weights have no place in it: the report lists them, and counts them in the error.
+
+        Args:
+            rank: of every pair; where a matrix has less, the rest is zeros. base: the model it was taken from.
+
+        Raises:
+            VectorError: another architecture, or nothing that LoRA has a place for. IntegrityError: another base, or
+            the disk is full. ConfigError: a rank below 1.
+        """
+        return write_lora(self, self.base, rank, base, Path(folder))
 
 
 def _flat(name: str, d: Delta) -> dict[str, Tensor]:

@@ -28,14 +28,15 @@ def composer():
 # ---- its parts -------------------------------------------------------------------------------------------------
 
 
-def test_trusted_are_the_most_confident_of_each_class():
-    p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.3, 0.7], [0.7, 0.3]])
-    ids, labels, rest = trusted(p)  # k = min(5 / 2, 100) = 2
-    assert (ids.tolist(), labels.tolist(), rest.tolist()) == ([0, 2, 3], [0, 0, 1], [1, 4])
-    ids, labels, rest = trusted(p, per_class=1)
-    assert (ids.tolist(), labels.tolist(), rest.tolist()) == ([0, 3], [0, 1], [1, 2, 4])
-    many = torch.rand(1000, 2).softmax(-1)
-    assert all(int((trusted(many)[1] == c).sum()) == 100 for c in (0, 1))
+def test_trusted_are_the_likeliest_of_each_class_among_all():
+    p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.55, 0.45], [0.7, 0.3]])
+    ids, labels, rest = trusted(p)  # k = max(1, min(5 / 20, 100)) = 1; nothing is put into the second class
+    assert (ids.tolist(), labels.tolist(), rest.tolist()) == ([0, 3], [0, 0], [1, 2, 4])
+    ids, labels, rest = trusted(p, per_class=3)  # 0, 2, 4 and 3, 1, 4: one of them twice, kept once
+    assert (ids.tolist(), labels.tolist(), rest.tolist()) == ([0, 1, 2, 3, 4], [0] * 5, [])
+    many = torch.rand(4000, 2).softmax(-1)
+    assert len(trusted(many)[0]) == 200  # k = 100 of the likeliest of each, which are other examples
+    assert len(trusted(many[:100])[0]) == 10  # k = 5
     assert len(trusted(torch.eye(3)[:1])[0]) == 1  # fewer examples than classes
 
 

@@ -26,7 +26,7 @@ def adapt_command(
         str, typer.Option(help="ufm (unsupervised FixMatch), or entropy of the predictions, to compare with.")
     ] = "ufm",
     per_class: Annotated[
-        int | None, typer.Option(help="How many images of each class are trusted; by default images / classes, to 100.")
+        int | None, typer.Option(help="Images trusted per class; by default a tenth of images / classes, to 100.")
     ] = None,
     flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror images in the strong view.")] = True,
     *, reading: Reading, writing: Writing, learning: atlas.AtlasOptions = adaptation.ADAPTATION,

@@ -1,33 +1,20 @@
-"""Merging task vectors without training: one file per method. `merge` finds them by name."""
+"""Merging task vectors without training: one file per method. `merge` finds them by name, and every file of this
+folder is read, so a method in a file of its own needs no entry elsewhere."""
 
-from . import (
-    adamerging,
-    arithmetic,
-    breadcrumbs,
-    dare,
-    della,
-    fisher,
-    karcher,
-    magmax,
-    mean,
-    model_stock,
-    multislerp,
-    nuslerp,
-    passthrough,
-    regmean,
-    sce,
-    slerp,
-    ties,
-    tsv,
-    wudi,
-)
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .arithmetic import search_scale
+from .emr import emr_parts
 from .fisher import diagonal_fisher
+from .opcm import Continual, opcm_step
 from .registry import list_merges, merge, merge_method
 from .regmean import input_grams
 
+for _file in sorted(m.name for m in iter_modules(__path__)):
+    import_module(f"{__name__}.{_file}")
+
 __all__ = [
-    "adamerging", "arithmetic", "breadcrumbs", "dare", "della", "diagonal_fisher", "fisher", "input_grams", "karcher",
-    "list_merges", "magmax", "mean", "merge", "merge_method", "model_stock", "multislerp", "nuslerp", "passthrough",
-    "regmean", "sce", "search_scale", "slerp", "ties", "tsv", "wudi",
+    "Continual", "diagonal_fisher", "emr_parts", "input_grams", "list_merges", "merge", "merge_method", "opcm_step",
+    "search_scale",
 ]  # fmt: skip

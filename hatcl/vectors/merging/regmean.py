@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,35 +74,36 @@ def regmean(
         ]
     given = per_vector("grams", grams, vectors, "mapping")
     kinds = {n: k for v in vectors for n, k in v.kinds.items()}
-    solved = [n for n in kinds if any(n in g for g in given)]
-    for name in solved:
-        for i, g in enumerate(given):
-            _check_gram(name, kinds[name].shape, g, i)
-    rest = [n for n in kinds if n not in solved]
-    log.info("regmean: %d tensors averaged, %d solved; averaged: %s", len(rest), len(solved), ", ".join(rest))
+    of = {n: checked_grams(n, kinds[n].shape, given) for n in kinds if any(n in g for g in given)}
+    rest = [n for n in kinds if n not in of]
+    log.info("regmean: %d tensors averaged, %d solved; averaged: %s", len(rest), len(of), ", ".join(rest))
 
     def one(name: str, taus: list[Tensor]) -> Tensor:
-        if name not in given[0]:
-            return average(taus)
-        return _solved(taus, [g[name] for g in given], off)
+        return solved(taus, of[name], off) if name in of else average(taus)
 
     return blockwise(vectors, one)
 
 
 def input_grams(
-    model: nn.Module, batches: Iterable[Any], *, forward: Forward = own_logits, task: int = 0
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward = own_logits,
+    task: int = 0,
+    only: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """`X' X / N` of the inputs of every linear layer and filter, by the name of its weight: `[groups, in, in]`, one
     group for linear layers. The model stays as it is; it is run in evaluation mode.
 
     Args:
         batches: inputs, `(inputs, labels)`, or mappings of keyword arguments. forward: `(model, inputs, task)`, to
-            run another forward than the model's own. task: passed on to it.
+            run another forward than the model's own. task: passed on to it. only: the names of these weights; None =
+            all. In the order in which the layers are run.
 
     Raises:
         ConfigError: no batches.
     """
-    layers = _layers(model)
+    layers = [(layer, name) for layer, name in _layers(model) if only is None or name in only]
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
@@ -150,20 +152,21 @@ def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
     return rearrange(patches, "n (groups i) places -> groups (n places) i", groups=layer.groups)
 
 
-def _check_gram(name: str, shape: tuple[int, ...], grams: Mapping[str, Tensor], i: int) -> None:
-    if name not in grams:
-        raise VectorError(f"{name}: vector {i} has no matrix of its inputs, others have; was the layer not run?")
-    g = grams[name]
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    if g.dim() != 3 or tuple(g.shape[1:]) != (width, width) or shape[0] % max(len(g), 1):
-        raise VectorError(
-            f"{name}: vector {i}'s matrix of inputs is {list(g.shape)}, expected [groups, {width}, {width}] for a "
-            f"weight of {list(shape)}; take it from input_grams"
-        )
-    if not bool(torch.isfinite(g).all()):
-        raise VectorError(f"{name}: vector {i}'s matrix of inputs is not finite; are there NaN in its batches?")
+def checked_grams(name: str, shape: tuple[int, ...], grams: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """The matrix of one weight from each vector's mapping. Raises `VectorError` where it is missing or does not fit."""
+    width = math.prod(shape[1:])
+    for i, given in enumerate(grams):
+        if name not in given:
+            raise VectorError(f"{name}: vector {i} has no matrix of its inputs, others have; was the layer not run?")
+        g = given[name]
+        if g.dim() != 3 or tuple(g.shape[1:]) != (width, width) or shape[0] % max(len(g), 1):
+            raise VectorError(
+                f"{name}: vector {i}'s matrix of inputs is {list(g.shape)}, expected [groups, {width}, {width}] for a "
+                f"weight of {list(shape)}; take it from input_grams"
+            )
+        if not bool(torch.isfinite(g).all()):
+            raise VectorError(f"{name}: vector {i}'s matrix of inputs is not finite; are there NaN in its batches?")
+    return [given[name] for given in grams]
 
 
 def _damped(g: Tensor, alpha: float) -> Tensor:
@@ -171,7 +174,7 @@ def _damped(g: Tensor, alpha: float) -> Tensor:
     return g * alpha + torch.diag_embed(g.diagonal(dim1=1, dim2=2)) * (1 - alpha)
 
 
-def _solved(taus: Sequence[Tensor], grams: Sequence[Tensor], alpha: float) -> Tensor:
+def solved(taus: Sequence[Tensor], grams: Sequence[Tensor], alpha: float) -> Tensor:
     """`mean + (sum_t (tau_t - mean) G_t) (sum_t G_t)^+`: RegMean where the sum can be inverted, and the mean in
     directions that no input has."""
     noise = EXACT if all(g.dtype == torch.float64 for g in grams) else ROUNDED

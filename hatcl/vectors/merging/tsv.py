@@ -22,7 +22,8 @@ def tsv(vectors: Sequence[TaskVector], *, scale: float = 1.0, convs: bool = Fals
         tau = scale * U* diag(S_1, ..., S_T) V*'
 
     Needs no data. Tensors that are no matrices, and matrices with less than T rows or columns, are averaged (times
-    the scale).
+    the scale). Directions that the updates do not have (beyond the rank of LoRA's, or common to equal tasks) stay
+    without; the paper takes whatever the decomposition returns there.
 
     Args:
         convs: also filters, flattened to `[out, in * kernel]` (not in the paper, which has transformers).
@@ -35,7 +36,7 @@ def tsv(vectors: Sequence[TaskVector], *, scale: float = 1.0, convs: bool = Fals
             return average(taus) * factor
         rank = min(matrices[0].shape) // len(taus)
         wide = torch.promote_types(matrices[0].dtype, torch.float32)  # bfloat16 has no SVD
-        parts = [torch.linalg.svd(m.to(wide), full_matrices=False) for m in matrices]
+        parts = [thin_svd(m.to(wide)) for m in matrices]
         u = torch.cat([u[:, :rank] for u, _, _ in parts], 1)
         s = torch.cat([s[:rank] for _, s, _ in parts])
         v = torch.cat([vh[:rank].T for _, _, vh in parts], 1)
@@ -45,6 +46,23 @@ def tsv(vectors: Sequence[TaskVector], *, scale: float = 1.0, convs: bool = Fals
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns (Procrustes): `P Q'` of the SVD `P D Q'`. `[m, k]`, k at most m."""
-    p, _, qh = torch.linalg.svd(x, full_matrices=False)
+    """The nearest matrix with orthonormal columns (Procrustes): `P Q'` of the SVD `P D Q'`. `[m, k]`, k at most m. Of
+    columns that depend on each other, the nearest one within the space that they span."""
+    p, _, qh = thin_svd(x)
     return p @ qh
+
+
+def thin_svd(
+    x: Tensor, *, rounding: torch.dtype | None = None, size: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`U [m, r], S [r], V' [r, n]` of a matrix of rank r: without the singular values that are rounding errors, whose
+    vectors are arbitrary.
+
+    Args:
+        rounding: the dtype in which the matrix was rounded; None = its own. size: of the numbers that it comes from,
+            if those are larger than its own; None = its largest singular value.
+    """
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    least = (s[:1] if size is None else size) * max(x.shape) * torch.finfo(rounding or x.dtype).eps
+    rank = int((s > least).sum())
+    return u[:, :rank], s[:rank], vh[:rank]

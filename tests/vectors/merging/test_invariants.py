@@ -18,7 +18,7 @@ OPTIONS = {"adamerging": {"steps": 3, "lr": 0.05}, "wudi": {"steps": 5, "lr": 0.
 METHODS = list_merges()
 FREE = [m for m in METHODS if not merge_info(m).needs]
 # these pass over the vectors once before any tensor is asked for
-LOOK_FIRST = {"ties": {}, "dare_ties": {"density": 0.5}}
+LOOK_FIRST = {"ties": {}, "dare_ties": {"density": 0.5}, "knots": {}, "localize_and_stitch": {}, "opcm": {}}
 
 
 def fitting(method, vectors):
@@ -95,19 +95,21 @@ def test_the_order_of_the_vectors_does_not_matter(method, base, vectors, batches
     order = {1: [0], 2: [1, 0], 3: [2, 0, 1]}[len(vectors)]
     a = merge(vectors, method, **options(method, base, batches))
     b = merge([vectors[i] for i in order], method, **options(method, base, batches, order))
-    # float32 factorisations and Adam's steps round differently for another order: measured at most 3e-7 over six seeds
-    # (elements are below 1), and the others not at all
-    slack = 3e-6 if method in ("tsv", "wudi", "adamerging") else 0
+    # float32 factorisations and Adam's steps round differently for another order: measured at most 6e-7 over twelve
+    # seeds (elements are below 1), and the others not at all
+    slack = 3e-6 if method in ("tsv", "iso_cts", "wudi", "adamerging") else 0
     for n in a:
         assert float((a[n] - b[n]).abs().max()) <= slack, n
 
 
-NUMBERS = st.lists(st.floats(-1e3, 1e3, width=32), min_size=4, max_size=4)
+SUMS = ["consensus", "emr", "localize_and_stitch"]
+# of numbers whose sizes differ by less than 2^29, sums of a few are exact in float64
+NUMBERS = st.lists(st.integers(-(10**6), 10**6).map(lambda i: i / 1024), min_size=4, max_size=4)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(NUMBERS, min_size=2, max_size=4), st.randoms())
-@pytest.mark.parametrize("method", ["mean", "arithmetic", "ties", "magmax", "breadcrumbs"])
+@pytest.mark.parametrize("method", ["mean", "arithmetic", "ties", "magmax", "breadcrumbs", *SUMS])
 def test_law_of_order(method, rows, random):
     vectors = [TaskVector({"a": torch.tensor(r), "b": torch.tensor(r[:2]) * 3}) for r in rows]
     want = merge(vectors, method)
@@ -148,6 +150,10 @@ UNCHANGED = {
     "dare_linear": {"drop": 0.0, "scale": None},
     "fisher": {},
     "regmean": {},
+    "regmean_plusplus": {},
+    "emr": {},
+    "localize_and_stitch": {"density": 1.0},
+    "consensus": {"agree": 1, "threshold": 0.0, "scale": None},
 }
 
 

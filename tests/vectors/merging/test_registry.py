@@ -13,9 +13,10 @@ from hatcl.vectors.merging.registry import merge_info
 from hatcl.vectors.task_vector import TaskVector
 
 EVERY = [
-    "adamerging", "arithmetic", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear",
-    "fisher", "karcher", "magmax", "mean", "model_stock", "multislerp", "nuslerp", "passthrough", "regmean", "sce",
-    "slerp", "ties", "tsv", "wudi",
+    "adamerging", "arithmetic", "breadcrumbs", "breadcrumbs_ties", "consensus", "dare_linear", "dare_ties", "della",
+    "della_linear", "emr", "fisher", "iso_c", "iso_cts", "karcher", "knots", "localize_and_stitch", "magmax", "mean",
+    "model_stock", "multislerp", "nuslerp", "opcm", "passthrough", "regmean", "regmean_plusplus", "sce", "slerp",
+    "ties", "tsv", "wudi",
 ]  # fmt: skip
 DATA = [(m, o) for m in EVERY for o in merge_info(m).needs]
 
@@ -118,6 +119,16 @@ NUMBERS = {
     ("breadcrumbs", "outliers"): (2,),
     ("magmax", "scale"): ("big",),
     ("tsv", "scale"): (None,),
+    ("consensus", "agree"): (0, 1.5),
+    ("consensus", "threshold"): (-0.1, "low"),
+    ("consensus", "scale"): ("big",),
+    ("iso_c", "scale"): (None,),
+    ("iso_cts", "common"): (-0.1, 1.1),
+    ("iso_cts", "scale"): ("one",),
+    ("knots", "density"): (2,),
+    ("knots", "scale"): (float("nan"),),
+    ("localize_and_stitch", "density"): (-0.1, 1.1),
+    ("opcm", "alpha"): (-0.1, 1.1),
     ("wudi", "steps"): (0, 1.5),
     ("wudi", "lr"): (-1e-5,),
 }

@@ -210,3 +210,9 @@ def test_refused(base, vectors, batches):
 
 def test_the_module_is_found_by_its_name():
     assert regmean.__name__.endswith("merging.regmean")
+
+
+def test_matrices_of_some_weights_alone(base, batches):
+    every, some = (input_grams(base, batches[0], only=only) for only in (None, ["hidden.weight", "conv.weight"]))
+    assert list(some) == ["conv.weight", "hidden.weight"]  # as they are run
+    assert all(torch.equal(some[n], every[n]) for n in some)

@@ -65,3 +65,17 @@ def test_what_is_no_matrix_or_too_small_a_one_is_averaged():
 def test_filters_on_demand_as_their_matrices():
     filters = [torch.randn(4, 2, 3, 3) for _ in range(2)]
     assert torch.equal(merged(*filters, convs=True).flatten(1), merged(*[f.flatten(1) for f in filters]))
+
+
+def test_updates_of_low_rank_bring_no_other_directions():
+    """Two tasks of rank 1 would take two directions each, one of which nobody has learned."""
+    one, other = torch.outer(torch.randn(6), torch.randn(8)), torch.outer(torch.randn(6), torch.randn(8))
+    assert int((torch.linalg.svdvals(merged(one, other)) > SLACK).sum()) == 2
+
+
+def test_equal_tasks_merge_to_the_task():
+    x = torch.outer(torch.randn(6), torch.randn(8))
+    near(merged(x, x), x)
+    p, _, qh = torch.linalg.svd(torch.stack([x[:, 0], x[:, 0]], 1), full_matrices=False)
+    assert float((p @ qh)[:, 0].norm()) > 0.99  # the twin invents a second direction beside the one there is
+    assert abs(float(orthogonal(torch.stack([x[:, 0], x[:, 0]], 1))[:, 0].norm()) - 0.5**0.5) < SLACK

@@ -1,0 +1,111 @@
+"""Several tasks out of one vector: each task's model is the base with its own elements of it (EMR-merging, TALL-masks).
+
+`theta_t = theta_pre + scale_t * gamma_t * tau`, where tau is the same for all tasks: a task costs one bit per element
+and one number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import one_of
+from ..errors import GraftError, IntegrityError
+from ..files import read_json, replaced_folder
+from ..vectors.merging.emr import emr_parts
+from ..vectors.merging.registry import merge
+from ..vectors.merging.tall_masks import tall_masks
+from ..vectors.task_vector import TaskVector
+from ..vectors.tensors import TensorSource
+from .graft import Graft
+
+ABOUT, VECTOR = "task_grafts.json", "vector.safetensors"
+MASKED_BY = ("emr", "tall_masks")
+
+
+@dataclass(frozen=True, eq=False)
+class TaskGrafts:
+    """One vector for several tasks, and what each takes of it.
+
+    Attributes:
+        vector: tau. masks: per task its elements, bits alone. scales: per task.
+
+    Raises:
+        GraftError: not one mask per scale.
+    """
+
+    vector: TaskVector
+    masks: tuple[Graft, ...]
+    scales: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.masks) != len(self.scales) or not self.masks:
+            raise GraftError(
+                f"got {len(self.masks)} masks and {len(self.scales)} scales, expected one of each per task"
+            )
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def graft(self, task: int, pretrained: TensorSource) -> Graft:
+        """A task's own model as a graft with values: `graft.apply_to(pretrained)`, `graft.save(path)`.
+
+        Raises:
+            GraftError: no such task, or another model. IntegrityError: another base.
+        """
+        if not 0 <= task < len(self):
+            raise GraftError(f"task: got {task}, expected 0 to {len(self) - 1}")
+        return self.masks[task].fill(self.vector.apply_to(pretrained, self.scales[task]))
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write a folder: the vector, and a file of bits per task, which `Graft.load` reads as well.
+
+        Raises:
+            IntegrityError: the disk is full or not writable.
+        """
+        with replaced_folder(Path(folder)) as new:
+            self.vector.save(new / VECTOR)
+            for task, mask in enumerate(self.masks):
+                mask.save(new / f"{task}.safetensors")
+            (new / ABOUT).write_text(json.dumps({"scales": self.scales}))
+        return Path(folder)
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> TaskGrafts:
+        """What `save` wrote; the vector is read when it is asked for.
+
+        Raises:
+            IntegrityError: a file is missing or damaged.
+        """
+        path = Path(folder)
+        scales = read_json(path / ABOUT).get("scales")
+        if not isinstance(scales, list) or not all(isinstance(s, float) for s in scales):
+            raise IntegrityError(f"{path / ABOUT}: got scales {scales!r}, expected a number per task; save it again")
+        masks = [Graft.load(path / f"{task}.safetensors") for task in range(len(scales))]
+        return TaskGrafts(TaskVector.load(path / VECTOR), tuple(masks), tuple(scales))
+
+
+def task_grafts(
+    pretrained: TensorSource, vectors: Sequence[TaskVector], by: str = "emr", threshold: float | Sequence[float] = 0.4
+) -> TaskGrafts:
+    """The tasks' models by one vector, masks and scales, without data.
+
+    Args:
+        pretrained: what the vectors were taken from. by: `emr` (the elected vector, see `hatcl.merge`'s method of that
+            name and `emr_parts`: Huang et al. 2024, arXiv 2405.17461), or `tall_masks` (the sum of the vectors; all
+            scales are 1: Wang et al. 2024, arXiv 2405.07813).
+        threshold: of `tall_masks`, one for all tasks or one per task.
+
+    Raises:
+        ConfigError: another `by`, or thresholds that do not fit. GraftError, VectorError: what does not fit together.
+    """
+    one_of("by", by, MASKED_BY)
+    if by == "emr":
+        vector, parts = merge(vectors, "emr"), emr_parts(vectors)
+    else:
+        vector, parts = merge(vectors, "arithmetic", scale=1.0), [(1.0, v) for v in tall_masks(vectors, threshold)]
+    masks = [Graft.from_masks({n: part[n] != 0 for n in part}, pretrained=pretrained) for _, part in parts]
+    return TaskGrafts(vector, tuple(masks), tuple(scale for scale, _ in parts))
