@@ -6,6 +6,9 @@ Read are JSON files, also as .gz, of these forms (the public benchmarks' own):
     {train, test: [[instruction, input, output], ...], test_idx}    dialogue state tracking, with the test rows' turns
     {seeds: {13: {train, dev}, ...}, test: [[text, label], ...]}    16 shots per class (LM-BFF)
     {all: [[text, label], ...]}                                     one list, cut in three by a seed
+
+A row of three is also how pairs of sentences are given, `[text, text2, label]`: its input is the two lines, and knows
+both (`Sentences`). Tables as GLUE and others publish them are read in `published.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +29,25 @@ from .shots import draw, same_few
 
 Pair = tuple[str, str]
 EACH_HELD_OUT = 0.1  # share of {all} for test, and for validation
+
+
+class Sentences(str):
+    """An input of two parts, which a template may have in any order: `{text}` and `{text2}`. As a text it is both, one
+    line each.
+
+    Attributes:
+        parts: the two.
+    """
+
+    parts: tuple[str, str]
+
+    def __new__(cls, first: str, second: str) -> Sentences:
+        made = super().__new__(cls, f"{first}\n{second}")
+        made.parts = (first, second)
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sentences, self.parts
 
 
 class Turn(NamedTuple):
@@ -108,7 +130,13 @@ class TextData:
         return TextData(parts[0], parts[1], parts[2], self.turns)
 
 
-def k_shot(data: TextData, k: int, seed: int = 0, labels: Sequence[str] | None = None) -> TextData:
+def k_shot(
+    data: TextData,
+    k: int,
+    seed: int = 0,
+    labels: Sequence[str] | None = None,
+    class_of: Callable[[str], str] = str,
+) -> TextData:
     """K examples of each class for training and K others for validation, as LM-BFF takes them (Gao et al. 2021, arXiv
     2012.15723). The same seed gives the same examples.
 
@@ -117,21 +145,22 @@ def k_shot(data: TextData, k: int, seed: int = 0, labels: Sequence[str] | None =
     were drawn.
 
     Args:
-        labels: the classes; None = all that the data has.
+        labels: the classes; None = all that the data has. class_of: the class of an output, where that is not the
+            output itself (halves of a scale).
 
     Raises:
         ConfigError: k below 1, or a class with too few different texts (or none), by name.
     """
     every = [*data.train, *data.validation, *data.test]
-    classes = sorted({y for _, y in every}) if labels is None else list(labels)
-    chosen = draw([x for x, _ in data.train], [y for _, y in data.train], k, seed, classes, "train")
+    classes = sorted({class_of(y) for _, y in every}) if labels is None else list(labels)
+    chosen = draw([x for x, _ in data.train], [class_of(y) for _, y in data.train], k, seed, classes, "train")
     train = [data.train[i] for i in chosen]
     taken = {x for x, _ in train}
     pool = [p for p in data.validation if p[0] not in taken]
-    counts = Counter(y for _, y in set(pool))
+    counts = Counter(class_of(y) for _, y in set(pool))
     if any(counts[y] < k for y in classes):
         pool += [p for p in data.train if p[0] not in taken]
-    chosen = draw([x for x, _ in pool], [y for _, y in pool], k, seed, classes, "validation")
+    chosen = draw([x for x, _ in pool], [class_of(y) for _, y in pool], k, seed, classes, "validation")
     validation = [pool[i] for i in chosen]
     taken |= {x for x, _ in validation}
     rows = [i for i, (x, _) in enumerate(data.test) if x not in taken]
@@ -189,7 +218,7 @@ def _pairs(path: Path, part: str, rows: Any) -> list[Pair]:
         if not isinstance(wrong, str):
             raise ConfigError(f"{path}: {part}[{i}] holds {str(wrong)[:60]!r}, expected texts and numbers")
         *before, output = (str(v) for v in row)
-        out.append(("\n".join(before), output))
+        out.append((Sentences(*before) if len(before) == 2 else before[0], output))
     return out
 
 
