@@ -168,7 +168,7 @@ def _task(name: str, data: TextData, writer: _Seq2Seq) -> ContinualTask:
         return score
 
     validate = score_of(data.validation, []) if data.validation else None
-    return ContinualTask(name, data.train, writer.batch, loss, score_of(data.test, data.turns), validate)
+    return ContinualTask(name, data.train, writer.batch, loss, score_of(data.test, data.turns), validate, shared=True)
 
 
 def _lengths(max_input: int, max_output: int, score_batch: int) -> Lengths:

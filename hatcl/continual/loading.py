@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from .generation import causal_task, seq2seq_task
 from .label_words import label_word_task
 from .tasks import ContinualTask
 
+DTYPES = ("float32", "bfloat16", "float16")
+BITS = (4, 8)
 FORMS = ("auto", "labels", "seq2seq", "causal")
 
 
@@ -33,6 +36,13 @@ class TextOptions(Changeable):
         rank: LoRA's rank r. alpha: LoRA's alpha; what is added is scaled by alpha / r.
         target: a module to adapt, such as query; by default peft's for the model.
         dropout: LoRA's dropout.
+        use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732). use_dora: learn magnitudes
+            beside directions (Liu et al. 2024, arXiv 2402.09353).
+        modules_to_save: a module that is trained whole and kept with the adapter, such as a classifier; repeatable.
+        bits: load the base in 4 (NF4, doubly quantised, as QLoRA, Dettmers et al. 2023, arXiv 2305.14314) or 8 bits by
+            bitsandbytes; None = as it is.
+        dtype: of the base's weights: float32, bfloat16 or float16; the adapter's are float32.
+        gradient_checkpointing: compute activations again in the backward pass, for less memory.
         max_input: tokens of an input, at most what the model takes; longer is cut.
         max_output: tokens of an output, in generation.
 
@@ -49,12 +59,22 @@ class TextOptions(Changeable):
     alpha: int = 16
     target: tuple[str, ...] = ()
     dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    bits: int | None = None
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
     max_input: int = 256
     max_output: int = 32
 
     def __post_init__(self) -> None:
         one_of("form", self.form, FORMS)
-        flag("plain", self.plain)
+        for name in ("plain", "use_rslora", "use_dora", "gradient_checkpointing"):
+            flag(name, getattr(self, name))
+        one_of("dtype", self.dtype, DTYPES)
+        if self.bits not in (None, *BITS):
+            raise ConfigError(f"bits: got {self.bits!r}, expected 4, 8 or None")
         for name in ("train", "test"):
             whole(name, getattr(self, name), optional=True)
         for name in ("rank", "alpha", "max_input", "max_output"):
@@ -89,17 +109,26 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
             "seq2seq": transformers.AutoModelForSeq2SeqLM,
             "causal": transformers.AutoModelForCausalLM,
         }
-        base = kinds[form].from_pretrained(model)
+        base = kinds[form].from_pretrained(model, **_loading(options, transformers))
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{model}: transformers cannot load it as {form} ({str(error).splitlines()[0]})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if options.gradient_checkpointing:
+        base.config.use_cache = False  # which it would have to warn of
+    if options.bits is not None:
+        base = peft.prepare_model_for_kbit_training(
+            base, options.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    elif options.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(seed)
     try:
         lora = peft.LoraConfig(
             r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout,
-            target_modules=list(options.target) or None,
+            target_modules=list(options.target) or None, use_rslora=options.use_rslora, use_dora=options.use_dora,
+            modules_to_save=list(options.modules_to_save) or None,
         )  # fmt: skip
         return peft.get_peft_model(base, lora), tokenizer, form
     except ValueError as error:
@@ -108,6 +137,25 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
             f"--target, --rank: peft cannot adapt this model ({str(error).splitlines()[0]}); it has the linear modules "
             f"{', '.join(linear)}"
         ) from error
+
+
+def _loading(options: TextOptions, transformers: Any) -> dict[str, Any]:
+    """How the base is loaded.
+
+    Raises:
+        ConfigError: bits without bitsandbytes.
+    """
+    dtype = getattr(torch, options.dtype)
+    if options.bits is None:
+        return {"dtype": dtype}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"bits: {options.bits}-bit weights need bitsandbytes; run: pip install bitsandbytes")
+    four = {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }  # fmt: skip
+    kept = transformers.BitsAndBytesConfig(**(four if options.bits == 4 else {"load_in_8bit": True}))
+    return {"dtype": dtype, "quantization_config": kept}
 
 
 def text_tasks(

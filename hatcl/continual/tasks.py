@@ -25,6 +25,8 @@ class ContinualTask:
         validate: the same on validation data, for `LearnOptions.score_on="validation"`.
         hidden: hidden states of a batch, for `ilora`: one `hatcl.skills.ilora.Hidden` per stack of layers, or a list of
             tensors for one stack without padding. None = what `model(**batch, output_hidden_states=True)` gives.
+        shared: do `collate` and `loss` fit the examples of any other such task too (generation: all is in the texts)?
+            Then what a run before remembers can be learned again.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ContinualTask:
     score: Callable[[nn.Module], float]
     validate: Callable[[nn.Module], float] | None = None
     hidden: Callable[[nn.Module, Any], Sequence[Any]] | None = None
+    shared: bool = False
 
 
 def check_tasks(tasks: Sequence[ContinualTask], *, validated: bool = False) -> None:
