@@ -198,6 +198,46 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
     return _whole(path, TextData(parts[0], parts[1], parts[2], turns))
 
 
+def read_parts(parts: Mapping[str, Path]) -> TextData:
+    """The pairs of a task whose parts are files of their own: lists of `[input, output]`, of objects with `input` and
+    `output` (and `instruction`), or with `prompt` and `answer`; or an object with such a list as `Instances` and a
+    `Definition`.
+
+    Args:
+        parts: `train`, `test` and, where there is one, `validation`, and their files.
+
+    Raises:
+        IntegrityError, ConfigError: as `read_texts`.
+    """
+    found = {part: _pairs(path, part, _rows_of(path, _read_content(path))) for part, path in parts.items()}
+    return _whole(parts["train"], TextData(found["train"], found.get("validation", []), found["test"]))
+
+
+def _rows_of(path: Path, content: Any) -> list[Any]:
+    """Lists of texts, of what a file has as objects."""
+    definition: list[Any] = []
+    if isinstance(content, dict) and isinstance(content.get("Instances"), list):
+        given = content.get("Definition", [])
+        definition, content = ([given] if isinstance(given, str) else list(given))[:1], content["Instances"]
+    if not isinstance(content, list):
+        raise ConfigError(f"{path}: got a {type(content).__name__}, expected a list of examples, or Instances")
+    out: list[Any] = []
+    for i, row in enumerate(content):
+        if not isinstance(row, dict):
+            out.append(row)
+            continue
+        keys = ("prompt", "answer") if "prompt" in row else ("input", "output")
+        lacking = [k for k in keys if k not in row]
+        if lacking:
+            raise ConfigError(
+                f"{path}: [{i}] has {', '.join(row) or 'nothing'}; expected input and output, or prompt and answer"
+            )
+        said = row.get("instruction")
+        before = definition or ([said] if said else [])
+        out.append([*before, *(row[k] for k in keys)])
+    return out
+
+
 def _read_content(path: Path) -> Any:
     try:
         raw = path.read_bytes()
