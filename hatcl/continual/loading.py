@@ -121,6 +121,9 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
         base = peft.prepare_model_for_kbit_training(
             base, options.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
         )
+        for module in base.modules():  # packed in evaluation on such CPUs, 4-bit weights lose all gradients after it
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     elif options.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(seed)

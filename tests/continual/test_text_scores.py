@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 from continual_parts import causal_lm, texts, tokenizer  # noqa: E402
 
-from hatcl.continual import causal_task  # noqa: E402
+from hatcl.continual import causal_task, learn_sequence  # noqa: E402
 from hatcl.continual.text_scores import TEXT_SCORES, rouge_l, same_answer, sari, similarity  # noqa: E402
+from hatcl.data.benchmarks import BENCHMARKS, read_benchmark  # noqa: E402
 from hatcl.data.texts import TextData, Turn  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+DATA = Path(os.environ.get("HATCL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 WORDS = st.lists(st.sampled_from("a b c d".split()), max_size=8).map(" ".join)
 
 
@@ -71,3 +77,21 @@ def test_a_tasks_score_is_the_mean_of_its_measure(monkeypatch):
     dialogue = TextData(data.train, [], data.test, [Turn("d", "1", "s")] * len(data.test))
     with pytest.raises(ConfigError, match="measure: got 'sari' for dialogues, whose joint goal accuracy needs 'match'"):
         causal_task("a", dialogue, tokenizer(), measure="sari")
+
+
+def test_a_benchmark_end_to_end(tmp_path):
+    """The five tasks at hand, in the published order, each scored by its measure."""
+    folder = DATA / "text_longseq"
+    if not folder.exists():
+        pytest.skip("no text_longseq under HATCL_DATA")
+    benchmark = BENCHMARKS["long_sequence"]
+    mine = ["amazon", "agnews", "sst-2", "qqp", "rte"]
+    found = read_benchmark("long_sequence", folder, order=1, only=mine)
+    tasks = [
+        causal_task(n, d.cut(8, 4, 4), tokenizer(), max_input=20, max_output=3, measure=benchmark.measure(n))
+        for n, d in found.items()
+    ]
+    model = peft.get_peft_model(causal_lm(), peft.LoraConfig(r=2, target_modules=["c_attn"]))
+    result = learn_sequence(model, tasks, "olora", {"epochs": 1, "batch_size": 8, "lr": 1e-2}, folder=tmp_path / "run")
+    assert result.tasks == ["qqp", "rte", "amazon", "sst-2", "agnews"]
+    assert {"average_accuracy", "backward_transfer", "forward_transfer"} <= set(result.measures)
