@@ -123,8 +123,7 @@ def graft(
         str,
         typer.Option(
             help="Learning: the mask that is kept is that of the lowest loss on the training examples, or of the "
-            "highest score on training and validation examples, by the run's measure, as published; few of them choose "
-            "by chance."
+            "highest score on training and validation examples, as published; few of them choose by chance."
         ),
     ] = CHOOSE[0],
     keep_scores: Annotated[

@@ -133,7 +133,7 @@ def write_task(folder: Path, name: str, model: nn.Module, method: Method, about:
         for kind, scores in method.scores().items():
             scores.save(new / f"{kind}.safetensors")
         method.write(model, new)
-        tidy(new)
+        tidy_adapters(new)
         (new / checkpoints.CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
 
 
@@ -150,10 +150,10 @@ def write_adapter(model: nn.Module, folder: Path, names: list[str] | None = None
     else:
         chosen = [n for n in (names or peft.active_adapters) if n in adapters_of(peft)]
         peft.save_pretrained(str(folder), selected_adapters=chosen, save_embedding_layers=False)
-    tidy(folder)
+    tidy_adapters(folder)
 
 
-def tidy(folder: Path) -> None:
+def tidy_adapters(folder: Path) -> None:
     """The same bytes for the same adapters: peft writes the targets, a set, in any order; and a model card to be filled
     in by hand."""
     for path in sorted(folder.rglob("adapter_config.json")):

@@ -26,13 +26,13 @@ SAME, FOLLOWS = "{text} {mask}, {text2:lower}", "{text:-}? {mask}, {text2:lower}
 FILMS = {"0": "terrible", "1": "great"}
 ENTAILED = {"not_entailment": "No", "entailment": "Yes"}
 INFERENCE = {"contradiction": "No", "entailment": "Yes", "neutral": "Maybe"}
-PARTS = {
+PART_FILES = {
     "train": ("train",),
     "validation": ("dev", "dev_matched", "validation", "validation_matched"),
     "test": ("test", "test_matched"),
 }
 SHORT = 0.001  # of a file's rows may lack columns
-ABSENT = ("-", "-1", "-1.0", "")  # labels that say there is none: nobody agreed on one, or it is kept secret
+UNLABELLED = ("-", "-1", "-1.0", "")  # labels that say there is none: nobody agreed on one, or it is kept secret
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ _TASKS = (
         hub=Hub("fancyzhx/ag_news", None, ("text", "label")), renamed={"1": "0", "2": "1", "3": "2", "4": "3"},
     ),
 )  # fmt: skip
-PUBLISHED = {task.name: task for task in _TASKS}
+PUBLISHED_TASKS = {task.name: task for task in _TASKS}
 
 
 def published_task(name: str) -> PublishedTask:
@@ -169,15 +169,16 @@ def published_task(name: str) -> PublishedTask:
     Raises:
         ConfigError: there is none, with the nearest name.
     """
-    plain = {_plain(n): n for n in PUBLISHED}
-    if _plain(name) not in plain:
+    plain = {_letters(n): n for n in PUBLISHED_TASKS}
+    if _letters(name) not in plain:
         raise ConfigError(
-            f"task: got {name!r}, expected one of {', '.join(PUBLISHED)}; did you mean {nearest(name, PUBLISHED)!r}?"
+            f"task: got {name!r}, expected one of {', '.join(PUBLISHED_TASKS)}; did you mean "
+            f"{nearest(name, PUBLISHED_TASKS)!r}?"
         )
-    return PUBLISHED[plain[_plain(name)]]
+    return PUBLISHED_TASKS[plain[_letters(name)]]
 
 
-def _plain(name: str) -> str:
+def _letters(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
@@ -206,7 +207,7 @@ def read_published(task: PublishedTask, data: str | Path | None, *, shots_seed: 
 
 def published_files(data: str | Path) -> list[Path]:
     """The files of a folder that `read_published` reads."""
-    found = (_file_of(Path(data), names) for names in PARTS.values())
+    found = (_file_of(Path(data), names) for names in PART_FILES.values())
     return [path for path in found if path is not None]
 
 
@@ -243,10 +244,10 @@ def _file_of(folder: Path, names: Sequence[str]) -> Path | None:
 
 def _from_folder(task: PublishedTask, folder: Path) -> TextData:
     parts: dict[str, list[Pair]] = {}
-    for part, names in PARTS.items():
+    for part, names in PART_FILES.items():
         path = _file_of(folder, names)
         if path is not None:
-            parts[part] = list(_table(task, path, secret=part == "test"))
+            parts[part] = list(_table_rows(task, path, secret=part == "test"))
     if not parts.get("train") or not (parts.get("validation") or parts.get("test")):
         raise ConfigError(
             f"{folder}: holds no {'train' if not parts.get('train') else 'dev or test'} part of {task.name} (.tsv or "
@@ -255,7 +256,7 @@ def _from_folder(task: PublishedTask, folder: Path) -> TextData:
     return _three(parts)
 
 
-def _table(task: PublishedTask, path: Path, secret: bool) -> Iterator[Pair]:
+def _table_rows(task: PublishedTask, path: Path, secret: bool) -> Iterator[Pair]:
     """The rows of a file. GLUE's .tsv have no quoting; .csv do. A few rows of QQP lack columns: they are left out, as
     in the papers' code."""
     try:
@@ -287,7 +288,7 @@ def _table(task: PublishedTask, path: Path, secret: bool) -> Iterator[Pair]:
             short += 1
         else:
             *texts, label = (row[i].strip() for i in places)
-            if label in ABSENT:
+            if label in UNLABELLED:
                 continue
             yield _input(task, texts), task.renamed.get(label, label)
     if short > SHORT * read:
@@ -324,7 +325,7 @@ def _from_hub(task: PublishedTask) -> TextData:
             "(--data FILE or FOLDER)"
         ) from error
     parts = {}
-    for part, names in PARTS.items():
+    for part, names in PART_FILES.items():
         name = next((n for n in names if n in found), None)
         parts[part] = [] if name is None else list(_hub_rows(task, hub, found[name]))
     return _three(parts)
@@ -333,5 +334,5 @@ def _from_hub(task: PublishedTask) -> TextData:
 def _hub_rows(task: PublishedTask, hub: Hub, rows: Any) -> Iterator[Pair]:
     for row in rows:
         *texts, label = (row[c] for c in hub.columns)
-        if str(label) not in ABSENT:
+        if str(label) not in UNLABELLED:
             yield _input(task, texts), hub.labels[label] if hub.labels else str(label)

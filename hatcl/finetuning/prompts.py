@@ -30,7 +30,7 @@ CAUSAL_TEMPLATE = "{text} It was {mask}"
 
 
 @dataclass(frozen=True)
-class Slot:
+class TemplateSlot:
     """A place in a template.
 
     Attributes:
@@ -67,11 +67,11 @@ class Template:
     """
 
     source: str
-    parts: tuple[str | Slot, ...] = field(init=False)
+    parts: tuple[str | TemplateSlot, ...] = field(init=False)
     spaced: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        parts: list[str | Slot] = []
+        parts: list[str | TemplateSlot] = []
         spaced: set[str] = set()
         try:
             parsed = list(string.Formatter().parse(self.source))
@@ -85,7 +85,7 @@ class Template:
             if name is None:
                 continue
             slot = self._slot(name, form or "", change)
-            if any(isinstance(p, Slot) and p.name == name for p in parts):
+            if any(isinstance(p, TemplateSlot) and p.name == name for p in parts):
                 raise ConfigError(f"template: {self.source!r} has {{{name}}} twice, expected it once")
             last = parts[-1] if parts else ""
             if isinstance(last, str) and last.endswith(" "):
@@ -99,22 +99,22 @@ class Template:
         if not self.has("text"):
             raise ConfigError(f"template: {self.source!r} has no {{text}}, expected it once")
 
-    def _slot(self, name: str, form: str, change: str | None) -> Slot:
+    def _slot(self, name: str, form: str, change: str | None) -> TemplateSlot:
         if name not in SLOT_NAMES or change:
             raise ConfigError(
                 f"template: {self.source!r} has the slot {name!r}, expected {{text}}, {{text2}}, {{mask}} and {{sep}}; "
                 f"did you mean {nearest(name, SLOT_NAMES)!r}? Braces of your own are {{{{ and }}}}"
             )
-        if form not in (TEXT_FORMS if Slot(name).of_text else ("",)):
+        if form not in (TEXT_FORMS if TemplateSlot(name).of_text else ("",)):
             raise ConfigError(
                 f"template: {self.source!r} has {{{name}:{form}}}, expected one of {', '.join(TEXT_FORMS[1:])} with "
                 "{text} or {text2}, and nothing with another slot"
             )
-        return Slot(name, form)
+        return TemplateSlot(name, form)
 
     def has(self, name: str) -> bool:
         """Is there a slot of that name?"""
-        return any(isinstance(p, Slot) and p.name == name for p in self.parts)
+        return any(isinstance(p, TemplateSlot) and p.name == name for p in self.parts)
 
     def texts(self, text: str) -> list[str]:
         """What stands in the slots of texts, in the order of the slots, with the space in front of it.
@@ -131,7 +131,7 @@ class Template:
                 f"template: {self.source!r} has {{text2}}, but {text[:60]!r} is one text; give examples as rows of "
                 "[text, text2, label]"
             )
-        slots = [p for p in self.parts if isinstance(p, Slot) and p.of_text]
+        slots = [p for p in self.parts if isinstance(p, TemplateSlot) and p.of_text]
         return [" " * (p.name in self.spaced) + p.formed(given[p.name]) for p in slots]
 
 
@@ -161,7 +161,7 @@ class PromptReader:
         masked = self.template.has("mask")
         if at == "mask" and not masked:
             raise ConfigError(f"template: {self.template.source!r} has no {{mask}}, whose place is to be read")
-        if at == "last" and masked and self.template.parts[-1] != Slot("mask"):
+        if at == "last" and masked and self.template.parts[-1] != TemplateSlot("mask"):
             raise ConfigError(
                 f"template: {self.template.source!r} goes on after {{mask}}; a causal model reads only what stands "
                 "before its answer: put {mask} last, or leave it out"

@@ -64,11 +64,11 @@ def save(ilora: TwoAdapters, folder: Path) -> Path:
     memory = _packed(ilora.memory.state_dict())
     where = Path(config.ema_adapter_path or STABLE_FOLDER)
     _ours(target, {ADAPTER_FOLDER, STABLE_FOLDER, MEMORY_FILE, ABOUT_FILE, where.parts[0]})
-    if not _inside(where):
+    if not _is_inside(where):
         _write_stable(ilora, target, where)
     with replaced_folder(target) as new:
         _write_adapter(model, ilora.plastic, new / ADAPTER_FOLDER)
-        if _inside(where):
+        if _is_inside(where):
             _write_stable(ilora, new, where)
         (new / MEMORY_FILE).write_bytes(memory)
         (new / ABOUT_FILE).write_text(_about(ilora, ADAPTER_FOLDER, where))
@@ -104,7 +104,7 @@ def _in_peft_folder(adapter: str) -> Path:
     return Path(ADAPTER_FOLDER) if adapter == "default" else Path(ADAPTER_FOLDER) / adapter
 
 
-def _inside(where: Path) -> bool:
+def _is_inside(where: Path) -> bool:
     return not where.is_absolute() and ".." not in where.parts
 
 
@@ -112,7 +112,7 @@ def _write_stable(ilora: TwoAdapters, folder: Path, where: Path) -> None:
     """The stable adapter, at a path from the task's folder."""
     if not ilora.config.save_ema_adapter:
         return
-    if _inside(where):
+    if _is_inside(where):
         _write_adapter(ilora.model, ilora.stable, folder / where)
         return
     _ours(folder / where, {CONFIG, WEIGHTS})

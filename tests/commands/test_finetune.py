@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "finetuning"))
 from command_parts import call  # noqa: E402
 from finetuning_parts import causal, like_roberta, model_folder, on_bytes, roberta_tokenizer  # noqa: E402
 
-from hatcl.data.published import PUBLISHED  # noqa: E402
+from hatcl.data.published import PUBLISHED_TASKS  # noqa: E402
 from hatcl.data.texts import Sentences, read_texts  # noqa: E402
 from hatcl.finetuning import label_tokens, load_run  # noqa: E402
 
@@ -61,7 +61,7 @@ def data_of(task, folder):
     return path
 
 
-@pytest.mark.parametrize("task", PUBLISHED.values(), ids=PUBLISHED)
+@pytest.mark.parametrize("task", PUBLISHED_TASKS.values(), ids=PUBLISHED_TASKS)
 def test_every_published_task_on_a_model_like_roberta(task, here, capsys):
     data = data_of(task, here)
     output = here / f"run_{task.name}"
@@ -88,7 +88,7 @@ def test_every_published_task_on_a_model_like_roberta(task, here, capsys):
 
 def test_the_prompt_is_that_of_the_paper(here, capsys):
     """LM-BFF's *cls**sent-_0*?*mask*,*+sentl_1**sep+*, by hand."""
-    task = PUBLISHED["rte"]
+    task = PUBLISHED_TASKS["rte"]
     data_of(task, here)
     code, _, err = call(
         capsys, "finetune", "roberta", "--task", "rte", "--data", "rte.json", "--k", "2", *SHORT, *QUICK, "--output",
@@ -112,21 +112,21 @@ def test_the_prompt_is_that_of_the_paper(here, capsys):
 
 @pytest.mark.parametrize("name", ["sst-2", "cola", "subj"])
 def test_a_model_like_gpt2(name, here, capsys):
-    data_of(PUBLISHED[name], here)
+    data_of(PUBLISHED_TASKS[name], here)
     code, _, err = call(
         capsys, "finetune", "gpt2", "--mode", "autoregressive", "--task", name, "--data", f"{name}.json", "--k", "2",
         "--word", "0=terrible", "--word", "1=great", *SHORT, *QUICK, "--output", f"gpt_{name}",
     )  # fmt: skip
     assert code == 0, err
     run = load_run(here / f"gpt_{name}")
-    assert run.task.measure == PUBLISHED[name].measure
+    assert run.task.measure == PUBLISHED_TASKS[name].measure
     tokens = run.task.collate([("a film", "0")])[0]
-    before = PUBLISHED[name].template.replace("{text}", "a film").partition(" {mask}")[0]
+    before = PUBLISHED_TASKS[name].template.replace("{text}", "a film").partition(" {mask}")[0]
     assert tokens["input_ids"][0].tolist() == on_bytes()(before)["input_ids"]
 
 
 def test_a_pair_for_a_causal_model_needs_a_template_that_ends_with_its_answer(here, capsys):
-    data_of(PUBLISHED["rte"], here)
+    data_of(PUBLISHED_TASKS["rte"], here)
     asked = ["finetune", "gpt2", "--mode", "autoregressive", "--task", "rte", "--data", "rte.json", "--k", "2", *SHORT,
              "--word", "not_entailment=terrible", "--word", "entailment=great", *QUICK]  # fmt: skip
     code, _, err = call(capsys, *asked, "--output", "gpt_rte")
@@ -137,7 +137,7 @@ def test_a_pair_for_a_causal_model_needs_a_template_that_ends_with_its_answer(he
 
 
 def test_a_new_head_reads_both_sentences(here, capsys):
-    data_of(PUBLISHED["mrpc"], here)
+    data_of(PUBLISHED_TASKS["mrpc"], here)
     code, _, err = call(
         capsys, "finetune", "roberta", "--mode", "finetune", "--task", "mrpc", "--data", "mrpc.json", "--k", "2",
         *SHORT, *QUICK, "--output", "head",
@@ -153,7 +153,7 @@ def test_a_new_head_reads_both_sentences(here, capsys):
 
 
 def test_a_regression_has_no_table_of_grafts(here, capsys):
-    data_of(PUBLISHED["sts-b"], here)
+    data_of(PUBLISHED_TASKS["sts-b"], here)
     options = ["--k", "2", *SHORT, *QUICK, "--output", "scores"]
     assert call(capsys, "finetune", "roberta", "--task", "sts-b", "--data", "sts-b.json", *options)[0] == 0
     code, _, err = call(capsys, "graft", "scores", "--sparsity", "0.1", "--device", "cpu")

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from hatcl.data.published import PUBLISHED, published_files, published_task, read_published
+from hatcl.data.published import PUBLISHED_TASKS, published_files, published_task, read_published
 from hatcl.data.texts import Sentences, TextData, k_shot, read_texts
 from hatcl.errors import ConfigError, IntegrityError
 
-every = pytest.mark.parametrize("task", PUBLISHED.values(), ids=PUBLISHED)
+every = pytest.mark.parametrize("task", PUBLISHED_TASKS.values(), ids=PUBLISHED_TASKS)
 NAMES = "sst-2 sst-5 mr cr mpqa subj trec cola mnli snli qnli rte mrpc qqp sts-b agnews".split()
 
 
@@ -54,8 +54,8 @@ def written(task, folder, part, count, label=True, start=0):
 
 
 def test_every_task_of_the_papers_is_there():
-    assert list(PUBLISHED) == NAMES
-    assert published_task("SST-2") is published_task("sst2") is published_task("Sst_2") is PUBLISHED["sst-2"]
+    assert list(PUBLISHED_TASKS) == NAMES
+    assert published_task("SST-2") is published_task("sst2") is published_task("Sst_2") is PUBLISHED_TASKS["sst-2"]
     with pytest.raises(ConfigError, match="task: got 'rta', expected one of sst-2, .*did you mean 'rte'"):
         published_task("rta")
 
@@ -85,7 +85,7 @@ def test_the_folder_of_few_shots(task, tmp_path):
 
 
 def test_a_test_part_that_is_kept_secret_is_replaced_by_the_dev_part(tmp_path):
-    task = PUBLISHED["rte"]
+    task = PUBLISHED_TASKS["rte"]
     written(task, tmp_path, "train", 40)
     written(task, tmp_path, "dev", 6, start=40)
     written(task, tmp_path, "test", 6, label=False, start=50)
@@ -98,7 +98,7 @@ def test_a_test_part_that_is_kept_secret_is_replaced_by_the_dev_part(tmp_path):
 
 
 def test_rows_without_a_label_and_rows_that_lack_columns(tmp_path):
-    task = PUBLISHED["snli"]
+    task = PUBLISHED_TASKS["snli"]
     head = "sentence1\tsentence2\tgold_label\n"
     row = "A dog.\tA cat\tneutral\n"
     (tmp_path / "dev.tsv").write_text(head + row)
@@ -119,31 +119,31 @@ def test_separators_of_lines_inside_a_text_are_no_lines(tmp_path):
     for part in ("train", "dev"):
         (tmp_path / f"{part}.tsv").write_text("sentence\tlabel\na \x85 b \u2028 c\t1\n")
         (tmp_path / f"{part}.csv").write_text("")
-    assert read_published(PUBLISHED["sst-2"], tmp_path).train == [("a \x85 b \u2028 c", "1")]
+    assert read_published(PUBLISHED_TASKS["sst-2"], tmp_path).train == [("a \x85 b \u2028 c", "1")]
     (tmp_path / "train.tsv").unlink()
     (tmp_path / "dev.tsv").unlink()
     for part in ("train", "dev"):
         (tmp_path / f"{part}.csv").write_text('1,"a ""fine"", long\nfilm"\n')
-    assert read_published(PUBLISHED["mr"], tmp_path).train == [('a "fine", long\nfilm', "1")]
+    assert read_published(PUBLISHED_TASKS["mr"], tmp_path).train == [('a "fine", long\nfilm', "1")]
 
 
 def test_what_is_not_the_tasks(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no train part of rte \(.tsv or .csv\)"):
-        read_published(PUBLISHED["rte"], tmp_path)
+        read_published(PUBLISHED_TASKS["rte"], tmp_path)
     path = tmp_path / "rte.json"
     path.write_text(json.dumps({"train": [["A dog.", "entailment"]], "test": [["A dog.", "entailment"]]}))
     with pytest.raises(ConfigError, match="task rte: 'A dog.' is one sentence, but its template has two; give rows of"):
-        read_published(PUBLISHED["rte"], path)
+        read_published(PUBLISHED_TASKS["rte"], path)
     path.write_text(json.dumps({"train": [["A dog.", "A cat", "True"]], "test": [["A dog.", "B", "entailment"]]}))
     with pytest.raises(ConfigError, match="has the label 'True', expected one of not_entailment, entailment"):
-        read_published(PUBLISHED["rte"], path)
+        read_published(PUBLISHED_TASKS["rte"], path)
     path.write_text(json.dumps({"train": [["A dog.", "A cat", 5.5]], "test": [["A dog.", "B", 1]]}))
     with pytest.raises(ConfigError, match="task sts-b, score: got 5.5, expected a number between 0 and 5"):
-        read_published(PUBLISHED["sts-b"], path)
+        read_published(PUBLISHED_TASKS["sts-b"], path)
 
 
 def test_few_shots_of_a_regression_are_of_both_halves(tmp_path):
-    task = PUBLISHED["sts-b"]
+    task = PUBLISHED_TASKS["sts-b"]
     rows = [(Sentences(f"a {i}", f"b {i}"), str(i / 10)) for i in range(51)]
     few = k_shot(TextData(rows, [], rows[:1]), 4, 0, list(task.words), task.half)
     assert sorted(float(y) > 2.5 for _, y in few.train) == [False] * 4 + [True] * 4
@@ -179,7 +179,7 @@ def rows_on_hub(task, count, secret=False):
 
 
 @pytest.mark.parametrize(
-    "task", [t for t in PUBLISHED.values() if t.hub], ids=[t.name for t in PUBLISHED.values() if t.hub]
+    "task", [t for t in PUBLISHED_TASKS.values() if t.hub], ids=[t.name for t in PUBLISHED_TASKS.values() if t.hub]
 )
 def test_the_hubs_copy(task, monkeypatch):
     asked = []
@@ -199,14 +199,14 @@ def test_the_hubs_copy(task, monkeypatch):
 
 def test_no_hub(monkeypatch):
     with pytest.raises(ConfigError, match="data: cr is not read from a hub; give your copy of it"):
-        read_published(PUBLISHED["cr"], None)
+        read_published(PUBLISHED_TASKS["cr"], None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="to read rte from the hub needs datasets; run: pip install datasets"):
-        read_published(PUBLISHED["rte"], None)
+        read_published(PUBLISHED_TASKS["rte"], None)
 
     def load_dataset(path, config):
         raise ConnectionError("no way there\nat all")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(ConfigError, match=r"datasets cannot load nyu-mll/glue \(no way there\); give your copy of rte"):
-        read_published(PUBLISHED["rte"], None)
+        read_published(PUBLISHED_TASKS["rte"], None)

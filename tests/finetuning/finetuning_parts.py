@@ -150,12 +150,12 @@ def alone(model: nn.Module, ids: list[int]) -> Any:
 @functools.cache
 def roberta_tokenizer() -> Any:
     """Byte-level BPE with RoBERTa's special tokens, in which the label words of the published tasks are one token."""
-    from hatcl.data.published import PUBLISHED
+    from hatcl.data.published import PUBLISHED_TASKS
 
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    words = sorted({w for task in PUBLISHED.values() for w in task.words.values()})
+    words = sorted({w for task in PUBLISHED_TASKS.values() for w in task.words.values()})
     names = {
         "bos_token": "<s>",
         "pad_token": "<pad>",

@@ -15,9 +15,9 @@ from hypothesis import strategies as st  # noqa: E402
 from hatcl.data.texts import Sentences  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 from hatcl.finetuning import PromptReader, Template, label_tokens  # noqa: E402
-from hatcl.finetuning.prompts import Slot, check_length, shares  # noqa: E402
+from hatcl.finetuning.prompts import TemplateSlot, check_length, shares  # noqa: E402
 
-TEXT, MASK = Slot("text"), Slot("mask")
+TEXT, MASK = TemplateSlot("text"), TemplateSlot("mask")
 LONG = " ".join(["film"] * 60)
 
 
@@ -39,15 +39,15 @@ def test_the_parts_of_a_template():
     assert Template("{text} {mask}").parts == (TEXT, MASK)
     assert Template("{{text}} {text}").parts == ("{text}", TEXT)  # braces of its own are no slot
     pair = Template("{text:-}? {mask}, {text2:lower}")
-    assert pair.parts == (Slot("text", "-"), "?", MASK, ",", Slot("text2", "lower"))
+    assert pair.parts == (TemplateSlot("text", "-"), "?", MASK, ",", TemplateSlot("text2", "lower"))
     assert pair.spaced == {"mask", "text2"}
 
 
 def test_the_forms_of_a_text():
-    assert [Slot("text", form).formed("A dog.") for form in ("", "-", "lower", "lower-")] == [
+    assert [TemplateSlot("text", form).formed("A dog.") for form in ("", "-", "lower", "lower-")] == [
         "A dog.", "A dog", "a dog.", "a dog"
     ]  # fmt: skip
-    assert [Slot("text", form).formed("") for form in ("-", "lower-")] == ["", ""]
+    assert [TemplateSlot("text", form).formed("") for form in ("-", "lower-")] == ["", ""]
 
 
 @pytest.mark.parametrize(

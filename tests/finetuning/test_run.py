@@ -470,7 +470,7 @@ def test_without_a_part_of_the_checkpoint_the_bits_are_others(lost, tmp_path, mo
     options, learning = longer({"random": "dropout", "optimizer": "adamw and l1"}.get(lost, "momentum"), tmp_path)
     if lost == "best":
         scores = iter([0.9, 0.1, 0.1, 0.1])  # the state before the kill is the best one
-        monkeypatch.setattr(FinetuneTask, "accuracy", lambda self, model, part: next(scores) if model.training else 0.5)
+        monkeypatch.setattr(FinetuneTask, "score", lambda self, model, part: next(scores) if model.training else 0.5)
     whole = finetune_run(options, learning)
     scores = iter([0.9, 0.1, 0.1, 0.1])
     killed(options, learning, tmp_path / "run", 5)

@@ -81,7 +81,7 @@ class InterpolatedLoRA(Method):
                 "leave it out"
             )
         if o.use_ilora and o.save_ema_adapter:
-            ilora_files.check_saveable([_plain(t.train[0]) for t in tasks])
+            ilora_files.check_saveable([_as_stored(t.train[0]) for t in tasks])
         self.two = ILoRA(
             model,
             o.config,
@@ -150,7 +150,7 @@ class InterpolatedLoRA(Method):
         if self.two.enabled and self.options.save_ema_adapter:
             state = self.two.memory.state_dict()
             tasks = self.tasks
-            state["examples"] = [(tasks[i].name, _plain(tasks[i].train[k])) for i, k in state["examples"]]
+            state["examples"] = [(tasks[i].name, _as_stored(tasks[i].train[k])) for i, k in state["examples"]]
             ilora_files.save_beside(self.two, folder, state)
 
     def state(self) -> dict[str, Any]:
@@ -170,11 +170,11 @@ class InterpolatedLoRA(Method):
         self.two.steps, self.two.moves = counts["steps"], counts["moves"]
 
 
-def _plain(example: Any) -> Any:
+def _as_stored(example: Any) -> Any:
     """An example as a memory keeps it in a file: texts without what else they know, pairs as tuples."""
     if isinstance(example, str):
         return str(example)
-    return tuple(_plain(x) for x in example) if isinstance(example, tuple) else example
+    return tuple(_as_stored(x) for x in example) if isinstance(example, tuple) else example
 
 
 def _hidden(model: nn.Module, batches: Sequence[Batch]) -> list[Hidden]:
