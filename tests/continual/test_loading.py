@@ -140,17 +140,21 @@ def test_fewer_bits_are_asked_of_transformers(bits, folder, monkeypatch):
         adapted_model(str(folder / "bert"), options, 0)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_learning_on_a_base_of_fewer_bits(bits, tmp_path):
-    """QLoRA, where bitsandbytes is installed: the base keeps its bits, the adapter learns and is saved."""
-    pytest.importorskip("bitsandbytes")
+def small_llama(folder):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=vocabulary(), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    tokenizer().save_pretrained(tmp_path / "llama")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    tokenizer().save_pretrained(folder / "llama")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_learning_on_a_base_of_fewer_bits(bits, tmp_path):
+    """QLoRA, where bitsandbytes is installed: the base keeps its bits, the adapter learns and is saved."""
+    pytest.importorskip("bitsandbytes")
+    small_llama(tmp_path)
     write_texts(tmp_path / "a.json", texts(0, count=16))
     write_texts(tmp_path / "b.json", texts(1, ("red", "green"), count=16))
     options = TextOptions(rank=2, bits=bits, test=4, max_output=2)
@@ -160,6 +164,26 @@ def test_learning_on_a_base_of_fewer_bits(bits, tmp_path):
     result = learn_sequence(model, tasks, "tasl", {"epochs": 3, "batch_size": 8, "lr": 1e-2}, folder=tmp_path / "run")
     assert base_of(model) == before and result.losses[0][1] < result.losses[0][0]
     assert (tmp_path / "run" / "tasks" / "1_b" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_evaluation_leaves_4_bits_their_gradients(guarded, tmp_path):
+    """On CPUs with AVX512-BF16, bitsandbytes packs 4-bit weights in evaluation, and has no backward pass for them."""
+    bnb = pytest.importorskip("bitsandbytes")
+    if not bnb.functional.has_avx512bf16():
+        pytest.skip("bitsandbytes packs no weights on this CPU")
+    small_llama(tmp_path)
+    model = adapted_model(str(tmp_path / "llama"), TextOptions(rank=2, bits=4), 0)[0]
+    if not guarded:
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = True
+    batch = {"input_ids": torch.tensor([[3, 4, 5, 6]]), "labels": torch.tensor([[3, 4, 5, 6]])}
+    with torch.no_grad():
+        model.eval()(**batch)
+    model.train()(**batch).loss.backward()
+    reached = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+    assert bool(reached) is guarded
 
 
 @pytest.mark.parametrize(
