@@ -152,6 +152,23 @@ def test_a_new_head_reads_both_sentences(here, capsys):
     assert json.loads((here / "head2" / "metrics.json").read_text())["measure"] == "accuracy"
 
 
+def test_grafts_of_pairs_by_the_tasks_measure(here, capsys):
+    data_of(PUBLISHED_TASKS["qqp"], here)
+    learned = [*SHORT, *QUICK, "--lr", "0.5", "--max-steps", "6", "--output", "pairs"]
+    args = ["finetune", "roberta", "--task", "qqp", "--data", "qqp.json", "--k", "4", *learned]
+    assert call(capsys, *args)[0] == 0
+    code, out, err = call(
+        capsys, "graft", "pairs", "--by", "magnitude", "--sparsity", "0.2", "--device", "cpu", "--ood", "qqp.json",
+        "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    metrics = json.loads(out)
+    rows = [metrics["pretrained"], metrics["finetuned"], *metrics["grafts"]]
+    assert all(row["score"] == row["f1"] for row in rows) and len(rows) == 3
+    run = load_run(here / "pairs")
+    assert run.metrics["score"]["finetuned"]["test"] == metrics["finetuned"]["f1"]
+
+
 def test_a_regression_has_no_table_of_grafts(here, capsys):
     data_of(PUBLISHED_TASKS["sts-b"], here)
     options = ["--k", "2", *SHORT, *QUICK, "--output", "scores"]

@@ -414,7 +414,7 @@ def test_errors_of_grafts(here, masks, tmp_path, capsys):
         (["--by", "random", "--per-layer", "--grain", "unit"], "--per-layer: got --grain unit, expected element"),
         (["--by", "random", "--grain", "unti", "--sparsity", "0.1"], "got 'unti', expected one of element, unit"),
         (["--sparsity", "0.1234567", "--sparsity", "0.1234568"], "--sparsity: got 0.123457 twice"),  # one folder
-        (["--choose", "los"], "--choose: got 'los', expected one of loss, accuracy; did you mean 'loss'?"),
+        (["--choose", "los"], "--choose: got 'los', expected one of loss, score; did you mean 'loss'?"),
         (["--no-train"], "--no-train: nothing to measure; give --mask-path"),
         (
             ["--no-train", "--mask-path", "bits.safetensors", "--checkpoint-location", "scores.safetensors"],
