@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from .generation import causal_task, seq2seq_task
 from .label_words import label_word_task
 from .tasks import ContinualTask
+from .text_scores import TEXT_SCORES
 
 DTYPES = ("float32", "bfloat16", "float16")
 BITS = (4, 8)
@@ -31,6 +32,8 @@ class TextOptions(Changeable):
         form: labels (the nearest label word, for encoders), seq2seq or causal (greedy generation); auto goes by the
             model.
         word: with labels, NAME:LABEL=WORD, the word or phrase for a label of a task.
+        measure: in generation, NAME=MEASURE, by what a task is scored: match (the default), answer, rouge_l, similarity
+            or sari.
         plain: leave out the inputs' first line (the question) and a last `Answer:`.
         train: at most so many training examples of each task. test: at most so many test examples of each task.
         rank: LoRA's rank r. alpha: LoRA's alpha; what is added is scaled by alpha / r.
@@ -52,6 +55,7 @@ class TextOptions(Changeable):
 
     form: str = "auto"
     word: tuple[str, ...] = ()
+    measure: tuple[str, ...] = ()
     plain: bool = False
     train: int | None = None
     test: int | None = None
@@ -172,12 +176,14 @@ def text_tasks(
     Raises:
         ConfigError: files, words or lengths that do not fit. IntegrityError: a damaged file.
     """
-    words = label_words(options.word, list(files))
+    words, measures = label_words(options.word, list(files)), measures_of(options.measure, list(files))
     tasks = []
     for name, path in files.items():
         data = read_texts(path).cut(options.train, options.test)
         data = data.plain() if options.plain else data
-        tasks.append(_task_of_form(form, name, data, model, tokenizer, words.get(name), options, positions))
+        tasks.append(
+            _task_of_form(form, name, data, model, tokenizer, words.get(name), measures.get(name), options, positions)
+        )
     return tasks
 
 
@@ -198,9 +204,26 @@ def label_words(specs: tuple[str, ...] | list[str], names: list[str]) -> dict[st
     return found
 
 
+def measures_of(specs: tuple[str, ...] | list[str], names: list[str]) -> dict[str, str]:
+    """Per task, its measure.
+
+    Raises:
+        ConfigError: another form than NAME=MEASURE, a task that is not there, or another measure.
+    """
+    found: dict[str, str] = {}
+    for spec in specs:
+        name, equals, measure = spec.partition("=")
+        if not equals:
+            raise ConfigError(f"--measure: got {spec!r}, expected NAME=MEASURE")
+        one_of("--measure", name, names)
+        one_of("--measure", measure, list(TEXT_SCORES))
+        found[name] = measure
+    return found
+
+
 def _task_of_form(
     form: str, name: str, data: TextData, model: Any, tokenizer: Any, words: Mapping[str, str] | None,
-    options: TextOptions, positions: int | None,
+    measure: str | None, options: TextOptions, positions: int | None,
 ) -> ContinualTask:  # fmt: skip
     most, length = (None if form == "seq2seq" else positions), options.max_input
     if most is not None:
@@ -215,11 +238,13 @@ def _task_of_form(
         unknown = [y for y in words or {} if y not in labels]
         if unknown:
             raise ConfigError(f"--word: {name} has no label {unknown[0]!r}; it has {', '.join(labels)}")
+        if measure is not None:
+            raise ConfigError(f"--measure: {name} is scored by accuracy with --form labels; leave it out")
         return label_word_task(name, data, model, tokenizer, labels=labels, max_length=length)
     if words:
         raise ConfigError("--word: only with --form labels")
     make = {"seq2seq": seq2seq_task, "causal": causal_task}[form]
-    return make(name, data, tokenizer, max_input=length, max_output=options.max_output)
+    return make(name, data, tokenizer, max_input=length, max_output=options.max_output, measure=measure or "match")
 
 
 def example_of(task: ContinualTask) -> dict[str, Any]:

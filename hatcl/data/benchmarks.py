@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ..config import one_of
 from ..errors import ConfigError
-from .texts import TextData, read_parts, read_texts
+from .texts import TextData, parts_beside, read_parts, read_texts
 
-NAMES = {"train": ("train",), "validation": ("eval", "dev"), "test": ("test",)}
+TASL = {"train": "train", "validation": "dev", "test": "test"}  # its folders
 ENDS = (".json", ".json.gz")
 
 
@@ -106,15 +106,10 @@ def _parts_of(folder: Path, task: str) -> dict[str, Path]:
     for end in ENDS:
         if (folder / f"{task}{end}").is_file():
             return {"": folder / f"{task}{end}"}
-    inside = sorted(p for p in folder.rglob("*") if p.is_dir() and p.name.lower() == task.lower())
-    for ways in (
-        *({part: [at / f"{name}.json" for name in names] for part, names in NAMES.items()} for at in inside),
-        {part: [folder / name / f"{task}_T5.json" for name in names] for part, names in NAMES.items()},
-    ):
-        found = {part: next((p for p in paths if p.is_file()), None) for part, paths in ways.items()}
-        if found["train"] is not None and found["test"] is not None:
-            return {part: path for part, path in found.items() if path is not None}
-    return {}
+    tasl = {part: folder / name / f"{task}_T5.json" for part, name in TASL.items()}
+    ways = [parts_beside(p) for p in sorted(folder.rglob("*")) if p.is_dir() and p.name.lower() == task.lower()]
+    ways.append({part: path for part, path in tasl.items() if path.is_file()})
+    return next((found for found in ways if {"train", "test"} <= set(found)), {})
 
 
 def general_ability(before: Mapping[str, float], after: Mapping[str, float]) -> float:

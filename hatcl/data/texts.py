@@ -6,6 +6,8 @@ Read are JSON files, also as .gz, of these forms (the public benchmarks' own):
     {train, test: [[instruction, input, output], ...], test_idx}    dialogue state tracking, with the test rows' turns
     {seeds: {13: {train, dev}, ...}, test: [[text, label], ...]}    16 shots per class (LM-BFF)
     {all: [[text, label], ...]}                                     one list, cut in three by a seed
+    [{prompt, answer}, ...], or {Definition, Instances}             a train.json, with eval or dev and test.json
+                                                                    beside it, as TRACE and O-LoRA have it
 
 A row of three is also how pairs of sentences are given, `[text, text2, label]`: its input is the two lines, and knows
 both (`Sentences`). Tables as GLUE and others publish them are read in `published.py`.
@@ -179,6 +181,8 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
     """
     path = Path(path)
     content = _read_content(path)
+    if path.name == "train.json" and (isinstance(content, list) or "Instances" in content):
+        return read_parts(parts_beside(path.parent))
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: got a {type(content).__name__}, expected an object with train and test")
     if "all" in content:
@@ -198,6 +202,14 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
     return _whole(path, TextData(parts[0], parts[1], parts[2], turns))
 
 
+def parts_beside(folder: Path) -> dict[str, Path]:
+    """The files of a task's parts in a folder of its own; those that are there."""
+    names = {"train": ("train",), "validation": ("eval", "dev"), "test": ("test",)}
+    tried = {part: [folder / f"{name}.json" for name in names[part]] for part in names}
+    found = {part: next((p for p in paths if p.is_file()), None) for part, paths in tried.items()}
+    return {part: path for part, path in found.items() if path is not None}
+
+
 def read_parts(parts: Mapping[str, Path]) -> TextData:
     """The pairs of a task whose parts are files of their own: lists of `[input, output]`, of objects with `input` and
     `output` (and `instruction`), or with `prompt` and `answer`; or an object with such a list as `Instances` and a
@@ -209,6 +221,8 @@ def read_parts(parts: Mapping[str, Path]) -> TextData:
     Raises:
         IntegrityError, ConfigError: as `read_texts`.
     """
+    if "test" not in parts:
+        raise ConfigError(f"{parts['train']}: has no test.json beside it, expected one of the same form")
     found = {part: _pairs(path, part, _rows_of(path, _read_content(path))) for part, path in parts.items()}
     return _whole(parts["train"], TextData(found["train"], found.get("validation", []), found["test"]))
 

@@ -8,11 +8,12 @@ import torch
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from continual_parts import bert, texts, tokenizer, vocabulary, write_texts  # noqa: E402
+from continual_parts import bert, causal_lm, texts, tokenizer, vocabulary, write_texts  # noqa: E402
 
 from hatcl.continual import learn_sequence  # noqa: E402
 from hatcl.continual.folder import base_of  # noqa: E402
-from hatcl.continual.loading import TextOptions, adapted_model, example_of, label_words, text_tasks  # noqa: E402
+from hatcl.continual.loading import TextOptions, adapted_model, example_of, label_words, measures_of, text_tasks  # noqa: E402
+from hatcl.continual.text_scores import TEXT_SCORES  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -197,3 +198,24 @@ def test_evaluation_leaves_4_bits_their_gradients(guarded, tmp_path):
 def test_options_of_lora_out_of_range(changes, text):
     with pytest.raises(ConfigError, match=text):
         TextOptions(**changes)
+
+
+def test_measures_of_tasks(folder, monkeypatch):
+    assert measures_of(["a=rouge_l"], ["a", "b"]) == {"a": "rouge_l"}
+    for specs, words in (
+        (["rouge_l"], "--measure: got 'rouge_l', expected NAME=MEASURE"),
+        (["c=sari"], "--measure: got 'c', expected one of a"),
+        (["a=rouge"], "--measure: got 'rouge', expected one of match, .*did you mean 'rouge_l'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            measures_of(specs, ["a"])
+    model, words, form = adapted_model(str(folder / "bert"), TextOptions(rank=2, target=("query",)), 0)
+    options = TextOptions(measure=("a=sari",), test=2)
+    with pytest.raises(ConfigError, match="--measure: a is scored by accuracy with --form labels; leave it out"):
+        text_tasks({"a": folder / "a.json"}, model, words, form, options, None)
+    causal_lm().save_pretrained(folder / "gpt2")
+    tokenizer().save_pretrained(folder / "gpt2")
+    model, words, form = adapted_model(str(folder / "gpt2"), TextOptions(rank=2), 0)
+    monkeypatch.setitem(TEXT_SCORES, "sari", lambda source, given, expected: 0.125)
+    (task,) = text_tasks({"a": folder / "a.json"}, model, words, form, options, None)
+    assert task.score(model.eval()) == 0.125

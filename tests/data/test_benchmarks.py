@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hatcl.data.benchmarks import BENCHMARKS, general_ability, read_benchmark
+from hatcl.data.texts import read_texts
 from hatcl.errors import ConfigError, IntegrityError
 
 DATA = Path(os.environ.get("HATCL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -112,3 +113,16 @@ def test_the_general_ability_delta():
             general_ability({"mmlu": 0.4, "bbh": 0.3}, after)
     with pytest.raises(ConfigError, match="got scores of nothing before"):
         general_ability({}, {})
+
+
+@pytest.mark.parametrize("form", ["trace", "olora"])
+def test_one_task_by_its_train_json(form, tmp_path):
+    """So that `hatcl train --task FOMC=TRACE/FOMC/train.json` finds the other parts."""
+    written(tmp_path, "FOMC", form)
+    path = next(tmp_path.rglob("train.json"))
+    data = read_texts(path)
+    before = "Say it.\n" if form == "olora" else ""
+    assert data.test == [(before + x, y) for x, y in rows("FOMC", "test")] and len(data.validation) == 2
+    (path.parent / "test.json").unlink()
+    with pytest.raises(ConfigError, match="train.json: has no test.json beside it, expected one of the same form"):
+        read_texts(path)
