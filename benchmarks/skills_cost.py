@@ -73,7 +73,7 @@ def measure(targets: list[str], rank: int, batch: int, length: int, rounds: int)
     scorer = SkillScorer(scored.model)
     scorer.watch(scored.optimizer)
     # the optimizer was made first, so the stable adapter's tensors are not in it
-    ilora = ILoRA(averaged.model, ILoRAConfig(use_ilora=True, consistency_weight=0.0))
+    ilora = ILoRA(averaged.model, ILoRAConfig(consistency_weight=0.0))
     ilora.watch(averaged.optimizer)
     steps = {"plain": plain.step, "scoring": scored.step, "moving average": averaged.step, "plain again": again.step}
     taken = in_turns(steps, rounds)

@@ -22,7 +22,7 @@ def accuracies():
     return [f"{(model.eval()(**task).logits.argmax(1) == task['labels']).float().mean():.0%}" for task in tasks]
 
 
-ilora = ILoRA(model, ILoRAConfig(use_ilora=True, ema_alpha=0.95, current_task_id="first"), replay=1.0)
+ilora = ILoRA(model, ILoRAConfig(ema_alpha=0.95, current_task_id="first"), replay=1.0)
 for task in tasks:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     with ilora.watch(optimizer):  # the stable adapter follows after each step

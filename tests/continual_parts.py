@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,18 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """The same names and the same bits?"""
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def causal_lm(**options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary(), n_embd=8, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1,
+        **options,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def write_texts(path: Path, data: TextData) -> None:
+    """As a file of a task."""
+    parts = {"train": data.train, "dev": data.validation, "test": data.test}
+    path.write_text(json.dumps({n: [list(pair) for pair in rows] for n, rows in parts.items()}))

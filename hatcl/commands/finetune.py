@@ -20,13 +20,13 @@ from ._options import usable_device
 
 
 def show_finetuned(run: Path, metrics: dict[str, Any]) -> None:
-    """Print the accuracies of both models, and how much has moved."""
-    table = Table(title=f"{metrics['task']}: accuracy in %", box=box.SIMPLE_HEAD, title_justify="left")
+    """Print the scores of both models, and how much has moved."""
+    table = Table(title=f"{metrics['task']}: {metrics['measure']} in %", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("")
     for column in ("validation", "test"):
         table.add_column(column, justify="right")
     for key, title in (("pretrained", "pretrained"), ("finetuned", "fine-tuned")):
-        table.add_row(title, *[percent(metrics["accuracy"][key].get(part)) for part in ("validation", "test")])
+        table.add_row(title, *[percent(metrics["score"][key].get(part)) for part in ("validation", "test")])
     out.print(table)
     moved, examples = metrics["trained"], metrics["examples"]
     say(
@@ -51,15 +51,16 @@ def finetune(
             help="finetune (a new linear head), prompt (a template and label words, masked language model), "
             "autoregressive (the same, causal model), labels (cosines with label words, bare encoder), or image."
         ),
-    ],
+    ] = "prompt",
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="FILE",
-            help="Texts: .json or .json.gz with train, dev and test lists of pairs of a text and its label; images: "
-            ".npz with x_train, y_train, x_test, y_test.",
+            help="Texts: .json or .json.gz with train, dev and test lists of [text, label] or [text, text2, label], "
+            "or with --task a folder of .tsv or .csv; images: .npz with x_train, y_train, x_test, "
+            "y_test. Without it --task is read from the hub, by the package datasets.",
         ),
-    ],
+    ] = None,
     device: Device = "auto",
     *,
     task: TaskOptions,
@@ -73,7 +74,8 @@ def finetune(
     one_of("--mode", mode, list(list_finetune_modes()))
     where = usable_device(device)
     for flag, file in (("--data", data), ("--weights", task.weights)):
-        if file is not None and not Path(file).is_file():
+        folder_too = flag == "--data" and task.task is not None
+        if file is not None and not (Path(file).is_file() or (folder_too and Path(file).is_dir())):
             raise ConfigError(f"{flag}: there is no file {file}")
     asked.options = described_by(task, learning)
     folder = asked.folder()

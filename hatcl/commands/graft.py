@@ -123,7 +123,7 @@ def graft(
         str,
         typer.Option(
             help="Learning: the mask that is kept is that of the lowest loss on the training examples, or of the "
-            "highest accuracy on training and validation examples, as published; few of them choose by chance."
+            "highest score on training and validation examples, as published; few of them choose by chance."
         ),
     ] = CHOOSE[0],
     keep_scores: Annotated[
@@ -169,7 +169,7 @@ def graft(
 
     The table has the pretrained and the fine-tuned model and each graft: accuracy, F1, the share of the fine-tuning
     gain that is kept, agreement with the fine-tuned model, expected calibration error, and accuracy on other data.
-    Choosing uses the run's training examples (with --choose accuracy its validation examples as well); test examples
+    Choosing uses the run's training examples (with --choose score its validation examples as well); test examples
     are only reported. A graft that is there already is not made again, so that the same command goes on after an
     interruption.
     """

@@ -198,14 +198,13 @@ def write_task(folder: Path, name: str, model: nn.Module, method: Method, about:
                 write_adapter(model, new / ADAPTER, names)
         for kind, scores in method.scores().items():
             scores.save(new / f"{kind}.safetensors")
+        method.write(model, new)
+        tidy_adapters(new)
         (new / checkpoints.CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
 
 
 def write_adapter(model: nn.Module, folder: Path, names: list[str] | None = None) -> None:
-    """Adapters in peft's own format; what a model without LoRA learned as `weights.safetensors`.
-
-    peft writes the targets, a set, in any order: here they are sorted.
-    """
+    """Adapters in peft's own format; what a model without LoRA learned as `weights.safetensors`."""
     peft = _peft_model(model)
     folder.mkdir(parents=True, exist_ok=True)
     if peft is None:
@@ -217,12 +216,18 @@ def write_adapter(model: nn.Module, folder: Path, names: list[str] | None = None
     else:
         chosen = [n for n in (names or peft.active_adapters) if n in adapters_of(peft)]
         peft.save_pretrained(str(folder), selected_adapters=chosen, save_embedding_layers=False)
+    tidy_adapters(folder)
+
+
+def tidy_adapters(folder: Path) -> None:
+    """The same bytes for the same adapters: peft writes the targets, a set, in any order; and a model card to be filled
+    in by hand."""
     for path in sorted(folder.rglob("adapter_config.json")):
         content = {
             k: sorted(v) if k in _SETS and isinstance(v, list) else v for k, v in checkpoints.read_json(path).items()
         }
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    for path in folder.rglob("README.md"):  # a model card to be filled in by hand
+    for path in folder.rglob("README.md"):
         path.unlink()
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import one_of
 from ..data.texts import Pair, TextData
 from ..engine.measures import joint_goal_accuracy
 from ..errors import ConfigError
 from .tasks import ContinualTask
+from .text_scores import TEXT_SCORES
 
 MASKED = -100  # transformers leaves labels of this number out of the loss
 
@@ -35,6 +37,7 @@ def seq2seq_task(
     max_input: int = 256,
     max_output: int = 32,
     score_batch: int = 16,
+    measure: str = "match",
 ) -> ContinualTask:
     """A task for an encoder-decoder: the loss is that of the output's tokens, given the input.
 
@@ -43,13 +46,14 @@ def seq2seq_task(
             regard to case and to white space.
         max_input: the input's tokens; what is too long loses its beginning, since what is asked stands at the end.
         max_output: the output's tokens, with the end of the sequence; as many are generated at most.
+        measure: one of `TEXT_SCORES`, of which the score is the mean; `match` with `turns`.
 
     Raises:
-        ConfigError: an output that gives no label to learn from.
+        ConfigError: another measure, or an output that gives no label to learn from.
     """
     lengths = _lengths(max_input, max_output, score_batch)
     writer = _Seq2Seq(tokenizer, lengths, name)
-    return _task(name, data, writer)
+    return _task(name, data, writer, measure)
 
 
 def causal_task(
@@ -60,18 +64,14 @@ def causal_task(
     max_input: int = 256,
     max_output: int = 32,
     score_batch: int = 16,
+    measure: str = "match",
 ) -> ContinualTask:
     """A task for a causal language model: the input, then the output, then the end of the sequence; the input's labels
     are masked. Arguments and errors as for `seq2seq_task`.
     """
     lengths = _lengths(max_input, max_output, score_batch)
     writer = _Causal(tokenizer, lengths, name)
-    return _task(name, data, writer)
-
-
-def matches(given: str, expected: str) -> bool:
-    """Are two values the same without regard to case and to white space?"""
-    return given.lower().split() == expected.lower().split()
+    return _task(name, data, writer, measure)
 
 
 def check_some_label(labels: Tensor, name: str, examples: Sequence[Any]) -> None:
@@ -144,7 +144,10 @@ class _Causal(_Seq2Seq):
         return self._decoded(ids[:, tokens["input_ids"].shape[1] :])
 
 
-def _task(name: str, data: TextData, writer: _Seq2Seq) -> ContinualTask:
+def _task(name: str, data: TextData, writer: _Seq2Seq, measure: str) -> ContinualTask:
+    one_of("measure", measure, list(TEXT_SCORES))
+    if data.turns and measure != "match":
+        raise ConfigError(f"measure: got {measure!r} for dialogues, whose joint goal accuracy needs 'match'")
     empty = next((x for x, y in data.train if not y.strip()), None)
     if empty is not None:
         raise ConfigError(f"task {name}: the output of {empty[:80]!r} is empty: all its labels would be masked")
@@ -157,18 +160,18 @@ def _task(name: str, data: TextData, writer: _Seq2Seq) -> ContinualTask:
         def score(model: nn.Module) -> float:
             size = writer.lengths.score_batch
             order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
-            hits = [False] * len(pairs)
+            hits = [0.0] * len(pairs)
             for k in range(0, len(order), size):
                 some = order[k : k + size]
                 given = writer.written(model, [pairs[i][0] for i in some])
                 for i, text in zip(some, given, strict=True):
-                    hits[i] = matches(text, pairs[i][1])
-            return joint_goal_accuracy(turns, hits) if turns else sum(hits) / len(hits)
+                    hits[i] = TEXT_SCORES[measure](pairs[i][0], text, pairs[i][1])
+            return joint_goal_accuracy(turns, [hit == 1 for hit in hits]) if turns else sum(hits) / len(hits)
 
         return score
 
     validate = score_of(data.validation, []) if data.validation else None
-    return ContinualTask(name, data.train, writer.batch, loss, score_of(data.test, data.turns), validate)
+    return ContinualTask(name, data.train, writer.batch, loss, score_of(data.test, data.turns), validate, shared=True)
 
 
 def _lengths(max_input: int, max_output: int, score_batch: int) -> Lengths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,12 @@ from ..errors import ConfigError
 from .generation import causal_task, seq2seq_task
 from .label_words import label_word_task
 from .tasks import ContinualTask
+from .text_scores import TEXT_SCORES
 
-LORA = ("rank", "alpha", "target", "dropout")  # the fields of `TextOptions` that make the adapter
+DTYPES = ("float32", "bfloat16", "float16")
+BITS = (4, 8)
+# the fields of `TextOptions` that make the adapter
+LORA = ("rank", "alpha", "target", "dropout", "use_rslora", "use_dora", "modules_to_save")
 FORMS = ("auto", "labels", "seq2seq", "causal")
 
 
@@ -29,11 +34,20 @@ class TextOptions(Changeable):
         form: labels (the nearest label word, for encoders), seq2seq or causal (greedy generation); auto goes by the
             model.
         word: with labels, NAME:LABEL=WORD, the word or phrase for a label of a task.
+        measure: in generation, NAME=MEASURE, by what a task is scored: match (the default), answer, rouge_l, similarity
+            or sari.
         plain: leave out the inputs' first line (the question) and a last `Answer:`.
         train: at most so many training examples of each task. test: at most so many test examples of each task.
         rank: LoRA's rank r. alpha: LoRA's alpha; what is added is scaled by alpha / r.
         target: a module to adapt, such as query; by default peft's for the model.
         dropout: LoRA's dropout.
+        use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732). use_dora: learn magnitudes
+            beside directions (Liu et al. 2024, arXiv 2402.09353).
+        modules_to_save: a module that is trained whole and kept with the adapter, such as a classifier; repeatable.
+        bits: load the base in 4 (NF4, doubly quantised, as QLoRA, Dettmers et al. 2023, arXiv 2305.14314) or 8 bits by
+            bitsandbytes; None = as it is.
+        dtype: of the base's weights: float32, bfloat16 or float16; the adapter's are float32.
+        gradient_checkpointing: compute activations again in the backward pass, for less memory.
         max_input: tokens of an input, at most what the model takes; longer is cut.
         max_output: tokens of an output, in generation.
 
@@ -43,6 +57,7 @@ class TextOptions(Changeable):
 
     form: str = "auto"
     word: tuple[str, ...] = ()
+    measure: tuple[str, ...] = ()
     plain: bool = False
     train: int | None = None
     test: int | None = None
@@ -50,12 +65,22 @@ class TextOptions(Changeable):
     alpha: int = 16
     target: tuple[str, ...] = ()
     dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    bits: int | None = None
+    dtype: str = "float32"
+    gradient_checkpointing: bool = False
     max_input: int = 256
     max_output: int = 32
 
     def __post_init__(self) -> None:
         one_of("form", self.form, FORMS)
-        flag("plain", self.plain)
+        for name in ("plain", "use_rslora", "use_dora", "gradient_checkpointing"):
+            flag(name, getattr(self, name))
+        one_of("dtype", self.dtype, DTYPES)
+        if self.bits not in (None, *BITS):
+            raise ConfigError(f"bits: got {self.bits!r}, expected 4, 8 or None")
         for name in ("train", "test"):
             whole(name, getattr(self, name), optional=True)
         for name in ("rank", "alpha", "max_input", "max_output"):
@@ -89,12 +114,25 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
             "seq2seq": transformers.AutoModelForSeq2SeqLM,
             "causal": transformers.AutoModelForCausalLM,
         }
-        base = kinds[form].from_pretrained(model)
+        base = kinds[form].from_pretrained(model, **_loading(options, transformers))
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{model}: transformers cannot load it as {form} ({str(error).splitlines()[0]})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if options.gradient_checkpointing:
+        base.config.use_cache = False  # which it would have to warn of
+    if options.bits is not None:
+        import peft
+
+        base = peft.prepare_model_for_kbit_training(
+            base, options.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+        for module in base.modules():  # packed in evaluation on such CPUs, 4-bit weights lose all gradients after it
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    elif options.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(seed)
     return with_adapter(base, options), tokenizer, form
 
@@ -115,7 +153,8 @@ def with_adapter(base: nn.Module, options: TextOptions, beside: Sequence[str] = 
     try:
         lora = peft.LoraConfig(
             r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout,
-            target_modules=list(options.target) or None, modules_to_save=list(beside) or None,
+            target_modules=list(options.target) or None, use_rslora=options.use_rslora, use_dora=options.use_dora,
+            modules_to_save=[*options.modules_to_save, *beside] or None,
         )  # fmt: skip
         return peft.get_peft_model(base, lora)
     except ValueError as error:
@@ -124,6 +163,25 @@ def with_adapter(base: nn.Module, options: TextOptions, beside: Sequence[str] = 
             f"--target, --rank: peft cannot adapt this model ({str(error).splitlines()[0]}); it has the linear modules "
             f"{', '.join(linear)}"
         ) from error
+
+
+def _loading(options: TextOptions, transformers: Any) -> dict[str, Any]:
+    """How the base is loaded.
+
+    Raises:
+        ConfigError: bits without bitsandbytes.
+    """
+    dtype = getattr(torch, options.dtype)
+    if options.bits is None:
+        return {"dtype": dtype}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"bits: {options.bits}-bit weights need bitsandbytes; run: pip install bitsandbytes")
+    four = {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }  # fmt: skip
+    kept = transformers.BitsAndBytesConfig(**(four if options.bits == 4 else {"load_in_8bit": True}))
+    return {"dtype": dtype, "quantization_config": kept}
 
 
 def text_tasks(
@@ -137,12 +195,14 @@ def text_tasks(
     Raises:
         ConfigError: files, words or lengths that do not fit. IntegrityError: a damaged file.
     """
-    words = label_words(options.word, list(files))
+    words, measures = label_words(options.word, list(files)), measures_of(options.measure, list(files))
     tasks = []
     for name, path in files.items():
         data = read_texts(path).cut(options.train, options.test)
         data = data.plain() if options.plain else data
-        tasks.append(_task_of_form(form, name, data, model, tokenizer, words.get(name), options, positions))
+        tasks.append(
+            _task_of_form(form, name, data, model, tokenizer, words.get(name), measures.get(name), options, positions)
+        )
     return tasks
 
 
@@ -163,9 +223,26 @@ def label_words(specs: tuple[str, ...] | list[str], names: list[str]) -> dict[st
     return found
 
 
+def measures_of(specs: tuple[str, ...] | list[str], names: list[str]) -> dict[str, str]:
+    """Per task, its measure.
+
+    Raises:
+        ConfigError: another form than NAME=MEASURE, a task that is not there, or another measure.
+    """
+    found: dict[str, str] = {}
+    for spec in specs:
+        name, equals, measure = spec.partition("=")
+        if not equals:
+            raise ConfigError(f"--measure: got {spec!r}, expected NAME=MEASURE")
+        one_of("--measure", name, names)
+        one_of("--measure", measure, list(TEXT_SCORES))
+        found[name] = measure
+    return found
+
+
 def _task_of_form(
     form: str, name: str, data: TextData, model: Any, tokenizer: Any, words: Mapping[str, str] | None,
-    options: TextOptions, positions: int | None,
+    measure: str | None, options: TextOptions, positions: int | None,
 ) -> ContinualTask:  # fmt: skip
     most, length = (None if form == "seq2seq" else positions), options.max_input
     if most is not None:
@@ -180,8 +257,10 @@ def _task_of_form(
         unknown = [y for y in words or {} if y not in labels]
         if unknown:
             raise ConfigError(f"--word: {name} has no label {unknown[0]!r}; it has {', '.join(labels)}")
+        if measure is not None:
+            raise ConfigError(f"--measure: {name} is scored by accuracy with --form labels; leave it out")
         return label_word_task(name, data, model, tokenizer, labels=labels, max_length=length)
     if words:
         raise ConfigError("--word: only with --form labels")
     make = {"seq2seq": seq2seq_task, "causal": causal_task}[form]
-    return make(name, data, tokenizer, max_input=length, max_output=options.max_output)
+    return make(name, data, tokenizer, max_input=length, max_output=options.max_output, measure=measure or "match")

@@ -33,6 +33,8 @@ class ContinualTask:
         outputs: what the model says to the test set, in its order, on the CPU: what `hat` compares bit for bit between
             sealing and the end of a run. None = what its forward gives for the first `SEEN` training examples.
         digest: of the task's data, so that a run that is resumed knows them again.
+        shared: do `collate` and `loss` fit the examples of any other such task too (generation: all is in the texts)?
+            Then what a run before remembers can be learned again.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ContinualTask:
     hidden: Callable[[nn.Module, Any], Sequence[Any]] | None = None
     outputs: Callable[[nn.Module], Tensor] | None = None
     digest: str = ""
+    shared: bool = False
 
     def inputs(self, count: int = 2) -> Any:
         """What the model's forward takes for the first training examples. A collate that draws random numbers draws the

@@ -6,6 +6,11 @@ Read are JSON files, also as .gz, of these forms (the public benchmarks' own):
     {train, test: [[instruction, input, output], ...], test_idx}    dialogue state tracking, with the test rows' turns
     {seeds: {13: {train, dev}, ...}, test: [[text, label], ...]}    16 shots per class (LM-BFF)
     {all: [[text, label], ...]}                                     one list, cut in three by a seed
+    [{prompt, answer}, ...], or {Definition, Instances}             a train.json, with eval or dev and test.json
+                                                                    beside it, as TRACE and O-LoRA have it
+
+A row of three is also how pairs of sentences are given, `[text, text2, label]`: its input is the two lines, and knows
+both (`Sentences`). Tables as GLUE and others publish them are read in `published.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +31,25 @@ from .shots import draw, same_few
 
 Pair = tuple[str, str]
 EACH_HELD_OUT = 0.1  # share of {all} for test, and for validation
+
+
+class Sentences(str):
+    """An input of two parts, which a template may have in any order: `{text}` and `{text2}`. As a text it is both, one
+    line each.
+
+    Attributes:
+        parts: the two.
+    """
+
+    parts: tuple[str, str]
+
+    def __new__(cls, first: str, second: str) -> Sentences:
+        made = super().__new__(cls, f"{first}\n{second}")
+        made.parts = (first, second)
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sentences, self.parts
 
 
 class Turn(NamedTuple):
@@ -108,7 +132,13 @@ class TextData:
         return TextData(parts[0], parts[1], parts[2], self.turns)
 
 
-def k_shot(data: TextData, k: int, seed: int = 0, labels: Sequence[str] | None = None) -> TextData:
+def k_shot(
+    data: TextData,
+    k: int,
+    seed: int = 0,
+    labels: Sequence[str] | None = None,
+    class_of: Callable[[str], str] = str,
+) -> TextData:
     """K examples of each class for training and K others for validation, as LM-BFF takes them (Gao et al. 2021, arXiv
     2012.15723). The same seed gives the same examples.
 
@@ -117,21 +147,22 @@ def k_shot(data: TextData, k: int, seed: int = 0, labels: Sequence[str] | None =
     were drawn.
 
     Args:
-        labels: the classes; None = all that the data has.
+        labels: the classes; None = all that the data has. class_of: the class of an output, where that is not the
+            output itself (halves of a scale).
 
     Raises:
         ConfigError: k below 1, or a class with too few different texts (or none), by name.
     """
     every = [*data.train, *data.validation, *data.test]
-    classes = sorted({y for _, y in every}) if labels is None else list(labels)
-    chosen = draw([x for x, _ in data.train], [y for _, y in data.train], k, seed, classes, "train")
+    classes = sorted({class_of(y) for _, y in every}) if labels is None else list(labels)
+    chosen = draw([x for x, _ in data.train], [class_of(y) for _, y in data.train], k, seed, classes, "train")
     train = [data.train[i] for i in chosen]
     taken = {x for x, _ in train}
     pool = [p for p in data.validation if p[0] not in taken]
-    counts = Counter(y for _, y in set(pool))
+    counts = Counter(class_of(y) for _, y in set(pool))
     if any(counts[y] < k for y in classes):
         pool += [p for p in data.train if p[0] not in taken]
-    chosen = draw([x for x, _ in pool], [y for _, y in pool], k, seed, classes, "validation")
+    chosen = draw([x for x, _ in pool], [class_of(y) for _, y in pool], k, seed, classes, "validation")
     validation = [pool[i] for i in chosen]
     taken |= {x for x, _ in validation}
     rows = [i for i, (x, _) in enumerate(data.test) if x not in taken]
@@ -150,6 +181,8 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
     """
     path = Path(path)
     content = _read_content(path)
+    if path.name == "train.json" and (isinstance(content, list) or "Instances" in content):
+        return read_parts(parts_beside(path.parent))
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: got a {type(content).__name__}, expected an object with train and test")
     if "all" in content:
@@ -167,6 +200,56 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
     parts = [_pairs(path, n, content.get(n, [])) for n in ("train", "dev", "test")]
     turns = _turns(path, content["test_idx"], len(parts[2])) if "test_idx" in content else []
     return _whole(path, TextData(parts[0], parts[1], parts[2], turns))
+
+
+def parts_beside(folder: Path) -> dict[str, Path]:
+    """The files of a task's parts in a folder of its own; those that are there."""
+    names = {"train": ("train",), "validation": ("eval", "dev"), "test": ("test",)}
+    tried = {part: [folder / f"{name}.json" for name in names[part]] for part in names}
+    found = {part: next((p for p in paths if p.is_file()), None) for part, paths in tried.items()}
+    return {part: path for part, path in found.items() if path is not None}
+
+
+def read_parts(parts: Mapping[str, Path]) -> TextData:
+    """The pairs of a task whose parts are files of their own: lists of `[input, output]`, of objects with `input` and
+    `output` (and `instruction`), or with `prompt` and `answer`; or an object with such a list as `Instances` and a
+    `Definition`.
+
+    Args:
+        parts: `train`, `test` and, where there is one, `validation`, and their files.
+
+    Raises:
+        IntegrityError, ConfigError: as `read_texts`.
+    """
+    if "test" not in parts:
+        raise ConfigError(f"{parts['train']}: has no test.json beside it, expected one of the same form")
+    found = {part: _pairs(path, part, _rows_of(path, _read_content(path))) for part, path in parts.items()}
+    return _whole(parts["train"], TextData(found["train"], found.get("validation", []), found["test"]))
+
+
+def _rows_of(path: Path, content: Any) -> list[Any]:
+    """Lists of texts, of what a file has as objects."""
+    definition: list[Any] = []
+    if isinstance(content, dict) and isinstance(content.get("Instances"), list):
+        given = content.get("Definition", [])
+        definition, content = ([given] if isinstance(given, str) else list(given))[:1], content["Instances"]
+    if not isinstance(content, list):
+        raise ConfigError(f"{path}: got a {type(content).__name__}, expected a list of examples, or Instances")
+    out: list[Any] = []
+    for i, row in enumerate(content):
+        if not isinstance(row, dict):
+            out.append(row)
+            continue
+        keys = ("prompt", "answer") if "prompt" in row else ("input", "output")
+        lacking = [k for k in keys if k not in row]
+        if lacking:
+            raise ConfigError(
+                f"{path}: [{i}] has {', '.join(row) or 'nothing'}; expected input and output, or prompt and answer"
+            )
+        said = row.get("instruction")
+        before = definition or ([said] if said else [])
+        out.append([*before, *(row[k] for k in keys)])
+    return out
 
 
 def _read_content(path: Path) -> Any:
@@ -189,7 +272,7 @@ def _pairs(path: Path, part: str, rows: Any) -> list[Pair]:
         if not isinstance(wrong, str):
             raise ConfigError(f"{path}: {part}[{i}] holds {str(wrong)[:60]!r}, expected texts and numbers")
         *before, output = (str(v) for v in row)
-        out.append(("\n".join(before), output))
+        out.append((Sentences(*before) if len(before) == 2 else before[0], output))
     return out
 
 

@@ -29,12 +29,13 @@ from ..hat.convert import convert
 from ..hat.gates import gates_of
 from ..map.grains import make_grain
 from ..map.units import UnitMap
+from .measuring import MEASURES
 from .run import FINETUNED, PRETRAINED, Run
 from .tasks import Examples
 
 GRAFT_RULES = ("learned", "magnitude", "random")
 FROM_FILE = "mask"  # the rule of a graft that is read from a file
-CHOOSE = ("loss", "accuracy")
+CHOOSE = ("loss", "score")
 ABOUT, MEASURED, GRAFT, SCORES = "about.json", "measured.json", "graft.safetensors", "scores.safetensors"
 HISTORY = "history.json"
 MODELS = ("pretrained", "finetuned")
@@ -104,7 +105,8 @@ class GraftMaker:
     Args:
         start: a graft or scores that learning starts from; of the rule `mask` what is measured. file: where it is from.
         choose: among the masks of learning the one of the lowest `loss` on the training examples, or of the highest
-            `accuracy` on training and validation examples. keep_scores: keep the logits of a learned graft as well.
+            `score` on training and validation examples, by the task's measure. keep_scores: keep the logits of a
+            learned graft as well.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class GraftMaker:
             ids = torch.arange(len(task.train))
             collate = functools.partial(task.batch, "train")
             batches = torch.utils.data.DataLoader(ids, size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
-        validate = self.accuracy if self.choose == "accuracy" else None
+        validate = self.score if self.choose == "score" else None
         return learn_graft(
             run.pretrained, run.finetuned, task.loss, batches, wanted.sparsity, start=self.start,
             validate=validate, only=names, options=self.options, on_progress=lambda entry: tell(wanted.name, entry),
@@ -202,11 +204,11 @@ class GraftMaker:
         seen = self.options.accumulate
         return some(self.run.task.train, None if seen is None else seen * self.batch_size)
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Training and validation accuracy together, as published: of few examples one alone has many ties."""
+    def score(self, model: nn.Module) -> float:
+        """Training and validation score together, as published: of few examples one alone has many ties."""
         task = self.run.task
-        total = task.accuracy(model, self.sample())
-        return total + (task.accuracy(model, "validation") if len(task.validation) else 0.0)
+        total = task.score(model, self.sample())
+        return total + (task.score(model, "validation") if len(task.validation) else 0.0)
 
     def about(self, wanted: Wanted) -> dict[str, Any]:
         """How it was made, to be kept beside it and compared."""
@@ -255,7 +257,7 @@ class Scene:
         ood: files with the same labels. test: at most so many examples of each.
 
     Raises:
-        ConfigError: no test examples, or files whose labels are not the task's.
+        ConfigError: no test examples, files whose labels are not the task's, or a regression.
     """
 
     def __init__(self, run: Run, ood: Sequence[Path], test: int | None, bins: int) -> None:
@@ -263,6 +265,12 @@ class Scene:
         self.sets: dict[str, Examples] = {"": some(run.task.test, test)}
         if not len(run.task.test):
             raise ConfigError("the run has no test examples; fine-tune on a data file that has some")
+        if run.task.regression:
+            raise ConfigError(
+                f"task {run.task.name}: the table of hatcl graft is of classes, and this is a regression; learn its "
+                "graft in Python (hatcl.learn_graft with run.task.loss and run.task.batches('train')), and measure "
+                "it with run.task.score(model)"
+            )
         digests = {}
         for path in ood:
             name = path.parent.name if path.stem == "data" and path.parent.name else path.name.split(".")[0]
@@ -298,8 +306,9 @@ class Scene:
         own = said[""]
         calibration = own.calibration(self.bins)
         return {
-            "accuracy": own.accuracy, "f1": own.f1, "ece": calibration.ece, "mce": calibration.mce,
-            "calibration": calibration.to_dict(), "ood": {n: p.accuracy for n, p in said.items() if n},
+            "score": MEASURES[self.run.task.measure].of(own.probabilities, own.labels), "accuracy": own.accuracy,
+            "f1": own.f1, "ece": calibration.ece, "mce": calibration.mce, "calibration": calibration.to_dict(),
+            "ood": {n: p.accuracy for n, p in said.items() if n},
         }  # fmt: skip
 
 
@@ -346,11 +355,11 @@ def measured(path: Path, settings: Mapping[str, Any], measure: Callable[[], dict
 
 
 def with_gain(row: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A graft's row with the share of the fine-tuning gain that it keeps."""
+    """A graft's row with the share of the fine-tuning gain that it keeps, by the task's measure."""
     before, after = (models[name] for name in MODELS)
     return {
         **row,
-        "gain_kept": gain_kept(before["accuracy"], after["accuracy"], row["accuracy"]),
+        "gain_kept": gain_kept(before["score"], after["score"], row["score"]),
         "ood_gain_kept": {n: gain_kept(before["ood"][n], after["ood"][n], v) for n, v in row["ood"].items()},
     }
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..calls import seeded
 from ..data.images import ImageData, npz_task
+from ..data.published import read_published
 from ..data.shots import same_few
 from ..data.texts import TextData, k_shot, read_texts
 from ..errors import ConfigError, nearest
@@ -37,6 +38,7 @@ def make_task(
             missing or damaged.
     """
     mode = mode_of(options.mode)
+    options = options.filled
     data = read_data(options)
     if model is None:
         with seeded(seed):
@@ -50,17 +52,26 @@ def read_data(options: TaskOptions) -> TextData | ImageData:
     Raises:
         ConfigError, IntegrityError: as `make_task`.
     """
+    options = options.filled
     if not mode_of(options.mode).texts:
+        assert options.data is not None  # the options say so
         task = npz_task(options.data)
         if options.test is not None:
             ids = same_few(len(task.y_test), options.test)  # files have class after class
             task = dataclasses.replace(task, x_test=task.x_test[ids], y_test=task.y_test[ids])
         return task
-    data = read_texts(options.data, shots_seed=options.file_seed, seed=options.data_seed)
+    published, seeds = options.published, {"shots_seed": options.file_seed, "seed": options.data_seed}
+    if published is not None:
+        data = read_published(published, options.data, **seeds)
+    else:
+        assert options.data is not None  # the options say so
+        data = read_texts(options.data, **seeds)
     if options.plain:
         data = data.plain()
     if options.k is not None:
-        data = k_shot(data, options.k, options.data_seed, None if options.words is None else list(options.words))
+        classes = None if options.words is None else list(options.words)
+        half = published.half if published is not None and published.bounds is not None else str
+        data = k_shot(data, options.k, options.data_seed, classes, half)
     return data.cut(test=options.test)
 
 
@@ -87,7 +98,8 @@ def _text_model(name: str, loads: str) -> tuple[nn.Module, Any]:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"model: transformers cannot load {name} as {loads} ({str(error).splitlines()[0]})"
+            f"model: transformers cannot load {name} as {loads} ({str(error).splitlines()[0]}); is the path right, and "
+            "does the mode (--mode) fit the model?"
         ) from error
     bare = loads == "AutoModel"  # of which nothing here uses a pooler
     missing = sorted(n for n in report["missing_keys"] if not (bare and "pooler" in n.split(".")))

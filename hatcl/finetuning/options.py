@@ -10,14 +10,17 @@ from typing import Any
 
 from ..config import Changeable, flag, number, one_of, whole
 from ..data.images import FITS
+from ..data.published import PublishedTask, published_task
 from ..engine.options import COMMON, RATE_SCHEDULES, LoopOptions
 from ..errors import ConfigError
+from .measuring import MEASURES
 
 STATISTICS = ("held", "learned")
 TOKENS = ("cls", "mask", "last")
 CUTS = ("end", "head")
 HEADS = ("random", "fitted")
 NORMALISE = ("data", "model")
+PAIR_TEMPLATE = "{text}{sep}{text2}"
 SHOTS_SEED = 13  # the first of the five that LM-BFF and its successors use
 
 
@@ -29,14 +32,20 @@ class TaskOptions(Changeable):
         mode: one of `list_finetune_modes()`.
         model: a folder of transformers or a name on its hub, passed to `from_pretrained` as it is; in mode `image`
             timm's name.
-        data: a file: texts as `hatcl.continual.read_texts` reads them, images as `.npz`.
+        data: a file: texts as `hatcl.continual.read_texts` reads them, images as `.npz`; of a published task also a
+            folder as it is published, or None for its copy on the hub (`datasets`).
+        task: one of `hatcl.data.published.PUBLISHED_TASKS`, such as sst-2 or rte: its template, label words, measure
+            and length, where they are not given.
         k: so many examples of each class to learn from, and as many to validate on, see `k_shot`; None = all.
         data_seed: of the choice of these. file_seed: which of the seeds of a file that holds several choices.
         test: at most so many test examples, always the same random ones; None = all.
         words: label -> the word that stands for it (its class's name); default: the label itself.
         template: text around `{text}` with a `{mask}`, for `prompt`, for `autoregressive` (where `{mask}` may only
             stand last) and for `finetune` with token `mask`; None = the mode's.
-        max_length: tokens of an example with its template. cut: what a long text loses, its `end` or its `head`.
+        measure: what validation chooses by: accuracy, f1 (of the second label), mcc or pearson; None = the task's, or
+            accuracy.
+        max_length: tokens of an example with its template; None = the task's, or 128.
+        cut: what a long text loses, its `end` or its `head` (LM-BFF's `truncate_head`).
         token: with `finetune`, whose hidden state the head reads: `cls` (the first), `mask` or `last`.
         head: a new head starts `random`, or `fitted` on the pretrained model's features of the training examples, so
             that the pretrained model is better than chance and the body's share of the gain can be told.
@@ -53,14 +62,16 @@ class TaskOptions(Changeable):
 
     mode: str
     model: str
-    data: str
+    data: str | None = None
+    task: str | None = None
     k: int | None = None
     data_seed: int = 0
     file_seed: int = SHOTS_SEED
     test: int | None = None
     words: Mapping[str, str] | None = None
     template: str | None = None
-    max_length: int = 128
+    measure: str | None = None
+    max_length: int | None = None
     cut: str = "end"
     token: str = "cls"
     head: str = "random"
@@ -74,7 +85,7 @@ class TaskOptions(Changeable):
 
     def __post_init__(self) -> None:
         for name in ("k", "test", "max_length"):
-            whole(name, getattr(self, name), optional=name != "max_length")
+            whole(name, getattr(self, name), optional=True)
         for name in ("data_seed", "file_seed", "size"):
             whole(name, getattr(self, name), 0, optional=name == "size")
         one_of("cut", self.cut, CUTS)
@@ -84,10 +95,77 @@ class TaskOptions(Changeable):
         one_of("normalise", self.normalise, NORMALISE)
         number("scale", self.scale, 0, without="low")
         flag("plain", self.plain)
+        if self.measure is not None:
+            one_of("measure", self.measure, list(MEASURES))
+        published = self.published
+        if self.measure is not None and MEASURES[self.measure].of_scores and self.bounds is None:
+            raise ConfigError(
+                f"measure: {self.measure} is of scores, and these are classes; take another, or leave it out"
+            )
+        if self.data is None and published is None:
+            raise ConfigError("data: got none; give a file (--data), or the name of a published task (--task)")
+        if published is None:
+            return
+        if self.mode == "image":
+            raise ConfigError(f"task: {published.name} is of texts, which mode image does not read; leave it out")
+        if published.bounds is not None and self.mode not in ("prompt", "autoregressive"):
+            raise ConfigError(
+                f"task: {published.name} is a regression, which mode {self.mode!r} does not learn; take mode 'prompt' "
+                "or 'autoregressive'"
+            )
+
+    @property
+    def published(self) -> PublishedTask | None:
+        """The published task, where one is named."""
+        return None if self.task is None else published_task(self.task)
+
+    @property
+    def length(self) -> int:
+        """Tokens of an example at most."""
+        return self.max_length or 128
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Of a regression, the lowest and the highest score."""
+        return None if self.published is None else self.published.bounds
+
+    @property
+    def filled(self) -> TaskOptions:
+        """With what the published task says in the place of what was not given.
+
+        Raises:
+            ConfigError: the task's template cannot be read by a causal model.
+        """
+        task = self.published
+        if task is None:
+            return self
+        return dataclasses.replace(
+            self,
+            words=self.words if self.words is not None else dict(task.words),
+            template=self.template if self.template is not None else self._template_of(task),
+            measure=self.measure or task.measure,
+            max_length=self.max_length or task.max_length,
+        )
+
+    def _template_of(self, task: PublishedTask) -> str | None:
+        """The task's template as this mode reads it."""
+        if self.mode == "prompt" or (self.mode == "finetune" and self.token == "mask"):
+            return task.template
+        if self.mode == "autoregressive":
+            before, _, after = task.template.partition("{mask}")
+            if "{text" in after:
+                raise ConfigError(
+                    f"template: the one of {task.name} goes on after {{mask}}, which a causal model does not read; "
+                    f"give one that ends with it (--template), such as '{{text}}{' {text2}' * task.paired} {{mask}}'"
+                )
+            return before + "{mask}"
+        return PAIR_TEMPLATE if self.mode == "finetune" and task.paired else None
 
     @property
     def name(self) -> str:
         """What the task is called: after its file, or after the folder where the file is `data.npz`."""
+        if self.data is None:
+            return str(self.task)
         path = Path(self.data)
         stem = path.name.split(".")[0]
         return path.parent.name if stem == "data" and path.parent.name else stem

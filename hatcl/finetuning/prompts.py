@@ -1,6 +1,7 @@
 """Texts in templates, and words for labels: what a language model reads and where its answer stands.
 
     "{text} It was {mask}."  with  {"0": "terrible", "1": "great"}      (LM-BFF, Gao et al. 2021, arXiv 2012.15723)
+    "{text:-}? {mask}, {text2:lower}"  with  {"not_entailment": "No", "entailment": "Yes"}
 
 The parts of a template become tokens by themselves, so that a text that is too long loses tokens of its own and never
 of the template. A space in front of `{text}` or `{mask}` belongs to what comes after it, as tokenizers on bytes and
@@ -18,65 +19,120 @@ import torch
 from torch import Tensor, nn
 
 from ..config import one_of
+from ..data.texts import Sentences
 from ..errors import ConfigError, nearest
 from .options import CUTS, TOKENS
 
-SLOTS = ("text", "mask")
+SLOT_NAMES = ("text", "text2", "mask", "sep")
+TEXT_FORMS = ("", "-", "lower", "lower-")
 MASK_TEMPLATE = "{text} It was {mask}."
 CAUSAL_TEMPLATE = "{text} It was {mask}"
 
 
 @dataclass(frozen=True)
-class Template:
-    """A text around `{text}`, with one `{mask}` where it has one. `{{` and `}}` stand for braces.
+class TemplateSlot:
+    """A place in a template.
 
     Attributes:
-        parts: literals and slots (`{text}`, `{mask}`) in their order. spaced: the slots with a space in front of them;
-            a mask that stands first counts as one, as published.
+        name: `text`, `text2`, `mask` or `sep`. form: of a text, `-` without its last character, `lower` with a small
+            first letter, or both.
+    """
+
+    name: str
+    form: str = ""
+
+    @property
+    def of_text(self) -> bool:
+        return self.name in ("text", "text2")
+
+    def formed(self, text: str) -> str:
+        """A text as it stands here."""
+        text = text[:1].lower() + text[1:] if self.form.startswith("lower") else text
+        return text[:-1] if self.form.endswith("-") else text
+
+
+@dataclass(frozen=True)
+class Template:
+    """A text around `{text}`, with one `{mask}` where it has one, and with `{text2}` where examples are pairs of
+    sentences (`Sentences`). `{sep}` is the token that parts two sentences. `{text:-}` is a text without its last
+    character (its full stop, in front of a question mark of the template's own), `{text2:lower}` begins with a small
+    letter: LM-BFF's `*sent-_0*` and `*sentl_1*`. `{{` and `}}` stand for braces.
+
+    Attributes:
+        parts: literals and slots in their order. spaced: the slots with a space in front of them; a mask that stands
+            first counts as one, as published.
 
     Raises:
-        ConfigError: no `{text}`, a slot twice, another slot, or braces that do not match.
+        ConfigError: no `{text}`, a slot twice, another slot or form, or braces that do not match.
     """
 
     source: str
-    parts: tuple[str, ...] = field(init=False)
+    parts: tuple[str | TemplateSlot, ...] = field(init=False)
     spaced: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        parts: list[str] = []
+        parts: list[str | TemplateSlot] = []
         spaced: set[str] = set()
         try:
             parsed = list(string.Formatter().parse(self.source))
         except ValueError as error:
             raise ConfigError(f"template: {self.source!r} cannot be read ({error}); braces are {{{{ and }}}}") from None
-        for literal, slot, spec, change in parsed:
-            if literal and parts and parts[-1] not in ("{text}", "{mask}"):
+        for literal, name, form, change in parsed:
+            if literal and parts and isinstance(parts[-1], str):
                 parts[-1] += literal  # an escaped brace ends a literal in between
             elif literal:
                 parts.append(literal)
-            if slot is None:
+            if name is None:
                 continue
-            if slot not in SLOTS or spec or change:
-                raise ConfigError(
-                    f"template: {self.source!r} has the slot {slot!r}, expected {{text}} and {{mask}}; did you mean "
-                    f"{nearest(slot, SLOTS)!r}? Braces of your own are {{{{ and }}}}"
-                )
-            if f"{{{slot}}}" in parts:
-                raise ConfigError(f"template: {self.source!r} has {{{slot}}} twice, expected it once")
-            if parts and parts[-1].endswith(" ") and parts[-1] not in ("{text}", "{mask}"):
-                parts[-1] = parts[-1][:-1]
-                spaced.add(slot)
-            if slot == "mask" and not parts:
-                spaced.add(slot)
-            parts.append(f"{{{slot}}}")
-        if "{text}" not in parts:
-            raise ConfigError(f"template: {self.source!r} has no {{text}}, expected it once")
+            slot = self._slot(name, form or "", change)
+            if any(isinstance(p, TemplateSlot) and p.name == name for p in parts):
+                raise ConfigError(f"template: {self.source!r} has {{{name}}} twice, expected it once")
+            last = parts[-1] if parts else ""
+            if isinstance(last, str) and last.endswith(" "):
+                parts[-1] = last[:-1]
+                spaced.add(name)
+            if name == "mask" and not parts:
+                spaced.add(name)
+            parts.append(slot)
         object.__setattr__(self, "parts", tuple(p for p in parts if p))
         object.__setattr__(self, "spaced", frozenset(spaced))
+        if not self.has("text"):
+            raise ConfigError(f"template: {self.source!r} has no {{text}}, expected it once")
 
-    @property
-    def masked(self) -> bool:
-        return "{mask}" in self.parts
+    def _slot(self, name: str, form: str, change: str | None) -> TemplateSlot:
+        if name not in SLOT_NAMES or change:
+            raise ConfigError(
+                f"template: {self.source!r} has the slot {name!r}, expected {{text}}, {{text2}}, {{mask}} and {{sep}}; "
+                f"did you mean {nearest(name, SLOT_NAMES)!r}? Braces of your own are {{{{ and }}}}"
+            )
+        if form not in (TEXT_FORMS if TemplateSlot(name).of_text else ("",)):
+            raise ConfigError(
+                f"template: {self.source!r} has {{{name}:{form}}}, expected one of {', '.join(TEXT_FORMS[1:])} with "
+                "{text} or {text2}, and nothing with another slot"
+            )
+        return TemplateSlot(name, form)
+
+    def has(self, name: str) -> bool:
+        """Is there a slot of that name?"""
+        return any(isinstance(p, TemplateSlot) and p.name == name for p in self.parts)
+
+    def texts(self, text: str) -> list[str]:
+        """What stands in the slots of texts, in the order of the slots, with the space in front of it.
+
+        Raises:
+            ConfigError: the template has two texts, the example one.
+        """
+        if not self.has("text2"):
+            given = {"text": text}
+        elif isinstance(text, Sentences):
+            given = dict(zip(("text", "text2"), text.parts, strict=True))
+        else:
+            raise ConfigError(
+                f"template: {self.source!r} has {{text2}}, but {text[:60]!r} is one text; give examples as rows of "
+                "[text, text2, label]"
+            )
+        slots = [p for p in self.parts if isinstance(p, TemplateSlot) and p.of_text]
+        return [" " * (p.name in self.spaced) + p.formed(given[p.name]) for p in slots]
 
 
 class PromptReader:
@@ -84,7 +140,7 @@ class PromptReader:
 
     Args:
         template: None = the text alone. max_length: tokens, special ones and the template's included.
-        cut: what a long text loses, its `end` or its `head`.
+        cut: what a long text loses, its `end` or its `head`. Of two texts the longer one loses, until both are equal.
         at: the place: `cls` (the first token), `mask`, or `last`; with `last` nothing comes after the template (no
             token that ends a sequence), and a `{mask}` of the template is left out. None = no place, for models that
             take all tokens together.
@@ -102,9 +158,10 @@ class PromptReader:
             one_of("token", at, TOKENS)
         self.tokenizer, self.cut, self.at = tokenizer, cut, at
         self.template = Template("{text}" if template is None else template)
-        if at == "mask" and not self.template.masked:
+        masked = self.template.has("mask")
+        if at == "mask" and not masked:
             raise ConfigError(f"template: {self.template.source!r} has no {{mask}}, whose place is to be read")
-        if at == "last" and self.template.masked and self.template.parts[-1] != "{mask}":
+        if at == "last" and masked and self.template.parts[-1] != TemplateSlot("mask"):
             raise ConfigError(
                 f"template: {self.template.source!r} goes on after {{mask}}; a causal model reads only what stands "
                 "before its answer: put {mask} last, or leave it out"
@@ -114,50 +171,65 @@ class PromptReader:
                 f"token: {type(tokenizer).__name__} has no cls token in front of a text; give token='last' (--token)"
             )
         mask: Any = getattr(tokenizer, "mask_token_id", None)
-        if at != "last" and self.template.masked and mask is None:
+        parting: Any = getattr(tokenizer, "sep_token_id", None)
+        if at != "last" and masked and mask is None:
             raise ConfigError(
                 f"mode, token: {type(tokenizer).__name__} has no mask token; fill masks with a masked language model's "
                 "tokenizer, or take mode 'autoregressive' or 'finetune' with token 'cls' or 'last'"
             )
-        start, end = _frame(tokenizer)
-        sides: list[list[int]] = [list(start), []]
-        self.mask: tuple[int, int] | None = None  # which side of the text, where on it
-        side = 0
-        for part in self.template.parts:
-            if part == "{text}":
-                side = 1
-            elif part != "{mask}":
-                sides[side] += _token_ids(tokenizer, part)
-            elif at != "last":
-                self.mask = (side, len(sides[side]))
-                sides[side].append(int(mask))
-        sides[1] += _without_end(tokenizer, end) if at == "last" else end
-        self.before, self.after = sides
-        self.room = max_length - len(self.before) - len(self.after)
-        if self.room < 1:
+        if self.template.has("sep") and parting is None:
             raise ConfigError(
-                f"max_length: got {max_length}, but the template {self.template.source!r} takes "
-                f"{max_length - self.room} tokens itself; give more (--max-length) or a shorter template"
+                f"template: {type(tokenizer).__name__} has no token that parts sentences, expected one for {{sep}}; "
+                "write words in its place (--template)"
             )
-        self._known: dict[str, tuple[list[int], int]] = {}
+        start, end = _frame(tokenizer)
+        fixed: list[list[int]] = [list(start)]  # what stands in front of each text, and behind the last one
+        self.mask: tuple[int, int] | None = None  # in which of these, and where
+        for part in self.template.parts:
+            if isinstance(part, str):
+                fixed[-1] += _token_ids(tokenizer, part)
+            elif part.of_text:
+                fixed.append([])
+            elif part.name == "sep":
+                fixed[-1].append(int(parting))
+            elif at != "last":
+                self.mask = (len(fixed) - 1, len(fixed[-1]))
+                fixed[-1].append(int(mask))
+        fixed[-1] += _without_end(tokenizer, end) if at == "last" else end
+        self.fixed = fixed
+        own = sum(len(ids) for ids in fixed)
+        self.room = max_length - own
+        if self.room < len(fixed) - 1:
+            raise ConfigError(
+                f"max_length: got {max_length}, but the template {self.template.source!r} takes {own} tokens itself; "
+                "give more (--max-length) or a shorter template"
+            )
+        self._known: dict[str | tuple[str, str], tuple[list[int], int]] = {}
 
     def read(self, text: str) -> tuple[list[int], int]:
         """The tokens of a text in its template, and the place that is read."""
-        if text not in self._known:
-            own = _token_ids(self.tokenizer, " " * ("text" in self.template.spaced) + text)
-            if len(own) > self.room:
-                own = own[: self.room] if self.cut == "end" else own[-self.room :]
-            ids = [*self.before, *own, *self.after]
-            place = 0
+        known = getattr(text, "parts", text)
+        if known not in self._known:
+            own = [_token_ids(self.tokenizer, x) for x in self.template.texts(text)]
+            lengths = shares([len(ids) for ids in own], self.room)
+            own = [
+                x if n == len(x) else x[:n] if self.cut == "end" else x[len(x) - n :]
+                for x, n in zip(own, lengths, strict=True)
+            ]
+            ids, place = list(self.fixed[0]), 0
+            starts = [0]
+            for x, after in zip(own, self.fixed[1:], strict=True):
+                ids += x
+                starts.append(len(ids))
+                ids += after
             if self.at == "last":
                 place = len(ids) - 1
             elif self.at == "mask" and self.mask is not None:
-                side, at = self.mask
-                place = at if side == 0 else len(self.before) + len(own) + at
-            self._known[text] = (ids, place)
+                place = starts[self.mask[0]] + self.mask[1]
             if not ids:
                 raise ConfigError(f"{text!r} has no tokens in the template {self.template.source!r}")
-        return self._known[text]
+            self._known[known] = (ids, place)
+        return self._known[known]
 
     def length(self, text: str) -> int:
         """How many tokens that is."""
@@ -173,6 +245,16 @@ class PromptReader:
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
         }
         return out if self.at is None else {**out, "place": torch.tensor([place for _, place in rows])}
+
+
+def shares(lengths: Sequence[int], room: int) -> list[int]:
+    """How many tokens of each of one or two texts fit into the room together: the longer one loses first."""
+    if sum(lengths) <= room:
+        return list(lengths)
+    if len(lengths) == 1:
+        return [room]
+    shorter = min(*lengths, room // 2)
+    return [room - shorter, shorter] if lengths[0] >= lengths[1] else [shorter, room - shorter]
 
 
 def label_tokens(tokenizer: Any, words: Mapping[str, str], spaced: bool = True) -> list[int]:

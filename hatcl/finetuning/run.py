@@ -5,7 +5,7 @@
     pretrained.safetensors    the weights it started from, a new head included
     finetuned.safetensors     the weights it ended with
     tokenizer/                of a text model
-    metrics.json              accuracies, history, counts; it is written last
+    metrics.json              scores, history, counts; it is written last
 
 Until it is finished the folder has at most `checkpoint/` besides, from which the same call goes on. A finished run
 needs the data file still, but neither the model's folder nor its hub.
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.published import published_files
 from ..engine.folder import CHECKPOINT, CONFIG, METRICS, RunFolder, check_inputs
 from ..engine.loop import Tell
 from ..engine.state import Standing
@@ -107,14 +108,15 @@ def finetune_run(
     began = time.perf_counter()
     finetuned = copy.deepcopy(made.model).eval()
     standing = None if kept is None else Standing(kept.path / CHECKPOINT, dict, seconds)
-    before = _accuracies(made, made.model)
+    before = _scores(made, made.model)
     with contextlib.nullcontext() if kept is None else kept.claimed(inputs=inputs):
         with reached(finetuned) as found:
             history = finetune_(finetuned, made, chosen, on_progress, standing)
         names = [n for n in names if n in found]
         metrics = {
             "task": made.name,
-            "accuracy": {"pretrained": before, "finetuned": _accuracies(made, finetuned)},
+            "measure": made.measure,
+            "score": {"pretrained": before, "finetuned": _scores(made, finetuned)},
             "examples": {part: len(made.part(part)) for part in ("train", "validation", "test")},
             "classes": list(made.labels),
             "trained": _count_moved(made.model, finetuned, names),
@@ -176,7 +178,7 @@ def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: to
             raise ConfigError(
                 f"{path}: its model or data came from memory; pass the task that it was made with: load_run(..., task=)"
             )
-        check_inputs(path, config["inputs"], {options.data: sha256_of(Path(options.data))})
+        check_inputs(path, config["inputs"], {str(f): sha256_of(f) for f in data_files(options)})
         task = _remade(path, config, options, learning, stored)
     load_state(task.model, stored, str(path / PRETRAINED))
     task.model.to(device).eval()
@@ -190,11 +192,18 @@ def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: to
 
 def input_files(options: TaskOptions) -> list[Path]:
     """The files that a task is made of: data, weights, and the model's folder where it is one."""
-    paths = [Path(options.data), *([Path(options.weights)] if options.weights is not None else [])]
+    paths = [*data_files(options), *([Path(options.weights)] if options.weights is not None else [])]
     model = Path(options.model)
     if mode_of(options.mode).texts and model.is_dir():
         paths += sorted(f for f in model.iterdir() if f.is_file())
     return paths
+
+
+def data_files(options: TaskOptions) -> list[Path]:
+    """The files of the examples; none where they are the hub's."""
+    if options.data is None:
+        return []
+    return published_files(options.data) if Path(options.data).is_dir() else [Path(options.data)]
 
 
 def with_absolute_paths(options: TaskOptions) -> TaskOptions:
@@ -202,7 +211,7 @@ def with_absolute_paths(options: TaskOptions) -> TaskOptions:
     model = Path(options.model)
     return dataclasses.replace(
         options,
-        data=str(Path(options.data).absolute()),
+        data=None if options.data is None else str(Path(options.data).absolute()),
         weights=None if options.weights is None else str(Path(options.weights).absolute()),
         model=str(model.absolute()) if mode_of(options.mode).texts and model.is_dir() else options.model,
     )
@@ -273,8 +282,8 @@ def _remade(
 # --- measures ---
 
 
-def _accuracies(task: FinetuneTask, model: nn.Module) -> dict[str, float]:
-    return {part: task.accuracy(model, part) for part in ("validation", "test") if len(task.part(part))}
+def _scores(task: FinetuneTask, model: nn.Module) -> dict[str, float]:
+    return {part: task.score(model, part) for part in ("validation", "test") if len(task.part(part))}
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from ..calls import cross_entropy, outputs
 from ..config import one_of
 from ..data.images import Images
 from ..engine.measures import accuracy
+from ..errors import ConfigError
+from .measuring import MEASURES, measured_by
 
 PARTS = ("train", "validation", "test")
 LabelledBatch = tuple[Any, Tensor]
@@ -36,6 +38,11 @@ class FinetuneTask:
         fresh: those of the head that are new: not the pretrained model's.
         fixed_head: is the head left as it is unless `fix_head` says otherwise?
         tokenizer: of a text model, what a run keeps to read further texts.
+        measure: what validation chooses by, one of `MEASURES`. With `pearson` labels are soft, `[B, 2]`: the shares of
+            the lowest and of the highest score.
+
+    Raises:
+        ConfigError: an unknown measure.
     """
 
     name: str
@@ -52,6 +59,15 @@ class FinetuneTask:
     fresh: tuple[str, ...] = ()
     fixed_head: bool = True
     tokenizer: Any = None
+    measure: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        one_of("measure", self.measure, list(MEASURES))
+
+    @property
+    def regression(self) -> bool:
+        """Are the labels scores, and no classes?"""
+        return MEASURES[self.measure].of_scores
 
     def part(self, name: str) -> Examples:
         """`train`, `validation` or `test`. Raises `ConfigError` on another name."""
@@ -88,7 +104,19 @@ class FinetuneTask:
         Raises:
             ConfigError: no examples.
         """
+        if self.regression:
+            raise ConfigError(f"task {self.name}: a regression has no accuracy; its score() is by {self.measure}")
         return accuracy(model, self.batches(part, size))
+
+    def score(self, model: nn.Module, part: str | Examples = "test", size: int = 64) -> float:
+        """What the model is worth by the task's own measure, in evaluation mode, the higher the better.
+
+        Raises:
+            ConfigError: no examples.
+        """
+        if self.measure == "accuracy":
+            return self.accuracy(model, part, size)
+        return measured_by(self.measure, model, self.batches(part, size))
 
 
 class TaskBatches:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import one_of
 from ..continual.label_words import words_of_labels
+from ..data.published import score_in
 from ..data.texts import Pair, TextData
 from ..errors import ConfigError
 from .forwards import WordForward, embedding_names, language_head_names, open_copy, with_forward
+from .measuring import MEASURES
 from .prompts import PromptReader, check_length, label_tokens
 from .tasks import FinetuneTask, LabelledBatch
 
@@ -45,19 +48,38 @@ def word_task(
     max_length: int,
     cut: str,
     name: str,
+    bounds: tuple[float, float] | None = None,
+    measure: str | None = None,
 ) -> FinetuneTask:
     """A task of a language model's logits over the label words' tokens.
 
+    With `bounds` it is a regression, as LM-BFF has it (arXiv 2012.15723, section 4.1): of a score y between low and
+    high the model learns `p(second word) = (y - low) / (high - low)` by cross-entropy with these soft labels (that is
+    the KL divergence but for a constant), and predicts `low + (high - low) p`.
+
     Args:
-        at: where the logits are read, see `PromptReader`.
+        at: where the logits are read, see `PromptReader`. bounds: (low, high). measure: see `FinetuneTask`.
+
+    Raises:
+        ConfigError: with `bounds`, another number of words than two, or a label that is no score.
     """
-    found = _words_of(name, data, words)
+    if bounds is None:
+        found = _words_of(name, data, words)
+    else:
+        found = dict(words or {})
+        if len(found) != 2:
+            raise ConfigError(f"task {name}: got {len(found)} words, expected two: for the lowest score, the highest")
+        for _, y in [*data.train, *data.validation, *data.test]:
+            score_in(name, y, bounds)
     read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at=at)
     tokens = label_tokens(tokenizer, found, "mask" in read.template.spaced)
     check_length(model, max_length)
     out = open_copy(model)
     with_forward(out, WordForward(out, tokens))
-    return text_task(name, mode, found, data, out, tokenizer, read, embedding_names(out), language_head_names(out))
+    return text_task(
+        name, mode, found, data, out, tokenizer, read, embedding_names(out), language_head_names(out), bounds=bounds,
+        measure=measure,
+    )  # fmt: skip
 
 
 def text_task(
@@ -73,11 +95,23 @@ def text_task(
     *,
     fresh: tuple[str, ...] = (),
     fixed_head: bool = True,
+    bounds: tuple[float, float] | None = None,
+    measure: str | None = None,
 ) -> FinetuneTask:
-    """A task of pairs of a text and a label."""
+    """A task of pairs of a text and a label, or a score between the bounds."""
     place = {y: i for i, y in enumerate(labels)}
+    measure = measure or ("accuracy" if bounds is None else "pearson")
+    one_of("measure", measure, list(MEASURES))
+    if MEASURES[measure].of_scores != (bounds is not None):
+        raise ConfigError(
+            f"measure: got {measure!r} for {'classes' if bounds is None else 'scores'}, expected one of "
+            f"{', '.join(n for n, m in MEASURES.items() if m.of_scores == (bounds is not None))}"
+        )
 
     def collate(pairs: list[Pair]) -> LabelledBatch:
+        if bounds is not None:
+            high = torch.tensor([score_in(name, y, bounds) for _, y in pairs])
+            return read([x for x, _ in pairs]), torch.stack([1 - high, high], 1)
         strange = next((p for p in pairs if p[1] not in place), None)
         if strange is not None:  # of other data than the task's own, which was checked
             raise ConfigError(
@@ -90,5 +124,5 @@ def text_task(
 
     return FinetuneTask(
         name, mode, tuple(labels), model.eval(), data.train, data.validation, data.test, collate, length, embeddings,
-        head, fresh, fixed_head, tokenizer,
+        head, fresh, fixed_head, tokenizer, measure,
     )  # fmt: skip

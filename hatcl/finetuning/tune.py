@@ -71,11 +71,11 @@ def finetune_(
 ) -> list[dict[str, float]]:
     """Fine-tune a model in place on a task, by the cross-entropy of its logits.
 
-    The weights with the best accuracy on validation are kept, of equal ones the last; without validation the last. All
-    but the parameters of `trained_names` keeps every bit, buffers included (but for `statistics="learned"`). The
-    same seed gives the same bits on the same machine; the caller's random state, gradients, `requires_grad` and the
-    model's mode are put back. After an exception the model is what it was. Modules that were put into evaluation mode
-    in a model that is in training mode stay in it.
+    The weights with the best score on validation (`FinetuneTask.measure`) are kept, of equal ones the last; without
+    validation the last. All but the parameters of `trained_names` keeps every bit, buffers included (but for
+    `statistics="learned"`). The same seed gives the same bits on the same machine; the caller's random state,
+    gradients, `requires_grad` and the model's mode are put back. After an exception the model is what it was. Modules
+    that were put into evaluation mode in a model that is in training mode stay in it.
 
     With `l1` every step is followed by the proximal step of `l1 sum |theta - theta_pre|` at the step's rate,
 
@@ -188,7 +188,7 @@ class _Tuning(Work):
         entry = {"step": float(loop.step), "loss": sum(self.losses) / len(self.losses), "lr": loop.rate, "kept": 0.0}
         measured = {}
         if len(self.task.validation):
-            entry["validation"] = measured["validation"] = self.task.accuracy(self.model, "validation")
+            entry["validation"] = measured["validation"] = self.task.score(self.model, "validation")
             if self.best is None or entry["validation"] >= self.best[0]:
                 self.best = (entry["validation"], copies_of(self.watched), len(self.history))
         self.history.append(entry)

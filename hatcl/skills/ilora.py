@@ -46,7 +46,7 @@ class ILoRA:
     `stable_active()` evaluates, no random number is drawn for them, and no running statistics move. The plastic one
     computes in the mode that the model is in, dropout included.
 
-        ilora = ILoRA(model, ILoRAConfig(use_ilora=True))
+        ilora = ILoRA(model, {"ema_alpha": 0.99})
         with ilora.watch(optimizer):
             for batch in ...:
                 loss = model(**batch).loss + ilora.loss(batch)
@@ -58,7 +58,7 @@ class ILoRA:
 
     Args:
         model: a peft model with LoRA on any base. config: `ILoRAConfig`, or a mapping of its options; None = the
-            defaults, with `use_ilora`.
+            defaults.
         adapter: the plastic one; default: the active one, which it must be while learning.
         stable: the name of the other one. It is added as a copy; if the model has one of that name, that goes on.
         hidden_states: for models whose `forward(**batch, output_hidden_states=True)` does not give them (timm): called
@@ -98,7 +98,7 @@ class ILoRA:
         number("replay", replay, 0)
         if replay and on == "batch":
             raise ConfigError(f"replay: got {replay!r} with on='batch', expected 0; it is of the memory's examples")
-        config = ILoRAConfig(use_ilora=True) if config is None else config
+        config = ILoRAConfig() if config is None else config
         self.config = config if isinstance(config, ILoRAConfig) else ILoRAConfig.from_dict(config)
         self.model, self.stable, self.on, self.batch_size, self.replay = model, stable, on, batch_size, replay
         self.steps = self.moves = 0

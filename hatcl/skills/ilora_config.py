@@ -41,7 +41,7 @@ class ILoRAConfig:
         ConfigError: a value outside its range, or one that has no effect with the others.
     """
 
-    use_ilora: bool = False
+    use_ilora: bool = True
     ema_alpha: float = 0.999
     consistency_weight: float = 1.0
     ilora_buffer_size: int = 500
@@ -89,7 +89,7 @@ class ILoRAConfig:
     def _check_effects(self) -> None:
         if not self.use_ilora:
             others = [f.name for f in dataclasses.fields(self) if f.name != "use_ilora"]
-            without_effect(self, others, "use_ilora=False", "pass use_ilora=True")
+            without_effect(self, others, "use_ilora=False", "leave use_ilora at True")
         if not self.selective_update:
             without_effect(self, ["min_update_threshold"], "selective_update=False", "pass selective_update=True")
         if not self.consistency_weight:

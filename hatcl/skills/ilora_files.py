@@ -3,7 +3,9 @@
 adapter/        the plastic adapter, in peft's own format
 ema_adapter/    the stable one, likewise (elsewhere with `ema_adapter_path`, not at all without `save_ema_adapter`)
 memory.pt       the memory
-ilora.json      options, counts, where the stable adapter is, digests of it and of the base model
+ilora.json      options, counts, where the adapters are, digests of the stable one and of the base model
+
+In a run of `learn_sequence` each task's folder has the last two beside `adapter/`, which holds both adapters.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from .ilora_config import ABOUT_FILE, ADAPTER_FOLDER, MEMORY_FILE, STABLE_FOLDER
 from .reservoir import Reservoir
 from .switch import adapter_tensors, of_adapters
 
-ILORA_FORMAT = "hatcl.ilora.1"
+ILORA_FORMAT = "hatcl.ilora.2"
+IN_RUN = f"tasks/[!.]*/{ABOUT_FILE}"  # in a run of learn_sequence
 SAME_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 SAMPLED = 4096  # elements per tensor in the base's digest: another checkpoint differs in nearly all
 
@@ -60,29 +63,75 @@ def save(ilora: TwoAdapters, folder: Path) -> Path:
             )
     memory = _packed(ilora.memory.state_dict())
     where = Path(config.ema_adapter_path or STABLE_FOLDER)
-    about: dict[str, Any] = {
-        "format": ILORA_FORMAT,
-        "config": config.to_dict(),
-        "steps": ilora.steps,
-        "moves": ilora.moves,
-        "base": base_digest(model),
-        "stable": None,
-    }
-    if config.save_ema_adapter:
-        about["stable"] = {"path": str(where), "digest": tensors_digest(_peft_tensors(model, ilora.stable))}
-    inside = not where.is_absolute() and ".." not in where.parts
     _ours(target, {ADAPTER_FOLDER, STABLE_FOLDER, MEMORY_FILE, ABOUT_FILE, where.parts[0]})
-    if config.save_ema_adapter and not inside:
-        _ours(target / where, {CONFIG, WEIGHTS})
-        with replaced_folder(target / where) as new:
-            _write_adapter(model, ilora.stable, new)
+    if not _is_inside(where):
+        _write_stable(ilora, target, where)
     with replaced_folder(target) as new:
         _write_adapter(model, ilora.plastic, new / ADAPTER_FOLDER)
-        if config.save_ema_adapter and inside:
-            _write_adapter(model, ilora.stable, new / where)
+        if _is_inside(where):
+            _write_stable(ilora, new, where)
         (new / MEMORY_FILE).write_bytes(memory)
-        (new / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        (new / ABOUT_FILE).write_text(_about(ilora, ADAPTER_FOLDER, where))
     return target
+
+
+def save_beside(ilora: TwoAdapters, folder: Path, memory: dict[str, Any]) -> None:
+    """Write `memory.pt` and `ilora.json` into a folder that is being made and holds the adapters in `adapter/` already;
+    the stable one once more at `ema_adapter_path`, where one is given.
+
+    Args:
+        memory: the memory's state, with the examples themselves.
+
+    Raises:
+        SkillError: as `save`.
+    """
+    packed = _packed(memory)
+    plastic, stable = (_in_peft_folder(name) for name in (ilora.plastic, ilora.stable))
+    if ilora.config.ema_adapter_path is not None:
+        stable = Path(ilora.config.ema_adapter_path)
+        _write_stable(ilora, folder, stable)
+    (folder / MEMORY_FILE).write_bytes(packed)
+    (folder / ABOUT_FILE).write_text(_about(ilora, str(plastic), stable))
+
+
+def check_saveable(examples: list[Any]) -> None:
+    """Raises `SkillError` for examples that no memory can be saved with."""
+    _packed({"examples": examples})
+
+
+def _in_peft_folder(adapter: str) -> Path:
+    """Where peft's `save_pretrained` writes one of several adapters."""
+    return Path(ADAPTER_FOLDER) if adapter == "default" else Path(ADAPTER_FOLDER) / adapter
+
+
+def _is_inside(where: Path) -> bool:
+    return not where.is_absolute() and ".." not in where.parts
+
+
+def _write_stable(ilora: TwoAdapters, folder: Path, where: Path) -> None:
+    """The stable adapter, at a path from the task's folder."""
+    if not ilora.config.save_ema_adapter:
+        return
+    if _is_inside(where):
+        _write_adapter(ilora.model, ilora.stable, folder / where)
+        return
+    _ours(folder / where, {CONFIG, WEIGHTS})
+    with replaced_folder(folder / where) as new:
+        _write_adapter(ilora.model, ilora.stable, new)
+
+
+def _about(ilora: TwoAdapters, plastic: str, stable: Path) -> str:
+    digest = tensors_digest(_peft_tensors(ilora.model, ilora.stable))
+    about = {
+        "format": ILORA_FORMAT,
+        "config": ilora.config.to_dict(),
+        "steps": ilora.steps,
+        "moves": ilora.moves,
+        "base": base_digest(ilora.model),
+        "adapter": plastic,
+        "stable": {"path": str(stable), "digest": digest} if ilora.config.save_ema_adapter else None,
+    }
+    return json.dumps(about, indent=2) + "\n"
 
 
 def load(ilora: TwoAdapters, folder: Path, task_id: str | None) -> None:
@@ -101,7 +150,7 @@ def load(ilora: TwoAdapters, folder: Path, task_id: str | None) -> None:
         )
     if about["stable"] is None:
         raise SkillError(f"{at} has no stable adapter, it was saved with save_ema_adapter=False; learn that task again")
-    plastic = _read_adapter(model, ilora.plastic, at / ADAPTER_FOLDER)
+    plastic = _read_adapter(model, ilora.plastic, at / about["adapter"])
     where = at / about["stable"]["path"]
     if not where.is_dir() and ilora.config.ema_adapter_path is not None:
         where = Path(ilora.config.ema_adapter_path)  # the folders were moved
@@ -154,8 +203,8 @@ def _is_first(ilora: TwoAdapters, saved: Mapping[str, Any]) -> bool:
 
 
 def _find(folder: Path, task_id: str | None) -> Path:
-    """The task's folder: the one inside of that name, or the one given."""
-    tried = [folder] if task_id is None else [folder / task_id, folder]
+    """The task's folder: the one inside of that name, the one of a run in which it was learned, or the one given."""
+    tried = [folder] if task_id is None else [folder / task_id, *_of_run(folder, task_id), folder]
     for at in tried:
         at = complete(at)
         if (at / ABOUT_FILE).is_file():
@@ -163,12 +212,19 @@ def _find(folder: Path, task_id: str | None) -> Path:
             if task_id is not None and found != task_id:
                 raise SkillError(f"{at} holds the task {found!r}, expected prev_task_id {task_id!r}")
             return at
-    inside = sorted(p.parent.name for p in folder.glob(f"[!.]*/{ABOUT_FILE}")) if folder.is_dir() else []
-    if task_id is None and len(inside) == 1:
-        return folder / inside[0]
+    found_inside = [p for pattern in (f"[!.]*/{ABOUT_FILE}", IN_RUN) for p in sorted(folder.glob(pattern))]
+    if task_id is None and len(found_inside) == 1:
+        return found_inside[0].parent
+    inside = sorted(str(_read_about(p.parent)["config"]["current_task_id"]) for p in found_inside)
     named = "" if task_id is None else f" {task_id!r}"
     hint = f"there are {', '.join(inside)}: name one by prev_task_id" if inside else "give the folder of ILoRA.save()"
     raise SkillError(f"no task{named} of I-LoRA in {folder} (no {ABOUT_FILE}); {hint}")
+
+
+def _of_run(folder: Path, task_id: str) -> list[Path]:
+    """Where a run of `learn_sequence` has the task."""
+    found = (p.parent for p in folder.glob(IN_RUN))
+    return [at for at in found if _read_about(at)["config"]["current_task_id"] == task_id]
 
 
 def _read_about(at: Path) -> dict[str, Any]:
@@ -190,10 +246,14 @@ def _peft_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
 
 
 def _write_adapter(model: Any, adapter: str, folder: Path) -> None:
+    write_peft(model, _peft_tensors(model, adapter), copy.copy(model.peft_config[adapter]), folder)
+
+
+def write_peft(model: Any, tensors: Mapping[str, Tensor], config: Any, folder: Path) -> None:
+    """An adapter in peft's own format, of these tensors and this config (which is changed)."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _peft_tensors(model, adapter).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = copy.copy(model.peft_config[adapter])
+    kept = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
     config.inference_mode = True
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model.base_model.model, "name_or_path", None) or None

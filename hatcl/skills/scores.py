@@ -192,9 +192,9 @@ def two_weights(name: str, value: Any) -> tuple[float, float]:
 def localize(scores: SkillScores, share: float = 0.2, threshold: float | None = None) -> Skill:
     """The skill: the top share of the groups, or those whose score is above a threshold.
 
-    Of G groups exactly `round(share * G)` are on (a half goes to the even number), at least one; of equal scores those
-    that come first. (TaSL's code takes what is strictly above the percentile, which is none of them if the highest are
-    equal.)
+    Of G groups `ceil(share (G - 1))` are on, at least one, and all with share 1: as many as TaSL's code has, which
+    takes what is strictly above the percentile `100 (1 - share)`, interpolated between G - 1 steps (3 of 12 groups with
+    share 0.2). Of equal scores those that come first are on; TaSL's code takes none of those that equal the percentile.
 
     Args:
         share: in (0, 1]. threshold: of the normalised scores, in 0..1, in the place of a share; it may leave nothing.
@@ -207,7 +207,7 @@ def localize(scores: SkillScores, share: float = 0.2, threshold: float | None = 
         return Skill(scores.grain, scores.shapes, scores.normalised().values > threshold)
     number("share", share, 0, 1, without="low", what="a share of the groups")
     on = torch.zeros(len(scores.values), dtype=torch.bool)
-    count = max(1, round(share * len(on)))
+    count = len(on) if share == 1 else max(1, math.ceil(round(share * (len(on) - 1), 9)))  # .55 * 20 is 11 and a bit
     on[torch.sort(scores.values, descending=True, stable=True).indices[:count]] = True
     return Skill(scores.grain, scores.shapes, on)
 

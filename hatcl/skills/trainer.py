@@ -160,7 +160,7 @@ class ILoRATrainer(_Adding):
     """A `Trainer` that learns with I-LoRA: adds `ILoRA.loss` to the loss, moves the stable adapter after each step of
     the optimizer, and remembers the training examples once they were learned.
 
-        ilora = ILoRA(peft_model, ILoRAConfig(use_ilora=True))
+        ilora = ILoRA(peft_model, ILoRAConfig())
         ILoRATrainer(peft_model, arguments, train_dataset=..., data_collator=collator, ilora=ilora).train()
 
     Checkpoints hold the memory and both adapters, so that a resumed run is the same run. Evaluation and prediction are

@@ -306,7 +306,7 @@ def test_a_mask_is_measured_or_is_where_learning_starts(here, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "more, key",
-    [([], "loss"), (["--choose", "accuracy"], "validation"), (["--gamma", "soft"], "mask_loss"),
+    [([], "loss"), (["--choose", "score"], "validation"), (["--gamma", "soft"], "mask_loss"),
      (["--accumulate", "1", "--batch-size", "3"], "mask_loss")],
 )  # fmt: skip
 def test_how_the_best_mask_is_chosen(here, tmp_path, more, key):
@@ -320,7 +320,7 @@ def test_how_the_best_mask_is_chosen(here, tmp_path, more, key):
         for name in run.task.fresh:
             run.pretrained.get_parameter(name).copy_(run.finetuned.get_parameter(name))
     model = Graft.load(tmp_path / "g" / "learned_0.05" / "graft.safetensors").apply_to(run.pretrained)
-    if "accuracy" in more:
+    if "score" in more:
         wanted = run.task.accuracy(model, "train") + run.task.accuracy(model, "validation")
     else:  # a mean over the same examples, of `--accumulate` over as many as a step has: of the mask, not of soft gates
         size = 3 if "3" in more else len(run.task.train)
@@ -414,7 +414,7 @@ def test_errors_of_grafts(here, masks, tmp_path, capsys):
         (["--by", "random", "--per-layer", "--grain", "unit"], "--per-layer: got --grain unit, expected element"),
         (["--by", "random", "--grain", "unti", "--sparsity", "0.1"], "got 'unti', expected one of element, unit"),
         (["--sparsity", "0.1234567", "--sparsity", "0.1234568"], "--sparsity: got 0.123457 twice"),  # one folder
-        (["--choose", "los"], "--choose: got 'los', expected one of loss, accuracy; did you mean 'loss'?"),
+        (["--choose", "los"], "--choose: got 'los', expected one of loss, score; did you mean 'loss'?"),
         (["--no-train"], "--no-train: nothing to measure; give --mask-path"),
         (
             ["--no-train", "--mask-path", "bits.safetensors", "--checkpoint-location", "scores.safetensors"],

@@ -7,7 +7,7 @@ import pytest
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from continual_parts import bert, files, texts, tokenizer, vocabulary  # noqa: E402
+from continual_parts import bert, causal_lm, files, texts, tokenizer, vocabulary, write_texts  # noqa: E402
 
 from hatcl import commands as cli  # noqa: E402
 from hatcl.commands import train as _train  # noqa: E402, F401
@@ -18,11 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = ["--batch-size", "8", "--lr", "0.02", "--rank", "2", "--device", "cpu"]
 
 
-def write(path, data):
-    parts = {"train": data.train, "dev": data.validation, "test": data.test}
-    path.write_text(json.dumps({n: [list(pair) for pair in rows] for n, rows in parts.items()}))
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Tiny models of three kinds, and two tasks."""
@@ -31,18 +26,15 @@ def made(tmp_path_factory):
         vocab_size=vocabulary(), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0,
         pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    gpt2 = transformers.GPT2Config(
-        vocab_size=vocabulary(), n_embd=8, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1
-    )
     for name, model in {
         "bert": bert(),
         "t5": transformers.T5ForConditionalGeneration(t5),
-        "gpt2": transformers.GPT2LMHeadModel(gpt2),
+        "gpt2": causal_lm(),
     }.items():
         model.save_pretrained(folder / name)
         tokenizer().save_pretrained(folder / name)
-    write(folder / "a.json", texts(0, count=16))
-    write(folder / "b.json", texts(1, ("red", "green"), count=16))
+    write_texts(folder / "a.json", texts(0, count=16))
+    write_texts(folder / "b.json", texts(1, ("red", "green"), count=16))
     return folder
 
 

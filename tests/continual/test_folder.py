@@ -49,12 +49,7 @@ def test_each_task_leaves_its_adapter_in_pefts_format(method, tmp_path):
     last = folders[-1]
     if method == "ilora":  # scored is the stable one
         loaded = peft.PeftModel.from_pretrained(bert(), last / "adapter" / "stable")
-    elif method == "olora":
-        loaded = peft.PeftModel.from_pretrained(bert(), last / "adapter")
-        for i in range(2):
-            loaded.load_adapter(last / "adapter" / f"olora_{i}", f"olora_{i}")
-        loaded.base_model.set_adapter(["olora_0", "olora_1", "default"])
-    else:
+    else:  # with olora the sum of all
         loaded = peft.PeftModel.from_pretrained(bert(), last / "adapter")
     loaded.eval()
     with torch.no_grad():

@@ -15,7 +15,8 @@ transformers = pytest.importorskip("transformers")
 from continual_parts import texts, tokenizer, vocabulary  # noqa: E402
 
 from hatcl.continual import TextData, Turn, causal_task, learn_sequence, read_texts, seq2seq_task  # noqa: E402
-from hatcl.continual.generation import check_some_label, matches  # noqa: E402
+from hatcl.continual.generation import check_some_label  # noqa: E402
+from hatcl.continual.text_scores import matches  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")

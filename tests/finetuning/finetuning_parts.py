@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
 from hatcl.continual import TextData
@@ -145,3 +145,42 @@ def alone(model: nn.Module, ids: list[int]) -> Any:
     """A plain model's output of one text."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]))
+
+
+@functools.cache
+def roberta_tokenizer() -> Any:
+    """Byte-level BPE with RoBERTa's special tokens, in which the label words of the published tasks are one token."""
+    from hatcl.data.published import PUBLISHED_TASKS
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    words = sorted({w for task in PUBLISHED_TASKS.values() for w in task.words.values()})
+    names = {
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    }
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(names.values()),
+        show_progress=False,
+    )  # fmt: skip
+    inner.train_from_iterator([f"It was {w}." for w in words] * 5 + [*GOOD, *BAD], trainer)
+    ends = [("</s>", inner.token_to_id("</s>")), ("<s>", inner.token_to_id("<s>"))]
+    inner.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False, trim_offsets=False)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, sep_token="</s>", cls_token="<s>", **names
+    )  # fmt: skip
+
+
+def like_roberta(seed: int = 0) -> Any:
+    """RoBERTa's own classes, small, with its tokenizer's vocabulary; positions count from padding_idx + 1 = 2."""
+    torch.manual_seed(seed)
+    tokenizer = roberta_tokenizer()
+    config = transformers.RobertaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=42, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **SIZE,
+    )  # fmt: skip
+    return transformers.RobertaForMaskedLM(config)

@@ -30,8 +30,8 @@ def test_a_row_is_measured_once_for_each_way_of_measuring(tmp_path):
 
 
 def test_the_share_of_the_gain_that_is_kept():
-    models = {"pretrained": {"accuracy": 0.5, "ood": {"x": 0.4}}, "finetuned": {"accuracy": 0.9, "ood": {"x": 0.4}}}
-    row = with_gain({"accuracy": 0.7, "ood": {"x": 0.4}}, models)
+    models = {"pretrained": {"score": 0.5, "ood": {"x": 0.4}}, "finetuned": {"score": 0.9, "ood": {"x": 0.4}}}
+    row = with_gain({"score": 0.7, "ood": {"x": 0.4}}, models)
     assert row["gain_kept"] == pytest.approx(0.5, abs=1e-12)
 
 

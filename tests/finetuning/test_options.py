@@ -75,7 +75,9 @@ def test_bad_learning(options, words):
     "options, words",
     [
         ({"k": 0}, "k: got 0, expected an integer of at least 1, or None"),
-        ({"max_length": None}, "max_length: got None, expected an integer of at least 1$"),
+        ({"max_length": 0}, "max_length: got 0, expected an integer of at least 1, or None"),
+        ({"measure": "f2"}, "measure: got 'f2', expected one of accuracy"),
+        ({"task": "rta"}, "did you mean 'rte'"),
         ({"cut": "tail"}, "cut: got 'tail', expected one of end, head"),
         ({"token": "clss"}, "did you mean 'cls'"),
         ({"head": "zero"}, "head: got 'zero'"),

@@ -12,10 +12,12 @@ from finetuning_parts import bare, causal, minilm, on_bytes, roberta  # noqa: E4
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from hatcl.data.texts import Sentences  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 from hatcl.finetuning import PromptReader, Template, label_tokens  # noqa: E402
-from hatcl.finetuning.prompts import check_length  # noqa: E402
+from hatcl.finetuning.prompts import TemplateSlot, check_length, shares  # noqa: E402
 
+TEXT, MASK = TemplateSlot("text"), TemplateSlot("mask")
 LONG = " ".join(["film"] * 60)
 
 
@@ -29,12 +31,23 @@ def shown(reader, text):
 
 def test_the_parts_of_a_template():
     template = Template("{text} It was {mask}.")
-    assert template.parts == ("{text}", " It was", "{mask}", ".") and template.spaced == {"mask"}
+    assert template.parts == (TEXT, " It was", MASK, ".") and template.spaced == {"mask"}
     first = Template("{mask}: {text}")
-    assert first.parts == ("{mask}", ":", "{text}") and first.spaced == {"mask", "text"}
-    assert Template("({mask}) {{x}}{text}").parts == ("(", "{mask}", ") {x}", "{text}")
+    assert first.parts == (MASK, ":", TEXT) and first.spaced == {"mask", "text"}
+    assert Template("({mask}) {{x}}{text}").parts == ("(", MASK, ") {x}", TEXT)
     assert Template("({mask}){text}").spaced == frozenset()
-    assert Template("{text} {mask}").parts == ("{text}", "{mask}")
+    assert Template("{text} {mask}").parts == (TEXT, MASK)
+    assert Template("{{text}} {text}").parts == ("{text}", TEXT)  # braces of its own are no slot
+    pair = Template("{text:-}? {mask}, {text2:lower}")
+    assert pair.parts == (TemplateSlot("text", "-"), "?", MASK, ",", TemplateSlot("text2", "lower"))
+    assert pair.spaced == {"mask", "text2"}
+
+
+def test_the_forms_of_a_text():
+    assert [TemplateSlot("text", form).formed("A dog.") for form in ("", "-", "lower", "lower-")] == [
+        "A dog.", "A dog", "a dog.", "a dog"
+    ]  # fmt: skip
+    assert [TemplateSlot("text", form).formed("") for form in ("-", "lower-")] == ["", ""]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +56,10 @@ def test_the_parts_of_a_template():
         ("It was {mask}.", "has no {text}, expected it once"),
         ("{text} {text} {mask}", "has {text} twice"),
         ("{text} {mask} {mask}", "has {mask} twice"),
-        ("{txt} {mask}", "has the slot 'txt', expected {text} and {mask}; did you mean 'text'"),
+        ("{txt} {mask}", "has the slot 'txt', expected {text}, {text2}, {mask} and {sep}; did you mean 'text'"),
+        ("{text2} {mask}", "has no {text}, expected it once"),
+        ("{text:upper} {mask}", "has {text:upper}, expected one of -, lower, lower- with {text} or {text2}"),
+        ("{text} {mask:-}", "has {mask:-}, expected one of"),
         ("{text!r}", "has the slot 'text'"),
         ("{text", "cannot be read"),
     ],
@@ -94,13 +110,62 @@ def test_a_long_text_is_cut_and_the_template_never(cut):
     room=st.integers(1, 6),
 )
 def test_laws_of_reading(text, template, cut, room):
-    whole = PromptReader(minilm(), template, max_length=10_000, cut=cut)
-    read = PromptReader(minilm(), template, max_length=len(whole.before) + len(whole.after) + room, cut=cut)
+    before, after = PromptReader(minilm(), template, max_length=10_000, cut=cut).fixed
+    read = PromptReader(minilm(), template, max_length=len(before) + len(after) + room, cut=cut)
     ids, place = read.read(text)
     own = minilm()(text, add_special_tokens=False)["input_ids"]
     assert ids[place] == minilm().mask_token_id
-    assert len(ids) == len(read.before) + min(len(own), room) + len(read.after)
-    assert ids[: len(read.before)] == read.before and ids[len(ids) - len(read.after) :] == read.after
+    assert len(ids) == len(before) + min(len(own), room) + len(after)
+    assert ids[: len(before)] == before and ids[len(ids) - len(after) :] == after
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.tuples(st.text(alphabet="ab c.", max_size=30), st.text(alphabet="ab c.", max_size=30)),
+    template=st.sampled_from(["{text:-}? {mask}, {text2:lower}", "{text2} {mask} {text}", "{mask}{text}{sep}{text2}"]),
+    cut=st.sampled_from(["end", "head"]),
+    room=st.integers(2, 12),
+)
+def test_laws_of_reading_pairs(texts, template, cut, room):
+    fixed = PromptReader(minilm(), template, max_length=10_000).fixed
+    read = PromptReader(minilm(), template, max_length=sum(map(len, fixed)) + room, cut=cut)
+    ids, place = read.read(Sentences(*texts))
+    own = [minilm()(x, add_special_tokens=False)["input_ids"] for x in read.template.texts(Sentences(*texts))]
+    assert ids[place] == minilm().mask_token_id
+    kept = shares([len(x) for x in own], room)
+    first, second = (x[:n] if cut == "end" else x[len(x) - n :] for x, n in zip(own, kept, strict=True))
+    assert ids == [*fixed[0], *first, *fixed[1], *second, *fixed[2]]
+
+
+@given(a=st.integers(0, 40), b=st.integers(0, 40), room=st.integers(2, 40))
+def test_the_longer_text_loses_until_both_are_equal(a, b, room):
+    x, y = shares([a, b], room)
+    assert x + y == min(a + b, room) and x <= a and y <= b
+    if a + b > room:
+        assert (x < a or abs(x - y) <= 1 or x > y) and (y < b or abs(x - y) <= 1 or y > x)  # never the shorter first
+        assert min(x, y) == min(a, b, room // 2)
+
+
+def test_a_pair_by_hand():
+    read = PromptReader(minilm(), "{text:-}? {mask}, {text2:lower}", max_length=32)
+    tokens, place = shown(read, Sentences("A dog barks.", "An animal"))
+    assert tokens == ["[CLS]", "a", "dog", "barks", "?", "[MASK]", ",", "an", "animal", "[SEP]"] and place == 5
+    parted = PromptReader(minilm(), "{text}{sep}{text2}", at="cls")
+    assert shown(parted, Sentences("a dog", "a cat"))[0] == ["[CLS]", "a", "dog", "[SEP]", "a", "cat", "[SEP]"]
+    alone = PromptReader(minilm(), "{text} It was {mask}.")  # a template of one text has both, one line each
+    assert alone.read(Sentences("a", "b"))[0] == alone.read("a\nb")[0]
+    split = PromptReader(minilm(), "{text} {mask} {text2}")  # lines of a text's own are no parts
+    assert split.read(Sentences("a\nb", "c")) != split.read(Sentences("a", "b\nc"))
+
+
+def test_a_pair_that_does_not_fit():
+    read = PromptReader(minilm(), "{text} {mask} {text2}")
+    with pytest.raises(ConfigError, match="has {text2}, but 'a dog' is one text; give examples as rows of"):
+        read.read("a dog")
+    with pytest.raises(ConfigError, match="has no token that parts sentences, expected one for {sep}"):
+        PromptReader(on_bytes(), "{text}{sep}{text2}", at="last")
+    with pytest.raises(ConfigError, match="max_length: got 4"):  # room for one token, and there are two texts
+        PromptReader(minilm(), "{text} {mask} {text2}", max_length=4)
 
 
 def test_a_batch_is_padded_on_the_right():

@@ -94,7 +94,7 @@ def test_a_run_from_a_local_folder_and_back(name, tmp_path):
     assert again.trained == made.trained and again.task.fixed_head == made.task.fixed_head
     assert (again.task.train, again.task.validation) == (made.task.train, made.task.validation)
     assert again.metrics == json.loads(json.dumps(made.metrics))
-    assert made.metrics["accuracy"].keys() == {"pretrained", "finetuned"}
+    assert made.metrics["score"].keys() == {"pretrained", "finetuned"}
     assert made.metrics["examples"] == {"train": 4, "validation": 4, "test": len(made.task.test)}
     assert made.metrics["trained"]["elements"] == sum(made.pretrained.get_parameter(n).numel() for n in made.trained)
     assert not again.finetuned.training and not list(tmp_path.glob(".run*"))
@@ -313,7 +313,7 @@ def test_a_task_made_in_memory_and_a_class_of_ones_own(tmp_path):
     other = image_task(data, timm.create_model("test_resnet"))
     with pytest.raises(VectorError, match="differ in .* tensors"):
         load_run(tmp_path / "run", task=other)
-    assert made.metrics["accuracy"]["finetuned"].keys() == {"test"}  # there are too few to hold some out
+    assert made.metrics["score"]["finetuned"].keys() == {"test"}  # there are too few to hold some out
 
 
 def test_without_a_folder(tmp_path):
@@ -470,7 +470,7 @@ def test_without_a_part_of_the_checkpoint_the_bits_are_others(lost, tmp_path, mo
     options, learning = longer({"random": "dropout", "optimizer": "adamw and l1"}.get(lost, "momentum"), tmp_path)
     if lost == "best":
         scores = iter([0.9, 0.1, 0.1, 0.1])  # the state before the kill is the best one
-        monkeypatch.setattr(FinetuneTask, "accuracy", lambda self, model, part: next(scores) if model.training else 0.5)
+        monkeypatch.setattr(FinetuneTask, "score", lambda self, model, part: next(scores) if model.training else 0.5)
     whole = finetune_run(options, learning)
     scores = iter([0.9, 0.1, 0.1, 0.1])
     killed(options, learning, tmp_path / "run", 5)

@@ -210,7 +210,7 @@ OPTIONS = {
     )
 }  # fmt: skip
 DEFAULTS = {
-    "use_ilora": False, "ema_alpha": 0.999, "consistency_weight": 1.0, "ilora_buffer_size": 500,
+    "use_ilora": True, "ema_alpha": 0.999, "consistency_weight": 1.0, "ilora_buffer_size": 500,
     "selective_update": False, "min_update_threshold": 0.1, "hidden_state_layers": [-1], "save_ema_adapter": True,
     "ema_adapter_path": None, "previous_task_model": None, "current_task_id": None, "prev_task_id": None,
 }  # fmt: skip
@@ -593,7 +593,7 @@ def test_without_options_it_is_on():
 def test_what_is_off_goes_on_to_the_next_task_too():
     ilora = ILoRA(bert(), {"use_ilora": False})
     ilora.next_task("second")
-    assert ilora.config == ILoRAConfig()
+    assert ilora.config == ILoRAConfig(use_ilora=False)
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,11 @@ CHANGED = {
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ILoRAConfig) if f.name != "use_ilora"])
 def test_an_option_of_what_is_off_is_refused(name):
     with pytest.raises(ConfigError) as caught:
-        ILoRA(nn.Linear(1, 1), {name: CHANGED[name]})
+        ILoRA(nn.Linear(1, 1), {"use_ilora": False, name: CHANGED[name]})
     value = (0,) if name == "hidden_state_layers" else CHANGED[name]
-    assert f"{name}: got {value!r}, which has no effect with use_ilora=False; pass use_ilora=True" in str(caught.value)
+    assert f"{name}: got {value!r}, which has no effect with use_ilora=False; leave use_ilora at True" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize(

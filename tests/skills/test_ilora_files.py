@@ -236,7 +236,7 @@ def test_damaged_files(tmp_path):
 
     cases = [
         ("ilora.json", lambda p: p.write_text("{"), "ilora.json cannot be read as JSON"),
-        ("ilora.json", lambda p: p.write_text("{}"), "ilora.json: not of the format hatcl.ilora.1"),
+        ("ilora.json", lambda p: p.write_text("{}"), "ilora.json: not of the format hatcl.ilora.2"),
         ("memory.pt", lambda p: p.write_bytes(b"x"), "memory.pt cannot be read as tensors and plain values"),
         ("memory.pt", lambda p: p.unlink(), "memory.pt cannot be read as tensors and plain values"),
         (f"adapter/{WEIGHTS}", lambda p: p.write_bytes(b"x"), "not readable as safetensors"),

@@ -7,6 +7,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -120,8 +121,18 @@ def test_the_top_share():
     scores = blocks(0.1, 0.9, 0.5, 0.7, 0.3, 0.2, 0.6, 0.8, 0.4, 0.0)
     assert localize(scores).on.nonzero().flatten().tolist() == [1, 7]
     assert localize(scores, 0.3).on.nonzero().flatten().tolist() == [1, 3, 7]
-    for share, count in ((0.01, 1), (0.14, 1), (0.25, 2), (0.35, 4), (1.0, 10)):  # halves go to the even number
-        assert int(localize(scores, share).on.sum()) == count == max(1, round(share * 10))
+    for share, count in ((0.01, 1), (0.11, 1), (0.14, 2), (0.25, 3), (0.35, 4), (0.95, 9), (1.0, 10)):
+        assert int(localize(scores, share).on.sum()) == count
+
+
+@pytest.mark.parametrize("percent", [5, 10, 20, 25, 50, 55, 90])
+def test_as_many_as_tasls_code_has(percent):
+    """It takes what is strictly above numpy's percentile."""
+    for groups in range(2, 200):
+        values = np.random.default_rng(groups).permutation(groups).astype(float)
+        theirs = torch.from_numpy(values > np.percentile(values, 100 - percent))
+        if theirs.any():  # hatcl has at least one
+            assert torch.equal(localize(blocks(*values.tolist()), percent / 100).on, theirs), groups
 
 
 def test_equal_scores_give_the_first_ones():
@@ -133,7 +144,8 @@ def test_equal_scores_give_the_first_ones():
 def test_a_share_is_exact_and_nothing_left_out_is_above_it(values, share):
     scores = blocks(*values)
     on = localize(scores, share).on
-    assert int(on.sum()) == max(1, round(share * len(values)))
+    expected = len(values) if share == 1 else max(1, math.ceil(round(share * (len(values) - 1), 9)))
+    assert int(on.sum()) == expected
     if not bool(on.all()):
         assert float(scores.values[on].min()) >= float(scores.values[~on].max())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from ...config import number, one_of, whole
 from ...errors import ConfigError, SkillError
 from ...files import read_json
+from ...skills import ilora_files
 from ...skills.hidden import Hidden, hidden_states_of
-from ...skills.ilora import ILoRA
+from ...skills.ilora import ON, ILoRA
 from ...skills.ilora_config import ILoRAConfig
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -36,34 +38,31 @@ class InterpolatedLoRA(Method):
     The authors' code has the mean of the two losses; up to the weight of the consistency that is `replay=1`. Examples
     of several tasks are batched task by task, and the error is the mean over those batches. The memory is as in
     `Replay`: a task's examples enter when it is finished.
+
+    All twelve options of `ILoRAConfig` are this method's too. `use_ilora=False` is plain training. Each task's folder
+    is also one that `ILoRA.load` reads, unless `save_ema_adapter=False`: a run over the next task goes on from it by
+    `previous_task_model` (the run's folder, or the task's) and `prev_task_id` (the task's name). `current_task_id`
+    is the task's own name where none is given.
     """
 
     lora = "with_head"
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(ILoRAConfig):
         """Args:
-        ema_alpha, consistency_weight, ilora_buffer_size, selective_update, min_update_threshold,
-            hidden_state_layers: see `ILoRAConfig`.
         replay: weight of the loss on the memory's examples, 0 = none. samples: how many are drawn per step.
         on: take the consistency on the `memory` or on the current `batch` (then `replay` must be 0).
         scored: which adapter is scored, `stable` or `plastic`.
         """
 
-        ema_alpha: float = 0.999
-        consistency_weight: float = 1.0
-        ilora_buffer_size: int = 500
-        selective_update: bool = False
-        min_update_threshold: float = 0.1
-        hidden_state_layers: tuple[int, ...] = (-1,)
         replay: float = 1.0
         samples: int = 16
         on: str = "memory"
         scored: str = "stable"
 
         def __post_init__(self) -> None:
-            object.__setattr__(self, "hidden_state_layers", self.config.hidden_state_layers)
-            one_of("on", self.on, ("memory", "batch"))
+            super().__post_init__()
+            one_of("on", self.on, ON)
             one_of("scored", self.scored, ("stable", "plastic"))
             whole("samples", self.samples)
             number("replay", self.replay, 0)
@@ -73,33 +72,62 @@ class InterpolatedLoRA(Method):
         @property
         def config(self) -> ILoRAConfig:
             """The part of it that is `ILoRA`'s."""
-            return ILoRAConfig(
-                use_ilora=True,
-                ema_alpha=self.ema_alpha,
-                consistency_weight=self.consistency_weight,
-                ilora_buffer_size=self.ilora_buffer_size,
-                selective_update=self.selective_update,
-                min_update_threshold=self.min_update_threshold,
-                hidden_state_layers=self.hidden_state_layers,
-            )
+            return ILoRAConfig(**{f.name: getattr(self, f.name) for f in fields(ILoRAConfig)})
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
-        self.tasks, o = tasks, self.options
+        o = self.options
+        self.tasks = list(tasks)
+        if o.current_task_id is not None and len(tasks) > 1:
+            raise ConfigError(
+                f"current_task_id: got {o.current_task_id!r} for {len(tasks)} tasks, which have names of their own; "
+                "leave it out"
+            )
+        if o.use_ilora and o.save_ema_adapter:
+            ilora_files.check_saveable([_as_stored(t.train[0]) for t in tasks])
         self.two = ILoRA(
             model,
             o.config,
             hidden_states=_hidden,
             loss=lambda model, batches: mean_loss(model, batches),
-            collate=lambda drawn: together(tasks, drawn),
+            collate=lambda drawn: together(self.tasks, drawn),
             on=o.on,
             replay=o.replay,
             batch_size=o.samples,
             seed=seed,
         )
+        self._know_again()
+
+    def _know_again(self) -> None:
+        """The examples that a run before remembers, as tasks behind this run's own.
+
+        Raises:
+            ConfigError: of a task that this run has no loss for.
+        """
+        state = self.two.memory.state_dict()
+        if not state["examples"]:
+            return
+        place: dict[str, int] = {}
+        for i, (name, example) in enumerate(state["examples"]):
+            if name not in place:
+                own = next((t for t in self.tasks if t.name == name), self.tasks[0])
+                if own.name != name and not own.shared:
+                    raise ConfigError(
+                        f"previous_task_model: its memory holds examples of the task {name!r}, whose labels this run "
+                        f"does not know; give the task as well (--task {name}=FILE), or learn all tasks in one run"
+                    )
+                place[name] = len(self.tasks)
+                self.tasks.append(replace(own, name=name, train=[]))
+            known: Any = self.tasks[place[name]].train
+            state["examples"][i] = (place[name], len(known))
+            known.append(example)
+        self.two.memory.load_state_dict(state)
 
     def begin(self, model: nn.Module, stage: int) -> None:
+        name = re.sub(r"[/\\\0]", "_", self.tasks[stage].name)
         if stage:
-            self.two.next_task(stage)
+            self.two.next_task(name)
+        elif self.two.enabled and self.two.config.current_task_id is None:
+            self.two.config = replace(self.two.config, current_task_id=name)
 
     def watching(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
@@ -115,8 +143,17 @@ class InterpolatedLoRA(Method):
     def scoring(self, model: nn.Module, index: int) -> contextlib.AbstractContextManager[Any]:
         return self.two.stable_active() if self.options.scored == "stable" else contextlib.nullcontext()
 
-    def adapters(self, model: nn.Module) -> list[str]:
-        return [self.two.plastic, self.two.stable]
+    def adapters(self, model: nn.Module) -> list[str] | None:
+        if not self.two.enabled:
+            return None
+        return [self.two.plastic, *([self.two.stable] if self.options.save_ema_adapter else [])]
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        if self.two.enabled and self.options.save_ema_adapter:
+            state = self.two.memory.state_dict()
+            tasks = self.tasks
+            state["examples"] = [(tasks[i].name, _as_stored(tasks[i].train[k])) for i, k in state["examples"]]
+            ilora_files.save_beside(self.two, folder, state)
 
     def state(self) -> dict[str, Any]:
         return {"memory": self.two.memory.state_dict(), "steps": self.two.steps, "moves": self.two.moves}
@@ -133,6 +170,13 @@ class InterpolatedLoRA(Method):
         read_memory(self.two.memory, folder / MEMORY, self.tasks)
         counts = read_json(folder / COUNTS)
         self.two.steps, self.two.moves = counts["steps"], counts["moves"]
+
+
+def _as_stored(example: Any) -> Any:
+    """An example as a memory keeps it in a file: texts without what else they know, pairs as tuples."""
+    if isinstance(example, str):
+        return str(example)
+    return tuple(_as_stored(x) for x in example) if isinstance(example, tuple) else example
 
 
 def _hidden(model: nn.Module, batches: Sequence[Batch]) -> list[Hidden]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from ...config import number
 from ...errors import SkillError
 from ...files import read_json
 from ...map.lora import factor_in
+from ...skills.ilora_files import write_peft
 from ...skills.switch import check_peft
 from ...skills.tensors import active_adapter, adapters_of, skill_tensors
 from ..tasks import ContinualTask
@@ -32,6 +35,10 @@ class OLoRA(Method):
 
     over all adapted layers, as in the paper's code. After a task its adapter is kept as `olora_0`, `olora_1`, ... and
     the adapter that is trained starts anew, by peft's own initialisation.
+
+    A task's folder has in `adapter/` one adapter that is the model as it was scored, the sum of all so far: their
+    factors side by side, `A = [A_0; A_1; ...]`, `B = [B_0, B_1, ...]`, of so many times the rank, with the same
+    scaling. The tasks' own are inside, `adapter/olora_0` and so on.
     """
 
     lora = "alone"
@@ -98,8 +105,7 @@ class OLoRA(Method):
             for name in self.earlier:
                 theirs = skill_tensors(model, name)
                 for n, a in ours.items():
-                    at = factor_in(n.split("."))
-                    if at is not None and n.split(".")[at].endswith("_A"):
+                    if _is_a(n):
                         both = theirs[n].flatten(1) @ a.flatten(1).t()
                         loss = loss + self.options.orthogonality * both.abs().sum()
         if self.options.l2:
@@ -110,7 +116,24 @@ class OLoRA(Method):
         return {}
 
     def adapters(self, model: nn.Module) -> list[str]:
-        return [*self.earlier, self.adapter]
+        return self.earlier or [self.adapter]
+
+    def write(self, model: Any, folder: Path) -> None:
+        """The sum, over what peft wrote for one adapter; and beside the earlier ones this task's own."""
+        count = len(self.earlier) + 1
+        ours = skill_tensors(model, self.adapter)
+        every = [*(skill_tensors(model, name) for name in self.earlier), ours]
+        summed = {n: torch.cat([t[n].detach() for t in every], int(not _is_a(n))) for n in ours}
+        config = copy.copy(model.peft_config[self.adapter])
+        # alpha / r, or with rsLoRA alpha / sqrt(r), stays
+        scale = math.sqrt(count) if config.use_rslora else count
+        config.r, config.lora_alpha = config.r * count, config.lora_alpha * scale
+        config.rank_pattern = {n: r * count for n, r in config.rank_pattern.items()}
+        config.alpha_pattern = {n: a * scale for n, a in config.alpha_pattern.items()}
+        write_peft(model, summed, config, folder / "adapter")
+        if self.earlier:
+            config = copy.copy(model.peft_config[self.adapter])
+            write_peft(model, ours, config, folder / "adapter" / f"olora_{count - 1}")
 
     def save(self, folder: Path) -> None:
         (folder / ADAPTERS).write_text(json.dumps(self.earlier))
@@ -120,3 +143,10 @@ class OLoRA(Method):
         for name in self.earlier:
             model.add_adapter(name, model.peft_config[self.adapter])
         self._activate(model)
+
+
+def _is_a(name: str) -> bool:
+    """Is it the factor that reads, [r, in]? The other one is [out, r]."""
+    parts = name.split(".")
+    at = factor_in(parts)
+    return at is not None and parts[at].endswith("_A")

@@ -152,6 +152,9 @@ class Method:
         """Around the saving of these adapters."""
         return contextlib.nullcontext()
 
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Further files of a finished task's folder, which holds its adapters already."""
+
     def save(self, folder: Path) -> None:
         """What the next stage needs beside the model."""
 

@@ -25,14 +25,17 @@ def autoregressive_task(
     max_length: int = 128,
     cut: str = "end",
     name: str = "task",
+    bounds: tuple[float, float] | None = None,
+    measure: str | None = None,
 ) -> FinetuneTask:
     """A task for a causal language model (transformers' AutoModelForCausalLM): its logits of the token after the
     template over the label words' tokens.
 
     Args:
         words: label -> word, one token each; default: the labels in their own words. Class i is the i-th of them.
-        template: around `{text}`; `{mask}` may stand last, to say by a space in front of it that words have one (they
-            also have where it is left out). max_length, cut: see `PromptReader`.
+        template: around `{text}` (and `{text2}`); `{mask}` may stand last, to say by a space in front of it
+            that words have one (they also have where it is left out). max_length, cut: see `PromptReader`.
+        bounds: (low, high) of a regression, see `word_task`. measure: see `FinetuneTask`.
 
     Of GPT-2 the published code takes the last norm for part of the head; here the head is the output embeddings.
 
@@ -41,7 +44,9 @@ def autoregressive_task(
     """
     if "{mask}" not in template:
         template = template.rstrip(" ") + " {mask}"
-    return word_task("autoregressive", "last", data, model, tokenizer, words, template, max_length, cut, name)
+    return word_task(
+        "autoregressive", "last", data, model, tokenizer, words, template, max_length, cut, name, bounds, measure
+    )
 
 
 @finetune_mode(
@@ -50,5 +55,6 @@ def autoregressive_task(
 def _autoregressive(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return autoregressive_task(
         data, model, tokenizer, words=options.words, template=options.template or CAUSAL_TEMPLATE,
-        max_length=options.max_length, cut=options.cut, name=options.name,
+        max_length=options.length, cut=options.cut, name=options.name, bounds=options.bounds,
+        measure=options.measure,
     )  # fmt: skip

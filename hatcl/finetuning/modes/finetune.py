@@ -31,6 +31,7 @@ def head_task(
     cut: str = "end",
     seed: int = 0,
     name: str = "task",
+    measure: str | None = None,
 ) -> FinetuneTask:
     """A task for a bare encoder or decoder (transformers' AutoModel): logits `W h + b` of the hidden state h of one
     token, with new W `[C, d]` and b.
@@ -60,7 +61,7 @@ def head_task(
     names = (f"{HEAD}.weight", f"{HEAD}.bias")
     task = text_task(
         name, "finetune", labels, data, out, tokenizer, read, embedding_names(out), names, fresh=names,
-        fixed_head=head == "fitted",
+        fixed_head=head == "fitted", measure=measure,
     )  # fmt: skip
     if head == "fitted":
         fit_head(task, HEAD)
@@ -71,5 +72,5 @@ def head_task(
 def _head(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return head_task(
         data, model, tokenizer, token=options.token, template=options.template, head=options.head,
-        max_length=options.max_length, cut=options.cut, seed=seed, name=options.name,
+        max_length=options.length, cut=options.cut, seed=seed, name=options.name, measure=options.measure,
     )  # fmt: skip

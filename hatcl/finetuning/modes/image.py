@@ -33,6 +33,7 @@ def image_task(
     validation: float = VALIDATION,
     seed: int = 0,
     name: str | None = None,
+    measure: str | None = None,
 ) -> FinetuneTask:
     """A task of images for a timm model or any other whose last layer is linear; that layer is made anew for the task's
     classes, on a copy of the model.
@@ -66,7 +67,7 @@ def image_task(
     task = FinetuneTask(
         name or data.name, "image", tuple(str(c) for c in range(data.num_classes)), made, train, held,
         Images(data.x_test, data.y_test, images.prepare), _collate, None, embedding_names(made), names, names,
-        fixed_head=head == "fitted",
+        fixed_head=head == "fitted", measure=measure or "accuracy",
     )  # fmt: skip
     if head == "fitted":
         fit_head(task, path)
@@ -81,7 +82,7 @@ def _image(options: TaskOptions, data: ImageData, model: nn.Module, tokenizer: A
     )  # fmt: skip
     return image_task(
         data, model, prepare=prepare, head=options.head, k=options.k,
-        data_seed=options.data_seed, seed=seed, name=options.name,
+        data_seed=options.data_seed, seed=seed, name=options.name, measure=options.measure,
     )  # fmt: skip
 
 

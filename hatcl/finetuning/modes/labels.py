@@ -28,6 +28,7 @@ def labels_task(
     cut: str = "end",
     scale: float = SCALE,
     name: str = "task",
+    measure: str | None = None,
 ) -> FinetuneTask:
     """A task for a bare encoder (transformers' AutoModel): `scale cos(mean hidden state of the text, that of the
     label's word or phrase)`; the labels' side is the pretrained model's and stays. There is no head to train.
@@ -47,12 +48,12 @@ def labels_task(
     anchors = label_embeddings(out, alone, list(found.values()), name)
     head = LabelWords(anchors, scale, {y: i for i, y in enumerate(found)})
     with_forward(out, CosineForward(out, head))
-    return text_task(name, "labels", found, data, out, tokenizer, read, embedding_names(out), ())
+    return text_task(name, "labels", found, data, out, tokenizer, read, embedding_names(out), (), measure=measure)
 
 
 @finetune_mode("labels", loads="AutoModel", paper="label words' embeddings as a fixed head, see hatcl.continual")
 def _labels(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return labels_task(
-        data, model, tokenizer, words=options.words, template=options.template, max_length=options.max_length,
-        cut=options.cut, scale=options.scale, name=options.name,
+        data, model, tokenizer, words=options.words, template=options.template, max_length=options.length,
+        cut=options.cut, scale=options.scale, name=options.name, measure=options.measure,
     )  # fmt: skip

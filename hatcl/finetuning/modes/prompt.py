@@ -25,23 +25,27 @@ def prompt_task(
     max_length: int = 128,
     cut: str = "end",
     name: str = "task",
+    bounds: tuple[float, float] | None = None,
+    measure: str | None = None,
 ) -> FinetuneTask:
     """A task for a masked language model (transformers' AutoModelForMaskedLM): its logits at the mask over the label
     words' tokens.
 
     Args:
         words: label -> word, one token each; default: the labels in their own words. Class i is the i-th of them.
-        template: around `{text}`, with `{mask}`. max_length, cut: see `PromptReader`.
+        template: around `{text}` (and `{text2}`), with `{mask}`. max_length, cut: see `PromptReader`.
+        bounds: (low, high) of a regression, see `word_task`. measure: see `FinetuneTask`.
 
     Raises:
         ConfigError: words, a template, a tokenizer or a model that do not fit; see `label_tokens`, `PromptReader`.
     """
-    return word_task("prompt", "mask", data, model, tokenizer, words, template, max_length, cut, name)
+    return word_task("prompt", "mask", data, model, tokenizer, words, template, max_length, cut, name, bounds, measure)
 
 
 @finetune_mode("prompt", loads="AutoModelForMaskedLM", paper="Gao et al. 2021, arXiv 2012.15723")
 def _prompt(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return prompt_task(
         data, model, tokenizer, words=options.words, template=options.template or MASK_TEMPLATE,
-        max_length=options.max_length, cut=options.cut, name=options.name,
+        max_length=options.length, cut=options.cut, name=options.name, bounds=options.bounds,
+        measure=options.measure,
     )  # fmt: skip

@@ -1,0 +1,103 @@
+"""How well a written text fits the one that was expected, as the benchmarks of continual learning measure it; 0 to 1.
+
+match        the same without regard to case and to white space
+answer       the same letter after "Answer:", as TRACE has it for ScienceQA (without such a word, the first letter)
+rouge_l      F1 of the longest common subsequence of words (Lin 2004), as TRACE has it for MeetingBank. TRACE's
+             package joins the subsequences of single sentences; here the text is one
+similarity   of characters, 2 M / T of matching blocks, as TRACE has it for Py150, after literals have their values
+sari         what was kept, deleted and added against the input (Xu et al. 2016), as TRACE has it for 20Minuten
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+TextScore = Callable[[str, str, str], float]  # (input, given, expected)
+ORDERS = 4  # of n-grams in SARI
+LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.S)
+
+
+def matches(given: str, expected: str) -> bool:
+    """Are two values the same without regard to case and to white space?"""
+    return given.lower().split() == expected.lower().split()
+
+
+def same_answer(given: str, expected: str) -> bool:
+    """Is the letter the same?"""
+
+    def letter(text: str) -> str:
+        return text.partition("Answer:")[2].strip()[:1] or text.strip()[:1]
+
+    return bool(letter(given)) and letter(given) == letter(expected)
+
+
+def rouge_l(given: str, expected: str) -> float:
+    """`2 P R / (P + R)` with P and R the longest common subsequence's share of both texts' words."""
+    a, b = (re.findall(r"\w+", text.lower()) for text in (given, expected))
+    if not a or not b:
+        return 0.0
+    row = [0] * (len(b) + 1)
+    for word in a:
+        before = row
+        row = [0]
+        for j, other in enumerate(b):
+            row.append(before[j] + 1 if word == other else max(row[j], before[j + 1]))
+    return 2 * row[-1] / (len(a) + len(b))
+
+
+def similarity(given: str, expected: str) -> float:
+    """`2 M / T`, with M the characters in matching blocks and T those of both texts."""
+
+    def valued(text: str) -> str:
+        text = text.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
+        return LITERAL.sub(r"\1", text)
+
+    return difflib.SequenceMatcher(None, valued(given), valued(expected)).ratio() if given or expected else 1.0
+
+
+def sari(source: str, given: str, references: Sequence[str]) -> float:
+    """The mean over n-grams of 1 to 4 words of: F1 of what was kept, precision of what was deleted, F1 of what was
+    added (Xu et al. 2016, eq. 3-9), with the recall of what was kept over occurrences, as tensor2tensor corrects it."""
+    before, after, *wanted = (text.lower().split() for text in (source, given, *references))
+    return sum(_of_order(n, before, after, wanted) for n in range(1, ORDERS + 1)) / ORDERS
+
+
+def _of_order(n: int, source: list[str], given: list[str], references: Sequence[list[str]]) -> float:
+    count = len(references)
+    r: Counter[tuple[str, ...]] = Counter(g for text in references for g in _grams(text, n))
+    s, c = (Counter({g: k * count for g, k in Counter(_grams(text, n)).items()}) for text in (source, given))
+    kept, due = s & c, s & r
+    good = kept & r
+    precision = _mean([good[g] / kept[g] for g in kept])
+    recall = sum(good.values()) / sum(due.values()) if due else 1.0
+    gone = s - c
+    deleted = _mean([(gone - r)[g] / gone[g] for g in gone])
+    added = set(c) - set(s)
+    right = added & set(r)
+    needed = set(r) - set(s)
+    added_f1 = _f1(len(right) / len(added) if added else 1.0, len(right) / len(needed) if needed else 1.0)
+    return (_f1(precision, recall) + deleted + added_f1) / 3
+
+
+def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 1.0
+
+
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+TEXT_SCORES: dict[str, TextScore] = {
+    "match": lambda source, given, expected: float(matches(given, expected)),
+    "answer": lambda source, given, expected: float(same_answer(given, expected)),
+    "rouge_l": lambda source, given, expected: rouge_l(given, expected),
+    "similarity": lambda source, given, expected: similarity(given, expected),
+    "sari": lambda source, given, expected: sari(source, given, [expected]),
+}

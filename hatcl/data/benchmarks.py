@@ -1,0 +1,127 @@
+"""Benchmarks of continual learning by name, read from the user's own copy: which tasks, in which order, and by which
+measure each is scored.
+
+    long_sequence   15 tasks of classification (Razdaibiedina et al. 2023, arXiv 2301.12314), in the three orders of
+                    O-LoRA and TaSL, and the four tasks of the standard benchmark in three more
+    trace           8 tasks of LLMs (Wang et al. 2023, arXiv 2310.06762)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import one_of
+from ..errors import ConfigError
+from .texts import TextData, parts_beside, read_parts, read_texts
+
+TASL = {"train": "train", "validation": "dev", "test": "test"}  # its folders
+ENDS = (".json", ".json.gz")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Tasks in their published orders.
+
+    Attributes:
+        orders: by number, as published. measures: of tasks that are not scored by `match`, see
+            `hatcl.continual.text_scores`.
+    """
+
+    name: str
+    orders: Mapping[int, tuple[str, ...]]
+    measures: Mapping[str, str]
+
+    def order(self, number: int | None) -> tuple[str, ...]:
+        """The tasks of an order; None = the first.
+
+        Raises:
+            ConfigError: there is no such order.
+        """
+        first = next(iter(self.orders))
+        chosen = first if number is None else number
+        if chosen not in self.orders:
+            known = ", ".join(map(str, self.orders))
+            raise ConfigError(f"order: got {number!r}, expected one of {known}, as {self.name} numbers them")
+        return self.orders[chosen]
+
+    def measure(self, task: str) -> str:
+        """By what the task is scored."""
+        return self.measures.get(task, "match")
+
+
+_LONG = {
+    1: "mnli cb wic copa qqp boolqa rte imdb yelp amazon sst-2 dbpedia agnews multirc yahoo",
+    2: "multirc boolqa wic mnli cb copa qqp rte imdb sst-2 dbpedia agnews yelp amazon yahoo",
+    3: "yelp amazon mnli cb copa qqp rte imdb sst-2 dbpedia agnews yahoo multirc boolqa wic",
+    4: "dbpedia amazon yahoo agnews",
+    5: "dbpedia amazon agnews yahoo",
+    6: "yahoo amazon agnews dbpedia",
+}
+BENCHMARKS = {
+    "long_sequence": Benchmark("long_sequence", {k: tuple(v.split()) for k, v in _LONG.items()}, {}),
+    "trace": Benchmark(
+        "trace",
+        {1: ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten")},
+        {"MeetingBank": "rouge_l", "Py150": "similarity", "ScienceQA": "answer", "20Minuten": "sari"},
+    ),
+}
+
+
+def read_benchmark(
+    name: str, folder: str | Path, *, order: int | None = None, only: Sequence[str] | None = None
+) -> dict[str, TextData]:
+    """The tasks of a benchmark, in order.
+
+    Of each task the folder has `TASK.json` (or .gz) as `read_texts` takes it, the folder `TASK` with `train`, `eval` or
+    `dev`, and `test` as .json (TRACE's and O-LoRA's, at any depth), or `train/TASK_T5.json` and so on (TaSL's).
+
+    Args:
+        order: by its published number; None = the first. only: some of its tasks, where others are not at hand. Figures
+            of fewer tasks are not those of the benchmark.
+
+    Raises:
+        ConfigError: another name or order; a task that the folder does not have, or that is no task of it.
+        IntegrityError: a damaged file.
+    """
+    one_of("benchmark", name, list(BENCHMARKS))
+    tasks = BENCHMARKS[name].order(order)
+    for task in only or ():
+        one_of("only", task, tasks)
+    wanted = [task for task in tasks if only is None or task in only]
+    found = {task: _parts_of(Path(folder), task) for task in wanted}
+    missing = [task for task, parts in found.items() if not parts]
+    if missing:
+        at_hand = [task for task in wanted if task not in missing]
+        raise ConfigError(
+            f"{folder}: has no {', '.join(missing)} of {name}; put TASK.json, TASK/train.json and test.json, or "
+            f"train/TASK_T5.json and test/TASK_T5.json there, or name the tasks at hand (only={at_hand})"
+        )
+    return {task: read_texts(parts[""]) if "" in parts else read_parts(parts) for task, parts in found.items()}
+
+
+def _parts_of(folder: Path, task: str) -> dict[str, Path]:
+    """Part -> file, or one file of all parts under the name ''."""
+    for end in ENDS:
+        if (folder / f"{task}{end}").is_file():
+            return {"": folder / f"{task}{end}"}
+    tasl = {part: folder / name / f"{task}_T5.json" for part, name in TASL.items()}
+    ways = [parts_beside(p) for p in sorted(folder.rglob("*")) if p.is_dir() and p.name.lower() == task.lower()]
+    ways.append({part: path for part, path in tasl.items() if path.is_file()})
+    return next((found for found in ways if {"train", "test"} <= set(found)), {})
+
+
+def general_ability(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """TRACE's general ability delta, `mean_i (R_after,i - R_before,i)` over tasks that were not learned (arXiv
+    2310.06762, eq. 3); the same for instruction following.
+
+    Raises:
+        ConfigError: scores of different tasks, or of none.
+    """
+    if not before or before.keys() != after.keys():
+        raise ConfigError(
+            f"general_ability: got scores of {', '.join(sorted(before)) or 'nothing'} before and of "
+            f"{', '.join(sorted(after)) or 'nothing'} after, expected the same tasks"
+        )
+    return sum(after[name] - before[name] for name in before) / len(before)

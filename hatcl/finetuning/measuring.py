@@ -1,0 +1,62 @@
+"""What a fine-tuned model is worth, by the measure that a task's papers report.
+
+accuracy    share of right answers
+f1          2 tp / (2 tp + fp + fn) of the second of two classes, as GLUE has it for MRPC and QQP
+mcc         Matthews' correlation, as GLUE has it for CoLA: the correlation of labels and predictions as indicators,
+            for any number of classes (Gorodkin 2004, R_K)
+pearson     the correlation of scores and predictions, as GLUE has it for STS-B
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..calls import Batches
+from ..engine.measures import Predictions, answers
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure: of what is predicted. `of_scores`: labels are soft, `[n, 2]`, and not classes, `[n]`."""
+
+    of: Callable[[Tensor, Tensor], float]
+    of_scores: bool = False
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """`sum (x - mean x)(y - mean y)`, divided by the square root of the same of x with x and of y with y, over the rows
+    of `[n, d]`; 0 where one of them is constant, so that a model that says always the same is worth nothing."""
+    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    scale = float((x * x).sum() * (y * y).sum()) ** 0.5
+    return float((x * y).sum()) / scale if scale > 0 else 0.0
+
+
+def _mcc(probabilities: Tensor, labels: Tensor) -> float:
+    classes = probabilities.shape[1]
+    return correlation(F.one_hot(probabilities.argmax(1), classes), F.one_hot(labels, classes))
+
+
+MEASURES = {
+    "accuracy": Measure(lambda p, y: Predictions(p, y).accuracy),
+    "f1": Measure(lambda p, y: Predictions(p, y).f1),
+    "mcc": Measure(_mcc),
+    "pearson": Measure(lambda p, y: correlation(p[:, 1:], y[:, 1:]), of_scores=True),
+}
+
+
+def measured_by(measure: str, model: nn.Module, batches: Batches) -> float:
+    """A model's worth on labelled batches, in evaluation mode.
+
+    Raises:
+        ConfigError: no examples.
+    """
+    found = [(x.cpu().double().softmax(-1), y.cpu()) for x, y in answers(model, batches)]
+    if not found:
+        raise ConfigError(f"{measure}: the batches hold no examples")
+    return MEASURES[measure].of(torch.cat([x for x, _ in found]), torch.cat([y for _, y in found]))
