@@ -40,7 +40,7 @@ from .tasks import AtlasTask
 HEADS, CLASSIFIER, MERGED = "heads.safetensors", "classifier.safetensors", "merged.safetensors"
 CHECKPOINT, ISOTROPIC = "checkpoint.pt", "checkpoint-isotropic.pt"
 VECTOR_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HEADS_BY = ("trained", "prototypes")
+FITTED_HEADS = ("trained", "prototypes")
 NORMALISED_BY = ("data", "model")
 
 
@@ -84,7 +84,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         if Path(self.head).suffix != ".safetensors":
-            one_of("head", self.head, (*HEADS_BY, "FILE.safetensors"))
+            one_of("head", self.head, (*FITTED_HEADS, "FILE.safetensors"))
         one_of("fit", self.fit, FITS)
         one_of("normalise", self.normalise, NORMALISED_BY)
         one_of("vector_dtype", self.vector_dtype, tuple(VECTOR_DTYPES))
@@ -121,7 +121,7 @@ class Loaded:
 
     def __init__(self, reading: Reading, seed: int) -> None:
         self.reading, self.seed = reading, seed
-        self.head_file = None if reading.head in HEADS_BY else Path(reading.head)
+        self.head_file = None if reading.head in FITTED_HEADS else Path(reading.head)
         self.device = reading.device
         self.parts: dict[str, dict[str, Images]] = {}
         self.classes: dict[str, int] = {}
@@ -332,7 +332,7 @@ class Experiment(Loaded):
             if at.doing == "epoch":
                 self.tell(name, {"epoch": at.epoch, **at.measured})
 
-        self.stages[name] = procedure(composed, checkpoint=path, progress=told, **how)
+        self.stages[name] = procedure(composed, checkpoint=path, on_progress=told, **how)
         return self.stages[name]
 
     @torch.no_grad()

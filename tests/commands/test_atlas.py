@@ -232,7 +232,7 @@ def test_adapt_uses_no_labels(here, tmp_path, capsys):
     assert coefficients(tmp_path / "run").any()
     right, wrong = (report_of(tmp_path / n)["accuracy"]["composed"]["task"]["test"] for n in ("run", "wrong"))
     assert right == pytest.approx(1 - wrong, abs=1e-12)  # two classes, all labels exchanged; one rounding
-    good(capsys, *ADAPT, "--images", "training", "--objective", "entropy", "--no-flip", "--output", tmp_path / "other")
+    good(capsys, *ADAPT, "--images", "training", "--objective", "entropy", "--output", tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -517,6 +517,16 @@ def test_sweep_goes_through_the_pretrained_and_the_fine_tuned_model(here, tmp_pa
         (["few-shot", "base.safetensors", "--classifier", "lp"], "did you mean 'lp++'?"),
         (["few-shot", "base.safetensors", "--head-from", "shot"], "did you mean 'shots'?"),
         (["few-shot", "base.safetensors", "--select-by", "block"], "did you mean 'blocks'?"),
+        (
+            ["few-shot", "base.safetensors", "--select-by", "random"],
+            "--select-by: got 'random', which has no effect wi",
+        ),
+        (
+            ["few-shot", "base.safetensors", "--head", "own.safetensors", "--head-from", "shots"],
+            "--head-from: got 'sho",
+        ),
+        (["few-shot", "base.safetensors", "--p", "2"], "p: got 2, which has no effect with regulariser=0; give"),
+        (["adapt", "base.safetensors", "--objective", "entropy", "--no-flip"], "--no-flip: has no effect with --obje"),
         (["adapt", "base.safetensors", "--objective", "tent"], "objective: got 'tent', expected one of ufm, entropy"),
         (["adapt", "base.safetensors", "--images", "tests"], "did you mean 'test'?"),
         (["adapt", "base.safetensors", "--batch-size", "2"], "batch_size: got 2, expected at least 4"),

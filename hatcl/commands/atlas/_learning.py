@@ -11,7 +11,7 @@ import typer
 
 import hatcl
 
-from ...atlas.experiment import CHECKPOINT, HEADS, HEADS_BY, ISOTROPIC, Experiment, Reading, Writing
+from ...atlas.experiment import CHECKPOINT, FITTED_HEADS, HEADS, ISOTROPIC, Experiment, Reading, Writing
 from ...atlas.files import per_block
 from ...atlas.options import AtlasOptions
 from ...engine.folder import RunFolder
@@ -72,7 +72,7 @@ def learned(
     Args:
         stages: what is learned before the procedure's own coefficients.
     """
-    if reading.head not in HEADS_BY:
+    if reading.head not in FITTED_HEADS:
         asked.options["head"] = absolute_path(reading.head)
     folder = asked.folder()
     if folder.finished:
