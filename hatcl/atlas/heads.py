@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..calls import Batches
 from ..config import one_of
 from ..errors import ConfigError
+from ..integrations.clip import ImageTower, kind_of_clip
 from .caches import gather
 
 POOLS = ("auto", "pooler", "mean", "first", "last")
@@ -26,7 +27,8 @@ def encoder(model: nn.Module, pool: str = "auto") -> nn.Module:
         composer = hatcl.compose(hatcl.atlas.encoder(model), vectors)
 
     timm: `forward_head(forward_features(x), pre_logits=True)`. transformers, text and vision: the base model's pooled
-    output. Parameters of the old head stay in it unused; their coefficients stay zero.
+    output. Parameters of the old head stay in it unused; their coefficients stay zero. A CLIP model of open_clip or
+    transformers: its image tower alone, with the projection, before the embeddings are made unit length.
 
     Args:
         pool: for transformers. `auto`: the model's own pooler where it has one, else the mean; `pooler`; `mean` over
@@ -37,13 +39,17 @@ def encoder(model: nn.Module, pool: str = "auto") -> nn.Module:
             unknown pool.
     """
     one_of("pool", pool, POOLS)
+    if kind_of_clip(model) is not None:
+        if pool != "auto":
+            raise ConfigError(f"pool: got {pool!r} for a CLIP model, which pools by itself; leave it out")
+        return copy.deepcopy(ImageTower(model))
     kind = "timm" if hasattr(model, "forward_head") and hasattr(model, "forward_features") else ""
     if not kind and hasattr(model, "config") and hasattr(model, "base_model"):
         kind = "transformers"
     if not kind:
         raise ConfigError(
-            f"encoder: {type(model).__name__} is no timm or transformers model; compose a module whose forward gives "
-            "embeddings [batch, d] as it is"
+            f"encoder: {type(model).__name__} is no timm, transformers or CLIP model; compose a module whose "
+            "forward gives embeddings [batch, d] as it is"
         )
     if kind == "timm" and pool != "auto":
         raise ConfigError(f"pool: got {pool!r} for a timm model, which pools by itself; set it with global_pool=")

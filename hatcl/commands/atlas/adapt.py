@@ -10,7 +10,8 @@ import typer
 from ... import atlas
 from ...atlas import adaptation
 from ...atlas.adaptation import ADAPTED_BY
-from ...atlas.experiment import Experiment, Reading, Writing
+from ...atlas.experiment import Experiment, Writing
+from ...atlas.loading import Reading
 from ...config import one_of
 from ...errors import ConfigError
 from .._command import Asked, command

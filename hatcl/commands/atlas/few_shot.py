@@ -8,9 +8,10 @@ import typer
 
 from ... import atlas
 from ...atlas import fewshot
-from ...atlas.experiment import FITTED_HEADS, Experiment, Reading, Writing
+from ...atlas.experiment import Experiment, Writing
 from ...atlas.fitting import Fitted
 from ...atlas.linear import Composed
+from ...atlas.loading import FITTED_HEADS, Reading
 from ...config import one_of, whole
 from ...errors import ConfigError
 from .._command import Asked, command
