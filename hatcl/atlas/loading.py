@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import number, one_of, whole, without_effect
-from ..data.datasets import data_name
+from ..data.datasets import data_name, names_inside
 from ..data.images import FITS, preparation_for
 from ..data.photos import PhotoData, Pictured
 from ..data.prompts import CLASS_NAMES, PLAIN, TEMPLATES, read_class_names, read_templates
@@ -297,7 +297,7 @@ Prompts = tuple[tuple[str, ...], tuple[str, ...]]  # names of classes, templates
 
 
 def prompts_of(reading: Reading, data: Mapping[str, str], tasks: Mapping[str, Any]) -> dict[str, Prompts]:
-    """The names of each task's classes and its templates: those that were given, those of its images' data set, or
+    """The names of each task's classes and its templates: those that were given, those that its images come with, or
     those of a data set that hatcl knows by the name of the file, the folder or the task.
 
     Raises:
@@ -312,7 +312,7 @@ def prompts_of(reading: Reading, data: Mapping[str, str], tasks: Mapping[str, An
     found: dict[str, Prompts] = {}
     for name, task in tasks.items():
         known = (data_name(data[name]), name.lower())
-        classes = getattr(task, "classes", ())
+        classes = names_inside(data[name], task)
         if name in reading.class_names:
             classes = read_class_names(reading.class_names[name])
         elif not classes:

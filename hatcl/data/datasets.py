@@ -71,6 +71,17 @@ def data_name(where: str | Path) -> str:
     return name.lower() if at else (path.parent.name if path.stem == "data" else path.stem).lower()
 
 
+def names_inside(where: str | Path, task: Any) -> tuple[str, ...]:
+    """The names of the classes that the images come with: those of a data set or of folders, or the array `classes` of
+    texts in an `.npz` file; empty where they come with none."""
+    own: tuple[str, ...] = getattr(task, "classes", ())
+    if own or Path(where).suffix != ".npz":
+        return own
+    with np.load(where, allow_pickle=False) as file:
+        found = file["classes"] if "classes" in file.files else np.empty(0, dtype="U1")
+    return tuple(found.tolist()) if found.dtype.kind == "U" else ()
+
+
 def absolute_images(where: str | Path) -> str:
     """The text for `read_images` with its path made absolute."""
     name, at, root = str(where).partition("@")
@@ -122,7 +133,7 @@ def _classes_in(path: Path) -> tuple[Labelled, list[str]]:
     try:
         found = ImageFolder(str(path), allow_empty=True)
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}; expected a folder for each class") from error
+        raise ConfigError(f"{error}: expected {path} with a folder for each class in it") from error
     return _of(found.samples), found.classes
 
 

@@ -123,7 +123,7 @@ def _of_open_clip(name: str, options: dict[str, Any], pretrained: str | None = N
         raise ConfigError(f"--model: open_clip cannot make {name} with {options}{tag} ({error})") from error
     cfg = open_clip.transform.PreprocessCfg(**open_clip.model.get_model_preprocess_cfg(model))
     about = {"input_size": cfg.input_size, "mean": cfg.mean, "std": cfg.std}
-    return Clip("open_clip", model, tokenize, open_clip.image_transform_v2(cfg, is_train=False), about)
+    return Clip("open_clip", model, tokenize, open_clip.transform.image_transform_v2(cfg, is_train=False), about)
 
 
 @contextlib.contextmanager
@@ -148,12 +148,12 @@ def _of_transformers(folder: Path, options: dict[str, Any]) -> Clip:
         raise ConfigError(
             f"--model: {folder} is of the kind {kind!r}, expected 'clip', a folder of transformers' CLIPModel"
         )
+    if options:
+        raise ConfigError(f"--model-kwargs: got {options} for {folder}, whose config.json says it all; leave them out")
     try:
-        model = CLIPModel(CLIPConfig.from_pretrained(folder, **options)).eval()
+        model = CLIPModel(CLIPConfig.from_pretrained(folder)).eval()
     except (RuntimeError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(
-            f"--model: transformers cannot make a CLIPModel of {folder} with {options} ({error})"
-        ) from error
+        raise ConfigError(f"--model: transformers cannot make a CLIPModel of {folder} ({error})") from error
     side = model.config.vision_config.image_size
     if (folder / "preprocessor_config.json").is_file():
         processor = CLIPImageProcessor.from_pretrained(folder)
