@@ -38,6 +38,11 @@ def read_checkpoint(path: Path) -> Mapping[str, Tensor]:
     except FileNotFoundError:
         raise IntegrityError(f"{path}: no such file; expected a checkpoint") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        if "TorchScript" in str(error):
+            raise IntegrityError(
+                f"{path}: is a TorchScript archive, expected a state dict; write torch.jit.load(path).state_dict() "
+                "with safetensors.torch.save_file"
+            ) from error
         if "weights_only" in str(error) or "Weights only" in str(error):
             lines = CONVERSION.format(path=path, new=path.with_suffix(".safetensors"))
             raise ConfigError(

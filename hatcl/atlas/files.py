@@ -65,7 +65,7 @@ def read_vector(
             theirs = under_names(theirs, named(theirs, path))
         return TaskVector.between(ours, pick(theirs, [n for n in theirs if not n.startswith(starts)]))
     except VectorError as error:
-        raise VectorError(f"{path}: {error}") from error
+        raise VectorError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
 
 
 def all_files(path: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ... import atlas
+from ...atlas.checkpoints import read_checkpoint
 from ...atlas.files import read_vector
 from ...errors import ConfigError
 from ...files import write_files
@@ -35,7 +36,7 @@ def cosine(
     paths = {name or Path(path).stem: Path(path) for name, _, path in named}
     if len(paths) < len(vectors):
         raise ConfigError("vectors: two have one name; write NAME=PATH")
-    ours = None if base is None else parameters_of(base)
+    ours = None if base is None else parameters_of(read_checkpoint(base))
     read = [read_vector(path, ours, without=without or ()) for path in paths.values()]
     with out.status("comparing"):
         matrix = atlas.cosines(read).tolist()

@@ -1,0 +1,159 @@
+"""Checkpoints as repositories publish them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import hatcl
+from hatcl.atlas.checkpoints import names_in_linearised, read_checkpoint, under_names
+from hatcl.atlas.files import read_vector
+from hatcl.errors import ConfigError, IntegrityError, VectorError
+
+# what the repositories of task vectors have in `src/modeling.py`: a module around open_clip's, saved whole
+MODELING = """
+import torch
+
+
+class ImageEncoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Linear(3, 2)
+"""
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository with a class of its own, and a module of it that was pickled there."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "__init__.py").write_text("")
+    (tmp_path / "src" / "modeling.py").write_text(MODELING)
+    code = "import torch; from src.modeling import ImageEncoder; torch.manual_seed(3); "
+    run(tmp_path, code + "e = ImageEncoder(); torch.save(e, 'finetuned.pt'); torch.save(e.state_dict(), 'state.pt')")
+    return tmp_path
+
+
+def run(folder: Path, code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_pickled_module_is_refused_with_the_lines_that_convert_it(repository):
+    path = repository / "finetuned.pt"
+    with pytest.raises(ConfigError, match="is a pickled module, not a state dict; reading it would run code") as caught:
+        read_checkpoint(path)
+    lines = str(caught.value).partition("give the new file:\n")[2]
+    assert len(lines.splitlines()) == 3 and str(path) in lines
+    run(repository, lines)
+    got, want = read_checkpoint(path.with_suffix(".safetensors")), read_checkpoint(repository / "state.pt")
+    assert set(got) == {"model.weight", "model.bias"} and all(torch.equal(got[n], want[n]) for n in want)
+    with pytest.raises(ConfigError, match="is a pickled module"):
+        read_vector(path, {"model.weight": torch.zeros(2, 3), "model.bias": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3, "name": "x"}])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+def test_state_dicts_are_read(tmp_path, wrap, suffix):
+    state = {"a": torch.randn(2, 3), "b": torch.arange(3)}
+    torch.save(wrap(state), tmp_path / f"x{suffix}")
+    got = read_checkpoint(tmp_path / f"x{suffix}")
+    assert set(got) == {"a", "b"} and all(torch.equal(got[n], state[n]) for n in state)
+    save_file({"a": state["a"]}, tmp_path / "x.safetensors")
+    assert torch.equal(read_checkpoint(tmp_path / "x.safetensors")["a"], state["a"])
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(IntegrityError, match="none.pt: no such file"):
+        read_checkpoint(tmp_path / "none.pt")
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(IntegrityError, match="x.pt: cannot be read as a checkpoint"):
+        read_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(IntegrityError, match="x.pt: holds list, expected a state dict"):
+        read_checkpoint(path)
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)  # as OpenAI published theirs
+    with pytest.raises(IntegrityError, match="x.pt: is a TorchScript archive, .* torch.jit.load"):
+        read_checkpoint(path)
+
+
+def test_names_are_changed_without_reading(tmp_path):
+    save_file({"m.a": torch.ones(2), "m.b": torch.zeros(3)}, tmp_path / "x.safetensors")
+    got = under_names(read_checkpoint(tmp_path / "x.safetensors"), {"m.a": "a"})
+    assert list(got) == ["a"] and got.kinds["a"].shape == (2,) and torch.equal(got["a"], torch.ones(2))
+
+
+def test_saved_vectors_and_checkpoints_come_under_the_bases_names(tmp_path):
+    base = {"visual.w": torch.randn(3, 3), "visual.b": torch.randn(3)}
+    tuned = {f"model.{n}": t + 0.1 for n, t in base.items()} | {"model.scale": torch.ones(1)}
+    around = {f"model.{n}": t for n, t in base.items()} | {"model.scale": torch.ones(1)}
+    torch.save(tuned, tmp_path / "tuned.pt")
+    hatcl.TaskVector.between(around, tuned).save(tmp_path / "vector.safetensors")
+
+    def named(tensors, where):
+        return {n: n.removeprefix("model.") for n in tensors if "visual" in n}
+
+    for file in ("tuned.pt", "vector.safetensors"):
+        vector = read_vector(tmp_path / file, base, named=named)
+        got = vector.apply_to(base)
+        assert set(vector) == set(base) and all(torch.equal(got[n], tuned[f"model.{n}"]) for n in base)
+
+
+# ---- linearised encoders -------------------------------------------------------------------------------------------
+
+
+def linearised(base, order, by=0.1):
+    """As `LinearizedImageEncoder.save` of tangent_task_arithmetic writes one: parameters by number."""
+    out = {}
+    for i, name in enumerate(order):
+        out[f"model.params0.{i}"] = base[name].clone()
+        out[f"model.params.{i}"] = base[name] + by * (i + 1)
+    return {**out, "model_name": "ViT-B-32"}
+
+
+def test_a_linearised_encoder_tells_its_names_by_what_it_was_expanded_around(tmp_path):
+    base = {"visual.a": torch.randn(3), "visual.b": torch.randn(3), "visual.c": torch.randn(2, 2)}
+    whole = {**base, "text": torch.randn(4)}
+    torch.save(linearised(whole, ["text", "visual.c", "visual.b", "visual.a"]), tmp_path / "linear.pt")
+    tensors = read_checkpoint(tmp_path / "linear.pt")
+    names = names_in_linearised(tensors, base, "linear.pt")
+    assert names == {"model.params.1": "visual.c", "model.params.2": "visual.b", "model.params.3": "visual.a"}
+    vector = read_vector(tmp_path / "linear.pt", base, named=lambda t, w: names_in_linearised(t, base, w))
+    got = vector.apply_to(base)
+    assert torch.equal(got["visual.c"], base["visual.c"] + 0.2) and torch.equal(got["visual.a"], base["visual.a"] + 0.4)
+    assert names_in_linearised(base, base, "x") == {}
+
+
+def test_one_of_another_base_or_without_a_sure_name_is_refused():
+    base = {"visual.a": torch.randn(3), "visual.b": torch.zeros(3)}
+    with pytest.raises(VectorError, match="x: is a linearised encoder .* visual.a is not among them .1 such tensors."):
+        names_in_linearised(linearised({**base, "visual.a": torch.ones(3)}, base), base, "x")
+    same = {**base, "visual.c": torch.zeros(3)}
+    with pytest.raises(VectorError, match="params0.1 equals visual.b and visual.c of the base; its name cannot"):
+        names_in_linearised(linearised(same, same), same, "x")
+
+
+def test_the_converted_head_of_a_repository_is_a_head(tmp_path):
+    """The lines of docs/atlas.md: its rows are of the length of the scale, and its features are made unit length."""
+    from hatcl.atlas.files import read_head
+
+    weight = 100 * nn.functional.normalize(torch.randn(4, 6), dim=1)
+    state = {"weight": weight, "bias": torch.zeros(4)}
+    scale = state["weight"].norm(dim=1).mean()
+    save_file({"weight": state["weight"] / scale, "scale": scale}, tmp_path / "head.safetensors")
+    features = torch.randn(5, 6)
+    want = nn.functional.normalize(features, dim=1) @ weight.T
+    got = read_head(tmp_path / "head.safetensors", "cars")(features)
+    torch.testing.assert_close(got, want, rtol=0, atol=5e-4)  # of logits up to 100; measured 3e-5
+    assert load_file(tmp_path / "head.safetensors")["scale"].dim() == 0
