@@ -4,6 +4,7 @@ class names, or trained once."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from ..calls import Batches
 from ..config import one_of
+from ..data.prompts import PLAIN
 from ..errors import ConfigError
-from ..integrations.clip import ImageTower, kind_of_clip
+from ..integrations.clip import ImageTower, kind_of_clip, text_embeddings
 from .caches import gather
 
 POOLS = ("auto", "pooler", "mean", "first", "last")
@@ -135,6 +137,25 @@ def class_embeddings(embeddings: Tensor, *, scale: float = 100.0) -> ClassHead:
     """
     if embeddings.dim() != 2 or not bool(embeddings.any(1).all()):
         raise ConfigError(f"embeddings: got {list(embeddings.shape)}, expected [classes, d] without rows of zeros")
+    return ClassHead(embeddings, scale=scale)
+
+
+def text_head(
+    model: nn.Module, tokenize: Callable[[Sequence[str]], Any], classes: Sequence[str], templates: Sequence[str] = PLAIN
+) -> ClassHead:
+    """A head from the names of classes: `scale cos(f, t_c)`, t_c the embedding of the name in each of the templates,
+    averaged, by the text tower of a CLIP model, and its `exp(logit_scale)` (see `text_embeddings`).
+
+        head = hatcl.atlas.text_head(clip, open_clip.get_tokenizer("ViT-B-32"), ["cat", "dog"])
+
+    Args:
+        model: of open_clip, or a `CLIPModel` of transformers. tokenize: texts -> what its text tower takes, a tensor or
+            a mapping. templates: with `{}` where the name goes.
+
+    Raises:
+        ConfigError: another kind of model.
+    """
+    embeddings, scale = text_embeddings(model, tokenize, classes, templates)
     return ClassHead(embeddings, scale=scale)
 
 

@@ -22,18 +22,18 @@ from ..integrations.clip import (
     Clip,
     ImageTower,
     clip_from_name,
+    imagenet_prompts,
     is_clip_name,
-    text_embeddings,
     texts_from,
     tower_names,
 )
 from ..integrations.timm_names import PREFIX
 from ..vectors.tensors import check_fit, kinds_of, pick
 from .checkpoints import names_in_linearised, read_checkpoint, under_names
-from .heads import ClassHead, encoder
+from .heads import ClassHead, encoder, text_head
 
 FITTED_HEADS = ("trained", "prototypes")
-TEXT, CROP = "text", "crop"
+TEXT, CROP, IMAGENET = "text", "crop", "imagenet"
 NORMALISED_BY = ("data", "model")
 VECTOR_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,8 +51,8 @@ class Reading:
             (cosines to class means); with a CLIP model text (embeddings of the classes' names in prompts); or a
             .safetensors file with [NAME.]weight and [NAME.]bias or [NAME.]scale.
         class_names: with text, NAME=FILE: the task's classes, one per line in the order of its labels (the only task of
-            few-shot and adapt is called task), or NAME=DATASET, one with names known to hatcl, such as gtsrb. By
-            default those of the data set that the images are of; repeatable.
+            few-shot and adapt is called task), or NAME=DATASET, one with names known to hatcl, such as gtsrb or
+            imagenet. By default those of the data set that the images are of; repeatable.
         templates: with text, NAME=FILE: the task's prompts, one per line with {} for the class, or NAME=DATASET. By
             default those of the data set, else "a photo of a {}."; repeatable.
         text_from: with text, where the text tower is where BASE has none: another checkpoint, or a tag of open_clip's
@@ -232,9 +232,8 @@ def _clip(reading: Reading, stored: Mapping[str, Tensor]) -> Pretrained:
         linear = names_in_linearised(tensors, ours, where)
         return linear or {n: new for n, new in tower_names(list(tensors), clip.kind, where).items() if new in ours}
 
-    def text_head(classes: Sequence[str], templates: Sequence[str]) -> ClassHead:
-        embeddings, scale = text_embeddings(clip, classes, templates)
-        return ClassHead(embeddings, scale=scale)
+    def of_names(classes: Sequence[str], templates: Sequence[str]) -> ClassHead:
+        return text_head(clip.model.to(reading.device), clip.tokenize, classes, templates)
 
     if reading.head == TEXT:
         _load_texts(clip, set(inside), stored, reading)
@@ -249,7 +248,7 @@ def _clip(reading: Reading, stored: Mapping[str, Tensor]) -> Pretrained:
         return clip.transform
 
     rest = pick(stored, [n for n in stored if n.split(".")[0] not in TOWERS[clip.kind]])
-    return Pretrained(model, (), clip.cfg, transform, named, rest, text_head if reading.head == TEXT else None)
+    return Pretrained(model, (), clip.cfg, transform, named, rest, of_names if reading.head == TEXT else None)
 
 
 def _load_texts(clip: Clip, inside: set[str], stored: Mapping[str, Tensor], reading: Reading) -> None:
@@ -314,7 +313,7 @@ def prompts_of(reading: Reading, data: Mapping[str, str], tasks: Mapping[str, An
         known = (data_name(data[name]), name.lower())
         classes = names_inside(data[name], task)
         if name in reading.class_names:
-            classes = read_class_names(reading.class_names[name])
+            classes = _given(reading.class_names[name], 0, read_class_names)
         elif not classes:
             classes = next((CLASS_NAMES[k] for k in known if k in CLASS_NAMES), ())
         if len(classes) != task.num_classes:
@@ -324,8 +323,12 @@ def prompts_of(reading: Reading, data: Mapping[str, str], tasks: Mapping[str, An
             )
         templates = getattr(task, "templates", ())
         if name in reading.templates:
-            templates = read_templates(reading.templates[name])
+            templates = _given(reading.templates[name], 1, read_templates)
         elif not templates:
             templates = next((TEMPLATES[k] for k in known if k in TEMPLATES), PLAIN)
         found[name] = tuple(classes), tuple(templates)
     return found
+
+
+def _given(what: str, part: int, read: Callable[[str], tuple[str, ...]]) -> tuple[str, ...]:
+    return imagenet_prompts()[part] if what == IMAGENET else read(what)

@@ -40,7 +40,7 @@ def read_images(where: str | Path) -> Any:
     name, at, root = text.partition("@")
     if not at or Path(text).exists():
         return _folder(Path(text)) if Path(text).is_dir() else npz_task(text)
-    name = name.lower()
+    name, root = name.lower(), str(Path(root).expanduser())  # no shell does so behind an @
     if name in ARRAYS_OF:
         own = Path(root) / name  # where the repositories have SVHN
         try:
@@ -85,7 +85,11 @@ def names_inside(where: str | Path, task: Any) -> tuple[str, ...]:
 def absolute_images(where: str | Path) -> str:
     """The text for `read_images` with its path made absolute."""
     name, at, root = str(where).partition("@")
-    return f"{name}@{Path(root).absolute()}" if at and not Path(where).exists() else str(Path(where).absolute())
+    return (
+        f"{name}@{Path(root).expanduser().absolute()}"
+        if at and not Path(where).exists()
+        else str(Path(where).absolute())
+    )
 
 
 def _made(

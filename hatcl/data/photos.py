@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, IntegrityError
+
+THREADS = 16
 
 
 class Photos:
@@ -33,18 +37,21 @@ class Photos:
         return Photos(self.paths, self.ids[at])
 
     def __iter__(self) -> Iterator[Any]:
-        """PIL images in RGB.
+        """PIL images in RGB, see `opened`."""
+        return (self.opened(i) for i in self.ids.tolist())
+
+    def opened(self, i: int) -> Any:
+        """Of the file number i, the PIL image in RGB.
 
         Raises:
-            IntegrityError: a file is missing, or is no image.
+            IntegrityError: the file is missing, or is no image.
         """
         from torchvision.datasets.folder import default_loader
 
-        for i in self.ids.tolist():
-            try:
-                yield default_loader(str(self.paths[i]))
-            except OSError as error:
-                raise IntegrityError(f"{self.paths[i]} cannot be read as an image ({error}); copy it again") from error
+        try:
+            return default_loader(str(self.paths[i]))
+        except OSError as error:
+            raise IntegrityError(f"{self.paths[i]} cannot be read as an image ({error}); copy it again") from error
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,15 @@ class Pictured:
         Raises:
             ConfigError: an array that is not of whole numbers 0 to 255.
         """
-        return torch.stack([self.transform(one) for one in (images if isinstance(images, Photos) else _opened(images))])
+        if not isinstance(images, Photos):
+            return torch.stack([self.transform(one) for one in _pictures(images)])
+        with ThreadPoolExecutor(
+            min(THREADS, os.cpu_count() or 1)
+        ) as pool:  # files are read and decoded without the GIL
+            return torch.stack(list(pool.map(lambda i: self.transform(images.opened(i)), images.ids.tolist())))
 
 
-def _opened(images: np.ndarray) -> Iterator[Any]:
+def _pictures(images: np.ndarray) -> Iterator[Any]:
     from PIL import Image
 
     if images.dtype != np.uint8:

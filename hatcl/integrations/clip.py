@@ -185,21 +185,29 @@ def texts_from(name: str, tag: str) -> Mapping[str, Tensor]:
 
 
 @torch.no_grad()
-def text_embeddings(clip: Clip, classes: Sequence[str], templates: Sequence[str]) -> tuple[Tensor, float]:
+def text_embeddings(
+    model: nn.Module, tokenize: Tokenize, classes: Sequence[str], templates: Sequence[str]
+) -> tuple[Tensor, float]:
     """An embedding per class, `[C, d]` of unit length, and the scale of the cosines, `exp(logit_scale)`.
 
     `t_c = normalised mean over templates of normalised text(template(c))`, as in CLIP and in the repositories of task
     vectors.
 
     Args:
-        classes: their names. templates: with `{}` where the name goes.
+        model: both towers. tokenize: texts -> the text tower's input. classes: their names. templates: with `{}` where
+            the name goes.
+
+    Raises:
+        ConfigError: another kind of model.
     """
-    whole: Any = clip.model
+    if kind_of_clip(model) is None:
+        raise ConfigError(f"{type(model).__name__} is no CLIP model of open_clip or transformers")
+    whole: Any = model
     device = whole.logit_scale.device
     found = []
     with Evaluating(whole):
         for name in classes:
-            tokens = clip.tokenize([text.replace("{}", name) for text in templates])
+            tokens = tokenize([text.replace("{}", name) for text in templates])
             if isinstance(tokens, Mapping):
                 out = whole.text_model(**{k: v.to(device) for k, v in tokens.items()})
                 features = whole.text_projection(out.pooler_output)
@@ -207,6 +215,19 @@ def text_embeddings(clip: Clip, classes: Sequence[str], templates: Sequence[str]
                 features = whole.encode_text(tokens.to(device))
             found.append(F.normalize(F.normalize(features.float(), dim=-1).mean(0), dim=-1))
     return torch.stack(found), float(whole.logit_scale.detach().float().exp())
+
+
+def imagenet_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """CLIP's names of ImageNet's classes, in the order of its folders, and its 80 templates, as open_clip has them.
+
+    Raises:
+        ConfigError: open_clip is not installed.
+    """
+    try:
+        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+    except ImportError as error:
+        raise ConfigError("imagenet: the names come with open_clip; run: pip install 'hatcl[clip]'") from error
+    return tuple(IMAGENET_CLASSNAMES), tuple(make("{}") for make in OPENAI_IMAGENET_TEMPLATES)
 
 
 def tower_names(names: Sequence[str], kind: str, where: object) -> dict[str, str]:

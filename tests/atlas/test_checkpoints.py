@@ -2,50 +2,73 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from clip_parts import CONFIG
+from safetensors.torch import save_file
 from torch import nn
 
 import hatcl
-from hatcl.atlas.checkpoints import names_in_linearised, read_checkpoint, under_names
-from hatcl.atlas.files import read_vector
+from hatcl.atlas.checkpoints import CONVERSION, names_in_linearised, read_checkpoint, under_names
+from hatcl.atlas.files import read_head, read_vector
 from hatcl.errors import ConfigError, IntegrityError, VectorError
 
-# what the repositories of task vectors have in `src/modeling.py`: a module around open_clip's, saved whole
+# what the repositories of task vectors have in `src/modeling.py`: modules of their own, saved whole
 MODELING = """
-import torch
+import json, open_clip, torch
 
 
 class ImageEncoder(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, config):
         super().__init__()
-        self.model = torch.nn.Linear(3, 2)
+        self.model = open_clip.CLIP(**config)
+        self.val_preprocess = open_clip.image_transform(32, is_train=False)
+        del self.model.transformer
+
+
+class ClassificationHead(torch.nn.Linear):
+    def __init__(self, weights):
+        super().__init__(weights.shape[1], weights.shape[0])
+        self.normalize, self.weight = True, torch.nn.Parameter(weights)
+
+    def forward(self, inputs):
+        return super().forward(inputs / inputs.norm(dim=-1, keepdim=True))
 """
+MAKE = """
+import json, torch
+from src.modeling import ClassificationHead, ImageEncoder
+
+torch.manual_seed(3)
+encoder = ImageEncoder(json.loads(open("config.json").read()))
+torch.save(encoder, "finetuned.pt")
+torch.save(encoder.state_dict(), "state.pt")
+head = ClassificationHead(100 * torch.nn.functional.normalize(torch.randn(4, 16), dim=1))
+torch.nn.init.zeros_(head.bias)
+torch.save(head, "head_CarsVal.pt")
+x = torch.randn(5, 16)
+torch.save({"x": x, "logits": head(x).detach()}, "seen.pt")
+"""
+DOCS = (Path(__file__).parents[2] / "docs" / "atlas.md").read_text()
 
 
 @pytest.fixture
-def repository(tmp_path):
-    """A repository with a class of its own, and a module of it that was pickled there."""
+def repository(tmp_path, monkeypatch):
+    """A repository with classes of its own, and modules of them that were pickled there; we are in it."""
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "__init__.py").write_text("")
     (tmp_path / "src" / "modeling.py").write_text(MODELING)
-    code = "import torch; from src.modeling import ImageEncoder; torch.manual_seed(3); "
-    run(tmp_path, code + "e = ImageEncoder(); torch.save(e, 'finetuned.pt'); torch.save(e.state_dict(), 'state.pt')")
-    return tmp_path
-
-
-def run(folder: Path, code: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(folder)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    exec(MAKE, {})
+    yield tmp_path
+    for name in ("src.modeling", "src"):
+        sys.modules.pop(name, None)
 
 
 def test_a_pickled_module_is_refused_with_the_lines_that_convert_it(repository):
@@ -54,11 +77,20 @@ def test_a_pickled_module_is_refused_with_the_lines_that_convert_it(repository):
         read_checkpoint(path)
     lines = str(caught.value).partition("give the new file:\n")[2]
     assert len(lines.splitlines()) == 3 and str(path) in lines
-    run(repository, lines)
+    exec(lines, {})
     got, want = read_checkpoint(path.with_suffix(".safetensors")), read_checkpoint(repository / "state.pt")
-    assert set(got) == {"model.weight", "model.bias"} and all(torch.equal(got[n], want[n]) for n in want)
+    assert set(got) == set(want) and all(torch.equal(got[n], want[n]) for n in want)
+    assert "model.visual.conv1.weight" in got
     with pytest.raises(ConfigError, match="is a pickled module"):
-        read_vector(path, {"model.weight": torch.zeros(2, 3), "model.bias": torch.zeros(2)})
+        read_vector(path, want)
+    encoders, heads = re.findall(r"^```text\n(import torch.*?)^```", DOCS, flags=re.M | re.S)
+    assert encoders.strip() == CONVERSION.format(path="finetuned.pt", new="finetuned.safetensors")
+    exec(heads, {})  # the lines of docs/atlas.md
+    seen = torch.load(repository / "seen.pt", weights_only=True)
+    # of logits up to 100; measured 1.5e-5
+    torch.testing.assert_close(
+        read_head(repository / "heads.safetensors", "Cars")(seen["x"]), seen["logits"], rtol=0, atol=5e-4
+    )
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3, "name": "x"}])
@@ -142,18 +174,3 @@ def test_one_of_another_base_or_without_a_sure_name_is_refused():
     same = {**base, "visual.c": torch.zeros(3)}
     with pytest.raises(VectorError, match="params0.1 equals visual.b and visual.c of the base; its name cannot"):
         names_in_linearised(linearised(same, same), same, "x")
-
-
-def test_the_converted_head_of_a_repository_is_a_head(tmp_path):
-    """The lines of docs/atlas.md: its rows are of the length of the scale, and its features are made unit length."""
-    from hatcl.atlas.files import read_head
-
-    weight = 100 * nn.functional.normalize(torch.randn(4, 6), dim=1)
-    state = {"weight": weight, "bias": torch.zeros(4)}
-    scale = state["weight"].norm(dim=1).mean()
-    save_file({"weight": state["weight"] / scale, "scale": scale}, tmp_path / "head.safetensors")
-    features = torch.randn(5, 6)
-    want = nn.functional.normalize(features, dim=1) @ weight.T
-    got = read_head(tmp_path / "head.safetensors", "cars")(features)
-    torch.testing.assert_close(got, want, rtol=0, atol=5e-4)  # of logits up to 100; measured 3e-5
-    assert load_file(tmp_path / "head.safetensors")["scale"].dim() == 0

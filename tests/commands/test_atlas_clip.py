@@ -21,7 +21,7 @@ from hatcl import commands as cli
 from hatcl.commands.atlas import _learning
 from hatcl.data.photos import Pictured
 from hatcl.data.prompts import CLASS_NAMES, TEMPLATES
-from hatcl.integrations.clip import clip_from_name, text_embeddings
+from hatcl.integrations.clip import clip_from_name
 
 KINDS = ("open_clip", "transformers")
 CIFAR, DIGITS = CLASS_NAMES["cifar10"][:3], CLASS_NAMES["mnist"][:3]
@@ -36,8 +36,7 @@ NEGATE = ["--target", "mnist=mnist.safetensors:mnist.npz", "--control", "cifar10
 def tuned(clip, data: Path, classes) -> dict[str, torch.Tensor]:
     """The model's state after a few steps of its image tower under a head of names, as the repositories tune it."""
     tower = atlas.encoder(clip.model)
-    embeddings, scale = text_embeddings(clip, classes, ["a photo of a {}."])
-    head = atlas.ClassHead(embeddings, scale=scale)
+    head = atlas.text_head(clip.model, clip.tokenize, classes)
     with np.load(data) as file:
         x, y = Pictured(clip.transform)(file["x_train"]), torch.from_numpy(file["y_train"])
     optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-3)
@@ -127,8 +126,7 @@ def test_add_measures_zero_shot_and_writes_a_model_that_its_library_loads(here, 
     clip = clip_from_name(here)
     clip.model.load_state_dict(load_file("base.safetensors"))
     for name, classes in (("cifar10", CIFAR), ("mnist", DIGITS)):
-        embeddings, scale = text_embeddings(clip, classes, TEMPLATES[name])
-        head = atlas.ClassHead(embeddings, scale=scale)
+        head = atlas.text_head(clip.model, clip.tokenize, classes, TEMPLATES[name])
         rows = report["accuracy"]
         want = accuracies(atlas.encoder(clip.model), head, f"{name}.npz", clip)
         assert rows["pretrained"][name]["test"] == pytest.approx(want, abs=1e-9)
@@ -285,6 +283,7 @@ def test_images_in_folders_bring_names_and_templates(opened, tmp_path, capsys):
         (["--class-names", "mnist=cifar10"], "and 10 names for the 3 classes of mnist; give --class-names mnist=FILE"),
         ([], "and 10 names for the 3 classes of mnist"),
         (["--class-names", "minst=mnist.txt"], "--class-names: there is no task 'minst'; did you mean 'mnist'"),
+        (["--class-names", "mnist=imagenet"], "and 1000 names for the 3 classes of mnist"),
         (["--templates", "x=svhn"], "--templates: there is no task 'x'"),
         (
             ["--class-names", "mnist=mnist.txt", "--templates", "mnist=none.txt"],

@@ -202,6 +202,10 @@ def test_unknown_names_and_broken_folders(tmp_path):
 
 def test_what_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert absolute_images("dtd@~/data") == f"dtd@{tmp_path / 'home' / 'data'}"
+    folders(tmp_path / "home" / "dtd", ["banded"], ("train", "val"))
+    assert len(read_images("dtd@~").x_test) == 2
     assert absolute_images("dtd@data") == f"dtd@{tmp_path / 'data'}" and absolute_images("a.npz") == f"{tmp_path}/a.npz"
     names = [data_name(w) for w in ("DTD@/x", "some/mnist.npz", "some/mnist/data.npz", "data/pets")]
     assert names == ["dtd", "mnist", "mnist", "pets"]

@@ -15,11 +15,12 @@ from PIL import Image
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.atlas import ClassHead, encoder
+from hatcl.atlas import encoder, text_head
 from hatcl.errors import ConfigError, VectorError
 from hatcl.integrations.clip import (
     ImageTower,
     clip_from_name,
+    imagenet_prompts,
     is_clip_name,
     kind_of_clip,
     text_embeddings,
@@ -77,7 +78,7 @@ def test_heads_of_names_are_those_of_the_published_way(both, kind):
     name, model = both[kind]
     clip = clip_from_name(name)
     clip.model.load_state_dict(model.state_dict())
-    embeddings, scale = text_embeddings(clip, CLASSES, TEMPLATES)
+    embeddings, scale = text_embeddings(clip.model, clip.tokenize, CLASSES, TEMPLATES)
     rows = []
     for c in CLASSES:
         texts = [t.format(c) for t in TEMPLATES]
@@ -94,7 +95,7 @@ def test_heads_of_names_are_those_of_the_published_way(both, kind):
     assert len({tuple(row) for row in embeddings.tolist()}) == 3  # the names are told apart
     x = torch.rand(4, 3, 32, 32)
     features = encoder(model)(x)
-    logits = ClassHead(embeddings, scale=scale)(features)
+    logits = text_head(clip.model, clip.tokenize, CLASSES, TEMPLATES)(features)
     want = scale * tf.normalize(features, dim=-1) @ embeddings.T
     torch.testing.assert_close(logits, want, rtol=0, atol=1e-5)  # of logits up to 14; measured 9e-7
 
@@ -168,6 +169,12 @@ def test_other_checkpoints_are_refused(names, kind, says):
         tower_names(names, kind, "it")
 
 
+def test_imagenets_prompts_are_clips():
+    names, templates = imagenet_prompts()
+    assert len(names) == 1000 and names[0] == "tench" and len(templates) == 80
+    assert "a bad photo of a {}." in templates and all(t.count("{}") == 1 for t in templates)
+
+
 def test_bad_names_are_refused_with_the_nearest(both, tmp_path, monkeypatch):
     for name, options, says in (
         ("open_clip:ViT-B-23", {}, "open_clip has no 'ViT-B-23'; did you mean 'open_clip:ViT-B-32"),
@@ -184,9 +191,13 @@ def test_bad_names_are_refused_with_the_nearest(both, tmp_path, monkeypatch):
         texts_from(both["transformers"][0], "openai")
     with pytest.raises(ConfigError, match="and the pretrained weights 'openia'"):
         texts_from("open_clip:ViT-B-32", "openia")
-    with pytest.raises(ConfigError, match="Linear is no CLIP model of open_clip or transformers"):
-        ImageTower(torch.nn.Linear(2, 2))
+    for make in (ImageTower, lambda model: text_head(model, list, ["cat"])):
+        with pytest.raises(ConfigError, match="Linear is no CLIP model of open_clip or transformers"):
+            make(torch.nn.Linear(2, 2))
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
+    with pytest.raises(ConfigError, match=r"imagenet: the names come with open_clip; run: pip install"):
+        monkeypatch.setitem(__import__("sys").modules, "open_clip.zero_shot_metadata", None)
+        imagenet_prompts()
     with pytest.raises(ConfigError, match=r"open_clip is not installed; run: pip install 'hatcl\[clip\]'"):
         clip_from_name("open_clip:ViT-B-32")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
