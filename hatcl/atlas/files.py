@@ -54,7 +54,7 @@ def read_vector(
     try:
         if saved or adapter:
             vector = TaskVector.load(path) if saved else TaskVector.between(ours, path)
-            vector = _taken(
+            vector = _under_names(
                 vector, {n: n for n in vector.kinds} if named is None or adapter else named(vector, path), starts
             )
             if ours is not None:
@@ -73,7 +73,7 @@ def all_files(path: Path) -> list[Path]:
     return [path / CONFIG, path / WEIGHTS] if is_adapter(path) else files_of(path)
 
 
-def _taken(vector: TaskVector, names: Mapping[str, str], starts: tuple[str, ...]) -> TaskVector:
+def _under_names(vector: TaskVector, names: Mapping[str, str], starts: tuple[str, ...]) -> TaskVector:
     """The vector with the tensors in `names`, under the names that these have there, without those that start so."""
     old = {new: n for n, new in names.items() if not new.startswith(starts)}
     base = None if vector.base is None else {new: vector.base[n] for new, n in old.items()}

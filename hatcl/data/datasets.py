@@ -19,7 +19,7 @@ from .photos import PhotoData, Photos
 from .prompts import CLASS_NAMES, TEMPLATES
 
 Labelled = tuple[Sequence[Path], Sequence[int]]
-Parts = tuple[Labelled, Labelled, Sequence[str]]  # to learn from, to test on, and the names of the classes
+FoundParts = tuple[Labelled, Labelled, Sequence[str]]  # to learn from, to test on, and the names of the classes
 ARRAYS_OF = {"mnist": "MNIST", "svhn": "SVHN", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 FOLDERS = ("train", ("test", "val"))
 SPLIT_SEED = 0  # of data sets that come in one piece
@@ -117,7 +117,7 @@ def _folder(path: Path) -> PhotoData:
     return _made(path.name, train, test, [c.replace("_", " ") for c in classes])
 
 
-def _published(path: Path) -> Parts | None:
+def _published(path: Path) -> FoundParts | None:
     """The two parts of a folder and the names of the folders of classes; None where there are none."""
     test = next((path / n for n in FOLDERS[1] if (path / n).is_dir()), None)
     if test is None or not (path / FOLDERS[0]).is_dir():
@@ -148,14 +148,14 @@ def _of(samples: Sequence[tuple[Any, int]]) -> Labelled:
 # ---- data sets -------------------------------------------------------------------------------------------------------
 
 
-def _cars(root: Path) -> Parts:
+def _cars(root: Path) -> FoundParts:
     from torchvision.datasets import StanfordCars
 
     train, test = (StanfordCars(str(root), split=part) for part in ("train", "test"))
     return _of(train._samples), _of(test._samples), train.classes
 
 
-def _dtd(root: Path) -> Parts:
+def _dtd(root: Path) -> FoundParts:
     """The first of the ten partitions: two of its three parts to learn from, as published."""
     parts = _published(root / "dtd")
     if parts is not None:
@@ -169,7 +169,7 @@ def _dtd(root: Path) -> Parts:
     return ([*train[0], *val[0]], [*train[1], *val[1]]), test, made[0].classes
 
 
-def _eurosat(root: Path) -> Parts:
+def _eurosat(root: Path) -> FoundParts:
     """Its folders are in the order of the names in `CLASS_NAMES`. Where it comes in one piece, `TESTED` of each class
     is tested on."""
     parts = _published(root / "EuroSAT_splits")
@@ -177,7 +177,7 @@ def _eurosat(root: Path) -> Parts:
         from torchvision.datasets import EuroSAT
 
         whole = EuroSAT(str(root))
-        parts = (*_split(_of(whole.samples)), whole.classes)
+        parts = (*_cut_by_class(_of(whole.samples)), whole.classes)
     if len(parts[2]) != len(CLASS_NAMES["eurosat"]):
         raise ConfigError(
             f"eurosat: there are {len(parts[2])} folders of classes, expected {len(CLASS_NAMES['eurosat'])}"
@@ -185,7 +185,7 @@ def _eurosat(root: Path) -> Parts:
     return parts
 
 
-def _split(samples: Labelled) -> tuple[Labelled, Labelled]:
+def _cut_by_class(samples: Labelled) -> tuple[Labelled, Labelled]:
     """Of each class a share, by a seed that is always the same."""
     labels = np.asarray(samples[1])
     tested = np.zeros(len(labels), dtype=bool)
@@ -194,21 +194,21 @@ def _split(samples: Labelled) -> tuple[Labelled, Labelled]:
         order = np.random.default_rng([SPLIT_SEED, int(c)]).permutation(of_class)
         tested[order[: max(1, round(TESTED * len(of_class)))]] = True
     train, test = (np.flatnonzero(at).tolist() for at in (~tested, tested))
-    return _at(samples, train), _at(samples, test)
+    return _picked(samples, train), _picked(samples, test)
 
 
-def _at(samples: Labelled, ids: Sequence[int]) -> Labelled:
+def _picked(samples: Labelled, ids: Sequence[int]) -> Labelled:
     return [samples[0][i] for i in ids], [samples[1][i] for i in ids]
 
 
-def _gtsrb(root: Path) -> Parts:
+def _gtsrb(root: Path) -> FoundParts:
     from torchvision.datasets import GTSRB
 
     train, test = (GTSRB(str(root), split=part) for part in ("train", "test"))
     return _of(train._samples), _of(test._samples), CLASS_NAMES["gtsrb"]
 
 
-def _resisc45(root: Path) -> Parts:
+def _resisc45(root: Path) -> FoundParts:
     """`resisc45/NWPU-RESISC45/CLASS/*.jpg` and `resisc45/resisc45-{train,test}.txt` with the names of their files; or
     `resisc45/train` and `resisc45/test`."""
     folder = root / "resisc45"
@@ -216,12 +216,12 @@ def _resisc45(root: Path) -> Parts:
     if parts is None:
         samples, classes = _classes_in(folder / "NWPU-RESISC45")
         listed = [set((folder / f"resisc45-{part}.txt").read_text().split()) for part in ("train", "test")]
-        train, test = (_at(samples, [i for i, p in enumerate(samples[0]) if p.name in names]) for names in listed)
+        train, test = (_picked(samples, [i for i, p in enumerate(samples[0]) if p.name in names]) for names in listed)
         parts = train, test, classes
     return *parts[:2], [c.replace("_", " ") for c in parts[2]]
 
 
-def _sun397(root: Path) -> Parts:
+def _sun397(root: Path) -> FoundParts:
     """torchvision's `SUN397/` with the lists `Training_01.txt` and `Testing_01.txt` of the data set's page in it (the
     first of ten partitions, as published); or the repositories' `sun397/train` and `sun397/val`."""
     parts = _published(root / "sun397")
@@ -238,7 +238,7 @@ def _sun397(root: Path) -> Parts:
     return found[0], found[1], [re.sub("[_/]", " ", c[3:]) for c in classes]
 
 
-PHOTOS_OF: dict[str, Callable[[Path], Parts]] = {
+PHOTOS_OF: dict[str, Callable[[Path], FoundParts]] = {
     "cars": _cars,
     "dtd": _dtd,
     "eurosat": _eurosat,

@@ -22,7 +22,7 @@ OPEN_CLIP = "open_clip:"
 SCHEMAS = ("local-dir:", "hf-hub:")  # of open_clip's own names
 QUICK = "-quickgelu"
 TOWERS = {"open_clip": ("visual",), "transformers": ("vision_model", "visual_projection")}
-SCALE = "logit_scale"
+LOGIT_SCALE = "logit_scale"
 log = logging.getLogger(__name__)
 
 Tokenize = Callable[[Sequence[str]], Any]
@@ -48,7 +48,7 @@ class Clip:
 
 def kind_of_clip(model: nn.Module) -> str | None:
     """`open_clip` or `transformers`; None for what is no CLIP model."""
-    return next((kind for kind, parts in TOWERS.items() if all(hasattr(model, p) for p in (*parts, SCALE))), None)
+    return next((kind for kind, parts in TOWERS.items() if all(hasattr(model, p) for p in (*parts, LOGIT_SCALE))), None)
 
 
 class ImageTower(nn.Module):

@@ -30,13 +30,16 @@ STARTS = ("zero", "search", "isotropic")
 TASK = "task"  # the name of a command's only task
 
 Base = Annotated[
-    Path, typer.Argument(metavar="BASE", help="The pretrained checkpoint: a safetensors file, or a folder of shards.")
+    Path,
+    typer.Argument(
+        metavar="BASE", help="The pretrained checkpoint: safetensors (a file, or a folder), or a state dict (.pt)."
+    ),
 ]
-IMAGES = (
+DATA_FORMS = (
     "an .npz file with x_train, y_train, x_test, y_test; DATASET@ROOT, such as dtd@/data, a data set by its name; or a "
     "folder with train/ and test/ and in these a folder for each class"
 )
-DataFile = Annotated[str, typer.Option(metavar="DATA", help=f"Images: {IMAGES}.")]
+DataFile = Annotated[str, typer.Option(metavar="DATA", help=f"Images: {DATA_FORMS}.")]
 Vectors = Annotated[
     list[str], typer.Option(metavar="NAME=PATH", help="A task vector to compose (not the task's own); repeatable.")
 ]
@@ -45,7 +48,7 @@ TaskSpecs = Annotated[
     typer.Option(
         metavar="NAME=VECTOR:DATA",
         help="A task: its name, its task vector (a saved one, a fine-tuned checkpoint or a folder of a LoRA adapter) "
-        f"and its images ({IMAGES}); repeatable.",
+        f"and its images ({DATA_FORMS}); repeatable.",
     ),
 ]
 WarmStart = Annotated[
