@@ -194,10 +194,10 @@ def _cut_by_class(samples: Labelled) -> tuple[Labelled, Labelled]:
         order = np.random.default_rng([SPLIT_SEED, int(c)]).permutation(of_class)
         tested[order[: max(1, round(TESTED * len(of_class)))]] = True
     train, test = (np.flatnonzero(at).tolist() for at in (~tested, tested))
-    return _picked(samples, train), _picked(samples, test)
+    return _samples_at(samples, train), _samples_at(samples, test)
 
 
-def _picked(samples: Labelled, ids: Sequence[int]) -> Labelled:
+def _samples_at(samples: Labelled, ids: Sequence[int]) -> Labelled:
     return [samples[0][i] for i in ids], [samples[1][i] for i in ids]
 
 
@@ -216,7 +216,9 @@ def _resisc45(root: Path) -> FoundParts:
     if parts is None:
         samples, classes = _classes_in(folder / "NWPU-RESISC45")
         listed = [set((folder / f"resisc45-{part}.txt").read_text().split()) for part in ("train", "test")]
-        train, test = (_picked(samples, [i for i, p in enumerate(samples[0]) if p.name in names]) for names in listed)
+        train, test = (
+            _samples_at(samples, [i for i, p in enumerate(samples[0]) if p.name in names]) for names in listed
+        )
         parts = train, test, classes
     return *parts[:2], [c.replace("_", " ") for c in parts[2]]
 
