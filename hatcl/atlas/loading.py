@@ -144,6 +144,10 @@ class Pretrained:
                     f"normalise: got 'data'; {'a CLIP model' if clip else 'what is read from image files'} is prepared "
                     "the model's own way, its mean and deviation included. Leave it out, or give fit='resize'"
                 )
+            if reading.size == 0:
+                raise ConfigError(
+                    "size: got 0, their own, with fit='crop', which brings images to one size; leave it out"
+                )
             return Pictured(self.transform(reading.size))
         if photos:
             raise ConfigError(

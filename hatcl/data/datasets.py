@@ -216,9 +216,14 @@ def _resisc45(root: Path) -> FoundParts:
     if parts is None:
         samples, classes = _classes_in(folder / "NWPU-RESISC45")
         listed = [set((folder / f"resisc45-{part}.txt").read_text().split()) for part in ("train", "test")]
-        train, test = (
-            _samples_at(samples, [i for i, p in enumerate(samples[0]) if p.name in names]) for names in listed
-        )
+        at = {p.name: i for i, p in enumerate(samples[0])}
+        missing = sorted(name for names in listed for name in names if name not in at)
+        if missing:
+            raise ConfigError(
+                f"resisc45: {missing[0]} is in no folder of a class in {folder / 'NWPU-RESISC45'} ({len(missing)} such "
+                "files); the archive's files lie in one folder each class, move them there"
+            )
+        train, test = (_samples_at(samples, sorted(at[name] for name in names)) for names in listed)
         parts = train, test, classes
     return *parts[:2], [c.replace("_", " ") for c in parts[2]]
 

@@ -73,7 +73,9 @@ def repository(tmp_path, monkeypatch):
 
 def test_a_pickled_module_is_refused_with_the_lines_that_convert_it(repository):
     path = repository / "finetuned.pt"
-    with pytest.raises(ConfigError, match="is a pickled module, not a state dict; reading it would run code") as caught:
+    with pytest.raises(
+        ConfigError, match="is a pickled module, or holds more than tensors; reading it would run code"
+    ) as caught:
         read_checkpoint(path)
     lines = str(caught.value).partition("give the new file:\n")[2]
     assert len(lines.splitlines()) == 3 and str(path) in lines
@@ -91,6 +93,29 @@ def test_a_pickled_module_is_refused_with_the_lines_that_convert_it(repository):
     torch.testing.assert_close(
         read_head(repository / "heads.safetensors", "Cars")(seen["x"]), seen["logits"], rtol=0, atol=5e-4
     )
+
+
+class Harmful:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("protected", [True, False], ids=["", "twin_without_weights_only"])
+def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, protected):
+    torch.save({"a": torch.ones(2), "b": Harmful(tmp_path / "harmed")}, tmp_path / "x.pt")
+    if not protected:
+        load = torch.load
+        monkeypatch.setattr(torch, "load", lambda path, **how: load(path, **{**how, "weights_only": False}))
+        read_checkpoint(tmp_path / "x.pt")
+    else:
+        with pytest.raises(ConfigError, match="is a pickled module, or holds more than tensors"):
+            read_checkpoint(tmp_path / "x.pt")
+    assert (tmp_path / "harmed").exists() is not protected
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3, "name": "x"}])
@@ -165,6 +190,18 @@ def test_a_linearised_encoder_tells_its_names_by_what_it_was_expanded_around(tmp
     got = vector.apply_to(base)
     assert torch.equal(got["visual.c"], base["visual.c"] + 0.2) and torch.equal(got["visual.a"], base["visual.a"] + 0.4)
     assert names_in_linearised(base, base, "x") == {}
+
+
+def test_twin_names_by_the_order_of_the_numbers_are_wrong():
+    """As the repository has them: right only while both models list their parameters alike."""
+    base = {"visual.a": torch.randn(3), "visual.b": torch.randn(3)}
+    tensors = linearised(base, ["visual.b", "visual.a"])
+    by_order = {f"model.params.{i}": name for i, name in enumerate(base)}
+    assert (
+        names_in_linearised(tensors, base, "x")
+        == {"model.params.0": "visual.b", "model.params.1": "visual.a"}
+        != by_order
+    )
 
 
 def test_one_of_another_base_or_without_a_sure_name_is_refused():

@@ -193,7 +193,7 @@ def test_sweep_and_cosine(here, capsys):
 
 
 def test_other_heads_and_grains_of_units(here, tmp_path, capsys):
-    quick = [*QUICK[:-2], "--head", "prototypes", "--grain", "unit"]
+    quick = [*QUICK[:-2], "--head", "prototypes", "--grain", "unit", "--fit", "pad"]
     good(capsys, "add", "base.safetensors", "--model", here, *TWO, *quick, "--output", tmp_path / "run")
 
 
@@ -327,5 +327,7 @@ def test_timm_models_take_photos_their_own_way(tmp_path, capsys, monkeypatch):
     assert report_of(Path("run"))["classes"] == {"task": 2}
     code, err = call(capsys, "few-shot", "base.safetensors", *args, "--fit", "resize", "--output", "other")
     assert code == 2 and "fit: got 'resize' for pets, whose images differ in size; give 'crop'" in err
+    code, err = call(capsys, "few-shot", "base.safetensors", *args, "--size", "0", "--output", "other")
+    assert code == 2 and "size: got 0, their own, with fit='crop'" in err
     code, err = call(capsys, "few-shot", "base.safetensors", *args, "--normalise", "data", "--output", "other")
     assert code == 2 and "what is read from image files is prepared the model's own way" in err

@@ -193,6 +193,10 @@ def test_unknown_names_and_broken_folders(tmp_path):
     (tmp_path / "dtd" / "dtd" / "labels" / "val1.txt").write_text("banded/val0.jpg\n")
     with pytest.raises(ConfigError, match="dtd: its three parts in .* differ in their classes"):
         read_images(f"dtd@{tmp_path}")
+    resisc45(tmp_path)
+    (tmp_path / "resisc45" / "NWPU-RESISC45" / "airplane" / "airplane_test.jpg").unlink()
+    with pytest.raises(ConfigError, match="resisc45: airplane_test.jpg is in no folder of a class .*1 such files"):
+        read_images(f"resisc45@{tmp_path}")
     gtsrb(tmp_path)
     with (tmp_path / "gtsrb" / "GT-final_test.csv").open("a") as file:
         file.write("0.ppm;43\n")
