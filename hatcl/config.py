@@ -138,10 +138,10 @@ def without_effect(options: Any, names: Iterable[str], when: str, remedy: str) -
         options: a dataclass. names: of the options that have none. when: what takes their effect away.
         remedy: with what they would have one.
     """
-    defaults = {f.name: f.default for f in dataclasses.fields(options)}
+    fields = {f.name: f for f in dataclasses.fields(options)}
     for name in names:
-        value = getattr(options, name)
-        if value != defaults[name]:
+        value, f = getattr(options, name), fields[name]
+        if value != (f.default if f.default_factory is dataclasses.MISSING else f.default_factory()):
             raise ConfigError(f"{name}: got {value!r}, which has no effect with {when}; {remedy}, or leave it out")
 
 

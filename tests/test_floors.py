@@ -30,7 +30,7 @@ ROOMS = [room for floor in FLOORS for room in floor]
 # who may know these libraries; everything else works with plain torch
 GUESTS = {
     "timm": [
-        "atlas/experiment.py",
+        "atlas/loading.py",
         "integrations/timm_names.py",
         "finetuning/loading.py",
         "hat/layers",
@@ -45,7 +45,8 @@ GUESTS = {
     "avalanche": ["integrations"],
     "matplotlib": ["report/calibration.py", "report/picture.py", "report/heatmap.py"],
     "sklearn": ["data/images.py"],
-    "torchvision": ["data/images.py", "zoo"],
+    "torchvision": ["data/images.py", "data/photos.py", "data/datasets.py", "zoo"],
+    "open_clip": ["integrations"],
     "typer": ["commands"],
     "rich": ["commands", "report/tables.py"],
 }

@@ -8,7 +8,7 @@ from .caches import LPPlusPlus, TipAdapter, lp_plus_plus, tip_adapter
 from .entropy import minimise_entropy
 from .fewshot import few_shot
 from .fitting import Fitted, fit, spread
-from .heads import ClassHead, class_embeddings, encoder, prototypes, trained_head
+from .heads import ClassHead, class_embeddings, encoder, prototypes, text_head, trained_head
 from .linear import Linearised, linearised
 from .measures import normalised, sweep
 from .negation import negate
@@ -24,5 +24,5 @@ __all__ = [
     "TipAdapter", "accuracy", "accuracy_per_class", "adapt", "add", "class_embeddings", "cosines", "encoder",
     "few_shot", "fit", "learn_predictor", "linearised", "lp_plus_plus", "minimise_entropy", "negate", "normalised",
     "penalty", "prototypes", "random_crops", "refine", "sample_shots", "search", "select_blocks", "spread", "sweep",
-    "tip_adapter", "trained_head",
+    "text_head", "tip_adapter", "trained_head",
 ]  # fmt: skip

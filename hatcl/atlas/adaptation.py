@@ -37,7 +37,7 @@ def adapt(
     objective: str = "ufm",
     options: Options = None,
     checkpoint: Path_ | None = None,
-    progress: Tell | None = None,
+    on_progress: Tell | None = None,
 ) -> Fitted:
     """Learn coefficients from examples without labels, by unsupervised FixMatch (UFM). Labels are used nowhere: also
     the coefficients kept are the last epoch's, chosen by nothing.
@@ -68,7 +68,7 @@ def adapt(
         strong: a batch of inputs -> its strong view; None = `random_crops`, for images only.
         weak: the same for the weak view; None = as they are. per_class: k.
         objective: `ufm`, or for comparison `entropy`: the mean entropy of the predictions, no views and no trust.
-        checkpoint, progress: see `fit`.
+        checkpoint, on_progress: see `fit`.
 
     Raises:
         ConfigError: no examples, no strong view for inputs that are no images, or views for `entropy`.
@@ -114,7 +114,7 @@ def adapt(
             p = outputs(composer, weaker(x), head).float().softmax(-1)
         return ufm_loss(outputs(composer, stronger(x), head), p, step.labels.to(device), step.threshold)
 
-    return fit(composer, loss, steps, options=chosen, checkpoint=checkpoint, progress=progress)
+    return fit(composer, loss, steps, options=chosen, checkpoint=checkpoint, on_progress=on_progress)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def add(
     options: Options = None,
     warm_start: Tensor | str | None = None,
     checkpoint: Path_ | None = None,
-    progress: Tell | None = None,
+    on_progress: Tell | None = None,
 ) -> Fitted:
     """Minimise the sum of the tasks' cross-entropies over the coefficients; of all epochs, the start and the pretrained
     model, the one with the best mean normalised accuracy on the tasks' validation batches is kept.
@@ -48,7 +48,7 @@ def add(
             i: then that vector alone, at coefficient 1, is the fine-tuned model.
         options: `AtlasOptions`, or a mapping of what to change.
         warm_start: coefficients (`[T]`, `[T, 1]` or `[T, G]`), or `search` to start from the best shared scale.
-        checkpoint, progress: see `fit`.
+        checkpoint, on_progress: see `fit`.
 
     Returns:
         `history` and the rest hold `score`, and per task `<name>` (accuracy) and `<name>/normalised`.
@@ -68,7 +68,7 @@ def add(
         options=chosen,
         warm_start=started(composer, select, warm_start, SCALES),
         checkpoint=checkpoint,
-        progress=progress,
+        on_progress=on_progress,
     )
     return fitted
 

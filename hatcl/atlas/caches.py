@@ -67,7 +67,7 @@ def tip_adapter(
     steps: int = STEPS,
     warm_start: Tensor | None = None,
     checkpoint: Path_ | None = None,
-    progress: Tell | None = None,
+    on_progress: Tell | None = None,
 ) -> tuple[Fitted, CachedHead]:
     """Learn coefficients, W, alpha and beta of a `TipAdapter` together, on the cross-entropy of the shots. The cache is
     made from the shots' features at the start of the coefficients.
@@ -117,7 +117,7 @@ def tip_adapter(
             "beta": (adapter.beta, chosen.lr),
         },
         checkpoint=checkpoint,
-        progress=progress,
+        on_progress=on_progress,
     )
     return fitted, cached.requires_grad_(False)
 

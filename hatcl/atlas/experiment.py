@@ -5,92 +5,39 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import save
 from torch import nn
 
 from ..calls import Head
-from ..config import number, one_of, whole
-from ..data.images import FITS, ImageData, Images, Preparation, npz_task, preparation_for
+from ..data.datasets import absolute_images, read_images
+from ..data.images import Images
 from ..data.shots import held_out, sample_shots
 from ..engine.loop import Progress
 from ..engine.measures import accuracy
-from ..errors import ConfigError, VectorError, nearest
+from ..errors import ConfigError
 from ..files import write_files
 from ..hat.convert import convert
 from ..hat.gates import gates_of
-from ..integrations.timm_names import PREFIX
 from ..vectors.compose import Composer, compose
 from ..vectors.files import write_tensors
 from ..vectors.task_vector import TaskVector
-from ..vectors.tensors import check_fit, kinds_of, named_tensors
+from ..vectors.tensors import kinds_of
 from .files import all_files, read_head, read_vector, write_coefficients, write_heads
 from .fitting import Fitted
-from .heads import ClassHead, encoder, prototypes, trained_head
+from .heads import ClassHead, prototypes, trained_head
 from .linear import Composed, linearised
+from .loading import FITTED_HEADS, TEXT, VECTOR_DTYPES, Prompts, Reading, load_pretrained, prompts_of
 from .options import AtlasOptions
 from .selection import select_blocks
 from .tasks import AtlasTask
 
 HEADS, CLASSIFIER, MERGED = "heads.safetensors", "classifier.safetensors", "merged.safetensors"
 CHECKPOINT, ISOTROPIC = "checkpoint.pt", "checkpoint-isotropic.pt"
-VECTOR_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HEADS_BY = ("trained", "prototypes")
-NORMALISED_BY = ("data", "model")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The model and the images of an experiment.
-
-    Args:
-        base: the pretrained checkpoint: a safetensors file, or a folder of shards.
-        model: timm's name of the model that BASE is of, such as vit_base_patch32_224.
-        model_kwargs: for the model, such as img_size=64; repeatable.
-        head: frozen heads on the base's features of the training images: trained (logistic regression), prototypes
-            (cosines to class means), or a .safetensors file with [NAME.]weight and [NAME.]bias or [NAME.]scale, such as
-            embeddings of class names.
-        validation: share of each class's training images that is held out. Coefficients are chosen by it (add and
-            negate also learn from it), and heads never see it.
-        size: images are brought to this size; 0 keeps their own; by default the model's.
-        fit: how they are brought to this size, resize or pad.
-        normalise: by the mean and deviation of data (its training images, as hatcl train does), or model (timm's).
-        batch_size: images per batch.
-        check: refuse task vectors that were taken from another base.
-        vector_dtype: keep task vectors in memory as float32, bfloat16 or float16.
-        device: where to compute.
-
-    Raises:
-        ConfigError: a value outside its range.
-    """
-
-    base: Path
-    model: str
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    head: str = "trained"
-    validation: float = 0.2
-    size: int | None = None
-    fit: str = "resize"
-    normalise: str = "data"
-    batch_size: int = 128
-    check: bool = True
-    vector_dtype: str = "float32"
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if Path(self.head).suffix != ".safetensors":
-            one_of("head", self.head, (*HEADS_BY, "FILE.safetensors"))
-        one_of("fit", self.fit, FITS)
-        one_of("normalise", self.normalise, NORMALISED_BY)
-        one_of("vector_dtype", self.vector_dtype, tuple(VECTOR_DTYPES))
-        number("validation", self.validation, 0, 1, without="high", what="a share")
-        whole("batch_size", self.batch_size)
-        whole("size", self.size, 0, optional=True)
 
 
 @dataclass(frozen=True)
@@ -100,7 +47,8 @@ class Writing:
     Args:
         grain: what shares a coefficient: global, block, qkv, row, unit, partition:K, ...
         linearised: compose the model's first-order expansion instead of its weights.
-        merge: write the composed model, as merged.safetensors, with BASE's classifier.
+        merge: write the composed model, as merged.safetensors, with BASE's classifier, or the text
+            tower of a CLIP model.
     """
 
     grain: str = "block"
@@ -121,24 +69,30 @@ class Loaded:
 
     def __init__(self, reading: Reading, seed: int) -> None:
         self.reading, self.seed = reading, seed
-        self.head_file = None if reading.head in HEADS_BY else Path(reading.head)
+        self.head_file = None if reading.head in (*FITTED_HEADS, TEXT) else Path(reading.head)
         self.device = reading.device
         self.parts: dict[str, dict[str, Images]] = {}
         self.classes: dict[str, int] = {}
         self.heads: dict[str, ClassHead] = {}
+        self.prompts: dict[str, Prompts] = {}
 
-    def read(self, vectors: Mapping[str, Path], data: Mapping[str, Path], *, needs_validation: bool = False) -> None:
+    def read(self, vectors: Mapping[str, Path], data: Mapping[str, str], *, needs_validation: bool = False) -> None:
         """Read everything and check that it fits, before anything is computed or written."""
         reading = self.reading
-        tasks = {name: npz_task(path) for name, path in data.items()}
-        model, classifier = _model(reading)
-        ours = dict(model.named_parameters())
+        tasks = {name: read_images(where) for name, where in data.items()}
+        self.pretrained = load_pretrained(reading)
+        ours, without = dict(self.pretrained.model.named_parameters()), self.pretrained.classifiers
         self.names = list(vectors)
-        self.vectors = [read_vector(path, ours, without=classifier).in_memory() for path in vectors.values()]
-        self.encoder = encoder(model).to(self.device).eval()
+        self.vectors = [
+            read_vector(path, ours, without=without, named=self.pretrained.named).in_memory()
+            for path in vectors.values()
+        ]
+        self.encoder = self.pretrained.model.to(self.device).eval()
+        if reading.head == TEXT:
+            self.prompts = prompts_of(reading, data, tasks)
         for name, task in tasks.items():
             self.classes[name] = task.num_classes
-            prepare = _preparation(reading, model, task)
+            prepare = self.pretrained.preparation(reading, task)
             keep, held = held_out(task.y_train, reading.validation, self.seed)
             if needs_validation and not len(held):
                 raise ConfigError(
@@ -153,9 +107,11 @@ class Loaded:
             if self.head_file is not None:
                 self._head_from(self.head_file, name)
         read = [reading.base, *vectors.values(), *([] if self.head_file is None else [self.head_file])]
-        self.files = [f for path in read for f in all_files(path)] + list(data.values())
+        texts = [reading.text_from or "", *reading.class_names.values(), *reading.templates.values()]
+        self.files = [f for path in read for f in all_files(path)] + [Path(t) for t in texts if Path(t).is_file()]
+        self.digests = {absolute_images(data[name]): task.digest() for name, task in tasks.items()}
 
-    def _try(self, path: Path, images: Images) -> None:
+    def _try(self, path: str, images: Images) -> None:
         """Do two images pass through the model?"""
         x = images.prepare(images.x[:2]).to(self.device)
         try:
@@ -177,6 +133,8 @@ class Loaded:
         for name, parts in self.parts.items():
             if file is not None:
                 head = self._head_from(file, name)
+            elif self.pretrained.text_head is not None:
+                head = self.pretrained.text_head(*self.prompts[name]).to(self.device)
             else:
                 images = (on or {}).get(name, parts["training"])
                 fit = trained_head if self.reading.head == "trained" else prototypes
@@ -207,43 +165,6 @@ class Loaded:
         )  # fmt: skip
 
 
-def _model(reading: Reading) -> tuple[nn.Module, tuple[str, ...]]:
-    """The timm model with BASE's weights, and the names of its classifiers, which no task vector is of."""
-    name, stored = reading.model, named_tensors(reading.base)
-    if not timm.is_model(name) or name.startswith(PREFIX):
-        near = nearest(name.split(".")[0], timm.list_models())
-        raise ConfigError(f"--model: got {name!r}; did you mean {near!r}?")
-    options = dict(reading.model_kwargs)
-    try:
-        if "num_classes" not in options:
-            first = next(iter(_classifiers(timm.get_pretrained_cfg(name))), "")
-            weight = kinds_of(stored).get(f"{first}.weight")
-            options["num_classes"] = 0 if weight is None else weight.shape[0]
-        model = timm.create_model(name, **options)
-    except (TypeError, RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"--model, --model-kwargs: timm cannot make {name} with {options} ({error})") from error
-    state = model.state_dict()
-    counters = [n for n in state if n.endswith("num_batches_tracked") and n not in stored]  # some writers drop them
-    try:
-        check_fit({n: t for n, t in state.items() if n not in counters}, stored, (name, str(reading.base)))
-    except VectorError as error:
-        raise VectorError(f"{error}. Is it of another --model, or made with other --model-kwargs?") from error
-    model.load_state_dict({n: stored[n] for n in stored}, strict=False)
-    return model, _classifiers(getattr(model, "pretrained_cfg", None))
-
-
-def _classifiers(cfg: Any) -> tuple[str, ...]:
-    found = cfg.get("classifier") if isinstance(cfg, Mapping) else getattr(cfg, "classifier", None)
-    return () if not found else (found,) if isinstance(found, str) else tuple(found)
-
-
-def _preparation(reading: Reading, model: nn.Module, task: ImageData) -> Preparation:
-    return preparation_for(
-        task, getattr(model, "pretrained_cfg", None) or {}, size=reading.size, fit=reading.fit,
-        image_size=reading.model_kwargs.get("img_size"), normalise=reading.normalise,
-    )  # fmt: skip
-
-
 class Experiment(Loaded):
     """One procedure on what is loaded, and the folder where it is kept.
 
@@ -268,7 +189,7 @@ class Experiment(Loaded):
         self.rows: dict[str, dict[str, dict[str, float]]] = {}
         self.began = time.monotonic()
 
-    def read(self, vectors: Mapping[str, Path], data: Mapping[str, Path], *, needs_validation: bool = False) -> None:
+    def read(self, vectors: Mapping[str, Path], data: Mapping[str, str], *, needs_validation: bool = False) -> None:
         super().read(vectors, data, needs_validation=needs_validation)
         self.composer = self.compose(self.writing.grain)  # raises where something does not fit
 
@@ -332,7 +253,7 @@ class Experiment(Loaded):
             if at.doing == "epoch":
                 self.tell(name, {"epoch": at.epoch, **at.measured})
 
-        self.stages[name] = procedure(composed, checkpoint=path, progress=told, **how)
+        self.stages[name] = procedure(composed, checkpoint=path, on_progress=told, **how)
         return self.stages[name]
 
     @torch.no_grad()
@@ -370,7 +291,7 @@ class Experiment(Loaded):
             tensors = {n: t.detach().cpu().contiguous() for n, t in self.classifier.state_dict().items()}
             write_files({self.folder / CLASSIFIER: save(tensors)})
         if self.writing.merge:
-            state = self.composer.merge().state_dict()
+            state = {**self.pretrained.rest, **self.composer.merge().state_dict()}
             write_tensors(self.folder / MERGED, kinds_of(state), lambda name: {name: state[name]})
         return {
             "procedure": self.name,
@@ -378,6 +299,7 @@ class Experiment(Loaded):
             "coefficients": list(self.composer.coefficients.shape),
             "images": {n: {part: len(images) for part, images in p.items()} for n, p in self.parts.items()},
             "classes": self.classes,
+            "prompts": {name: dict(zip(("classes", "templates"), p, strict=True)) for name, p in self.prompts.items()},
             "accuracy": self.rows,
             "fitted": {
                 name: {k: v for k, v in dataclasses.asdict(f).items() if k not in ("coefficients", "others")}

@@ -26,7 +26,7 @@ def few_shot(
     steps: int = STEPS,
     warm_start: Tensor | None = None,
     checkpoint: Path_ | None = None,
-    progress: Tell | None = None,
+    on_progress: Tell | None = None,
 ) -> Fitted:
     """Minimise the cross-entropy on a few labelled examples over the coefficients of other tasks' vectors (leave the
     target's own out of the composer). The epoch with the best validation accuracy is kept.
@@ -39,7 +39,7 @@ def few_shot(
         batches: (inputs, labels), with `sample_shots`. validation: to choose by; None keeps the last epoch's.
         head: from what the model gives to logits; None = it gives logits.
         options: `AtlasOptions`, or a mapping of what to change. steps: of an epoch, at least; batches are repeated.
-        warm_start, checkpoint, progress: see `fit`.
+        warm_start, checkpoint, on_progress: see `fit`.
 
     Returns:
         measured is `score`: the accuracy on validation.
@@ -56,7 +56,7 @@ def few_shot(
         options=FEW_SHOT.changed(options),
         warm_start=warm_start,
         checkpoint=checkpoint,
-        progress=progress,
+        on_progress=on_progress,
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -21,20 +22,25 @@ from ..vectors.files import read_metadata
 from ..vectors.parameters import parameters_of
 from ..vectors.task_vector import VECTOR_FORMAT, TaskVector
 from ..vectors.tensors import RUNNING, Lazy, files_of, kinds_of, named_tensors, pick
+from .checkpoints import under_names
 from .heads import ClassHead
 
+Named = Callable[[Mapping[str, Any], object], Mapping[str, str]]
 COEFFICIENTS = "coefficients"
 UNIT = 1e-6  # how far rows of length 1 are off in float32: 2.0e-7 at most, of 2000 x 4096
 ABOUT = "hatcl.atlas"  # one entry of metadata: safetensors writes several in any order
 
 
-def read_vector(path: Path, base: Mapping[str, Tensor] | None, *, without: Sequence[str] = ()) -> TaskVector:
+def read_vector(
+    path: Path, base: Mapping[str, Tensor] | None, *, without: Sequence[str] = (), named: Named | None = None
+) -> TaskVector:
     """A task vector by the path of a saved one, of a fine-tuned checkpoint, or of the folder of a LoRA adapter. It is
     read when asked for.
 
     Args:
         base: the pretrained parameters; None for saved vectors only.
         without: modules that are left out, such as classifiers (which may then differ in size).
+        named: the names of a checkpoint's tensors -> those that the base has for them; others are left out.
 
     Raises:
         ConfigError: a checkpoint without a base. IntegrityError: no such file, or a damaged one.
@@ -48,14 +54,19 @@ def read_vector(path: Path, base: Mapping[str, Tensor] | None, *, without: Seque
         raise ConfigError(f"{path} is no task vector that hatcl saved; give the base it was fine-tuned from (--base)")
     try:
         if saved or adapter:
-            vector = _without(TaskVector.load(path) if saved else TaskVector.between(ours, path), starts)
+            vector = TaskVector.load(path) if saved else TaskVector.between(ours, path)
+            vector = _under_names(
+                vector, {n: n for n in vector.kinds} if named is None or adapter else named(vector, path), starts
+            )
             if ours is not None:
                 _check_fits(vector, ours)
             return vector
-        theirs = parameters_of(path)
+        theirs = parameters_of(named_tensors(path))
+        if named is not None:
+            theirs = under_names(theirs, named(theirs, path))
         return TaskVector.between(ours, pick(theirs, [n for n in theirs if not n.startswith(starts)]))
     except VectorError as error:
-        raise VectorError(f"{path}: {error}") from error
+        raise VectorError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
 
 
 def all_files(path: Path) -> list[Path]:
@@ -63,15 +74,15 @@ def all_files(path: Path) -> list[Path]:
     return [path / CONFIG, path / WEIGHTS] if is_adapter(path) else files_of(path)
 
 
-def _without(vector: TaskVector, starts: tuple[str, ...]) -> TaskVector:
-    """The vector without tensors whose names start so."""
-    kept = {n: k for n, k in vector.kinds.items() if not n.startswith(starts)}
-    base = None if vector.base is None else {n: vector.base[n] for n in kept}
+def _under_names(vector: TaskVector, names: Mapping[str, str], starts: tuple[str, ...]) -> TaskVector:
+    """The vector with the tensors in `names`, under the names that these have there, without those that start so."""
+    old = {new: n for n, new in names.items() if not new.startswith(starts)}
+    base = None if vector.base is None else {new: vector.base[n] for new, n in old.items()}
 
     def read(name: str) -> Delta:
-        return vector.delta(name)
+        return vector.delta(old[name])
 
-    return TaskVector(Lazy(kept, read), base, partial=vector.partial)
+    return TaskVector(Lazy({new: vector.kinds[n] for new, n in old.items()}, read), base, partial=vector.partial)
 
 
 def _check_fits(vector: TaskVector, base: Mapping[str, Tensor]) -> None:

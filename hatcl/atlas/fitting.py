@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import Batches, again, seeded
+from ..engine.folder import check_same_run
 from ..engine.loop import Loop, Tell, Work
 from ..engine.options import LoopOptions
 from ..engine.state import Standing, copies_of, generators_of, undone_on_error, write_all
@@ -59,7 +60,7 @@ def fit(
     others: Mapping[str, tuple[nn.Parameter, float]] | None = None,
     checkpoint: Path_ | None = None,
     seconds: float = 60.0,
-    progress: Tell | None = None,
+    on_progress: Tell | None = None,
 ) -> Fitted:
     """Learn a composer's coefficients and leave the best in it.
 
@@ -76,7 +77,7 @@ def fit(
         others: parameters to learn beside the coefficients, with their learning rates; not decayed.
         checkpoint: a file, replaced in one go after every epoch, and within one after so many seconds. If it is there,
             learning resumes from it and ends with the same bits as without the interruption.
-        progress: called after each step, and after each epoch with its entry of the history as `measured`.
+        on_progress: called after each step, and after each epoch with its entry of the history as `measured`.
 
     Raises:
         ConfigError: batches that cannot be passed over again, or a checkpoint of other options.
@@ -94,7 +95,7 @@ def fit(
             undone_on_error(work.learned),
             Evaluating(composer),
         ):
-            Loop(work, options, standing=standing, tell=progress).run()
+            Loop(work, options, standing=standing, tell=on_progress).run()
             work.finish()
     finally:
         for p, grad in zip(work.parameters, grads, strict=True):
@@ -237,12 +238,7 @@ class _Fitting(Work):
         return {"of": self.described(), "coefficients": coefficients, "others": others, "fitted": fitted}
 
     def load_state(self, state: Mapping[str, Any], where: object) -> None:
-        theirs = state["of"]
-        differ = [f"{k} {theirs.get(k)!r} (now {v!r})" for k, v in self.described().items() if theirs.get(k) != v]
-        if differ:
-            raise ConfigError(
-                f"{where} was written with {', '.join(differ)}; give the same options, or delete it to start over"
-            )
+        check_same_run(where, state["of"], self.described())
         self.put(state["coefficients"], state["others"])
         fitted, device = dict(state["fitted"]), self.composer.coefficients.device
         fitted["coefficients"] = fitted["coefficients"].to(device)

@@ -4,6 +4,7 @@ class names, or trained once."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from ..calls import Batches
 from ..config import one_of
+from ..data.prompts import PLAIN
 from ..errors import ConfigError
+from ..integrations.clip import ImageTower, kind_of_clip, text_embeddings
 from .caches import gather
 
 POOLS = ("auto", "pooler", "mean", "first", "last")
@@ -26,7 +29,8 @@ def encoder(model: nn.Module, pool: str = "auto") -> nn.Module:
         composer = hatcl.compose(hatcl.atlas.encoder(model), vectors)
 
     timm: `forward_head(forward_features(x), pre_logits=True)`. transformers, text and vision: the base model's pooled
-    output. Parameters of the old head stay in it unused; their coefficients stay zero.
+    output. Parameters of the old head stay in it unused; their coefficients stay zero. A CLIP model of open_clip or
+    transformers: its image tower alone, with the projection, before the embeddings are made unit length.
 
     Args:
         pool: for transformers. `auto`: the model's own pooler where it has one, else the mean; `pooler`; `mean` over
@@ -37,13 +41,17 @@ def encoder(model: nn.Module, pool: str = "auto") -> nn.Module:
             unknown pool.
     """
     one_of("pool", pool, POOLS)
+    if kind_of_clip(model) is not None:
+        if pool != "auto":
+            raise ConfigError(f"pool: got {pool!r} for a CLIP model, which pools by itself; leave it out")
+        return copy.deepcopy(ImageTower(model))
     kind = "timm" if hasattr(model, "forward_head") and hasattr(model, "forward_features") else ""
     if not kind and hasattr(model, "config") and hasattr(model, "base_model"):
         kind = "transformers"
     if not kind:
         raise ConfigError(
-            f"encoder: {type(model).__name__} is no timm or transformers model; compose a module whose forward gives "
-            "embeddings [batch, d] as it is"
+            f"encoder: {type(model).__name__} is no timm, transformers or CLIP model; compose a module whose "
+            "forward gives embeddings [batch, d] as it is"
         )
     if kind == "timm" and pool != "auto":
         raise ConfigError(f"pool: got {pool!r} for a timm model, which pools by itself; set it with global_pool=")
@@ -129,6 +137,25 @@ def class_embeddings(embeddings: Tensor, *, scale: float = 100.0) -> ClassHead:
     """
     if embeddings.dim() != 2 or not bool(embeddings.any(1).all()):
         raise ConfigError(f"embeddings: got {list(embeddings.shape)}, expected [classes, d] without rows of zeros")
+    return ClassHead(embeddings, scale=scale)
+
+
+def text_head(
+    model: nn.Module, tokenize: Callable[[Sequence[str]], Any], classes: Sequence[str], templates: Sequence[str] = PLAIN
+) -> ClassHead:
+    """A head from the names of classes: `scale cos(f, t_c)`, t_c the embedding of the name in each of the templates,
+    averaged, by the text tower of a CLIP model, and its `exp(logit_scale)` (see `text_embeddings`).
+
+        head = hatcl.atlas.text_head(clip, open_clip.get_tokenizer("ViT-B-32"), ["cat", "dog"])
+
+    Args:
+        model: of open_clip, or a `CLIPModel` of transformers. tokenize: texts -> what its text tower takes, a tensor or
+            a mapping. templates: with `{}` where the name goes.
+
+    Raises:
+        ConfigError: another kind of model.
+    """
+    embeddings, scale = text_embeddings(model, tokenize, classes, templates)
     return ClassHead(embeddings, scale=scale)
 
 

@@ -31,7 +31,7 @@ def negate(
     options: Options = None,
     warm_start: Tensor | str | None = None,
     checkpoint: Path_ | None = None,
-    progress: Tell | None = None,
+    on_progress: Tell | None = None,
 ) -> Fitted:
     """Minimise `-CE_target + CE_control` over the coefficients. Of the epochs (and the start) whose control accuracy on
     validation is at least `keep` times the pretrained model's, the one with the lowest target accuracy is kept; where
@@ -47,7 +47,7 @@ def negate(
         keep: the share of the pretrained control accuracy that must remain.
         options: `AtlasOptions`, or a mapping of what to change.
         warm_start: coefficients, or `search` to start from the best shared scale of 0, -0.05, ..., -1.
-        checkpoint, progress: see `fit`.
+        checkpoint, on_progress: see `fit`.
 
     Returns:
         measured are `target` and `control` (accuracies), and `score`: minus the target's, or -inf.
@@ -71,7 +71,7 @@ def negate(
         options=NEGATION.changed(options),
         warm_start=started(composer, select, warm_start, [-s for s in SCALES]),
         checkpoint=checkpoint,
-        progress=progress,
+        on_progress=on_progress,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import number
+from ..config import number, without_effect
 from ..engine.options import LoopOptions
 from ..errors import ConfigError
 
@@ -20,7 +20,7 @@ class AtlasOptions(LoopOptions):
     under `amp`.
 
     Args:
-        regulariser: weight of `mean_j ||lambda_:j||_p` (the paper's is 0.5), 0 = off. p: 1 or 2.
+        regulariser: weight of `mean_j ||lambda_:j||_p` (the paper's is 0.5), 0 = off. p: 1 or 2; of the regulariser.
 
     Raises:
         ConfigError: a value outside its range, see also `LoopOptions`.
@@ -37,6 +37,8 @@ class AtlasOptions(LoopOptions):
         number("regulariser", self.regulariser, 0)
         if self.p not in (1, 2):
             raise ConfigError(f"p: got {self.p!r}, expected 1 or 2")
+        if not self.regulariser:
+            without_effect(self, ("p",), "regulariser=0", "give regulariser (the paper's is 0.5)")
 
 
 Options = AtlasOptions | Mapping[str, Any] | None

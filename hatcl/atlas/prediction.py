@@ -65,7 +65,7 @@ def learn_predictor(
     objective: str = "cross_entropy",
     options: Options = None,
     checkpoint: Path_ | None = None,
-    progress: Tell | None = None,
+    on_progress: Tell | None = None,
 ) -> Predicted:
     """Learn the linear map of a `Predicted`, by cross-entropy with labels or by the mean entropy without.
 
@@ -102,7 +102,7 @@ def learn_predictor(
         options=chosen,
         others={"weight": (model.weight, chosen.lr), "bias": (model.bias, chosen.lr)},
         checkpoint=checkpoint,
-        progress=progress,
+        on_progress=on_progress,
     )
     return model
 

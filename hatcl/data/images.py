@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -338,12 +338,13 @@ class Images:
     """Images and labels of one part of a task. Its length is their number; item i is (image, label).
 
     Args:
-        x: `N x H x W` or `N x H x W x C`. y: labels, `[N]`. prepare: makes them a network's input.
+        x: `N x H x W` or `N x H x W x C`, or `data.photos.Photos`. y: labels, `[N]`. prepare: makes them a network's
+            input, such as a `Preparation`.
     """
 
-    x: np.ndarray
+    x: Any
     y: np.ndarray
-    prepare: Preparation
+    prepare: Callable[[Any], Tensor]
 
     def __len__(self) -> int:
         return len(self.y)

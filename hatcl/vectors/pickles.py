@@ -14,11 +14,13 @@ from ..errors import IntegrityError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLED = "pytorch_model.bin"
+NOTES = (str, int, float, type(None))  # beside tensors: a linearised encoder has the name of its model there
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # under which trainers keep a model's tensors
-ANEW = (
-    "if you trust it, load it where it was written, and save its tensors by model.save_pretrained(folder) or "
-    "safetensors.torch.save_file({n: t.clone() for n, t in model.state_dict().items()}, path)"
-)
+# run where the file was made: unpickling needs the classes of its repository, and runs what is in the file
+CONVERSION = """\
+import torch; from safetensors.torch import save_file
+state = torch.load("{path}", map_location="cpu", weights_only=False).state_dict()
+save_file({{n: t.clone().contiguous() for n, t in state.items()}}, "{new}")"""
 
 
 def read_pickle(path: Path) -> Mapping[str, Tensor]:
@@ -26,27 +28,41 @@ def read_pickle(path: Path) -> Mapping[str, Tensor]:
     is mapped, so that a tensor's memory is taken when it is used.
 
     Raises:
-        IntegrityError: it is missing, damaged, or holds something else than tensors.
+        IntegrityError: it is missing or damaged, or holds something else than tensors; of a pickled module the error
+            has the lines that convert it.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except FileNotFoundError:
         raise IntegrityError(f"{path}: no such file") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        if "TorchScript" in str(error):
+            raise IntegrityError(
+                f"{path}: is a TorchScript archive, expected a state dict; write torch.jit.load(path).state_dict() "
+                "with safetensors.torch.save_file"
+            ) from error
+        if "weights only" in str(error).lower().replace("_", " "):
+            lines = CONVERSION.format(path=path, new=path.with_suffix(".safetensors"))
+            raise IntegrityError(
+                f"{path}: is a pickled module, or holds more than tensors; reading it would run code that is in the "
+                f"file. If you trust it, run these lines where it was made, and give the new file:\n{lines}"
+            ) from error
         first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise IntegrityError(
-            f"{path}: not readable as tensors alone ({first_line}); it is damaged, or holds more than tensors: {ANEW}"
-        ) from error
+        raise IntegrityError(f"{path}: cannot be read as a checkpoint ({first_line}); copy it again") from error
     return _tensors(content, path)
 
 
 def _tensors(content: Any, path: Path) -> Mapping[str, Tensor]:
-    if isinstance(content, Mapping) and content and all(isinstance(t, Tensor) for t in content.values()):
-        return dict(content)
+    found = {n: t for n, t in content.items() if isinstance(t, Tensor)} if isinstance(content, Mapping) else {}
+    if found and all(n in found or isinstance(content[n], NOTES) for n in content):
+        return found
     inside = [n for n in NESTED if isinstance(content, Mapping) and isinstance(content.get(n), Mapping)]
     if inside:
         return _tensors(content[inside[0]], path)
-    raise IntegrityError(f"{path}: holds {type(content).__name__}, expected tensors by name; {ANEW}")
+    raise IntegrityError(
+        f"{path}: holds {type(content).__name__}, expected a state dict, which has tensors by name; write one with "
+        "safetensors.torch.save_file({n: t.clone() for n, t in model.state_dict().items()}, path)"
+    )
 
 
 def _can_be_mapped(path: Path) -> bool:

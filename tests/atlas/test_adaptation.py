@@ -166,7 +166,7 @@ def test_it_resumes(tmp_path):
     want = adapt(composer(), x, strong=noise, options=FAST).coefficients
     path = tmp_path / "a.pt"
     with pytest.raises(Stop):
-        adapt(composer(), x, strong=noise, options=FAST, checkpoint=path, progress=stop)
+        adapt(composer(), x, strong=noise, options=FAST, checkpoint=path, on_progress=stop)
     assert torch.equal(adapt(composer(), x, strong=noise, options=FAST, checkpoint=path).coefficients, want)
 
 

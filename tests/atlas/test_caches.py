@@ -71,7 +71,7 @@ def test_an_interrupted_tip_adapter_goes_on(tmp_path):
         with pytest.MonkeyPatch.context():
             if path is not None:
                 with pytest.raises(Stop):
-                    tip_adapter(composer, shots, head=head, options={"epochs": 2}, checkpoint=path, progress=stop)
+                    tip_adapter(composer, shots, head=head, options={"epochs": 2}, checkpoint=path, on_progress=stop)
         composer, head, shots, _ = world()
         fitted, cached = tip_adapter(composer, shots, head=head, options={"epochs": 2}, checkpoint=path)
         out.append([fitted.coefficients, *(p.detach() for p in cached.adapter.parameters())])

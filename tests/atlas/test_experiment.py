@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from hatcl.atlas.experiment import Reading, Writing
+from hatcl.atlas.experiment import Writing
+from hatcl.atlas.loading import Reading
 from hatcl.errors import ConfigError
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"head": "train"}, "head: got 'train', expected one of trained, prototypes, FILE.safetensors; did you mean"),
-        ({"fit": "crop"}, "fit: got 'crop'"),
+        (
+            {"head": "train"},
+            "head: got 'train', expected one of trained, prototypes, text, FILE.safetensors; did you mean",
+        ),
+        ({"fit": "crops"}, "fit: got 'crops'"),
         ({"normalise": "modle"}, "did you mean 'model'"),
         ({"vector_dtype": "float"}, "vector_dtype: got 'float'"),
         ({"validation": 1.0}, "validation: got 1.0, expected a share of at least 0 and below 1"),

@@ -40,7 +40,7 @@ def test_epochs_have_at_least_so_many_steps():
     for steps, want in ((1, 4), (4, 4), (5, 8), (10, 12)):
         seen = []
 
-        few_shot(composer, parts.tiny_batches(4), options={"epochs": 1}, steps=steps, progress=seen.append)
+        few_shot(composer, parts.tiny_batches(4), options={"epochs": 1}, steps=steps, on_progress=seen.append)
         assert sum(at.doing == "learning" for at in seen) == want
 
 

@@ -187,7 +187,7 @@ def test_progress_is_told_each_epoch():
     _, _, composer = parts.tiny()
     told = []
     fitted = fit(
-        composer, loss_of(composer), parts.tiny_batches(), options=AtlasOptions(epochs=3), progress=told.append
+        composer, loss_of(composer), parts.tiny_batches(), options=AtlasOptions(epochs=3), on_progress=told.append
     )
     epochs = [at for at in told if at.doing == "epoch"]
     assert [at.measured for at in epochs] == fitted.history and [at.epoch for at in epochs] == [1, 2, 3]
@@ -222,7 +222,7 @@ def noisy_fit(path, generator, stop_after=None, options=None):
 
     chosen = AtlasOptions(**{"epochs": 5, "lr": 0.1, "schedule": "cosine", "accumulate": 3, **(options or {})})
     fitted = fit(
-        composer, loss, shuffled(generator), options=chosen, checkpoint=path, progress=progress,
+        composer, loss, shuffled(generator), options=chosen, checkpoint=path, on_progress=progress,
         select=lambda: {"score": float(torch.rand(())), "accuracy": accuracy(composer, parts.tiny_batches(1))},
         others={"extra": (extra, 0.01)},
     )  # fmt: skip
@@ -287,9 +287,9 @@ def test_the_seed_decides():
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     path = tmp_path / "a.pt"
     noisy_fit(path, False)
-    with pytest.raises(ConfigError, match=r"was written with lr 0.1 \(now 0.2\); give the same options, or delete it"):
+    with pytest.raises(ConfigError, match=r"was started with lr=0.1, now came 0.2; give the same to go on"):
         noisy_fit(path, False, options={"lr": 0.2})
-    with pytest.raises(ConfigError, match=r"coefficients \[2, 4\] \(now \[3, 4\]\), others \['extra'\] \(now \[\]\)"):
+    with pytest.raises(ConfigError, match=r"was started with coefficients=\[2, 4\], now came \[3, 4\]"):
         _, _, composer = parts.tiny(3)
         options = AtlasOptions(epochs=5, lr=0.1, schedule="cosine", accumulate=3)
         fit(composer, loss_of(composer), parts.tiny_batches(), options=options, checkpoint=path)

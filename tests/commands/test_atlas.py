@@ -232,7 +232,7 @@ def test_adapt_uses_no_labels(here, tmp_path, capsys):
     assert coefficients(tmp_path / "run").any()
     right, wrong = (report_of(tmp_path / n)["accuracy"]["composed"]["task"]["test"] for n in ("run", "wrong"))
     assert right == pytest.approx(1 - wrong, abs=1e-12)  # two classes, all labels exchanged; one rounding
-    good(capsys, *ADAPT, "--images", "training", "--objective", "entropy", "--no-flip", "--output", tmp_path / "other")
+    good(capsys, *ADAPT, "--images", "training", "--objective", "entropy", "--output", tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -477,7 +477,7 @@ def test_sweep_goes_through_the_pretrained_and_the_fine_tuned_model(here, tmp_pa
         (["add", "none.safetensors"], "none.safetensors: no such file"),
         (["add", "base.safetensors", "--task", "x=none.safetensors:a.npz"], "none.safetensors: no such file"),
         (["add", "base.safetensors", "--task", "x=b.safetensors:none.npz"], "none.npz is not a file; expected an .npz"),
-        (["add", "base.safetensors", "--task", "b.safetensors"], "got 'b.safetensors', expected NAME=VECTOR:DATA.npz"),
+        (["add", "base.safetensors", "--task", "b.safetensors"], "got 'b.safetensors', expected NAME=VECTOR:DATA"),
         (["add", "base.safetensors", "--task", A], "--task: the name 'a' comes twice"),
         (["add", "base.safetensors", "--model", "test_vitt"], "--model: got 'test_vitt'; did you mean 'test_vit'?"),
         (["add", "base.safetensors", "--model", "hat_test_vit"], "--model: got 'hat_test_vit'; did you mean"),
@@ -492,7 +492,7 @@ def test_sweep_goes_through_the_pretrained_and_the_fine_tuned_model(here, tmp_pa
         (["add", "base.safetensors", "--task", "x=moved.safetensors:a.npz"], "is not what vector 2 was taken from"),
         (["add", "base.safetensors", "--size", "33"], "a.npz: test_vit does not take images of [3, 33, 33]"),
         (["add", "base.safetensors", "--size", "0", "--task", "x=b.safetensors:odd.npz"], "odd.npz: test_vit does not"),
-        (["add", "base.safetensors", "--fit", "crop"], "fit: got 'crop', expected one of resize, pad; did you mean"),
+        (["add", "base.safetensors", "--fit", "crops"], "fit: got 'crops', expected one of crop, resize, pad; did"),
         (["add", "base.safetensors", "--head", "train"], "head: got 'train', expected one of trained, prototypes"),
         (["add", "base.safetensors", "--head", "none.safetensors"], "none.safetensors: no such file"),
         (["add", "base.safetensors", "--validation", "1"], "validation: got 1.0, expected a share of at least 0"),
@@ -517,6 +517,16 @@ def test_sweep_goes_through_the_pretrained_and_the_fine_tuned_model(here, tmp_pa
         (["few-shot", "base.safetensors", "--classifier", "lp"], "did you mean 'lp++'?"),
         (["few-shot", "base.safetensors", "--head-from", "shot"], "did you mean 'shots'?"),
         (["few-shot", "base.safetensors", "--select-by", "block"], "did you mean 'blocks'?"),
+        (
+            ["few-shot", "base.safetensors", "--select-by", "random"],
+            "--select-by: got 'random', which has no effect wi",
+        ),
+        (
+            ["few-shot", "base.safetensors", "--head", "own.safetensors", "--head-from", "shots"],
+            "--head-from: got 'sho",
+        ),
+        (["few-shot", "base.safetensors", "--p", "2"], "p: got 2, which has no effect with regulariser=0; give"),
+        (["adapt", "base.safetensors", "--objective", "entropy", "--no-flip"], "--no-flip: has no effect with --obje"),
         (["adapt", "base.safetensors", "--objective", "tent"], "objective: got 'tent', expected one of ufm, entropy"),
         (["adapt", "base.safetensors", "--images", "tests"], "did you mean 'test'?"),
         (["adapt", "base.safetensors", "--batch-size", "2"], "batch_size: got 2, expected at least 4"),

@@ -11,12 +11,14 @@ import typer
 
 import hatcl
 
-from ...atlas.experiment import CHECKPOINT, HEADS, HEADS_BY, ISOTROPIC, Experiment, Reading, Writing
+from ...atlas.experiment import CHECKPOINT, HEADS, ISOTROPIC, Experiment, Writing
 from ...atlas.files import per_block
+from ...atlas.loading import FITTED_HEADS, TEXT, Reading
 from ...atlas.options import AtlasOptions
-from ...engine.folder import RunFolder
+from ...data.datasets import absolute_images
+from ...engine.folder import CONFIG, RunFolder, check_inputs
 from ...errors import ConfigError
-from ...files import write_files
+from ...files import read_json, write_files
 from ...report.heatmap import draw_coefficients
 from ...report.tables import accuracy_table
 from .._command import Asked
@@ -28,18 +30,25 @@ STARTS = ("zero", "search", "isotropic")
 TASK = "task"  # the name of a command's only task
 
 Base = Annotated[
-    Path, typer.Argument(metavar="BASE", help="The pretrained checkpoint: a safetensors file, or a folder of shards.")
+    Path,
+    typer.Argument(
+        metavar="BASE", help="The pretrained checkpoint: safetensors (a file, or a folder), or a state dict (.pt)."
+    ),
 ]
-DataFile = Annotated[Path, typer.Option(help="An .npz file with x_train, y_train, x_test, y_test.")]
+DATA_FORMS = (
+    "an .npz file with x_train, y_train, x_test, y_test; DATASET@ROOT, such as dtd@/data, a data set by its name; or a "
+    "folder with train/ and test/ and in these a folder for each class"
+)
+DataFile = Annotated[str, typer.Option(metavar="DATA", help=f"Images: {DATA_FORMS}.")]
 Vectors = Annotated[
     list[str], typer.Option(metavar="NAME=PATH", help="A task vector to compose (not the task's own); repeatable.")
 ]
 TaskSpecs = Annotated[
     list[str],
     typer.Option(
-        metavar="NAME=VECTOR:DATA.npz",
+        metavar="NAME=VECTOR:DATA",
         help="A task: its name, its task vector (a saved one, a fine-tuned checkpoint or a folder of a LoRA adapter) "
-        "and its images; repeatable.",
+        f"and its images ({DATA_FORMS}); repeatable.",
     ),
 ]
 WarmStart = Annotated[
@@ -56,15 +65,15 @@ class TaskSpec(NamedTuple):
 
     name: str
     vector: Path
-    data: Path
+    data: str
 
     def __str__(self) -> str:
-        return f"{self.name}={absolute_path(self.vector)}:{absolute_path(self.data)}"
+        return f"{self.name}={absolute_path(self.vector)}:{absolute_images(self.data)}"
 
 
 def learned(
     asked: Asked, reading: Reading, writing: Writing, learning: AtlasOptions,
-    vectors: Mapping[str, Path], data: Mapping[str, Path], work: Callable[[Experiment], None],
+    vectors: Mapping[str, Path], data: Mapping[str, str], work: Callable[[Experiment], None],
     *, needs_validation: bool = False, stages: Collection[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Run a procedure, go on with an interrupted one, or give back what a finished one has found.
@@ -72,8 +81,17 @@ def learned(
     Args:
         stages: what is learned before the procedure's own coefficients.
     """
-    if reading.head not in HEADS_BY:
+    if reading.head not in (*FITTED_HEADS, TEXT):
         asked.options["head"] = absolute_path(reading.head)
+    for option in ("data", "control"):
+        if option in asked.options:
+            asked.options[option] = absolute_images(asked.options[option])
+    for option in ("model", "text_from"):
+        if asked.options[option] is not None and Path(asked.options[option]).exists():
+            asked.options[option] = absolute_path(asked.options[option])
+    for option in ("class_names", "templates"):
+        texts = getattr(reading, option)
+        asked.options[option] = {n: absolute_path(t) if Path(t).exists() else t for n, t in texts.items()}
     folder = asked.folder()
     if folder.finished:
         say(f"{folder.path} is finished already.")
@@ -96,6 +114,9 @@ def learned(
         run = Experiment(name, here(reading), writing, learning, folder.path, tell)
         run.read(vectors, data, needs_validation=needs_validation)
         inputs = folder.same_inputs(run.files)
+        if folder.begun:
+            check_inputs(folder.path, read_json(folder.path / CONFIG).get("inputs", {}), run.digests)
+        inputs |= run.digests
         with folder.claimed(light={HEADS}, hatcl=hatcl.__version__, inputs=inputs):
             work(run)
             metrics = run.write()
@@ -132,15 +153,16 @@ def here(reading: Reading) -> Reading:
 
 
 def task_specs(flag: str, texts: Sequence[str]) -> list[TaskSpec]:
-    """`NAME=VECTOR:DATA.npz`. Of several colons the one counts at which two paths exist, else the last."""
+    """`NAME=VECTOR:DATA`. Of several colons the one counts at which two paths exist, else the last."""
     found = []
     for text in texts:
         name, equals, rest = text.partition("=")
         cuts = [i for i, letter in enumerate(rest) if letter == ":" and 0 < i < len(rest) - 1]
         if not (name and equals and cuts):
-            raise ConfigError(f"{flag}: got {text!r}, expected NAME=VECTOR:DATA.npz")
-        pairs = [(Path(rest[:i]), Path(rest[i + 1 :])) for i in reversed(cuts)]
-        found.append(TaskSpec(name, *next((p for p in pairs if p[0].exists() and p[1].exists()), pairs[0])))
+            raise ConfigError(f"{flag}: got {text!r}, expected NAME=VECTOR:DATA")
+        pairs = [(Path(rest[:i]), rest[i + 1 :]) for i in reversed(cuts)]
+        there = (p for p in pairs if p[0].exists() and Path(p[1].partition("@")[2] or p[1]).exists())
+        found.append(TaskSpec(name, *next(there, pairs[0])))
     _distinct(flag, [s.name for s in found])
     return found
 

@@ -10,8 +10,10 @@ import typer
 from ... import atlas
 from ...atlas import adaptation
 from ...atlas.adaptation import ADAPTED_BY
-from ...atlas.experiment import Experiment, Reading, Writing
+from ...atlas.experiment import Experiment, Writing
+from ...atlas.loading import Reading
 from ...config import one_of
+from ...errors import ConfigError
 from .._command import Asked, command
 from ._learning import TASK, Base, DataFile, Vectors, learned, show_learned, vector_paths
 
@@ -38,6 +40,8 @@ def adapt_command(
     paths = vector_paths(asked, vector)
     one_of("--images", images, ("test", "training"))
     one_of("--objective", objective, ADAPTED_BY)
+    if objective != "ufm" and not flip:
+        raise ConfigError(f"--no-flip: has no effect with --objective {objective}, which makes no views; leave it out")
 
     def work(run: Experiment) -> None:
         run.fit_heads()

@@ -6,7 +6,8 @@ from typing import Any
 
 from ... import atlas
 from ...atlas import addition
-from ...atlas.experiment import Experiment, Reading, Writing
+from ...atlas.experiment import Experiment, Writing
+from ...atlas.loading import Reading
 from ...config import one_of
 from .._command import Asked, command
 from ._learning import STARTS, Base, TaskSpecs, WarmStart, learned, show_learned, task_specs

@@ -14,6 +14,7 @@ from ...files import write_files
 from ...report.heatmap import draw_cosines
 from ...report.tables import number_table
 from ...vectors.parameters import parameters_of
+from ...vectors.tensors import named_tensors
 from .._command import command
 from .._console import out, say
 
@@ -35,7 +36,7 @@ def cosine(
     paths = {name or Path(path).stem: Path(path) for name, _, path in named}
     if len(paths) < len(vectors):
         raise ConfigError("vectors: two have one name; write NAME=PATH")
-    ours = None if base is None else parameters_of(base)
+    ours = None if base is None else parameters_of(named_tensors(base))
     read = [read_vector(path, ours, without=without or ()) for path in paths.values()]
     with out.status("comparing"):
         matrix = atlas.cosines(read).tolist()

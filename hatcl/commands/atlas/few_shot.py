@@ -8,9 +8,10 @@ import typer
 
 from ... import atlas
 from ...atlas import fewshot
-from ...atlas.experiment import Experiment, Reading, Writing
+from ...atlas.experiment import Experiment, Writing
 from ...atlas.fitting import Fitted
 from ...atlas.linear import Composed
+from ...atlas.loading import FITTED_HEADS, Reading
 from ...config import one_of, whole
 from ...errors import ConfigError
 from .._command import Asked, command
@@ -50,6 +51,13 @@ def few_shot_command(
     one_of("--classifier", classifier, ("none", "tip", "lp++"))
     one_of("--select-by", select_by, ("blocks", "vectors", "random"))
     whole("--steps", steps)
+    if select_by != "blocks" and not budget:
+        raise ConfigError(f"--select-by: got {select_by!r}, which has no effect without --budget; give one")
+    if head_from != "training" and reading.head not in FITTED_HEADS:
+        raise ConfigError(
+            f"--head-from: got {head_from!r}, which has no effect with --head {reading.head}, a head that no image is "
+            f"used for; give --head {' or '.join(FITTED_HEADS)}"
+        )
     if budget and not 1 <= budget <= len(paths):
         raise ConfigError(f"--budget: got {budget}, expected 1 to {len(paths)}, the number of vectors, or 0")
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ... import atlas
 from ...atlas import negation
-from ...atlas.experiment import Experiment, Reading, Writing
+from ...atlas.experiment import Experiment, Writing
+from ...atlas.loading import Reading
 from ...config import number, one_of
 from ...errors import ConfigError
 from .._command import Asked, command
@@ -20,9 +20,9 @@ from ._learning import STARTS, Base, WarmStart, learned, show_learned, task_spec
 def negate_command(
     asked: Asked, base: Base,
     target: Annotated[
-        str, typer.Option(metavar="NAME=VECTOR:DATA.npz", help="The task to unlearn: its name, task vector and images.")
+        str, typer.Option(metavar="NAME=VECTOR:DATA", help="The task to unlearn: its name, task vector and images.")
     ],
-    control: Annotated[Path, typer.Option(metavar="DATA.npz", help="Images of what must stay.")],
+    control: Annotated[str, typer.Option(metavar="DATA", help="Images of what must stay, as those of --target.")],
     keep: Annotated[float, typer.Option(help="Share of the pretrained control accuracy that must remain.")] = 0.95,
     warm_start: WarmStart = "zero",
     *, reading: Reading, writing: Writing, learning: atlas.AtlasOptions = negation.NEGATION,

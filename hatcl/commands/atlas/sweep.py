@@ -9,7 +9,8 @@ import torch
 import typer
 
 from ... import atlas
-from ...atlas.experiment import Loaded, Reading
+from ...atlas.experiment import Loaded
+from ...atlas.loading import Reading
 from ...config import one_of
 from ...errors import ConfigError
 from ...files import write_files
