@@ -1,0 +1,348 @@
+"""`extract_task`: the network of M1, cut down to a task's units, as an ordinary smaller module."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..calls import call, device_of, seeded, shapes, tensors_of, values_of
+from ..errors import ConfigError, ConversionError, HATError
+from ..lend import Evaluating
+from ..map.units import UnitMap
+from .certify import named_outputs
+from .digests import check_sealed
+from .extract_cut import Cutter, Shaping
+from .extract_plain import plain_copy, weights_of_task
+from .extract_trace import Carried, Footprint, footprint
+from .gates import gates_of
+from .tasks import check_task
+from .tasks import task as active
+
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-4  # of the largest value; see docs/hat.md for what is measured
+TRIES = 40
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What was cut.
+
+    Attributes:
+        task: which one. kept, total: elements of the smaller network's parameters and of the plain model's.
+        difference: the largest difference of an output value on the example inputs, divided by the largest value.
+        multiply_adds, multiply_adds_before: of one forward on the example inputs, with the smaller network and with
+            the plain model.
+        units, on: how many units the smaller network has, and how many of them are the task's; the others are zero and
+            there since a forward takes some sizes for equal.
+        full: module path -> why units that only it and its like work with are all there.
+    """
+
+    task: int
+    kept: int
+    total: int
+    difference: float
+    multiply_adds: int
+    multiply_adds_before: int
+    units: int
+    on: int
+    full: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        def share(part: int, whole: int) -> str:
+            return f"{part / max(whole, 1):.1%}"
+
+        lines = [
+            f"task {self.task}: {self.kept:,} of {self.total:,} elements ({share(self.kept, self.total)}), "
+            f"{self.multiply_adds:,} of {self.multiply_adds_before:,} multiply-adds "
+            f"({share(self.multiply_adds, self.multiply_adds_before)}), outputs within {self.difference:.1g} of the "
+            "largest",
+            f"units: {self.on} of the task's, {self.units - self.on} that are zero and kept for their place",
+        ]
+        lines += [f"full width: {path}: {why}" for path, why in self.full.items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class Extracted:
+    """A task as a model of its own.
+
+    Attributes:
+        model: the smaller network, in evaluation mode, an ordinary module.
+        report: what was cut.
+        shaping: how it differs from what its class makes. source: how its class is made, if hatcl knows.
+    """
+
+    model: nn.Module
+    report: ExtractReport
+    shaping: Shaping
+    source: dict[str, Any] | None = None
+
+
+def extract_task(
+    model: nn.Module, task: int, example_inputs: Any = None, *, tolerance: float = TOLERANCE
+) -> Extracted:
+    """The network that a sealed task computes with, as an ordinary smaller module: the task's units alone, its norms,
+    copies and head folded in, nothing of hatcl left. The model stays as it was.
+
+    Modules keep their classes and get smaller tensors. Where a forward takes sizes for equal (heads of attention,
+    halves that are split off, groups), units that are off fill them up as zeros; where it takes its sizes from nowhere
+    that could be changed, the units concerned all stay, and the report says where and why. What an output carries of
+    units is cut like everything else: features have the task's channels alone.
+
+    Args:
+        example_inputs: what the model's forward takes; default: an image of the size that a timm model was made for,
+            or the `dummy_inputs` of a model of transformers. What is handed over agrees with the model on them.
+        tolerance: the largest difference of an output that may be, relative to the largest value.
+
+    Raises:
+        TaskError: the task is not sealed, or there is no such task. ConfigError: no inputs, or none that fit.
+        ConversionError: the smaller network does not agree with the model. HATError: layers put together by hand.
+    """
+    gates = gates_of(model)
+    task = check_task(model, task, sealed=True)
+    if len(gates) != 1 or gates[0].unit_map is None:
+        raise HATError(
+            "extract_task: this model was put together by hand, not converted, so nothing says which of its sizes "
+            "belong together; convert the plain module with hatcl.convert"
+        )
+    check_sealed(model, [task])
+    inputs = example_inputs_of(model) if example_inputs is None else example_inputs
+    want = _gated(model, inputs, task)
+    plain = plain_copy(model, task)
+    seen = footprint(plain_copy(model, None), inputs)
+    unit_map: UnitMap = gates[0].unit_map
+    if seen.units != unit_map.num_units:
+        raise ConversionError(
+            f"extract_task: on example_inputs = {shapes(inputs)} the model has {seen.units} units, at conversion it "
+            f"had {unit_map.num_units}; pass inputs of the same kind (the same arguments, so that the same code runs)"
+        )
+    on = torch.cat([torch.ones(1, dtype=torch.bool), gates[0].masks[task].cpu()])
+    cutter = Cutter(plain, weights_of_task(model, task), unit_map, seen, on)
+    made, shaping, keep, difference, full = _Search(model, task, inputs, want, cutter, tolerance).run()
+    return Extracted(
+        made,
+        ExtractReport(
+            task, _elements(made), _elements(plain), difference, _multiply_adds(made, inputs),
+            _multiply_adds(plain, inputs), int(keep[1:].sum()), int((keep & on)[1:].sum()), full,
+        ),
+        shaping,
+        gates[0].source,
+    )  # fmt: skip
+
+
+def example_inputs_of(model: nn.Module) -> Any:
+    """Inputs for a model that says what it takes."""
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    some = next(model.parameters())
+    if size is not None:
+        embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        draw = torch.Generator().manual_seed(0)
+        return torch.randn(2, size[0], *(embed or size[1:]), generator=draw).to(some)
+    dummy = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, Mapping):
+        return {name: x.to(some.device) if isinstance(x, Tensor) else x for name, x in dummy.items()}
+    raise ConfigError(
+        f"example_inputs: got None, and {type(model).__name__} does not say what it takes; pass an input of its "
+        "forward: a tensor, a tuple or a dict"
+    )
+
+
+def _gated(model: nn.Module, inputs: Any, task: int) -> dict[str, Tensor]:
+    try:
+        with torch.no_grad(), Evaluating(model):
+            return named_outputs(model, inputs, task)
+    except HATError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"example_inputs: the model's forward failed on {shapes(inputs)} ({type(error).__name__}: {error}); pass "
+            "what it takes: a tensor, a tuple or a dict"
+        ) from error
+
+
+def _elements(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _multiply_adds(model: nn.Module, inputs: Any) -> int:
+    """Of matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), seeded(device=device_of(model)):
+        call(model, inputs)
+    return counter.get_total_flops() // 2
+
+
+# ---- how much can be cut -------------------------------------------------------------------------------------------
+
+
+class _Search:
+    """Cuts all that is off, and where the forward of a module does not bear that, leaves the units there at full width:
+    those that only this module and its like meet first, then all that it meets."""
+
+    def __init__(
+        self, model: nn.Module, task: int, inputs: Any, want: dict[str, Tensor], cutter: Cutter, tolerance: float
+    ) -> None:
+        self.model, self.task, self.inputs, self.want = model, task, inputs, want
+        self.cutter, self.tolerance = cutter, tolerance
+        self.held = torch.zeros(cutter.seen.units + 1, dtype=torch.bool)
+        self.within = _within(cutter.seen)
+
+    def run(self) -> tuple[nn.Module, Shaping, Tensor, float, dict[str, str]]:
+        full: dict[str, str] = {}
+        for _ in range(TRIES):
+            keep = self.cutter.settled(self.held)
+            where, why = "", ""
+            stack: list[str] = []
+            try:
+                made, shaping = self.cutter.cut(keep)
+                with _followed(made, stack):
+                    got = _run(made, self.inputs)
+                difference, where_not = self._difference(got, keep)
+                if difference <= self.tolerance:
+                    return made, shaping, keep, difference, full
+                where = self._first_that_differs(made, keep)
+                why = f"cut, it computes something else ({where_not})"
+            except HATError:
+                raise
+            except Exception as error:
+                where = stack[-1] if stack else ""
+                why = f"its forward has sizes of its own ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            log.info("%s: %s", where or type(made).__name__, why)
+            if not self._hold(where):
+                break
+            full.setdefault(where, why)
+        raise ConversionError(
+            f"{where or type(self.model).__name__}: the network cut down to task {self.task} does not agree with the "
+            f"model, also at full width: {why}; please report the model"
+        )
+
+    def _hold(self, path: str) -> bool:
+        """Leave more units at full width; False where all are."""
+        seen, cls = self.cutter.seen, type(self.cutter.modules.get(path))
+        like = [p for p, m in self.cutter.modules.items() if type(m) is cls]
+        local = [u for p in like for u in [self._local(p)] if len(u)]
+        parent = path.rpartition(".")[0]
+        options = [
+            np.concatenate(local) if local else np.zeros(0, dtype=np.int64),
+            seen.units_at(path),
+            seen.units_at(path, inside=True),
+            seen.units_at(parent),
+            seen.units_at(parent, inside=True),
+            np.arange(1, len(self.held)),
+        ]
+        for units in options:
+            more = torch.from_numpy(units)
+            if len(more) and not bool((self.held | self.cutter.on)[more].all()):
+                self.held[more] = True
+                return True
+        return False
+
+    def _local(self, path: str) -> Any:
+        """The units that a module meets and that are met nowhere but in what it is a part of."""
+        units = self.cutter.seen.units_at(path)
+        parent = path.rpartition(".")[0]
+        return units[[self.within[u] == parent or f"{self.within[u]}.".startswith(f"{parent}.") for u in units]]
+
+    def _difference(self, got: dict[str, Tensor], keep: Tensor) -> tuple[float, str]:
+        """The largest difference of an output, relative to the largest value, and where it is."""
+        if got.keys() != self.want.keys():
+            return float("inf"), "its output has other parts"
+        worst, where = 0.0, ""
+        for path, x in self.want.items():
+            gap = _gap_of(x, got[path], self.cutter.seen.results.get(path), keep)
+            if gap > worst:
+                worst, where = gap, f"{path} differs by {gap:.1g}"
+        return worst, where
+
+    def _first_that_differs(self, made: nn.Module, keep: Tensor) -> str:
+        """The first module whose output is another one, in the order in which they end."""
+        with active(self.model, self.task):
+            want = _module_outputs(self.model, self.inputs)
+        got = _module_outputs(made, self.inputs)
+        for path, x in want.items():
+            carried = self.cutter.seen.outputs.get(path)
+            if path in got and _gap_of(x, got[path], carried, keep) > self.tolerance:
+                return path
+        return ""
+
+
+def _within(seen: Footprint) -> list[str]:
+    """Unit -> the longest module path within which it is met."""
+    out: list[str | None] = [None] * (seen.units + 1)
+    for path in seen.work:
+        for u in seen.units_at(path):
+            known = out[u]
+            out[u] = path if known is None else _shared(known, path)
+    return [p or "" for p in out]
+
+
+def _shared(a: str, b: str) -> str:
+    same = []
+    for x, y in zip(a.split("."), b.split("."), strict=False):
+        if x != y:
+            break
+        same.append(x)
+    return ".".join(same)
+
+
+def _gap_of(want: Tensor, got: Tensor, carried: Carried | None, keep: Tensor) -> float:
+    if carried is not None and want.shape == carried.shape:
+        mask = carried.kept(keep)
+        want = want.masked_select(mask.to(want.device))
+    if want.numel() != got.numel():
+        return float("inf")
+    if not want.numel():
+        return 0.0
+    want, got = want.flatten().double(), got.flatten().double()
+    gap = torch.where(want == got, 0.0, (want - got).abs())  # infinities that are equal differ by nothing
+    if bool(gap.isnan().any()):
+        return 0.0 if bool((want.isnan() == got.isnan()).all()) else float("inf")
+    largest = want[want.isfinite()].abs().max() if bool(want.isfinite().any()) else want.new_ones(())
+    return float(gap.max() / largest.clamp(min=1e-30))
+
+
+def _run(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    with torch.no_grad(), seeded(device=device_of(model)):
+        return {path: x.clone() for path, x in values_of(call(model, inputs)).items()}
+
+
+@contextlib.contextmanager
+def _followed(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """While the model runs, `stack` has the paths of the modules at work; what fails stays on it."""
+    handles = []
+    for path, m in model.named_modules():
+        handles.append(m.register_forward_pre_hook(lambda m, a, path=path: stack.append(path)))
+        handles.append(m.register_forward_hook(lambda m, a, out: stack.__delitem__(-1)))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def _module_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """Module path -> the first tensor that it gave, in the order in which they end."""
+    out: dict[str, Tensor] = {}
+
+    def note(path: str) -> Any:
+        def hook(m: nn.Module, args: Any, given: Any) -> None:
+            if found := tensors_of(given):
+                out.setdefault(path, found[0].detach().clone())
+
+        return hook
+
+    handles = [m.register_forward_hook(note(path)) for path, m in model.named_modules()]
+    try:
+        with Evaluating(model), contextlib.suppress(Exception):
+            _run(model, inputs)
+    finally:
+        for h in handles:
+            h.remove()
+    return out
