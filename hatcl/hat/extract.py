@@ -182,6 +182,14 @@ def _multiply_adds(model: nn.Module, inputs: Any) -> int:
 # ---- how much can be cut -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Misfit:
+    """Where and why a smaller network is not what it must be."""
+
+    path: str
+    why: str
+
+
 class _Search:
     """Cuts all that is off, and where the forward of a module does not bear that, leaves the units there at full width:
     those that only this module and its like meet first, then all that it meets."""
@@ -193,28 +201,20 @@ class _Search:
         self.cutter, self.tolerance = cutter, tolerance
         self.held = torch.zeros(cutter.seen.units + 1, dtype=torch.bool)
         self.within = _within(cutter.seen)
+        self.asked: set[type] = set()  # classes whose attributes were left as they are, for a try
 
     def run(self) -> tuple[nn.Module, Shaping, Tensor, float, dict[str, str]]:
         full: dict[str, str] = {}
+        where, why = "", ""
         for _ in range(TRIES):
             keep = self.cutter.settled(self.held)
-            where, why = "", ""
-            stack: list[str] = []
-            try:
-                made, shaping = self.cutter.cut(keep)
-                with _followed(made, stack):
-                    got = _run(made, self.inputs)
-                difference, where_not = self._difference(got, keep)
-                if difference <= self.tolerance:
-                    return made, shaping, keep, difference, full
-                where = self._first_that_differs(made, keep)
-                why = f"cut, it computes something else ({where_not})"
-            except HATError:
-                raise
-            except Exception as error:
-                where = stack[-1] if stack else ""
-                why = f"its forward has sizes of its own ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
-            log.info("%s: %s", where or type(made).__name__, why)
+            found = self._try(keep)
+            if isinstance(found, _Misfit):
+                found = self._with_sizes_left(keep, found)
+            if not isinstance(found, _Misfit):
+                return (*found[:2], keep, found[2], full)
+            where, why = found.path, found.why
+            log.info("%s: %s", where or type(self.model).__name__, why)
             if not self._hold(where):
                 break
             full.setdefault(where, why)
@@ -222,6 +222,45 @@ class _Search:
             f"{where or type(self.model).__name__}: the network cut down to task {self.task} does not agree with the "
             f"model, also at full width: {why}; please report the model"
         )
+
+    def _try(self, keep: Tensor) -> tuple[nn.Module, Shaping, float] | _Misfit:
+        stack: list[str] = []
+        try:
+            made, shaping = self.cutter.cut(keep)
+            with _followed(made, stack):
+                got = _run(made, self.inputs)
+        except HATError:
+            raise
+        except Exception as error:
+            log.debug("a forward that was cut fails", exc_info=True)
+            text = str(error).splitlines()[0][:120] if str(error) else ""
+            why = f"its forward has sizes of its own ({type(error).__name__}: {text})"
+            return _Misfit(stack[-1] if stack else "", why)
+        difference, part = self._difference(got, keep)
+        if difference <= self.tolerance:
+            return made, shaping, difference
+        return _Misfit(self._first_that_differs(made, keep), f"cut, it computes something else ({part})")
+
+    def _with_sizes_left(self, keep: Tensor, misfit: _Misfit) -> tuple[nn.Module, Shaping, float] | _Misfit:
+        """The same with the attributes of a class as they are: one that equals a size may be another number. A class
+        keeps them where that comes further."""
+        order = list(self.cutter.seen.outputs)
+        path = misfit.path
+        while True:
+            cls = type(self.cutter.modules.get(path))
+            if cls not in self.asked and self.cutter.resizes(path, keep):
+                self.asked.add(cls)
+                self.cutter.left.add(cls)
+                found = self._try(keep)
+                if isinstance(found, tuple):
+                    return found
+                if found.path in order and misfit.path in order and order.index(found.path) > order.index(misfit.path):
+                    misfit = found
+                else:
+                    self.cutter.left.discard(cls)
+            if not path:
+                return misfit
+            path = path.rpartition(".")[0]
 
     def _hold(self, path: str) -> bool:
         """Leave more units at full width; False where all are."""

@@ -19,6 +19,7 @@ from .extract_plain import tidy_up
 from .extract_trace import Footprint
 from .registry import layer_for
 
+ALIGNMENT = 8  # elements of two bytes in 16 bytes
 INNER = "norm"  # the smaller norm inside of one that selects the units that are on
 # attributes that count something else than units
 NO_SIZE = re.compile(
@@ -55,7 +56,7 @@ class Cutter:
         self.plain, self.weights, self.unit_map, self.seen, self.on = plain, weights, unit_map, seen, on
         self.modules = dict(plain.named_modules())
         self.names = {id(p): n for n, p in plain.named_parameters()}
-        self.rank: dict[tuple[type, str], int] = {}  # which of several sizes an attribute takes
+        self.left: set[type] = set()  # classes whose attributes are as they were
         self._rows = [*seen.rows, *self._grouped_rows()]
 
     # ---- which units stay --------------------------------------------------------------------------------------
@@ -75,6 +76,9 @@ class Cutter:
                     if f.owner and entry.view != entry.shape:
                         rows.append(f.units.reshape(entry.view[0], -1))
         for path, m in self.modules.items():
+            if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
+                found = [f.units for f in self._entry(path, "in_proj_weight").factors]  # one width for all of them
+                rows.append(np.concatenate([u.reshape(-1, m.embed_dim) for u in found]))
             groups = getattr(m, "groups", 1)
             if isinstance(groups, int) and groups > 1 and isinstance(m._parameters.get("weight"), nn.Parameter):
                 entry = self._entry(path, "weight")
@@ -99,6 +103,11 @@ class Cutter:
                         if int(keep[row].sum()) >= want:
                             break
                         keep[unit] = changed = True
+            for units in self.seen.aligned:
+                off = units[~keep[units]]
+                short = min(-int(keep[units].sum()) % ALIGNMENT, len(off))
+                keep[off[:short]] = True
+                changed |= short > 0
         return torch.from_numpy(keep)
 
     # ---- the smaller network -----------------------------------------------------------------------------------
@@ -216,10 +225,11 @@ class Cutter:
             known: dict[str, Any] = layer_for(type(module)).hat_sizes(shapes, groups)
         except KeyError:  # a parametrized one has its weight elsewhere
             known = {}
-        sizes = {**self._work_sizes(path, keep), **known}
+        sizes = {**(self.resizes(path, keep) if type(module) not in self.left else {}), **known}
         return {n: v for n, v in sizes.items() if getattr(module, n, v) != v}
 
-    def _work_sizes(self, path: str, keep: Tensor) -> dict[str, Any]:
+    def resizes(self, path: str, keep: Tensor) -> dict[str, Any]:
+        """Attributes that equal a size with which a module works and that is another one now."""
         module = self.modules[path]
         options: dict[int, list[int]] = {}
         for x in self.seen.work.get(path, ()):
@@ -232,18 +242,10 @@ class Cutter:
         for name, value in vars(module).items():
             if name.startswith("_") or name == "training" or NO_SIZE.search(name.lower()):
                 continue
-            new = self._resized(type(module), name, value, options)
-            if new is not value:
+            new = _resized(value, options)
+            if new != value:
                 sizes[name] = new
         return sizes
-
-    def _resized(self, cls: type, name: str, value: Any, options: Mapping[int, list[int]]) -> Any:
-        if type(value) is int and value in options and value > 1:
-            found = options[value]
-            return found[self.rank.get((cls, name), 0) % len(found)]
-        if isinstance(value, (tuple, list)) and value and all(type(x) is int for x in value):
-            return [self._resized(cls, name, x, options) for x in value]
-        return value
 
     def _scale_queries(self, made: nn.Module, shaping: Shaping, keep: Tensor) -> None:
         """Attention divides by the root of its width, which is another one now: the queries make up for it."""
@@ -282,6 +284,15 @@ class Cutter:
         for n, value in vars(attention).items():
             if type(value) is float and abs(value - size**-0.5) < 1e-12:
                 shaping.sizes.setdefault(path, {})[n] = new**-0.5
+
+
+def _resized(value: Any, options: Mapping[int, list[int]]) -> Any:
+    if type(value) is int and value > 1 and value in options:
+        return options[value][0]
+    if isinstance(value, (tuple, list)) and value and all(type(x) is int for x in value):
+        new = [_resized(x, options) for x in value]
+        return value if new == list(value) else new
+    return value
 
 
 def shaped(model: nn.Module, shaping: Shaping) -> nn.Module:

@@ -23,6 +23,7 @@ from ..map.units import resolve
 from .layers.state import classes_kept, copy_of
 from .registry import layer_for
 
+ALIGNED = {"_grouped_mm", "grouped_mm_fallback"}  # of operands whose rows are multiples of 16 bytes
 SPLITTING = {"view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten"}
 
 
@@ -63,6 +64,7 @@ class Footprint:
         buffers: name of a buffer -> dimension and the units along it.
         queries: (path of the attention, units of queries; parameter name -> rows of it that write them).
         norm_dims: path of a norm -> its input's number of dimensions.
+        aligned: units of which as many stay as make a multiple of 16 bytes.
         whole: units that stay, since they meet, one by one, what belongs to no unit and is computed meanwhile (the
             rotation of a position, the weights of attention).
     """
@@ -75,6 +77,7 @@ class Footprint:
     buffers: dict[str, tuple[int, Ints]] = field(default_factory=dict)
     queries: dict[str, list[tuple[int, dict[str, Ints]]]] = field(default_factory=dict)
     norm_dims: dict[str, int] = field(default_factory=dict)
+    aligned: list[Ints] = field(default_factory=list)
     whole: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def units_at(self, path: str, inside: bool = False) -> Ints:
@@ -107,6 +110,11 @@ class _Watch(TorchFunctionMode):
     def __call__(self, step: Call, coupling: Coupling) -> None:
         self.coupling = coupling
         outs = [seen for x in step.outs if (seen := self._of(x)) is not None]
+        if step.name in ALIGNED:
+            self.steps += [(coupling.here, step.name, 0, 0, [g]) for x in step.flat if (g := self._of(x)) is not None]
+        if "scaled_dot_product" in step.name:  # a bias of attention has a head for each of the queries'
+            for x in step.flat[3:]:
+                self.met += [(i.reshape(-1, 1), None) for i in (self._of(x) or ((), []))[1] if i.numel() > 1]
         if step.name in ("split", "slice") and (given := self._of(step.args[0])) is not None:
             self._note_pieces(step, given)
         if outs:
@@ -129,8 +137,8 @@ class _Watch(TorchFunctionMode):
                         if y.shape[d] == x.shape[d]:
                             other = self._of(y)
                             along = [i for i in other[1] if i.shape[d] > 1] if other is not None else []
-                            vector = ids.movedim(d, 0).flatten(1)
-                            self.met.append((vector, along[0].movedim(d, 0).flatten(1) if along else None))
+                            vector = ids.movedim(d, 0).reshape(ids.shape[d], -1)
+                            self.met.append((vector, along[0].movedim(d, 0).reshape(ids.shape[d], -1) if along else None))
 
     def _of(self, x: Any) -> tuple[tuple[int, ...], list[Tensor]] | None:
         shadow = self.coupling.shadow(x) if isinstance(x, Tensor) else None
@@ -156,7 +164,7 @@ class _Watch(TorchFunctionMode):
             for d in (d for d in range(ids.dim()) if ids.shape[d] > 1):
                 at = 0 if "convolution" in step.name else d - len(shape) + b.dim()
                 if 0 <= at < b.dim() and b.shape[at] == ids.shape[d]:
-                    self.buffers.setdefault(name, (at, ids.movedim(d, 0).flatten(1)[:, 0]))
+                    self.buffers.setdefault(name, (at, ids.movedim(d, 0).reshape(ids.shape[d], -1)[:, 0]))
 
     def leave(self, path: str, out: Any, coupling: Coupling | None) -> None:
         """A module ends."""
@@ -200,7 +208,8 @@ def footprint(model: nn.Module, inputs: Any) -> Footprint:
 
     made = Footprint(unit_map.num_units)
     made.norm_dims = {path: seen.ndim for path, seen in (*found.norms.items(), *found.mixing.items())}
-    rows: dict[Any, Ints] = {}
+    rows: dict[bytes, Ints] = {}
+    split: dict[tuple[str, int], list[Ints]] = {}
     for path, name, dim, size, outs in watch.steps:
         for x in map(carried, outs):
             if name == "pieces":
@@ -208,16 +217,24 @@ def footprint(model: nn.Module, inputs: Any) -> Footprint:
                 rows.update({g.numpy().tobytes(): g.numpy() for g in pieces if g.any()})
                 continue
             made.work.setdefault(path, []).append(x)
-            for i in (i for i in x.ids if name in SPLITTING and len(varying(i)) > 1):
-                # what a module splits into pieces of one size, by one attribute, stays of one size
-                long = i.shape[max(varying(i))]
-                known = rows.get((path, long), np.zeros((0, long), dtype=np.int64))
-                rows[path, long] = np.unique(np.concatenate([known, i.reshape(-1, long).numpy()]), axis=0)
+            if name in ALIGNED:
+                made.aligned += [i.reshape(-1).numpy() for i in x.ids if len(varying(i)) == 1]
+            for i in (i for i in x.ids if name in SPLITTING and varying(i)):
+                parts = i.reshape(-1, i.shape[max(varying(i))]).numpy()
+                split.setdefault((path, parts.shape[1]), []).append(parts)
+    for parts_of_one_size in split.values():
+        if any(len(parts) > 1 for parts in parts_of_one_size):
+            # what a module splits into pieces of one size, by one attribute, stays of one size
+            together = np.unique(np.concatenate(parts_of_one_size), axis=0)
+            rows[together.tobytes()] = together
     made.rows = list(rows.values())
     made.whole = _whole([(units[a].numpy(), None if b is None else units[b].numpy()) for a, b in watch.met])
     made.outputs = {path: carried(x) for path, x in watch.modules.items()}
     made.results = {path: carried(x) for path, x in watch.results.items()}
     made.buffers = {n: (d, u) for n, (d, ids) in watch.buffers.items() if (u := units[ids].numpy()).any()}
+    for path, m in model.named_modules():
+        if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
+            made.queries[path] = [(m.head_dim, {f"{path}.in_proj_weight".lstrip("."): np.arange(m.embed_dim)})]
     for path, size, ids in watch.queries:
         made.queries.setdefault(path, []).append((size, _rows_of(found.labels, ids.reshape(-1).numpy())))
     return made
