@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..calls import call, device_of, seeded, shapes, tensors_of, values_of
 from ..errors import ConfigError, ConversionError, HATError
-from ..lend import Evaluating
+from ..lend import Evaluating, lent
 from ..map.units import UnitMap
 from .certify import named_outputs
 from .digests import check_sealed
@@ -174,7 +174,7 @@ def _elements(model: nn.Module) -> int:
 
 def _multiply_adds(model: nn.Module, inputs: Any) -> int:
     """Of matrix products, convolutions and attention."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), seeded(device=device_of(model)):
+    with lent(model, ()), FlopCounterMode(display=False) as counter, seeded(device=device_of(model)):
         call(model, inputs)
     return counter.get_total_flops() // 2
 
@@ -201,6 +201,7 @@ class _Search:
         self.cutter, self.tolerance = cutter, tolerance
         self.held = torch.zeros(cutter.seen.units + 1, dtype=torch.bool)
         self.within = _within(cutter.seen)
+        self.one_width: dict[type, list[Any]] = {}  # class -> rows: what has one number of entries keeps one number
         self.asked: set[type] = set()  # classes whose attributes were left as they are, for a try
 
     def run(self) -> tuple[nn.Module, Shaping, Tensor, float, dict[str, str]]:
@@ -217,7 +218,8 @@ class _Search:
             log.info("%s: %s", where or type(self.model).__name__, why)
             if not self._hold(where):
                 break
-            full.setdefault(where, why)
+            if self.held.any():
+                full.setdefault(where, why)
         raise ConversionError(
             f"{where or type(self.model).__name__}: the network cut down to task {self.task} does not agree with the "
             f"model, also at full width: {why}; please report the model"
@@ -264,8 +266,17 @@ class _Search:
 
     def _hold(self, path: str) -> bool:
         """Leave more units at full width; False where all are."""
+        path = self._at_fault(path)
         seen, cls = self.cutter.seen, type(self.cutter.modules.get(path))
         like = [p for p, m in self.cutter.modules.items() if type(m) is cls]
+        if cls not in self.one_width:
+            self.one_width[cls] = [rows for p in like for rows in seen.of_one_width(p)]
+            self.cutter.rows += self.one_width[cls]
+            if self.one_width[cls]:
+                return True
+        useless = {id(rows) for rows in self.one_width[cls]}
+        self.one_width[cls] = []
+        self.cutter.rows = [rows for rows in self.cutter.rows if id(rows) not in useless]
         local = [u for p in like for u in [self._local(p)] if len(u)]
         parent = path.rpartition(".")[0]
         options = [
@@ -282,6 +293,17 @@ class _Search:
                 self.held[more] = True
                 return True
         return False
+
+    def _at_fault(self, path: str) -> str:
+        """The module whose code is to blame where this one fails: a layer, or a chain of them, takes what it is
+        given."""
+        while path:
+            module = self.cutter.modules.get(path)
+            simple = module is not None and not module._modules and type(module).__module__.startswith("torch.nn.")
+            if not simple and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.Identity)):
+                break
+            path = path.rpartition(".")[0]
+        return path
 
     def _local(self, path: str) -> Any:
         """The units that a module meets and that are met nowhere but in what it is a part of."""

@@ -57,7 +57,7 @@ class Cutter:
         self.modules = dict(plain.named_modules())
         self.names = {id(p): n for n, p in plain.named_parameters()}
         self.left: set[type] = set()  # classes whose attributes are as they were
-        self._rows = [*seen.rows, *self._grouped_rows()]
+        self.rows = [*seen.rows, *self._grouped_rows()]
 
     # ---- which units stay --------------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ class Cutter:
         changed = True
         while changed:
             changed = False
-            for rows in self._rows:
+            for rows in self.rows:
                 count = keep[rows].sum(1)
                 want = max(int(count.max()), 1)
                 for row in rows[count < want]:
@@ -181,9 +181,10 @@ class Cutter:
         return b.clone()
 
     def _norm(self, path: str, keep: Tensor) -> dict[str, Any] | None:
-        """A norm over units among which there are some that are off."""
+        """A norm over units among which there are some that are off, or one whose parameters could not make them
+        zero."""
         norm = self.unit_map.norms.get(path)
-        if norm is None or not norm.across:
+        if norm is None or not (norm.across or self.modules[path]._parameters.get("weight") is None):
             return None
         stays = self._index(norm.units, keep)
         on = self.on[torch.from_numpy(norm.units)][stays]
@@ -238,12 +239,17 @@ class Cutter:
                 if new in known:
                     known.remove(new)
                 known.insert(0, new)  # the one that was seen last comes first
+        splits = {
+            tuple(n for n, _ in pieces): [n if x is None else next(x.sizes(keep))[1] for n, x in pieces]
+            for pieces in self.seen.splits.get(path, ())
+        }
         sizes: dict[str, Any] = {}
         for name, value in vars(module).items():
             if name.startswith("_") or name == "training" or NO_SIZE.search(name.lower()):
                 continue
-            new = _resized(value, options)
-            if new != value:
+            new = splits.get(tuple(value)) if _are_sizes(value) else None
+            new = _resized(value, options) if new is None else new
+            if new != (list(value) if isinstance(value, tuple) else value):
                 sizes[name] = new
         return sizes
 
@@ -286,12 +292,16 @@ class Cutter:
                 shaping.sizes.setdefault(path, {})[n] = new**-0.5
 
 
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and bool(value) and all(type(x) is int for x in value)
+
+
 def _resized(value: Any, options: Mapping[int, list[int]]) -> Any:
     if type(value) is int and value > 1 and value in options:
         return options[value][0]
-    if isinstance(value, (tuple, list)) and value and all(type(x) is int for x in value):
+    if _are_sizes(value):
         new = [_resized(x, options) for x in value]
-        return value if new == list(value) else new
+        return new
     return value
 
 

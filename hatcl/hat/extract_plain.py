@@ -11,6 +11,7 @@ from .binding import Binding
 from .build import GATES
 from .copies import refresh_copy
 from .distributed import DDP_SKIPS
+from .gates import gates_of
 from .layers.gated import HATLayer
 from .layers.state import STATES, copy_of, detached_copy
 from .tasks import task as active
@@ -71,6 +72,7 @@ def weights_of_task(model: nn.Module, task: int) -> dict[tuple[str, str], Tensor
     """(module path, parameter) -> what the task sees of it: zero where it is not the task's. Of a norm over units, the
     task's own values as they are."""
     out: dict[tuple[str, str], Tensor] = {}
+    norms = gates_of(model)[0].unit_map.norms
     with active(model, task), torch.no_grad():
         for path, module in model.named_modules():
             hat: Binding | None = module.__dict__.get("_hat") if isinstance(module, HATLayer) else None
@@ -82,7 +84,7 @@ def weights_of_task(model: nn.Module, task: int) -> dict[tuple[str, str], Tensor
                 plan = hat.params.get(name)
                 if plan is None:
                     value = p.detach()
-                elif hat.norm is not None:
+                elif path in norms and norms[path].across:
                     value = module._hat_own("_parameters", name, task) if plan.copied else p  # type: ignore[operator]
                 else:
                     value = getattr(module, name)

@@ -60,6 +60,8 @@ class Footprint:
     Attributes:
         rows: `[rows, n]` units each: a forward takes the rows for equally long, so the cut must leave them so.
         work: module path -> what its own operations gave, in order.
+        given: module path -> the tensors that it was given by place.
+        splits: module path -> pieces of unlike sizes into which it splits a tensor, old sizes and what they carry.
         outputs: module path -> the first tensor that it gave. results: path in the model's output -> a tensor there.
         buffers: name of a buffer -> dimension and the units along it.
         queries: (path of the attention, units of queries; parameter name -> rows of it that write them).
@@ -72,6 +74,8 @@ class Footprint:
     units: int = 0
     rows: list[Ints] = field(default_factory=list)
     work: dict[str, list[Carried]] = field(default_factory=dict)
+    given: dict[str, list[Carried]] = field(default_factory=dict)
+    splits: dict[str, list[list[tuple[int, Carried | None]]]] = field(default_factory=dict)
     outputs: dict[str, Carried] = field(default_factory=dict)
     results: dict[str, Carried] = field(default_factory=dict)
     buffers: dict[str, tuple[int, Ints]] = field(default_factory=dict)
@@ -79,6 +83,16 @@ class Footprint:
     norm_dims: dict[str, int] = field(default_factory=dict)
     aligned: list[Ints] = field(default_factory=list)
     whole: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def of_one_width(self, path: str) -> list[Ints]:
+        """`[rows, n]` units each: what a module meets in one and the same number n along some dimension."""
+        inner = [x for p, x in self.outputs.items() if p.rpartition(".")[0] == path and p]
+        found: dict[int, dict[bytes, Ints]] = {}
+        for x in (*self.work.get(path, ()), *self.given.get(path, ()), *inner):
+            for ids in (i for i in x.ids if len(varying(i)) == 1):
+                vector = ids.reshape(-1).numpy()
+                found.setdefault(len(vector), {})[vector.tobytes()] = vector
+        return [np.stack(list(rows.values())) for rows in found.values() if len(rows) > 1]
 
     def units_at(self, path: str, inside: bool = False) -> Ints:
         """The units that a module's own operations meet; inside: those of the modules in it too."""
@@ -101,6 +115,8 @@ class _Watch(TorchFunctionMode):
         self.coupling: Any = None
         self.steps: list[tuple[str, str, int, int, list[tuple[tuple[int, ...], list[Tensor]]]]] = []
         self.modules: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
+        self.given: dict[str, list[tuple[tuple[int, ...], list[Tensor]]]] = {}
+        self.splits: list[tuple[str, int, list[tuple[int, Any]]]] = []
         self.results: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
         self.buffers: dict[str, tuple[int, Tensor]] = {}
         self.queries: list[tuple[str, int, Tensor]] = []
@@ -115,6 +131,9 @@ class _Watch(TorchFunctionMode):
         if "scaled_dot_product" in step.name:  # a bias of attention has a head for each of the queries'
             for x in step.flat[3:]:
                 self.met += [(i.reshape(-1, 1), None) for i in (self._of(x) or ((), []))[1] if i.numel() > 1]
+        if step.name == "split_with_sizes":
+            dim = step.argument(2, "dim", 0) % step.args[0].dim()
+            self.splits.append((coupling.here, dim, [(x.shape[dim], self._of(x)) for x in step.outs]))
         if step.name in ("split", "slice") and (given := self._of(step.args[0])) is not None:
             self._note_pieces(step, given)
         if outs:
@@ -157,6 +176,8 @@ class _Watch(TorchFunctionMode):
             size = end - start if by == 1 else 0
         if 0 < size < n and n % size == 0 and start % size == 0:
             self.steps.append((self.coupling.here, "pieces", dim, size, [given]))
+        elif step.name == "split":  # pieces of which the last is smaller
+            self.met += [(ids.movedim(dim, 0).reshape(n, -1), None) for ids in given[1] if ids.shape[dim] == n]
 
     def _note_buffer(self, name: str, b: Tensor, step: Call, out: tuple[tuple[int, ...], list[Tensor]]) -> None:
         shape, slots = out
@@ -166,10 +187,11 @@ class _Watch(TorchFunctionMode):
                 if 0 <= at < b.dim() and b.shape[at] == ids.shape[d]:
                     self.buffers.setdefault(name, (at, ids.movedim(d, 0).reshape(ids.shape[d], -1)[:, 0]))
 
-    def leave(self, path: str, out: Any, coupling: Coupling | None) -> None:
+    def leave(self, path: str, given: tuple, out: Any) -> None:
         """A module ends."""
-        if coupling is None:
+        if self.coupling is None:
             return
+        self.given[path] = [seen for x in given if (seen := self._of(x)) is not None]
         try:
             found = tensors_of(out)
             if not path:
@@ -197,7 +219,7 @@ def footprint(model: nn.Module, inputs: Any) -> Footprint:
     trial = copy_of(model)
     watch = _Watch(trial)
     for path, m in trial.named_modules():
-        m.register_forward_hook(lambda m, a, out, path=path: watch.leave(path, out, watch.coupling))
+        m.register_forward_hook(lambda m, given, out, path=path: watch.leave(path, given, out))
     with classes_kept(model), seeded(device=device_of(model)), watch:
         found = trace(trial, inputs, lambda m: layer_for(type(m)).hat_is_norm, watch)
     unit_map = resolve(found, trial)
@@ -230,6 +252,10 @@ def footprint(model: nn.Module, inputs: Any) -> Footprint:
     made.rows = list(rows.values())
     made.whole = _whole([(units[a].numpy(), None if b is None else units[b].numpy()) for a, b in watch.met])
     made.outputs = {path: carried(x) for path, x in watch.modules.items()}
+    made.given = {path: [carried(x) for x in given] for path, given in watch.given.items()}
+    for path, dim, pieces in watch.splits:
+        known = [(n, None if x is None else carried(x)) for n, x in pieces]
+        made.splits.setdefault(path, []).append([(n, _along(x, dim)) for n, x in known])
     made.results = {path: carried(x) for path, x in watch.results.items()}
     made.buffers = {n: (d, u) for n, (d, ids) in watch.buffers.items() if (u := units[ids].numpy()).any()}
     for path, m in model.named_modules():
@@ -238,6 +264,12 @@ def footprint(model: nn.Module, inputs: Any) -> Footprint:
     for path, size, ids in watch.queries:
         made.queries.setdefault(path, []).append((size, _rows_of(found.labels, ids.reshape(-1).numpy())))
     return made
+
+
+def _along(x: Carried | None, dim: int) -> Carried | None:
+    """What a tensor carries along one dimension, if it does."""
+    ids = [i for i in x.ids if varying(i) == (dim,)] if x is not None else []
+    return Carried(x.shape, tuple(ids[:1])) if x is not None and ids else None
 
 
 def _whole(met: list[tuple[Ints, Ints | None]]) -> Ints:
