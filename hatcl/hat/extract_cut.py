@@ -92,6 +92,7 @@ class Cutter:
         rows that must be equally long."""
         keep = (self.on | held).numpy().copy()
         keep[self.seen.whole] = keep[0] = True
+        homes = self._homes(len(keep))
         changed = True
         while changed:
             changed = False
@@ -99,16 +100,22 @@ class Cutter:
                 count = keep[rows].sum(1)
                 want = max(int(count.max()), 1)
                 for row in rows[count < want]:
-                    for unit in row[~keep[row]]:
-                        if int(keep[row].sum()) >= want:
-                            break
-                        keep[unit] = changed = True
+                    changed |= _fill(keep, row, want, homes)
             for units in self.seen.aligned:
                 off = units[~keep[units]]
                 short = min(-int(keep[units].sum()) % ALIGNMENT, len(off))
                 keep[off[:short]] = True
                 changed |= short > 0
         return torch.from_numpy(keep)
+
+    def _homes(self, size: int) -> list[Ints | None]:
+        """Unit -> the shortest row (its head, its group) that it is in, of those that must be equally long."""
+        out: list[Ints | None] = [None] * size
+        for rows in sorted((r for r in self.rows if len(r) > 1), key=lambda r: -r.shape[1]):
+            for row in rows:
+                for unit in row:
+                    out[unit] = row
+        return out
 
     # ---- the smaller network -----------------------------------------------------------------------------------
 
@@ -290,6 +297,24 @@ class Cutter:
         for n, value in vars(attention).items():
             if type(value) is float and abs(value - size**-0.5) < 1e-12:
                 shaping.sizes.setdefault(path, {})[n] = new**-0.5
+
+
+def _fill(keep: Any, row: Ints, want: int, homes: Sequence[Ints | None]) -> bool:
+    """Keep so many more units of a row, first of the heads or groups that have fewest."""
+    of_home: dict[int, list[int]] = {}
+    count: dict[int, int] = {}
+    for unit in dict.fromkeys(row[~keep[row]].tolist()):
+        home = homes[unit]
+        of_home.setdefault(id(home), []).append(unit)
+        count.setdefault(id(home), 0 if home is None else int(keep[home].sum()))
+    filled = False
+    while of_home and int(keep[row].sum()) < want:
+        least = min(of_home, key=lambda h: count[h])
+        keep[of_home[least].pop(0)] = filled = True
+        count[least] += 1
+        if not of_home[least]:
+            del of_home[least]
+    return filled
 
 
 def _are_sizes(value: Any) -> bool:
