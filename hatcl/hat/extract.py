@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from ..map.units import UnitMap
 from .certify import named_outputs
 from .digests import check_sealed
 from .extract_cut import Cutter, Shaping
+from .extract_files import check_format, write_extracted, write_program
 from .extract_plain import plain_copy, weights_of_task
 from .extract_trace import Carried, Footprint, footprint
 from .gates import gates_of
@@ -78,12 +82,28 @@ class Extracted:
         model: the smaller network, in evaluation mode, an ordinary module.
         report: what was cut.
         shaping: how it differs from what its class makes. source: how its class is made, if hatcl knows.
+        inputs: on which it was compared.
     """
 
     model: nn.Module
     report: ExtractReport
     shaping: Shaping
+    inputs: Any = None
     source: dict[str, Any] | None = None
+
+    def save(self, folder: str | os.PathLike[str], form: str = "safetensors") -> Path:
+        """Write the model as it is now, fine-tuned or not.
+
+        Args:
+            form: `safetensors`: tensors and how to make the network (`hatcl.load_extracted` reads it); `pt2`: a program
+                of `torch.export`; `onnx`: for onnxruntime and others. Programs take any batch size.
+
+        Raises:
+            ConfigError: no such form, or what writes it is not installed. ConversionError: no program can be made.
+        """
+        if check_format(form) != "safetensors":
+            return write_program(folder, self.model.eval(), self.inputs, form)
+        return write_extracted(folder, self.model, self.shaping, self.source, dataclasses.asdict(self.report))
 
 
 def extract_task(
@@ -134,6 +154,7 @@ def extract_task(
             _multiply_adds(plain, inputs), int(keep[1:].sum()), int((keep & on)[1:].sum()), full,
         ),
         shaping,
+        inputs,
         gates[0].source,
     )  # fmt: skip
 
