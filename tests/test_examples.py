@@ -22,7 +22,7 @@ PAGES = [
     "README.md", "docs/hat.md", "docs/merging.md", "docs/atlas.md", "docs/tasl.md", "docs/ilora.md",
     "docs/grafts.md", "docs/architecture.md", "docs/exactness.md",
 ]  # fmt: skip
-EXTRAS = {"sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots"}
+EXTRAS = {"sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots", "onnxruntime": "onnx"}
 
 
 def blocks(page: str) -> str:

@@ -106,9 +106,7 @@ class Extracted:
         return write_extracted(folder, self.model, self.shaping, self.source, dataclasses.asdict(self.report))
 
 
-def extract_task(
-    model: nn.Module, task: int, example_inputs: Any = None, *, tolerance: float = TOLERANCE
-) -> Extracted:
+def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tolerance: float = TOLERANCE) -> Extracted:
     """The network that a sealed task computes with, as an ordinary smaller module: the task's units alone, its norms,
     copies and head folded in, nothing of hatcl left. The model stays as it was.
 
@@ -223,7 +221,7 @@ class _Search:
         self.held = torch.zeros(cutter.seen.units + 1, dtype=torch.bool)
         self.within = _within(cutter.seen)
         self.one_width: dict[type, list[Any]] = {}  # class -> rows: what has one number of entries keeps one number
-        self.asked: set[type] = set()  # classes whose attributes were left as they are, for a try
+        self.asked: set[tuple[int, type]] = set()  # what was tried for a class
 
     def run(self) -> tuple[nn.Module, Shaping, Tensor, float, dict[str, str]]:
         full: dict[str, str] = {}
@@ -265,22 +263,27 @@ class _Search:
         return _Misfit(self._first_that_differs(made, keep), f"cut, it computes something else ({part})")
 
     def _with_sizes_left(self, keep: Tensor, misfit: _Misfit) -> tuple[nn.Module, Shaping, float] | _Misfit:
-        """The same with the attributes of a class as they are: one that equals a size may be another number. A class
-        keeps them where that comes further."""
-        order = list(self.cutter.seen.outputs)
+        """The same with the attributes of a class as they are (one that equals a size may be another number), or with
+        queries scaled by the root of their width. A class keeps to that where it comes further."""
+        order = {path: i for i, path in enumerate(self.cutter.seen.outputs)}
         path = misfit.path
         while True:
             cls = type(self.cutter.modules.get(path))
-            if cls not in self.asked and self.cutter.resizes(path, keep):
-                self.asked.add(cls)
-                self.cutter.left.add(cls)
+            for choice, so in (
+                (self.cutter.rooted, path in self.cutter.seen.products),
+                (self.cutter.left, bool(self.cutter.resizes(path, keep)) if path in self.cutter.modules else False),
+            ):
+                if not so or (id(choice), cls) in self.asked:
+                    continue
+                self.asked.add((id(choice), cls))
+                choice.add(cls)
                 found = self._try(keep)
                 if isinstance(found, tuple):
                     return found
-                if found.path in order and misfit.path in order and order.index(found.path) > order.index(misfit.path):
+                if order.get(found.path, -1) > order.get(misfit.path, len(order)):
                     misfit = found
                 else:
-                    self.cutter.left.discard(cls)
+                    choice.discard(cls)
             if not path:
                 return misfit
             path = path.rpartition(".")[0]
@@ -350,7 +353,7 @@ class _Search:
         got = _module_outputs(made, self.inputs)
         for path, x in want.items():
             carried = self.cutter.seen.outputs.get(path)
-            if path in got and _gap_of(x, got[path], carried, keep) > self.tolerance:
+            if path in got and path not in self.cutter.scaled and _gap_of(x, got[path], carried, keep) > self.tolerance:
                 return path
         return ""
 
@@ -401,7 +404,7 @@ def _followed(model: nn.Module, stack: list[str]) -> Iterator[None]:
     handles = []
     for path, m in model.named_modules():
         handles.append(m.register_forward_pre_hook(lambda m, a, path=path: stack.append(path)))
-        handles.append(m.register_forward_hook(lambda m, a, out: stack.__delitem__(-1)))  # type: ignore[arg-type]
+        handles.append(m.register_forward_hook(lambda m, a, out: stack.__delitem__(-1)))
     try:
         yield
     finally:

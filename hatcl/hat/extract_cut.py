@@ -57,6 +57,8 @@ class Cutter:
         self.modules = dict(plain.named_modules())
         self.names = {id(p): n for n, p in plain.named_parameters()}
         self.left: set[type] = set()  # classes whose attributes are as they were
+        self.rooted: set[type] = set()  # classes that divide by the root of a width that they take from a shape
+        self.scaled: set[str] = set()  # modules of which some rows are scaled
         self.rows = [*seen.rows, *self._grouped_rows()]
 
     # ---- which units stay --------------------------------------------------------------------------------------
@@ -133,15 +135,18 @@ class Cutter:
             else:
                 if sizes := self._sizes(path, small, keep):
                     shaping.sizes[path] = sizes
+            if isinstance(module, nn.TransformerEncoderLayer):  # its fused form would not ask its norms
+                shaping.sizes.setdefault(path, {})["activation_relu_or_gelu"] = 0
+            elif isinstance(module, nn.TransformerEncoder):
+                shaping.sizes.setdefault(path, {})["use_nested_tensor"] = False
             target = made.get_submodule(path)
-            for name, value in small.items():
-                old = module._parameters[name]
-                known = tied.get(id(old))
+            for name, p in ((n, p) for n, p in module._parameters.items() if p is not None):
+                value, known = small[name], tied.get(id(p))
                 if known is not None and known.shape == value.shape and torch.equal(known, value):
                     target._parameters[name] = known
                 else:
-                    fresh = nn.Parameter(value, requires_grad=bool(old.requires_grad))  # type: ignore[union-attr]
-                    tied.setdefault(id(old), fresh)
+                    fresh = nn.Parameter(value, requires_grad=p.requires_grad)
+                    tied.setdefault(id(p), fresh)
                     target._parameters[name] = fresh
             for name, b in module._buffers.items():
                 if b is not None:
@@ -254,16 +259,18 @@ class Cutter:
         for name, value in vars(module).items():
             if name.startswith("_") or name == "training" or NO_SIZE.search(name.lower()):
                 continue
-            new = splits.get(tuple(value)) if _are_sizes(value) else None
-            new = _resized(value, options) if new is None else new
-            if new != (list(value) if isinstance(value, tuple) else value):
-                sizes[name] = new
+            exact = splits.get(tuple(value)) if _are_sizes(value) else None
+            resized: Any = _resized(value, options) if exact is None else exact
+            if resized != (list(value) if isinstance(value, tuple) else value):
+                sizes[name] = resized
         return sizes
 
     def _scale_queries(self, made: nn.Module, shaping: Shaping, keep: Tensor) -> None:
         """Attention divides by the root of its width, which is another one now: the queries make up for it."""
         done: set[tuple[str, int]] = set()
-        for path, found in self.seen.queries.items():
+        self.scaled.clear()
+        rooted = {p: x for p, x in self.seen.products.items() if type(self.modules[p]) in self.rooted}
+        for path, found in {**rooted, **self.seen.queries}.items():
             for size, rows in found:
                 for name, at in rows.items():
                     self._scale_rows(made, shaping, keep, path, size, name, at, done)
@@ -288,6 +295,7 @@ class Cutter:
             return
         done.add((name, size))
         module = made.get_submodule(holder)
+        self.scaled.add(holder)
         factor = (new / size) ** 0.5
         with torch.no_grad():
             for n, p in module._parameters.items():
@@ -346,9 +354,7 @@ def shaped(model: nn.Module, shaping: Shaping) -> nn.Module:
     return model
 
 
-def _selecting(
-    norm: nn.Module, dim: int, places: Sequence[Sequence[int]], width: int, known: int
-) -> fx.GraphModule:
+def _selecting(norm: nn.Module, dim: int, places: Sequence[Sequence[int]], width: int, known: int) -> fx.GraphModule:
     """A norm over some of the entries along `dim`; the others become zero. Groups have a norm each. As a graph it is
     torch's own: nothing of hatcl is in it."""
     root, graph = nn.Module(), fx.Graph()
@@ -379,12 +385,14 @@ def _narrowed(norm: nn.Module, known: int, width: int, places: Sequence[int]) ->
         old = getattr(small, name)
         setattr(small, name, tuple(value) if isinstance(old, tuple) else value)
     if hasattr(small, "num_groups"):
-        small.num_groups = 1
-    for tensors in (small._parameters, small._buffers):
-        for name, p in tensors.items():
-            if p is not None and p.dim() and len(p) == width:
-                value = p.detach().index_select(0, at.to(p.device))
-                tensors[name] = nn.Parameter(value, p.requires_grad) if isinstance(p, nn.Parameter) else value
+        vars(small)["num_groups"] = 1
+    for name, x in [*small.named_parameters(recurse=False), *small.named_buffers(recurse=False)]:
+        if x.dim() and len(x) == width:
+            few = x.detach().index_select(0, at.to(x.device))
+            if isinstance(x, nn.Parameter):
+                small._parameters[name] = nn.Parameter(few, x.requires_grad)
+            else:
+                small._buffers[name] = few
     return small
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def write_extracted(
     """Write what `load_extracted` reads, in one file, and a copy of its header to look at."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    first: dict[tuple[int, int, torch.Size], str] = {}
+    first: dict[Any, str] = {}
     for name, t in _every_tensor(model).items():
         key = (t.data_ptr(), t.storage_offset(), t.shape)
         if t.numel() and key in first:
@@ -157,15 +157,12 @@ def write_program(folder: str | os.PathLike[str], model: nn.Module, inputs: Any,
     """
     args, kwargs = _as_call(inputs)
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    dims = _dims(args, batch), _dims(kwargs, batch)
+    dims = _dims(kwargs or args, batch)
 
     def write(new: Path) -> None:
         try:
             with torch.no_grad():
-                # the names of a signature may stand for what is given by place
-                program = torch.export.export(
-                    model, args, kwargs, dynamic_shapes=dims[0] if not kwargs else dims[1] if not args else None
-                )
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dims)
             if form == "pt2":
                 torch.export.save(program, new)
             else:
@@ -191,5 +188,6 @@ def _as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:
 
 def _dims(given: Any, batch: Any) -> Any:
     """The first dimension of every tensor is the batch."""
-    of: Callable[[Any], Any] = lambda x: {0: batch} if isinstance(x, Tensor) and x.dim() else None  # noqa: E731
-    return {n: of(x) for n, x in given.items()} if isinstance(given, dict) else tuple(map(of, given))
+    if isinstance(given, dict):
+        return dict(zip(given, _dims(tuple(given.values()), batch), strict=True))
+    return tuple({0: batch} if isinstance(x, Tensor) and x.dim() else None for x in given)

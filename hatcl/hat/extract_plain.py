@@ -85,7 +85,7 @@ def weights_of_task(model: nn.Module, task: int) -> dict[tuple[str, str], Tensor
                 if plan is None:
                     value = p.detach()
                 elif path in norms and norms[path].across:
-                    value = module._hat_own("_parameters", name, task) if plan.copied else p  # type: ignore[operator]
+                    value = module._hat_own("_parameters", name, task) if plan.copied else p
                 else:
                     value = getattr(module, name)
                     if hat.output is not None:

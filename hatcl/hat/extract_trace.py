@@ -64,7 +64,8 @@ class Footprint:
         splits: module path -> pieces of unlike sizes into which it splits a tensor, old sizes and what they carry.
         outputs: module path -> the first tensor that it gave. results: path in the model's output -> a tensor there.
         buffers: name of a buffer -> dimension and the units along it.
-        queries: (path of the attention, units of queries; parameter name -> rows of it that write them).
+        queries: path of an attention that divides by the root of a head's width by itself -> that width, and which rows
+            of which parameters write its queries. products: the same where two activations are multiplied.
         norm_dims: path of a norm -> its input's number of dimensions.
         aligned: units of which as many stay as make a multiple of 16 bytes.
         whole: units that stay, since they meet, one by one, what belongs to no unit and is computed meanwhile (the
@@ -80,6 +81,7 @@ class Footprint:
     results: dict[str, Carried] = field(default_factory=dict)
     buffers: dict[str, tuple[int, Ints]] = field(default_factory=dict)
     queries: dict[str, list[tuple[int, dict[str, Ints]]]] = field(default_factory=dict)
+    products: dict[str, list[tuple[int, dict[str, Ints]]]] = field(default_factory=dict)
     norm_dims: dict[str, int] = field(default_factory=dict)
     aligned: list[Ints] = field(default_factory=list)
     whole: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -120,12 +122,15 @@ class _Watch(TorchFunctionMode):
         self.results: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
         self.buffers: dict[str, tuple[int, Tensor]] = {}
         self.queries: list[tuple[str, int, Tensor]] = []
+        self.products: list[tuple[str, int, Tensor]] = []
         self.met: list[tuple[Tensor, Tensor | None]] = []
         self._names = {id(b): n for n, b in model.named_buffers()}
 
     def __call__(self, step: Call, coupling: Coupling) -> None:
         self.coupling = coupling
         outs = [seen for x in step.outs if (seen := self._of(x)) is not None]
+        if step.name == "bmm" and not any(s is None or s.of_parameters for s in step.shadows):
+            self._note_query(self.products, step.args[0])
         if step.name in ALIGNED:
             self.steps += [(coupling.here, step.name, 0, 0, [g]) for x in step.flat if (g := self._of(x)) is not None]
         if "scaled_dot_product" in step.name:  # a bias of attention has a head for each of the queries'
@@ -156,8 +161,7 @@ class _Watch(TorchFunctionMode):
                         if y.shape[d] == x.shape[d]:
                             other = self._of(y)
                             along = [i for i in other[1] if i.shape[d] > 1] if other is not None else []
-                            vector = ids.movedim(d, 0).reshape(ids.shape[d], -1)
-                            self.met.append((vector, along[0].movedim(d, 0).reshape(ids.shape[d], -1) if along else None))
+                            self.met.append((_first(ids, d), _first(along[0], d) if along else None))
 
     def _of(self, x: Any) -> tuple[tuple[int, ...], list[Tensor]] | None:
         shadow = self.coupling.shadow(x) if isinstance(x, Tensor) else None
@@ -177,7 +181,7 @@ class _Watch(TorchFunctionMode):
         if 0 < size < n and n % size == 0 and start % size == 0:
             self.steps.append((self.coupling.here, "pieces", dim, size, [given]))
         elif step.name == "split":  # pieces of which the last is smaller
-            self.met += [(ids.movedim(dim, 0).reshape(n, -1), None) for ids in given[1] if ids.shape[dim] == n]
+            self.met += [(_first(ids, dim), None) for ids in given[1] if ids.shape[dim] == n]
 
     def _note_buffer(self, name: str, b: Tensor, step: Call, out: tuple[tuple[int, ...], list[Tensor]]) -> None:
         shape, slots = out
@@ -185,7 +189,12 @@ class _Watch(TorchFunctionMode):
             for d in (d for d in range(ids.dim()) if ids.shape[d] > 1):
                 at = 0 if "convolution" in step.name else d - len(shape) + b.dim()
                 if 0 <= at < b.dim() and b.shape[at] == ids.shape[d]:
-                    self.buffers.setdefault(name, (at, ids.movedim(d, 0).reshape(ids.shape[d], -1)[:, 0]))
+                    self.buffers.setdefault(name, (at, _first(ids, d)[:, 0]))
+
+    def _note_query(self, where: list[tuple[str, int, Tensor]], query: Tensor) -> None:
+        for ids in seen[1] if (seen := self._of(query)) is not None else ():
+            if ids.shape[-1] > 1:
+                where.append((self.coupling.here, query.shape[-1], ids))
 
     def leave(self, path: str, given: tuple, out: Any) -> None:
         """A module ends."""
@@ -206,12 +215,13 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is tf.scaled_dot_product_attention and kwargs.get("scale") is None and self.coupling is not None:
-            query = args[0] if args else kwargs["query"]
-            seen = self._of(query)
-            for ids in seen[1] if seen is not None else ():
-                if ids.shape[-1] > 1:
-                    self.queries.append((self.coupling.here, query.shape[-1], ids))
+            self._note_query(self.queries, args[0] if args else kwargs["query"])
         return func(*args, **kwargs)
+
+
+def _first(ids: Tensor, dim: int) -> Tensor:
+    """With one dimension in front, and all others as one."""
+    return ids.movedim(dim, 0).reshape(ids.shape[dim], -1)
 
 
 def footprint(model: nn.Module, inputs: Any) -> Footprint:
@@ -254,22 +264,23 @@ def footprint(model: nn.Module, inputs: Any) -> Footprint:
     made.outputs = {path: carried(x) for path, x in watch.modules.items()}
     made.given = {path: [carried(x) for x in given] for path, given in watch.given.items()}
     for path, dim, pieces in watch.splits:
-        known = [(n, None if x is None else carried(x)) for n, x in pieces]
-        made.splits.setdefault(path, []).append([(n, _along(x, dim)) for n, x in known])
+        known = [(n, None if x is None else _along(carried(x), dim)) for n, x in pieces]
+        made.splits.setdefault(path, []).append(known)
     made.results = {path: carried(x) for path, x in watch.results.items()}
     made.buffers = {n: (d, u) for n, (d, ids) in watch.buffers.items() if (u := units[ids].numpy()).any()}
     for path, m in model.named_modules():
         if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
             made.queries[path] = [(m.head_dim, {f"{path}.in_proj_weight".lstrip("."): np.arange(m.embed_dim)})]
-    for path, size, ids in watch.queries:
-        made.queries.setdefault(path, []).append((size, _rows_of(found.labels, ids.reshape(-1).numpy())))
+    for noted, kept in ((watch.queries, made.queries), (watch.products, made.products)):
+        for path, size, ids in noted:
+            kept.setdefault(path, []).append((size, _rows_of(found.labels, ids.reshape(-1).numpy())))
     return made
 
 
-def _along(x: Carried | None, dim: int) -> Carried | None:
+def _along(x: Carried, dim: int) -> Carried | None:
     """What a tensor carries along one dimension, if it does."""
-    ids = [i for i in x.ids if varying(i) == (dim,)] if x is not None else []
-    return Carried(x.shape, tuple(ids[:1])) if x is not None and ids else None
+    ids = [i for i in x.ids if varying(i) == (dim,)]
+    return Carried(x.shape, (ids[0],)) if ids else None
 
 
 def _whole(met: list[tuple[Ints, Ints | None]]) -> Ints:
