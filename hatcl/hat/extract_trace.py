@@ -263,8 +263,8 @@ def footprint(model: nn.Module, inputs: Any) -> Footprint:
     made.whole = _whole([(units[a].numpy(), None if b is None else units[b].numpy()) for a, b in watch.met])
     made.outputs = {path: carried(x) for path, x in watch.modules.items()}
     made.given = {path: [carried(x) for x in given] for path, given in watch.given.items()}
-    for path, dim, pieces in watch.splits:
-        known = [(n, None if x is None else _along(carried(x), dim)) for n, x in pieces]
+    for path, dim, parts_given in watch.splits:
+        known = [(n, None if x is None else _along(carried(x), dim)) for n, x in parts_given]
         made.splits.setdefault(path, []).append(known)
     made.results = {path: carried(x) for path, x in watch.results.items()}
     made.buffers = {n: (d, u) for n, (d, ids) in watch.buffers.items() if (u := units[ids].numpy()).any()}

@@ -254,6 +254,20 @@ def test_a_layer_without_a_unit_that_is_on_is_one_zero():
     same(model, 0, found.model, x)
 
 
+def test_pairs_of_lora_are_cut_and_peft_merges_what_is_left():
+    peft = pytest.importorskip("peft", reason="peft is not installed; run: pip install -e '.[hf]'")
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(MODELS["vit"][0](), peft.LoraConfig(r=8, target_modules=["qkv", "fc1", "fc2"]))
+    x = images("vit", 2)
+    model = sealed(adapted, x)
+    found = hatcl.extract_task(model, 0, x)
+    same(model, 0, found.model, images("vit", 3, seed=1))
+    assert 0 < found.model.base_model.model.blocks[0].attn.qkv.lora_A["default"].out_features < 8
+    merged = copy.deepcopy(found.model).merge_and_unload()
+    same(model, 0, merged, images("vit", 3, seed=1))
+    assert not any("lora" in name for name in merged.state_dict())
+
+
 def test_its_training_mode_and_gradients_are_those_of_any_module():
     model = converted("resnet")
     pretend(model)
