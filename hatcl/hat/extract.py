@@ -29,9 +29,11 @@ from .extract_trace import Carried, Footprint, footprint
 from .gates import gates_of
 from .tasks import check_task
 from .tasks import task as active
+from .verify import stirred
 
 log = logging.getLogger(__name__)
-TOLERANCE = 1e-4  # of the largest value; see docs/hat.md for what is measured
+TOLERANCE = 1e-5  # of the largest value; see docs/hat.md for what is measured
+STIRRED = 1e-4  # with noise on the weights, where what is wrong shows: it makes differences of 1e-2 and more
 TRIES = 40
 
 
@@ -134,7 +136,6 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
     check_sealed(model, [task])
     inputs = example_inputs_of(model) if example_inputs is None else example_inputs
     want = _gated(model, inputs, task)
-    plain = plain_copy(model, task)
     seen = footprint(plain_copy(model, None), inputs)
     unit_map: UnitMap = gates[0].unit_map
     if seen.units != unit_map.num_units:
@@ -143,8 +144,20 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
             f"had {unit_map.num_units}; pass inputs of the same kind (the same arguments, so that the same code runs)"
         )
     on = torch.cat([torch.ones(1, dtype=torch.bool), gates[0].masks[task].cpu()])
-    cutter = Cutter(plain, weights_of_task(model, task), unit_map, seen, on)
-    made, shaping, keep, difference, full = _Search(model, task, inputs, want, cutter, tolerance).run()
+    trial = stirred(model, inputs)
+    cutter = Cutter(plain_copy(trial, task), weights_of_task(trial, task), unit_map, seen, on)
+    search = _Search(trial, task, inputs, _gated(trial, inputs, task), cutter, STIRRED)
+    keep, full = search.run()
+    del trial
+    plain = plain_copy(model, task)
+    cutter.fill(plain, weights_of_task(model, task))
+    made, shaping = cutter.cut(keep)
+    difference, where = search.difference(want, _run(made, inputs), keep)
+    if not difference <= tolerance:
+        raise ConversionError(
+            f"{type(model).__name__}: the network cut down to task {task} does not agree with the model within "
+            f"{tolerance:g} of the largest value ({where}); pass tolerance= what you can bear, or report the model"
+        )
     return Extracted(
         made,
         ExtractReport(
@@ -223,16 +236,17 @@ class _Search:
         self.one_width: dict[type, list[Any]] = {}  # class -> rows: what has one number of entries keeps one number
         self.asked: set[tuple[int, type]] = set()  # what was tried for a class
 
-    def run(self) -> tuple[nn.Module, Shaping, Tensor, float, dict[str, str]]:
+    def run(self) -> tuple[Tensor, dict[str, str]]:
+        """Which units stay, and why some do."""
         full: dict[str, str] = {}
         where, why = "", ""
         for _ in range(TRIES):
             keep = self.cutter.settled(self.held)
             found = self._try(keep)
-            if isinstance(found, _Misfit):
+            if found is not None:
                 found = self._with_sizes_left(keep, found)
-            if not isinstance(found, _Misfit):
-                return (*found[:2], keep, found[2], full)
+            if found is None:
+                return keep, full
             where, why = found.path, found.why
             log.info("%s: %s", where or type(self.model).__name__, why)
             if not self._hold(where):
@@ -244,10 +258,10 @@ class _Search:
             f"model, also at full width: {why}; please report the model"
         )
 
-    def _try(self, keep: Tensor) -> tuple[nn.Module, Shaping, float] | _Misfit:
+    def _try(self, keep: Tensor) -> _Misfit | None:
         stack: list[str] = []
         try:
-            made, shaping = self.cutter.cut(keep)
+            made, _ = self.cutter.cut(keep)
             with _followed(made, stack):
                 got = _run(made, self.inputs)
         except HATError:
@@ -257,12 +271,12 @@ class _Search:
             text = str(error).splitlines()[0][:120] if str(error) else ""
             why = f"its forward has sizes of its own ({type(error).__name__}: {text})"
             return _Misfit(stack[-1] if stack else "", why)
-        difference, part = self._difference(got, keep)
+        difference, part = self.difference(self.want, got, keep)
         if difference <= self.tolerance:
-            return made, shaping, difference
+            return None
         return _Misfit(self._first_that_differs(made, keep), f"cut, it computes something else ({part})")
 
-    def _with_sizes_left(self, keep: Tensor, misfit: _Misfit) -> tuple[nn.Module, Shaping, float] | _Misfit:
+    def _with_sizes_left(self, keep: Tensor, misfit: _Misfit) -> _Misfit | None:
         """The same with the attributes of a class as they are (one that equals a size may be another number), or with
         queries scaled by the root of their width. A class keeps to that where it comes further."""
         order = {path: i for i, path in enumerate(self.cutter.seen.outputs)}
@@ -278,8 +292,8 @@ class _Search:
                 self.asked.add((id(choice), cls))
                 choice.add(cls)
                 found = self._try(keep)
-                if isinstance(found, tuple):
-                    return found
+                if found is None:
+                    return None
                 if order.get(found.path, -1) > order.get(misfit.path, len(order)):
                     misfit = found
                 else:
@@ -335,12 +349,12 @@ class _Search:
         parent = path.rpartition(".")[0]
         return units[[self.within[u] == parent or f"{self.within[u]}.".startswith(f"{parent}.") for u in units]]
 
-    def _difference(self, got: dict[str, Tensor], keep: Tensor) -> tuple[float, str]:
+    def difference(self, want: dict[str, Tensor], got: dict[str, Tensor], keep: Tensor) -> tuple[float, str]:
         """The largest difference of an output, relative to the largest value, and where it is."""
-        if got.keys() != self.want.keys():
+        if got.keys() != want.keys():
             return float("inf"), "its output has other parts"
         worst, where = 0.0, ""
-        for path, x in self.want.items():
+        for path, x in want.items():
             gap = _gap_of(x, got[path], self.cutter.seen.results.get(path), keep)
             if gap > worst:
                 worst, where = gap, f"{path} differs by {gap:.1g}"

@@ -53,13 +53,18 @@ class Cutter:
         seen: Footprint,
         on: Tensor,
     ) -> None:
-        self.plain, self.weights, self.unit_map, self.seen, self.on = plain, weights, unit_map, seen, on
-        self.modules = dict(plain.named_modules())
-        self.names = {id(p): n for n, p in plain.named_parameters()}
+        self.unit_map, self.seen, self.on = unit_map, seen, on
+        self.fill(plain, weights)
         self.left: set[type] = set()  # classes whose attributes are as they were
         self.rooted: set[type] = set()  # classes that divide by the root of a width that they take from a shape
         self.scaled: set[str] = set()  # modules of which some rows are scaled
         self.rows = [*seen.rows, *self._grouped_rows()]
+
+    def fill(self, plain: nn.Module, weights: Mapping[tuple[str, str], Tensor]) -> None:
+        """Cut this network from now on: the same with other values."""
+        self.plain, self.weights = plain, weights
+        self.modules = dict(plain.named_modules())
+        self.names = {id(p): n for n, p in plain.named_parameters()}
 
     # ---- which units stay --------------------------------------------------------------------------------------
 
