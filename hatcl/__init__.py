@@ -23,6 +23,8 @@ from .hat.certify import Certificate, certify
 from .hat.convert import convert
 from .hat.copies import seal
 from .hat.describe import Description, describe
+from .hat.extract import Extracted, ExtractReport, extract_task
+from .hat.extract_files import load_extracted
 from .hat.forget import ForgetReport, forget_task
 from .hat.layers import (
     HATConv1d,
@@ -76,19 +78,19 @@ from .vectors.task_vector import TaskVector
 __version__ = "0.1.0"
 __all__ = [
     "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions", "ConversionError",
-    "Description", "ForgetReport", "Graft", "GraftError", "GraftOptions", "GraftScores", "GuardError", "HATConfig",
-    "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d", "HATConvTranspose2d", "HATConvTranspose3d",
-    "HATEmbedding", "HATError", "HATLayer", "HATLinear", "ILoRA", "ILoRAConfig", "IntegrityError", "IsolationError",
-    "Learning", "NonFiniteLossError", "SignConflicts", "Skill", "SkillError", "SkillScorer", "SkillScores",
-    "TaskError", "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d",
-    "TaskIndexedGroupNorm", "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d",
-    "TaskIndexedLayerNorm", "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector",
-    "UnitMap", "VectorError", "accumulate_scores", "add_tasks", "as_adapter", "atlas", "certify", "compose",
-    "consolidate", "continual", "continual_method", "convert", "describe", "forget_task", "forward",
-    "from_pretrained", "gathered", "hold", "learn", "learn_graft", "learn_sequence", "list_continual_methods",
-    "list_merges", "list_models", "localize", "merge", "merge_method", "orthogonality", "register_layer",
-    "save_pretrained", "seal", "select_graft", "set_task", "sign_conflicts", "skill_overlap", "skill_tensors",
-    "task", "task_parameters", "tasks",
+    "Description", "ExtractReport", "Extracted", "ForgetReport", "Graft", "GraftError", "GraftOptions",
+    "GraftScores", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d",
+    "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer", "HATLinear", "ILoRA",
+    "ILoRAConfig", "IntegrityError", "IsolationError", "Learning", "NonFiniteLossError", "SignConflicts", "Skill",
+    "SkillError", "SkillScorer", "SkillScores", "TaskError", "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d",
+    "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm", "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d",
+    "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm", "TaskIndexedLinear", "TaskIndexedParameter",
+    "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError", "accumulate_scores", "add_tasks", "as_adapter",
+    "atlas", "certify", "compose", "consolidate", "continual", "continual_method", "convert", "describe",
+    "extract_task", "forget_task", "forward", "from_pretrained", "gathered", "hold", "learn", "learn_graft",
+    "learn_sequence", "list_continual_methods", "list_merges", "list_models", "load_extracted", "localize", "merge",
+    "merge_method", "orthogonality", "register_layer", "save_pretrained", "seal", "select_graft", "set_task",
+    "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

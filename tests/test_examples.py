@@ -22,7 +22,10 @@ PAGES = [
     "README.md", "docs/hat.md", "docs/merging.md", "docs/atlas.md", "docs/tasl.md", "docs/ilora.md",
     "docs/grafts.md", "docs/architecture.md", "docs/exactness.md",
 ]  # fmt: skip
-EXTRAS = {"sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots", "open_clip": "clip"}
+EXTRAS = {
+    "sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots", "open_clip": "clip",
+    "onnxruntime": "onnx", "lightning": "lightning",
+}  # fmt: skip
 
 
 def blocks(page: str) -> str:

@@ -60,6 +60,7 @@ class Trace:
         seen: the parameters that the forward used.
         standardised: the weights that go through a batch norm of their own before use.
         notes: what fell back, by module path.
+        units: the number of each label's unit, once `resolve` has numbered them.
     """
 
     labels: Labels = field(default_factory=Labels)
@@ -73,6 +74,7 @@ class Trace:
     seen: set[str] = field(default_factory=set)
     standardised: set[str] = field(default_factory=set)
     notes: dict[str, str] = field(default_factory=dict)
+    units: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 class Coupling:

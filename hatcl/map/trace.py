@@ -34,9 +34,10 @@ class Tracer(TorchDispatchMode):
     """Sees every operation of one forward and hands it to its rule. at: module path and operation that the trace is at
     work on, so that whatever fails meanwhile is its own fault."""
 
-    def __init__(self, coupling: Coupling) -> None:
+    def __init__(self, coupling: Coupling, watch: Callable[[Call, Coupling], None] | None = None) -> None:
         super().__init__()
         self.coupling = coupling
+        self.watch = watch
         self.at: tuple[str, str] | None = None
         self._elsewhere = torch.get_default_device().type != "cpu"
 
@@ -57,6 +58,8 @@ class Tracer(TorchDispatchMode):
         self.at = (self.coupling.here, func._schema.name)
         with _disable_current_modes(), self._on_cpu():
             self._keep(step, apply_rule(step, self.coupling))
+            if self.watch is not None:
+                self.watch(step, self.coupling)
         self.at = None
         return out
 
@@ -107,15 +110,20 @@ def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
             m.training = training
 
 
-def trace(model: nn.Module, inputs: Any, norms: Callable[[nn.Module], bool]) -> Trace:
+def trace(
+    model: nn.Module,
+    inputs: Any,
+    norms: Callable[[nn.Module], bool],
+    watch: Callable[[Call, Coupling], None] | None = None,
+) -> Trace:
     """Run `model` on `inputs` once and return what was seen. `norms` says which modules are norm layers that
-    gate their own output.
+    gate their own output. `watch` is shown each operation when its outputs have their shadows.
 
     Raises:
         ConversionError: a rule failed.
     """
     coupling = Coupling(model, norms)
-    tracer = Tracer(coupling)
+    tracer = Tracer(coupling, watch)
     for x in tensors_of(inputs, "inputs"):
         coupling.shadows[x] = Shadow()
     try:

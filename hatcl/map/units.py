@@ -241,6 +241,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     number = np.zeros(len(roots), dtype=np.int64)
     number[leaders] = np.arange(1, len(leaders) + 1)
     unit_of = np.where(is_unit, number[roots], 0)
+    found.units = unit_of
     counted = np.where(counts, unit_of, 0)
 
     entries: dict[str, Entry] = {}

@@ -23,6 +23,7 @@ from ..config import HATConfig
 from ..hat.certify import certify, largest_gap
 from ..hat.convert import convert, map_of
 from ..hat.describe import describe
+from ..hat.extract import ExtractReport, extract_task
 from ..hat.gates import gates_of
 from ..hat.learn import learn
 from ..hat.pretrained import from_pretrained, read_config, save_pretrained
@@ -42,6 +43,8 @@ class Proof:
         known: share of its parameters' elements whose owner and reader are known (`UnitMap.known`). unknown: for the
             others, why -> share. notes: what the trace could not follow, each text once.
         shares: as in `hatcl.Description`. use: share of the units that each task uses.
+        extracted: share of the elements that the cut out tasks keep, on average. difference: their largest difference
+            from the model, relative to the largest output. full: how many modules keep units at full width in them.
         forward_seconds, trace_seconds, seconds: one plain forward, the trace, everything.
     """
 
@@ -52,6 +55,9 @@ class Proof:
     notes: list[str]
     shares: dict[str, float]
     use: list[float]
+    extracted: float
+    difference: float
+    full: int
     forward_seconds: float
     trace_seconds: float
     seconds: float
@@ -67,7 +73,8 @@ def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] |
     a. it converts, in evaluation and in training mode, to the same map, and stays as it was;
     b. without a task the outputs are the source's bit for bit, in both modes;
     c. two tasks are learned; the certificate is exact, and the first task's outputs are what they were at sealing;
-    d. a deep copy and (`reload`) the saved model in another process give the same outputs.
+    d. a deep copy and (`reload`) the saved model in another process give the same outputs;
+    g. each task is cut out as a smaller module without hatcl in it, which agrees with the model.
 
     Of inputs with masks for padding all of it holds without the masks too: attention then takes other kernels, in which
     the heads of grouped keys stay grouped.
@@ -126,6 +133,7 @@ def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] |
         with active(other, t):
             _hold(_all_equal(want, _outputs(other, forms)), f"a deep copy gives other outputs for task {t}")
     del other
+    small = [_cut_out(model, t, inputs) for t in range(PROOF_CONFIG.num_tasks)]
     save_pretrained(model, folder)
     torch.save({"forms": forms, "sealed": sealed}, folder / EXPECTED)
 
@@ -139,7 +147,9 @@ def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] |
             unknown[why] = unknown.get(why, 0.0) + (1 - e.known) * math.prod(e.shape) / total
     return Proof(
         total, found.units, gates.unit_map.known, unknown, list(dict.fromkeys(found.notes.values())), found.shares,
-        [used / max(found.units, 1) for used in found.use.values()], forward, traced, time.perf_counter() - began,
+        [used / max(found.units, 1) for used in found.use.values()],
+        sum(r.kept for r in small) / max(sum(r.total for r in small), 1), max(r.difference for r in small),
+        max(len(r.full) for r in small), forward, traced, time.perf_counter() - began,
     )  # fmt: skip
 
 
@@ -156,6 +166,14 @@ def reload(folder: Path, make: Callable[[], nn.Module]) -> None:
         with active(model, t):
             got = _outputs(model, expected["forms"])
         _hold(_all_equal(want, got), f"loaded in another process, task {t} gives other outputs: {_gap(want, got)}")
+
+
+def _cut_out(model: nn.Module, task: int, inputs: Any) -> ExtractReport:
+    """A task as a smaller module. That it agrees with the model is what `extract_task` has checked."""
+    found = extract_task(model, task, inputs)
+    theirs = [p for p, m in found.model.named_modules() if type(m).__module__.split(".")[0] == "hatcl"]
+    _hold(not theirs, f"cut out, task {task} has something of hatcl in it: {theirs[:3]}")
+    return found.report
 
 
 def _without_masks(inputs: Any) -> list[dict[str, Any]]:

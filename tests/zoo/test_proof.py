@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hatcl
-from hatcl.hat import digests, guard
+from hatcl.errors import ConversionError
+from hatcl.hat import digests, extract, guard
 from hatcl.hat.convert import map_of
+from hatcl.hat.layers import HATLinear
 from hatcl.vectors.files import read_metadata
 from hatcl.zoo import catalog, proof
 
@@ -65,8 +67,27 @@ def test_a_model_of_timm_passes_and_loads_by_its_name(proved):
     assert found.units > 100 and found.known == 1 and found.unknown == {} and found.notes == []
     assert sum(found.shares.values()) == pytest.approx(1)
     assert len(found.use) == 2 and all(0.3 < use < 0.7 for use in found.use)
+    assert 0.2 < found.extracted < 0.45 and found.difference < 1e-5 and found.full == 0
     assert 0 < found.forward_seconds < found.trace_seconds < found.seconds
     proof.reload(folder, lambda: 1 / 0)
+
+
+def test_a_task_that_is_cut_out_wrongly_or_with_hatcl_in_it_fails(tmp_path, monkeypatch):
+    right = proof.extract_task
+
+    def dressed(model, task, inputs):
+        found = right(model, task, inputs)
+        found.model.extra = HATLinear(2, 2)
+        return found
+
+    monkeypatch.setattr(proof, "extract_task", dressed)
+    with pytest.raises(proof.ProofFailed, match="task 0 has something of hatcl in it: .'extra'."):
+        prove(tmp_path)
+    values = extract.weights_of_task
+    monkeypatch.setattr(proof, "extract_task", right)
+    monkeypatch.setattr(extract, "weights_of_task", lambda *a: {k: 1.1 * v for k, v in values(*a).items()})
+    with pytest.raises(ConversionError, match="does not agree with the model"):
+        prove(tmp_path)
 
 
 def test_what_is_not_known_is_counted_by_its_reason(tmp_path):

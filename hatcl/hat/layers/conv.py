@@ -3,7 +3,7 @@ that directly follows (which would cancel it otherwise). Shapes: x `[B, in, ...]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,6 +20,11 @@ class _Conv(HATLayer):
     weight = task_parameter("weight")
     bias = task_parameter("bias")
 
+    @classmethod
+    def hat_sizes(cls, shapes: Mapping[str, Sequence[int]], groups: int) -> dict[str, int]:
+        out, read = shapes["weight"][:2]
+        return {"out_channels": out, "in_channels": read * groups, "groups": groups}
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._hat_gate_output(super().forward(*args, **kwargs))  # type: ignore[misc]
 
@@ -35,6 +40,11 @@ class _Conv(HATLayer):
 class _ConvTranspose(_Conv):
     hat_owner_dims: ClassVar[Mapping[str, int]] = {"weight": 1, "bias": 0}
     hat_reader_dims: ClassVar[Mapping[str, int]] = {"weight": 0}
+
+    @classmethod
+    def hat_sizes(cls, shapes: Mapping[str, Sequence[int]], groups: int) -> dict[str, int]:
+        read, out = shapes["weight"][:2]
+        return {"out_channels": out * groups, "in_channels": read, "groups": groups}
 
     def _hat_bind_by_hand(self, *args: Any) -> None:
         if (groups := getattr(self, "groups", 1)) > 1:

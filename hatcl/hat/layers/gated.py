@@ -233,6 +233,11 @@ class HATLayer:
                 reset()
         return {n: bare._parameters[n].detach() for n in params}
 
+    @classmethod
+    def hat_sizes(cls, shapes: Mapping[str, Sequence[int]], groups: int) -> dict[str, int]:
+        """The attributes in which the plain layer keeps sizes, where its parameters have these shapes."""
+        return {}
+
     # ---- at work -----------------------------------------------------------------------------------------------
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,11 @@ class HATLinear(HATLayer, nn.Linear):
     hat_direct: ClassVar[bool] = True
     weight = task_parameter("weight")
     bias = task_parameter("bias")
+
+    @classmethod
+    def hat_sizes(cls, shapes: Mapping[str, Sequence[int]], groups: int) -> dict[str, int]:
+        out, read = shapes["weight"]
+        return {"out_features": out, "in_features": read}
 
     def forward(self, x: Tensor) -> Tensor:
         hat: Binding | None = self.__dict__.get("_hat")
@@ -78,6 +83,11 @@ class HATEmbedding(HATLayer, nn.Embedding):
     hat_output_dim: ClassVar[int] = -1
     hat_fold_output: ClassVar[bool] = True
     weight = task_parameter("weight")
+
+    @classmethod
+    def hat_sizes(cls, shapes: Mapping[str, Sequence[int]], groups: int) -> dict[str, int]:
+        rows, out = shapes["weight"]
+        return {"num_embeddings": rows, "embedding_dim": out}
 
     def _hat_bind_by_hand(self, *args: Any) -> None:
         super()._hat_bind_by_hand(*args)

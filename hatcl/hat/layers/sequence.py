@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ class _Recurrent(HATLayer):
     @_flat_weights.setter
     def _flat_weights(self, value: Any) -> None:
         pass
+
+    @classmethod
+    def hat_sizes(cls, shapes: Mapping[str, Sequence[int]], groups: int) -> dict[str, int]:
+        return {"input_size": shapes["weight_ih_l0"][1], "hidden_size": shapes["weight_hh_l0"][1]}
 
     def _weights_have_changed(self) -> bool:
         return False

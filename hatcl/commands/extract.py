@@ -1,0 +1,55 @@
+"""`hatcl extract`: a task as a model of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import hatcl
+
+from ..engine import folder as runs
+from ..errors import ConfigError
+from ..files import read_json
+from ._command import RunArgument, command
+from ._console import say
+
+
+class Form(str, Enum):
+    """What is written."""
+
+    safetensors = "safetensors"
+    pt2 = "pt2"
+    onnx = "onnx"
+
+
+@command("extract")
+def extract_command(
+    run: RunArgument,
+    task: Annotated[int, typer.Option(help="The task to take out, counted from 0.")],
+    output: Annotated[Path, typer.Option(help="The folder to write; it must not be a run's.")],
+    form: Annotated[
+        Form, typer.Option("--format", help="safetensors: for hatcl.load_extracted; pt2 and onnx: programs.")
+    ] = Form.safetensors,
+) -> dict[str, Any]:
+    """Write the network that a task computes with as an ordinary smaller model, without the other tasks.
+
+    The run stays as it is.
+    """
+    folder = runs.find_model(run)
+    if (output / runs.CONFIG).exists():
+        raise ConfigError(f"--output {output}: a run or a saved model is there; name another folder")
+    config = read_json(run / runs.CONFIG) if (run / runs.CONFIG).exists() else {}
+    shape = config.get("input_shape")
+    draw = torch.Generator().manual_seed(0)
+    extracted = hatcl.extract_task(
+        hatcl.from_pretrained(folder), task, None if shape is None else torch.randn(2, *shape, generator=draw)
+    )
+    extracted.save(output, form.value)
+    say(str(extracted.report))
+    say(f"written to {output}")
+    return dataclasses.asdict(extracted.report)
