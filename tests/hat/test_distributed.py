@@ -23,6 +23,7 @@ FSDP = [
     "fsdp_transformer", "fsdp_conv", "fsdp_root_only", "fsdp_is_one_process_with_all_batches",
     "fsdp_mixed_precision", "fsdp_twin_without_guard", "fsdp_refusals", "fsdp_skills",
 ]  # fmt: skip
+TRAINER = ["trainer_two_tasks"]
 SLOW = ["ddp_compiled", "ddp_of_compiled"]
 SECONDS = 120
 
@@ -66,6 +67,12 @@ def test_replicas(name):
 @pytest.mark.parametrize("name", FSDP)
 def test_shards(name):
     assert outcomes(*FSDP)[name] == ["ok", "ok"], "\n".join(outcomes(*FSDP)[name])
+
+
+@pytest.mark.parametrize("name", TRAINER)
+def test_trainers(name):
+    pytest.importorskip("transformers")
+    assert outcomes(*TRAINER)[name] == ["ok", "ok"], "\n".join(outcomes(*TRAINER)[name])
 
 
 @pytest.mark.slow
