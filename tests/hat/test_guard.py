@@ -3,8 +3,8 @@ when its protection is taken out."""
 
 from __future__ import annotations
 
-import itertools
 import copy
+import itertools
 
 import parts
 import pytest
@@ -64,11 +64,9 @@ def ways():
     """Whether the optimizer is kept, in bf16, with accumulation and clipping. Any two of the three meet in all four
     combinations in every run of the tests; the other half of the grid is slow."""
     for kept, autocast, accumulate in itertools.product([True, False], repeat=3):
-        name = (
-            f"{'kept' if kept else 'fresh'}-{'bf16' if autocast else 'fp32'}-{'accumulate_clip' if accumulate else ''}"
-        )
+        names = ("kept" if kept else "fresh", "bf16" if autocast else "fp32", "accumulate_clip" if accumulate else "")
         marks = () if kept == (autocast == accumulate) else pytest.mark.slow
-        yield pytest.param(kept, autocast, accumulate, id=name, marks=marks)
+        yield pytest.param(kept, autocast, accumulate, id="-".join(names), marks=marks)
 
 
 @pytest.mark.parametrize(("kept", "autocast", "accumulate"), ways())
