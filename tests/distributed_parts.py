@@ -498,6 +498,11 @@ def fsdp_skills(rank):
         assert "DistributedDataParallel" in str(error)
 
 
+def as_torchrun_does(rank):
+    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in started.items()}, MASTER_ADDR="localhost")
+
+
 @scenario
 def trainer_two_tasks(rank):
     """transformers' Trainer in two processes: the tasks that both have sealed are the same, in the checkpoint too."""
@@ -538,6 +543,49 @@ def trainer_two_tasks(rank):
     distributed.barrier()
     if rank == 0:
         shutil.rmtree(place[0])
+
+
+@scenario
+def lightning_two_tasks(rank):
+    """Lightning in two processes: the tasks that both have sealed are the same; its default strategy is refused."""
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from hatcl.integrations.lightning import LearnTask
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = converted("mlp", rank)
+
+        def training_step(self, batch, _):
+            return tf.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.1)
+
+    def fit(task, strategy="ddp_find_unused_parameters_true"):
+        x, y = parts.problem(parts.shape_of("mlp"), task, 64)
+        Trainer(
+            max_epochs=2, accelerator="cpu", devices=WORLD, strategy=strategy, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[LearnTask(task)],
+        ).fit(module, DataLoader(TensorDataset(x, y), 8))  # fmt: skip
+
+    as_torchrun_does(rank)
+    module, said = Module(), {}
+    for task in range(2):
+        fit(task)
+        assert hatcl.tasks(module.model) == list(range(task + 1)) and different(module.model) == []
+        for t in range(task + 1):
+            with torch.no_grad(), hatcl.task(module.model.eval(), t):
+                now = module.model(parts.images("mlp"))
+            assert torch.equal(now, said.setdefault(t, now))
+    try:
+        fit(2, "ddp")
+        raise AssertionError("not refused")
+    except hatcl.HATError as error:
+        assert "find_unused_parameters=True" in str(error)
+    assert hatcl.tasks(module.model) == [0, 1]
 
 
 def main(rank, folder, names):

@@ -221,7 +221,6 @@ class Stop(transformers.TrainerCallback):
         control.should_training_stop = state.global_step == 6
 
 
-@pytest.mark.filterwarnings("default:task 0 is sealed after 6 of 12 steps")
 def test_training_that_is_stopped_early_seals_before_it_saves(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 3, "callbacks": [Stop()]}
     trainer = trainer_of(converted(), 0, tmp_path, **options)
