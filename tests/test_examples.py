@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [
     "README.md", "docs/hat.md", "docs/merging.md", "docs/atlas.md", "docs/tasl.md", "docs/ilora.md",
-    "docs/grafts.md", "docs/architecture.md", "docs/exactness.md",
+    "docs/grafts.md", "docs/architecture.md", "docs/exactness.md", "docs/stack.md",
 ]  # fmt: skip
-EXTRAS = {"sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots"}
+EXTRAS = {"lightning": "lightning", "sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots"}
 
 
 def blocks(page: str) -> str:

@@ -303,7 +303,8 @@ def test_hat_over_lora(tmp_path):
 def with_callback(model, task, folder, **options):
     callback = HATCallback(task=task)
     args = arguments(folder, **options)
-    trainer = transformers.Trainer(model, args, train_dataset=Words(task), callbacks=[callback])
+    data = {"train_dataset": Words(task), "eval_dataset": Words(task + 50)}
+    trainer = transformers.Trainer(model, args, **data, callbacks=[callback])
     return callback, trainer
 
 
@@ -318,6 +319,18 @@ def test_the_callback_learns_and_resumes(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-6"))
     assert hatcl.certify(resumed, BATCH).exact
     assert all(same_bits(said(resumed, t), said(model, t)) for t in (0, 1))
+
+
+def test_the_callback_seals_the_best_checkpoint(tmp_path):
+    model, want = with_task_0()
+    options = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    callback, trainer = with_callback(model, 1, tmp_path, **options)
+    ups = iter([3.0, 4.0, 2.0, 1.0])
+    trainer.evaluate = lambda **_: {"eval_loss": -next(ups)}
+    with callback:
+        trainer.train()
+    assert trainer.state.best_global_step == 6 and hatcl.tasks(model) == [0, 1] and same_bits(said(model, 0), want)
+    assert hatcl.certify(model, BATCH).exact
 
 
 def test_the_callback_after_an_error(tmp_path):
