@@ -54,41 +54,58 @@ class _Gate(torch.autograd.Function):
     generate_vmap_rule = True  # a forward may use `torch.func`
 
     @staticmethod
-    def forward(e: Tensor, scale: Tensor, max_scale: float, clamp: float, hardened: Tensor | None) -> Tensor:
+    def forward(
+        e: Tensor, scale: Tensor, max_scale: float, clamp: float, hardened: Tensor | None, exact: bool
+    ) -> Tensor:
         gate = threshold(torch.sigmoid(scale * e), SMALLEST_GATE, 0.0)
         return gate if hardened is None else torch.where(hardened > 0, (e > 0).to(gate.dtype), gate)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        e, scale, ctx.max_scale, ctx.clamp, hardened = inputs
+        e, scale, ctx.max_scale, ctx.clamp, hardened, ctx.exact = inputs
         ctx.save_for_backward(e, scale, hardened)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         e, scale, hardened = ctx.saved_tensors
         half = torch.sigmoid(e)
         beyond = torch.relu((scale * e).abs() - ctx.clamp)
         factor = ctx.max_scale * half * (1 - half) * torch.exp(-beyond)
-        return grad * (factor if hardened is None else torch.where(hardened > 0, 0.0, factor)), None, None, None, None
+        if not ctx.exact:
+            x = (scale * e).float().clamp(max=50.0)  # beyond that 1 - a is 0 anyway
+            factor = factor * ((1 - torch.sigmoid(x)) / torch.sigmoid(-x)).to(factor.dtype)
+        out = grad * (factor if hardened is None else torch.where(hardened > 0, 0.0, factor))
+        return out, None, None, None, None, None
 
 
 def soft_gate(
-    e: Tensor, scale: Tensor, max_scale: float, clamp: float = 50.0, hardened: Tensor | None = None
+    e: Tensor,
+    scale: Tensor,
+    max_scale: float,
+    clamp: float = 50.0,
+    hardened: Tensor | None = None,
+    compensation: str = "exact",
 ) -> Tensor:
     """`a = sigmoid(s * e)` with HAT's gradient compensation built into its derivative.
 
     HAT (eq. 6) multiplies the gradient q of an embedding by `s_max/s * (cosh(clamp(s e, +-c)) + 1) / (cosh(e) + 1)`.
     As `sigmoid'(x) = 1 / (2 (cosh(x) + 1))`, the product of that factor and the sigmoid's own derivative is
-    `s_max * sigmoid'(e) * exp(-max(|s e| - c, 0))` (for |s e| > c up to a relative 1e-21), which is what is computed
-    here: the same number, without the `0 * inf` that the two-step form meets in float32 where the gate saturates.
+    `s_max * sigmoid'(e) * exp(-max(|s e| - c, 0))` (for |s e| > c up to a relative 1e-21), without the `0 * inf` that
+    the two-step form can meet. `compensation` says which number is computed:
+
+    - `exact`: this one. A gate that is on is pushed as long as s e < c.
+    - `hat`: the one that HAT, HAT-CL and CLArena get in two steps in float32, where `1 - a` is rounded: to 0 above
+      s e = 16.6, so that a gate that is on is pushed no further (at s = 40, e = 1: 0 instead of 78.6). It is this one
+      times `(1 - sigmoid(s e)) / sigmoid(-s e)`, in float32.
 
     Args:
         e: embeddings, any shape.
         scale: s, a tensor of no dimensions.
         max_scale: s_max. clamp: c.
         hardened: a tensor of no dimensions; where it is not 0 the gate is that at infinite scale, and its derivative 0.
+        compensation: `exact` or `hat`.
     """
-    return _Gate.apply(e, scale, max_scale, clamp, hardened)
+    return _Gate.apply(e, scale, max_scale, clamp, hardened, compensation == "exact")
 
 
 def hard_gate(e: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ import contextlib
 import copy
 import faulthandler
 import os
+import shutil
 import sys
+import tempfile
 import traceback
 import warnings
 from datetime import timedelta
@@ -494,6 +496,96 @@ def fsdp_skills(rank):
         raise AssertionError("not refused")
     except hatcl.HATError as error:
         assert "DistributedDataParallel" in str(error)
+
+
+def as_torchrun_does(rank):
+    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in started.items()}, MASTER_ADDR="localhost")
+
+
+@scenario
+def trainer_two_tasks(rank):
+    """transformers' Trainer in two processes: the tasks that both have sealed are the same, in the checkpoint too."""
+    from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+    from hatcl.integrations.trainer import HATTrainer
+
+    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "MASTER_PORT": 0}
+    os.environ.update(
+        {name: str(value) for name, value in started.items()}, MASTER_ADDR="localhost"
+    )  # as torchrun does
+    small = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    torch.manual_seed(rank)
+    plain, ids = BertForSequenceClassification(small), torch.arange(32 * 6).view(32, 6) % 40
+    for p in plain.parameters():
+        distributed.broadcast(p.detach(), 0)
+    model = hatcl.convert(plain, 2, {"input_ids": ids[:2]})
+    data = [{"input_ids": x, "labels": int(x[0]) % 2} for x in ids]
+    place = [tempfile.mkdtemp()]
+    distributed.broadcast_object_list(place, 0)
+    said = {}
+    for task in range(2):
+        args = TrainingArguments(
+            f"{place[0]}/{task}", per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=6,
+            save_steps=3, learning_rate=1e-2, use_cpu=True, ddp_backend="gloo", report_to=[], disable_tqdm=True,
+            logging_strategy="no",
+        )  # fmt: skip
+        HATTrainer(model=model, args=args, task=task, train_dataset=data).train()
+        assert hatcl.tasks(model) == list(range(task + 1)) and different(model) == []
+        for t in range(task + 1):
+            with torch.no_grad(), hatcl.task(model.eval(), t):
+                now = model(input_ids=ids).logits
+            assert torch.equal(now, said.setdefault(t, now))
+    distributed.barrier()
+    saved = hatcl.from_pretrained(f"{place[0]}/1/checkpoint-6")
+    with torch.no_grad(), hatcl.task(saved, 1):
+        assert torch.equal(saved(input_ids=ids).logits, said[1])
+    distributed.barrier()
+    if rank == 0:
+        shutil.rmtree(place[0])
+
+
+@scenario
+def lightning_two_tasks(rank):
+    """Lightning in two processes: the tasks that both have sealed are the same; its default strategy is refused."""
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from hatcl.integrations.lightning import LearnTask
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = converted("mlp", rank)
+
+        def training_step(self, batch, _):
+            return tf.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.1)
+
+    def fit(task, strategy="ddp_find_unused_parameters_true"):
+        x, y = parts.problem(parts.shape_of("mlp"), task, 64)
+        Trainer(
+            max_epochs=2, accelerator="cpu", devices=WORLD, strategy=strategy, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[LearnTask(task)],
+        ).fit(module, DataLoader(TensorDataset(x, y), 8))  # fmt: skip
+
+    as_torchrun_does(rank)
+    module, said = Module(), {}
+    for task in range(2):
+        fit(task)
+        assert hatcl.tasks(module.model) == list(range(task + 1)) and different(module.model) == []
+        for t in range(task + 1):
+            with torch.no_grad(), hatcl.task(module.model.eval(), t):
+                now = module.model(parts.images("mlp"))
+            assert torch.equal(now, said.setdefault(t, now))
+    try:
+        fit(2, "ddp")
+        raise AssertionError("not refused")
+    except hatcl.HATError as error:
+        assert "find_unused_parameters=True" in str(error)
+    assert hatcl.tasks(module.model) == [0, 1]
 
 
 def main(rank, folder, names):

@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hatcl
-from hatcl.config import INITS, PENALTIES, REUSE, SCHEDULES, HATConfig, flag, help_of, number, whole, without_effect
+from hatcl.config import (
+    COMPENSATIONS,
+    INITS,
+    PENALTIES,
+    REUSE,
+    SCHEDULES,
+    HATConfig,
+    flag,
+    help_of,
+    number,
+    whole,
+    without_effect,
+)
 
 valid = st.fixed_dictionaries(
     {},
@@ -24,6 +36,7 @@ valid = st.fixed_dictionaries(
         "settle": st.floats(0, 0.9),
         "max_scale": st.floats(1.5, 1e4),
         "clamp": st.floats(0.5, 100),
+        "compensation": st.sampled_from(COMPENSATIONS),
         "compensation_clamp": st.floats(0.5, 100),
         "embedding_lr_scale": st.floats(0.01, 10),
         "penalty_weight": st.floats(0, 10),

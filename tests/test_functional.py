@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hatcl import functional as F
-from hatcl.config import SCHEDULES
+from hatcl.config import COMPENSATIONS, SCHEDULES
 
 scales = st.floats(1 / 400, 400.0)
 embeddings = st.lists(st.floats(-6.0, 6.0), min_size=1, max_size=20)
@@ -77,6 +78,27 @@ def test_the_gradient_is_the_papers_two_steps(values, s):
 
 
 @given(embeddings, scales)
+def test_hats_own_gradient_is_the_two_steps_as_float32_rounds_them(values, s):
+    """Over the whole range of s e. sigmoid and its complement are rounded in other places: up to 2e-3 where 1 - a has
+    three digits left, and one rounding of 1 at s e = 16.6, where it becomes 0."""
+    e = torch.tensor(values, dtype=torch.float32)
+    e = e[((s * e).abs() - 16.6).abs() > 0.7].requires_grad_()
+    F.soft_gate(e, torch.tensor(s), 400.0, compensation="hat").sum().backward()
+    want = two_steps(e, s, 400.0, 50.0)
+    assert bool((e.grad[s * e > 17.3] == 0).all()) and bool((want[s * e > 17.3] == 0).all())
+    some = (s * e < 10) & (s * e > -50)
+    assert torch.allclose(e.grad[some], want[some], rtol=2e-3, atol=0)
+
+
+def test_where_the_two_compensations_differ():
+    """At s = 40, e = 1: 78.6 pushes a gate that is on, or nothing does."""
+    for compensation, want in (("exact", 400.0 * 0.19661193), ("hat", 0.0)):
+        e = torch.ones(1, requires_grad=True)
+        F.soft_gate(e, torch.tensor(40.0), 400.0, compensation=compensation).sum().backward()
+        assert float(e.grad) == pytest.approx(want, rel=1e-6)
+
+
+@given(embeddings, scales)
 def test_beyond_the_clamp_the_gradient_fades_as_the_paper_has_it(values, s):
     """cosh(c) times the sigmoid's derivative at |s e| > c is exp(-(|s e| - c)) up to 2 exp(-c)."""
     e = torch.tensor(values, dtype=torch.float64).requires_grad_()
@@ -90,9 +112,10 @@ def test_beyond_the_clamp_the_gradient_fades_as_the_paper_has_it(values, s):
 
 @given(embeddings, scales)
 def test_gates_and_gradients_are_finite_in_every_type(values, s):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    kinds = itertools.product((torch.float32, torch.bfloat16, torch.float16, torch.float64), COMPENSATIONS)
+    for dtype, compensation in kinds:
         e = torch.tensor(values, dtype=dtype).requires_grad_()
-        a = F.soft_gate(e, torch.tensor(s), 400.0)
+        a = F.soft_gate(e, torch.tensor(s), 400.0, compensation=compensation)
         a.sum().backward()
         assert a.dtype == dtype and bool(torch.isfinite(a).all() and torch.isfinite(e.grad).all())
         assert bool(((a >= 0) & (a <= 1)).all())

@@ -196,9 +196,13 @@ class Gates(nn.Module):
         e = unsharded(self.embeddings[task])
         if self.is_soft(task):
             c = self.config
-            a = F.soft_gate(e[index], self.scale, c.max_scale, c.compensation_clamp, self._hardened())
+            a = self._soft(e[index])
             return a if c.reuse == "all" else torch.where(self._taken(task)[index], 0.0, a)
         return self.on(task)[index].to(e.dtype)
+
+    def _soft(self, e: Tensor) -> Tensor:
+        c = self.config
+        return F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp, self._hardened(), c.compensation)
 
     def harden(self, settled: bool) -> None:
         """Are the gates of the task being learned hard by now?"""
@@ -296,7 +300,7 @@ class Gates(nn.Module):
         """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""
         c = self.config
         e = unsharded(self.embeddings[self.learning if self.learning is not None else 0])
-        a = F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp, self._hardened())
+        a = self._soft(e)
         bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
         return c.penalty_weight * F.sparsity_penalty(a, self.used(), bounds, c.forgiven or 0.0)
 

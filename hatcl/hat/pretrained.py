@@ -113,7 +113,7 @@ def from_pretrained(
     try:
         plain = build_source(meta["source"]) if base is None else copy.deepcopy(base)
         model = build(plain, UnitMap.from_json(meta["map"]), HATConfig.from_dict(meta["config"]))
-        _put_in(model, meta, tensors, path)
+        _load(model, meta, tensors, path)
     except HATError:
         raise
     except Exception as error:
@@ -125,27 +125,25 @@ def from_pretrained(
     return model.eval()
 
 
-def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Bring a converted model to the state that `save_pretrained` wrote of it, where the model is.
+def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Load what `save_pretrained` wrote into a model that was converted alike, in place, as a checkpoint is loaded.
 
     Raises:
-        IntegrityError: as `from_pretrained`; the tensors are not this model's.
+        IntegrityError: as `from_pretrained`; or the file is of a model that was converted otherwise.
     """
     path = Path(folder) / WEIGHTS
     meta, tensors = _read_model(path, None)
-    _put_in(model, meta, tensors, path)
-
-
-def _put_in(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> None:
-    _check_dtypes(tensors, meta["dtypes"], path)
-    for name, first in meta["tied"].items():
-        if first in tensors:
-            tensors[name] = tensors[first]
-    _fit(model, tensors, path)
-    state = model.state_dict()  # torch's own, since some modules ask it for their format's version
-    state.update(tensors)
-    model.load_state_dict(state)
-    _check_digests(model, meta["digests"], path)
+    model = next((m for m in model.modules() if GATES in m._modules), model)
+    g = gates_of(model)[0]
+    now = {"config": g.config.to_dict(), "map": None if g.unit_map is None else g.unit_map.to_json()}
+    for what, ours in json.loads(json.dumps(now)).items():
+        if meta[what] != ours:
+            differ = [k for k in {**meta[what], **(ours or {})} if ours is None or meta[what].get(k) != ours.get(k)]
+            raise IntegrityError(
+                f"{path}: its model was converted otherwise than this one ({what}: {', '.join(sorted(differ)[:3])} "
+                "differ); convert the same model with the same options, or take hatcl.from_pretrained"
+            )
+    _load(model, meta, tensors, path)
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -275,6 +273,19 @@ def _check_copy(copied: Path) -> None:
 
 
 # ---- what it holds -------------------------------------------------------------------------------------------------
+
+
+def _load(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Tensors into a model, with all that the header says of them checked."""
+    _check_dtypes(tensors, meta["dtypes"], path)
+    for name, first in meta["tied"].items():
+        if first in tensors:
+            tensors[name] = tensors[first]
+    _fit(model, tensors, path)
+    state = model.state_dict()  # torch's own, since some modules ask it for their format's version
+    state.update(tensors)
+    model.load_state_dict(state)
+    _check_digests(model, meta["digests"], path)
 
 
 def _name_of(t: torch.Tensor) -> str:

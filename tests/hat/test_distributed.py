@@ -23,6 +23,7 @@ FSDP = [
     "fsdp_transformer", "fsdp_conv", "fsdp_root_only", "fsdp_is_one_process_with_all_batches",
     "fsdp_mixed_precision", "fsdp_twin_without_guard", "fsdp_refusals", "fsdp_skills",
 ]  # fmt: skip
+TRAINERS = {"transformers": "trainer_two_tasks", "lightning": "lightning_two_tasks"}
 SLOW = ["ddp_compiled", "ddp_of_compiled"]
 SECONDS = 120
 
@@ -66,6 +67,12 @@ def test_replicas(name):
 @pytest.mark.parametrize("name", FSDP)
 def test_shards(name):
     assert outcomes(*FSDP)[name] == ["ok", "ok"], "\n".join(outcomes(*FSDP)[name])
+
+
+@pytest.mark.parametrize("host", TRAINERS)
+def test_trainers(host):
+    pytest.importorskip(host)
+    assert outcomes(TRAINERS[host])[TRAINERS[host]] == ["ok", "ok"], "\n".join(outcomes(TRAINERS[host])[TRAINERS[host]])
 
 
 @pytest.mark.slow

@@ -1,0 +1,113 @@
+"""Hard attention to the task in Lightning 2.
+
+Not imported by `import hatcl`, which works without Lightning: `from hatcl.integrations.lightning import LearnTask`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from ..errors import ConfigError, TaskError
+from ..hat.learn import Learning, learn
+from ..hat.tasks import check_task, tasks
+
+
+class LearnTask(Callback):
+    """Has a Lightning `Trainer` learn a task of the converted model in its module, and seal it:
+
+        class Module(LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.model = hatcl.convert(...)
+
+        Trainer(max_epochs=5, callbacks=[LearnTask(task=1)]).fit(module, loader)
+
+    It enters `hatcl.learn` when training begins, with the number of steps that the `Trainer` takes and those that a
+    resumed run (`fit(..., ckpt_path=...)`) has done, and seals the task after the last step, before a `ModelCheckpoint`
+    saves that step. The gradient of HAT's penalty is added once per optimizer step, before gradients are clipped, so
+    that it does not grow with `accumulate_grad_batches`; your `training_step` returns the task's own loss. An error
+    seals nothing and leaves earlier tasks as they were. Automatic and manual optimization both work.
+
+    In several processes use `strategy="ddp_find_unused_parameters_true"`: Lightning wraps your whole module, and other
+    tasks' gates get no gradient.
+
+    Args:
+        task: the index of the task that is learned. steps: optimizer steps in all; None takes the `Trainer`'s own
+            estimate, which counts the steps of automatic optimization with one optimizer.
+
+    Attributes:
+        learning: what `hatcl.learn` gives, while the task is learned. penalty: the last step's penalty.
+
+    Raises:
+        ConfigError: the number of steps is not known. TaskError: a task that is sealed, and has steps left.
+            All that `hatcl.learn` raises.
+    """
+
+    def __init__(self, task: int, steps: int | None = None) -> None:
+        self.task, self.steps = task, steps
+        self.learning: Learning | None = None
+        self.penalty: Tensor | None = None
+        self._block = contextlib.ExitStack()
+        self._total = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        done = trainer.global_step
+        self._total = self._steps(trainer)
+        if self.task in tasks(pl_module):
+            if done < self._total:
+                check_task(pl_module, self.task, sealed=False)  # raises
+            return  # the last checkpoint of a finished run
+        block = learn(pl_module, self.task, trainer.optimizers, self._total, start=done)
+        self.learning = self._block.enter_context(block)
+
+    def _steps(self, trainer: Trainer) -> int:
+        if self.steps is not None:
+            return self.steps
+        found = trainer.estimated_stepping_batches
+        if not 0 < found < float("inf"):
+            raise ConfigError(
+                f"LearnTask: the Trainer cannot tell how many steps it takes (max_epochs={trainer.max_epochs}, "
+                f"max_steps={trainer.max_steps}); pass LearnTask(task={self.task}, steps=...), or set max_steps"
+            )
+        return int(found)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """A loss scale has been taken out of the gradients by now, and they are clipped after this."""
+        if self.learning is not None and optimizer is trainer.optimizers[0]:
+            penalty = self.learning.penalty()
+            self.penalty = penalty.detach()
+            if penalty.requires_grad:
+                penalty.backward()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Checkpoint callbacks come after all others, so they save the sealed task."""
+        if self.learning is not None and self.learning.step >= self._total:
+            self._seal()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whatever has just stopped the training early, the checkpoint holds the sealed task."""
+        if self.learning is not None and trainer.should_stop and trainer.fit_loop._can_stop_early:
+            self._seal()
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.learning is None:
+            raise TaskError(
+                f"LearnTask: task {self.task} is sealed after {self._total} steps, and the Trainer takes more, which "
+                "would change it; pass the number of steps that it takes, LearnTask(task, steps=...)"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seal()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.learning = None
+        self._block.__exit__(type(exception), exception, exception.__traceback__)
+
+    def _seal(self) -> None:
+        self.learning = None
+        self._block.close()

@@ -1,0 +1,183 @@
+"""Hard attention to the task in transformers' `Trainer`.
+
+Not imported by `import hatcl`, which works without transformers: `from hatcl.integrations.trainer import HATTrainer`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from ..errors import ConfigError, TaskError
+from ..hat.learn import Learning, learn
+from ..hat.pretrained import load_pretrained_, save_pretrained
+from ..hat.tasks import check_task, tasks
+from ..hat.tasks import task as active_task
+
+
+class HATCallback(TrainerCallback):
+    """Has a `Trainer` of one's own learn a task: `Trainer(..., callbacks=[HATCallback(task=1)])`.
+
+    It enters `hatcl.learn` when training begins, with the number of steps that the `Trainer` takes and those that a
+    resumed run has done, and seals the task after the last step, before that step is evaluated and saved. The
+    gradient of HAT's penalty is added once per optimizer step, so that it does not grow with
+    `gradient_accumulation_steps`; the loss that is logged is the task's own.
+
+        callback = HATCallback(task=1)
+        trainer = MyTrainer(model, args, train_dataset=..., callbacks=[callback])
+        with callback:                   # an error in training leaves the task unsealed and earlier tasks as they were
+            trainer.train()
+
+    Checkpoints are written by the `Trainer`: load them into a model that was converted alike. `HATTrainer` writes
+    checkpoints that `hatcl.from_pretrained` reads.
+
+    Args:
+        task: the index of the task that is learned.
+
+    Attributes:
+        learning: what `hatcl.learn` gives, while the task is learned. penalty: the last step's penalty.
+
+    Raises:
+        ConfigError: training under DeepSpeed or FSDP. TaskError: a resumed task that is sealed, and has steps left.
+            All that `hatcl.learn` raises.
+    """
+
+    def __init__(self, task: int) -> None:
+        self.task = task
+        self.learning: Learning | None = None
+        self.penalty: Tensor | None = None
+        self._block = contextlib.ExitStack()
+
+    def __enter__(self) -> HATCallback:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """If training was left by an error, the task is left unsealed."""
+        self.learning = None
+        self._block.__exit__(kind, error, trace)
+
+    def seal(self) -> None:
+        """Seal the task, if it is being learned."""
+        self.learning = None
+        self._block.close()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _check_host(args)
+        if self.learning is not None:  # an earlier call of train() was left by an error
+            stale = TaskError("training begins once more")
+            self.__exit__(TaskError, stale, None)
+        model = kwargs["model"]
+        if self.task in tasks(model):
+            if state.global_step < state.max_steps:
+                check_task(model, self.task, sealed=False)  # raises
+            return  # the last checkpoint of a finished run
+        steps, optimizer = state.max_steps, _inner(kwargs["optimizer"])
+        self.learning = self._block.enter_context(learn(model, self.task, optimizer, steps, start=state.global_step))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.learning is not None:
+            penalty = self.learning.penalty()
+            self.penalty = penalty.detach()
+            if penalty.requires_grad:
+                scaler = getattr(kwargs["optimizer"], "scaler", None)  # fp16's
+                (penalty if scaler is None else scaler.scale(penalty)).backward()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            self.seal()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Training that was stopped early is sealed here, and so is the best checkpoint, whose task was not."""
+        self.seal()
+        model, steps = kwargs["model"], state.max_steps
+        if self.task not in tasks(model):
+            with learn(model, self.task, _inner(kwargs["optimizer"]), steps, start=steps):
+                pass
+
+
+class HATTrainer(Trainer):
+    """A `Trainer` that learns one task of a converted model and seals it; earlier tasks stay bit for bit.
+
+        model = hatcl.convert(transformers.AutoModelForSequenceClassification.from_pretrained(...), 2, batch)
+        for task, data in enumerate(datasets):
+            HATTrainer(model=model, task=task, args=args, train_dataset=data).train()
+
+    Checkpoints are written by `hatcl.save_pretrained`, the last one with the task sealed: `hatcl.from_pretrained` reads
+    them, transformers' `from_pretrained` refuses them. `train(resume_from_checkpoint=True)` continues in a model that
+    was converted alike. With `load_best_model_at_end` the best checkpoint, whose measures are those of hard gates, is
+    loaded and sealed. `evaluate` and `predict` compute with this task once it is sealed. The logs have HAT's `penalty`
+    and `scale` beside the loss.
+
+    Args:
+        task: the index of the task that is learned. The other arguments are `Trainer`'s.
+
+    Raises:
+        TaskError, ConfigError: see `HATCallback`.
+    """
+
+    def __init__(self, *args: Any, task: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_host(self.args)
+        self.hat = HATCallback(task if self.model is None else check_task(self.model, task))
+        self.add_callback(self.hat)
+
+    @property
+    def task(self) -> int:
+        """The task that is learned."""
+        return self.hat.task
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`. An error seals nothing and leaves earlier tasks as they were."""
+        with self.hat:
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s, under this task; while it is learned, under its hard gates as they would be sealed now."""
+        with contextlib.nullcontext() if self.hat.learning is not None else active_task(self.model, self.task):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """`Trainer.log`, with the last step's penalty and the scale."""
+        if self.hat.learning is not None and self.hat.penalty is not None and "loss" in logs:
+            logs = {**logs, "penalty": float(self.hat.penalty), "scale": self.hat.learning.scale}
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_training_stop:  # also where an evaluation has just said so
+            self.hat.seal()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            save_pretrained(self.model, folder)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_pretrained_(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_pretrained_(self.model, self.state.best_model_checkpoint)
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer that accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _check_host(args: Any) -> None:
+    found = "DeepSpeed" if args.deepspeed else "FSDP" if args.fsdp else None
+    if found:
+        raise ConfigError(
+            f"{found}: this Trainer would shard the model, and hatcl cannot enter its wrapping; train in "
+            "DistributedDataParallel (leave out deepspeed and fsdp), or call fully_shard in a loop of your own"
+        )
