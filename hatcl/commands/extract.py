@@ -12,6 +12,7 @@ import typer
 
 import hatcl
 
+from ..continual.folder import find_model
 from ..engine import folder as runs
 from ..errors import ConfigError
 from ..files import read_json
@@ -40,7 +41,7 @@ def extract_command(
 
     The run stays as it is.
     """
-    folder = runs.find_model(run)
+    folder = find_model(run)
     if (output / runs.CONFIG).exists():
         raise ConfigError(f"--output {output}: a run or a saved model is there; name another folder")
     config = read_json(run / runs.CONFIG) if (run / runs.CONFIG).exists() else {}

@@ -83,7 +83,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         "dtypes": {name: _name_of(t) for name, t in tensors.items()},
         "digests": {t: g.digests.get(t) or digests.task_digests(model, t) for t in tasks(model)},
     })  # fmt: skip
-    target, header = Path(folder), {"format": "pt", HEADER: text}
+    target, header = Path(folder), {HEADER: text}  # one entry: safetensors writes several in any order
     write_files({target / WEIGHTS: lambda new: save_file(tensors, new, header), target / CONFIG: text.encode()})
     return target
 

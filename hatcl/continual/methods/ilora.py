@@ -123,8 +123,11 @@ class InterpolatedLoRA(Method):
         self.two.memory.load_state_dict(state)
 
     def begin(self, model: nn.Module, stage: int) -> None:
-        name = re.sub(r"[/\\\0]", "_", self.tasks[stage].name)
+        names = [re.sub(r"[/\\\0]", "_", task.name) for task in self.tasks]
+        name = names[stage]
         if stage:
+            if self.two.enabled:  # a run that was interrupted after the task before does not know its name
+                self.two.config = replace(self.two.config, current_task_id=names[stage - 1])
             self.two.next_task(name)
         elif self.two.enabled and self.two.config.current_task_id is None:
             self.two.config = replace(self.two.config, current_task_id=name)
