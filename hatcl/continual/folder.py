@@ -30,7 +30,7 @@ from ..engine.folder import METRICS
 from ..engine.state import kept_whole
 from ..errors import ConfigError, IntegrityError, SkillError
 from ..files import complete, replaced_folder
-from ..hat.pretrained import is_converted, restore, save_pretrained
+from ..hat.pretrained import is_converted, restore_pretrained, save_pretrained
 from ..skills.ilora_files import base_digest, tensors_digest
 from ..skills.switch import of_adapters
 from ..skills.tensors import adapters_of, skill_tensors
@@ -106,7 +106,7 @@ def read_model(model: nn.Module, folder: Path) -> None:
         SkillError, IntegrityError: as `read_state` and `hatcl.from_pretrained`.
     """
     if (folder / MODEL).exists():
-        restore(model, folder / MODEL)
+        restore_pretrained(model, folder / MODEL)
     else:
         read_state(model, folder / STATE)
 

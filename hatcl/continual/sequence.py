@@ -23,7 +23,7 @@ from ..engine.schedule import make_optimizer
 from ..engine.state import Modes, Standing, kept_whole, load_optimizer, seed_all, write_all
 from ..errors import ConfigError, SkillError
 from ..files import complete, read_torch, replaced_folder
-from ..hat.pretrained import is_converted, restore
+from ..hat.pretrained import is_converted, restore_pretrained
 from ..skills.tensors import adapters_of, skill_tensors
 from .folder import (
     CHECKPOINT,
@@ -342,7 +342,7 @@ class _Run:
         """Read the newest checkpoint, or a finished run; how many stages are done."""
         at, finished = complete(folder / CHECKPOINT), complete(folder / MODEL)
         if (folder / METRICS).exists() and finished.exists():
-            restore(self.model, finished)
+            restore_pretrained(self.model, finished)
             self._take(folder / METRICS, checkpoints.read_json(folder / METRICS), folder)
             return len(self.stages)
         if not at.exists():

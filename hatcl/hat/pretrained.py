@@ -125,7 +125,7 @@ def from_pretrained(
     return model.eval()
 
 
-def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def restore_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Bring a converted model to the state that `save_pretrained` wrote of it, where the model is.
 
     Raises:
@@ -200,8 +200,8 @@ def _opened(path: Path, tensors: bool) -> tuple[str, dict[str, torch.Tensor]]:
                 f"{path}: a pickle (torch.save), expected a safetensors file; hatcl does not load pickles"
             ) from None
         raise IntegrityError(
-            f"{path}: not readable as safetensors ({error}); the file is truncated or damaged. Copy it again from where "
-            "it came"
+            f"{path}: not readable as safetensors ({error}); the file is truncated or damaged. Copy it again from "
+            "where it came"
         ) from error
     if text is None:
         raise IntegrityError(
