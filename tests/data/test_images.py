@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hatcl.data import images as stream
-from hatcl.data.images import ImageData, Preparation, Source
+from hatcl.data.images import ImageData, Images, Preparation, Source
 from hatcl.errors import ConfigError, IntegrityError
 
 DATA = Path(os.environ.get("HATCL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
