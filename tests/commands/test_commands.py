@@ -88,12 +88,12 @@ def made(tmp_path_factory, drawn_nothing):
 @pytest.fixture(scope="module")
 def drawn_nothing():
     """Pictures take most of such a run's time, and others test them."""
-    from hatcl.commands import graft, train
+    from hatcl.commands import _shown, graft
     from hatcl.commands.atlas import _learning
 
     with pytest.MonkeyPatch.context() as patch:
         for module, name in (
-            (train, "draw_run"), (graft, "draw_reliability"), (graft, "draw_graft_curve"),
+            (_shown, "draw_run"), (graft, "draw_reliability"), (graft, "draw_graft_curve"),
             (_learning, "draw_coefficients"),
         ):  # fmt: skip
             patch.setattr(module, name, lambda *a, **k: b"drawn")
