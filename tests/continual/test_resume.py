@@ -63,8 +63,8 @@ def test_killed_in_the_middle_of_a_task_it_goes_on_there(method, step, tmp_path)
     told = []
     resumed = made(method)
     result = learn_sequence(
-        resumed, text_tasks(bert()), method, {**QUICK, "checkpoint_seconds": 0}, method_options=CHANGED.get(method), folder=tmp_path / "killed",
-        on_progress=told.append,
+        resumed, text_tasks(bert()), method, {**QUICK, "checkpoint_seconds": 0}, method_options=CHANGED.get(method),
+        folder=tmp_path / "killed", on_progress=told.append,
     )  # fmt: skip
     assert next(at.step for at in told if at.doing == "learning") == step + 1
     assert np.array_equal(result.matrix, expected.matrix, equal_nan=True)
