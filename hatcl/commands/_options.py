@@ -46,7 +46,11 @@ def fields_as_options(kinds: tuple[type, ...], default: Any, taken: Collection[s
             value = getattr(default, f.name) if type(default) is kind else first
             hint, text = hints[f.name], said[f.name]
             if len(kinds) > 1:
-                text = " / ".join(dict.fromkeys(t for t in (_said(found.get(name)), f"{text} (default {value})") if t))
+                before, own = _said(found.get(name)), f"{text} (default {value})"
+                if before.startswith(f"{text} (default"):  # of the same words the defaults alone
+                    own = before if before == own else f"{before[:-1]} / {value})"
+                    before = ""
+                text = " / ".join(t for t in (before, own) if t)
                 hint, value = _optional(hint), None
             if f.name == "device":
                 value, text = "auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."

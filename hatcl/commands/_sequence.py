@@ -27,7 +27,6 @@ from ._options import made
 
 HAT = "hat"
 TEXTS = (".json", ".gz")
-VALIDATION = "validation"
 
 
 def task_files(texts: Sequence[str]) -> dict[str, Path]:
@@ -123,7 +122,7 @@ def images(options: Mapping[str, Any], stream: Sequence[ImageData]) -> list[Cont
     """The tasks of some images."""
     return image_tasks(
         stream, made(ImageOptions, options), one_head=options["method"] != HAT,
-        validated=options["score_on"] == VALIDATION, seed=options["seed"],
+        validated=options["score_on"] == "validation", seed=options["seed"],
     )  # fmt: skip
 
 
@@ -157,7 +156,7 @@ def image_model(options: Mapping[str, Any], stream: Sequence[ImageData], tasks: 
         head = getattr(model, "pretrained_cfg", {}).get("classifier")
         beside = [head] if isinstance(head, str) and method.lora == "with_head" else []
         model = with_adapter(model, made(TextOptions, options), beside)
-    _try(name, model, tasks[0])
+    _try_images(name, model, tasks[0])
     return model
 
 
@@ -176,7 +175,7 @@ def _check_name(name: str, method: str) -> None:
     raise ConfigError(f"--model: there is no {name!r}; did you mean {near!r}? hatcl list PATTERN shows all")
 
 
-def _try(name: str, model: nn.Module, task: ContinualTask) -> None:
+def _try_images(name: str, model: nn.Module, task: ContinualTask) -> None:
     """Do images pass through the model?"""
     x = task.inputs()
     try:

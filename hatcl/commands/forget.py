@@ -10,7 +10,9 @@ import typer
 import hatcl
 
 from ..continual import folder as kept
+from ..continual.result import SequenceResult
 from ..engine import folder as runs
+from ..engine.state import kept_whole
 from ..errors import ConfigError
 from ._command import RunArgument, command
 from ._console import say
@@ -31,6 +33,8 @@ def forget_command(
     if of_a_run and not dry_run:
         if not (run / runs.METRICS).exists():
             raise ConfigError(f"{run} is not finished; finish it with: hatcl train --resume --output {run}")
+        with kept_whole(run / runs.METRICS):  # before anything is erased
+            SequenceResult.from_dict(runs.read_json(run / runs.METRICS))
         runs.tidy(run)  # no older copy may keep what is to be forgotten
     model = hatcl.from_pretrained(folder)
     report = hatcl.forget_task(model, task, dry_run=dry_run)

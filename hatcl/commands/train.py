@@ -89,8 +89,8 @@ def train_command(
 
     By hard attention to the task (hat) none is forgotten, not by a bit. Texts are learned with one LoRA adapter; after
     each task its adapter is written in peft's own format, with the scores of its units. Images are learned with a model
-    with gates (hat), with a plain model, or with an adapter (tasl, ilora, olora). Without options: five two-class tasks
-    of scikit-learn's digits.
+    with gates (hat), with a plain model, or with an adapter (tasl, ilora, olora). Where an option has two defaults, the
+    first one is for images. Without options: five two-class tasks of scikit-learn's digits.
     """
     where = usable_device(device)
     files = task_files(task or ())

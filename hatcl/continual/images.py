@@ -96,7 +96,7 @@ def image_tasks(
     chosen = ImageOptions().changed(options)
     first = itertools.accumulate((data.num_classes for data in stream), initial=0)
     parts = [data.on_validation(chosen.validation, seed) if validated else data for data in stream]
-    made = [_ImageTask(data, chosen, start if one_head else 0) for data, start in zip(parts, first, strict=False)]
+    made = [_ImageParts(data, chosen, start if one_head else 0) for data, start in zip(parts, first, strict=False)]
     return [
         ContinualTask(
             of.data.name, range(len(of.data.x_train)), of.collate, of.loss, of.score,
@@ -106,7 +106,7 @@ def image_tasks(
     ]  # fmt: skip
 
 
-class _ImageTask:
+class _ImageParts:
     """The parts of one task: training examples are the images' numbers."""
 
     def __init__(self, data: ImageData, options: ImageOptions, first: int) -> None:

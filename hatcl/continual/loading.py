@@ -98,6 +98,7 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
         ConfigError: transformers or peft is not installed, or cannot make it.
     """
     try:
+        import peft  # noqa: F401  # used later; where it is missing, nothing is to be loaded before
         import transformers
     except ImportError as error:
         raise ConfigError(f"learning texts needs {error.name}; run: pip install 'hatcl[hf]'") from error

@@ -23,10 +23,11 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Progress:
-    """Where learning stands, told after each step, each epoch and each measurement of any loop.
+    """Where learning stands, told after each step, each epoch, each measurement and each stage of any procedure.
 
     Attributes:
-        doing: `learning` (a step is done), `epoch` (an epoch is over) or `scoring` (something was measured).
+        doing: `learning` (a step is done), `epoch` (an epoch is over), `scoring` (something was measured) or `stage`
+            (a stage is done; `value` is its score).
         task: the task's name. stage: the number of the stage, where there are several; -1 before the first.
         step, steps: this stage's steps, done and in all; None where their number is not known. epoch: epochs done.
         value: the step's loss, the epoch's mean loss, or the score. measured: further values, by name.

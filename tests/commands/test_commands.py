@@ -89,12 +89,12 @@ def made(tmp_path_factory, drawn_nothing):
 @pytest.fixture(scope="module")
 def drawn_nothing():
     """Pictures take most of such a run's time, and others test them."""
-    from hatcl.commands import graft, train
+    from hatcl.commands import _shown, graft
     from hatcl.commands.atlas import _learning
 
     with pytest.MonkeyPatch.context() as patch:
         for module, name in (
-            (train, "draw_run"), (graft, "draw_reliability"), (graft, "draw_graft_curve"),
+            (_shown, "draw_run"), (graft, "draw_reliability"), (graft, "draw_graft_curve"),
             (_learning, "draw_coefficients"),
         ):  # fmt: skip
             patch.setattr(module, name, lambda *a, **k: b"drawn")
@@ -213,7 +213,7 @@ def test_a_run_resumes_is_fed_back_by_config_and_is_refused_to_others(here, tmp_
         if name_of.endswith(".safetensors"):  # whose metadata come in any order
             ours, theirs = (load_file(folder / name_of) for folder in (output, again))
             assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items()), name_of
-        elif name_of != "metrics.json":  # which has seconds
+        elif name_of not in ("metrics.json", "seconds.json"):  # which have seconds
             assert content == made[name_of], name_of
 
     wrong = tmp_path / "wrong.yaml"

@@ -37,3 +37,13 @@ def test_forget_erases_one_task_and_leaves_the_others(run, tmp_path, capsys):
     code, _, err = call(capsys, "forget", copy, "--task", "1")
     assert code == 2 and "1" in err
     assert call(capsys, "describe", copy)[0] == 0
+
+
+def test_metrics_that_are_damaged_are_refused_before_anything_is_erased(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(run), str(copy)], check=True)
+    before = (copy / "model" / "model.safetensors").read_bytes()
+    (copy / "metrics.json").write_text('{"tasks": []}')
+    code, _, err = call(capsys, "forget", copy, "--task", "1")
+    assert code == 2 and "metrics.json lacks a part that is needed" in err
+    assert (copy / "model" / "model.safetensors").read_bytes() == before

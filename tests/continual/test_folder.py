@@ -24,7 +24,8 @@ from continual_parts import (  # noqa: E402
 
 import hatcl  # noqa: E402
 from hatcl.continual import folder as kept  # noqa: E402
-from hatcl.errors import ConfigError, SkillError  # noqa: E402
+from hatcl.engine import folder as runs  # noqa: E402
+from hatcl.errors import ConfigError, IntegrityError, SkillError  # noqa: E402
 from hatcl.skills.scores import SkillScores  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -117,3 +118,63 @@ def test_a_state_of_other_tensors(tmp_path):
     kept.write_state(adapted(), tmp_path / "a.safetensors")
     with pytest.raises(SkillError, match=r"is \[4, 16\], the model's \[2, 16\]"):
         kept.read_state(adapted(r=2), tmp_path / "a.safetensors")
+
+
+def test_what_a_forgotten_task_leaves_in_a_run(tmp_path):
+    known = {"loss": 0.1, "outputs_sha256": "f"}
+    layers = [{"name": "l", "used": {"0": 1, "1": 2, "2": 3}}]
+    runs.write_json(
+        tmp_path / "metrics.json",
+        {
+            "tasks": list("abc"),
+            "facts": [dict(known) for _ in "abc"],
+            "losses": [[2.0, 1.0]] * 3,
+            "matrix": [[0.9, None, None], [0.9, 0.8, None], [0.7, 0.8, 0.6]],
+            "details": {"layers": layers, "max_abs_diff": {"0": 0.0, "1": 0.0, "2": 0.0}},
+            "average_accuracy": 0.7, "forgetting": 0.1, "backward_transfer": -0.1,
+        },
+    )  # fmt: skip
+    for i, name in enumerate("abc"):
+        about = {"scores": dict(zip("abc", (0.1, 0.2, 0.3), strict=True))}
+        runs.write_json(tmp_path / "tasks" / f"{i}_{name}" / "config.json", about)
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"stage": {t}, "step": 1}}\n' for t in range(3)))
+    kept.drop_task(tmp_path, 1)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["facts"] == [known, {}, known] and found["losses"][1] == [None, None] and found["forgotten"] == [1]
+    assert found["matrix"] == [[0.9, None, None], [None] * 3, [0.7, None, 0.6]]
+    details = found["details"]
+    assert details["layers"][0]["used"] == {"0": 1, "2": 3} and set(details["max_abs_diff"]) == {"0", "2"}
+    assert found["average_accuracy"] == pytest.approx(0.65, abs=1e-12)
+    assert found["forgetting"] == pytest.approx(0.2, abs=1e-12)
+    assert [line["stage"] for line in runs.read_steps(tmp_path)] == [0, 2]
+    assert sorted(p.name for p in (tmp_path / "tasks").iterdir()) == ["0_a", "2_c"]
+    about = json.loads((tmp_path / "tasks" / "2_c" / "config.json").read_text())
+    assert about["scores"] == {"a": 0.1, "b": None, "c": 0.3}
+    kept.drop_task(tmp_path, 0)
+    kept.drop_task(tmp_path, 2)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["matrix"] == [[None] * 3] * 3 and found["average_accuracy"] is None and found["forgotten"] == [0, 1, 2]
+    (tmp_path / "metrics.json").write_text('{"tasks": ["a"]}')
+    with pytest.raises(IntegrityError, match="metrics.json lacks a part that is needed"):
+        kept.drop_task(tmp_path, 0)
+
+
+def test_the_newest_model_of_a_run_is_found(tmp_path):
+    with pytest.raises(IntegrityError, match="holds no model with gates; expected the folder of a run"):
+        kept.find_model(tmp_path)
+    plain = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    model = hatcl.convert(plain, 2, torch.randn(2, 3))
+    hatcl.save_pretrained(model, tmp_path / "plain")
+    assert kept.find_model(tmp_path / "plain") == tmp_path / "plain"
+    kept.write_model(model, tmp_path / "checkpoint")
+    assert kept.find_model(tmp_path) == tmp_path / "checkpoint" / "model"
+    kept.save_model(tmp_path, model)
+    assert kept.find_model(tmp_path) == tmp_path / "model"
+    (tmp_path / "model").rename(tmp_path / ".model.old")  # killed between the two moves
+    runs.tidy(tmp_path)
+    assert kept.find_model(tmp_path) == tmp_path / ".model.old" and not (tmp_path / "checkpoint").exists()
+    other = hatcl.convert(plain, 2, torch.randn(2, 3))
+    kept.save_model(tmp_path, model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "plain"]
+    kept.read_model(other, tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(other.parameters(), model.parameters(), strict=True))

@@ -82,7 +82,7 @@ def test_shares_are_the_batch_and_weigh_as_it_does(monkeypatch):
         assert sum(share.weight for share in shares) == pytest.approx(count)
         values = [sum(share.positions) / len(share.positions) * share.weight for share in shares]
         assert sum(values) / count == pytest.approx(sum(whole.positions) / len(whole.positions))
-        assert len({len(share.positions) / share.weight for share in shares}) == 1
+        assert [len(share.positions) / share.weight for share in shares] == pytest.approx([11 / count] * count)
 
 
 def test_what_several_processes_cannot_do(monkeypatch):

@@ -56,15 +56,15 @@ def test_killed_in_the_second_task_it_ends_as_if_it_had_not_been(method, at, tmp
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_in_the_middle_of_a_task_it_goes_on_there(method, step, tmp_path):
     """In its first or second pass over the examples, of two steps each; a checkpoint is written after every step."""
-    whole, expected = run(method, tmp_path / "whole")
+    whole, expected = run(method, tmp_path / "whole", seconds=0)
     stage = 0 if method == "joint" else 1
     with pytest.raises(Kill):
         run(method, tmp_path / "killed", until=(stage, "learning"), step=step, seconds=0)
     told = []
     resumed = made(method)
     result = learn_sequence(
-        resumed, text_tasks(bert()), method, QUICK, method_options=CHANGED.get(method), folder=tmp_path / "killed",
-        on_progress=told.append,
+        resumed, text_tasks(bert()), method, {**QUICK, "checkpoint_seconds": 0}, method_options=CHANGED.get(method),
+        folder=tmp_path / "killed", on_progress=told.append,
     )  # fmt: skip
     assert next(at.step for at in told if at.doing == "learning") == step + 1
     assert np.array_equal(result.matrix, expected.matrix, equal_nan=True)
@@ -76,11 +76,11 @@ def test_killed_in_the_middle_of_a_task_it_goes_on_there(method, step, tmp_path)
 
 @pytest.mark.parametrize("method", ["tasl", "replay", "ilora"])
 def test_twin_without_what_its_steps_changed_it_ends_elsewhere(method, tmp_path, monkeypatch):
-    run(method, tmp_path / "whole")
+    run(method, tmp_path / "whole", seconds=0)
     with pytest.raises(Kill):
         run(method, tmp_path / "killed", until=(1, "learning"), step=3, seconds=0)
     monkeypatch.setattr(list_continual_methods()[method], "load_state", lambda self, state: None)
-    run(method, tmp_path / "killed")
+    run(method, tmp_path / "killed", seconds=0)
     a, b = (files(tmp_path / name) for name in ("whole", "killed"))
     assert a.pop("seconds.json") and b.pop("seconds.json")
     assert a != b

@@ -184,42 +184,13 @@ def test_preparation_fits_a_size():
         Preparation.of(task, fit="crop")
 
 
-def test_an_epoch_shows_every_image_once_and_resumes_in_the_middle():
-    x = np.arange(23, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8)
-    task = task_of(x, np.arange(23) % 2)
-    prepare = Preparation.of(task)
-    options = dict(seed=(3, 1, 4), flip=True, crop=2)
-    whole = list(stream.train_batches(task, prepare, 5, **options))
-    assert len(whole) == stream.num_batches(task, 5) == 5
-    assert sorted(len(y) for _, y in whole) == [4, 4, 5, 5, 5]  # no batch of one
-    assert len({round(float(image.mean()), 4) for batch, _ in whole for image in batch}) == 23
-    later = list(stream.train_batches(task, prepare, 5, start=3, **options))
-    assert len(later) == 2
-    for (x1, y1), (x2, y2) in zip(whole[3:], later, strict=True):
-        assert torch.equal(x1, x2) and torch.equal(y1, y2)
-    other = list(stream.train_batches(task, prepare, 5, seed=(3, 1, 5)))
-    assert not torch.equal(other[0][1], whole[0][1]) or not torch.equal(other[0][0], whole[0][0])
-
-
-def test_augmentation_moves_pixels_but_keeps_shape():
-    x = np.zeros((64, 8, 8), np.uint8)
-    x[:, 3, 1] = 255
-    task = task_of(x, np.arange(64) % 2)
-    prepare = Preparation.of(task)
-    ((flipped, _),) = stream.train_batches(task, prepare, 64, seed=(0,), flip=True)
-    columns = flipped[:, 0].amax(1).argmax(1)
-    assert set(columns.tolist()) == {1, 6}
-    ((shifted, _),) = stream.train_batches(task, prepare, 64, seed=(0,), crop=1)
-    assert shifted.shape == flipped.shape
-    assert set(shifted[:, 0].amax(1).argmax(1).tolist()) == {0, 1, 2}
-
-
-def test_test_batches_keep_the_order():
-    x = np.arange(10, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8)
-    task = task_of(x, np.arange(10) % 2)
-    prepare = Preparation.of(task)
-    assert torch.equal(torch.cat([x for x, _ in stream.test_batches(task, prepare, 4)]), prepare(task.x_test))
-    assert len(list(stream.test_batches(task, prepare, 4, split="train"))) == 3
+def test_shifted_images_are_windows_of_wider_ones():
+    x = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).view(2, 3, 4, 4)
+    same = stream.shifted(x, torch.tensor([[2, 2], [2, 2]]), 2)
+    assert torch.equal(same, x)
+    moved = stream.shifted(x, torch.tensor([[0, 2], [2, 3]]), 2)
+    assert torch.equal(moved[0, :, 2:], x[0, :, :2]) and torch.equal(moved[0, :, 0], x[0, :, 0])
+    assert torch.equal(moved[1, :, :, :3], x[1, :, :, 1:]) and torch.equal(moved[1, :, :, 3], x[1, :, :, 3])
 
 
 # --- one part of a task ---

@@ -183,7 +183,7 @@ def rewritten(folder, change=lambda tensors: None, about=lambda meta: None, sign
     old = meta.pop("fingerprint")
     about(meta)
     text = pretrained._signed(meta) if sign else json.dumps({**meta, "fingerprint": old})
-    save_file(tensors, file, {"format": "pt", "hatcl": text})
+    save_file(tensors, file, {"hatcl": text})
 
 
 def test_a_missing_file(tmp_path):
@@ -263,7 +263,7 @@ def test_an_edited_config_is_refused_or_harmless(tmp_path):
                 del inner[path[-1]]
             else:
                 inner[path[-1]] = change
-            save_file(tensors, file, {"format": "pt", "hatcl": pretrained._signed(edited)})
+            save_file(tensors, file, {"hatcl": pretrained._signed(edited)})
             try:
                 again = load(folder)
             except hatcl.HATError:
@@ -524,7 +524,7 @@ def test_a_file_that_is_replaced_all_the_time(tmp_path, monkeypatch):
 def test_the_copy_is_what_the_header_says(tmp_path):
     folder, _ = saved(tmp_path)
     with safe_open(folder / "model.safetensors", "pt") as f:
-        assert f.metadata() == {"format": "pt", "hatcl": (folder / "config.json").read_text()}
+        assert f.metadata() == {"hatcl": (folder / "config.json").read_text()}
 
 
 EDITED = (

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calls import device_of, moved
-from ...errors import TaskError
+from ...calls import call, device_of, moved
+from ...errors import ConfigError, TaskError
 from ...files import read_json
 from ...functional import digest_of
 from ...hat.adapter import as_adapter
@@ -58,6 +58,9 @@ class HardAttention(Method):
                 f"hat: the model has room for {self.gates.num_tasks} tasks, of which {sealed or 'none'} are sealed; "
                 f"{len(tasks)} are to be learned, from the first on: convert it anew with num_tasks={len(tasks)}"
             )
+
+        for of in tasks:
+            _check_inputs(model, of)
 
     def begin(self, model: nn.Module, stage: int) -> None:
         self.stage = stage
@@ -140,6 +143,23 @@ class HardAttention(Method):
     def load(self, folder: Path, model: nn.Module) -> None:
         stored = read_json(folder / DIGESTS)
         self.gates.digests = {int(t): d for t, d in stored.items()}
+
+
+def _check_inputs(model: nn.Module, of: ContinualTask) -> None:
+    """Can the model be called with what the task's collate gives? The certificate needs it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        with Evaluating(model), torch.no_grad():
+            call(model, moved(of.inputs(), device_of(model)))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        raise ConfigError(
+            f"hat: task {of.name}: the model cannot be called with what its collate gives "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}), so no certificate could be "
+            "taken; let collate give what the model's forward takes, or that and labels"
+        ) from error
 
 
 def outputs_digest(model: nn.Module, of: ContinualTask, index: int) -> str:

@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from continual_parts import adapted, bert, gated, run, text_tasks, tokenizer  # noqa: E402
 
 import hatcl  # noqa: E402
-from hatcl.errors import TaskError  # noqa: E402
+from hatcl.errors import ConfigError, TaskError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -51,6 +51,14 @@ def test_backward_transfer_is_zero_and_forward_transfer_not_known():
     _, result = run("hat")
     assert result.backward_transfer == 0
     assert np.isnan(result.forward_transfer) and np.isnan(result.matrix[0, 1])
+
+
+def test_a_task_whose_batches_the_model_does_not_take_is_refused_before_anything_is_learned(tmp_path):
+    tasks = text_tasks(bert(), 2)
+    tasks[1] = dataclasses.replace(tasks[1], collate=lambda pairs: [text for text, _ in pairs])
+    with pytest.raises(ConfigError, match="hat: task task 1: the model cannot be called with what its collate gives"):
+        run("hat", tmp_path / "run", tasks=tasks)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_gates_or_room_is_refused():
