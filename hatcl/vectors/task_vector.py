@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import one_of
-from ..errors import IntegrityError, VectorError
+from ..errors import ConfigError, IntegrityError, VectorError
 from ..files import parse_json
 from ..functional import digest_of
 from .bases import digests_of, joined_bases, joined_kinds, refuse_integers
@@ -230,7 +230,12 @@ class TaskVector(Mapping[str, Tensor]):
             ours = None if pretrained is None else parameters_of(pretrained, buffers, what=OURS)
             deltas = lora_deltas(finetuned, ours, pretrained, embeddings)
             if only or skip:
-                deltas = pick(deltas, chosen_names({n: [n] for n in deltas}, only, skip))
+                chosen = chosen_names({n: [n] for n in (*deltas, *(ours or ()))}, only, skip)
+                if deltas.keys().isdisjoint(chosen):
+                    raise ConfigError(
+                        f"only={only!r} and skip={skip!r} leave none of the adapter's {len(deltas)} tensors"
+                    )
+                deltas = pick(deltas, [n for n in deltas if n in chosen])
             return cls(deltas, None if ours is None else digests_of(pick(ours, list(deltas))), partial=True)
         if pretrained is None:
             raise VectorError("between: pretrained=None is for peft adapters only; pass the model that was fine-tuned")
