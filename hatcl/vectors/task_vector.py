@@ -57,6 +57,8 @@ def combined(terms: Sequence[tuple[float, TaskVector]], *, check: bool = True) -
     Raises:
         VectorError: the vectors differ in names or shapes, or belong to different bases.
     """
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]
     vectors = [v for _, v in terms]
     shapes = joined_kinds([(v.kinds, v.partial) for v in vectors])
     flat = tuple((c * k, part) for c, v in terms for k, part in v._terms or ((1.0, v),))
@@ -528,7 +530,8 @@ def _checked_delta(name: str, delta: Any) -> Delta:
         raise VectorError(
             f"{name}: got {d.value.dtype}, expected floating point; integers are no part of a task vector"
         )
-    if not bool(torch.isfinite(d.value).all()):
+    # the sum in float64 is finite where all are (one pass; of float64 itself it may overflow, and then each is asked)
+    if not bool(d.value.sum(dtype=torch.float64).isfinite()) and not bool(torch.isfinite(d.value).all()):
         bad = int((~torch.isfinite(d.value)).sum())
         raise VectorError(
             f"{name}: {bad} of {d.value.numel()} elements are NaN or infinite; is a checkpoint damaged, or a "

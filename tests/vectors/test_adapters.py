@@ -274,7 +274,7 @@ def test_patterns_choose_among_an_adapters_layers(tmp_path):
         assert v.partial and all("attention" in n for n in v) and len(v.base) == len(v) == 4
         assert set(TaskVector.between(base, source, only=["classifier.*"])) == {"classifier.weight", "classifier.bias"}
         assert len(TaskVector.between(base, source, skip="*.word_embeddings.*")) == 6  # a name of the base alone
-        with pytest.raises(ConfigError, match="leave none of the adapter's 6 tensors"):
+        with pytest.raises(ConfigError, match="leave none of the adapter's 6"):
             TaskVector.between(base, source, only="*.word_embeddings.*")
         with pytest.raises(ConfigError, match="skip: 'clasifier.*' matches none of .*did you mean 'classifier"):
             TaskVector.between(base, source, skip="clasifier.*")
