@@ -62,9 +62,10 @@ def combined(terms: Sequence[tuple[float, TaskVector]], *, check: bool = True) -
     vectors = [v for _, v in terms]
     shapes = joined_kinds([(v.kinds, v.partial) for v in vectors])
     flat = tuple((c * k, part) for c, v in terms for k, part in v._terms or ((1.0, v),))
+    parts = [(c, v.kinds) for c, v in flat if c]
     kinds = {}
     for name, kind in shapes.items():
-        here = [(c, v.kinds[name].dtype) for c, v in flat if c and name in v]
+        here = [(c, of[name].dtype) for c, of in parts if name in of]
         alone = len(here) == 1 and here[0][0] == 1
         kinds[name] = Kind(
             kind.shape,
@@ -108,8 +109,8 @@ def named_as_in(tied: Mapping[str, str], vector: TaskVector) -> TaskVector:
                 raise VectorError(f"{name} and {other} are one tensor in the model and differ in the vector")
         return delta
 
-    kinds = {first: vector.kinds[stored[0]] for first, stored in names.items()}
-    known = vector.base
+    own, known = vector.kinds, vector.base
+    kinds = {first: own[stored[0]] for first, stored in names.items()}
     base = None if known is None else Lazy(kinds, lambda first: known[names[first][0]])
     lazily = Lazy(kinds, read)
     return TaskVector(lazily if vector._in_files else dict(lazily), base, partial=vector.partial)
