@@ -57,7 +57,7 @@ def combined(terms: Sequence[tuple[float, TaskVector]], *, check: bool = True) -
     Raises:
         VectorError: the vectors differ in names or shapes, or belong to different bases.
     """
-    if len(terms) == 1 and terms[0][0] == 1:
+    if check and len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
     vectors = [v for _, v in terms]
     shapes = joined_kinds([(v.kinds, v.partial) for v in vectors])
