@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..errors import VectorError
 
+SUMMED_AT_ONCE = 1 << 17  # elements that a CPU core keeps in its cache
+
 
 class Delta(NamedTuple):
     """One tensor of a task vector. `value` alone does not always give the fine-tuned tensor back: where a weight ends
@@ -70,17 +72,14 @@ def combine(terms: Iterable[tuple[float | Tensor, Delta]]) -> Delta:
     only: Delta | None = None
     kind = torch.float32
     rests: list[tuple[float | Tensor, Tensor, Tensor, Tensor]] = []
-    for coefficient, delta in terms:
+    for coefficient, given in terms:
         c = coefficient.item() if isinstance(coefficient, Tensor) and coefficient.numel() == 1 else coefficient
-        first = total is None
-        if total is None:
-            only = delta if not isinstance(c, Tensor) and c == 1 else None
-            total = torch.zeros(delta.value.shape, dtype=torch.float64, device=delta.value.device)
-        delta = delta if first else delta.to(total.device)
-        only = only if first else None
+        only = given if total is None and not isinstance(c, Tensor) and c == 1 else None
+        delta = given if total is None else given.to(total.device)
         kind = torch.promote_types(kind, delta.value.dtype)
-        scaled = delta.value.to(torch.float64, copy=True)
-        total += scaled.mul_(c.to(scaled).broadcast_to(scaled.shape) if isinstance(c, Tensor) else c)
+        scaled = delta.value.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        scaled.mul_(c.to(scaled).broadcast_to(scaled.shape) if isinstance(c, Tensor) else c)
+        total = scaled if total is None else total.add_(scaled)
         del scaled  # so that the next delta finds its memory free
         if delta.at is not None and delta.rest is not None:
             at = delta.at.long()
@@ -113,15 +112,21 @@ def restore(base: Tensor, delta: Delta, dtype: torch.dtype | None = None) -> Ten
     """`base + tau` of one tensor, summed in float64 and rounded once, to `dtype` (base's own). Of the difference that
     fine-tuning made this is the fine-tuned tensor, bit for bit. An element whose difference is zero keeps the base's
     bits, the sign of a zero included."""
-    out = base.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-    out += delta.value
-    out.masked_fill_((delta.value == 0) & (base == 0) & base.signbit(), -0.0)
+    start, way = base.contiguous().view(-1), delta.value.contiguous().view(-1)
+    out = torch.empty(start.shape, dtype=dtype or base.dtype, device=base.device)
+    step = SUMMED_AT_ONCE if base.device.type == "cpu" else max(len(start), 1)
+    for first in range(0, len(start), step):
+        x, d = start[first : first + step], way[first : first + step]
+        total = x.to(torch.float64, copy=True).add_(d)
+        zero = x == 0
+        if bool(zero.any()):
+            total.masked_fill_(zero & x.signbit() & (d == 0), -0.0)
+        out[first : first + step] = total
     if delta.at is not None and delta.rest is not None:
         at, rest = delta.at.long(), delta.rest.to(torch.float64)
-        flat = out.view(-1)
-        sums = flat[at] + rest
-        flat[at] = torch.where(sums == 0, sums.copysign(rest), sums)
-    return out.to(dtype or base.dtype)
+        sums = start[at].double() + way[at].double() + rest
+        out[at] = torch.where(sums == 0, sums.copysign(rest), sums).to(out.dtype)
+    return out.view(base.shape)
 
 
 def _index_type(x: Tensor) -> torch.dtype:

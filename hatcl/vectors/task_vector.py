@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import one_of
-from ..errors import IntegrityError, VectorError
+from ..errors import ConfigError, IntegrityError, VectorError
 from ..files import parse_json
 from ..functional import digest_of
 from .bases import digests_of, joined_bases, joined_kinds, refuse_integers
@@ -58,12 +58,15 @@ def combined(terms: Sequence[tuple[float, TaskVector]], *, check: bool = True) -
     Raises:
         VectorError: the vectors differ in names or shapes, or belong to different bases.
     """
+    if check and len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]
     vectors = [v for _, v in terms]
     shapes = joined_kinds([(v.kinds, v.partial) for v in vectors])
     flat = tuple((c * k, part) for c, v in terms for k, part in v._terms or ((1.0, v),))
+    parts = [(c, v.kinds) for c, v in flat if c]
     kinds = {}
     for name, kind in shapes.items():
-        here = [(c, v.kinds[name].dtype) for c, v in flat if c and name in v]
+        here = [(c, of[name].dtype) for c, of in parts if name in of]
         alone = len(here) == 1 and here[0][0] == 1
         kinds[name] = Kind(
             kind.shape,
@@ -107,8 +110,8 @@ def named_as_in(tied: Mapping[str, str], vector: TaskVector) -> TaskVector:
                 raise VectorError(f"{name} and {other} are one tensor in the model and differ in the vector")
         return delta
 
-    kinds = {first: vector.kinds[stored[0]] for first, stored in names.items()}
-    known = vector.base
+    own, known = vector.kinds, vector.base
+    kinds = {first: own[stored[0]] for first, stored in names.items()}
     base = None if known is None else Lazy(kinds, lambda first: known[names[first][0]])
     lazily = Lazy(kinds, read)
     return TaskVector(lazily if vector._in_files else dict(lazily), base, partial=vector.partial)
@@ -231,7 +234,12 @@ class TaskVector(Mapping[str, Tensor]):
             ours = None if pretrained is None else parameters_of(pretrained, buffers, what=OURS)
             deltas = lora_deltas(finetuned, ours, pretrained, embeddings)
             if only or skip:
-                deltas = pick(deltas, chosen_names({n: [n] for n in deltas}, only, skip))
+                chosen = chosen_names({n: [n] for n in (*deltas, *(ours or ()))}, only, skip)
+                if deltas.keys().isdisjoint(chosen):
+                    raise ConfigError(
+                        f"only={only!r} and skip={skip!r} leave none of the adapter's {len(deltas)} tensors"
+                    )
+                deltas = pick(deltas, [n for n in deltas if n in chosen])
             return cls(deltas, None if ours is None else digests_of(pick(ours, list(deltas))), partial=True)
         if pretrained is None:
             raise VectorError("between: pretrained=None is for peft adapters only; pass the model that was fine-tuned")
@@ -540,7 +548,8 @@ def _checked_delta(name: str, delta: Any) -> Delta:
         raise VectorError(
             f"{name}: got {d.value.dtype}, expected floating point; integers are no part of a task vector"
         )
-    if not bool(torch.isfinite(d.value).all()):
+    # the sum in float64 is finite where all are (one pass; of float64 itself it may overflow, and then each is asked)
+    if not bool(d.value.sum(dtype=torch.float64).isfinite()) and not bool(torch.isfinite(d.value).all()):
         bad = int((~torch.isfinite(d.value)).sum())
         raise VectorError(
             f"{name}: {bad} of {d.value.numel()} elements are NaN or infinite; is a checkpoint damaged, or a "

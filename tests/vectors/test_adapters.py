@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from vector_parts import same
 
-from hatcl.errors import IntegrityError, VectorError
+from hatcl.errors import ConfigError, IntegrityError, VectorError
 from hatcl.vectors.adapters import is_adapter, lora_deltas
 from hatcl.vectors.task_vector import TaskVector
 
@@ -273,6 +273,11 @@ def test_patterns_choose_among_an_adapters_layers(tmp_path):
         v = TaskVector.between(base, source, skip="classifier.*")
         assert v.partial and all("attention" in n for n in v) and len(v.base) == len(v) == 4
         assert set(TaskVector.between(base, source, only=["classifier.*"])) == {"classifier.weight", "classifier.bias"}
+        assert len(TaskVector.between(base, source, skip="*.word_embeddings.*")) == 6  # a name of the base alone
+        with pytest.raises(ConfigError, match="leave none of the adapter's 6"):
+            TaskVector.between(base, source, only="*.word_embeddings.*")
+        with pytest.raises(ConfigError, match="skip: 'clasifier.*' matches none of .*did you mean 'classifier"):
+            TaskVector.between(base, source, skip="clasifier.*")
 
 
 def test_running_statistics_beside_a_norm_that_was_trained_in_full(tmp_path):
