@@ -251,3 +251,12 @@ def test_paths_as_seen_from_the_recipe(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = follow_recipe(recipe("linear", [A, B]), "out", folder=folders[""])
     assert (out / "config.json").exists()
+
+
+def test_the_page_has_the_recorded_figures():
+    page = (ROOT / "docs" / "merging.md").read_text()
+    rows = [f"| {label} | {found['difference']:.1e} |" for label, found in RECORDED.items()]
+    assert "\n".join(rows) in page
+    assert max(found["difference"] for label, found in RECORDED.items() if label not in STEPS) <= ROUNDING
+    names = {p for m in MERGEKIT.values() for p in [*m.shared, *m.each]}
+    assert names == set(mergekit.PARAMETERS)
