@@ -69,7 +69,7 @@ def layer_settings(recipe: MergekitRecipe, folders: Mapping[str, Path]) -> dict[
     return {key: count, **listed}
 
 
-def complete(
+def complete_folder(
     out: Path,
     base: Path,
     *,
@@ -101,7 +101,7 @@ def complete(
     if vocabulary is not None:
         config["vocab_size"] = vocabulary.rows
     texts = vocabulary.source if vocabulary is not None else tokenizer or base
-    copied = _found(base, BESIDE) | _found(texts, TOKENIZER)
+    copied = _matching(base, BESIDE) | _matching(texts, TOKENIZER)
     contents: dict[Path, bytes | Callable[[Path], object]] = {
         out / name: _copying(file) for name, file in sorted(copied.items())
     }
@@ -116,7 +116,7 @@ def _copying(file: Path) -> Callable[[Path], object]:
     return lambda new: shutil.copyfile(file, new)
 
 
-def _found(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+def _matching(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
     return {f.name: f for pattern in patterns for f in folder.glob(pattern) if f.is_file()}
 
 
@@ -131,7 +131,7 @@ def tokenizer_folder(which: str, base: Path, parts: Sequence[Path]) -> Path:
         raise ConfigError(
             f"tokenizer: got {which!r}, expected base or one of the parts; did you mean {nearest(which, known)!r}?"
         )
-    if not known[which].is_dir() or not _found(known[which], TOKENIZER):
+    if not known[which].is_dir() or not _matching(known[which], TOKENIZER):
         raise IntegrityError(f"{known[which]} holds no tokenizer; take another part's, or leave --tokenizer out")
     return known[which]
 

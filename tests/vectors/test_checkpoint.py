@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hatcl import ConfigError, IntegrityError
-from hatcl.vectors.checkpoint import card, complete, dtype_named, layer_settings, tokenizer_folder
+from hatcl.vectors.checkpoint import card, complete_folder, dtype_named, layer_settings, tokenizer_folder
 from hatcl.vectors.recipe import read_recipe
 
 
@@ -33,7 +33,7 @@ def folders(tmp_path):
 
 
 def test_config_tokenizer_and_card_come_from_the_base(folders):
-    complete(folders / "out", folders / "base", dtype=torch.bfloat16, models=["base", "part"], recipe="a + b")
+    complete_folder(folders / "out", folders / "base", dtype=torch.bfloat16, models=["base", "part"], recipe="a + b")
     config = json.loads((folders / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "torch_dtype" not in config and config["num_hidden_layers"] == 4
     names = {f.name for f in (folders / "out").iterdir()}
@@ -48,7 +48,7 @@ def test_config_tokenizer_and_card_come_from_the_base(folders):
 
 def test_another_parts_tokenizer(folders):
     which = tokenizer_folder(str(folders / "part"), folders / "base", [folders / "part"])
-    complete(folders / "out", folders / "base", tokenizer=which)
+    complete_folder(folders / "out", folders / "base", tokenizer=which)
     assert (folders / "out" / "tokenizer.json").read_text() == "part"
     assert (folders / "out" / "chat_template.jinja").read_text() == "part"
     assert tokenizer_folder("base", folders / "base", []) == folders / "base"
@@ -59,8 +59,8 @@ def test_another_parts_tokenizer(folders):
 
 
 def test_a_base_that_is_no_folder_of_transformers_brings_nothing(folders):
-    complete(folders / "out", folders / "base" / "model.safetensors")
-    complete(folders / "out", folders / "bare")
+    complete_folder(folders / "out", folders / "base" / "model.safetensors")
+    complete_folder(folders / "out", folders / "bare")
     assert not list((folders / "out").iterdir())
 
 
