@@ -170,7 +170,7 @@ def follow_recipe(
     for f in (f.resolve() for place in places.values() for p in place for f in files_read(p)):
         if target in (f, f.parent):
             raise ConfigError(f"out: {out} would replace {f}, which is read; name another folder")
-    models = {m: _tensors(place) for m, place in places.items()}
+    models = {m: _model_tensors(place) for m, place in places.items()}
     bases = {m: place[0] for m, place in places.items()}
     vocabulary = joint_vocabulary(recipe, bases)
     if vocabulary is not None:
@@ -223,7 +223,7 @@ def _folder_of(model: str, folder: Path) -> tuple[Path, ...]:
     return tuple(out)
 
 
-def _tensors(place: Sequence[Path]) -> Mapping[str, Tensor]:
+def _model_tensors(place: Sequence[Path]) -> Mapping[str, Tensor]:
     start, *adapters = place
     tensors: Mapping[str, Tensor] = named_tensors(start)
     for adapter in adapters:
