@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import flag, number, one_of, whole
 from ..errors import ConfigError, IntegrityError, VectorError, nearest
-from .checkpoint import complete_folder, dtype_named, layer_settings
+from .checkpoint import complete_folder, dtype_named, read_config, result_config
 from .delta import restore
 from .files import SHARD_BYTES, nbytes, write_tensors
 from .merging.layers import setting_at
@@ -172,7 +172,14 @@ def follow_recipe(
             raise ConfigError(f"out: {out} would replace {f}, which is read; name another folder")
     models = {m: _model_tensors(place) for m, place in places.items()}
     bases = {m: place[0] for m, place in places.items()}
-    vocabulary = joint_vocabulary(recipe, bases)
+    configs = {m: read_config(place) for m, place in bases.items()}
+    quantised = next((m for m, c in configs.items() if c.get("quantization_config")), None)
+    if quantised is not None:
+        raise VectorError(
+            f"{quantised} is quantised, as its config.json says; dequantise it first, with "
+            "AutoModelForCausalLM.from_pretrained(folder).dequantize().save_pretrained(other)"
+        )
+    config, vocabulary = result_config(recipe, configs), joint_vocabulary(recipe, bases)
     if vocabulary is not None:
         models = {m: aligned_to(vocabulary, m, tensors, models) for m, tensors in models.items()}
     made = {one.name: one for one in tensors_to_make(recipe, {m: kinds_of(t) for m, t in models.items()})}
@@ -200,10 +207,8 @@ def follow_recipe(
         progress=add,
     )
     if path.is_dir():
-        changes = layer_settings(recipe, bases)
-        kept = written or dtype
         complete_folder(
-            path, bases[recipe.donor], changes=changes, dtype=kept, vocabulary=vocabulary,
+            path, bases[recipe.donor], config, dtype=written or dtype, vocabulary=vocabulary,
             models=[str(m) for m in recipe.models], recipe=text or json.dumps(dict(content), indent=2),
         )  # fmt: skip
     return path
