@@ -39,7 +39,7 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     return None if short is None else DTYPES[short]
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def transformers_config(path: Path) -> dict[str, Any]:
     """The config of a folder of transformers; empty for other paths. Raises `IntegrityError` for a damaged one."""
     return read_json(path / CONFIG_FILE) if path.is_dir() and (path / CONFIG_FILE).is_file() else {}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import flag, number, one_of, whole
 from ..errors import ConfigError, IntegrityError, VectorError, nearest
-from .checkpoint import complete_folder, dtype_named, read_config, result_config
+from .checkpoint import complete_folder, dtype_named, result_config, transformers_config
 from .delta import restore
 from .files import SHARD_BYTES, nbytes, write_tensors
 from .merging.layers import setting_at
@@ -172,7 +172,7 @@ def follow_recipe(
             raise ConfigError(f"out: {out} would replace {f}, which is read; name another folder")
     models = {m: _model_tensors(place) for m, place in places.items()}
     bases = {m: place[0] for m, place in places.items()}
-    configs = {m: read_config(place) for m, place in bases.items()}
+    configs = {m: transformers_config(place) for m, place in bases.items()}
     quantised = next((m for m, c in configs.items() if c.get("quantization_config")), None)
     if quantised is not None:
         raise VectorError(

@@ -15,7 +15,7 @@ import torch
 from ..errors import ConfigError
 from .adapters import CONFIG, WEIGHTS, is_adapter
 from .bases import digests_of, one_base
-from .checkpoint import complete_folder, dtype_named, read_config, tokenizer_folder
+from .checkpoint import complete_folder, dtype_named, tokenizer_folder, transformers_config
 from .delta import Delta
 from .files import SHARD_BYTES, nbytes, read_metadata, write_tensors
 from .merging.layers import restricted
@@ -109,7 +109,7 @@ def compose_files(
     for file in (f.resolve() for files in read for f in files):
         if target in (file, file.parent):
             raise ConfigError(f"out: {out} would replace {file}, which is read; name another folder")
-    stored, config = dtype_named(dtype), read_config(Path(base))
+    stored, config = dtype_named(dtype), transformers_config(Path(base))
     texts = tokenizer_folder(tokenizer, Path(base), [Path(p) for p, _ in parts]) if tokenizer != "base" else None
     theta0 = named_tensors(base)
     terms = [(float(c), _vector(base, path, buffers, only, skip)) for path, c in parts]
