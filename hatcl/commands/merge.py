@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -120,11 +121,12 @@ def merge_command(
         start, pairs, options = base, [_part(text) for text in parts or ()], dict(set_ or {})
     if not pairs:
         raise ConfigError("merge: no parts; give at least one PART, or a recipe that ends in .yaml or .json")
+    told = {"--method": method, "--only": only, "--skip": skip, "--dtype": dtype, "--buffers": buffers}
     with Bar(None, "bytes", "merging") as bar:
         compose_files(
             start, pairs, output, method=method, options=options, vector=vector, buffers=buffers, check=check,
             only=only or (), skip=skip or (), dtype=dtype, tokenizer=tokenizer,
-            card=base.read_text() if alone else _words(start, pairs, method, options), shard_bytes=size,
+            card=base.read_text() if alone else _words(start, pairs, told, options), shard_bytes=size,
             progress=lambda done, total: bar.says("merging", completed=done, total=total),
         )  # fmt: skip
     say(f"{output}: {start} and {len(pairs)} part{'s' * (len(pairs) > 1)}")
@@ -134,11 +136,17 @@ def merge_command(
     }  # fmt: skip
 
 
-def _words(base: Path, pairs: list[tuple[Path, float]], method: str | None, options: Mapping[str, Any]) -> str:
-    """The command as a model card shows it."""
+def _words(base: Path, pairs: list[tuple[Path, float]], told: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """The command as a model card shows it.
+
+    Args:
+        told: flag -> what was given: a value, several, or True of a switch. options: of the method.
+    """
     words = ["hatcl", "merge", str(base), *(f"{path}:{c:g}" for path, c in pairs)]
-    words += ["--method", method] if method else []
-    return shlex.join([*words, *(w for k, v in options.items() for w in ("--set", f"{k}={v}"))])
+    for flag, value in told.items():
+        each = value if isinstance(value, list) else [value] if value else []
+        words += [w for v in each for w in ([flag] if v is True else [flag, str(v)])]
+    return shlex.join([*words, *(w for k, v in options.items() for w in ("--set", f"{k}={json.dumps(v)}"))])
 
 
 def _recipe(path: Path, content: Mapping[str, Any]) -> Recipe:

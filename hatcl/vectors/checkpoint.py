@@ -39,21 +39,25 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     return None if short is None else DTYPES[short]
 
 
-def is_model_folder(path: Path) -> bool:
-    """Is it a folder that transformers can load a config from?"""
-    return path.is_dir() and (path / CONFIG_FILE).is_file()
+def transformers_config(path: Path) -> dict[str, Any]:
+    """The config of a folder of transformers; empty for other paths. Raises `IntegrityError` for a damaged one."""
+    return read_json(path / CONFIG_FILE) if path.is_dir() and (path / CONFIG_FILE).is_file() else {}
 
 
-def layer_settings(recipe: MergekitRecipe, folders: Mapping[str, Path]) -> dict[str, Any]:
-    """What a config has to say of the layers that a recipe puts together: their number, and what it lists for each of
-    them (such as `layer_types`), taken from where each comes from."""
-    if recipe.slices[0].sources[0].layer_range is None or not is_model_folder(folders[recipe.donor]):
-        return {}
-    config = read_json(folders[recipe.donor] / CONFIG_FILE)
+def result_config(recipe: MergekitRecipe, configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The config of a recipe's result: the donor's, with the number of layers that are put together, and what it lists
+    for each of them (such as `layer_types`) from where each comes from.
+
+    Args:
+        configs: model -> its config, which may be empty.
+    """
+    config = configs[recipe.donor]
+    if recipe.slices[0].sources[0].layer_range is None or not config:
+        return config
     key = next((k for k in LAYER_COUNTS if isinstance(config.get(k), int)), None)
     if key is None:
         raise ConfigError(
-            f"{folders[recipe.donor] / CONFIG_FILE} has none of {', '.join(LAYER_COUNTS)}, so that nothing "
+            f"{recipe.donor}: its {CONFIG_FILE} has none of {', '.join(LAYER_COUNTS)}, so that nothing "
             "says how many layers the result has"
         )
     lists = {k: v for k, v in config.items() if isinstance(v, list) and ("layer" in k or "block" in k)}
@@ -63,17 +67,17 @@ def layer_settings(recipe: MergekitRecipe, folders: Mapping[str, Path]) -> dict[
         first = part.sources[0]
         start, stop = first.layer_range or (0, 0)
         count += stop - start
-        own = read_json(folders[first.model] / CONFIG_FILE) if is_model_folder(folders[first.model]) else config
+        own = configs[first.model]
         for name, values in listed.items():
             values += own.get(name, config[name])[start:stop]
-    return {key: count, **listed}
+    return {**config, key: count, **listed}
 
 
-def complete(
+def complete_folder(
     out: Path,
     base: Path,
+    config: Mapping[str, Any],
     *,
-    changes: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
     vocabulary: Vocabulary | None = None,
@@ -83,25 +87,25 @@ def complete(
     """Write what belongs beside the weights in `out`. Does nothing where the base is no folder of transformers.
 
     Args:
-        base: where config and generation config come from. changes: to the config. dtype: of the weights.
+        base: where the generation config comes from. config: the result's; an empty one says that it is no such folder.
+        dtype: of the weights.
         tokenizer: the folder that the tokenizer comes from, by default the base. vocabulary: a joint one to write
             instead.
         models, recipe: what the card names.
 
     Raises:
-        IntegrityError: a file is damaged, or the disk is full.
+        IntegrityError: the disk is full or not writable.
     """
-    if not is_model_folder(base):
+    if not config:
         return
-    config = read_json(base / CONFIG_FILE)
-    config |= dict(changes or {})
+    config = dict(config)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
     if vocabulary is not None:
         config["vocab_size"] = vocabulary.rows
     texts = vocabulary.source if vocabulary is not None else tokenizer or base
-    copied = _found(base, BESIDE) | _found(texts, TOKENIZER)
+    copied = _matching(base, BESIDE) | _matching(texts, TOKENIZER)
     contents: dict[Path, bytes | Callable[[Path], object]] = {
         out / name: _copying(file) for name, file in sorted(copied.items())
     }
@@ -116,7 +120,7 @@ def _copying(file: Path) -> Callable[[Path], object]:
     return lambda new: shutil.copyfile(file, new)
 
 
-def _found(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+def _matching(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
     return {f.name: f for pattern in patterns for f in folder.glob(pattern) if f.is_file()}
 
 
@@ -131,7 +135,7 @@ def tokenizer_folder(which: str, base: Path, parts: Sequence[Path]) -> Path:
         raise ConfigError(
             f"tokenizer: got {which!r}, expected base or one of the parts; did you mean {nearest(which, known)!r}?"
         )
-    if not known[which].is_dir() or not _found(known[which], TOKENIZER):
+    if not known[which].is_dir() or not _matching(known[which], TOKENIZER):
         raise IntegrityError(f"{known[which]} holds no tokenizer; take another part's, or leave --tokenizer out")
     return known[which]
 

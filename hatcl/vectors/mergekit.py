@@ -20,15 +20,15 @@ from torch import Tensor
 
 from ..config import flag, number, one_of, whole
 from ..errors import ConfigError, IntegrityError, VectorError, nearest
-from .adapters import is_adapter
-from .checkpoint import complete, dtype_named, layer_settings
+from .checkpoint import complete_folder, dtype_named, result_config, transformers_config
 from .delta import restore
 from .files import SHARD_BYTES, nbytes, write_tensors
 from .merging.layers import setting_at
 from .merging.registry import merge
-from .recipe import Made, MergekitRecipe, Settings, read_recipe, tensors_to_make
+from .recipe import MergekitRecipe, Settings, TensorPlan, read_recipe, tensors_to_make
+from .stream import files_read
 from .task_vector import TaskVector
-from .tensors import Kind, files_of, kinds_of, named_tensors, stamps_of
+from .tensors import Kind, kinds_of, named_tensors, stamps_of
 from .vocabulary import aligned_to, joint_vocabulary
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _family(
     return MergekitMethod(method, "needed", shared, own, {"undecided": "positive"} if elect else {})
 
 
-SHARE = Parameter("density", 1.0)
+RETAINED = Parameter("density", 1.0)
 DROPPED = Parameter("drop", 1.0, change=lambda density: 1 - density)
 OUTLIERS, EPSILON = Parameter("outliers", 0.01), Parameter("epsilon", 0.15)
 MERGEKIT: dict[str, MergekitMethod] = {
@@ -96,13 +96,13 @@ MERGEKIT: dict[str, MergekitMethod] = {
         "mean", "none", {"normalize": Parameter("normalise", True, "flag")}, {"weight": Parameter("weights", None)}
     ),
     "task_arithmetic": _family("arithmetic", False),
-    "ties": _family("ties", True, rescale=False, elect=True, density=SHARE),
+    "ties": _family("ties", True, rescale=False, elect=True, density=RETAINED),
     "dare_linear": _family("dare_linear", False, rescale=True, density=DROPPED),
     "dare_ties": _family("dare_ties", False, rescale=True, elect=True, density=DROPPED),
-    "breadcrumbs": _family("breadcrumbs", False, rescale=False, density=SHARE, gamma=OUTLIERS),
-    "breadcrumbs_ties": _family("breadcrumbs_ties", False, rescale=False, elect=True, density=SHARE, gamma=OUTLIERS),
-    "della": _family("della", True, rescale=True, elect=True, density=SHARE, epsilon=EPSILON),
-    "della_linear": _family("della_linear", False, rescale=True, density=SHARE, epsilon=EPSILON),
+    "breadcrumbs": _family("breadcrumbs", False, rescale=False, density=RETAINED, gamma=OUTLIERS),
+    "breadcrumbs_ties": _family("breadcrumbs_ties", False, rescale=False, elect=True, density=RETAINED, gamma=OUTLIERS),
+    "della": _family("della", True, rescale=True, elect=True, density=RETAINED, epsilon=EPSILON),
+    "della_linear": _family("della_linear", False, rescale=True, density=RETAINED, epsilon=EPSILON),
     "slerp": MergekitMethod("slerp", "none", {"t": Parameter("t", None)}, fewest=2, most=2),
     "nuslerp": MergekitMethod(
         "nuslerp",
@@ -167,18 +167,25 @@ def follow_recipe(
     dtype, written = (dtype_named(d) for d in (recipe.dtype, recipe.out_dtype))
     places = {m: _folder_of(m, Path(folder)) for m in recipe.models}
     target = Path(out).resolve()
-    for f in (f.resolve() for place in places.values() for p in place for f in _files(p)):
+    for f in (f.resolve() for place in places.values() for p in place for f in files_read(p)):
         if target in (f, f.parent):
             raise ConfigError(f"out: {out} would replace {f}, which is read; name another folder")
-    models = {m: _tensors(place) for m, place in places.items()}
+    models = {m: _model_tensors(place) for m, place in places.items()}
     bases = {m: place[0] for m, place in places.items()}
-    vocabulary = joint_vocabulary(recipe, bases)
+    configs = {m: transformers_config(place) for m, place in bases.items()}
+    quantised = next((m for m, c in configs.items() if c.get("quantization_config")), None)
+    if quantised is not None:
+        raise VectorError(
+            f"{quantised} is quantised, as its config.json says; dequantise it first, with "
+            "AutoModelForCausalLM.from_pretrained(folder).dequantize().save_pretrained(other)"
+        )
+    config, vocabulary = result_config(recipe, configs), joint_vocabulary(recipe, bases)
     if vocabulary is not None:
         models = {m: aligned_to(vocabulary, m, tensors, models) for m, tensors in models.items()}
     made = {one.name: one for one in tensors_to_make(recipe, {m: kinds_of(t) for m, t in models.items()})}
     settings = {name: _settings(recipe, one) for name, one in made.items()}  # before anything is read
-    kinds = {name: _kind(one, models, dtype, written) for name, one in made.items()}
-    stamps = [stamp for place in places.values() for p in place for stamp in stamps_of(_files(p))]
+    kinds = {name: _result_kind(one, models, dtype, written) for name, one in made.items()}
+    stamps = [stamp for place in places.values() for p in place for stamp in stamps_of(files_read(p))]
     settled, total = [0], sum(nbytes(k) for k in kinds.values())
 
     def add(count: int) -> None:
@@ -189,7 +196,7 @@ def follow_recipe(
     def make(name: str) -> dict[str, Tensor]:
         one = made[name]
         inputs = {m: models[m][n] for m, n in one.inputs.items()}
-        return {name: _merged(recipe, one, inputs, settings[name], dtype).to(kinds[name].dtype)}
+        return {name: _merged_tensor(recipe, one, inputs, settings[name], dtype).to(kinds[name].dtype)}
 
     path = write_tensors(
         Path(out),
@@ -200,10 +207,8 @@ def follow_recipe(
         progress=add,
     )
     if path.is_dir():
-        changes = layer_settings(recipe, bases)
-        kept = written or dtype
-        complete(
-            path, bases[recipe.donor], changes=changes, dtype=kept, vocabulary=vocabulary,
+        complete_folder(
+            path, bases[recipe.donor], config, dtype=written or dtype, vocabulary=vocabulary,
             models=[str(m) for m in recipe.models], recipe=text or json.dumps(dict(content), indent=2),
         )  # fmt: skip
     return path
@@ -223,11 +228,7 @@ def _folder_of(model: str, folder: Path) -> tuple[Path, ...]:
     return tuple(out)
 
 
-def _files(path: Path) -> list[Path]:
-    return sorted(path.glob("adapter_*")) if is_adapter(path) else files_of(path)
-
-
-def _tensors(place: Sequence[Path]) -> Mapping[str, Tensor]:
+def _model_tensors(place: Sequence[Path]) -> Mapping[str, Tensor]:
     start, *adapters = place
     tensors: Mapping[str, Tensor] = named_tensors(start)
     for adapter in adapters:
@@ -235,8 +236,8 @@ def _tensors(place: Sequence[Path]) -> Mapping[str, Tensor]:
     return tensors
 
 
-def _kind(
-    made: Made, models: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None, written: torch.dtype | None
+def _result_kind(
+    made: TensorPlan, models: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None, written: torch.dtype | None
 ) -> Kind:
     found = [kinds_of(models[m])[n] for m, n in made.inputs.items()]
     shapes = {k.shape for k in found}
@@ -252,7 +253,7 @@ def _kind(
     return Kind(found[0].shape, written or dtype or kind)
 
 
-def _settings(recipe: MergekitRecipe, made: Made) -> dict[str, Any]:
+def _settings(recipe: MergekitRecipe, made: TensorPlan) -> dict[str, Any]:
     """hatcl's options for one tensor."""
     method = MERGEKIT[recipe.merge_method]
     if method.base == "needed" and made.base not in made.inputs:
@@ -311,16 +312,16 @@ def _value(name: str, parameter: Parameter, scopes: Sequence[Settings], tensor: 
     return parameter.change(found)
 
 
-def _merged_models(method: MergekitMethod, made: Made) -> list[str]:
+def _merged_models(method: MergekitMethod, made: TensorPlan) -> list[str]:
     """The models that the method gets, in its order: without the base where that counts as one."""
     if method.method == "slerp" and made.base in made.inputs:
         return sorted(made.inputs, key=lambda m: m != made.base)  # from the base to the other
     return [m for m in made.inputs if method.base == "none" or m != made.base]
 
 
-def _merged(
+def _merged_tensor(
     recipe: MergekitRecipe,
-    made: Made,
+    made: TensorPlan,
     inputs: Mapping[str, Tensor],
     options: Mapping[str, Any],
     dtype: torch.dtype | None,

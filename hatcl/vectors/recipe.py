@@ -26,7 +26,7 @@ Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Source:
+class SliceSource:
     """One model in a slice.
 
     Attributes:
@@ -43,7 +43,7 @@ class Source:
 class Slice:
     """Consecutive layers of the result, made of as many layers of each source."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[SliceSource, ...]
     base_model: str | None = None
     parameters: Settings = field(default_factory=dict)
 
@@ -87,7 +87,7 @@ def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
         ConfigError: a key that is not known or not supported here, or a value of another kind.
     """
     given = dict(content)
-    _refuse(given, "modules", "chat_template")
+    _refuse_keys(given, "modules", "chat_template")
     models, tokenizer = given.pop("models", None), given.pop("tokenizer", None)
     known = ["models", "tokenizer", *(f.name for f in fields(MergekitRecipe) if f.name != "pad_to_multiple_of")]
     unknown = next((key for key in given if key not in known), None)
@@ -110,32 +110,32 @@ def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
         given["pad_to_multiple_of"] = tokenizer.pop("pad_to_multiple_of", None)
         if tokenizer:
             raise ConfigError(f"tokenizer: got {', '.join(tokenizer)}, expected source and pad_to_multiple_of")
-    given["parameters"] = _parameters(given.get("parameters"))
+    given["parameters"] = _read_parameters(given.get("parameters"))
     if models is not None:
-        sources = [_source(s, "models", layers=False) for s in _items("models", models)]
+        sources = [_read_source(s, "models", layers=False) for s in _items("models", models)]
         base = given.get("base_model")
         if base is not None and base not in [s.model for s in sources]:
-            sources.append(Source(base))
+            sources.append(SliceSource(base))
         given["slices"] = (_checked(Slice(tuple(sources))),)
     else:
-        given["slices"] = tuple(_slice(s) for s in _items("slices", given["slices"]))
+        given["slices"] = tuple(_read_slice(s) for s in _items("slices", given["slices"]))
     return MergekitRecipe(**given)
 
 
-def _slice(content: Any) -> Slice:
+def _read_slice(content: Any) -> Slice:
     given = dict(_mapping("slices", content))
-    _refuse(given, "residual_weight")
+    _refuse_keys(given, "residual_weight")
     known_options(Slice, given)
-    sources = tuple(_source(s, "sources", layers=True) for s in _items("sources", given.get("sources")))
+    sources = tuple(_read_source(s, "sources", layers=True) for s in _items("sources", given.get("sources")))
     lengths = {s.layer_range[1] - s.layer_range[0] for s in sources if s.layer_range is not None}
     if len(lengths) > 1:
         raise ConfigError(f"slices: sources of {sorted(lengths)} layers, expected as many layers of each")
-    return _checked(Slice(sources, given.get("base_model"), _parameters(given.get("parameters"))))
+    return _checked(Slice(sources, given.get("base_model"), _read_parameters(given.get("parameters"))))
 
 
-def _source(content: Any, where: str, *, layers: bool) -> Source:
+def _read_source(content: Any, where: str, *, layers: bool) -> SliceSource:
     given = dict(_mapping(where, content))
-    known_options(Source, given)
+    known_options(SliceSource, given)
     if not isinstance(given.get("model"), str):
         raise ConfigError(f"{where}: got the model {given.get('model')!r}, expected a path")
     span = given.get("layer_range")
@@ -146,7 +146,7 @@ def _source(content: Any, where: str, *, layers: bool) -> Source:
         span = (pair[0], pair[1])
     elif span is not None:
         raise ConfigError("layer_range: is for slices; list the models under slices instead of models")
-    return Source(given["model"], span, _parameters(given.get("parameters")))
+    return SliceSource(given["model"], span, _read_parameters(given.get("parameters")))
 
 
 def _checked(part: Slice) -> Slice:
@@ -157,7 +157,7 @@ def _checked(part: Slice) -> Slice:
     return part
 
 
-def _refuse(given: Mapping[str, Any], *keys: str) -> None:
+def _refuse_keys(given: Mapping[str, Any], *keys: str) -> None:
     for key in keys:
         if given.get(key) is not None:
             raise ConfigError(f"{key}: {NOT_HERE[key]}")
@@ -175,11 +175,11 @@ def _mapping(key: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _parameters(value: Any) -> Settings:
-    return {} if value is None else {k: _numbers(v) for k, v in _mapping("parameters", value).items()}
+def _read_parameters(value: Any) -> Settings:
+    return {} if value is None else {k: _with_numbers(v) for k, v in _mapping("parameters", value).items()}
 
 
-def _numbers(setting: Any) -> Any:
+def _with_numbers(setting: Any) -> Any:
     """YAML reads 1e-5 as a text; the parameters of no method are texts."""
     if isinstance(setting, str):
         try:
@@ -187,9 +187,9 @@ def _numbers(setting: Any) -> Any:
         except ValueError:
             return setting
     if isinstance(setting, list):
-        return [_numbers(s) for s in setting]
+        return [_with_numbers(s) for s in setting]
     if isinstance(setting, Mapping):
-        return {k: v if k == "filter" else _numbers(v) for k, v in setting.items()}
+        return {k: v if k == "filter" else _with_numbers(v) for k, v in setting.items()}
     return setting
 
 
@@ -197,7 +197,7 @@ def _numbers(setting: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Made:
+class TensorPlan:
     """One tensor of the result.
 
     Attributes:
@@ -213,7 +213,7 @@ class Made:
     part: Slice
 
 
-def tensors_to_make(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> list[Made]:
+def tensors_to_make(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> list[TensorPlan]:
     """All tensors of the result: those before the layers, of the first slice; the layers, slice after slice; and those
     after them, of the last slice.
 
@@ -228,9 +228,9 @@ def tensors_to_make(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kin
     for names, part in ((True, recipe.slices[0]), (False, recipe.slices[-1])):
         own = [n for n in kinds[part.sources[0].model] if layer_of(n) is None and bool(BEFORE.search(n)) == names]
         base = part.base_model or recipe.base_model
-        out.append([Made(n, dict.fromkeys(_models(part), n), base, 0.0, part) for n in own])
+        out.append([TensorPlan(n, dict.fromkeys(_models(part), n), base, 0.0, part) for n in own])
     whole = recipe.slices[0].sources[0].layer_range is None
-    layers = list(_whole(recipe, kinds) if whole else _sliced(recipe, kinds))
+    layers = list(_whole_models(recipe, kinds) if whole else _sliced(recipe, kinds))
     made = [*out[0], *layers, *out[1]]
     for one in made:
         lacking = next((m for m, n in one.inputs.items() if n not in kinds[m]), None)
@@ -254,7 +254,7 @@ def _models(part: Slice) -> list[str]:
     return [s.model for s in part.sources]
 
 
-def _whole(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> Iterator[Made]:
+def _whole_models(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> Iterator[TensorPlan]:
     part = recipe.slices[0]
     names = kinds[part.sources[0].model]
     stacks: dict[str, int] = {}
@@ -264,10 +264,10 @@ def _whole(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> I
     for n in names:
         if (at := layer_of(n)) is not None:
             place = at[1] / stacks[at[0]] if stacks[at[0]] else 1.0
-            yield Made(n, dict.fromkeys(_models(part), n), recipe.base_model, place, part)
+            yield TensorPlan(n, dict.fromkeys(_models(part), n), recipe.base_model, place, part)
 
 
-def _sliced(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> Iterator[Made]:
+def _sliced(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> Iterator[TensorPlan]:
     written = 0
     for part in recipe.slices:
         first = part.sources[0]
@@ -284,7 +284,7 @@ def _sliced(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> 
             for n in names:
                 inputs = {s.model: _in_layer(n, (s.layer_range or (0, 0))[0] + i) for s in part.sources}
                 place = i / (stop - start - 1) if stop - start > 1 else 1.0
-                yield Made(_in_layer(n, written), inputs, part.base_model or recipe.base_model, place, part)
+                yield TensorPlan(_in_layer(n, written), inputs, part.base_model or recipe.base_model, place, part)
             written += 1
 
 

@@ -12,9 +12,9 @@ from typing import Any, Union
 from ..errors import ConfigError
 from .adapters import CONFIG, WEIGHTS, is_adapter
 from .bases import digests_of, joined_bases
-from .checkpoint import complete, dtype_named, tokenizer_folder
+from .checkpoint import complete_folder, dtype_named, tokenizer_folder, transformers_config
 from .files import SHARD_BYTES, nbytes, read_metadata, write_tensors
-from .merging.layers import tensors_of
+from .merging.layers import restricted
 from .select import Patterns, chosen_names
 from .task_vector import VECTOR_FORMAT, TaskVector, combined, composed
 from .tensors import Kind, files_of, kinds_of, named_tensors, pick, stamps_of
@@ -78,12 +78,12 @@ def compose_files(
         raise ConfigError(f"options: got {', '.join(options)} without a method that takes them; name one with method=")
     if shard_bytes <= 0:
         raise ConfigError(f"shard_bytes: got {shard_bytes}, expected a positive number")
-    read = [_files(Path(p)) for p in (base, *(p for p, _ in parts))]
+    read = [files_read(Path(p)) for p in (base, *(p for p, _ in parts))]
     target = Path(out).resolve()
     for file in (f.resolve() for files in read for f in files):
         if target in (file, file.parent):
             raise ConfigError(f"out: {out} would replace {file}, which is read; name another folder")
-    stored = dtype_named(dtype)
+    stored, config = dtype_named(dtype), transformers_config(Path(base))
     texts = tokenizer_folder(tokenizer, Path(base), [Path(p) for p, _ in parts]) if tokenizer != "base" else None
     theta0 = named_tensors(base)
     terms = [(float(c), _vector(base, path, buffers, only, skip)) for path, c in parts]
@@ -115,11 +115,12 @@ def compose_files(
     )  # fmt: skip
     if path.is_dir():
         named = [str(base), *(str(p) for p, _ in parts)]
-        complete(path, Path(base), dtype=stored, tokenizer=texts, models=named, recipe=card or recipe)
+        complete_folder(path, Path(base), config, dtype=stored, tokenizer=texts, models=named, recipe=card or recipe)
     return path
 
 
-def _files(path: Path) -> list[Path]:
+def files_read(path: Path) -> list[Path]:
+    """The files in which a checkpoint, a task vector or an adapter lies."""
     return [path / CONFIG, path / WEIGHTS] if is_adapter(path) else files_of(path)
 
 
@@ -127,7 +128,7 @@ def _vector(base: AnyPath, path: AnyPath, buffers: bool, only: Patterns, skip: P
     chosen: dict[str, Any] = {"only": only, "skip": skip} if only or skip else {}
     if not is_adapter(path) and VECTOR_FORMAT in read_metadata(path):
         whole = TaskVector.load(path)
-        return tensors_of(whole, chosen_names({n: [n] for n in whole}, only, skip)) if chosen else whole
+        return restricted(whole, chosen_names({n: [n] for n in whole}, only, skip)) if chosen else whole
     vector = TaskVector.between(base, path, buffers=buffers, **chosen)
     vector.base = None  # it is taken from this very base, so that nothing needs to be hashed
     return vector

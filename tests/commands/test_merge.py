@@ -221,6 +221,7 @@ def test_transformers_loads_what_the_command_wrote(models, tmp_path, monkeypatch
     AutoModel.from_pretrained(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "hatcl merge base a:0.4 b:1" in card and ("--method ties --set density=0.5" in card) == ("ties" in words)
+    assert ("--dtype bfloat16" in card) == ("--dtype" in words)
 
 
 @pytest.mark.skipif(not hasattr(hatcl.vectors.task_vector, "combined"), reason="vectors do not add up by one rule yet")

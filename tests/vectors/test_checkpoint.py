@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from hatcl import ConfigError, IntegrityError
-from hatcl.vectors.checkpoint import card, complete, dtype_named, layer_settings, tokenizer_folder
+from hatcl.vectors.checkpoint import (
+    card,
+    complete_folder,
+    dtype_named,
+    result_config,
+    tokenizer_folder,
+    transformers_config,
+)
 from hatcl.vectors.recipe import read_recipe
 
 
@@ -33,7 +40,10 @@ def folders(tmp_path):
 
 
 def test_config_tokenizer_and_card_come_from_the_base(folders):
-    complete(folders / "out", folders / "base", dtype=torch.bfloat16, models=["base", "part"], recipe="a + b")
+    config = transformers_config(folders / "base")
+    complete_folder(
+        folders / "out", folders / "base", config, dtype=torch.bfloat16, models=["base", "part"], recipe="a + b"
+    )
     config = json.loads((folders / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "torch_dtype" not in config and config["num_hidden_layers"] == 4
     names = {f.name for f in (folders / "out").iterdir()}
@@ -48,7 +58,7 @@ def test_config_tokenizer_and_card_come_from_the_base(folders):
 
 def test_another_parts_tokenizer(folders):
     which = tokenizer_folder(str(folders / "part"), folders / "base", [folders / "part"])
-    complete(folders / "out", folders / "base", tokenizer=which)
+    complete_folder(folders / "out", folders / "base", transformers_config(folders / "base"), tokenizer=which)
     assert (folders / "out" / "tokenizer.json").read_text() == "part"
     assert (folders / "out" / "chat_template.jinja").read_text() == "part"
     assert tokenizer_folder("base", folders / "base", []) == folders / "base"
@@ -59,8 +69,9 @@ def test_another_parts_tokenizer(folders):
 
 
 def test_a_base_that_is_no_folder_of_transformers_brings_nothing(folders):
-    complete(folders / "out", folders / "base" / "model.safetensors")
-    complete(folders / "out", folders / "bare")
+    for base in (folders / "base" / "model.safetensors", folders / "bare"):
+        assert transformers_config(base) == {}
+        complete_folder(folders / "out", base, transformers_config(base))
     assert not list((folders / "out").iterdir())
 
 
@@ -70,15 +81,14 @@ def test_layers_that_are_put_together_are_described_by_where_they_come_from(fold
         {"sources": [{"model": "part", "layer_range": [2, 4]}]},
     ]
     recipe = read_recipe({"merge_method": "passthrough", "slices": slices})
-    places = {m: folders / m for m in ("base", "part")}
-    assert layer_settings(recipe, places) == {
-        "num_hidden_layers": 5, "layer_types": ["base0", "base1", "base2", "part2", "part3"],
-    }  # fmt: skip
-    (folders / "base" / "config.json").write_text("{}")
+    configs = {m: transformers_config(folders / m) for m in ("base", "part")}
+    made = {"num_hidden_layers": 5, "layer_types": ["base0", "base1", "base2", "part2", "part3"]}
+    assert result_config(recipe, configs) == {**configs["base"], **made}
+    assert result_config(recipe, {"base": {}, "part": {}}) == {}
     with pytest.raises(ConfigError, match="config.json has none of num_hidden_layers, n_layer, .*so that nothing says"):
-        layer_settings(recipe, places)
+        result_config(recipe, {"base": {"a": 1}, "part": {}})
     whole = read_recipe({"merge_method": "linear", "models": [{"model": "base"}]})
-    assert layer_settings(whole, places) == {}
+    assert result_config(whole, configs) == configs["base"]
 
 
 def test_types():

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -251,3 +252,24 @@ def test_paths_as_seen_from_the_recipe(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = follow_recipe(recipe("linear", [A, B]), "out", folder=folders[""])
     assert (out / "config.json").exists()
+
+
+def test_the_page_has_the_recorded_figures():
+    page = (ROOT / "docs" / "merging.md").read_text()
+    rows = [f"| {label} | {found['difference']:.1e} |" for label, found in RECORDED.items()]
+    assert "\n".join(rows) in page
+    assert max(found["difference"] for label, found in RECORDED.items() if label not in STEPS) <= ROUNDING
+    names = {p for m in MERGEKIT.values() for p in [*m.shared, *m.each]}
+    assert names == set(mergekit.PARAMETERS)
+
+
+def test_a_quantised_model_and_a_damaged_config_are_refused_first(folders, tmp_path):
+    shutil.copytree(folders[""] / "a", tmp_path / "q")
+    config = recipe_parts.config_of(tmp_path / "q")
+    (tmp_path / "q" / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 8}}))
+    with pytest.raises(VectorError, match="q is quantised, as its config.json says; dequantise it first, with"):
+        follow_recipe(recipe("linear", [{**A, "model": "q"}]), tmp_path / "out", folder=tmp_path)
+    (tmp_path / "q" / "config.json").write_text("{")
+    with pytest.raises(IntegrityError, match="config.json cannot be read as JSON"):
+        follow_recipe(recipe("linear", [{**A, "model": "q"}]), tmp_path / "out", folder=tmp_path)
+    assert not (tmp_path / "out").exists()

@@ -14,10 +14,10 @@ from .blocks import PerVector, blockwise, each, rescaled, rescaling, shares, sum
 from .registry import merge_method
 from .ties import election
 
-PAPER = "Davari and Belilovsky 2023, arXiv 2312.06795"
+CRUMBS_PAPER = "Davari and Belilovsky 2023, arXiv 2312.06795"
 
 
-@merge_method("breadcrumbs", paper=PAPER)
+@merge_method("breadcrumbs", paper=CRUMBS_PAPER)
 def breadcrumbs(
     vectors: Sequence[TaskVector],
     *,
@@ -48,7 +48,7 @@ def breadcrumbs(
     return blockwise(vectors, lambda _, taus: summed(crumbs(taus), w, normalise) * factor)
 
 
-@merge_method("breadcrumbs_ties", paper=f"{PAPER}; Yadav et al. 2023, arXiv 2306.01708; together in mergekit")
+@merge_method("breadcrumbs_ties", paper=f"{CRUMBS_PAPER}; Yadav et al. 2023, arXiv 2306.01708; together in mergekit")
 def breadcrumbs_ties(
     vectors: Sequence[TaskVector],
     *,

@@ -15,10 +15,10 @@ from .dare import kept
 from .registry import merge_method
 from .ties import election
 
-PAPER = "Deep et al. 2024, arXiv 2406.11617"
+DELLA_PAPER = "Deep et al. 2024, arXiv 2406.11617"
 
 
-@merge_method("della", paper=PAPER, symmetric=False)
+@merge_method("della", paper=DELLA_PAPER, symmetric=False)
 def della(
     vectors: Sequence[TaskVector],
     *,
@@ -53,7 +53,7 @@ def della(
     return blockwise(vectors, lambda name, taus: elect(left(name, taus), w) * factor)
 
 
-@merge_method("della_linear", paper=PAPER, symmetric=False)
+@merge_method("della_linear", paper=DELLA_PAPER, symmetric=False)
 def della_linear(
     vectors: Sequence[TaskVector],
     *,

@@ -40,12 +40,12 @@ def karcher(vectors: Sequence[TaskVector], *, steps: int = 10, tolerance: float 
         units = [x / n for x, n in zip(flat, norms, strict=True) if n > least]
         if not units:
             return torch.zeros_like(taus[0])
-        return (centre(units, steps, least) * (sum(norms) / len(norms))).reshape(taus[0].shape)
+        return (karcher_centre(units, steps, least) * (sum(norms) / len(norms))).reshape(taus[0].shape)
 
     return blockwise(vectors, one)
 
 
-def centre(units: Sequence[Tensor], steps: int, least: float) -> Tensor:
+def karcher_centre(units: Sequence[Tensor], steps: int, least: float) -> Tensor:
     """The Karcher mean of vectors of length 1, `[N]` each, with equal weights."""
     mean = weighted(units, [1 / len(units)] * len(units))
     size = mean.norm()

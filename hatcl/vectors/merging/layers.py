@@ -103,7 +103,7 @@ def by_layers(
         groups.setdefault(json.dumps(mine, default=repr), ([], mine))[0].append(name)
     merged: dict[str, TaskVector] = {}
     for names, mine in groups.values():
-        made = method([tensors_of(v, names) for v in whole], **mine)
+        made = method([restricted(v, names) for v in whole], **mine)
         merged |= dict.fromkeys(names, made)
     kinds: dict[str, Kind] = {n: merged[n].kinds[n] for n in whole[0]}
     together: Lazy[Delta] = Lazy(kinds, lambda name: merged[name].delta(name))
@@ -122,7 +122,7 @@ def _resolved(option: str, value: Any, name: str, place: float) -> Any:
     return found
 
 
-def tensors_of(vector: TaskVector, names: Sequence[str]) -> TaskVector:
+def restricted(vector: TaskVector, names: Sequence[str]) -> TaskVector:
     """Some tensors of a vector; those that it then lacks are known to be unchanged."""
     kinds, base = vector.kinds, vector.base
     deltas: Lazy[Tensor | Delta] = Lazy({n: kinds[n] for n in names}, vector.delta)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from vector_parts import merged_rows
 
-from hatcl.vectors.merging.karcher import centre
+from hatcl.vectors.merging.karcher import karcher_centre
 
 
 def test_of_two_it_is_the_middle_of_the_arc():
@@ -22,7 +22,7 @@ def test_of_two_it_is_the_middle_of_the_arc():
 def test_the_ways_to_all_of_them_sum_to_nothing():
     generator = torch.Generator().manual_seed(0)
     units = [x / x.norm() for x in torch.randn(4, 6, generator=generator, dtype=torch.float64)]
-    mean = centre(units, 100, 1e-12)
+    mean = karcher_centre(units, 100, 1e-12)
     ways = torch.zeros_like(mean)
     for u in units:
         cosine = torch.dot(mean, u)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hatcl import ConfigError, VectorError
 from hatcl.vectors.merging import list_merges, merge
-from hatcl.vectors.merging.layers import layer_of, places, setting_at, tensors_of
+from hatcl.vectors.merging.layers import layer_of, places, restricted, setting_at
 from hatcl.vectors.merging.registry import ALIASES, merge_info
 from hatcl.vectors.task_vector import TaskVector
 
@@ -85,13 +85,13 @@ def test_a_gradient_is_each_layer_with_its_own_number(vectors):
 def test_tensors_with_the_same_options_are_merged_together(vectors):
     merged = merge(vectors, "ties", density={"layers": [{"filter": "mlp", "value": 0.5}, {"value": 0.1}]})
     mlp = [n for n in NAMES if "mlp" in n]
-    alone = merge([tensors_of(v, mlp) for v in vectors], "ties", density=0.5)
+    alone = merge([restricted(v, mlp) for v in vectors], "ties", density=0.5)
     assert set(alone) == set(mlp) and all(torch.equal(merged[n], alone[n]) for n in mlp)
 
 
 @pytest.mark.parametrize("method", [m for m in list_merges() if not merge_info(m).needs])
 def test_a_setting_of_one_value_is_that_value(method, vectors, tmp_path):
-    few = [tensors_of(v, NAMES[:3]) for v in (vectors[:1] if method == "passthrough" else vectors)]
+    few = [restricted(v, NAMES[:3]) for v in (vectors[:1] if method == "passthrough" else vectors)]
     option, value = next(
         ((o, d) for o, d in merge_info(method).options.items() if isinstance(d, float)), ("weights", 1.0)
     )
