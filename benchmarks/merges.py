@@ -106,6 +106,21 @@ def normalised(got: list[float], tuned: list[float]) -> float:
     return float(np.mean([a / b for a, b in zip(got, tuned, strict=True)]))
 
 
+def chosen(world: World, candidates: Candidates, tuned: list[float]) -> tuple[str, dict[str, list[float]]]:
+    """The best setting on the validation examples, and what all reach there. Scales go on where an end of the grid is
+    the best."""
+    seen = {k: accuracies(world, v, "validation") for k, v in candidates.items()}
+    while True:
+        best = max(seen, key=lambda k: normalised(seen[k], tuned))
+        scales = sorted((k for k in seen if k.startswith("scale")), key=lambda k: float(k.split()[1]))
+        if len(scales) < 2 or best not in (scales[0], scales[-1]):
+            return best, seen
+        step = 0.8 if best == scales[0] else 1.25
+        wider = f"scale {step * float(best.split()[1]):.3g}"
+        candidates[wider] = [step * v for v in candidates[best]]
+        seen[wider] = accuracies(world, candidates[wider], "validation")
+
+
 def run(network: str, seed: int, work: Path, methods: Sequence[str]) -> None:
     name, world = f"merges_{network}_seed{seed}", prepare(network, seed, work)
     parts = ("validation", "test")
@@ -118,13 +133,7 @@ def run(network: str, seed: int, work: Path, methods: Sequence[str]) -> None:
         began = time.process_time()
         candidates = METHODS[method](world)
         cost = time.process_time() - began
-        seen = {k: accuracies(world, v, "validation") for k, v in candidates.items()}
-        best = max(seen, key=lambda k: normalised(seen[k], tuned["validation"]))
-        while best.startswith("scale") and len(seen) > 1 and best == list(seen)[-1]:  # the grid ends too early
-            wider = f"scale {1.25 * float(best.split()[1]):.3g}"
-            candidates[wider] = [1.25 * v for v in candidates[best]]
-            seen[wider] = accuracies(world, candidates[wider], "validation")
-            best = max(seen, key=lambda k: normalised(seen[k], tuned["validation"]))
+        best, seen = chosen(world, candidates, tuned["validation"])
         got = accuracies(world, candidates[best], "test")
         row = {
             "chosen": best, "seconds": cost, "validation": seen[best], "test": got,
