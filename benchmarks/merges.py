@@ -158,13 +158,18 @@ def table(network: str) -> None:
             if isinstance(row, dict) and "normalised" in row:
                 rows.setdefault(title, []).append((row["mean"], row["normalised"]))
                 costs[title] = f"{row['seconds']:.1f} s"
-    print("| method | data | cost | published | here, mean | here, of the fine-tuned |\n|" + "---|" * 6)
-    for title, got in sorted(rows.items(), key=lambda item: -float(np.mean([n for _, n in item[1]]))):
+    print(
+        "| method | data | cost | published | mean | of the fine-tuned | seeds | seed 0, of the fine-tuned |\n|"
+        + "---|" * 8
+    )
+    for title, got in sorted(rows.items(), key=lambda item: -item[1][0][1]):
         method = "consensus" if title == "tall_masks" else title.split()[0]
-        needs = "validation labels" if method not in hatcl.list_merges() else ", ".join(merge_info(method).needs)
-        values = [f"{100 * x.mean():.1f} ({100 * x.std(ddof=1):.1f})" for x in np.array(got).T if len(x) > 1]
-        print(f"| {title} | {needs or 'none'} | {costs.get(title, '')} | {PUBLISHED.get(title, '')} | " +
-              " | ".join(values or [f"{100 * x:.1f}" for x in got[0]]) + f" | {len(got)} seeds")  # fmt: skip
+        known = method in hatcl.list_merges()
+        needs = " and ".join(merge_info(method).needs) if known else "" if method == "pretrained" else "labels"
+        values = np.array(got).T * 100
+        shown = [f"{x.mean():.1f} ({x.std(ddof=1):.1f})" if len(x) > 1 else f"{x[0]:.1f}" for x in values]
+        cells = [title, needs or "none", costs.get(title, ""), PUBLISHED.get(title, ""), *shown, len(got)]
+        print("|", " | ".join(map(str, cells)), f"| {values[1, 0]:.1f} |")
 
 
 def main() -> None:
