@@ -34,8 +34,8 @@ class TaskOptions(Changeable):
             timm's name.
         data: a file: texts as `hatcl.continual.read_texts` reads them, images as `.npz`; of a published task also a
             folder as it is published, or None for its copy on the hub (`datasets`).
-        task: one of `hatcl.data.published.PUBLISHED_TASKS`, such as sst-2 or rte: its template, label words, measure
-            and length, where they are not given.
+        task: a published task of texts: sst-2, sst-5, mr, cr, mpqa, subj, trec, cola, mnli, snli, qnli, rte, mrpc, qqp,
+            sts-b or agnews; its template, label words, measure and length, where they are not given.
         k: so many examples of each class to learn from, and as many to validate on, see `k_shot`; None = all.
         data_seed: of the choice of these. file_seed: which of the seeds of a file that holds several choices.
         test: at most so many test examples, always the same random ones; None = all.

@@ -142,14 +142,13 @@ def test_the_longer_text_loses_until_both_are_equal(a, b, room):
     x, y = shares([a, b], room)
     assert x + y == min(a + b, room) and x <= a and y <= b
     if a + b > room:
-        assert (x < a or abs(x - y) <= 1 or x > y) and (y < b or abs(x - y) <= 1 or y > x)  # never the shorter first
-        assert min(x, y) == min(a, b, room // 2)
+        assert min(x, y) == min(a, b, room // 2) and (x >= y if a >= b else y >= x)
 
 
 def test_a_pair_by_hand():
     read = PromptReader(minilm(), "{text:-}? {mask}, {text2:lower}", max_length=32)
-    tokens, place = shown(read, Sentences("A dog barks.", "An animal"))
-    assert tokens == ["[CLS]", "a", "dog", "barks", "?", "[MASK]", ",", "an", "animal", "[SEP]"] and place == 5
+    tokens, place = shown(read, Sentences("A dog runs.", "An animal"))
+    assert tokens == ["[CLS]", "a", "dog", "runs", "?", "[MASK]", ",", "an", "animal", "[SEP]"] and place == 5
     parted = PromptReader(minilm(), "{text}{sep}{text2}", at="cls")
     assert shown(parted, Sentences("a dog", "a cat"))[0] == ["[CLS]", "a", "dog", "[SEP]", "a", "cat", "[SEP]"]
     alone = PromptReader(minilm(), "{text} It was {mask}.")  # a template of one text has both, one line each
