@@ -46,7 +46,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Tensor]:
         if "weights_only" in str(error) or "Weights only" in str(error):
             lines = CONVERSION.format(path=path, new=path.with_suffix(".safetensors"))
             raise ConfigError(
-                f"{path} is a pickled module, or holds more than tensors; reading it would run code that is in the file. "
+                f"{path} is a pickled module, or holds more than tensors; reading it would run code that is in it. "
                 f"If you trust it, run these lines in the repository that made it, and give the new file:\n{lines}"
             ) from error
         raise IntegrityError(
