@@ -20,7 +20,6 @@ CONVERSION = """\
 import torch; from safetensors.torch import save_file
 state = torch.load("{path}", map_location="cpu", weights_only=False).state_dict()
 save_file({{n: t.clone().contiguous() for n, t in state.items()}}, "{new}")"""
-NESTED = "state_dict"  # where open_clip's own training puts it
 LINEAR, LINEAR_BASE = "params.", "params0."  # of a linearised encoder: learned, and expanded around
 
 
@@ -52,7 +51,8 @@ def read_checkpoint(path: Path) -> Mapping[str, Tensor]:
         raise IntegrityError(
             f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]}); copy it again"
         ) from error
-    content = content.get(NESTED, content) if isinstance(content, dict) else content
+    # open_clip's own training puts it under this name
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not any(isinstance(t, Tensor) for t in content.values()):
         raise IntegrityError(f"{path}: holds {type(content).__name__}, expected a state dict, names with tensors")
     return named_tensors({n: t.detach() for n, t in content.items() if isinstance(t, Tensor)})
