@@ -317,7 +317,7 @@ def prompts_of(reading: Reading, data: Mapping[str, str], tasks: Mapping[str, An
         known = (data_name(data[name]), name.lower())
         classes = names_inside(data[name], task)
         if name in reading.class_names:
-            classes = _given(reading.class_names[name], 0, read_class_names)
+            classes = _prompts_in(reading.class_names[name], 0, read_class_names)
         elif not classes:
             classes = next((CLASS_NAMES[k] for k in known if k in CLASS_NAMES), ())
         if len(classes) != task.num_classes:
@@ -327,12 +327,12 @@ def prompts_of(reading: Reading, data: Mapping[str, str], tasks: Mapping[str, An
             )
         templates = getattr(task, "templates", ())
         if name in reading.templates:
-            templates = _given(reading.templates[name], 1, read_templates)
+            templates = _prompts_in(reading.templates[name], 1, read_templates)
         elif not templates:
             templates = next((TEMPLATES[k] for k in known if k in TEMPLATES), PLAIN)
         found[name] = tuple(classes), tuple(templates)
     return found
 
 
-def _given(what: str, part: int, read: Callable[[str], tuple[str, ...]]) -> tuple[str, ...]:
+def _prompts_in(what: str, part: int, read: Callable[[str], tuple[str, ...]]) -> tuple[str, ...]:
     return imagenet_prompts()[part] if what == IMAGENET else read(what)

@@ -60,7 +60,7 @@ def read_images(where: str | Path) -> Any:
             f"{text}: {name} cannot be read from {root} ({str(error).splitlines()[0]}); expected the layout of "
             "torchvision.datasets, or that of the repositories of task vectors"
         ) from error
-    return _made(name, train, test, CLASS_NAMES.get(name, classes), TEMPLATES[name])
+    return _photo_data(name, train, test, CLASS_NAMES.get(name, classes), TEMPLATES[name])
 
 
 def data_name(where: str | Path) -> str:
@@ -92,7 +92,7 @@ def absolute_images(where: str | Path) -> str:
     )
 
 
-def _made(
+def _photo_data(
     name: str, train: Labelled, test: Labelled, classes: Sequence[str], templates: tuple[str, ...] = ()
 ) -> PhotoData:
     labels = [np.asarray(part[1], dtype=np.int64) for part in (train, test)]
@@ -114,7 +114,7 @@ def _folder(path: Path) -> PhotoData:
             f"by its name write NAME@{path}"
         )
     train, test, classes = parts
-    return _made(path.name, train, test, [c.replace("_", " ") for c in classes])
+    return _photo_data(path.name, train, test, [c.replace("_", " ") for c in classes])
 
 
 def _published(path: Path) -> FoundParts | None:
