@@ -1,10 +1,14 @@
 """A task as a smaller model: time and size at a half, a third and a quarter of the units, beside the plain model.
 
     python benchmarks/extract.py [--models resnet50 vit_small_patch16_224 bert] [--rounds 7] [--batch 8]
+    python benchmarks/extract.py --zoo ['hf/*' 'test_*'] [--max-params 30e6]
 
 Random weights, evenly spaced units (of each layer every second, third, fourth), CPU, one thread per OMP_NUM_THREADS.
 The smaller models and the plain one run in turn, round by round; the median of the rounds counts. `quantised`: linear
-layers in 8 bits (torch.ao, dynamic). `onnxruntime`: the exported program; `agrees` compares it with the module.
+layers in 8 bits (torch.ao, dynamic). `onnxruntime`: the exported program. `difference` compares each with the module.
+
+`--zoo`: of each family of the zoo the smallest model (or those that are named), each unit on with probability 1/2, noise
+on the parameters; no model learns here, which `hatcl zoo` does. The results of models that are there are kept.
 """
 
 from __future__ import annotations
@@ -21,13 +25,15 @@ from typing import Any
 
 import timm
 import torch
-from common import save
+from common import read, save
 from torch import nn
 
 import hatcl
 from hatcl.calls import call, values_of
 from hatcl.hat import digests
 from hatcl.hat.gates import gates_of
+from hatcl.zoo import catalog
+from hatcl.zoo.page import known_models
 
 PARTS = (2, 3, 4)
 
@@ -121,12 +127,59 @@ def measure(name: str, batch: int, rounds: int) -> dict[str, Any]:
     return rows
 
 
+def smallest_of_families(max_params: float) -> list[str]:
+    best: dict[str, tuple[int, str]] = {}
+    for name, row in known_models().items():
+        if row["parameters"] <= max_params:
+            best[row["family"]] = min(best.get(row["family"], (1 << 60, "")), (row["parameters"], name))
+    return [name for _, name in sorted(best.values())]
+
+
+def cut_one(name: str) -> dict[str, Any]:
+    plain, inputs = catalog.known(name).make()
+    model = hatcl.convert(plain.eval(), 1, inputs, verify=False)
+    gates, draw = gates_of(model)[0], torch.Generator().manual_seed(0)
+    for p in (p for n, p in model.named_parameters() if "hat_gates" not in n):
+        p.add_(torch.randn(p.shape, generator=draw) * 0.02)
+    gates.embeddings[0].copy_(torch.where(torch.rand(gates.num_units, generator=draw) < 0.5, 6.0, -6.0))
+    gates.seal(0)
+    digests.record(model, 0)
+    began = time.process_time()
+    report = hatcl.extract_task(model, 0, inputs).report
+    return {
+        "elements": report.kept / report.total, "difference": report.difference, "units": report.units, "on": report.on,
+        "multiply_adds": report.multiply_adds / max(report.multiply_adds_before, 1), "full": report.full,
+        "seconds": time.process_time() - began,
+    }  # fmt: skip
+
+
+def over_the_zoo(patterns: list[str], max_params: float) -> None:
+    names = [n for p in patterns for n in catalog.find(p)] if patterns else smallest_of_families(max_params)
+    rows = read("extract_zoo").get("models", {})
+    for name in (n for n in names if n not in rows):
+        try:
+            rows[name] = cut_one(name)
+            print(f"{name:40} {rows[name]['elements']:.3f} {rows[name]['difference']:.0e} {len(rows[name]['full'])}")
+        except Exception as error:
+            rows[name] = {"failure": f"{type(error).__name__}: {error}"}
+            print(f"{name:40} {rows[name]['failure'][:200]}")
+        save("extract_zoo", {"models": rows})
+    passed = [r for r in rows.values() if "failure" not in r]
+    print(f"{len(passed)} of {len(rows)}; median elements {statistics.median(r['elements'] for r in passed):.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet50", "vit_small_patch16_224", "bert"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--zoo", nargs="*")
+    parser.add_argument("--max-params", type=float, default=30e6)
     args = parser.parse_args()
+    if args.zoo is not None:
+        with torch.no_grad():
+            over_the_zoo(args.zoo, args.max_params)
+        return
     with torch.no_grad():
         result = {name: measure(name, args.batch, args.rounds) for name in args.models}
     for name, rows in result.items():

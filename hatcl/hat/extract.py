@@ -216,10 +216,11 @@ def _multiply_adds(model: nn.Module, inputs: Any) -> int:
 
 @dataclass(frozen=True)
 class _Misfit:
-    """Where and why a smaller network is not what it must be."""
+    """Where and why a smaller network is not what it must be. runs: it computes something."""
 
     path: str
     why: str
+    runs: bool = False
 
 
 class _Search:
@@ -274,7 +275,7 @@ class _Search:
         difference, part = self.difference(self.want, got, keep)
         if difference <= self.tolerance:
             return None
-        return _Misfit(self._first_that_differs(made, keep), f"cut, it computes something else ({part})")
+        return _Misfit(self._first_that_differs(made, keep), f"cut, it computes something else ({part})", True)
 
     def _with_sizes_left(self, keep: Tensor, misfit: _Misfit) -> _Misfit | None:
         """The same with the attributes of a class as they are (one that equals a size may be another number), or with
@@ -284,7 +285,7 @@ class _Search:
         while True:
             cls = type(self.cutter.modules.get(path))
             for choice, so in (
-                (self.cutter.rooted, path in self.cutter.seen.products),
+                (self.cutter.rooted, misfit.runs and path in self.cutter.seen.products),
                 (self.cutter.left, bool(self.cutter.resizes(path, keep)) if path in self.cutter.modules else False),
             ):
                 if not so or (id(choice), cls) in self.asked:
