@@ -43,7 +43,7 @@ def run(compensation: str, optimizer: str, seed: int) -> dict[str, float]:
         with hatcl.task(model.eval(), t), torch.no_grad():
             right.append(float((model(x).argmax(1) == y).float().mean()))
     used = hatcl.describe(model).to_dict()["use"]
-    return {"accuracy": statistics.fmean(right), "units": statistics.fmean(used)}
+    return {"accuracy": statistics.fmean(right), "units": statistics.fmean(used.values())}
 
 
 def main() -> None:
