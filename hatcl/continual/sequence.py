@@ -231,6 +231,7 @@ class _Run:
                 claim(self.writes, config)
             wait_for_all()
             done = self._resume(self.folder)
+            wait_for_all()  # before it is written again
             if (self.folder / METRICS).exists():
                 return
         if self.processes > 1:
