@@ -74,6 +74,12 @@ def merge_command(
         list[str] | None,
         typer.Option("--skip", metavar="PATTERN", help="Leave these tensors as BASE has them; repeatable."),
     ] = None,
+    embeddings: Annotated[
+        str,
+        typer.Option(
+            metavar="equal|common", help="common: where a PART's vocabulary has another size, merge the common rows."
+        ),
+    ] = "equal",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Store bfloat16, float16, float32 or float64; by default as BASE.")
     ] = None,
@@ -98,7 +104,7 @@ def merge_command(
     content = read_options(base) if alone else {}
     if "merge_method" in content:
         told = {"--method": method, "--set": set_, "--only": only, "--skip": skip, "--dtype": dtype, "--vector": vector}
-        told |= {"--buffers": buffers, "--tokenizer": tokenizer != "base"}
+        told |= {"--buffers": buffers, "--tokenizer": tokenizer != "base", "--embeddings": embeddings != "equal"}
         given = next((name for name, value in told.items() if value), None)
         if given is not None:
             raise ConfigError(f"{given}: {base} is a recipe of mergekit, which says it all; write it there")
@@ -122,10 +128,11 @@ def merge_command(
     if not pairs:
         raise ConfigError("merge: no parts; give at least one PART, or a recipe that ends in .yaml or .json")
     told = {"--method": method, "--only": only, "--skip": skip, "--dtype": dtype, "--buffers": buffers}
+    told |= {"--embeddings": embeddings} if embeddings != "equal" else {}
     with Bar(None, "bytes", "merging") as bar:
         compose_files(
             start, pairs, output, method=method, options=options, vector=vector, buffers=buffers, check=check,
-            only=only or (), skip=skip or (), dtype=dtype, tokenizer=tokenizer,
+            only=only or (), skip=skip or (), embeddings=embeddings, dtype=dtype, tokenizer=tokenizer,
             card=base.read_text() if alone else _words(start, pairs, told, options), shard_bytes=size,
             progress=lambda done, total: bar.says("merging", completed=done, total=total),
         )  # fmt: skip

@@ -25,6 +25,7 @@ from .delta import restore
 from .files import SHARD_BYTES, nbytes, write_tensors
 from .merging.layers import setting_at
 from .merging.registry import merge
+from .parameters import refuse_quantised
 from .recipe import MergekitRecipe, Settings, TensorPlan, read_recipe, tensors_to_make
 from .stream import files_read
 from .task_vector import TaskVector
@@ -173,12 +174,8 @@ def follow_recipe(
     models = {m: _model_tensors(place) for m, place in places.items()}
     bases = {m: place[0] for m, place in places.items()}
     configs = {m: transformers_config(place) for m, place in bases.items()}
-    quantised = next((m for m, c in configs.items() if c.get("quantization_config")), None)
-    if quantised is not None:
-        raise VectorError(
-            f"{quantised} is quantised, as its config.json says; dequantise it first, with "
-            "AutoModelForCausalLM.from_pretrained(folder).dequantize().save_pretrained(other)"
-        )
+    for m, place in bases.items():
+        refuse_quantised(place, m)
     config, vocabulary = result_config(recipe, configs), joint_vocabulary(recipe, bases)
     if vocabulary is not None:
         models = {m: aligned_to(vocabulary, m, tensors, models) for m, tensors in models.items()}

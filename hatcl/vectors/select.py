@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,13 @@ def chosen_names(names: Mapping[str, Sequence[str]], only: Patterns = (), skip: 
     if not kept:
         raise ConfigError(f"only={only!r} and skip={skip!r} leave none of {len(names)} tensors; leave out fewer")
     return kept
+
+
+def applicable(patterns: Patterns, names: Iterable[str]) -> list[str]:
+    """The patterns that match at least one of these names."""
+    known = list(names)
+    every = [patterns] if isinstance(patterns, str) else patterns
+    return [pattern for pattern in every if any(fnmatch.fnmatchcase(n, pattern) for n in known)]
 
 
 def _matched(option: str, patterns: Patterns, names: Mapping[str, Sequence[str]]) -> set[str]:

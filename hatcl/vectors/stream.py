@@ -15,7 +15,7 @@ from .bases import digests_of, joined_bases
 from .checkpoint import complete_folder, dtype_named, tokenizer_folder, transformers_config
 from .files import SHARD_BYTES, nbytes, read_metadata, write_tensors
 from .merging.layers import restricted
-from .select import Patterns, chosen_names
+from .select import Patterns, applicable, chosen_names
 from .task_vector import VECTOR_FORMAT, TaskVector, combined, composed
 from .tensors import Kind, files_of, kinds_of, named_tensors, pick, stamps_of
 
@@ -34,6 +34,7 @@ def compose_files(
     check: bool = True,
     only: Patterns = (),
     skip: Patterns = (),
+    embeddings: str = "equal",
     dtype: str | None = None,
     tokenizer: str = "base",
     card: str = "",
@@ -59,7 +60,8 @@ def compose_files(
         buffers: compose also running statistics; otherwise they are the base's, as integers always are.
         check: compare the base with the digests that saved task vectors hold.
         only, skip: patterns (`fnmatch`) of the tensors that are composed, and of those that are not; the others are the
-            base's.
+            base's. A pattern of `skip` needs to match in one of the files only.
+        embeddings: `common`: where a part's vocabulary has another size, the rows that it and the base have.
         dtype: what floating-point tensors are stored as, such as `bfloat16`, once they are rounded to the base's own.
         tokenizer: `base`, or the part whose tokenizer the result gets. card: the recipe as the model card shows it.
         progress: told the bytes that are settled and those in all.
@@ -86,11 +88,14 @@ def compose_files(
     stored, config = dtype_named(dtype), transformers_config(Path(base))
     texts = tokenizer_folder(tokenizer, Path(base), [Path(p) for p, _ in parts]) if tokenizer != "base" else None
     theta0 = named_tensors(base)
-    terms = [(float(c), _vector(base, path, buffers, only, skip)) for path, c in parts]
+    if only or skip:
+        every = {name: [name] for path in (base, *(p for p, _ in parts)) for name in _names(path)}
+        chosen_names(every, only, skip)  # raises where a pattern matches in none of them
+    terms = [(float(c), _vector(base, path, buffers, only, skip, embeddings)) for path, c in parts]
     recipe = json.dumps(
         [
             [stamps_of(files) for files in read],
-            [c for c, _ in terms], method, dict(options or {}), vector, buffers, only, skip, dtype,
+            [c for c, _ in terms], method, dict(options or {}), vector, buffers, only, skip, embeddings, dtype,
         ],
         default=repr,
     )  # fmt: skip
@@ -102,7 +107,7 @@ def compose_files(
     if vector:
         summed = combined(terms, check=check)
         digests = digests_of(pick(theta0, list(summed)))
-        base_of = joined_bases([summed.base, digests], summed)
+        base_of = joined_bases([summed.base, digests], summed) if check else digests
         done = TaskVector(summed._deltas, base_of, partial=summed.partial)
         return done.save(out, shard_bytes=shard_bytes, recipe=recipe, progress=_towards(done.kinds, progress))
     kinds = {
@@ -124,12 +129,18 @@ def files_read(path: Path) -> list[Path]:
     return [path / CONFIG, path / WEIGHTS] if is_adapter(path) else files_of(path)
 
 
-def _vector(base: AnyPath, path: AnyPath, buffers: bool, only: Patterns, skip: Patterns) -> TaskVector:
-    chosen: dict[str, Any] = {"only": only, "skip": skip} if only or skip else {}
+def _names(path: AnyPath) -> set[str]:
+    """The names that the tensors of a file go by; an adapter's are the base's."""
+    return set() if is_adapter(path) else set(named_tensors(path))
+
+
+def _vector(base: AnyPath, path: AnyPath, buffers: bool, only: Patterns, skip: Patterns, embeddings: str) -> TaskVector:
     if not is_adapter(path) and VECTOR_FORMAT in read_metadata(path):
         whole = TaskVector.load(path)
-        return restricted(whole, chosen_names({n: [n] for n in whole}, only, skip)) if chosen else whole
-    vector = TaskVector.between(base, path, buffers=buffers, **chosen)
+        skip = applicable(skip, whole)
+        return restricted(whole, chosen_names({n: [n] for n in whole}, only, skip)) if only or skip else whole
+    skip = applicable(skip, _names(base) | _names(path)) if skip else ()
+    vector = TaskVector.between(base, path, buffers=buffers, only=only, skip=skip, embeddings=embeddings)
     vector.base = None  # it is taken from this very base, so that nothing needs to be hashed
     return vector
 

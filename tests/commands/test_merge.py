@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 
@@ -224,7 +223,6 @@ def test_transformers_loads_what_the_command_wrote(models, tmp_path, monkeypatch
     assert ("--dtype bfloat16" in card) == ("--dtype" in words)
 
 
-@pytest.mark.skipif(not hasattr(hatcl.vectors.task_vector, "combined"), reason="vectors do not add up by one rule yet")
 def test_the_command_gives_the_bits_of_arithmetic(models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(models)
     assert call(capsys, "merge", "base", "a:0.6", "b:0.4", "c:-1.3", "--output", tmp_path / "out")[0] == 0
@@ -244,9 +242,6 @@ def test_a_tokenizer_that_is_not_there(models, tmp_path, monkeypatch, capsys):
     assert code == 2 and "dtype: got 'int4', expected one of bfloat16" in err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(
-    "only" not in inspect.signature(TaskVector.between).parameters, reason="patterns are not in TaskVector.between yet"
-)
 def test_only_some_tensors(models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(models)
     words = ["--only", "*.mlp.*", "--skip", "*.up_proj.*"]
@@ -261,3 +256,33 @@ def test_only_some_tensors(models, tmp_path, monkeypatch, capsys):
             assert torch.equal(got[n], whole[n] if chosen else base[n])
     code, _, err = call(capsys, "merge", "base", "a", "--output", tmp_path / "no", "--only", "*.mpl.*")
     assert code == 2 and "only: '*.mpl.*' matches none of" in err
+
+
+def test_a_pattern_to_skip_that_one_of_several_parts_has(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    more = {**named_tensors("a"), "model.rotary.inv_freq": torch.ones(4)}
+    save_file({n: t.clone() for n, t in more.items()}, tmp_path / "more.safetensors")
+    parts = [f"{tmp_path / 'more.safetensors'}:0.5", "b:0.5"]
+    code, _, err = call(capsys, "merge", "base", *parts, "--output", tmp_path / "no")
+    assert code == 2 and "inv_freq" in err
+    code, _, err = call(capsys, "merge", "base", *parts, "--skip", "*.inv_freq", "--output", tmp_path / "out")
+    assert code == 0, err
+    assert call(capsys, "merge", "base", "a:0.5", "b:0.5", "--output", tmp_path / "plain")[0] == 0
+    got, want = named_tensors(tmp_path / "out"), named_tensors(tmp_path / "plain")
+    assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_a_vocabulary_that_grew(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    grown = dict(named_tensors("a"))
+    table = next(n for n in grown if "embed_tokens" in n)
+    for name in [n for n in (table, "lm_head.weight") if n in grown]:
+        grown[name] = torch.cat([grown[name], torch.zeros(2, grown[name].shape[1])])
+    save_file({n: t.clone() for n, t in grown.items()}, tmp_path / "grown.safetensors")
+    code, _, err = call(capsys, "merge", "base", tmp_path / "grown.safetensors", "--output", tmp_path / "no")
+    assert code == 2 and "embeddings" in err
+    words = ["--embeddings", "common", "--output", tmp_path / "out"]
+    code, _, err = call(capsys, "merge", "base", tmp_path / "grown.safetensors", *words)
+    assert code == 0, err
+    got, want = named_tensors(tmp_path / "out"), named_tensors("a")
+    assert all(torch.equal(got[n], want[n]) for n in want)
