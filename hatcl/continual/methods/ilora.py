@@ -123,14 +123,13 @@ class InterpolatedLoRA(Method):
         self.two.memory.load_state_dict(state)
 
     def begin(self, model: nn.Module, stage: int) -> None:
-        names = [re.sub(r"[/\\\0]", "_", task.name) for task in self.tasks]
-        name = names[stage]
+        two = self.two
+        if not two.enabled or (not stage and two.config.current_task_id is not None):
+            return
+        # by the tasks' names, so that a process that resumes in this stage says the same
+        two.config = replace(two.config, current_task_id=_task_id(self.tasks[max(stage - 1, 0)].name))
         if stage:
-            if self.two.enabled:  # a run that was interrupted after the task before does not know its name
-                self.two.config = replace(self.two.config, current_task_id=names[stage - 1])
-            self.two.next_task(name)
-        elif self.two.enabled and self.two.config.current_task_id is None:
-            self.two.config = replace(self.two.config, current_task_id=name)
+            two.next_task(_task_id(self.tasks[stage].name))
 
     def watching(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
@@ -173,6 +172,11 @@ class InterpolatedLoRA(Method):
         read_memory(self.two.memory, folder / MEMORY, self.tasks)
         counts = read_json(folder / COUNTS)
         self.two.steps, self.two.moves = counts["steps"], counts["moves"]
+
+
+def _task_id(name: str) -> str:
+    """A task's name as a folder can have it."""
+    return re.sub(r"[/\\\0]", "_", name)
 
 
 def _as_stored(example: Any) -> Any:
