@@ -7,8 +7,8 @@ Random weights, evenly spaced units (of each layer every second, third, fourth),
 The smaller models and the plain one run in turn, round by round; the median of the rounds counts. `quantised`: linear
 layers in 8 bits (torch.ao, dynamic). `onnxruntime`: the exported program. `difference` compares each with the module.
 
-`--zoo`: of each family of the zoo the smallest model (or those that are named), each unit on with probability 1/2, noise
-on the parameters; no model learns here, which `hatcl zoo` does. The results of models that are there are kept.
+`--zoo`: of each family of the zoo the smallest model (or those that are named), each unit on with probability 1/2,
+noise on the parameters; no model learns here, which `hatcl zoo` does. The results of models that are there are kept.
 """
 
 from __future__ import annotations

@@ -200,6 +200,16 @@ def test_grouped_and_depthwise_convolutions():
     assert small[3].groups == 4 and small[6].groups == small[6].in_channels < 24
 
 
+def test_standardised_weights_that_are_filled_up():
+    conv = timm.layers.ScaledStdConv2d
+    net = nn.Sequential(conv(3, 16, 3), nn.ReLU(), conv(16, 24, 3, groups=4), nn.ReLU(), conv(24, 5, 3))
+    x = torch.randn(2, 3, 9, 9)
+    model = sealed(net, x, share=0.4)
+    found = hatcl.extract_task(model, 0, x)
+    assert found.report.units > found.report.on and not found.report.full
+    same(model, 0, found.model, torch.randn(3, 3, 9, 9))
+
+
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers(cls):
     class Net(nn.Module):
