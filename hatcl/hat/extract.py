@@ -288,8 +288,8 @@ class _Search:
 
     def _try(self, keep: Tensor) -> _Misfit | None:
         stack: list[str] = []
+        made, _ = self.cutter.cut(keep)
         try:
-            made, _ = self.cutter.cut(keep)
             with _followed(made, stack):
                 got = _run(made, self.inputs)
         except HATError:

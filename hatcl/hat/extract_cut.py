@@ -185,7 +185,9 @@ class Cutter:
                 stays = self._index(f.units, keep)
                 value = value.index_select(f.axis, stays.to(value.device))
                 if not f.owner:
-                    on = on & self._is_on(f.units[stays], [-1 if d == f.axis else 1 for d in range(value.dim())])
+                    on = on & self._is_on(
+                        f.units[stays.numpy()], [-1 if d == f.axis else 1 for d in range(value.dim())]
+                    )
         return self._filled(value, on, entry, 1).clone()
 
     def _is_on(self, units: Ints, shape: Sequence[int]) -> Tensor:

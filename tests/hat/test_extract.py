@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat import extract, extract_cut, extract_plain
+from hatcl.hat import extract, extract_cut
 from hatcl.hat.gates import gates_of
 from hatcl.hat.layers import HATLinear
 
@@ -384,8 +384,21 @@ def test_what_changed_since_it_was_sealed_is_not_handed_out():
 def test_a_difference_above_the_tolerance_raises(monkeypatch):
     model = converted("mlp")
     pretend(model)
-    right = extract_plain.weights_of_task
-    monkeypatch.setattr(extract, "weights_of_task", lambda *a: {k: v * 1.01 for k, v in right(*a).items()})
-    with pytest.raises(hatcl.ConversionError, match="does not agree with the model, also at full width"):
+    right = extract.weights_of_task
+
+    def wrong(which, task):  # the model's own, not those of the copy with noise
+        return {k: v * (1.01 if which is model else 1.0) for k, v in right(which, task).items()}
+
+    monkeypatch.setattr(extract, "weights_of_task", wrong)
+    with pytest.raises(hatcl.ConversionError, match="does not agree with the model within 1e-05.*pass tolerance="):
         hatcl.extract_task(model, 0, images("mlp", 2))
     assert hatcl.extract_task(model, 0, images("mlp", 2), tolerance=1.0).report.difference > 1e-3
+
+
+def test_what_cannot_be_mended_at_full_width_raises(monkeypatch):
+    model = converted("mlp")
+    pretend(model)
+    right = extract.weights_of_task
+    monkeypatch.setattr(extract, "weights_of_task", lambda *a: {k: v * 1.01 for k, v in right(*a).items()})
+    with pytest.raises(hatcl.ConversionError, match="does not agree with the model, also at full width.*report"):
+        hatcl.extract_task(model, 0, images("mlp", 2))
