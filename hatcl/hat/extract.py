@@ -35,7 +35,7 @@ from .verify import stirred
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5  # of the largest value; see docs/hat.md for what is measured
 STIRRED = 1e-4  # with noise on the weights, where what is wrong shows: it makes differences of 1e-2 and more
-TRIES = 40
+ATTEMPTS = 40
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
         )
     check_sealed(model, [task])
     inputs = example_inputs_of(model) if example_inputs is None else example_inputs
-    want = _gated(model, inputs, task)
+    want = _under_task(model, inputs, task)
     seen = footprint(plain_copy(model, None), inputs)
     unit_map: UnitMap = gates[0].unit_map
     if seen.units != unit_map.num_units:
@@ -147,7 +147,7 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
     on = torch.cat([torch.ones(1, dtype=torch.bool), gates[0].masks[task].cpu()])
     trial = stirred(model, inputs)
     cutter = Cutter(plain_copy(trial, task), weights_of_task(trial, task), unit_map, seen, on)
-    gated = _gated(trial, inputs, task)
+    gated = _under_task(trial, inputs, task)
     source: Any = gates[0].source
     plain, weights = plain_copy(model, task), weights_of_task(model, task)
     own_rows, stirred_values = list(cutter.rows), (cutter.plain, cutter.weights)
@@ -214,7 +214,7 @@ def example_inputs_of(model: nn.Module) -> Any:
     )
 
 
-def _gated(model: nn.Module, inputs: Any, task: int) -> dict[str, Tensor]:
+def _under_task(model: nn.Module, inputs: Any, task: int) -> dict[str, Tensor]:
     try:
         with torch.no_grad(), Evaluating(model):
             return named_outputs(model, inputs, task)
@@ -268,7 +268,7 @@ class _Search:
         """Which units stay, and why some do."""
         full: dict[str, str] = {}
         where, why = "", ""
-        for _ in range(TRIES):
+        for _ in range(ATTEMPTS):
             keep = self.cutter.settled(self.held)
             found = self._try(keep)
             if found is not None:

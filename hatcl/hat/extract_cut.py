@@ -119,7 +119,7 @@ class Cutter:
                 count = keep[rows].sum(1)
                 want = max(int(count.max()), 1)
                 for row in rows[count < want]:
-                    changed |= _fill(keep, row, want, homes)
+                    changed |= _fill_row(keep, row, want, homes)
             for units in self.seen.aligned:
                 off = units[~keep[units]]
                 short = min(-int(keep[units].sum()) % ALIGNMENT, len(off))
@@ -344,7 +344,7 @@ class Cutter:
                 shaping.sizes.setdefault(path, {})[n] = new**-0.5
 
 
-def _fill(keep: Any, row: Ints, want: int, homes: Sequence[Ints | None]) -> bool:
+def _fill_row(keep: Any, row: Ints, want: int, homes: Sequence[Ints | None]) -> bool:
     """Keep so many more units of a row, first of the heads or groups that have fewest."""
     of_home: dict[int, list[int]] = {}
     count: dict[int, int] = {}

@@ -162,7 +162,7 @@ def write_program(folder: str | os.PathLike[str], model: nn.Module, inputs: Any,
     """
     args, kwargs = _as_call(inputs)
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    dims = _dims(kwargs or args, batch)
+    dims = _batch_dims(kwargs or args, batch)
 
     def write(new: Path) -> None:
         try:
@@ -191,8 +191,8 @@ def _as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:
     return (tuple(inputs), {}) if isinstance(inputs, (list, tuple)) else ((inputs,), {})
 
 
-def _dims(given: Any, batch: Any) -> Any:
+def _batch_dims(given: Any, batch: Any) -> Any:
     """The first dimension of every tensor is the batch."""
     if isinstance(given, dict):
-        return dict(zip(given, _dims(tuple(given.values()), batch), strict=True))
+        return dict(zip(given, _batch_dims(tuple(given.values()), batch), strict=True))
     return tuple({0: batch} if isinstance(x, Tensor) and x.dim() else None for x in given)

@@ -16,7 +16,7 @@ from .layers.gated import HATLayer
 from .layers.state import STATES, copy_of, detached_copy
 from .tasks import task as active
 
-_HOOKS = ("_forward_pre_hooks", "_load_state_dict_pre_hooks")
+_HATCL_HOOKS = ("_forward_pre_hooks", "_load_state_dict_pre_hooks")
 
 
 def plain_copy(model: nn.Module, task: int | None) -> nn.Module:
@@ -35,7 +35,7 @@ def plain_copy(model: nn.Module, task: int | None) -> nn.Module:
             for name, value in kept[path].items():
                 place = module._buffers if name in module._buffers else module.__dict__
                 place[name] = value
-        for hooks in (getattr(module, name) for name in _HOOKS):
+        for hooks in (getattr(module, name) for name in _HATCL_HOOKS):
             for key, hook in list(hooks.items()):
                 if getattr(getattr(hook, "hook", hook), "__module__", "").startswith("hatcl."):
                     del hooks[key]

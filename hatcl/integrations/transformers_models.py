@@ -25,7 +25,15 @@ UNTRUSTED = {
     "_experts_implementation", "_experts_implementation_internal", "use_pretrained_backbone", "use_timm_backbone",
     "backbone_kwargs",
 }  # fmt: skip
-COUNTS = ("heads", "layers", "vocab", "position", "token", "length", "labels")  # numbers in a config that are no sizes
+NUMBERS_NOT_SIZES = (
+    "heads",
+    "layers",
+    "vocab",
+    "position",
+    "token",
+    "length",
+    "labels",
+)  # numbers in a config that are no sizes
 TRIED_CONFIGS = 64
 ATTENTION = (None, "eager", "sdpa", "flex_attention")  # torch's own; others may be kernels that a hub has
 PASS_BASE = "pass base= an instance of the plain module"
@@ -43,7 +51,7 @@ def _recognise(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def _fit(source: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
+def _fit_config(source: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
     """The config with other sizes that gives a model of these shapes: numbers that equal a size, or a size for each
     head, are tried as what that size is now."""
     want = {name: tuple(x.shape) for name, x in model.state_dict().items()}
@@ -58,7 +66,7 @@ def _fit(source: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
     heads = {v for k, v in config.items() if type(v) is int and "heads" in k and v > 0}
     options: dict[str, list[int]] = {}
     for key, v in config.items():
-        if type(v) is int and v > 1 and not any(part in key for part in COUNTS):
+        if type(v) is int and v > 1 and not any(part in key for part in NUMBERS_NOT_SIZES):
             per_head = {b // h for h in heads for b in now.get(v * h, ()) if b % h == 0}
             found = sorted((now.get(v, set()) | per_head) - {v}) + [v]
             if len(found) > 1:
@@ -78,7 +86,7 @@ def _shapes_of(source: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(x.shape) for name, x in _remake_transformers(source).state_dict().items()}
 
 
-@register_source("transformers", _recognise, _fit)
+@register_source("transformers", _recognise, _fit_config)
 def _remake_transformers(source: dict[str, Any]) -> nn.Module:
     cls, attention = _model_class(source["class"]), source["attention"]
     if attention not in ATTENTION:
