@@ -148,12 +148,7 @@ class ParameterPlan:
         mask = value.new_ones((1,) * rows + value.shape[rows:])
         for axis in read:
             mask = mask * (axis.units.gate_of(task) != 0).to(value.dtype).view(axis.shape)
-        over = tuple(range(rows, value.dim()))
-        on = mask.sum(over, keepdim=True).clamp(min=1.0)
-        value = torch.where(mask > 0, value, 0.0)  # zero times another task's infinity would be no zero
-        centred = (value - value.sum(over, keepdim=True) / on) * mask
-        spread = (centred.square().sum(over, keepdim=True) / on).clamp(min=torch.finfo(value.dtype).tiny).sqrt()
-        return centred + spread * _in_turn(1 - mask, rows)
+        return over_some(value, mask, rows)
 
     def live(self, task: int, device: torch.device) -> Tensor:
         """Which elements are live for a task: bool, broadcast over `view`."""
@@ -162,6 +157,17 @@ class ParameterPlan:
             on = axis.units.hard(task).view(axis.shape)
             mask = on.clone() if mask is None else mask & on
         return torch.ones((), dtype=torch.bool, device=device) if mask is None else mask
+
+
+def over_some(value: Tensor, mask: Tensor, rows: int) -> Tensor:
+    """`ParameterPlan.over_units_on` of a value whose first dimensions, `rows` many, are rows; mask: 1 where what they
+    read is on."""
+    over = tuple(range(rows, value.dim()))
+    on = mask.sum(over, keepdim=True).clamp(min=1.0)
+    value = torch.where(mask > 0, value, 0.0)  # zero times another task's infinity would be no zero
+    centred = (value - value.sum(over, keepdim=True) / on) * mask
+    spread = (centred.square().sum(over, keepdim=True) / on).clamp(min=torch.finfo(value.dtype).tiny).sqrt()
+    return centred + spread * _in_turn(1 - mask, rows)
 
 
 def _in_turn(off: Tensor, rows: int) -> Tensor:

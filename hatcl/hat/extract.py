@@ -20,6 +20,7 @@ from ..calls import call, device_of, seeded, shapes, tensors_of, values_of
 from ..errors import ConfigError, ConversionError, HATError
 from ..lend import Evaluating, lent
 from ..map.units import UnitMap
+from ..sources import build_source, can_fit, fitted_source
 from .certify import named_outputs
 from .digests import check_sealed
 from .extract_cut import Cutter, Shaping
@@ -34,7 +35,7 @@ from .verify import stirred
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5  # of the largest value; see docs/hat.md for what is measured
 STIRRED = 1e-4  # with noise on the weights, where what is wrong shows: it makes differences of 1e-2 and more
-TRIES = 40
+ATTEMPTS = 40
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
         )
     check_sealed(model, [task])
     inputs = example_inputs_of(model) if example_inputs is None else example_inputs
-    want = _gated(model, inputs, task)
+    want = _under_task(model, inputs, task)
     seen = footprint(plain_copy(model, None), inputs)
     unit_map: UnitMap = gates[0].unit_map
     if seen.units != unit_map.num_units:
@@ -146,12 +147,21 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
     on = torch.cat([torch.ones(1, dtype=torch.bool), gates[0].masks[task].cpu()])
     trial = stirred(model, inputs)
     cutter = Cutter(plain_copy(trial, task), weights_of_task(trial, task), unit_map, seen, on)
-    search = _Search(trial, task, inputs, _gated(trial, inputs, task), cutter, STIRRED)
-    keep, full = search.run()
+    gated = _under_task(trial, inputs, task)
+    source: Any = gates[0].source
+    plain, weights = plain_copy(model, task), weights_of_task(model, task)
+    own_rows, stirred_values = list(cutter.rows), (cutter.plain, cutter.weights)
+    for alike in [True, False] if can_fit(source) else [False]:
+        cutter.fill(*stirred_values)
+        cutter.rows = own_rows + (cutter.alike_rows() if alike else [])
+        search = _Search(trial, task, inputs, gated, cutter, STIRRED)
+        keep, full = search.run()
+        cutter.fill(plain, weights)
+        made, shaping = cutter.cut(keep)
+        if alike and (fitted := _fitted(source, made, inputs, tolerance)) is not None:
+            source, shaping = fitted, Shaping()
+            break
     del trial
-    plain = plain_copy(model, task)
-    cutter.fill(plain, weights_of_task(model, task))
-    made, shaping = cutter.cut(keep)
     difference, where = search.difference(want, _run(made, inputs), keep)
     if not difference <= tolerance:
         raise ConversionError(
@@ -166,8 +176,25 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
         ),
         shaping,
         inputs,
-        gates[0].source,
+        source,
     )  # fmt: skip
+
+
+def _fitted(source: Any, made: nn.Module, inputs: Any, tolerance: float) -> dict[str, Any] | None:
+    """How the class of a model makes the smaller one by itself, if it can."""
+    fitted = fitted_source(source, made)
+    if fitted is None:
+        return None
+    try:
+        other = build_source(fitted).to(device_of(made)).eval()
+        other.load_state_dict(made.state_dict())
+        want, got = _run(made, inputs), _run(other, inputs)
+    except Exception as error:
+        log.info("the smaller model is not what its class makes: %s", error)
+        return None
+    nothing = torch.zeros(1, dtype=torch.bool)
+    same = want.keys() == got.keys() and all(_gap_of(x, got[p], None, nothing) <= tolerance for p, x in want.items())
+    return fitted if same else None
 
 
 def example_inputs_of(model: nn.Module) -> Any:
@@ -187,7 +214,7 @@ def example_inputs_of(model: nn.Module) -> Any:
     )
 
 
-def _gated(model: nn.Module, inputs: Any, task: int) -> dict[str, Tensor]:
+def _under_task(model: nn.Module, inputs: Any, task: int) -> dict[str, Tensor]:
     try:
         with torch.no_grad(), Evaluating(model):
             return named_outputs(model, inputs, task)
@@ -241,7 +268,7 @@ class _Search:
         """Which units stay, and why some do."""
         full: dict[str, str] = {}
         where, why = "", ""
-        for _ in range(TRIES):
+        for _ in range(ATTEMPTS):
             keep = self.cutter.settled(self.held)
             found = self._try(keep)
             if found is not None:
@@ -261,8 +288,8 @@ class _Search:
 
     def _try(self, keep: Tensor) -> _Misfit | None:
         stack: list[str] = []
+        made, _ = self.cutter.cut(keep)
         try:
-            made, _ = self.cutter.cut(keep)
             with _followed(made, stack):
                 got = _run(made, self.inputs)
         except HATError:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ..errors import ConversionError
 from ..map.labels import Ints
 from ..map.units import Entry, UnitMap
+from .binding import over_some
 from .extract_plain import tidy_up
 from .extract_trace import Footprint
 from .registry import layer_for
@@ -94,6 +95,17 @@ class Cutter:
                         rows.append(f.units.reshape(groups, -1))
         return rows
 
+    def alike_rows(self) -> list[Ints]:
+        """What layers of one kind write: their parameters have the same names up to numbers. A config has one width for
+        all of them."""
+        found: dict[tuple[str, int], dict[bytes, Ints]] = {}
+        for entry in self.unit_map.entries.values():
+            for f in entry.factors:
+                if f.owner and type(f.axis) is int:
+                    kind = re.sub(r"\d+", "#", entry.name), len(f.units)
+                    found.setdefault(kind, {})[f.units.tobytes()] = f.units
+        return [np.stack(list(rows.values())) for rows in found.values() if len(rows) > 1]
+
     def settled(self, held: Tensor) -> Tensor:
         """`[U + 1]` bool: the units that are on, those that are held at full width, and as many more as it takes for
         rows that must be equally long."""
@@ -107,7 +119,7 @@ class Cutter:
                 count = keep[rows].sum(1)
                 want = max(int(count.max()), 1)
                 for row in rows[count < want]:
-                    changed |= _fill(keep, row, want, homes)
+                    changed |= _fill_row(keep, row, want, homes)
             for units in self.seen.aligned:
                 off = units[~keep[units]]
                 short = min(-int(keep[units].sum()) % ALIGNMENT, len(off))
@@ -167,10 +179,25 @@ class Cutter:
         entry = self._entry(path, name)
         if any(f.axis == "joint" for f in entry.factors):
             return self._cut_grouped(value, entry, keep)
+        on = torch.ones((), dtype=torch.bool)
         for f in entry.factors:
             if isinstance(f.axis, int) and value.shape[f.axis] == len(f.units):
-                value = value.index_select(f.axis, self._index(f.units, keep).to(value.device))
-        return value.clone()
+                stays = self._index(f.units, keep)
+                value = value.index_select(f.axis, stays.to(value.device))
+                if not f.owner:
+                    on = on & self._is_on(
+                        f.units[stays.numpy()], [-1 if d == f.axis else 1 for d in range(value.dim())]
+                    )
+        return self._filled(value, on, entry, 1).clone()
+
+    def _is_on(self, units: Ints, shape: Sequence[int]) -> Tensor:
+        return self.on[torch.from_numpy(units)].view(*shape)
+
+    def _filled(self, value: Tensor, on: Tensor, entry: Entry, rows: int) -> Tensor:
+        """A weight whose rows will be standardised over all that they read, of which some is off."""
+        if not entry.standardised or bool(on.all()):
+            return value
+        return over_some(value, on.to(value) * torch.ones_like(value[(slice(1),) * rows]), rows)
 
     def _cut_grouped(self, value: Tensor, entry: Entry, keep: Tensor) -> Tensor:
         """Per group, the rows and columns that stay; of a depthwise convolution with several outputs, whole groups."""
@@ -184,7 +211,12 @@ class Cutter:
             part = full[g]
             if owner is not None:
                 part = part[owner[g]]
-            parts.append(part[:, reads[g]] if part.shape[1] == reads.shape[1] else part)
+            part = part[:, reads[g]] if part.shape[1] == reads.shape[1] else part
+            on = self.on[torch.from_numpy(joint.units)].view(groups, -1)[g][reads[g]]
+            on = (
+                on.view(1, -1, *[1] * (part.dim() - 2)) if len(on) == part.shape[1] else torch.ones(1, dtype=torch.bool)
+            )
+            parts.append(self._filled(part, on, entry, 1))
         return torch.cat(parts).clone()
 
     def _cut_buffer(self, path: str, name: str, b: Tensor, keep: Tensor) -> Tensor:
@@ -312,7 +344,7 @@ class Cutter:
                 shaping.sizes.setdefault(path, {})[n] = new**-0.5
 
 
-def _fill(keep: Any, row: Ints, want: int, homes: Sequence[Ints | None]) -> bool:
+def _fill_row(keep: Any, row: Ints, want: int, homes: Sequence[Ints | None]) -> bool:
     """Keep so many more units of a row, first of the heads or groups that have fewest."""
     of_home: dict[int, list[int]] = {}
     count: dict[int, int] = {}

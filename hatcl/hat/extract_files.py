@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..calls import shapes
 from ..errors import ConfigError, ConversionError, HATError, IntegrityError
 from ..files import parse_json, write_files
-from ..sources import build_source
+from ..sources import build_source, can_fit
 from .extract_cut import Shaping, shaped
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,8 @@ def write_extracted(
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Any, str] = {}
-    for name, t in _every_tensor(model).items():
+    by_class = can_fit(source) and shaping == Shaping()  # the class makes it by itself, and transformers loads it
+    for name, t in (model.state_dict(keep_vars=True) if by_class else _every_tensor(model)).items():
         key = (t.data_ptr(), t.storage_offset(), t.shape)
         if t.numel() and key in first:
             tied[name] = first[key]
@@ -45,10 +46,14 @@ def write_extracted(
     about = {"source": source, "shaping": dataclasses.asdict(shaping), "tied": tied, "fixed": fixed, "report": report}
     text = json.dumps(about)
     target = Path(folder)
-    write_files({
+    files: dict[Path, Any] = {
         target / TENSORS: lambda new: save_file(tensors, new, {"format": "pt", HEADER: text}),
         target / ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
-    })  # fmt: skip
+    }
+    if by_class:
+        config = {**source["config"], "architectures": [source["class"]]}
+        files[target / "config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    write_files(files)
     return target
 
 
@@ -74,7 +79,7 @@ def load_extracted(folder: str | os.PathLike[str], base: nn.Module | None = None
         for name, other in about["tied"].items():
             tensors[name] = tensors[other]
         there = _every_tensor(model)
-        if wrong := sorted(there.keys() ^ tensors.keys()):
+        if wrong := sorted((model.state_dict().keys() - tensors.keys()) | (tensors.keys() - there.keys())):
             raise IntegrityError(
                 f"{path}: {wrong[0]} is {'missing' if wrong[0] in there else 'not in the model'} ({len(wrong)} such "
                 "tensors); was the folder written for another model, or is base= another one?"
@@ -157,7 +162,7 @@ def write_program(folder: str | os.PathLike[str], model: nn.Module, inputs: Any,
     """
     args, kwargs = _as_call(inputs)
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    dims = _dims(kwargs or args, batch)
+    dims = _batch_dims(kwargs or args, batch)
 
     def write(new: Path) -> None:
         try:
@@ -186,8 +191,8 @@ def _as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:
     return (tuple(inputs), {}) if isinstance(inputs, (list, tuple)) else ((inputs,), {})
 
 
-def _dims(given: Any, batch: Any) -> Any:
+def _batch_dims(given: Any, batch: Any) -> Any:
     """The first dimension of every tensor is the batch."""
     if isinstance(given, dict):
-        return dict(zip(given, _dims(tuple(given.values()), batch), strict=True))
+        return dict(zip(given, _batch_dims(tuple(given.values()), batch), strict=True))
     return tuple({0: batch} if isinstance(x, Tensor) and x.dim() else None for x in given)

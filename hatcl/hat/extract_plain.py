@@ -16,7 +16,7 @@ from .layers.gated import HATLayer
 from .layers.state import STATES, copy_of, detached_copy
 from .tasks import task as active
 
-_HOOKS = ("_forward_pre_hooks", "_load_state_dict_pre_hooks")
+_HATCL_HOOKS = ("_forward_pre_hooks", "_load_state_dict_pre_hooks")
 
 
 def plain_copy(model: nn.Module, task: int | None) -> nn.Module:
@@ -35,7 +35,7 @@ def plain_copy(model: nn.Module, task: int | None) -> nn.Module:
             for name, value in kept[path].items():
                 place = module._buffers if name in module._buffers else module.__dict__
                 place[name] = value
-        for hooks in (getattr(module, name) for name in _HOOKS):
+        for hooks in (getattr(module, name) for name in _HATCL_HOOKS):
             for key, hook in list(hooks.items()):
                 if getattr(getattr(hook, "hook", hook), "__module__", "").startswith("hatcl."):
                     del hooks[key]
@@ -70,7 +70,7 @@ def _kept(layer: Any) -> dict[str, Any]:
 
 def weights_of_task(model: nn.Module, task: int) -> dict[tuple[str, str], Tensor]:
     """(module path, parameter) -> what the task sees of it: zero where it is not the task's. Of a norm over units, the
-    task's own values as they are."""
+    task's own values as they are, and of a weight that is standardised those that were not filled up yet."""
     out: dict[tuple[str, str], Tensor] = {}
     norms = gates_of(model)[0].unit_map.norms
     with active(model, task), torch.no_grad():
@@ -82,16 +82,14 @@ def weights_of_task(model: nn.Module, task: int) -> dict[tuple[str, str], Tensor
                 if p is None:
                     continue
                 plan = hat.params.get(name)
-                if plan is None:
-                    value = p.detach()
-                elif path in norms and norms[path].across:
-                    value = module._hat_own("_parameters", name, task) if plan.copied else p
+                over_units = path in norms and norms[path].across
+                if plan is None or not (over_units or plan.standardised):
+                    value = p.detach() if plan is None else getattr(module, name)
                 else:
-                    value = getattr(module, name)
-                    if hat.output is not None:
-                        for axis in plan.axes:
-                            if axis.owner:
-                                on = axis.units.hard(task).view(axis.shape)
-                                value = torch.where(on, value.view(plan.view), 0.0).view(value.shape)
+                    value = module._hat_own("_parameters", name, task) if plan.copied else p
+                if plan is not None and hat.output is not None and not over_units:
+                    for axis in (axis for axis in plan.axes if axis.owner):
+                        on = axis.units.hard(task).view(axis.shape)
+                        value = torch.where(on, value.view(plan.view), 0.0).view(value.shape)
                 out[path, name] = value.detach().clone()
     return out

@@ -260,11 +260,11 @@ def footprint(model: nn.Module, inputs: Any) -> Footprint:
             together = np.unique(np.concatenate(parts_of_one_size), axis=0)
             rows[together.tobytes()] = together
     made.rows = list(rows.values())
-    made.whole = _whole([(units[a].numpy(), None if b is None else units[b].numpy()) for a, b in watch.met])
+    made.whole = _never_cut([(units[a].numpy(), None if b is None else units[b].numpy()) for a, b in watch.met])
     made.outputs = {path: carried(x) for path, x in watch.modules.items()}
     made.given = {path: [carried(x) for x in given] for path, given in watch.given.items()}
     for path, dim, parts_given in watch.splits:
-        known = [(n, None if x is None else _along(carried(x), dim)) for n, x in parts_given]
+        known = [(n, None if x is None else _carried_along(carried(x), dim)) for n, x in parts_given]
         made.splits.setdefault(path, []).append(known)
     made.results = {path: carried(x) for path, x in watch.results.items()}
     made.buffers = {n: (d, u) for n, (d, ids) in watch.buffers.items() if (u := units[ids].numpy()).any()}
@@ -277,13 +277,13 @@ def footprint(model: nn.Module, inputs: Any) -> Footprint:
     return made
 
 
-def _along(x: Carried, dim: int) -> Carried | None:
+def _carried_along(x: Carried, dim: int) -> Carried | None:
     """What a tensor carries along one dimension, if it does."""
     ids = [i for i in x.ids if varying(i) == (dim,)]
     return Carried(x.shape, (ids[0],)) if ids else None
 
 
-def _whole(met: list[tuple[Ints, Ints | None]]) -> Ints:
+def _never_cut(met: list[tuple[Ints, Ints | None]]) -> Ints:
     """The units that meet what belongs to none."""
     found = [np.zeros(1, dtype=np.int64)]
     for mine, other in met:

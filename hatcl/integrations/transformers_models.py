@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import IntegrityError
 from ..sources import register_source
 from .timm_names import check_name, without_files
 
+log = logging.getLogger(__name__)
 # what makes transformers run code from elsewhere, or look for weights or kernels there
 UNTRUSTED = {
     "_name_or_path", "name_or_path", "auto_map", "trust_remote_code", "quantization_config", "use_kernels",
@@ -21,6 +25,16 @@ UNTRUSTED = {
     "_experts_implementation", "_experts_implementation_internal", "use_pretrained_backbone", "use_timm_backbone",
     "backbone_kwargs",
 }  # fmt: skip
+NUMBERS_NOT_SIZES = (
+    "heads",
+    "layers",
+    "vocab",
+    "position",
+    "token",
+    "length",
+    "labels",
+)  # numbers in a config that are no sizes
+TRIED_CONFIGS = 64
 ATTENTION = (None, "eager", "sdpa", "flex_attention")  # torch's own; others may be kernels that a hub has
 PASS_BASE = "pass base= an instance of the plain module"
 
@@ -37,7 +51,42 @@ def _recognise(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-@register_source("transformers", _recognise)
+def _fit_config(source: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
+    """The config with other sizes that gives a model of these shapes: numbers that equal a size, or a size for each
+    head, are tried as what that size is now."""
+    want = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    config = source["config"]
+    whole = _shapes_of(source)
+    if whole.keys() != want.keys():
+        return None
+    now: dict[int, set[int]] = {}
+    for name, shape in whole.items():
+        for a, b in zip(shape, want[name], strict=False):
+            now.setdefault(a, set()).add(b)
+    heads = {v for k, v in config.items() if type(v) is int and "heads" in k and v > 0}
+    options: dict[str, list[int]] = {}
+    for key, v in config.items():
+        if type(v) is int and v > 1 and not any(part in key for part in NUMBERS_NOT_SIZES):
+            per_head = {b // h for h in heads for b in now.get(v * h, ()) if b % h == 0}
+            found = sorted((now.get(v, set()) | per_head) - {v}) + [v]
+            if len(found) > 1:
+                options[key] = found
+    for choice in itertools.islice(itertools.product(*options.values()), TRIED_CONFIGS):
+        fitted = {**source, "config": {**config, **dict(zip(options, choice, strict=True))}}
+        try:
+            if _shapes_of(fitted) == want:
+                return fitted
+        except Exception as error:
+            log.debug("%s is no config of %s: %s", choice, source["class"], error)
+    return None
+
+
+def _shapes_of(source: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(x.shape) for name, x in _remake_transformers(source).state_dict().items()}
+
+
+@register_source("transformers", _recognise, _fit_config)
 def _remake_transformers(source: dict[str, Any]) -> nn.Module:
     cls, attention = _model_class(source["class"]), source["attention"]
     if attention not in ATTENTION:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat import extract, extract_cut, extract_plain
+from hatcl.hat import extract, extract_cut
 from hatcl.hat.gates import gates_of
 from hatcl.hat.layers import HATLinear
 
@@ -200,6 +200,16 @@ def test_grouped_and_depthwise_convolutions():
     assert small[3].groups == 4 and small[6].groups == small[6].in_channels < 24
 
 
+def test_standardised_weights_that_are_filled_up():
+    conv = timm.layers.ScaledStdConv2d
+    net = nn.Sequential(conv(3, 16, 3), nn.ReLU(), conv(16, 24, 3, groups=4), nn.ReLU(), conv(24, 5, 3))
+    x = torch.randn(2, 3, 9, 9)
+    model = sealed(net, x, share=0.4)
+    found = hatcl.extract_task(model, 0, x)
+    assert found.report.units > found.report.on and not found.report.full
+    same(model, 0, found.model, torch.randn(3, 3, 9, 9))
+
+
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers(cls):
     class Net(nn.Module):
@@ -374,8 +384,21 @@ def test_what_changed_since_it_was_sealed_is_not_handed_out():
 def test_a_difference_above_the_tolerance_raises(monkeypatch):
     model = converted("mlp")
     pretend(model)
-    right = extract_plain.weights_of_task
-    monkeypatch.setattr(extract, "weights_of_task", lambda *a: {k: v * 1.01 for k, v in right(*a).items()})
-    with pytest.raises(hatcl.ConversionError, match="does not agree with the model, also at full width"):
+    right = extract.weights_of_task
+
+    def wrong(which, task):  # the model's own, not those of the copy with noise
+        return {k: v * (1.01 if which is model else 1.0) for k, v in right(which, task).items()}
+
+    monkeypatch.setattr(extract, "weights_of_task", wrong)
+    with pytest.raises(hatcl.ConversionError, match="does not agree with the model within 1e-05.*pass tolerance="):
         hatcl.extract_task(model, 0, images("mlp", 2))
     assert hatcl.extract_task(model, 0, images("mlp", 2), tolerance=1.0).report.difference > 1e-3
+
+
+def test_what_cannot_be_mended_at_full_width_raises(monkeypatch):
+    model = converted("mlp")
+    pretend(model)
+    right = extract.weights_of_task
+    monkeypatch.setattr(extract, "weights_of_task", lambda *a: {k: v * 1.01 for k, v in right(*a).items()})
+    with pytest.raises(hatcl.ConversionError, match="does not agree with the model, also at full width.*report"):
+        hatcl.extract_task(model, 0, images("mlp", 2))

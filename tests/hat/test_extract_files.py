@@ -14,6 +14,8 @@ from torch import nn
 
 import hatcl
 from hatcl.hat import extract_files
+from hatcl.hat.digests import record
+from hatcl.hat.gates import gates_of
 
 ONNX = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; run: pip install -e '.[onnx]'")
 
@@ -94,6 +96,48 @@ def test_models_of_timm_and_transformers_load_by_their_names(tmp_path):
         assert torch.equal(made(**x).logits, found.model(**x).logits)
         assert float((made(**x).logits - want).abs().max() / want.abs().max()) < 1e-5
     assert type(made) is transformers.LlamaForCausalLM and found.report.kept < found.report.total
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_transformers_loads_what_its_class_can_make(kind, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "llama":
+        config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=48, head_dim=8)
+    else:
+        config = transformers.BertConfig(**sizes, intermediate_size=48)
+    cls = transformers.LlamaForCausalLM if kind == "llama" else transformers.BertForMaskedLM
+    x = {"input_ids": torch.randint(60, (2, 7))}
+    model = hatcl.convert(cls(config).eval(), 1, x)
+    pretend(model)
+    gates = gates_of(model)[0]
+    gates.masks[0] = False
+    for _, start, stop in gates.layers:  # every second unit: equal widths in all layers, heads of one width
+        gates.masks[0, start:stop:2] = True
+    record(model, 0)
+    found = hatcl.extract_task(model, 0, x)
+    folder = found.save(tmp_path)
+    assert json.loads((folder / "config.json").read_text())["hidden_size"] == 16
+    made = cls.from_pretrained(folder).eval()
+    known = transformers.AutoModel.from_pretrained(folder)
+    assert type(known) is {"llama": transformers.LlamaModel, "bert": transformers.BertModel}[kind]
+    with torch.no_grad(), hatcl.task(model, 0):
+        want, got = model(**x).logits, made(**x).logits
+        assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+        assert torch.equal(hatcl.load_extracted(folder)(**x).logits, got)
+
+
+def test_what_its_class_cannot_make_has_no_config(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    x = {"input_ids": torch.randint(60, (2, 7))}
+    model = hatcl.convert(transformers.BertModel(config).eval(), 1, x)
+    pretend(model, share=0.4, seed=1)
+    found = hatcl.extract_task(model, 0, x)
+    assert found.model.config.hidden_size != found.model.embeddings.word_embeddings.embedding_dim
+    assert not (found.save(tmp_path) / "config.json").exists()
 
 
 def test_formats_that_do_not_exist_or_are_not_installed(small, tmp_path, monkeypatch):
