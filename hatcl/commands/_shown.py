@@ -26,7 +26,7 @@ from ..skills.scores import SkillScores, localize
 from ._console import Bar, out, percent, say
 
 SKILLS, OVERLAP = "skills.png", "overlap.png"
-MEASURES = {
+SHOWN = {
     "average accuracy": "average_accuracy",
     "forgetting": "forgetting",
     "FWT": "forward_transfer",
@@ -147,9 +147,9 @@ def without_forgotten(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[
 
 def _measures_table(result: SequenceResult) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=f"{result.method}, in %", title_justify="left")
-    for name in MEASURES:
+    for name in SHOWN:
         table.add_column(name, justify="right")
-    table.add_row(*(percent(result.measures[measure]) for measure in MEASURES.values()))
+    table.add_row(*(percent(result.measures[measure]) for measure in SHOWN.values()))
     return table
 
 

@@ -30,7 +30,7 @@ from ._sequence import HAT, are_texts, gated, image_data, image_model, images, t
 from ._shown import Display, show_learning
 
 DEFAULT_MODEL = "hat_test_resnet"
-TASL = "tasl"
+TEXTS_BY = "tasl"
 IMAGES = ("split", "dataset", "root", "download", "pretrained", "model_kwargs")  # beside the fields of ImageOptions
 
 
@@ -95,7 +95,7 @@ def train_command(
     where = usable_device(device)
     files = task_files(task or ())
     of_texts = are_texts(files)
-    one_of("--method", chosen := method or (TASL if of_texts else HAT), list(continual.list_continual_methods()))
+    one_of("--method", chosen := method or (TEXTS_BY if of_texts else HAT), list(continual.list_continual_methods()))
     asked.options = {
         "method": chosen,
         "seed": seed,
@@ -127,10 +127,10 @@ def train_command(
             "download": download, "pretrained": pretrained, "model_kwargs": dict(model_kwargs or {}),
         }  # fmt: skip
     with processes(where) as where:
-        return _run(asked, files, own, how, gates, where)
+        return _learn(asked, files, own, how, gates, where)
 
 
-def _run(
+def _learn(
     asked: Asked, files: Mapping[str, Path], options: LearnOptions, method: continual.Method, gates: HATConfig | None,
     device: str,
 ) -> Any:  # fmt: skip

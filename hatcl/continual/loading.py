@@ -19,7 +19,7 @@ from .label_words import label_word_task
 from .tasks import ContinualTask
 from .text_scores import TEXT_SCORES
 
-DTYPES = ("float32", "bfloat16", "float16")
+BASE_DTYPES = ("float32", "bfloat16", "float16")
 BITS = (4, 8)
 # the fields of `TextOptions` that make the adapter
 LORA = ("rank", "alpha", "target", "dropout", "use_rslora", "use_dora", "modules_to_save")
@@ -78,7 +78,7 @@ class TextOptions(Changeable):
         one_of("form", self.form, FORMS)
         for name in ("plain", "use_rslora", "use_dora", "gradient_checkpointing"):
             flag(name, getattr(self, name))
-        one_of("dtype", self.dtype, DTYPES)
+        one_of("dtype", self.dtype, BASE_DTYPES)
         if self.bits not in (None, *BITS):
             raise ConfigError(f"bits: got {self.bits!r}, expected 4, 8 or None")
         for name in ("train", "test"):

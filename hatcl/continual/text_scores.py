@@ -71,10 +71,10 @@ def _of_order(n: int, source: list[str], given: list[str], references: Sequence[
     s, c = (Counter({g: k * count for g, k in Counter(_grams(text, n)).items()}) for text in (source, given))
     kept, due = s & c, s & r
     good = kept & r
-    precision = _mean([good[g] / kept[g] for g in kept])
+    precision = _mean_score([good[g] / kept[g] for g in kept])
     recall = sum(good.values()) / sum(due.values()) if due else 1.0
     gone = s - c
-    deleted = _mean([(gone - r)[g] / gone[g] for g in gone])
+    deleted = _mean_score([(gone - r)[g] / gone[g] for g in gone])
     added = set(c) - set(s)
     right = added & set(r)
     needed = set(r) - set(s)
@@ -86,7 +86,7 @@ def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean_score(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 1.0
 
 

@@ -202,7 +202,7 @@ def read_published(task: PublishedTask, data: str | Path | None, *, shots_seed: 
         found = _from_folder(task, Path(data))
     else:
         found = read_texts(data, shots_seed=shots_seed, seed=seed)
-    return _checked(task, found)
+    return _as_task_has_it(task, found)
 
 
 def published_files(data: str | Path) -> list[Path]:
@@ -211,7 +211,7 @@ def published_files(data: str | Path) -> list[Path]:
     return [path for path in found if path is not None]
 
 
-def _checked(task: PublishedTask, data: TextData) -> TextData:
+def _as_task_has_it(task: PublishedTask, data: TextData) -> TextData:
     for x, y in [*data.train, *data.validation, *data.test]:
         if task.paired and not isinstance(x, Sentences):
             raise ConfigError(

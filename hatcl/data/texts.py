@@ -223,11 +223,11 @@ def read_parts(parts: Mapping[str, Path]) -> TextData:
     """
     if "test" not in parts:
         raise ConfigError(f"{parts['train']}: has no test.json beside it, expected one of the same form")
-    found = {part: _pairs(path, part, _rows_of(path, _read_content(path))) for part, path in parts.items()}
+    found = {part: _pairs(path, part, _read_rows(path, _read_content(path))) for part, path in parts.items()}
     return _whole(parts["train"], TextData(found["train"], found.get("validation", []), found["test"]))
 
 
-def _rows_of(path: Path, content: Any) -> list[Any]:
+def _read_rows(path: Path, content: Any) -> list[Any]:
     """Lists of texts, of what a file has as objects."""
     definition: list[Any] = []
     if isinstance(content, dict) and isinstance(content.get("Instances"), list):

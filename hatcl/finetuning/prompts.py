@@ -211,7 +211,7 @@ class PromptReader:
         known = getattr(text, "parts", text)
         if known not in self._known:
             own = [_token_ids(self.tokenizer, x) for x in self.template.texts(text)]
-            lengths = shares([len(ids) for ids in own], self.room)
+            lengths = room_shares([len(ids) for ids in own], self.room)
             own = [
                 x if n == len(x) else x[:n] if self.cut == "end" else x[len(x) - n :]
                 for x, n in zip(own, lengths, strict=True)
@@ -247,7 +247,7 @@ class PromptReader:
         return out if self.at is None else {**out, "place": torch.tensor([place for _, place in rows])}
 
 
-def shares(lengths: Sequence[int], room: int) -> list[int]:
+def room_shares(lengths: Sequence[int], room: int) -> list[int]:
     """How many tokens of each of one or two texts fit into the room together: the longer one loses first."""
     if sum(lengths) <= room:
         return list(lengths)

@@ -89,7 +89,7 @@ def compose_files(
     texts = tokenizer_folder(tokenizer, Path(base), [Path(p) for p, _ in parts]) if tokenizer != "base" else None
     theta0 = named_tensors(base)
     if only or skip:
-        every = {name: [name] for path in (base, *(p for p, _ in parts)) for name in _names(path)}
+        every = {name: [name] for path in (base, *(p for p, _ in parts)) for name in _names_in(path)}
         chosen_names(every, only, skip)  # raises where a pattern matches in none of them
     terms = [(float(c), _vector(base, path, buffers, only, skip, embeddings)) for path, c in parts]
     recipe = json.dumps(
@@ -129,7 +129,7 @@ def files_read(path: Path) -> list[Path]:
     return [path / CONFIG, path / WEIGHTS] if is_adapter(path) else files_of(path)
 
 
-def _names(path: AnyPath) -> set[str]:
+def _names_in(path: AnyPath) -> set[str]:
     """The names that the tensors of a file go by; an adapter's are the base's."""
     return set() if is_adapter(path) else set(named_tensors(path))
 
@@ -139,7 +139,7 @@ def _vector(base: AnyPath, path: AnyPath, buffers: bool, only: Patterns, skip: P
         whole = TaskVector.load(path)
         skip = applicable(skip, whole)
         return restricted(whole, chosen_names({n: [n] for n in whole}, only, skip)) if only or skip else whole
-    skip = applicable(skip, _names(base) | _names(path)) if skip else ()
+    skip = applicable(skip, _names_in(base) | _names_in(path)) if skip else ()
     vector = TaskVector.between(base, path, buffers=buffers, only=only, skip=skip, embeddings=embeddings)
     vector.base = None  # it is taken from this very base, so that nothing needs to be hashed
     return vector

@@ -78,7 +78,7 @@ def write_lora(
             lost.append(size)
             continue
         turned = _inputs_first(layers[name])
-        a, b = _factors(tau.T if turned else tau.flatten(1), rank)
+        a, b = _lora_factors(tau.T if turned else tau.flatten(1), rank)
         gap = float(((tau.T if turned else tau.flatten(1)) - b.double() @ a.double()).square().sum())
         errors[name] = math.sqrt(gap / size)
         lost.append(gap)
@@ -122,7 +122,7 @@ def _inputs_first(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
 
-def _factors(tau: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _lora_factors(tau: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A `[rank, in]` and B `[out, rank]`, float32, with equal singular values; zeros beyond those that there are."""
     u, s, vh = torch.linalg.svd(tau, full_matrices=False)
     root = s[:rank].sqrt()

@@ -73,7 +73,7 @@ def joint_vocabulary(recipe: MergekitRecipe, folders: Mapping[str, Path]) -> Voc
             for token, _ in sorted(ids[m].items(), key=operator.itemgetter(1)):
                 if token not in tokens:
                     tokens[token] = max(tokens.values()) + 1
-                    content.setdefault("added_tokens", []).append(_added(token, tokens[token], contents[m]))
+                    content.setdefault("added_tokens", []).append(_added_tokens(token, tokens[token], contents[m]))
     rows, multiple = max(tokens.values()) + 1, recipe.pad_to_multiple_of or 1
     rows = -(-rows // multiple) * multiple
     return Vocabulary(tokens, rows, folders[chosen], content, base, ids, sizes)
@@ -87,7 +87,7 @@ def _tokens(content: Mapping[str, Any], size: int) -> dict[str, int]:
     return {token: i for token, i in own.items() if i < size}
 
 
-def _added(token: str, row: int, content: Mapping[str, Any]) -> dict[str, Any]:
+def _added_tokens(token: str, row: int, content: Mapping[str, Any]) -> dict[str, Any]:
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
     known = next((t for t in content.get("added_tokens", []) if t["content"] == token), plain)
     return {**known, "id": row, "content": token}

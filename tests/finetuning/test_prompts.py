@@ -15,7 +15,7 @@ from hypothesis import strategies as st  # noqa: E402
 from hatcl.data.texts import Sentences  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 from hatcl.finetuning import PromptReader, Template, label_tokens  # noqa: E402
-from hatcl.finetuning.prompts import TemplateSlot, check_length, shares  # noqa: E402
+from hatcl.finetuning.prompts import TemplateSlot, check_length, room_shares  # noqa: E402
 
 TEXT, MASK = TemplateSlot("text"), TemplateSlot("mask")
 LONG = " ".join(["film"] * 60)
@@ -132,14 +132,14 @@ def test_laws_of_reading_pairs(texts, template, cut, room):
     ids, place = read.read(Sentences(*texts))
     own = [minilm()(x, add_special_tokens=False)["input_ids"] for x in read.template.texts(Sentences(*texts))]
     assert ids[place] == minilm().mask_token_id
-    kept = shares([len(x) for x in own], room)
+    kept = room_shares([len(x) for x in own], room)
     first, second = (x[:n] if cut == "end" else x[len(x) - n :] for x, n in zip(own, kept, strict=True))
     assert ids == [*fixed[0], *first, *fixed[1], *second, *fixed[2]]
 
 
 @given(a=st.integers(0, 40), b=st.integers(0, 40), room=st.integers(2, 40))
 def test_the_longer_text_loses_until_both_are_equal(a, b, room):
-    x, y = shares([a, b], room)
+    x, y = room_shares([a, b], room)
     assert x + y == min(a + b, room) and x <= a and y <= b
     if a + b > room:
         assert min(x, y) == min(a, b, room // 2) and (x >= y if a >= b else y >= x)
