@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from ..calls import device_of
 from ..errors import ConversionError
 from ..map.labels import Ints
 from ..map.units import Entry, UnitMap
@@ -385,7 +386,8 @@ def shaped(model: nn.Module, shaping: Shaping) -> nn.Module:
         tidy_up(module)
     for path, norm in shaping.norms.items():
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _selecting(model.get_submodule(path), **norm))
+        selecting = _selecting(model.get_submodule(path), **norm).to(device_of(model))
+        setattr(model.get_submodule(parent), leaf, selecting)
     for module in model.modules():
         tidy_up(module)
     return model

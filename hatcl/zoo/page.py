@@ -19,7 +19,7 @@ Written by `hatcl zoo --publish` from `benchmarks/results/zoo.json`; do not edit
 training and evaluation mode; without a task its outputs are the plain model's bit for bit; two tasks are learned with
 AdamW, about half of the units of each off, after which the certificate is exact and the first task's outputs are what
 they were at sealing; a deep copy, and the saved model loaded in another process, give the same outputs; each task is
-cut out as a smaller module without hatcl in it, which agrees with the model within 1e-4 of the largest output. Batch of
+cut out as a smaller module without hatcl in it, which agrees with the model within 1e-5 of the largest output. Batch of
 2, random weights, the model's own input size (transformers: small configs of the real classes, with masks for padding
 and once more without, fewer heads of keys than of queries where the class has groups). `name:depth=2` is a model with
 two of its blocks, where the whole is too large for the machine. All names that timm lists, converted on the meta
