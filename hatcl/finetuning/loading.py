@@ -18,7 +18,7 @@ from ..data.shots import same_few
 from ..data.texts import TextData, k_shot, read_texts
 from ..errors import ConfigError, nearest
 from ..vectors.tensors import kinds_of, named_tensors
-from .modes import mode_of
+from .modes import mode_for, mode_of
 from .options import TaskOptions
 from .state import load_state
 from .tasks import FinetuneTask
@@ -37,9 +37,8 @@ def make_task(
         ConfigError: an unknown mode, or a model, data or options that do not fit. IntegrityError: a file that is
             missing or damaged.
     """
-    mode = mode_of(options.mode)
-    options = options.filled
-    data = read_data(options)
+    mode = mode_for(options)
+    data, options = read_data(options), options.filled
     if model is None:
         with seeded(seed):
             model, tokenizer = load_model(options)
@@ -52,8 +51,8 @@ def read_data(options: TaskOptions) -> TextData | ImageData:
     Raises:
         ConfigError, IntegrityError: as `make_task`.
     """
-    options = options.filled
-    if not mode_of(options.mode).texts:
+    mode, options = mode_for(options), options.filled
+    if not mode.texts:
         assert options.data is not None  # the options say so
         task = npz_task(options.data)
         if options.test is not None:

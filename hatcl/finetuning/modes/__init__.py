@@ -6,9 +6,9 @@ from .finetune import head_task
 from .image import image_task
 from .labels import labels_task
 from .prompt import prompt_task
-from .registry import FinetuneMode, finetune_mode, list_finetune_modes, mode_of
+from .registry import FinetuneMode, finetune_mode, list_finetune_modes, mode_for, mode_of
 
 __all__ = [
     "FinetuneMode", "autoregressive", "autoregressive_task", "finetune", "finetune_mode", "head_task", "image",
-    "image_task", "labels", "labels_task", "list_finetune_modes", "mode_of", "prompt", "prompt_task",
+    "image_task", "labels", "labels_task", "list_finetune_modes", "mode_for", "mode_of", "prompt", "prompt_task",
 ]  # fmt: skip

@@ -50,7 +50,10 @@ def autoregressive_task(
 
 
 @finetune_mode(
-    "autoregressive", loads="AutoModelForCausalLM", paper="Panigrahi et al. 2023, arXiv 2302.06600, as for GPT-2"
+    "autoregressive",
+    loads="AutoModelForCausalLM",
+    paper="Panigrahi et al. 2023, arXiv 2302.06600, as for GPT-2",
+    own=("words",),
 )
 def _autoregressive(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return autoregressive_task(

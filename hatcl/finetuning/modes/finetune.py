@@ -68,7 +68,7 @@ def head_task(
     return task
 
 
-@finetune_mode("finetune", loads="AutoModel", paper="Panigrahi et al. 2023, arXiv 2302.06600")
+@finetune_mode("finetune", loads="AutoModel", paper="Panigrahi et al. 2023, arXiv 2302.06600", own=("token", "head"))
 def _head(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return head_task(
         data, model, tokenizer, token=options.token, template=options.template, head=options.head,

@@ -74,7 +74,7 @@ def image_task(
     return task
 
 
-@finetune_mode("image", loads="", paper="grafts of vision models, beside the paper")
+@finetune_mode("image", loads="", paper="grafts of vision models, beside the paper", own=("head",))
 def _image(options: TaskOptions, data: ImageData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     prepare = preparation_for(
         data, getattr(model, "pretrained_cfg", None) or {}, size=options.size, fit=options.fit,

@@ -51,7 +51,12 @@ def labels_task(
     return text_task(name, "labels", found, data, out, tokenizer, read, embedding_names(out), (), measure=measure)
 
 
-@finetune_mode("labels", loads="AutoModel", paper="label words' embeddings as a fixed head, see hatcl.continual")
+@finetune_mode(
+    "labels",
+    loads="AutoModel",
+    paper="label words' embeddings as a fixed head, see hatcl.continual",
+    own=("words", "scale"),
+)
 def _labels(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return labels_task(
         data, model, tokenizer, words=options.words, template=options.template, max_length=options.length,

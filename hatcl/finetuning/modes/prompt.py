@@ -42,7 +42,7 @@ def prompt_task(
     return word_task("prompt", "mask", data, model, tokenizer, words, template, max_length, cut, name, bounds, measure)
 
 
-@finetune_mode("prompt", loads="AutoModelForMaskedLM", paper="Gao et al. 2021, arXiv 2012.15723")
+@finetune_mode("prompt", loads="AutoModelForMaskedLM", paper="Gao et al. 2021, arXiv 2012.15723", own=("words",))
 def _prompt(options: TaskOptions, data: TextData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     return prompt_task(
         data, model, tokenizer, words=options.words, template=options.template or MASK_TEMPLATE,
