@@ -53,6 +53,11 @@ ALIASES = {
     "tsv_m": "tsv",
     "wudi_merging": "wudi",
     "layerwise_adamerging": "adamerging",
+    "tall_masks": "consensus",
+    "emr_merging": "emr",
+    "isotropic": "iso_c",
+    "knots_ties": "knots",
+    "regmean++": "regmean_plusplus",
 }
 
 
