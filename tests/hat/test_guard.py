@@ -69,7 +69,7 @@ def ways():
         yield pytest.param(kept, autocast, accumulate, id="-".join(names), marks=marks)
 
 
-@pytest.mark.parametrize(("kept", "autocast", "accumulate"), ways())
+@pytest.mark.parametrize(("kept", "autocast", "accumulate"), list(ways()))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", parts.MODELS)
 def test_earlier_tasks_stay_bit_for_bit(name, optimizer, kept, autocast, accumulate):
