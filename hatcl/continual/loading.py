@@ -103,7 +103,7 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
     except ImportError as error:
         raise ConfigError(f"learning texts needs {error.name}; run: pip install 'hatcl[hf]'") from error
     transformers.utils.logging.disable_progress_bar()
-    form = options.form
+    form, how = options.form, _loading(options, transformers)
     try:
         config = transformers.AutoConfig.from_pretrained(model)
         if form == "auto":
@@ -115,7 +115,7 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
             "seq2seq": transformers.AutoModelForSeq2SeqLM,
             "causal": transformers.AutoModelForCausalLM,
         }
-        base = kinds[form].from_pretrained(model, **_loading(options, transformers))
+        base = kinds[form].from_pretrained(model, **how)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{model}: transformers cannot load it as {form} ({str(error).splitlines()[0]})") from error
