@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import Changeable, flag, number, one_of, whole
 from ..data.texts import TextData, read_texts
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from .generation import causal_task, seq2seq_task
 from .label_words import label_word_task
 from .tasks import ContinualTask
@@ -151,6 +151,13 @@ def with_adapter(base: nn.Module, options: TextOptions, beside: Sequence[str] = 
         import peft
     except ImportError as error:
         raise ConfigError(f"an adapter needs {error.name}; run: pip install 'hatcl[hf]'") from error
+    names = [name for name, _ in base.named_modules()]
+    for wanted in options.modules_to_save:
+        if not any(f".{name}".endswith(f".{wanted}") for name in names):  # peft says nothing
+            known = {name.rsplit(".", 1)[-1] for name in names} - {""}
+            raise ConfigError(
+                f"--modules-to-save: the model has no module {wanted!r}; did you mean {nearest(wanted, known)!r}?"
+            )
     try:
         lora = peft.LoraConfig(
             r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout,

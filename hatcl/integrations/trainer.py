@@ -76,8 +76,8 @@ class HATCallback(TrainerCallback):
         of = self.task if kept is None else kept["args"]["task"]
         if of != self.task:
             raise TaskError(
-                f"task: got {self.task}, and the checkpoint to resume from is of task {of}; give each task an output_dir "
-                "of its own, or leave out resume_from_checkpoint"
+                f"task: got {self.task}, and the checkpoint to resume from is of task {of}; give each task an "
+                "output_dir of its own, or leave out resume_from_checkpoint"
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
