@@ -101,8 +101,9 @@ def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
     """Print what a run showed, finished or not, and draw its pictures; tasks that were forgotten are left out."""
     left, gone = without_forgotten(metrics)
     result = SequenceResult.from_dict(left)
-    out.print(matrix_table(result.rows, result.tasks))
-    for j, name in enumerate(result.tasks):
+    numbers = [i for i in range(len(metrics["tasks"])) if i not in gone]  # by which every command knows the tasks
+    out.print(matrix_table(result.rows, result.tasks, numbers))
+    for j, name in zip(numbers, result.tasks, strict=True):
         say(f"task {j}  {name}", "dim")
     finished = len(result.rows) == len(result.tasks) and (run / runs.METRICS).exists()
     if finished and result.tasks:
@@ -110,14 +111,14 @@ def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
     else:
         say(f"{len(result.rows)} of {len(result.tasks)} tasks are learned; the run is not finished", "yellow")
     if gone:
-        say(f"forgotten since: task {', '.join(map(str, gone))}; the others are counted anew here", "yellow")
+        say(f"forgotten since: task {', '.join(map(str, gone))}", "yellow")
     if any("units_used" in known for known in result.facts):
         scores = [result.rows[i][i] for i in range(len(result.facts))]
         records = [{"score": score, **known} for score, known in zip(scores, result.facts, strict=True)]
-        out.print(tasks_table(result.tasks, records))
+        out.print(tasks_table(result.tasks, records, numbers=numbers))
         if result.details:
-            say(_certificate_line(result))
-        _draw_into(run / runs.PICTURE, lambda: draw_run(result.to_dict()))
+            say(_certificate_line(result, numbers))
+        _draw_into(run / runs.PICTURE, lambda: draw_run(result.to_dict(), numbers))
     show_skills(run, SHARE)
     seconds = runs.read_json(run / kept.SECONDS, list) if (run / kept.SECONDS).exists() else []
     say(f"{sum(sum(stage.values()) for stage in seconds):.0f} s", "dim")
@@ -153,10 +154,10 @@ def _measures_table(result: SequenceResult) -> Table:
     return table
 
 
-def _certificate_line(result: SequenceResult) -> Text:
+def _certificate_line(result: SequenceResult, numbers: Sequence[int]) -> Text:
     if not result.facts:
         return Text("no task is left", style="yellow")
-    moved = [str(t) for t, known in enumerate(result.facts) if not known["bit_equal"]]
+    moved = [str(t) for t, known in zip(numbers, result.facts, strict=False) if not known["bit_equal"]]
     leaks = [f"task {t} by {diff:g}" for t, diff in result.details["max_abs_diff"].items() if diff != 0]
     if result.details["exact"] and not moved:
         return Text(

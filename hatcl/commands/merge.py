@@ -100,7 +100,9 @@ def merge_command(
     The memory needed is that of one shard and a few tensors. When it was interrupted, the same command goes on where it
     stopped. Of folders of transformers the result is one as well: config, tokenizer and a model card come along.
     """
-    size, alone = _bytes("--shard-size", shard_size), base.suffix in RECIPES and not parts
+    size, alone = _bytes("--shard-size", shard_size), base.suffix in RECIPES
+    if alone and parts:
+        raise ConfigError(f"merge: {base} is a recipe, which names its parts; got {parts[0]} beside it, write it there")
     content = read_options(base) if alone else {}
     if "merge_method" in content:
         told = {"--method": method, "--set": set_, "--only": only, "--skip": skip, "--dtype": dtype, "--vector": vector}
@@ -115,6 +117,7 @@ def merge_command(
             )  # fmt: skip
         say(f"{output}: {base}")
         return {"output": absolute_path(output), "recipe": content}
+    by_words, words = method, dict(set_ or {})
     if alone:
         recipe = _recipe(base, content)
         if recipe.method is not None and method not in (None, recipe.method):
@@ -122,18 +125,23 @@ def merge_command(
                 f"--method: got {method}, but {base} has the method {recipe.method}; leave one of them out"
             )
         start, pairs = base.parent / recipe.base, _weighted_parts(base, recipe)
-        method, options = method or recipe.method, {**(recipe.options or {}), **(set_ or {})}
+        method, options = method or recipe.method, {**(recipe.options or {}), **words}
     else:
-        start, pairs, options = base, [_part(text) for text in parts or ()], dict(set_ or {})
+        start, pairs, options = base, [_part(text) for text in parts or ()], words
     if not pairs:
         raise ConfigError("merge: no parts; give at least one PART, or a recipe that ends in .yaml or .json")
-    told = {"--method": method, "--only": only, "--skip": skip, "--dtype": dtype, "--buffers": buffers}
+    told = {"--method": by_words, "--only": only, "--skip": skip, "--dtype": dtype, "--buffers": buffers}
     told |= {"--embeddings": embeddings} if embeddings != "equal" else {}
+    told |= {"--tokenizer": tokenizer} if tokenizer != "base" else {}
+    told |= {} if check else {"--no-check": True}
+    card = _words(base, [] if alone else pairs, told, words)
+    if alone:
+        card = base.read_text() + (f"\n# {card}" if words or any(told.values()) else "")
     with Bar(None, "bytes", "merging") as bar:
         compose_files(
             start, pairs, output, method=method, options=options, vector=vector, buffers=buffers, check=check,
             only=only or (), skip=skip or (), embeddings=embeddings, dtype=dtype, tokenizer=tokenizer,
-            card=base.read_text() if alone else _words(start, pairs, told, options), shard_bytes=size,
+            card=card, shard_bytes=size,
             progress=lambda done, total: bar.says("merging", completed=done, total=total),
         )  # fmt: skip
     say(f"{output}: {start} and {len(pairs)} part{'s' * (len(pairs) > 1)}")
@@ -149,7 +157,7 @@ def _words(base: Path, pairs: list[tuple[Path, float]], told: Mapping[str, Any],
     Args:
         told: flag -> what was given: a value, several, or True of a switch. options: of the method.
     """
-    words = ["hatcl", "merge", str(base), *(f"{path}:{c:g}" for path, c in pairs)]
+    words = ["hatcl", "merge", str(base), *(f"{path}:{c!r}" for path, c in pairs)]
     for flag, value in told.items():
         each = value if isinstance(value, list) else [value] if value else []
         words += [w for v in each for w in ([flag] if v is True else [flag, str(v)])]

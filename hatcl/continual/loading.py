@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import Changeable, flag, number, one_of, whole
 from ..data.texts import TextData, read_texts
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from .generation import causal_task, seq2seq_task
 from .label_words import label_word_task
 from .tasks import ContinualTask
@@ -103,7 +103,7 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
     except ImportError as error:
         raise ConfigError(f"learning texts needs {error.name}; run: pip install 'hatcl[hf]'") from error
     transformers.utils.logging.disable_progress_bar()
-    form = options.form
+    form, how = options.form, _loading(options, transformers)
     try:
         config = transformers.AutoConfig.from_pretrained(model)
         if form == "auto":
@@ -115,7 +115,7 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
             "seq2seq": transformers.AutoModelForSeq2SeqLM,
             "causal": transformers.AutoModelForCausalLM,
         }
-        base = kinds[form].from_pretrained(model, **_loading(options, transformers))
+        base = kinds[form].from_pretrained(model, **how)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{model}: transformers cannot load it as {form} ({str(error).splitlines()[0]})") from error
@@ -151,6 +151,13 @@ def with_adapter(base: nn.Module, options: TextOptions, beside: Sequence[str] = 
         import peft
     except ImportError as error:
         raise ConfigError(f"an adapter needs {error.name}; run: pip install 'hatcl[hf]'") from error
+    names = [name for name, _ in base.named_modules()]
+    for wanted in options.modules_to_save:
+        if not any(f".{name}".endswith(f".{wanted}") for name in names):  # peft says nothing
+            known = {name.rsplit(".", 1)[-1] for name in names} - {""}
+            raise ConfigError(
+                f"--modules-to-save: the model has no module {wanted!r}; did you mean {nearest(wanted, known)!r}?"
+            )
     try:
         lora = peft.LoraConfig(
             r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout,

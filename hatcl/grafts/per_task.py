@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import one_of
-from ..errors import GraftError, IntegrityError
+from ..errors import ConfigError, GraftError, IntegrityError
 from ..files import read_json, replaced_folder
 from ..vectors.merging.emr import emr_parts
 from ..vectors.merging.registry import merge
@@ -89,7 +89,10 @@ class TaskGrafts:
 
 
 def task_grafts(
-    pretrained: TensorSource, vectors: Sequence[TaskVector], by: str = "emr", threshold: float | Sequence[float] = 0.4
+    pretrained: TensorSource,
+    vectors: Sequence[TaskVector],
+    by: str = "emr",
+    threshold: float | Sequence[float] | None = None,
 ) -> TaskGrafts:
     """The tasks' models by one vector, masks and scales, without data.
 
@@ -97,15 +100,19 @@ def task_grafts(
         pretrained: what the vectors were taken from. by: `emr` (the elected vector, see `hatcl.merge`'s method of that
             name and `emr_parts`: Huang et al. 2024, arXiv 2405.17461), or `tall_masks` (the sum of the vectors; all
             scales are 1: Wang et al. 2024, arXiv 2405.07813).
-        threshold: of `tall_masks`, one for all tasks or one per task.
+        threshold: of `tall_masks`, one for all tasks or one per task, by default 0.4.
 
     Raises:
-        ConfigError: another `by`, or thresholds that do not fit. GraftError, VectorError: what does not fit together.
+        ConfigError: another `by`, thresholds that do not fit, or one for `emr`.
+        GraftError, VectorError: what does not fit together.
     """
     one_of("by", by, MASKED_BY)
     if by == "emr":
+        if threshold is not None:
+            raise ConfigError(f"threshold: got {threshold} for emr, which has none; leave it out, or take tall_masks")
         vector, parts = merge(vectors, "emr"), emr_parts(vectors)
     else:
-        vector, parts = merge(vectors, "arithmetic", scale=1.0), [(1.0, v) for v in tall_masks(vectors, threshold)]
+        masked = tall_masks(vectors, 0.4 if threshold is None else threshold)
+        vector, parts = merge(vectors, "arithmetic", scale=1.0), [(1.0, v) for v in masked]
     masks = [Graft.from_masks({n: part[n] != 0 for n in part}, pretrained=pretrained) for _, part in parts]
     return TaskGrafts(vector, tuple(masks), tuple(scale for scale, _ in parts))

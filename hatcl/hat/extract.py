@@ -137,6 +137,11 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
     check_sealed(model, [task])
     inputs = example_inputs_of(model) if example_inputs is None else example_inputs
     want = _under_task(model, inputs, task)
+    if not any(bool(x.isfinite().any()) for x in want.values()):
+        raise ConfigError(
+            f"example_inputs: no output of {type(model).__name__} is finite on them, so nothing could be compared; "
+            "pass others"
+        )
     seen = footprint(plain_copy(model, None), inputs)
     unit_map: UnitMap = gates[0].unit_map
     if seen.units != unit_map.num_units:
@@ -428,9 +433,10 @@ def _gap_of(want: Tensor, got: Tensor, carried: Carried | None, keep: Tensor) ->
     if not want.numel():
         return 0.0
     want, got = want.flatten().double(), got.flatten().double()
-    gap = torch.where(want == got, 0.0, (want - got).abs())  # infinities that are equal differ by nothing
+    alike = (want == got) | (want.isnan() & got.isnan())  # infinities and NaNs that are equal differ by nothing
+    gap = torch.where(alike, 0.0, (want - got).abs())
     if bool(gap.isnan().any()):
-        return 0.0 if bool((want.isnan() == got.isnan()).all()) else float("inf")
+        return float("inf")
     largest = want[want.isfinite()].abs().max() if bool(want.isfinite().any()) else want.new_ones(())
     return float(gap.max() / largest.clamp(min=1e-30))
 

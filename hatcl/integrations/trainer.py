@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import TrainerState
 
 from ..errors import ConfigError, TaskError
 from ..hat.learn import Learning, learn
 from ..hat.pretrained import load_pretrained_, save_pretrained
 from ..hat.tasks import check_task, tasks
 from ..hat.tasks import task as active_task
+
+KEPT = "hatcl"  # where a checkpoint's `TrainerState.stateful_callbacks` says which task it is of
 
 
 class HATCallback(TrainerCallback):
@@ -44,8 +47,8 @@ class HATCallback(TrainerCallback):
         learning: what `hatcl.learn` gives, while the task is learned. penalty: the last step's penalty.
 
     Raises:
-        ConfigError: training under DeepSpeed or FSDP. TaskError: a resumed task that is sealed, and has steps left.
-            All that `hatcl.learn` raises.
+        ConfigError: training under DeepSpeed or FSDP. TaskError: a resumed task that is sealed, and has steps left; a
+            checkpoint of another task. All that `hatcl.learn` raises.
     """
 
     def __init__(self, task: int) -> None:
@@ -67,11 +70,23 @@ class HATCallback(TrainerCallback):
         self.learning = None
         self._block.close()
 
+    def check_checkpoint(self, state: TrainerState) -> None:
+        """Raises TaskError if a resumed checkpoint is of another task, whose steps would count as this one's."""
+        kept = (state.stateful_callbacks or {}).get(KEPT)
+        of = self.task if kept is None else kept["args"]["task"]
+        if of != self.task:
+            raise TaskError(
+                f"task: got {self.task}, and the checkpoint to resume from is of task {of}; give each task an "
+                "output_dir of its own, or leave out resume_from_checkpoint"
+            )
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _check_host(args)
         if self.learning is not None:  # an earlier call of train() was left by an error
             stale = TaskError("training begins once more")
             self.__exit__(TaskError, stale, None)
+        self.check_checkpoint(state)
+        state.stateful_callbacks[KEPT] = {"args": {"task": self.task}, "attributes": {}}
         model = kwargs["model"]
         if self.task in tasks(model):
             if state.global_step < state.max_steps:
@@ -106,6 +121,7 @@ class HATTrainer(Trainer):
 
         model = hatcl.convert(transformers.AutoModelForSequenceClassification.from_pretrained(...), 2, batch)
         for task, data in enumerate(datasets):
+            args = TrainingArguments(f"run/{task}", ...)  # a folder for each task, so that it can be resumed
             HATTrainer(model=model, task=task, args=args, train_dataset=data).train()
 
     Checkpoints are written by `hatcl.save_pretrained`, the last one with the task sealed: `hatcl.from_pretrained` reads
@@ -163,6 +179,9 @@ class HATTrainer(Trainer):
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
+        if state.exists():  # before the model takes anything over
+            self.hat.check_checkpoint(TrainerState.load_from_json(str(state)))
         load_pretrained_(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

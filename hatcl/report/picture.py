@@ -18,17 +18,19 @@ INK, MUTED = "#1b2733", "#5d6975"
 BAR, FREE, SHADES = "#3a7ca5", "#edf1f4", "Blues"
 
 
-def draw_run(metrics: Mapping[str, Any]) -> bytes:
+def draw_run(metrics: Mapping[str, Any], numbers: Sequence[int] | None = None) -> bytes:
     """A PNG of a run of `hat`: its accuracy matrix, the units on for each task, and their share in each layer.
 
     Args:
         metrics: what `SequenceResult.to_dict` returned or `metrics.json` holds.
+        numbers: of the tasks; None = 0, 1, 2, ...
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
     facts, names = metrics["facts"], metrics["tasks"][: len(metrics["facts"])]
     count, layers = len(names), metrics["details"].get("layers", [])  # none before a run's end
+    shown = [str(t) for t in (range(count) if numbers is None else numbers[:count])]
     side = max(3.2, 0.44 * count)
     heights = [side]
     if layers:  # none where every parameter is the tasks' own
@@ -36,11 +38,11 @@ def draw_run(metrics: Mapping[str, Any]) -> bytes:
     figure = new_figure(2 * side + 3.0, sum(heights) + 1.9)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[1.15, 1])
     rows = [[np.nan if v is None else v for v in row[:count]] for row in metrics["matrix"]]
-    _draw_matrix(figure.add_subplot(grid[0, 0]), rows, names)
+    _draw_matrix(figure.add_subplot(grid[0, 0]), rows, names, shown)
     used = [known["units_used"] for known in facts]
-    _draw_use(figure.add_subplot(grid[0, 1]), used, facts[0]["units"])
+    _draw_use(figure.add_subplot(grid[0, 1]), used, facts[0]["units"], shown)
     if layers:
-        _draw_layers(figure.add_subplot(grid[1, :]), layers, count)
+        _draw_layers(figure.add_subplot(grid[1, :]), layers, shown)
     figure.suptitle(_headline(metrics), x=0.015, ha="left", color=INK, fontsize=13, fontweight="bold")
     return png(figure)
 
@@ -82,7 +84,7 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     return "   ".join(words)
 
 
-def _draw_matrix(axes: Axes, rows: Sequence[Sequence[float]], names: Sequence[str]) -> None:
+def _draw_matrix(axes: Axes, rows: Sequence[Sequence[float]], names: Sequence[str], numbers: Sequence[str]) -> None:
     count = len(names)
     values = np.full((count, count), np.nan)
     for i, row in enumerate(rows):
@@ -95,15 +97,15 @@ def _draw_matrix(axes: Axes, rows: Sequence[Sequence[float]], names: Sequence[st
         axes.text(
             j, i, f"{100 * values[i, j]:.1f}", ha="center", va="center", color="white" if dark else INK, fontsize=9
         )
-    axes.set_xticks(range(count), [str(j) for j in range(count)])
-    axes.set_yticks(range(count), [f"{short(name)}  {i}" for i, name in enumerate(names)])
+    axes.set_xticks(range(count), numbers)
+    axes.set_yticks(range(count), [f"{short(name)}  {i}" for i, name in zip(numbers, names, strict=True)])
     axes.set_xlabel("task tested", color=MUTED)
     axes.set_ylabel("after learning", color=MUTED)
     separate(axes, count, count)
     dress(axes, "Accuracy in %")
 
 
-def _draw_use(axes: Axes, used: Sequence[int], units: int) -> None:
+def _draw_use(axes: Axes, used: Sequence[int], units: int, numbers: Sequence[str]) -> None:
     units = max(1, units)
     places = range(len(used))
     axes.barh(places, [units] * len(used), color=FREE, height=0.66)
@@ -119,7 +121,7 @@ def _draw_use(axes: Axes, used: Sequence[int], units: int) -> None:
             color="white" if inside else INK,
             fontsize=9,
         )
-    axes.set_yticks(places, [str(t) for t in places])
+    axes.set_yticks(places, numbers)
     axes.set_ylim(len(used) - 0.5, -0.5)
     axes.set_xlim(0, units)
     axes.set_xticks([])
@@ -128,10 +130,11 @@ def _draw_use(axes: Axes, used: Sequence[int], units: int) -> None:
     dress(axes, "Units used")
 
 
-def _draw_layers(axes: Axes, layers: Sequence[Mapping[str, Any]], count: int) -> None:
+def _draw_layers(axes: Axes, layers: Sequence[Mapping[str, Any]], numbers: Sequence[str]) -> None:
+    count = len(numbers)
     shares = np.array([[_used(layer, t) / max(1, layer["units"]) for layer in layers] for t in range(count)])
     image = axes.imshow(shares, cmap=SHADES, vmin=0.0, vmax=1.0, aspect="auto")
-    axes.set_yticks(range(count), [str(t) for t in range(count)])
+    axes.set_yticks(range(count), numbers)
     axes.set_xticks([])
     axes.set_xlabel(f"{layers[0]['name']}  to  {layers[-1]['name']}", color=MUTED)
     axes.set_ylabel("task", color=MUTED)

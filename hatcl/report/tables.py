@@ -11,11 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 
-def matrix_table(rows: Sequence[Sequence[float]], names: Sequence[str]) -> Table:
-    """The accuracy matrix: a row per task learned, a column per task tested, in percent; NaN was not measured."""
+def matrix_table(rows: Sequence[Sequence[float]], names: Sequence[str], numbers: Sequence[int] | None = None) -> Table:
+    """The accuracy matrix: a row per task learned, a column per task tested, in percent; NaN was not measured.
+
+    Args:
+        numbers: of the tasks; None = 0, 1, 2, ...
+    """
+    numbers = range(len(names)) if numbers is None else numbers
     table = Table(title="accuracy in % (row: learned, column: tested)", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("after learning")
-    for j, _ in enumerate(names):
+    for j in numbers:
         table.add_column(f"task {j}", justify="right")
     for i, row in enumerate(rows):
         cells = [
@@ -23,7 +28,7 @@ def matrix_table(rows: Sequence[Sequence[float]], names: Sequence[str]) -> Table
             for value in row
         ]
         cells += [Text("·", style="dim")] * (len(names) - len(row))
-        table.add_row(f"{i} {names[i]}", *cells)
+        table.add_row(f"{numbers[i]} {names[i]}", *cells)
     return table
 
 
@@ -32,6 +37,7 @@ def tasks_table(
     records: Sequence[Mapping[str, Any]],
     *,
     running: Mapping[str, Any] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Table:
     """One line per stage: its loss and score, and under hard attention the penalty, the scores with soft and hard
     gates, the units used, and whether its outputs moved since sealing.
@@ -39,7 +45,9 @@ def tasks_table(
     Args:
         records: what is known of the stages that are done: `score`, `loss`, and `Method.facts` of `hat`.
         running: `loss`, for `hat` also `penalty` and `scale`, of the stage that is being learned.
+        numbers: of the stages; None = 0, 1, 2, ...
     """
+    numbers = range(len(names)) if numbers is None else numbers
     gates = any("penalty" in known for known in (*records, running or {}))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # fits 80 columns
     table.add_column("task", no_wrap=True, overflow="ellipsis", max_width=24)
@@ -54,7 +62,7 @@ def tasks_table(
             cells, style = [f"{{{key}}}".format(**running) for key in shown], "bold"
         else:
             cells, style = [], "dim"
-        table.add_row(Text(f"{t} {name}", style=style), *cells, *[""] * (len(columns) - len(cells)))
+        table.add_row(Text(f"{numbers[t]} {name}", style=style), *cells, *[""] * (len(columns) - len(cells)))
     return table
 
 

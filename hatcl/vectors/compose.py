@@ -127,6 +127,11 @@ class Composer(nn.Module):
         check: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise VectorError(
+                f"compose: got a {type(model).__name__}, expected the pretrained model as a module; files are composed "
+                "by hatcl merge"
+            )
         tied = tied_names(model)
         source = {n: p for n, p in model.named_parameters() if tied[n] == n}
         vectors = [named_as_in(tied, v) for v in _checked_vectors(vectors)]

@@ -14,7 +14,7 @@ from ..errors import VectorError
 from .bases import known_as
 from .parameters import parameters_of, quantised_in, refuse_all_of
 from .select import Patterns, chosen_names
-from .tensors import Kind, Lazy, TensorSource, buffers_of, check_fit, kinds_of, pick, tied_names
+from .tensors import Kind, Lazy, TensorSource, buffers_of, check_fit, kinds_of, named_tensors, pick, tied_names
 
 EMBEDDINGS = ("equal", "common")
 OURS, THEIRS = "the pretrained model", "the fine-tuned one"
@@ -69,7 +69,8 @@ def paired(
     theirs = _under_one_prefix(ours, theirs)
     if choose:
         quantised = {what: quantised_in(side) for side, what in ((pretrained, OURS), (finetuned, THEIRS))}
-        names = {n: [n] for n in (*ours, *theirs, *(n for found in quantised.values() for n in found))}
+        others = (*_complex_names(pretrained), *(n for found in quantised.values() for n in found))
+        names = {n: [n] for n in (*ours, *theirs, *others)}
         for alias, first in tied.items():
             if first in names and alias != first:
                 names[first].append(alias)
@@ -77,6 +78,7 @@ def paired(
         ours, theirs = (pick(side, [n for n in side if n in kept]) for side in (ours, theirs))
         for what, found in quantised.items():
             refuse_all_of({n: why for n, why in found.items() if n in kept}, what)
+    _refuse_complex(pretrained, finetuned, kept if choose else None)
     ours, theirs = _without_copies(ours, theirs)
     sizes = _grown(kinds_of(ours), kinds_of(theirs))
     if sizes is not None and embeddings == "common":
@@ -88,6 +90,22 @@ def paired(
     other_way = by_ones[0] != by_ones[1] and stacked[0] != stacked[1]
     check_fit(ours, theirs, (OURS, THEIRS), EXPERTS if other_way else FIT)
     return ours, theirs
+
+
+def _complex_names(source: TensorSource) -> list[str]:
+    names = [n for n, k in kinds_of(named_tensors(source)).items() if k.dtype.is_complex]
+    return [n for n in names if n not in buffers_of(source)] if names else []
+
+
+def _refuse_complex(pretrained: TensorSource, finetuned: TensorSource, kept: set[str] | None) -> None:
+    """Raise where complex numbers changed: a vector of real ones would leave them out without a word."""
+    a, b = named_tensors(pretrained), named_tensors(finetuned)
+    for name in _complex_names(pretrained):
+        if (kept is None or name in kept) and name in b and not torch.equal(a[name], b[name]):
+            raise VectorError(
+                f"{name} is {str(a[name].dtype).removeprefix('torch.')} and differs; a task vector holds real numbers: "
+                f"store it by torch.view_as_real in both models, or leave it out by skip={name!r}"
+            )
 
 
 def grew(ours: int, theirs: int) -> str:

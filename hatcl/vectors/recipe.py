@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..config import known_options
+from ..config import known_options, whole
 from ..errors import ConfigError, VectorError, nearest
 from .merging.layers import layer_of
 from .tensors import Kind
@@ -107,7 +107,8 @@ def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
         if tokenizer.pop("tokens", None):
             raise ConfigError(f"tokenizer.tokens: {NOT_HERE['tokenizer.tokens']}")
         given["tokenizer_source"] = tokenizer.pop("source", "union")
-        given["pad_to_multiple_of"] = tokenizer.pop("pad_to_multiple_of", None)
+        multiple = tokenizer.pop("pad_to_multiple_of", None)
+        given["pad_to_multiple_of"] = whole("tokenizer.pad_to_multiple_of", multiple, low=0, optional=True)
         if tokenizer:
             raise ConfigError(f"tokenizer: got {', '.join(tokenizer)}, expected source and pad_to_multiple_of")
     given["parameters"] = _read_parameters(given.get("parameters"))

@@ -548,6 +548,10 @@ def _checked_delta(name: str, delta: Any) -> Delta:
         raise VectorError(
             f"{name}: got {d.value.dtype}, expected floating point; integers are no part of a task vector"
         )
+    if d.value.dtype.itemsize < 2:
+        raise VectorError(
+            f"{name}: got {d.value.dtype}, whose numbers mean nothing without a scale; dequantise it to 16 bits or more"
+        )
     # the sum in float64 is finite where all are (one pass; of float64 itself it may overflow, and then each is asked)
     if not bool(d.value.sum(dtype=torch.float64).isfinite()) and not bool(torch.isfinite(d.value).all()):
         bad = int((~torch.isfinite(d.value)).sum())

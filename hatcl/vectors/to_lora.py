@@ -56,6 +56,11 @@ def write_lora(
 ) -> LoRAReport:
     """What `TaskVector.to_lora` says. `digests` are of the tensors that the vector was taken from."""
     rank = whole("rank", rank)
+    if not isinstance(base, nn.Module):
+        raise VectorError(
+            f"base: got a {type(base).__name__}, expected the pretrained model as a module: files do not tell which "
+            "layers LoRA has a place for"
+        )
     tensors = named_tensors(base)
     check_fit(
         pick(tensors, [n for n in tensors if n in vector]), vector, ("the model", "the vector"),

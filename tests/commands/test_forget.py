@@ -31,6 +31,8 @@ def test_forget_erases_one_task_and_leaves_the_others(run, tmp_path, capsys):
     assert not (copy / "picture.png").exists()
     shown = call(capsys, "show", copy)[1]
     assert "t0" in shown and "t2" in shown and "t1" not in shown and "forgotten since: task 1" in shown
+    # each task has the number by which `forget` and `extract` know it
+    assert shown.count("2 t2") == 2 and "task 2  t2" in shown and "1 t2" not in shown and "task 1  t2" not in shown
     code, out, _ = call(capsys, "certify", copy)
     assert code == 0 and "task 1" not in out
     assert "task 2: exact, outputs bit-equal to those at sealing" in out

@@ -219,7 +219,8 @@ def test_transformers_loads_what_the_command_wrote(models, tmp_path, monkeypatch
     assert net.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
     AutoModel.from_pretrained(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "hatcl merge base a:0.4 b:1" in card and ("--method ties --set density=0.5" in card) == ("ties" in words)
+    assert "hatcl merge base a:0.4 b:1.0" in card
+    assert all((told in card) == ("ties" in words) for told in ("--method ties", "--set density=0.5"))
     assert ("--dtype bfloat16" in card) == ("--dtype" in words)
 
 
@@ -286,3 +287,20 @@ def test_a_vocabulary_that_grew(models, tmp_path, monkeypatch, capsys):
     assert code == 0, err
     got, want = named_tensors(tmp_path / "out"), named_tensors("a")
     assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_the_card_repeats_the_merge(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    words = ["merge", "base", "a:0.123456789", "b", "--tokenizer", "b", "--no-check"]
+    assert call(capsys, *words, "--output", tmp_path / "out")[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "hatcl merge base a:0.123456789 b:1.0 --tokenizer b --no-check\n" in card
+    path = models / "own.yaml"  # its paths are as seen from where it lies
+    path.write_text("base: base\nparts: [a, b]\nmethod: ties\noptions: {density: 0.5}\n")
+    for given, told in (([], ""), (["--set", "density=0.3", "--dtype", "bfloat16"], None)):
+        assert call(capsys, "merge", path, "--output", tmp_path / "own", *given)[0] == 0
+        card = (tmp_path / "own" / "README.md").read_text()
+        want = f"\n# hatcl merge {path} --dtype bfloat16 --set density=0.3\n" if told is None else told
+        assert path.read_text() + want + "```" in card
+    code, _, err = call(capsys, "merge", path, "c", "--output", tmp_path / "no")
+    assert code == 2 and "own.yaml is a recipe, which names its parts; got c beside it, write it there" in err

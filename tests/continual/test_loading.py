@@ -40,6 +40,14 @@ def test_a_model_with_an_adapter_and_its_tasks(folder):
     assert set(task.inputs()) >= {"input_ids", "attention_mask"}
 
 
+def test_a_module_to_save_that_is_not_there(folder):
+    options = TextOptions(modules_to_save=("pooller",))
+    with pytest.raises(
+        ConfigError, match="--modules-to-save: the model has no module 'pooller'; did you mean 'pooler'"
+    ):
+        adapted_model(str(folder / "bert"), options, 0)
+
+
 def test_words_of_labels():
     assert label_words(["a:warm=red", "a:cold=sky blue"], ["a"]) == {"a": {"warm": "red", "cold": "sky blue"}}
     with pytest.raises(ConfigError, match="--word: got 'warm=red', expected NAME:LABEL=WORD"):
@@ -137,7 +145,9 @@ def test_fewer_bits_are_asked_of_transformers(bits, folder, monkeypatch):
         assert kept.bnb_4bit_compute_dtype == torch.bfloat16
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=f"bits: {bits}-bit weights need bitsandbytes; run: pip install bitsandbytes"):
+    with pytest.raises(
+        ConfigError, match=f"^bits: {bits}-bit weights need bitsandbytes; run: pip install bitsandbytes"
+    ):
         adapted_model(str(folder / "bert"), options, 0)
 
 

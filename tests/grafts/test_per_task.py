@@ -88,6 +88,8 @@ def test_what_cannot_be_is_refused(world, tmp_path):
     made = task_grafts(base, vectors)
     with pytest.raises(ConfigError, match="by: got 'elect', expected one of emr, tall_masks"):
         task_grafts(base, vectors, "elect")
+    with pytest.raises(ConfigError, match="threshold: got 0.3 for emr, which has none"):
+        task_grafts(base, vectors, "emr", threshold=0.3)
     with pytest.raises(GraftError, match="task: got 3, expected 0 to 2"):
         made.graft(3, base)
     with pytest.raises(GraftError, match="got 3 masks and 2 scales, expected one of each per task"):

@@ -395,6 +395,23 @@ def test_a_difference_above_the_tolerance_raises(monkeypatch):
     assert hatcl.extract_task(model, 0, images("mlp", 2), tolerance=1.0).report.difference > 1e-3
 
 
+def test_values_that_are_not_finite_hide_no_difference():
+    nothing = torch.zeros(0)
+    nan, inf = float("nan"), float("inf")
+    want = torch.tensor([nan, inf, -inf, 2.0])
+    assert extract._gap_of(want, want.clone(), None, nothing) == 0.0
+    assert extract._gap_of(want, torch.tensor([nan, inf, -inf, 1.0]), None, nothing) == 0.5
+    for other in ([0.0, inf, -inf, 2.0], [nan, inf, inf, 2.0], [nan, 1.0, -inf, 2.0], [nan, nan, -inf, 2.0]):
+        assert extract._gap_of(want, torch.tensor(other), None, nothing) == inf
+    model = converted("mlp")
+    pretend(model)
+    x = images("mlp", 2)
+    with pytest.raises(hatcl.ConfigError, match="no output of .* is finite on them, so nothing could be compared"):
+        hatcl.extract_task(model, 0, x * nan)
+    x[0] = nan  # one example is enough to compare
+    assert hatcl.extract_task(model, 0, x).report.difference <= 1e-5
+
+
 def test_what_cannot_be_mended_at_full_width_raises(monkeypatch):
     model = converted("mlp")
     pretend(model)

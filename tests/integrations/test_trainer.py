@@ -126,6 +126,24 @@ def test_the_last_checkpoint_holds_the_sealed_task(tmp_path):
         transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-12")
 
 
+@pytest.mark.parametrize("saved", [STEPS, 6])  # finished, and in the middle
+def test_another_tasks_checkpoint_is_refused(tmp_path, saved):
+    trainer_of(converted(), 0, tmp_path, save_steps=6).train()
+    model = copy.deepcopy(learned("bert")[0])
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    words = "task: got 1, and the checkpoint to resume from is of task 0; give each task an output_dir of its own"
+    with pytest.raises(hatcl.TaskError, match=words):
+        trainer_of(model, 1, tmp_path).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
+    assert hatcl.tasks(model) == [0]
+    assert all(same_bits(t, before[n]) for n, t in model.state_dict().items())
+    callback, trainer = with_callback(converted(), 0, tmp_path / "own")
+    with callback:
+        trainer.train()
+    callback, trainer = with_callback(converted(), 1, tmp_path / "own")
+    with callback, pytest.raises(hatcl.TaskError, match=words):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "own" / f"checkpoint-{saved}"))
+
+
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
     model = converted()
     trainer_of(model, 0, tmp_path).train()

@@ -39,6 +39,11 @@ def test_a_picture_of_any_run(count, layers):
     assert (pixels[:2] > 250).all() and (pixels[:, -2:] > 250).all()  # nothing runs over the edge
 
 
+def test_the_tasks_have_their_own_numbers():
+    pytest.importorskip("matplotlib")
+    assert draw_run(run_of(3)) == draw_run(run_of(3), [0, 1, 2]) != draw_run(run_of(3), [0, 2, 3])
+
+
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     real = builtins.__import__
 

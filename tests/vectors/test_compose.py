@@ -1118,3 +1118,9 @@ def test_a_gradient_is_taken_as_soon_as_it_is_there(monkeypatch):
 def test_twin_in_autograds_own_order_gradients_wait_for_the_end(monkeypatch):
     monkeypatch.setattr(module, "FIRST", 0)
     assert order_of_backward(monkeypatch)[0] == "between"
+
+
+def test_a_path_is_no_model_to_compose():
+    vector = hatcl.TaskVector({"w": torch.ones(2)})
+    with pytest.raises(hatcl.VectorError, match="compose: got a str, expected the pretrained model as a module; files"):
+        hatcl.compose("base", [vector])

@@ -142,3 +142,18 @@ def test_rows():
     base, table = torch.zeros(3, 2), torch.ones(5, 2)
     assert torch.equal(with_rows_of(base, table), torch.ones(3, 2))
     assert with_rows_of(table, base)[:, 0].tolist() == [0, 0, 0, 1, 1]
+
+
+def test_complex_numbers_that_changed_are_named(tmp_path):
+    ours = {"w": torch.zeros(2), "filter": torch.ones(2, 2, dtype=torch.complex64)}
+    theirs = {"w": torch.ones(2), "filter": ours["filter"] * 1j}
+    for a, b in ((ours, theirs), tuple(_on_disk(tmp_path / n, s) for n, s in (("a", ours), ("b", theirs)))):
+        with pytest.raises(VectorError, match="filter is complex64 and differs.*view_as_real.*skip='filter'"):
+            TaskVector.between(a, b)
+        assert list(TaskVector.between(a, b, skip="filter")) == ["w"]
+        assert list(TaskVector.between(a, a)) == ["w"]  # equal ones are left out
+
+
+def _on_disk(path, tensors):
+    save_file(tensors, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")

@@ -159,3 +159,9 @@ def test_layers_that_are_not_there():
         tensors_to_make(read_recipe(sliced), {"a": kinds(3)})
     with pytest.raises(ConfigError, match=r"slices: a has 2 stacks of layers \(decoder, model.layers\), expected one"):
         tensors_to_make(read_recipe(sliced), {"a": kinds(4, "decoder.0.w")})
+
+
+@pytest.mark.parametrize("multiple", [-8, "8", 1.5, True])
+def test_a_multiple_is_a_count(multiple):
+    with pytest.raises(ConfigError, match=r"tokenizer.pad_to_multiple_of: got .*, expected an integer of at least 0"):
+        read_recipe({**ONE, "tokenizer": {"source": "base", "pad_to_multiple_of": multiple}})

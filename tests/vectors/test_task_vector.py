@@ -240,6 +240,8 @@ def test_no_floating_point(pair):
     )
     refused(VectorError, lambda: TaskVector({}), "a task vector of no tensors; are there floating-point parameters")
     refused(VectorError, lambda: TaskVector({"a": torch.arange(3)}), "a: got torch.int64, expected floating point")
+    small = torch.ones(3).to(torch.float8_e4m3fn)
+    refused(VectorError, lambda: TaskVector({"a": small}), "float8_e4m3fn, whose numbers mean nothing without a scale")
     refused(VectorError, lambda: TaskVector.between(None, pair[0]), "pretrained=None is for peft adapters only")
 
 

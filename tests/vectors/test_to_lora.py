@@ -131,6 +131,8 @@ def test_what_cannot_be_is_refused_and_writes_nothing(tmp_path):
         vector.to_lora(2, tuned(base), tmp_path / "x")
     with pytest.raises(VectorError, match="only in the vector.*Pass the model that the vector was taken from"):
         vector.to_lora(2, nn.Linear(2, 2), tmp_path / "x")
+    with pytest.raises(VectorError, match="base: got a str, expected the pretrained model as a module"):
+        vector.to_lora(2, "base", tmp_path / "x")
     norms = TaskVector.between(base, tuned(base, {"norm.weight", "fc.bias"}))
     with pytest.raises(VectorError, match="changes no weight that LoRA has a place for.*norm.weight"):
         norms.to_lora(2, base, tmp_path / "x")

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import nn
+
 from ...config import one_of
 from ...errors import ConfigError, VectorError, nearest
 from ..task_vector import TaskVector
@@ -155,6 +157,11 @@ def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -
                 )
     # raises where they do not belong together, before a method has read anything
     vectors[0]._map(lambda _, d, *others: d, *vectors[1:])
+    model = options.get("model")
+    if model is not None and not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model: got a {type(model).__name__}, expected the pretrained model as a module, which can be run"
+        )
     if not any(differs(value) for value in options.values()):
         return chosen.function(vectors, **options)
     if chosen.needs:

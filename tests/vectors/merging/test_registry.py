@@ -147,3 +147,10 @@ def test_values_outside_their_range(method, option, two):
 def test_data_beside_what_stands_in_for_it_is_refused(two, method, instead):
     with pytest.raises(ConfigError, match=f"batches: given beside {instead}, which stands in for it"):
         merge(two, method, **{"batches": [[], []], instead: [{}, {}]})
+
+
+@pytest.mark.parametrize("method", [m for m in list_merges() if "model" in merge_info(m).options])
+def test_a_path_is_no_model_to_run(method, two):
+    given = {"model": "base", **({"batches": [[], []]} if "batches" in merge_info(method).options else {})}
+    with pytest.raises(ConfigError, match="model: got a str, expected the pretrained model as a module"):
+        merge(two, method, **given)
