@@ -165,15 +165,8 @@ def run(
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file's content. The metadata of safetensors come in any order, and are put into one here."""
-    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    return {name: _in_order(content) if name.endswith(".safetensors") else content for name, content in found.items()}
-
-
-def _in_order(content: bytes) -> bytes:
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    return json.dumps(header, sort_keys=True).encode() + content[8 + length :]
+    """Every file's content."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -157,7 +157,7 @@ class Coefficients(Case):
             rows(0), batch_size=8, shuffle=True, collate_fn=collate, generator=torch.Generator().manual_seed(3)
         )
         fit(
-            self.model, lambda b: F.cross_entropy(self.model(b[0]), b[1]), loader, progress=tell, seconds=0,
+            self.model, lambda b: F.cross_entropy(self.model(b[0]), b[1]), loader, on_progress=tell, seconds=0,
             options=AtlasOptions(**{"epochs": 2, "lr": 0.05, **options}),
             checkpoint=None if folder is None else folder / "fit.pt",
         )  # fmt: skip

@@ -42,7 +42,7 @@ class TextOptions(Changeable):
         target: a module to adapt, such as query; by default peft's for the model.
         dropout: LoRA's dropout.
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732). use_dora: learn magnitudes
-            beside directions (Liu et al. 2024, arXiv 2402.09353).
+            as well as directions (Liu et al. 2024, arXiv 2402.09353).
         modules_to_save: a module that is trained whole and kept with the adapter, such as a classifier; repeatable.
         bits: load the base in 4 (NF4, doubly quantised, as QLoRA, Dettmers et al. 2023, arXiv 2305.14314) or 8 bits by
             bitsandbytes; None = as it is.

@@ -178,7 +178,8 @@ def _copied(name: str, side: Mapping[str, Tensor], among: Iterable[str]) -> str 
 
 
 def _grown(ours: Mapping[str, Kind], theirs: Mapping[str, Kind]) -> tuple[int, int] | None:
-    """The two numbers of rows, where all tensors whose shapes differ do so in these."""
+    """The two numbers of rows, where all tensors whose shapes differ do so in these, and one of them is a table. (What
+    has a bias of its own is a layer, such as a head of other classes.)"""
     sizes = set()
     for name, kind in ours.items():
         if name in theirs and theirs[name].shape != kind.shape:
@@ -186,7 +187,11 @@ def _grown(ours: Mapping[str, Kind], theirs: Mapping[str, Kind]) -> tuple[int, i
             if len(a) not in (1, 2) or a[1:] != b[1:] or not a:
                 return None
             sizes.add((a[0], b[0]))
-    tables = any(name in theirs and k.shape != theirs[name].shape and len(k.shape) == 2 for name, k in ours.items())
+    tables = any(
+        name in theirs and k.shape != theirs[name].shape and len(k.shape) == 2
+        and f"{name.removesuffix('.weight')}.bias" not in ours
+        for name, k in ours.items()
+    )  # fmt: skip
     return sizes.pop() if len(sizes) == 1 and tables else None
 
 
