@@ -313,7 +313,7 @@ def _of_folder(folder: Path, base: Mapping[str, Tensor] | None, pretrained: Any)
     pairs = {
         name: LoraPair(
             stored[a].shape, stored[b].shape, functools.partial(_factors, tensors, a, b),
-            _scaling(config, name.removesuffix(".weight")), "lora_embedding_A" in a,
+            _scaling(config, name.removesuffix(".weight"), stored[a].shape[0]), "lora_embedding_A" in a,
         )
         for name, (a, b) in keys.items()
     }  # fmt: skip
@@ -344,14 +344,19 @@ def _product(a: Tensor, b: Tensor, scaling: float, turned: bool) -> Tensor:
     return product.T.contiguous() if turned else product.view(b.shape[0], *a.shape[1:])
 
 
-def _scaling(config: Mapping[str, Any], path: str) -> float:
+def _scaling(config: Mapping[str, Any], path: str, stored: int) -> float:
     from peft.utils.other import get_pattern_key
 
-    def of(patterns: Mapping[str, Any], default: float) -> float:
-        return float(patterns.get(get_pattern_key(list(patterns), path), default))
+    def of(patterns: Mapping[str, Any], default: Any) -> Any:
+        return patterns.get(get_pattern_key(list(patterns), path), default)
 
-    rank = of(config.get("rank_pattern") or {}, config["r"])
-    alpha = of(config.get("alpha_pattern") or {}, config["lora_alpha"])
+    rank = of(config.get("rank_pattern") or {}, config.get("r"))
+    alpha = of(config.get("alpha_pattern") or {}, config.get("lora_alpha"))
+    if rank != stored or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise IntegrityError(
+            f"{path}: its factors have the rank {stored}, and {CONFIG} says rank {rank!r} and alpha {alpha!r}; the "
+            "two files do not belong together, save the adapter again"
+        )
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

@@ -462,3 +462,14 @@ def test_what_is_an_adapter(tmp_path):
     assert is_adapter(model) and is_adapter(saved(model, tmp_path))
     assert not any(map(is_adapter, (base, tmp_path / "none", tmp_path / "adapter_config.json", {}, None)))
     assert len(lora_deltas(model, None)) == 4
+
+
+@pytest.mark.parametrize("change", [{"r": 0}, {"r": 5}, {"rank_pattern": {"0": 3}}, {"lora_alpha": None}])
+def test_a_config_of_other_factors_is_refused(tmp_path, change):
+    base = nn.Sequential(nn.Linear(6, 6))
+    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
+    assert len(TaskVector.between(base, tmp_path)) == 1
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(IntegrityError, match="0: its factors have the rank 2, and adapter_config.json says rank"):
+        TaskVector.between(base, tmp_path)
