@@ -43,8 +43,8 @@ class LearnTask(Callback):
         learning: what `hatcl.learn` gives, while the task is learned. penalty: the last step's penalty.
 
     Raises:
-        ConfigError: the number of steps is not known. TaskError: a task that is sealed, and has steps left.
-            All that `hatcl.learn` raises.
+        ConfigError: the number of steps is not known. TaskError: a task that is sealed, and has steps left; a
+            checkpoint of another task. All that `hatcl.learn` raises.
     """
 
     def __init__(self, task: int, steps: int | None = None) -> None:
@@ -53,6 +53,18 @@ class LearnTask(Callback):
         self.penalty: Tensor | None = None
         self._block = contextlib.ExitStack()
         self._total = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checkpoint says which task it is of."""
+        return {"task": self.task}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises TaskError if a resumed checkpoint is of another task, whose steps would count as this one's."""
+        if state_dict["task"] != self.task:
+            raise TaskError(
+                f"task: got {self.task}, and the checkpoint to resume from is of task {state_dict['task']}; give "
+                "ckpt_path one of this task, or leave it out"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         done = trainer.global_step

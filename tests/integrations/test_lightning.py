@@ -198,3 +198,11 @@ def test_a_stop_that_comes_too_early_seals_nothing_yet(tmp_path):
     assert hatcl.tasks(module.model) == [0] and trainer.global_step == 8
     first = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
     assert first["model.hat_gates.sealed"].tolist() == [False] * 3
+
+
+def test_another_tasks_checkpoint_is_refused(tmp_path):
+    module = Module()
+    fit(module, 0, tmp_path)
+    for name in ("epoch=0.ckpt", "last.ckpt"):  # in the middle, and finished
+        with pytest.raises(hatcl.TaskError, match="task: got 1, and the checkpoint to resume from is of task 0"):
+            fit(Module(copy.deepcopy(module.model)), 1, tmp_path / "other", resume=tmp_path / name)
