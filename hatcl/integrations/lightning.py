@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from ..config import whole
 from ..errors import ConfigError, TaskError
 from ..hat.learn import Learning, learn
 from ..hat.tasks import check_task, tasks
@@ -48,7 +49,7 @@ class LearnTask(Callback):
     """
 
     def __init__(self, task: int, steps: int | None = None) -> None:
-        self.task, self.steps = task, steps
+        self.task, self.steps = task, whole("steps", steps, optional=True)
         self.learning: Learning | None = None
         self.penalty: Tensor | None = None
         self._block = contextlib.ExitStack()

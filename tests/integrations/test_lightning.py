@@ -183,6 +183,8 @@ def test_an_error_seals_nothing(tmp_path):
 def test_a_number_of_steps_that_is_not_known_is_asked_for(tmp_path):
     with pytest.raises(hatcl.ConfigError, match=r"cannot tell how many steps .*pass LearnTask\(task=0, steps=...\)"):
         fit(Module(), 0, tmp_path, max_epochs=-1)
+    with pytest.raises(hatcl.ConfigError, match="steps: got 2.5, expected an integer of at least 1"):
+        LearnTask(0, steps=2.5)
     module = Module()
     fit(module, 0, tmp_path, learn=LearnTask(0, steps=5), max_epochs=-1, max_steps=5)
     assert hatcl.tasks(module.model) == [0]

@@ -15,7 +15,8 @@ def mean(vectors: Sequence[TaskVector], *, weights: PerVector | None = None, nor
     """`tau = sum_t w_t tau_t / sum_t w_t`: the mean of the fine-tuned models. Needs no data.
 
     Args:
-        weights: one per vector, default 1 each. normalise: divide by their sum.
+        weights: one per vector, default 1 each. normalise: divide by their sum, unless that is 0 (mergekit's
+            rule).
 
     Raises:
         ConfigError: weights that are no numbers, or not one per vector.
