@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+DATA = Path(os.environ.get("HATCL_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 CONFIG = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
@@ -81,8 +82,8 @@ def save(tensors: dict[str, torch.Tensor], path: Path) -> Path:
 
 def real_images(name: str, classes: int, count: int, path: Path, test: int = 12) -> Path:
     """The first classes of a data set of HATCL_DATA, a few of each, as an `.npz` file."""
-    source = Path(os.environ.get("HATCL_DATA", "")) / name / "data.npz"
-    if not os.environ.get("HATCL_DATA") or not source.exists():
+    source = DATA / name / "data.npz"
+    if not source.exists():
         pytest.skip(f"needs the real images of {name}: HATCL_DATA is to name a folder with {name}/data.npz")
     with np.load(source, allow_pickle=False) as file:
         arrays = {}

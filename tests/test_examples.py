@@ -6,8 +6,8 @@ import ast
 import dataclasses
 import importlib.util
 import multiprocessing
-import os
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -41,21 +41,26 @@ def need_extras(code: str) -> None:
                 pytest.skip(f"{name} is not installed; run: pip install -e '.[{EXTRAS[name]}]'")
 
 
-def inside(code: str, folder: Path) -> None:
-    """Run code as a program of its own, in a process that has imported the libraries already."""
-    os.chdir(folder)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
-    exec(compile(code, "program.py", "exec"), {"__name__": "__main__"})
+# the program's own process: its folder, its output, and then the program
+START = """
+import os, runpy
+os.chdir(FOLDER)
+os.environ["HF_HUB_OFFLINE"] = "1"
+for number, name in ((1, "out"), (2, "err")):
+    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+runpy.run_path("../program.py", run_name="__main__")
+"""
 
 
 def run(code: str, folder: Path) -> str:
-    places = multiprocessing.get_context("forkserver")
-    places.set_forkserver_preload(["hatcl", "transformers", "peft"])  # once for all
+    """What a program prints. It runs in a process that has imported the libraries already."""
     there = folder / "there"
     there.mkdir()
-    child = places.Process(target=inside, args=(code, there))
+    (folder / "program.py").write_text(code)
+    (folder / "start.py").write_text(START.replace("FOLDER", repr(str(there))))
+    places = multiprocessing.get_context("forkserver")
+    places.set_forkserver_preload(["hatcl", "transformers", "peft"])  # once for all
+    child = places.Process(target=runpy.run_path, args=(str(folder / "start.py"),))
     child.start()
     child.join()
     assert child.exitcode == 0, (there / "err").read_text()

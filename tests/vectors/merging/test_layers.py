@@ -116,7 +116,7 @@ def test_what_layers_cannot_do(vectors):
     with pytest.raises(ConfigError, match="density: no value for embed.weight; end the list with one that has no fil"):
         merge(vectors, "ties", density={"layers": [{"filter": "mlp", "value": 0.5}]})
     with pytest.raises(ConfigError, match="layers: fisher works on the whole model; give each option one value"):
-        merge(vectors, "fisher", floor={"layers": [0.1, 0.5]}, model=object(), batches=[])
+        merge(vectors, "fisher", floor={"layers": [0.1, 0.5]}, model=torch.nn.Linear(1, 1), batches=[])
     with pytest.raises(ConfigError, match="density: got 1.5, expected a number between 0 and 1"):
         merge(vectors, "ties", density={"layers": [0.5, 1.5]})
     with pytest.raises(VectorError):
