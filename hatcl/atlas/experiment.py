@@ -25,9 +25,10 @@ from ..hat.convert import convert
 from ..hat.gates import gates_of
 from ..vectors.compose import Composer, compose
 from ..vectors.files import write_tensors
+from ..vectors.stream import files_read
 from ..vectors.task_vector import TaskVector
 from ..vectors.tensors import kinds_of
-from .files import all_files, read_head, read_vector, write_coefficients, write_heads
+from .files import read_head, read_vector, write_coefficients, write_heads
 from .fitting import Fitted
 from .heads import ClassHead, prototypes, trained_head
 from .linear import Composed, linearised
@@ -108,7 +109,7 @@ class Loaded:
                 self._head_from(self.head_file, name)
         read = [reading.base, *vectors.values(), *([] if self.head_file is None else [self.head_file])]
         texts = [reading.text_from or "", *reading.class_names.values(), *reading.templates.values()]
-        self.files = [f for path in read for f in all_files(path)] + [Path(t) for t in texts if Path(t).is_file()]
+        self.files = [f for path in read for f in files_read(path)] + [Path(t) for t in texts if Path(t).is_file()]
         self.digests = {absolute_images(data[name]): task.digest() for name, task in tasks.items()}
 
     def _try(self, path: str, images: Images) -> None:

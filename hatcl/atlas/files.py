@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..errors import ConfigError, VectorError
 from ..files import write_files
-from ..vectors.adapters import CONFIG, WEIGHTS, is_adapter
+from ..vectors.adapters import is_adapter
 from ..vectors.compose import Composer
 from ..vectors.delta import Delta
 from ..vectors.files import read_metadata
 from ..vectors.parameters import parameters_of
 from ..vectors.task_vector import VECTOR_FORMAT, TaskVector
-from ..vectors.tensors import RUNNING, Lazy, files_of, kinds_of, named_tensors, pick
+from ..vectors.tensors import RUNNING, Lazy, kinds_of, named_tensors, pick
 from .checkpoints import under_names
 from .heads import ClassHead
 
@@ -67,11 +67,6 @@ def read_vector(
         return TaskVector.between(ours, pick(theirs, [n for n in theirs if not n.startswith(starts)]))
     except VectorError as error:
         raise VectorError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
-
-
-def all_files(path: Path) -> list[Path]:
-    """The files that a checkpoint, a saved vector or an adapter consists of."""
-    return [path / CONFIG, path / WEIGHTS] if is_adapter(path) else files_of(path)
 
 
 def _under_names(vector: TaskVector, names: Mapping[str, str], starts: tuple[str, ...]) -> TaskVector:

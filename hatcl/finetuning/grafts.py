@@ -29,8 +29,9 @@ from ..hat.convert import convert
 from ..hat.gates import gates_of
 from ..map.grains import make_grain
 from ..map.units import UnitMap
+from ..vectors.tensors import FINETUNED
 from .measuring import MEASURES
-from .run import FINETUNED, PRETRAINED, Run
+from .run import PRETRAINED, Run
 from .tasks import Examples
 
 GRAFT_RULES = ("learned", "magnitude", "random")

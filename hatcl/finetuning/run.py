@@ -34,7 +34,7 @@ from ..files import read_json, replaced_folder, sha256_of
 from ..integrations.timm_names import timm_source
 from ..sources import build_source, source_of
 from ..vectors.files import write_tensors
-from ..vectors.tensors import kinds_of, named_tensors
+from ..vectors.tensors import FINETUNED, kinds_of, named_tensors
 from .loading import load_model, make_task
 from .modes import mode_of
 from .options import FinetuneOptions, TaskOptions
@@ -43,7 +43,7 @@ from .tasks import FinetuneTask
 from .tune import finetune_, reached, trained_names
 
 COMMAND = "finetune"
-PRETRAINED, FINETUNED, TOKENIZER = "pretrained.safetensors", "finetuned.safetensors", "tokenizer"
+PRETRAINED, TOKENIZER = "pretrained.safetensors", "tokenizer"
 
 
 @dataclass(frozen=True, eq=False)

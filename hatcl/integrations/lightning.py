@@ -5,19 +5,16 @@ Not imported by `import hatcl`, which works without Lightning: `from hatcl.integ
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from ..config import whole
 from ..errors import ConfigError, TaskError
-from ..hat.learn import Learning, learn
-from ..hat.tasks import check_task, tasks
+from .course import TaskCourse
 
 
-class LearnTask(Callback):
+class LearnTask(TaskCourse, Callback):
     """Has a Lightning `Trainer` learn a task of the converted model in its module, and seal it:
 
         class Module(LightningModule):
@@ -49,10 +46,8 @@ class LearnTask(Callback):
     """
 
     def __init__(self, task: int, steps: int | None = None) -> None:
-        self.task, self.steps = task, whole("steps", steps, optional=True)
-        self.learning: Learning | None = None
-        self.penalty: Tensor | None = None
-        self._block = contextlib.ExitStack()
+        super().__init__(task)
+        self.steps = whole("steps", steps, optional=True)
         self._total = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,21 +56,11 @@ class LearnTask(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises TaskError if a resumed checkpoint is of another task, whose steps would count as this one's."""
-        if state_dict["task"] != self.task:
-            raise TaskError(
-                f"task: got {self.task}, and the checkpoint to resume from is of task {state_dict['task']}; give "
-                "ckpt_path one of this task, or leave it out"
-            )
+        self.check_resumed(state_dict["task"], "give ckpt_path one of this task, or leave it out")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        done = trainer.global_step
         self._total = self._steps(trainer)
-        if self.task in tasks(pl_module):
-            if done < self._total:
-                check_task(pl_module, self.task, sealed=False)  # raises
-            return  # the last checkpoint of a finished run
-        block = learn(pl_module, self.task, trainer.optimizers, self._total, start=done)
-        self.learning = self._block.enter_context(block)
+        self.begin(pl_module, trainer.optimizers, self._total, trainer.global_step)
 
     def _steps(self, trainer: Trainer) -> int:
         if self.steps is not None:
@@ -90,21 +75,18 @@ class LearnTask(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """A loss scale has been taken out of the gradients by now, and they are clipped after this."""
-        if self.learning is not None and optimizer is trainer.optimizers[0]:
-            penalty = self.learning.penalty()
-            self.penalty = penalty.detach()
-            if penalty.requires_grad:
-                penalty.backward()
+        if optimizer is trainer.optimizers[0]:
+            self.add_penalty()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Checkpoint callbacks come after all others, so they save the sealed task."""
         if self.learning is not None and self.learning.step >= self._total:
-            self._seal()
+            self.seal()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Whatever has just stopped the training early, the checkpoint holds the sealed task."""
         if self.learning is not None and trainer.should_stop and trainer.fit_loop._can_stop_early:
-            self._seal()
+            self.seal()
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -115,12 +97,7 @@ class LearnTask(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seal()
+        self.seal()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.learning = None
-        self._block.__exit__(type(exception), exception, exception.__traceback__)
-
-    def _seal(self) -> None:
-        self.learning = None
-        self._block.close()
+        self.leave(exception)

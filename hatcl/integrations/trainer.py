@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 
 from ..errors import ConfigError, TaskError
-from ..hat.learn import Learning, learn
 from ..hat.pretrained import load_pretrained_, save_pretrained
 from ..hat.tasks import check_task, tasks
 from ..hat.tasks import task as active_task
+from .course import TaskCourse
 
 KEPT = "hatcl"  # where a checkpoint's `TrainerState.stateful_callbacks` says which task it is of
 
 
-class HATCallback(TrainerCallback):
+class HATCallback(TaskCourse, TrainerCallback):
     """Has a `Trainer` of one's own learn a task: `Trainer(..., callbacks=[HATCallback(task=1)])`.
 
     It enters `hatcl.learn` when training begins, with the number of steps that the `Trainer` takes and those that a
@@ -51,57 +50,29 @@ class HATCallback(TrainerCallback):
             checkpoint of another task. All that `hatcl.learn` raises.
     """
 
-    def __init__(self, task: int) -> None:
-        self.task = task
-        self.learning: Learning | None = None
-        self.penalty: Tensor | None = None
-        self._block = contextlib.ExitStack()
-
     def __enter__(self) -> HATCallback:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         """If training was left by an error, the task is left unsealed."""
-        self.learning = None
-        self._block.__exit__(kind, error, trace)
-
-    def seal(self) -> None:
-        """Seal the task, if it is being learned."""
-        self.learning = None
-        self._block.close()
+        self.leave(error)
 
     def check_checkpoint(self, state: TrainerState) -> None:
         """Raises TaskError if a resumed checkpoint is of another task, whose steps would count as this one's."""
         kept = (state.stateful_callbacks or {}).get(KEPT)
         of = self.task if kept is None else kept["args"]["task"]
-        if of != self.task:
-            raise TaskError(
-                f"task: got {self.task}, and the checkpoint to resume from is of task {of}; give each task an "
-                "output_dir of its own, or leave out resume_from_checkpoint"
-            )
+        self.check_resumed(of, "give each task an output_dir of its own, or leave out resume_from_checkpoint")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _check_host(args)
         if self.learning is not None:  # an earlier call of train() was left by an error
-            stale = TaskError("training begins once more")
-            self.__exit__(TaskError, stale, None)
+            self.leave(TaskError("training begins once more"))
         self.check_checkpoint(state)
         state.stateful_callbacks[KEPT] = {"args": {"task": self.task}, "attributes": {}}
-        model = kwargs["model"]
-        if self.task in tasks(model):
-            if state.global_step < state.max_steps:
-                check_task(model, self.task, sealed=False)  # raises
-            return  # the last checkpoint of a finished run
-        steps, optimizer = state.max_steps, _inner(kwargs["optimizer"])
-        self.learning = self._block.enter_context(learn(model, self.task, optimizer, steps, start=state.global_step))
+        self.begin(kwargs["model"], _inner(kwargs["optimizer"]), state.max_steps, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.learning is not None:
-            penalty = self.learning.penalty()
-            self.penalty = penalty.detach()
-            if penalty.requires_grad:
-                scaler = getattr(kwargs["optimizer"], "scaler", None)  # fp16's
-                (penalty if scaler is None else scaler.scale(penalty)).backward()
+        self.add_penalty(getattr(kwargs["optimizer"], "scaler", None))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -110,10 +81,10 @@ class HATCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Training that was stopped early is sealed here, and so is the best checkpoint, whose task was not."""
         self.seal()
-        model, steps = kwargs["model"], state.max_steps
-        if self.task not in tasks(model):
-            with learn(model, self.task, _inner(kwargs["optimizer"]), steps, start=steps):
-                pass
+        steps = state.max_steps
+        if self.task not in tasks(kwargs["model"]):
+            self.begin(kwargs["model"], _inner(kwargs["optimizer"]), steps, steps)
+            self.seal()
 
 
 class HATTrainer(Trainer):

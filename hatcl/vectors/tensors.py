@@ -21,7 +21,7 @@ TensorSource = Union[nn.Module, Mapping[str, Tensor], str, "os.PathLike[str]"]
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 IS_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-RUN = "finetuned.safetensors"  # beside which a run of `hatcl finetune` keeps what it started from
+FINETUNED = "finetuned.safetensors"  # beside which a run of `hatcl finetune` keeps what it started from
 # running statistics and counters: in files nothing else tells them from parameters
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -174,8 +174,8 @@ def find_file(path: Path) -> Path:
         return found[0]
     if not found and len(files) == 1 and not IS_SHARD.search(files[0].name):
         return files[0]
-    if (path / RUN).exists():
-        return path / RUN
+    if (path / FINETUNED).exists():
+        return path / FINETUNED
     if not found and not files:
         for name in (f"{PICKLED}.index.json", PICKLED):
             if (path / name).exists():

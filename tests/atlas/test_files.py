@@ -8,9 +8,10 @@ from atlas_parts import Tiny, tiny
 from safetensors.torch import load_file, save_file
 
 import hatcl
-from hatcl.atlas.files import all_files, group_names, per_block, read_head, read_vector, write_coefficients, write_heads
+from hatcl.atlas.files import group_names, per_block, read_head, read_vector, write_coefficients, write_heads
 from hatcl.atlas.heads import ClassHead
 from hatcl.errors import ConfigError, IntegrityError, VectorError
+from hatcl.vectors.stream import files_read
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_a_vector_of_a_checkpoint_and_of_a_saved_vector(pair, file):
         vector["a.bias"], load_file(folder / "vector.safetensors")["a.bias"]
     )
     assert set(read_vector(folder / file, base, without=["b"])) == {"a.weight", "a.bias"}
-    assert all_files(folder / file) == [folder / file]
+    assert files_read(folder / file) == [folder / file]
 
 
 def test_a_vector_of_an_adapter(tmp_path):
@@ -46,7 +47,7 @@ def test_a_vector_of_an_adapter(tmp_path):
     model.save_pretrained(tmp_path)
     vector = read_vector(tmp_path, expected)
     merged = dict(model.merge_and_unload().named_parameters())
-    assert list(vector) == ["a.weight"] and all_files(tmp_path)[0].name == "adapter_config.json"
+    assert list(vector) == ["a.weight"] and files_read(tmp_path)[0].name == "adapter_config.json"
     torch.testing.assert_close(expected["a.weight"] + vector["a.weight"], merged["a.weight"].detach())
     with pytest.raises(ConfigError, match="give the base it was fine-tuned from"):
         read_vector(tmp_path, None)

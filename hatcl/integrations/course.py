@@ -1,0 +1,62 @@
+"""The `hatcl.learn` block of one task for hosts that own the loop: callbacks enter it, feed it and leave it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import TaskError
+from ..hat.learn import Learning, learn
+from ..hat.tasks import check_task, tasks
+
+
+class TaskCourse:
+    """What the callbacks of all hosts share.
+
+    Attributes:
+        task: the index of the task. learning: what `hatcl.learn` gives, while the task is learned. penalty: the last
+            step's penalty.
+    """
+
+    def __init__(self, task: int) -> None:
+        self.task = task
+        self.learning: Learning | None = None
+        self.penalty: Tensor | None = None
+        self._block = contextlib.ExitStack()
+
+    def begin(self, model: nn.Module, optimizer: Any, steps: int, start: int) -> None:
+        """Enter the block. The last checkpoint of a finished run has nothing left to learn.
+
+        Raises:
+            TaskError: a task that is sealed, and has steps left. All that `hatcl.learn` raises.
+        """
+        if self.task in tasks(model):
+            if start < steps:
+                check_task(model, self.task, sealed=False)  # raises
+            return
+        self.learning = self._block.enter_context(learn(model, self.task, optimizer, steps, start=start))
+
+    def add_penalty(self, scaler: Any = None) -> None:
+        """Add the gradient of HAT's penalty, once for an optimizer step. scaler: fp16's, where gradients are scaled."""
+        if self.learning is not None:
+            penalty = self.learning.penalty()
+            self.penalty = penalty.detach()
+            if penalty.requires_grad:
+                (penalty if scaler is None else scaler.scale(penalty)).backward()
+
+    def seal(self) -> None:
+        """Seal the task, if it is being learned."""
+        self.learning = None
+        self._block.close()
+
+    def leave(self, error: BaseException | None) -> None:
+        """Leave the block; an error leaves the task unsealed and earlier tasks as they were."""
+        self.learning = None
+        self._block.__exit__(None if error is None else type(error), error, None)
+
+    def check_resumed(self, of: int, remedy: str) -> None:
+        """Raises TaskError if a resumed checkpoint is of another task, whose steps would count as this one's."""
+        if of != self.task:
+            raise TaskError(f"task: got {self.task}, and the checkpoint to resume from is of task {of}; {remedy}")
