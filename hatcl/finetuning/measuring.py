@@ -32,7 +32,8 @@ class Measure:
 def correlation(x: Tensor, y: Tensor) -> float:
     """`sum (x - mean x)(y - mean y)`, divided by the square root of the same of x with x and of y with y, over the rows
     of `[n, d]`; 0 where one of them is constant, so that a model that says always the same is worth nothing."""
-    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    x, y = (z.double() - z[:1].double() for z in (x, y))  # zeros where constant, which less its mean need not be
+    x, y = x - x.mean(0), y - y.mean(0)
     scale = float((x * x).sum() * (y * y).sum()) ** 0.5
     return float((x * y).sum()) / scale if scale > 0 else 0.0
 

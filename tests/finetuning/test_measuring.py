@@ -52,6 +52,9 @@ def test_pearson_is_scipys_and_nothing_where_it_has_none(rows):
 
 def test_a_model_that_says_always_the_same_is_worth_nothing():
     assert correlation(torch.ones(4, 1), torch.arange(4).view(4, 1)) == 0
+    tenths = torch.full((3, 1), 0.1, dtype=torch.float64)  # whose mean is not .1
+    assert (tenths - tenths.mean(0)).any()
+    assert correlation(tenths, tenths) == correlation(tenths, torch.arange(3).view(3, 1)) == 0
     with pytest.raises(ConfigError, match="f1: the batches hold no examples"):
         measured_by("f1", torch.nn.Linear(2, 2), [])
 
