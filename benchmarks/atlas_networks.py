@@ -88,6 +88,7 @@ class Network:
         options: of `atlas.add`, beside its seed. scales: of the search. grid: of merging methods.
         merges: methods to compare with, and their options. grams: examples per task for RegMean. steps: of AdaMerging.
         renewed: training examples per task from which running statistics are taken anew; 0 = it has none.
+        convs: are nearly all of its weights filters?
     """
 
     names: Sequence[str]
@@ -106,6 +107,7 @@ class Network:
     grams: int = 512
     steps: int = 200
     renewed: int = 0
+    convs: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ NETWORKS = {
     ),
     "resnet20": Network(
         ["mnist", "fashion_mnist", "notmnist", "cifar100_even"], resnet20, fewer_images, epochs=3, lr=1e-3, held=True,
-        grid=[i / 4 for i in range(1, 9)], grams=256, steps=150, renewed=250,
+        grid=[i / 4 for i in range(1, 9)], grams=256, steps=150, renewed=250, convs=True,
         merges={**COMMON, "breadcrumbs": {}, "magmax": {}, "tsv": {"convs": True}, "wudi": {"convs": True}},
     ),
     "minilm": Network(

@@ -26,6 +26,7 @@ from common import HERE, RESULTS, read, save
 
 import hatcl
 from hatcl.vectors.merging import emr_parts
+from hatcl.vectors.merging.blocks import as_matrix
 from hatcl.vectors.merging.registry import merge_info
 from hatcl.vectors.merging.tall_masks import tall_masks
 from hatcl.vectors.merging.tsv import thin_svd
@@ -44,10 +45,15 @@ PUBLISHED = {
 
 def scaled(method: str, scales: Sequence[float], **options: Any) -> Callable[[World], Candidates]:
     def make(world: World) -> Candidates:
-        merged = hatcl.merge(world.vectors, method, **options).in_memory()
+        merged = hatcl.merge(world.vectors, method, **options, **of_filters(method, world)).in_memory()
         return {f"scale {s:g}": [merged * s] for s in scales}
 
     return make
+
+
+def of_filters(method: str, world: World) -> dict[str, bool]:
+    """Where nearly all weights are filters, methods for matrices take these too; else they would be the mean."""
+    return {"convs": True} if world.network.convs and "convs" in merge_info(method).options else {}
 
 
 def masked(world: World) -> Candidates:
@@ -58,21 +64,23 @@ def rescaled(world: World) -> Candidates:
     return {"": [scale * part for scale, part in emr_parts(world.vectors)]}
 
 
-def of_rank(vectors: Vectors, rank: int) -> Vectors:
-    """As LoRA's updates: matrices of this rank, and nothing else."""
+def of_rank(vectors: Vectors, rank: int, convs: bool) -> Vectors:
+    """As LoRA's updates: matrices (and filters) of this rank, and nothing else."""
 
     def one(_: str, tau: torch.Tensor) -> torch.Tensor:
-        if tau.dim() != 2:
+        matrix = as_matrix(tau, convs)
+        if matrix is None:
             return torch.zeros_like(tau)
-        u, s, vh = thin_svd(tau)
-        return (u[:, :rank] * s[:rank]) @ vh[:rank]
+        u, s, vh = thin_svd(matrix)
+        return ((u[:, :rank] * s[:rank]) @ vh[:rank]).view(tau.shape)
 
     return [v.map(one) for v in vectors]
 
 
 def low(method: str) -> Callable[[World], Candidates]:
     def make(world: World) -> Candidates:
-        merged = hatcl.merge(of_rank(world.vectors, 16), method).in_memory()
+        vectors = of_rank(world.vectors, 16, world.network.convs)
+        merged = hatcl.merge(vectors, method, **of_filters(method, world)).in_memory()
         return {f"scale {s:g}": [merged * s] for s in SCALES}
 
     return make

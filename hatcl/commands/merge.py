@@ -15,12 +15,15 @@ import typer
 from ..config import known_options
 from ..errors import ConfigError
 from ..vectors.mergekit import follow_recipe
+from ..vectors.merging.registry import merge_info
 from ..vectors.stream import compose_files
 from ._command import command
 from ._console import Bar, say
 from ._options import absolute_path, read_options
 
 RECIPES = (".yaml", ".yml", ".json")
+# options of merging methods that are functions, modules, or tensors
+IN_PYTHON = ("model", "batches", "forward", "fishers", "grams", "evaluate", "scales")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -33,6 +36,7 @@ class Recipe:
             where wanted), or a mapping from paths to coefficients.
         coefficients: of a list of parts, in its order.
         method: a merging method instead of the sum. options: its options.
+        only, skip, embeddings, dtype, tokenizer: as the command's options of these names.
     """
 
     base: str
@@ -40,6 +44,11 @@ class Recipe:
     coefficients: Any = None
     method: str | None = None
     options: Mapping[str, Any] | None = None
+    only: Any = None
+    skip: Any = None
+    embeddings: str | None = None
+    dtype: str | None = None
+    tokenizer: str | None = None
 
 
 @command("merge")
@@ -49,7 +58,8 @@ def merge_command(
         typer.Argument(
             metavar="BASE",
             help="The pretrained checkpoint: a safetensors file, or a folder of shards. Or, alone, a recipe: a .yaml "
-            "or .json file with base, parts, and where wanted coefficients, method and options; or one of mergekit.",
+            "or .json file with base, parts, and where wanted coefficients, method, options, only, skip, embeddings, "
+            "dtype and tokenizer; or one of mergekit.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", help="A folder, or a file that ends in .safetensors.")],
@@ -117,36 +127,34 @@ def merge_command(
             )  # fmt: skip
         say(f"{output}: {base}")
         return {"output": absolute_path(output), "recipe": content}
-    by_words, words = method, dict(set_ or {})
+    words = dict(set_ or {})
+    by_words: dict[str, Any] = {"method": method, "only": only, "skip": skip, "dtype": dtype}
+    by_words |= {"embeddings": embeddings} if embeddings != "equal" else {}
+    by_words |= {"tokenizer": tokenizer} if tokenizer != "base" else {}
+    chosen = by_words
     if alone:
         recipe = _recipe(base, content)
-        if recipe.method is not None and method not in (None, recipe.method):
-            raise ConfigError(
-                f"--method: got {method}, but {base} has the method {recipe.method}; leave one of them out"
-            )
         start, pairs = base.parent / recipe.base, _weighted_parts(base, recipe)
-        method, options = method or recipe.method, {**(recipe.options or {}), **words}
+        options, chosen = {**(recipe.options or {}), **words}, _either(base, recipe, by_words)
     else:
         start, pairs, options = base, [_part(text) for text in parts or ()], words
     if not pairs:
         raise ConfigError("merge: no parts; give at least one PART, or a recipe that ends in .yaml or .json")
-    told = {"--method": by_words, "--only": only, "--skip": skip, "--dtype": dtype, "--buffers": buffers}
-    told |= {"--embeddings": embeddings} if embeddings != "equal" else {}
-    told |= {"--tokenizer": tokenizer} if tokenizer != "base" else {}
-    told |= {} if check else {"--no-check": True}
-    card = _words(base, [] if alone else pairs, told, words)
+    if chosen["method"] is not None:
+        _refuse_data(chosen["method"], options)
+    flags = {f"--{name}": value for name, value in by_words.items()} | {"--buffers": buffers, "--no-check": not check}
+    card = _words(base, [] if alone else pairs, flags, words)
     if alone:
-        card = base.read_text() + (f"\n# {card}" if words or any(told.values()) else "")
+        card = base.read_text() + (f"\n# {card}" if words or any(flags.values()) else "")
     with Bar(None, "bytes", "merging") as bar:
         compose_files(
-            start, pairs, output, method=method, options=options, vector=vector, buffers=buffers, check=check,
-            only=only or (), skip=skip or (), embeddings=embeddings, dtype=dtype, tokenizer=tokenizer,
-            card=card, shard_bytes=size,
+            start, pairs, output, options=options, vector=vector, buffers=buffers, check=check, card=card,
+            shard_bytes=size, **{name: value for name, value in chosen.items() if value},
             progress=lambda done, total: bar.says("merging", completed=done, total=total),
         )  # fmt: skip
     say(f"{output}: {start} and {len(pairs)} part{'s' * (len(pairs) > 1)}")
     return {
-        "output": absolute_path(output), "base": absolute_path(start), "method": method, "options": options,
+        "output": absolute_path(output), "base": absolute_path(start), "method": chosen["method"], "options": options,
         "parts": [{"path": absolute_path(path), "coefficient": c} for path, c in pairs],
     }  # fmt: skip
 
@@ -172,7 +180,48 @@ def _recipe(path: Path, content: Mapping[str, Any]) -> Recipe:
     recipe = Recipe(**content)
     if not isinstance(recipe.options or {}, Mapping):
         raise ConfigError(f"{path}: options is {recipe.options!r}, expected a mapping")
+    for name in ("only", "skip"):
+        value = getattr(recipe, name)
+        if not all(isinstance(p, str) for p in (value if isinstance(value, list) else [value or ""])):
+            raise ConfigError(f"{path}: {name} is {value!r}, expected a pattern of names, or a list of them")
+    for name in ("method", "embeddings", "dtype", "tokenizer"):
+        value = getattr(recipe, name)
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{path}: {name} is {value!r}, expected a text")
     return recipe
+
+
+def _either(path: Path, recipe: Recipe, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What the words or else the recipe say of each of the options that both may have.
+
+    Raises:
+        ConfigError: the two differ.
+    """
+    out = dict(told)
+    for name in ("method", "only", "skip", "embeddings", "dtype", "tokenizer"):
+        own, value = getattr(recipe, name), told.get(name)
+        if name in ("only", "skip") and isinstance(own, str):
+            own = [own]
+        if None not in (own, value) and own != value:
+            raise ConfigError(f"--{name}: got {value}, but {path} has the {name} {own}; leave one of them out")
+        if value is None:
+            at_home = name == "tokenizer" and own not in (None, "base")
+            out[name] = str(path.parent / own) if at_home else own
+    return out
+
+
+def _refuse_data(method: str, options: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for a method or an option that takes what a command cannot be given."""
+    info = merge_info(method)
+    needed = [o for o in info.needs if o in IN_PYTHON]
+    asked = needed or [o for o in options if o in IN_PYTHON and o in info.options]
+    if asked:
+        raise ConfigError(
+            f"{'--method' if needed else '--set'}: {method} {'needs' if needed else 'takes'} {' and '.join(asked)} in "
+            f"Python only: hatcl.merge(vectors, {method!r}, {', '.join(f'{o}=...' for o in asked)}), see "
+            "docs/merging.md. The commands that use data are `hatcl atlas add`, which learns how much of each part "
+            "every tensor gets, and `hatcl atlas sweep`, which tries scales"
+        )
 
 
 def _weighted_parts(path: Path, recipe: Recipe) -> list[tuple[Path, float]]:

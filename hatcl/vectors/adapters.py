@@ -365,16 +365,17 @@ def _turned(
 ) -> dict[str, bool]:
     """Whether a layer holds its weight as [in, out]: embeddings do, and layers such as GPT-2's Conv1D. The adapter's
     config has one flag for all layers, and peft sets it to the last one's; so the base's layers go first, then its
-    shapes. (From files alone, a square layer is taken to be as the others are.)
+    shapes, and for a square layer those of its namesakes and of the layers beside it, told by their biases.
 
     Raises:
-        VectorError: layers of both kinds, and a square one among them.
+        VectorError: layers of both kinds, and a square one among them of which nothing tells.
     """
     if model is not None:
         straight_ones = (nn.Linear, nn.modules.conv._ConvNd)
         layers = dict(model.named_modules())
         return {n: not isinstance(layers.get(n.removesuffix(".weight")), straight_ones) for n in pairs}
-    out, differs = {}, False
+    out: dict[str, bool] = {}
+    differs, square = False, []
     for name, pair in pairs.items():
         straight, turned = pair.shape(False), pair.shape(True)
         if pair.lookup:
@@ -382,12 +383,32 @@ def _turned(
         elif name in base and straight != turned and base[name].shape in (straight, turned):
             out[name] = base[name].shape == turned
             differs = differs or out[name] != flag
+        elif len(pair.a) == 2 and (told := _turned_near(name, base)) is not None:
+            out[name] = told
         else:
             out[name] = flag and len(pair.a) == 2
-    square = [n for n, pair in pairs.items() if pair.a[1:] == pair.b[:1] and not pair.lookup]
+            square += [name] * (straight == turned)
     if differs and square:
         raise VectorError(
             f"the adapter is on layers that hold [out, in] and on others that hold [in, out]; its folder does not tell "
             f"which {square[0]} is. Pass the pretrained model as a module"
         )
     return out
+
+
+def _turned_near(name: str, base: Mapping[str, Kind]) -> bool | None:
+    """How the layers that are called as this one (`h.0.mlp.c_proj` and `h.0.attn.c_proj`), or else those beside it,
+    hold their weights: a bias is as long as a layer has outputs. None where no layer tells."""
+    layer = name.removesuffix(".weight")
+    place, _, own = layer.rpartition(".")
+    called, beside = set(), set()
+    for other, kind in base.items():
+        path = other.removesuffix(".weight")
+        bias = base.get(f"{path}.bias")
+        if path == other or bias is None or len(kind.shape) != 2 or kind.shape[0] == kind.shape[1]:
+            continue
+        if len(bias.shape) == 1 and bias.shape[0] in kind.shape:
+            turned = bias.shape[0] == kind.shape[1]
+            called |= {turned} if path.rpartition(".")[2] == own else set()
+            beside |= {turned} if path.rpartition(".")[0] == place else set()
+    return next((next(iter(told)) for told in (called, beside) if len(told) == 1), None)

@@ -13,13 +13,14 @@ import torch
 
 from ..errors import ConfigError, IntegrityError, nearest
 from ..files import read_json, write_files
+from .files import refuse_left_overs
 from .recipe import MergekitRecipe
-from .vocabulary import Vocabulary
+from .vocabulary import TOKENIZER_FILE, Vocabulary
 
-CONFIG_FILE, CARD = "config.json", "README.md"
+CONFIG_FILE, CARD, CODE = "config.json", "README.md", "*.py"
 BESIDE = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "*.py",
+    CODE,
 )  # fmt: skip
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
@@ -73,6 +74,21 @@ def result_config(recipe: MergekitRecipe, configs: Mapping[str, dict[str, Any]])
     return {**config, key: count, **listed}
 
 
+def refuse_others(
+    out: Path,
+    base: Path,
+    config: Mapping[str, Any],
+    *,
+    tokenizer: Path | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> None:
+    """Raise `ConfigError` where `out` holds files of another model that `complete_folder`, given the same, would leave
+    there and `from_pretrained` would read: a tokenizer's, a generation config, ..."""
+    if config and out.is_dir():
+        own = {*_from_others(base, tokenizer, vocabulary), *((TOKENIZER_FILE,) if vocabulary is not None else ())}
+        refuse_left_overs(out, [p for p in (*BESIDE, *TOKENIZER) if p != CODE], own)
+
+
 def complete_folder(
     out: Path,
     base: Path,
@@ -104,16 +120,19 @@ def complete_folder(
         config["dtype"] = str(dtype).removeprefix("torch.")
     if vocabulary is not None:
         config["vocab_size"] = vocabulary.rows
-    texts = vocabulary.source if vocabulary is not None else tokenizer or base
-    copied = _matching(base, BESIDE) | _matching(texts, TOKENIZER)
     contents: dict[Path, bytes | Callable[[Path], object]] = {
-        out / name: _copying(file) for name, file in sorted(copied.items())
+        out / name: _copying(file) for name, file in sorted(_from_others(base, tokenizer, vocabulary).items())
     }
     if vocabulary is not None:
-        contents[out / "tokenizer.json"] = json.dumps(vocabulary.content, ensure_ascii=False).encode()
+        contents[out / TOKENIZER_FILE] = json.dumps(vocabulary.content, ensure_ascii=False).encode()
     contents[out / CARD] = card(out.name, models, recipe).encode()
     contents[out / CONFIG_FILE] = json.dumps(config, indent=2).encode()
     write_files(contents)
+
+
+def _from_others(base: Path, tokenizer: Path | None, vocabulary: Vocabulary | None) -> dict[str, Path]:
+    texts = vocabulary.source if vocabulary is not None else tokenizer or base
+    return _matching(base, BESIDE) | _matching(texts, TOKENIZER)
 
 
 def _copying(file: Path) -> Callable[[Path], object]:

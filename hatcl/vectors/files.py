@@ -7,12 +7,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..files import alone, write_files, writing
 from .pickles import PICKLES
 from .tensors import INDEX, IS_SHARD, SINGLE, Kind, files_of, kinds_of, named_tensors, opened
@@ -20,6 +21,11 @@ from .tensors import INDEX, IS_SHARD, SINGLE, Kind, files_of, kinds_of, named_te
 SHARD_BYTES = 100 << 20
 UNFINISHED = ".unfinished"  # the folder inside the target where shards gather until all are there
 PLAN = "plan.json"  # in it: what is being written, so that the same write goes on and another one starts anew
+# weights of other formats, and adapters: read beside what is written, or instead of it, by transformers and others
+OTHER_WEIGHTS = (
+    "adapter_config.json", "adapter_model.*", "pytorch_model*.bin*", "tf_model*.h5*", "flax_model*.msgpack*",
+    "consolidated*.pth", "consolidated*.safetensors",
+)  # fmt: skip
 AGAIN = "What is finished stays: run the same again"  # what an error of writing says at its end
 
 
@@ -46,6 +52,7 @@ def write_tensors(
         progress: told the bytes that each tensor settles.
 
     Raises:
+        ConfigError: the folder holds weights of another format, or an adapter.
         IntegrityError: the disk is full or not writable.
     """
     meta = dict(metadata or {"format": "pt"})
@@ -54,6 +61,7 @@ def write_tensors(
             path.parent.mkdir(parents=True, exist_ok=True)
         _write_file(path, list(kinds), make, meta, kinds, progress)
         return path
+    refuse_left_overs(path, OTHER_WEIGHTS)
     with writing(path, AGAIN):
         path.mkdir(parents=True, exist_ok=True)
     shards = _plan(kinds, SHARD_BYTES if shard_bytes is None else shard_bytes)
@@ -70,6 +78,21 @@ def write_tensors(
                 progress(sum(nbytes(kinds[n]) for n in inside))
         _move_in(path, names)
     return path
+
+
+def refuse_left_overs(folder: Path, patterns: Sequence[str], replaced: Container[str] = ()) -> None:
+    """Raise `ConfigError` where a folder holds another model's files, which would be read together with a new one's.
+
+    Args:
+        patterns: of names, as `Path.glob` has them. replaced: the names that are written anew.
+    """
+    found = {f.name for pattern in patterns for f in folder.glob(pattern) if f.is_file()}
+    left = sorted(name for name in found if name not in replaced)
+    if left:
+        raise ConfigError(
+            f"out: {folder} holds {', '.join(left[:5])}{' ...' if len(left) > 5 else ''} of another model, which would "
+            "be read together with the result; remove that, or name another folder"
+        )
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

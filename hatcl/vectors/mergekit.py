@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import flag, number, one_of, whole
 from ..errors import ConfigError, IntegrityError, VectorError, nearest
-from .checkpoint import complete_folder, dtype_named, result_config, transformers_config
+from .checkpoint import complete_folder, dtype_named, refuse_others, result_config, transformers_config
 from .delta import restore
 from .files import SHARD_BYTES, nbytes, write_tensors
 from .merging.layers import setting_at
@@ -179,6 +179,7 @@ def follow_recipe(
     config, vocabulary = result_config(recipe, configs), joint_vocabulary(recipe, bases)
     if vocabulary is not None:
         models = {m: aligned_to(vocabulary, m, tensors, models) for m, tensors in models.items()}
+    refuse_others(Path(out), bases[recipe.donor], config, vocabulary=vocabulary)
     made = {one.name: one for one in tensors_to_make(recipe, {m: kinds_of(t) for m, t in models.items()})}
     settings = {name: _settings(recipe, one) for name, one in made.items()}  # before anything is read
     kinds = {name: _result_kind(one, models, dtype, written) for name, one in made.items()}

@@ -35,11 +35,20 @@ def chosen_names(names: Mapping[str, Sequence[str]], only: Patterns = (), skip: 
     return kept
 
 
+def left_by(names: Iterable[str], only: Patterns = (), skip: Patterns = ()) -> list[str]:
+    """The names that patterns leave, which may be none: as `chosen_names`, where a pattern need not match."""
+
+    def matches(name: str, patterns: Patterns) -> bool:
+        return any(fnmatch.fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+
+    return [n for n in names if (not only or matches(n, only)) and not matches(n, skip)]
+
+
 def applicable(patterns: Patterns, names: Iterable[str]) -> list[str]:
     """The patterns that match at least one of these names."""
     known = list(names)
     every = [patterns] if isinstance(patterns, str) else patterns
-    return [pattern for pattern in every if any(fnmatch.fnmatchcase(n, pattern) for n in known)]
+    return [pattern for pattern in every if left_by(known, pattern)]
 
 
 def _matched(option: str, patterns: Patterns, names: Mapping[str, Sequence[str]]) -> set[str]:

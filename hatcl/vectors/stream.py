@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +13,14 @@ from typing import Any, Union
 from ..errors import ConfigError
 from .adapters import CONFIG, WEIGHTS, is_adapter
 from .bases import digests_of, joined_bases
-from .checkpoint import complete_folder, dtype_named, tokenizer_folder, transformers_config
+from .checkpoint import complete_folder, dtype_named, refuse_others, tokenizer_folder, transformers_config
 from .files import SHARD_BYTES, nbytes, read_metadata, write_tensors
 from .merging.layers import restricted
-from .select import Patterns, applicable, chosen_names
+from .select import Patterns, applicable, chosen_names, left_by
 from .task_vector import VECTOR_FORMAT, TaskVector, combined, composed
 from .tensors import Kind, files_of, kinds_of, named_tensors, pick, stamps_of
 
+log = logging.getLogger(__name__)
 AnyPath = Union[str, "os.PathLike[str]"]
 
 
@@ -60,14 +62,15 @@ def compose_files(
         buffers: compose also running statistics; otherwise they are the base's, as integers always are.
         check: compare the base with the digests that saved task vectors hold.
         only, skip: patterns (`fnmatch`) of the tensors that are composed, and of those that are not; the others are the
-            base's. A pattern of `skip` needs to match in one of the files only.
+            base's. A pattern needs to match in one of the files only.
         embeddings: `common`: where a part's vocabulary has another size, the rows that it and the base have.
         dtype: what floating-point tensors are stored as, such as `bfloat16`, once they are rounded to the base's own.
         tokenizer: `base`, or the part whose tokenizer the result gets. card: the recipe as the model card shows it.
         progress: told the bytes that are settled and those in all.
 
     Raises:
-        ConfigError: no parts, a coefficient that is not finite, or an output that would replace what is read.
+        ConfigError: no parts, a coefficient that is not finite, an output that would replace what is read, or a folder
+            that holds another model's files.
         VectorError: parts that do not fit the base. IntegrityError: a file is missing or damaged, a vector of another
             base, or the disk is full.
     """
@@ -85,13 +88,24 @@ def compose_files(
     for file in (f.resolve() for files in read for f in files):
         if target in (file, file.parent):
             raise ConfigError(f"out: {out} would replace {file}, which is read; name another folder")
+    if method is not None:
+        from .merging.registry import merge, merge_info  # it knows all methods
+
+        merge_info(method)
     stored, config = dtype_named(dtype), transformers_config(Path(base))
     texts = tokenizer_folder(tokenizer, Path(base), [Path(p) for p, _ in parts]) if tokenizer != "base" else None
+    if not vector:
+        refuse_others(Path(out), Path(base), config, tokenizer=texts)
     theta0 = named_tensors(base)
     if only or skip:
         every = {name: [name] for path in (base, *(p for p, _ in parts)) for name in _names_in(path)}
         chosen_names(every, only, skip)  # raises where a pattern matches in none of them
-    terms = [(float(c), _vector(base, path, buffers, only, skip, embeddings)) for path, c in parts]
+    found = [_vector(base, path, buffers, only, skip, embeddings) for path, _ in parts]
+    some = next((v for v in found if v is not None), None)
+    if some is None:
+        raise ConfigError(f"only={only!r} and skip={skip!r} leave none of the tensors that the parts change")
+    unchanged = restricted(some, [next(iter(some))]) * 0.0
+    terms = [(float(c), unchanged if v is None else v) for v, (_, c) in zip(found, parts, strict=True)]
     recipe = json.dumps(
         [
             [stamps_of(files) for files in read],
@@ -100,8 +114,6 @@ def compose_files(
         default=repr,
     )  # fmt: skip
     if method is not None:
-        from .merging.registry import merge  # it knows all methods
-
         terms = [(1.0, merge([v * c for c, v in terms], method=method, **(options or {})))]
     made = composed(theta0, terms, check=check)  # raises where a vector does not fit
     if vector:
@@ -134,14 +146,26 @@ def _names_in(path: AnyPath) -> set[str]:
     return set() if is_adapter(path) else set(named_tensors(path))
 
 
-def _vector(base: AnyPath, path: AnyPath, buffers: bool, only: Patterns, skip: Patterns, embeddings: str) -> TaskVector:
-    if not is_adapter(path) and VECTOR_FORMAT in read_metadata(path):
-        whole = TaskVector.load(path)
-        skip = applicable(skip, whole)
-        return restricted(whole, chosen_names({n: [n] for n in whole}, only, skip)) if only or skip else whole
-    skip = applicable(skip, _names_in(base) | _names_in(path)) if skip else ()
-    vector = TaskVector.between(base, path, buffers=buffers, only=only, skip=skip, embeddings=embeddings)
-    vector.base = None  # it is taken from this very base, so that nothing needs to be hashed
+def _vector(
+    base: AnyPath, path: AnyPath, buffers: bool, only: Patterns, skip: Patterns, embeddings: str
+) -> TaskVector | None:
+    """A part's vector. Of patterns it takes those that match in it, since others may be meant for another part; where
+    they leave nothing of it, there is none."""
+    adapter = is_adapter(path)
+    saved = None if adapter or VECTOR_FORMAT not in read_metadata(path) else TaskVector.load(path)
+    whole = TaskVector.between(base, path, buffers=buffers, embeddings=embeddings) if adapter else saved
+    every = sorted(_names_in(base) | _names_in(path)) if whole is None else list(whole)
+    kept = left_by(every, only, skip)
+    if not kept:
+        log.warning("%s: only=%r and skip=%r leave none of its tensors; it counts as unchanged", path, only, skip)
+        return None
+    if whole is None:
+        only, skip = applicable(only, every), applicable(skip, every)
+        vector = TaskVector.between(base, path, buffers=buffers, only=only, skip=skip, embeddings=embeddings)
+    else:
+        vector = restricted(whole, kept) if only or skip else whole
+    if saved is None:
+        vector.base = None  # it is taken from this very base, so that nothing needs to be hashed
     return vector
 
 

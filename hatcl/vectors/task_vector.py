@@ -532,7 +532,8 @@ class TaskVector(Mapping[str, Tensor]):
             VectorError: another architecture, or nothing that LoRA has a place for. IntegrityError: another base, or
             the disk is full. ConfigError: a rank below 1.
         """
-        return write_lora(self, self.base, rank, base, Path(folder))
+        vector = named_as_in(tied_names(base), self)
+        return write_lora(vector, vector.base, rank, base, Path(folder))
 
 
 def _flat(name: str, d: Delta) -> dict[str, Tensor]:

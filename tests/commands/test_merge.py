@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from command_parts import call
 from safetensors.torch import load_file, save_file
 
 import hatcl
-from hatcl.commands.merge import _bytes
+from hatcl.commands.merge import IN_PYTHON, _bytes
+from hatcl.vectors.checkpoint import CARD
 from hatcl.vectors.mergekit import follow_recipe
+from hatcl.vectors.merging.registry import list_merges, merge_info
 from hatcl.vectors.task_vector import TaskVector
 from hatcl.vectors.tensors import named_tensors
 
@@ -161,12 +164,61 @@ def test_a_recipe_with_a_method(checkpoints, capsys):
         ({"base": "b", "parts": {"0": 1}, "coefficients": [1]}, "parts has coefficients already"),
         ({"base": "b", "parts": {"0": "half"}}, "the coefficient 'half' is no number"),
         ({"base": "b", "parts": ["0"], "options": [1]}, "options is [1], expected a mapping"),
+        ({"base": "b", "parts": ["0"], "only": [1]}, "only is [1], expected a pattern of names, or a list of them"),
+        ({"base": "b", "parts": ["0"], "dtype": 16}, "dtype is 16, expected a text"),
         ([1], "holds list, expected a mapping"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed(checkpoints, capsys, content, text):
     code, _, err = call(capsys, "merge", recipe(checkpoints, content), "--output", checkpoints / "out")
     assert code == 2 and text in err and not (checkpoints / "out").exists()
+
+
+def test_a_recipe_says_all_that_the_words_may(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    content = {"base": "base", "parts": {"a": 0.4, "b": 1.0}, "only": ["*.mlp.*", "lm_head.*"], "skip": "*.up_proj.*"}
+    content |= {"dtype": "bfloat16", "tokenizer": "b", "embeddings": "common"}
+    path = recipe(models, content, "all.yaml")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, "merge", path, "--output", tmp_path / "a")
+    assert code == 0, err
+    monkeypatch.chdir(models)
+    words = ["--only", "*.mlp.*", "--only", "lm_head.*", "--skip", "*.up_proj.*", "--dtype", "bfloat16"]
+    words += ["--tokenizer", "b", "--embeddings", "common"]
+    assert call(capsys, "merge", "base", "a:0.4", "b", *words, "--output", tmp_path / "b")[0] == 0
+    ours, theirs = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir() if f.name != CARD} for n in "ab")
+    assert ours == theirs
+    # the same said twice is no matter, something else is
+    assert call(capsys, "merge", path, "--dtype", "bfloat16", "--output", tmp_path / "a")[0] == 0
+    code, _, err = call(capsys, "merge", path, "--dtype", "float16", "--output", tmp_path / "no")
+    assert code == 2 and "--dtype: got float16, but" in err and "has the dtype bfloat16; leave one of them out" in err
+    code, _, err = call(capsys, "merge", path, "--only", "*.mlp.*", "--output", tmp_path / "no")
+    assert code == 2 and "--only: got ['*.mlp.*'], but" in err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("method", [m for m in list_merges() if set(merge_info(m).needs) & set(IN_PYTHON)])
+def test_methods_that_need_data_are_for_python(checkpoints, monkeypatch, capsys, method):
+    monkeypatch.chdir(checkpoints)
+    code, _, err = call(capsys, "merge", "base.safetensors", "0.safetensors", "--method", method, "--output", "out")
+    assert code == 2 and f"--method: {method} needs model and batches in Python only: hatcl.merge(vectors, " in err
+    assert "hatcl atlas add" in err and not Path("out").exists()
+
+
+@pytest.mark.parametrize("option", ["scales=[0.1, 0.2]", "evaluate=accuracy", "model=base"])
+def test_options_that_are_functions_are_for_python(checkpoints, monkeypatch, capsys, option):
+    monkeypatch.chdir(checkpoints)
+    words = ["--method", "arithmetic", "--set", option, "--output", "out"]
+    code, _, err = call(capsys, "merge", "base.safetensors", "0.safetensors", *words)
+    name = option.partition("=")[0]
+    assert code == 2 and f"--set: arithmetic takes {name} in Python only" in err and "hatcl atlas sweep" in err
+
+
+def test_every_option_that_no_text_can_be_is_known():
+    texts = {"float", "int", "bool", "str", "PerVector", "Sequence[float]"}
+    for method in list_merges():
+        for p in inspect.signature(merge_info(method).function).parameters.values():
+            if p.kind is p.KEYWORD_ONLY and not set(str(p.annotation).split(" | ")) <= texts | {"None"}:
+                assert p.name in IN_PYTHON, (method, p.name)
 
 
 def test_merge_without_parts(checkpoints, capsys):

@@ -14,6 +14,7 @@ from torch import nn
 from vector_parts import same
 
 from hatcl.errors import ConfigError, IntegrityError, VectorError
+from hatcl.vectors import adapters
 from hatcl.vectors.adapters import is_adapter, lora_deltas
 from hatcl.vectors.task_vector import TaskVector
 
@@ -206,14 +207,36 @@ def test_the_flag_for_turned_weights_is_not_trusted_where_shapes_tell(tmp_path):
         assert v["transformer.h.0.attn.c_attn.weight"].shape == (8, 24) and same(v, live)
     # with the base unknown there is only the flag
     assert TaskVector.between(None, folder)["transformer.h.0.attn.c_attn.weight"].shape == (24, 8)
-    # shapes do not tell which way a square weight lies; the layer does
+    # shapes do not tell which way a square weight lies; the layer does, or else its namesakes' biases
     base, model = adapted(gpt2, {"target_modules": ["attn.c_proj", "c_attn", "lm_head"]})
     folder = saved(model, tmp_path / "square")
+    assert same(TaskVector.between(base.state_dict(), folder), TaskVector.between(base, model))
+    bare = {n: t for n, t in base.state_dict().items() if not n.endswith("bias")}
     refused(
-        VectorError, lambda: TaskVector.between(base.state_dict(), folder),
+        VectorError, lambda: TaskVector.between(bare, folder),
         "its folder does not tell which transformer.h.0.attn.c_proj.weight is. Pass the pretrained model as a module",
     )  # fmt: skip
     assert same(TaskVector.between(base, folder), TaskVector.between(base, model))
+
+
+@pytest.mark.parametrize("targets", [["attn.c_proj", "lm_head"], ["attn.c_proj", "mlp.c_fc"], ["q_attn", "score"]])
+def test_square_layers_of_both_kinds_from_files(tmp_path, targets, monkeypatch):
+    """The config has the last layer's flag, and no other adapted layer speaks against it."""
+
+    def net():
+        config = transformers.GPT2Config(**GPT2, tie_word_embeddings=False, add_cross_attention=True, pad_token_id=0)
+        return (transformers.GPT2ForSequenceClassification if "score" in targets else transformers.GPT2LMHeadModel)(
+            config
+        )
+
+    base, model = adapted(net, {"target_modules": targets})
+    base.save_pretrained(tmp_path / "base")
+    folder = saved(model, tmp_path / "lora")
+    live = TaskVector.between(base, model)
+    assert same(TaskVector.between(tmp_path / "base", folder), live)
+    monkeypatch.setattr(adapters, "_turned_near", lambda name, base: None)
+    fooled = TaskVector.between(tmp_path / "base", folder)  # the twin
+    assert same(fooled, live) == ("mlp.c_fc" in targets)
 
 
 def test_embeddings_that_peft_saves_beside_the_pair(tmp_path):

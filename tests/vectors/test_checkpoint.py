@@ -12,6 +12,7 @@ from hatcl.vectors.checkpoint import (
     card,
     complete_folder,
     dtype_named,
+    refuse_others,
     result_config,
     tokenizer_folder,
     transformers_config,
@@ -66,6 +67,25 @@ def test_another_parts_tokenizer(folders):
         tokenizer_folder("prat", folders / "base", [folders / "part"])
     with pytest.raises(IntegrityError, match="bare holds no tokenizer; take another part's, or leave --tokenizer out"):
         tokenizer_folder(str(folders / "bare"), folders / "base", [folders / "bare"])
+
+
+@pytest.mark.parametrize(
+    "left", ["added_tokens.json", "tokenizer.model", "chat_template.json", "processor_config.json"]
+)
+def test_another_models_tokenizer_is_not_left_beside_the_result(folders, left):
+    config, out = transformers_config(folders / "base"), folders / "out"
+    complete_folder(out, folders / "base", config)
+    (out / "own.py").write_text("")  # code that nothing in the config refers to
+    refuse_others(out, folders / "base", config)  # what it wrote itself
+    (out / left).write_text("of another")
+    with pytest.raises(ConfigError, match=f"out: .*out holds {left} of another model, .* remove that, or name another"):
+        refuse_others(out, folders / "base", config)
+    refuse_others(out, folders / "base" / "model.safetensors", {})  # nothing of it is written then
+    (folders / "part" / left).write_text("of the part")
+    if left in ("added_tokens.json", "tokenizer.model", "chat_template.json"):
+        refuse_others(out, folders / "base", config, tokenizer=folders / "part")
+        complete_folder(out, folders / "base", config, tokenizer=folders / "part")
+        assert (out / left).read_text() == "of the part"
 
 
 def test_a_base_that_is_no_folder_of_transformers_brings_nothing(folders):

@@ -17,6 +17,7 @@ from hatcl.functional import digest_of
 from hatcl.vectors import bases, files, task_vector
 from hatcl.vectors.files import UNFINISHED, write_tensors
 from hatcl.vectors.merging.registry import list_merges, merge, merge_info
+from hatcl.vectors.select import left_by
 from hatcl.vectors.stream import compose_files
 from hatcl.vectors.task_vector import TaskVector, composed
 from hatcl.vectors.tensors import kinds_of, named_tensors
@@ -282,6 +283,49 @@ def test_bad_input(folder):
     refused(VectorError, compose(base, [(folder / "x.safetensors", 1)], out), folder, "more only in the fine-tuned one")
     vector = TaskVector({"other": torch.ones(1)}).save(folder / "v.safetensors")
     refused(VectorError, compose(base, [(vector, 1)], out), folder, "other is [1], the model has no such tensor")
+
+
+@pytest.mark.parametrize("left", ["adapter_config.json", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+@pytest.mark.parametrize("vector", [False, True])
+def test_another_models_weights_are_not_left_beside_the_result(folder, left, vector):
+    base, parts = paths(folder)
+    out = folder / "out"
+    out.mkdir()
+    (out / left).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=f"out: .*out holds {left} of another model, which would be read together"):
+        compose_files(base, [(parts[0], 1)], out, vector=vector)
+    assert [f.name for f in out.iterdir()] == [left]
+    (out / left).unlink()
+    (out / "notes.txt").write_text("mine")
+    for _ in range(2):  # a merge may be repeated
+        compose_files(base, [(parts[0], 1)], out, vector=vector)
+
+
+def test_patterns_that_one_of_a_mix_lacks(folder, tmp_path, caplog):
+    """An adapter has only some of the tensors that a full part has."""
+    peft = pytest.importorskip("peft")
+    base, parts = paths(folder)
+    net = Tied()
+    net.load_state_dict(load_file(base), strict=False)
+    adapter = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "lora")
+    saved = TaskVector.between(base, parts[1]).save(tmp_path / "v.safetensors")
+    mix = [(tmp_path / "lora", 0.5), (parts[0], 1.0), (saved, 0.25)]
+    plain = {n: named_tensors(compose_files(base, mix, folder / "all"))[n] for n in named_tensors(base)}
+    for only, skip in ((["fc.*", "norm.*"], ()), ((), ["norm.*"]), ("norm.*", "norm.bias")):
+        out = named_tensors(compose_files(base, mix, folder / "out", only=only, skip=skip))
+        chosen = set(left_by(out, only, skip))
+        start = named_tensors(base)
+        assert chosen and all(torch.equal(out[n], plain[n] if n in chosen else start[n]) for n in out)
+        lacks = only == "norm.*"
+        assert (f"{tmp_path / 'lora'}: only='norm.*'" in caplog.text) == lacks
+    # a method sees it as a part that changes nothing
+    merged = named_tensors(compose_files(base, mix[:2], folder / "m", method="mean", only="norm.*"))
+    want = named_tensors(compose_files(base, [(parts[0], 0.5)], folder / "n", only="norm.*"))
+    assert all(torch.equal(merged[n], want[n]) for n in want)
+    with pytest.raises(ConfigError, match="only='norm.*' and skip=.* leave none of the tensors that the parts change"):
+        compose_files(base, mix[:1], folder / "no", only="norm.*")
+    assert not (folder / "no").exists()
 
 
 @pytest.mark.parametrize("vector", [False, True])

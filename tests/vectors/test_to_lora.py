@@ -97,6 +97,23 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config).eval()
 
 
+def test_a_vector_under_another_name_of_a_tied_weight(tmp_path):
+    """The vector was taken from files, which hold the tied tensor under the name that stands second in the model."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(6, 4)
+            self.body = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 6, bias=False)
+            self.head.weight = self.table.weight
+
+    base = Twice()
+    vector = TaskVector({"head.weight": torch.ones(6, 4), "body.weight": torch.eye(4)})
+    report = vector.to_lora(1, base, tmp_path)
+    assert set(report.errors) == {"body.weight"} and set(report.left_out) == {"table.weight"}
+
+
 def test_gpt2_with_its_turned_layers_and_tied_head(tmp_path):
     base = gpt2()
     names = [n for n, _ in base.named_parameters() if n.endswith("weight") and ("attn" in n or "mlp" in n)]
