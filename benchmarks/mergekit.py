@@ -39,7 +39,7 @@ OTHERS = {
     "tied head": ({"kind": "gpt2"}, ("linear", "ties", "slices, passthrough", "tokenizer_source: base")),
     "small steps": (
         {"size": 1e-4},
-        ("sce", "model_stock", "model_stock, filter_wise", "multislerp, with a base"),
+        ("sce", "model_stock", "model_stock, filter_wise", "multislerp, with a base", "nearswap, t below all changes"),
     ),
 }
 

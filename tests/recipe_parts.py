@@ -122,6 +122,11 @@ def cases() -> dict[str, dict[str, Any]]:
         "multislerp": recipe("multislerp", three),
         "multislerp, with a base": recipe("multislerp", three, **BASE, parameters={"normalize_weights": False}),
         "karcher": recipe("karcher", named),
+        "arcee_fusion": recipe("arcee_fusion", named[:1], **BASE),
+        "nearswap": recipe("nearswap", named[:1], **BASE, parameters={"t": 0.01}),
+        "nearswap, t below all changes": recipe("nearswap", named[:1], **BASE, parameters={"t": 5e-7}),
+        "ram": recipe("ram", named, **BASE, parameters={"epsilon": 0.005}),
+        "ramplus_tl": recipe("ramplus_tl", named, **BASE, parameters={"epsilon": 0.01}),
         "passthrough": recipe("passthrough", named[:1]),
         "passthrough, scale": recipe("passthrough", named[:1], parameters={"scale": 0.5}),
         "gradient": recipe(

@@ -12,7 +12,8 @@ from torch import nn
 from hatcl.vectors.merging import merge
 from hatcl.vectors.task_vector import TaskVector
 
-MOST = {"slerp": 2, "nuslerp": 2, "passthrough": 1}  # how many vectors these methods take, exactly
+# how many vectors these methods take, exactly
+MOST = {"slerp": 2, "nuslerp": 2, "passthrough": 1, "nearswap": 1, "arcee_fusion": 1}
 
 
 class Tied(nn.Module):

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ConfigError, IntegrityError, nearest
 from ..files import read_json, write_files
+from .chat import TEMPLATE_FILE, TOKENIZER_CONFIG
 from .files import refuse_left_overs
 from .recipe import MergekitRecipe
 from .vocabulary import TOKENIZER_FILE, Vocabulary
@@ -81,11 +82,13 @@ def refuse_others(
     *,
     tokenizer: Path | None = None,
     vocabulary: Vocabulary | None = None,
+    template: str | None = None,
 ) -> None:
     """Raise `ConfigError` where `out` holds files of another model that `complete_folder`, given the same, would leave
     there and `from_pretrained` would read: a tokenizer's, a generation config, ..."""
     if config and out.is_dir():
         own = {*_from_others(base, tokenizer, vocabulary), *((TOKENIZER_FILE,) if vocabulary is not None else ())}
+        own |= {TEMPLATE_FILE} if template is not None else set()
         refuse_left_overs(out, [p for p in (*BESIDE, *TOKENIZER) if p != CODE], own)
 
 
@@ -97,6 +100,7 @@ def complete_folder(
     dtype: torch.dtype | None = None,
     tokenizer: Path | None = None,
     vocabulary: Vocabulary | None = None,
+    template: str | None = None,
     models: Sequence[str] = (),
     recipe: str = "",
 ) -> None:
@@ -106,7 +110,7 @@ def complete_folder(
         base: where the generation config comes from. config: the result's; an empty one says that it is no such folder.
         dtype: of the weights.
         tokenizer: the folder that the tokenizer comes from, by default the base. vocabulary: a joint one to write
-            instead.
+            instead. template: a chat template instead of the tokenizer's own.
         models, recipe: what the card names.
 
     Raises:
@@ -120,9 +124,12 @@ def complete_folder(
         config["dtype"] = str(dtype).removeprefix("torch.")
     if vocabulary is not None:
         config["vocab_size"] = vocabulary.rows
-    contents: dict[Path, bytes | Callable[[Path], object]] = {
-        out / name: _copying(file) for name, file in sorted(_from_others(base, tokenizer, vocabulary).items())
-    }
+    copied = sorted(_from_others(base, tokenizer, vocabulary).items())
+    contents: dict[Path, bytes | Callable[[Path], object]] = {out / name: _copying(file) for name, file in copied}
+    if template is not None:  # transformers reads the file, before version 4.50 the tokenizer's config
+        about = read_json(dict(copied)[TOKENIZER_CONFIG]) if TOKENIZER_CONFIG in dict(copied) else {}
+        contents[out / TOKENIZER_CONFIG] = json.dumps({**about, "chat_template": template}, indent=2).encode()
+        contents[out / TEMPLATE_FILE] = template.encode()
     if vocabulary is not None:
         contents[out / TOKENIZER_FILE] = json.dumps(vocabulary.content, ensure_ascii=False).encode()
     contents[out / CARD] = card(out.name, models, recipe).encode()

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ..config import flag, number, one_of, whole
 from ..errors import ConfigError, IntegrityError, VectorError, nearest
+from .chat import joint_template
 from .checkpoint import complete_folder, dtype_named, refuse_others, result_config, transformers_config
-from .delta import restore
+from .delta import delta_between, restore
 from .files import SHARD_BYTES, nbytes, write_tensors
 from .merging.layers import setting_at
-from .merging.registry import merge
+from .merging.registry import merge, merge_info
 from .parameters import refuse_quantised
 from .recipe import MergekitRecipe, Settings, TensorPlan, read_recipe, tensors_to_make
 from .stream import files_read
@@ -134,6 +135,14 @@ MERGEKIT: dict[str, MergekitMethod] = {
         {"select_topk": Parameter("density", 1.0), "int8_mask": Parameter("", False, "flag")},
         fixed={"floor": FLOOR, "undecided": "positive"},
     ),
+    "arcee_fusion": MergekitMethod("arcee_fusion", "needed", most=1),
+    "nearswap": MergekitMethod("nearswap", "needed", {"t": Parameter("t", None)}, fixed={"floor": FLOOR}, most=1),
+    "ram": MergekitMethod("ram", "needed", {"epsilon": Parameter("epsilon", 1e-5)}),
+    "ramplus_tl": MergekitMethod(
+        "ram",
+        "needed",
+        {"r": Parameter("rescue", 0.1), "alpha": Parameter("most", 0.2), "epsilon": Parameter("epsilon", 1e-5)},
+    ),
     "passthrough": MergekitMethod("passthrough", "none", {}, {"scale": Parameter("scale", 1.0)}, most=1),
 }
 PARAMETERS = sorted({p for m in MERGEKIT.values() for p in [*m.shared, *m.each]})
@@ -179,7 +188,8 @@ def follow_recipe(
     config, vocabulary = result_config(recipe, configs), joint_vocabulary(recipe, bases)
     if vocabulary is not None:
         models = {m: aligned_to(vocabulary, m, tensors, models) for m, tensors in models.items()}
-    refuse_others(Path(out), bases[recipe.donor], config, vocabulary=vocabulary)
+    template = joint_template(recipe, bases)
+    refuse_others(Path(out), bases[recipe.donor], config, vocabulary=vocabulary, template=template)
     made = {one.name: one for one in tensors_to_make(recipe, {m: kinds_of(t) for m, t in models.items()})}
     settings = {name: _settings(recipe, one) for name, one in made.items()}  # before anything is read
     kinds = {name: _result_kind(one, models, dtype, written) for name, one in made.items()}
@@ -206,7 +216,7 @@ def follow_recipe(
     )
     if path.is_dir():
         complete_folder(
-            path, bases[recipe.donor], config, dtype=written or dtype, vocabulary=vocabulary,
+            path, bases[recipe.donor], config, dtype=written or dtype, vocabulary=vocabulary, template=template,
             models=[str(m) for m in recipe.models], recipe=text or json.dumps(dict(content), indent=2),
         )  # fmt: skip
     return path
@@ -259,7 +269,7 @@ def _settings(recipe: MergekitRecipe, made: TensorPlan) -> dict[str, Any]:
             f"base_model: {recipe.merge_method} needs one"
             + (f"; {made.base} has to be among the sources of each slice" if made.base else "")
         )
-    shared_scopes: list[Settings] = [made.part.parameters, recipe.parameters]
+    shared_scopes: list[Settings] = [made.part.parameters, recipe.module, recipe.parameters]
     options = {
         p.name: _value(name, p, shared_scopes, made.name, made.place) for name, p in method.shared.items() if p.name
     }
@@ -284,7 +294,7 @@ def _settings(recipe: MergekitRecipe, made: TensorPlan) -> dict[str, Any]:
 def _check_parameters(recipe: MergekitRecipe) -> None:
     """Raise `ConfigError` for a parameter that no method has, and say which ones this method does not have."""
     method = MERGEKIT[recipe.merge_method]
-    scopes = [recipe.parameters, *(p.parameters for p in recipe.slices)]
+    scopes = [recipe.parameters, recipe.module, *(p.parameters for p in recipe.slices)]
     scopes += [s.parameters for p in recipe.slices for s in p.sources]
     for key in dict.fromkeys(key for scope in scopes for key in scope):
         if key not in PARAMETERS:
@@ -337,6 +347,9 @@ def _merged_tensor(
     base = read[made.base] if method.base != "none" and made.base in read else None
     wide = torch.promote_types(kind, torch.float32)
     start = torch.zeros((), dtype=wide) if base is None else base.to(wide)
-    merged = merge([TaskVector({made.name: read[m].to(wide) - start}) for m in order], method.method, **options)
+    given = {"pretrained": {made.name: start}} if "pretrained" in merge_info(method.method).needs else {}
+    taken = [read[m].to(wide) - start if base is None else delta_between(start, read[m]) for m in order]
+    vectors = [TaskVector({made.name: tau}) for tau in taken]
+    merged = merge(vectors, method.method, **given, **options)
     out = merged[made.name].to(kind) if base is None else restore(base, merged.delta(made.name), kind)
     return out.reshape(tensors[0].shape)

@@ -16,10 +16,10 @@ from .tensors import Kind
 # which tensors outside of the layers stand before them: those of the inputs. Others belong to the last slice
 BEFORE = re.compile(r"embed(?!_out)|wte|wpe|(^|\.)shared\.|patch|token_type", re.IGNORECASE)
 NOT_HERE = {
-    "modules": "recipes of several modules are not read; merge each module's files by a recipe of its own",
+    "modules": "recipes of several modules are not read: which tensors each has stands in mergekit's own tables. Merge "
+    "each module's files by a recipe of its own",
     "tokenizer.tokens": "embeddings of single tokens are not chosen here; leave it out, and those that a model lacks "
     "come from the models that have them",
-    "chat_template": "copy the template into the result's chat_template.jinja",
     "residual_weight": "mergekit itself makes no use of it; leave it out",
 }
 Settings = Mapping[str, Any]
@@ -56,6 +56,8 @@ class MergekitRecipe:
         merge_method: mergekit's name of it. slices: of `models` there is one, of all layers.
         dtype: what tensors are read as. out_dtype: what they are written as. tokenizer_source: `base`, `union`, a
             model, or None: the base's tokenizer, and embeddings as they are. pad_to_multiple_of: of the vocabulary.
+        chat_template: the result's, `auto` (that of most models), or None: the tokenizer's own.
+        parameters: of the whole. module: of the one module that a recipe with `modules` has; they come first.
     """
 
     merge_method: str
@@ -65,7 +67,9 @@ class MergekitRecipe:
     out_dtype: str | None = None
     tokenizer_source: str | None = None
     pad_to_multiple_of: int | None = None
+    chat_template: str | None = None
     parameters: Settings = field(default_factory=dict)
+    module: Settings = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -87,17 +91,20 @@ def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
         ConfigError: a key that is not known or not supported here, or a value of another kind.
     """
     given = dict(content)
-    _refuse_keys(given, "modules", "chat_template")
-    models, tokenizer = given.pop("models", None), given.pop("tokenizer", None)
-    known = ["models", "tokenizer", *(f.name for f in fields(MergekitRecipe) if f.name != "pad_to_multiple_of")]
+    own = [f.name for f in fields(MergekitRecipe) if f.name not in ("pad_to_multiple_of", "module")]
+    known = ["models", "modules", "tokenizer", *own]
     unknown = next((key for key in given if key not in known), None)
     if unknown is not None:
         raise ConfigError(f"recipe: no key {unknown!r}; did you mean {nearest(str(unknown), known)!r}?")
+    if given.get("modules") is not None:
+        given |= _only_module(given)
+    given.pop("modules", None)
+    models, tokenizer = given.pop("models", None), given.pop("tokenizer", None)
     if (models is None) == (given.get("slices") is None):
         raise ConfigError("recipe: expected either models or slices")
     if not isinstance(given.get("merge_method"), str):
         raise ConfigError(f"merge_method: got {given.get('merge_method')!r}, expected the name of a method")
-    for key in ("base_model", "dtype", "out_dtype", "tokenizer_source"):
+    for key in ("base_model", "dtype", "out_dtype", "tokenizer_source", "chat_template"):
         if given.get(key) is not None and not isinstance(given[key], str):
             raise ConfigError(f"{key}: got {given[key]!r}, expected a text")
     if tokenizer is not None:
@@ -121,6 +128,23 @@ def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
     else:
         given["slices"] = tuple(_read_slice(s) for s in _items("slices", given["slices"]))
     return MergekitRecipe(**given)
+
+
+def _only_module(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The models or slices of a recipe's one module, as mergekit writes recipes out, with its parameters."""
+    modules = _mapping("modules", given["modules"])
+    if len(modules) != 1:
+        raise ConfigError(f"modules: got {', '.join(map(str, modules)) or 'none'}: {NOT_HERE['modules']}")
+    beside = next((key for key in ("models", "slices") if given.get(key) is not None), None)
+    if beside is not None:
+        raise ConfigError(f"{beside}: given beside modules; leave one of them out")
+    ((name, content),) = modules.items()
+    inside = dict(_mapping(f"modules.{name}", content))
+    settings = _read_parameters(inside.pop("parameters", None))
+    unknown = next((key for key in inside if key not in ("models", "slices")), None)
+    if unknown is not None:
+        raise ConfigError(f"modules.{name}: no key {unknown!r}; it has models or slices, and parameters")
+    return {**inside, "module": settings}
 
 
 def _read_slice(content: Any) -> Slice:

@@ -114,7 +114,8 @@ def compose_files(
         default=repr,
     )  # fmt: skip
     if method is not None:
-        terms = [(1.0, merge([v * c for c, v in terms], method=method, **(options or {})))]
+        given = {"pretrained": theta0} if "pretrained" in merge_info(method).needs else {}
+        terms = [(1.0, merge([v * c for c, v in terms], method=method, **{**given, **(options or {})}))]
     made = composed(theta0, terms, check=check)  # raises where a vector does not fit
     if vector:
         summed = combined(terms, check=check)

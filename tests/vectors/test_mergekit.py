@@ -136,6 +136,23 @@ def test_a_token_that_one_model_has_keeps_its_row(models, tmp_path):
     assert torch.allclose(out[30], alone, atol=1e-6, rtol=0)  # four times the same row, its mean rounded once
 
 
+def test_a_recipe_as_mergekit_writes_it_out(models, tmp_path):
+    """With one module, whose parameters stand between a slice's and the recipe's."""
+    parts = [{"model": "a"}, {**B, "parameters": {"weight": [{"filter": "mlp", "value": 2.0}]}}]
+    attention = {"filter": "self_attn", "value": 3.0}
+    rest = {"merge_method": "linear", "dtype": "float32"}
+
+    def out(name, weight, **more):
+        parameters = {"weight": weight, "normalize": False}
+        return named_tensors(follow_recipe({**rest, **more, "parameters": parameters}, tmp_path / name))
+
+    module = {"models": parts, "parameters": {"weight": [attention]}}
+    got, want = out("m", 0.5, modules={"default": module}), out("p", [attention, {"value": 0.5}], models=parts)
+    assert all(torch.equal(got[n], want[n]) for n in want)
+    plain = out("n", 0.5, models=parts)
+    assert {n for n in want if not torch.equal(got[n], plain[n])} == {n for n in want if "self_attn" in n}
+
+
 def test_an_adapter_on_a_checkpoint(models, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -194,6 +211,7 @@ REFUSED = [
         {"merge_method": "model_stock", "models": [{"model": "a"}], "base_model": "base"},
         ConfigError, "model_stock: got 1 models for .*, expected 2 or more",
     ),
+    ({"chat_template": "chatml"}, ConfigError, "chat_template: got 'chatml', expected auto or the text of a template"),
     ({"tokenizer_source": "d"}, ConfigError, "tokenizer_source: got 'd', expected base, union or one of a, b"),
 ]  # fmt: skip
 

@@ -107,11 +107,14 @@ def test_what_stands_before_the_layers(name, before):
             r"parameters: got \[1\], expected a map",
         ),
         ({**ONE, "dtype": 16}, "dtype: got 16, expected a text"),
-        ({"merge_method": T, "modules": {}}, "modules: recipes of several modules are not read"),
+        ({"merge_method": T, "modules": {"vision": {}, "text": {}}}, "modules: got vision, text: recipes of several"),
+        ({**ONE, "modules": {"default": {}}}, "models: given beside modules; leave one of them out"),
         (
-            {**ONE, "chat_template": "auto"},
-            "chat_template: copy the template",
+            {"merge_method": T, "modules": {"default": {"model": []}}},
+            "modules.default: no key 'model'; it has",
         ),
+        ({"merge_method": T, "modules": {"default": {}}}, "recipe: expected either models or slices"),
+        ({**ONE, "chat_template": 3}, "chat_template: got 3, expected a text"),
         ({"merge_method": T, "slices": [{"sources": [source("a")]}]}, r"layer_range: got None, expected \[FIRST"),
         (
             {"merge_method": T, "slices": [{"sources": [source("a", 2, 2)]}]},

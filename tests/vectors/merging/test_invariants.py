@@ -27,9 +27,8 @@ def fitting(method, vectors):
 
 def options(method, base, batches, order=None):
     out = dict(OPTIONS.get(method, {}))
-    if merge_info(method).needs:
-        out |= {"model": base, "batches": [batches[i] for i in order or range(len(batches))]}
-    return out
+    given = {"model": base, "pretrained": base, "batches": [batches[i] for i in order or range(len(batches))]}
+    return out | {o: given[o] for o in merge_info(method).needs}
 
 
 def same(a, b):
@@ -143,6 +142,8 @@ UNCHANGED = {
     "model_stock": {},
     "sce": {},
     "passthrough": {},
+    "nearswap": {"t": 1e9},
+    "ram": {"epsilon": 0.0},
     "breadcrumbs_ties": {"density": 1.0, "outliers": 0.0},
     "della": {"density": 1.0},
     "della_linear": {"density": 1.0, "scale": None},

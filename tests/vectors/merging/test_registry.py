@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from vector_parts import MOST
 
 from hatcl import ConfigError, VectorError
 from hatcl.vectors.merging import list_merges, merge, merge_method, registry
@@ -13,10 +14,10 @@ from hatcl.vectors.merging.registry import merge_info
 from hatcl.vectors.task_vector import TaskVector
 
 EVERY = [
-    "adamerging", "arithmetic", "breadcrumbs", "breadcrumbs_ties", "consensus", "dare_linear", "dare_ties", "della",
-    "della_linear", "emr", "fisher", "iso_c", "iso_cts", "karcher", "knots", "localize_and_stitch", "magmax", "mean",
-    "model_stock", "multislerp", "nuslerp", "opcm", "passthrough", "regmean", "regmean_plusplus", "sce", "slerp",
-    "ties", "tsv", "wudi",
+    "adamerging", "arcee_fusion", "arithmetic", "breadcrumbs", "breadcrumbs_ties", "consensus", "dare_linear",
+    "dare_ties", "della", "della_linear", "emr", "fisher", "iso_c", "iso_cts", "karcher", "knots",
+    "localize_and_stitch", "magmax", "mean", "model_stock", "multislerp", "nearswap", "nuslerp", "opcm",
+    "passthrough", "ram", "regmean", "regmean_plusplus", "sce", "slerp", "ties", "tsv", "wudi",
 ]  # fmt: skip
 DATA = [(m, o) for m in EVERY for o in merge_info(m).needs]
 
@@ -118,6 +119,11 @@ NUMBERS = {
     ("breadcrumbs", "density"): (-1,),
     ("breadcrumbs", "outliers"): (2,),
     ("magmax", "scale"): ("big",),
+    ("nearswap", "t"): (-1, None),
+    ("nearswap", "floor"): (-1e-6,),
+    ("ram", "epsilon"): (-1,),
+    ("ram", "rescue"): ("some",),
+    ("ram", "most"): (float("nan"),),
     ("tsv", "scale"): (None,),
     ("consensus", "agree"): (0, 1.5),
     ("consensus", "threshold"): (-0.1, "low"),
@@ -140,7 +146,7 @@ def test_values_outside_their_range(method, option, two):
         if (method, value) == ("arithmetic", None):
             continue
         with pytest.raises(ConfigError, match=f"{option}: got .*, expected (an integer|a (finite )?number)"):
-            merge(two, method, **{option: value})
+            merge(two[: MOST.get(method)], method, **{option: value})
 
 
 @pytest.mark.parametrize("method, instead", [("fisher", "fishers"), ("regmean", "grams")])
