@@ -17,10 +17,7 @@ from hatcl.continual import list_continual_methods
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-PAGES = [
-    "README.md", "docs/hat.md", "docs/merging.md", "docs/atlas.md", "docs/tasl.md", "docs/ilora.md",
-    "docs/grafts.md", "docs/architecture.md", "docs/exactness.md", "docs/stack.md",
-]  # fmt: skip
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 EXTRAS = {
     "sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots", "open_clip": "clip",
     "onnxruntime": "onnx", "lightning": "lightning",
