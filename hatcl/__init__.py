@@ -19,6 +19,7 @@ from .errors import (
 )
 from .grafts import Graft, GraftOptions, GraftScores, hold, learn_graft, select_graft
 from .hat.adapter import as_adapter
+from .hat.adding import AddedTasks, add_tasks, task_parameters
 from .hat.certify import Certificate, certify
 from .hat.convert import convert
 from .hat.copies import seal
@@ -48,7 +49,7 @@ from .hat.layers import (
     TaskIndexedParameter,
     TaskIndexedRMSNorm,
 )
-from .hat.learn import Learning, add_tasks, learn, task_parameters
+from .hat.learn import Learning, learn
 from .hat.pretrained import from_pretrained, save_pretrained
 from .hat.registry import register_layer
 from .hat.tasks import set_task, task, tasks
@@ -77,7 +78,7 @@ from .vectors.task_vector import TaskVector
 
 __version__ = "0.1.0"
 __all__ = [
-    "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions", "ConversionError",
+    "AddedTasks", "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions", "ConversionError",
     "Description", "ExtractReport", "Extracted", "ForgetReport", "Graft", "GraftError", "GraftOptions",
     "GraftScores", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d",
     "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer", "HATLinear", "ILoRA",

@@ -138,6 +138,6 @@ def _draw(model: nn.Module, task: int, plan: dict[int, tuple[str, Tensor]]) -> l
             start = dict(first.named_parameters())
             for name, p in old.named_parameters():  # in place, as an optimizer may hold p
                 same = p.shape == start[name].shape
-                writes.append((p, (start[name] if same else module._hat_redrawn(rows=p.shape[0])[name]).detach()))
+                writes.append((p, (start[name] if same else module._hat_redrawn({name: p.shape})[name]).detach()))
             writes += list(zip(old.buffers(), first.buffers(), strict=True))
     return writes

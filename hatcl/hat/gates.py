@@ -372,6 +372,12 @@ def gates_of(model: nn.Module) -> list[Gates]:
     return found
 
 
+def roots_of(model: nn.Module) -> list[nn.Module]:
+    """The model, and every module in it that has gates of its own."""
+    with_gates = [m for m in model.modules() if any(isinstance(child, Gates) for child in m._modules.values())]
+    return list({id(m): m for m in (model, *with_gates)}.values())
+
+
 def row(table: Tensor, task: Tensor) -> Tensor:
     """The row of a task that is a tensor of no dimensions, one of several under `torch.vmap`."""
     return table.index_select(0, task.reshape(1)).squeeze(0)

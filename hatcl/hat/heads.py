@@ -16,8 +16,8 @@ HeadParts = list[tuple[str, str, str]]  # path of the module, name there and nam
 Classes = int | Sequence[int]
 
 
-def class_counts(num_classes: Any, num_tasks: int) -> dict[str | None, list[int]]:
-    """Path of a head (None: of all) -> one number of classes per task."""
+def class_counts(num_classes: Any, num_tasks: int, which: str = "") -> dict[str | None, list[int]]:
+    """Path of a head (None: of all) -> one number of classes per task. which: how errors call such tasks."""
     if num_classes is None:
         return {}
     found: dict[str | None, list[int]] = {}
@@ -26,7 +26,9 @@ def class_counts(num_classes: Any, num_tasks: int) -> dict[str | None, list[int]
         many = isinstance(given, Sequence) and not isinstance(given, str)
         numbers = list(given) if many else [given] * num_tasks
         if len(numbers) != num_tasks:
-            raise ConfigError(f"{where}: got {len(numbers)} numbers for {num_tasks} tasks; pass one per task")
+            raise ConfigError(
+                f"{where}: got {len(numbers)} numbers for {num_tasks} {which}tasks; pass one per {which}task"
+            )
         if wrong := [n for n in numbers if type(n) is not int or n < 1]:
             raise ConfigError(
                 f"{where}: got {wrong[0]!r}; expected a whole number of 1 or more, or a list of one per task"
@@ -50,7 +52,8 @@ def heads_of(
     heads: dict[str, HeadParts] = {}
     for path, module in model.named_modules():
         for name, p in module._parameters.items():
-            if p is not None and (entry := unit_map.entries[names[id(p)]]).head:
+            entry = None if p is None else unit_map.entries.get(names[id(p)])  # none of a task's own copy
+            if entry is not None and entry.head:
                 heads.setdefault(entry.classes, []).append((path, name, entry.name))
     if not heads:
         raise ConfigError(f"num_classes: {kind} has no head whose width could differ per task; pass None")
@@ -83,14 +86,16 @@ def heads_of(
     return list(found.values())
 
 
-def widen(model: nn.Module, head: HeadParts, num_classes: Sequence[int]) -> None:
-    """Give each task's copy of a head its own number of classes, drawn by the layer's initialiser."""
+def widen(model: nn.Module, head: HeadParts, num_classes: Sequence[int], first: int = 0) -> None:
+    """Give each task's copy of a head its own number of classes, drawn by the layer's initialiser. first: the task to
+    which the first number belongs."""
     drawn: dict[tuple[str, int], Tensor] = {}
     for path, name, entry in head:
         module: Any = model.get_submodule(path)
-        for task, n in enumerate(num_classes):
+        for task, n in enumerate(num_classes, first):
             if n != module._parameters[name].shape[0]:
                 own = module.hat_tasks[task]._parameters
                 if (entry, task) not in drawn:  # what is one parameter in two modules is drawn once
-                    drawn[entry, task] = module._hat_redrawn(rows=n)[name].to(own[name])
+                    shape = (n, *own[name].shape[1:])
+                    drawn[entry, task] = module._hat_redrawn({name: shape})[name].to(own[name])
                 own[name] = nn.Parameter(drawn[entry, task].clone())

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from ..config import HATConfig
 from ..errors import HATError, NonFiniteLossError, TaskError
 from ..functional import scale_at
-from ..shards import check_whole
 from . import digests
 from .active import is_chosen
-from .distributed import Replicas, leave_out
-from .gates import Gates, gates_of
+from .distributed import Replicas
+from .gates import Gates, gates_of, roots_of
 from .guard import Guard
-from .held import check_structure, held
+from .held import check_structure
 from .layers.gated import HATLayer
 from .tasks import check_room, check_task, tasks
 
@@ -280,7 +279,7 @@ class _Loads:
         return {"model": None, "task": self.task, "guard": None, "_loaded": False, "_hooks": []}
 
     def __enter__(self) -> None:
-        for module in {id(m): m for m in (self.model, *filter(_has_gates, self.model.modules()))}.values():
+        for module in roots_of(self.model):
             self._hooks += [
                 module.register_load_state_dict_pre_hook(self.before),
                 module.register_load_state_dict_post_hook(self.after),
@@ -311,10 +310,6 @@ class _Loads:
             self.guard.relock(_locked(self.model))
 
 
-def _has_gates(module: nn.Module) -> bool:
-    return any(isinstance(child, Gates) for child in module._modules.values())
-
-
 def _leave(before: list[tuple[Gates, int | None]]) -> None:
     for g, t in before:
         g.learning, g.learner, g.lock, g.task = None, None, None, t
@@ -331,24 +326,3 @@ def _check_layers(model: nn.Module) -> None:
                     f"{path}: {type(module).__name__} has running statistics that all tasks would share; "
                     "use its TaskIndexed kin, or hatcl.convert for the whole model"
                 )
-
-
-def task_parameters(model: nn.Module, task: int) -> list[nn.Parameter]:
-    """What only this task has: its embeddings, heads and norms. For `optimizer.add_param_group` after `add_tasks`."""
-    task = check_task(model, task)
-    return [h.param for h in held(model) if h.task == task]
-
-
-def add_tasks(model: nn.Module, count: int) -> None:
-    """Make room for `count` more tasks, in place. Optimizers built earlier do not hold their parameters; add them with
-    `optimizer.add_param_group({"params": hatcl.task_parameters(model, t)})`."""
-    if count < 1:
-        raise TaskError(f"count: got {count}, expected at least 1")
-    check_whole(model, "add_tasks")
-    for g in gates_of(model):
-        g.add(count)
-    for module in model.modules():
-        if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
-            module.hat_tasks.extend(module._hat_new_copy() for _ in range(count))
-    for root in {id(m): m for m in (model, *filter(_has_gates, model.modules()))}.values():
-        leave_out(root)

@@ -6,6 +6,7 @@ import layer_zoo as zoo
 import parts
 import pytest
 import torch
+from head_parts import Scored, TwoHeads
 from torch import nn
 from torch.nn import functional as tf
 
@@ -39,16 +40,6 @@ def test_numbers_of_classes_that_do_not_fit():
         hatcl.convert(body, 2, parts.images("mlp"), num_classes=[2, 4])
 
 
-class TwoHeads(nn.Module):
-    def __init__(self, boxes=4):
-        super().__init__()
-        self.body, self.cls, self.box = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, boxes)
-
-    def forward(self, x):
-        h = self.body(x).relu()
-        return self.cls(h), self.box(h)
-
-
 def test_of_several_heads_the_one_that_is_meant_is_named():
     x = torch.randn(4, 8)
     model = hatcl.convert(TwoHeads(), 2, x, num_classes={"cls": [3, 7]})
@@ -62,21 +53,6 @@ def test_of_several_heads_the_one_that_is_meant_is_named():
         hatcl.convert(TwoHeads(), 2, x, num_classes={"cls": [3, 7, 9]})
     both = hatcl.convert(TwoHeads(3), 2, x, num_classes=[3, 7])  # as distilled models have them
     assert [[len(own.weight) for own in head.hat_tasks] for head in (both.cls, both.box)] == [[3, 7], [3, 7]]
-
-
-class Scored(nn.Module):
-    """Two heads; of the first each class has a factor, and another module adds to it."""
-
-    def __init__(self, tied=False):
-        super().__init__()
-        self.body, self.cls, self.more, self.box = nn.Linear(8, 16), *(nn.Linear(16, n) for n in (3, 3, 4))
-        self.factor = nn.Parameter(torch.ones(3))
-        if tied:
-            self.more.weight = self.cls.weight
-
-    def forward(self, x):
-        h = self.body(x).relu()
-        return (self.cls(h) + self.more(h.cos())) * self.factor, self.box(h)
 
 
 @pytest.mark.parametrize("named", ["cls", "more", ""])

@@ -213,17 +213,15 @@ class HATLayer:
             copy.register_buffer(name, self._buffers[name].clone())  # type: ignore[attr-defined]
         return copy
 
-    def _hat_redrawn(self, rows: int | None = None) -> dict[str, Tensor]:
+    def _hat_redrawn(self, shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
         """Fresh values for the parameters, by the layer's own initialiser; where it has none, with the spread and mean
-        that they have now. rows: that many entries in the first dimension instead."""
+        that they have now. shapes: of those that get another one."""
         bare = nn.Module.__new__(getattr(type(self), "_hat_source", (None, type(self)))[1])
         params = {n: p for n, p in self._parameters.items() if p is not None}  # type: ignore[attr-defined]
 
-        def shape(p: Tensor) -> tuple[int, ...]:
-            return tuple(p.shape) if rows is None else (rows, *p.shape[1:])
-
+        new = shapes or {}
         state = {k: v for k, v in self.__dict__.items() if k not in ("_hat", "_parameters", "_buffers", "_modules")}
-        fresh = {n: nn.Parameter(_drawn(p.detach(), shape(p))) for n, p in params.items()}
+        fresh = {n: nn.Parameter(_drawn(p.detach(), tuple(new.get(n, p.shape)))) for n, p in params.items()}
         buffers = {n: b if b is None else b.clone() for n, b in self._buffers.items()}  # type: ignore[attr-defined]
         absent = {n: None for n, p in self._parameters.items() if p is None}  # type: ignore[attr-defined]
         bare.__dict__.update({**state, "_parameters": {**fresh, **absent}, "_buffers": buffers, "_modules": {}})
