@@ -51,12 +51,12 @@ def hold_gates(model: nn.Module, task: int, masks: Mapping[str, Tensor] | None, 
             "given gates"
         )
     until = number("until", until, 0, 1, without="low", what="a share")
-    rows = None if masks is None else _rows(model, masks)
+    rows = None if masks is None else _rows_of(model, masks)
     for g in gates:
         g.give(task, None if rows is None else rows[id(g)], until)
 
 
-def _rows(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def _rows_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, Tensor]:
     """For each of the model's gates, by its id, `[U]` bool."""
     if not isinstance(masks, Mapping):
         raise TaskError(
@@ -76,11 +76,11 @@ def _rows(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, Tensor]:
         )
     rows = {id(g): torch.zeros_like(g.masks[0]) for g in gates_of(model)}
     for name, (g, start, stop) in groups.items():
-        rows[id(g)][start:stop] = _checked(name, masks[name], stop - start)
+        rows[id(g)][start:stop] = _fitting(name, masks[name], stop - start)
     return rows
 
 
-def _checked(name: str, mask: Any, units: int) -> Tensor:
+def _fitting(name: str, mask: Any, units: int) -> Tensor:
     found = f"{str(mask.dtype)[6:]} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (units,):
         raise TaskError(f"masks[{name!r}]: got {found}, expected a bool tensor of shape [{units}], one per unit")
