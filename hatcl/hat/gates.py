@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from . import active
 
 SLOTS, SLOT_BYTES = 256, 16
 """Size of a task's row in `Gates.digest_table`."""
+LATER = ("given", "given_until")
+"""Buffers that states of before do not have. In those no task is given gates."""
 
 _context_keys = itertools.count()
 
@@ -72,6 +74,8 @@ class Gates(nn.Module):
     Attributes:
         embeddings: T parameters `[U]`.
         masks: `[T, U]` bool, the hard gates of sealed tasks. sealed: `[T]` bool.
+        given: `[T, U]` bool, hard gates that a task is given. given_until: `[T]`, for which share of its steps it is
+            held to them: 0 not at all, 1 always (see `hatcl.hold_gates`). holding: is the task being learned held now?
         digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
             fixed size for state dicts (see `digests.table_of`).
         learned: the task that is being learned, or was last. learner: the thread that is learning. lock: what it holds
@@ -92,6 +96,8 @@ class Gates(nn.Module):
 
     masks: Tensor
     sealed: Tensor
+    given: Tensor
+    given_until: Tensor
     scale: Tensor
     hardened: Tensor
     digest_table: Tensor
@@ -103,6 +109,8 @@ class Gates(nn.Module):
         self.embeddings = nn.ParameterList([self.fresh_embedding(units) for _ in range(config.num_tasks)])
         self.register_buffer("masks", torch.zeros(config.num_tasks, units, dtype=torch.bool))
         self.register_buffer("sealed", torch.zeros(config.num_tasks, dtype=torch.bool))
+        self.register_buffer("given", torch.zeros(config.num_tasks, units, dtype=torch.bool))
+        self.register_buffer("given_until", torch.zeros(config.num_tasks))
         self.register_buffer("digest_table", torch.zeros(config.num_tasks, SLOTS, SLOT_BYTES, dtype=torch.uint8))
         self.register_buffer("scale", torch.tensor(float(config.max_scale)), persistent=False)
         self.register_buffer("hardened", torch.tensor(0.0), persistent=False)
@@ -112,7 +120,7 @@ class Gates(nn.Module):
         self.learner: int | None = None
         self.lock: Any = None
         self.soft = False
-        self.settled = False
+        self.settled = self.holding = False
         self.cut = True
         self.sharded = False
         self.epoch = 0
@@ -175,7 +183,7 @@ class Gates(nn.Module):
 
     def is_soft(self, task: int | None) -> bool:
         """Are a task's gates soft now? In evaluation without gradients they are what sealing would give."""
-        if task is None or isinstance(task, Tensor) or task != self.learning:
+        if task is None or isinstance(task, Tensor) or task != self.learning or self.holding:
             return False
         return self.soft or self.training or torch.is_grad_enabled()
 
@@ -204,10 +212,16 @@ class Gates(nn.Module):
         c = self.config
         return F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp, self._hardened(), c.compensation)
 
-    def harden(self, settled: bool) -> None:
-        """Are the gates of the task being learned hard by now?"""
+    def harden(self, settled: bool, holding: bool = False) -> None:
+        """Are the gates of the task being learned hard by now, or held to those that it is given?"""
         self.hardened.fill_(float(settled))
         self.settled = settled
+        self.epoch += self.holding != holding
+        self.holding = holding
+
+    def is_given(self, task: int) -> bool:
+        """Is a task held to given gates for all of its steps?"""
+        return float(self.given_until[task]) >= 1
 
     def _hardened(self) -> Tensor | None:
         """What a graph asks whether gates are hard by now; outside of one, None says that they are not."""
@@ -226,6 +240,8 @@ class Gates(nn.Module):
         return self.masks[task] if bool(self.sealed[task]) else self._hard_now(task)
 
     def _hard_now(self, task: int) -> Tensor:
+        if self.holding if task == self.learning else self.is_given(task):
+            return self.given[task]
         on = F.hard_gate(unsharded(self.embeddings[task].detach()))
         return on if self.config.reuse == "all" else on & ~self._taken(task)
 
@@ -272,6 +288,7 @@ class Gates(nn.Module):
 
     def unseal(self, task: int) -> None:
         """Forget a task's gates: its row is empty and its embedding new."""
+        self.give(task, None)
         self.masks[task] = False
         self.sealed[task] = False
         self.digest_table[task] = 0
@@ -281,12 +298,22 @@ class Gates(nn.Module):
             self.embeddings[task].copy_(self.fresh_embedding(self.num_units))
         self._changed([task])
 
+    def give(self, task: int, on: Tensor | None, until: float = 1.0) -> None:
+        """Hold a task to hard gates, `[U]` bool, from its next step on; None: its gates are learned."""
+        self.given[task] = False if on is None else on
+        self.given_until[task] = 0.0 if on is None else until
+        if on is not None:  # where it is learned afterwards, from these gates
+            size = min(abs(self.config.init_value) or 1.0, self.config.clamp)
+            with torch.no_grad():
+                self.embeddings[task].copy_(torch.where(self.given[task], size, -size))
+        self._changed([task])
+
     def add(self, tasks: int) -> None:
         self.config = self.config.replace(num_tasks=self.num_tasks + tasks)
         like = self.embeddings[0].detach()
         for _ in range(tasks):
             self.embeddings.append(self.fresh_embedding(self.num_units, like))
-        for name in ("masks", "sealed", "digest_table"):
+        for name in ("masks", "sealed", *LATER, "digest_table"):
             rows = getattr(self, name)
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
         self.epoch += 1
@@ -299,6 +326,8 @@ class Gates(nn.Module):
     def penalty(self) -> Tensor:
         """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""
         c = self.config
+        if self.holding:
+            return self.scale.new_zeros(())
         e = unsharded(self.embeddings[self.learning if self.learning is not None else 0])
         a = self._soft(e)
         bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
@@ -313,6 +342,7 @@ class Gates(nn.Module):
             "_taken_by": (None, torch.zeros(0, dtype=torch.bool)),
             "soft": False,
             "settled": False,
+            "holding": False,
             "sharded": False,
         }
         if self._default == self.learning:
@@ -348,6 +378,9 @@ class Gates(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}masks" in state_dict:
+            for name in LATER:
+                state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if f"{prefix}digest_table" in state_dict:
             self.digests = {}  # they are of what was there before; the table tells what belongs to the new
@@ -376,6 +409,16 @@ def roots_of(model: nn.Module) -> list[nn.Module]:
     """The model, and every module in it that has gates of its own."""
     with_gates = [m for m in model.modules() if any(isinstance(child, Gates) for child in m._modules.values())]
     return list({id(m): m for m in (model, *with_gates)}.values())
+
+
+def groups_of(model: nn.Module) -> Iterator[tuple[str, Gates, int, int]]:
+    """Every group of gates that has units: the name of its layer, the gates, and the bounds of its units in them,
+    0-based."""
+    by_hand = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
+    for g in gates_of(model):
+        for name, start, stop in g.layers:
+            if stop > start:
+                yield name if g.from_map else by_hand[id(g)], g, start, stop
 
 
 def row(table: Tensor, task: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from . import digests
 from .active import is_chosen
 from .distributed import Replicas
 from .gates import Gates, gates_of, roots_of
+from .given import check_given
 from .guard import Guard
 from .held import check_structure
 from .layers.gated import HATLayer
@@ -79,11 +80,12 @@ class Learning:
 
     def _set_scale(self) -> None:
         cycles = self.config.cycles or self.epochs
-        length = max(-(-self.steps // cycles), 1)
-        at = min(self.step, self.steps - 1)
+        held = math.ceil(self.steps * float(self.gates[0].given_until[self.task]))  # steps in which no gate is learned
+        length = max(-(-(self.steps - held) // cycles), 1)
+        at = max(min(self.step, self.steps - 1) - held, 0)
         value = scale_at(at % length, length, self.config.max_scale, self.config.schedule)
         first = math.ceil(self.steps * (1 - self.config.settle))
-        settled = self.step >= first
+        settled = self.step >= first and held < self.steps
         if settled and not self.settled:
             again = self._start > first  # an interrupted task goes on: its statistics are under way
             self._settled_at = first if again else self.step
@@ -91,7 +93,7 @@ class Learning:
         self.settled = settled
         for g in self.gates:
             g.scale.fill_(value)
-            g.harden(settled)
+            g.harden(settled, self.step < held or held == self.steps)
 
 
 class _Statistics:
@@ -159,8 +161,9 @@ def learn(
 
     Raises:
         TaskError: no such task, or it is sealed already; inside a `with hatcl.task(...)` block; a state that does not
-            fit. GuardError: an optimizer that cannot be guarded. HATError: a module was replaced after conversion.
-        CapacityError: no units are left. IntegrityError: a sealed task changed since it was sealed.
+            fit; gates that it is given and cannot have. GuardError: an optimizer that cannot be guarded. HATError: a
+            module was replaced after conversion. CapacityError: no units are left. IntegrityError: a sealed task
+            changed since it was sealed.
         NonFiniteLossError: the loss became NaN or infinite.
 
     Warns:
@@ -183,6 +186,7 @@ def learn(
         )
     _check_layers(model)
     check_structure(model)
+    check_given(model, task)
     check_room(model, task)
     replicas = Replicas(model, task)
     with replicas.together():
@@ -251,6 +255,8 @@ def _warn_of(learning: Learning, guard: Guard) -> None:
             "hatcl.learn",
             stacklevel=4,
         )
+    if learning.gates[0].holding:
+        return  # gates that are given are hard at any step
     if learning.step < learning.steps:
         seen = f"{learning.step} of {learning.steps} steps"
         warnings.warn(

@@ -23,7 +23,7 @@ from ..shards import gathered_in, sharded_modules
 from ..sources import build_source
 from . import digests
 from .build import GATES, build
-from .gates import gates_of
+from .gates import LATER, gates_of
 from .tasks import tasks
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 2
@@ -333,7 +333,8 @@ def _fit(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None
             if t.shape[1:] == state[name].shape[1:] and leaf in module._parameters:
                 module._parameters[leaf] = nn.Parameter(torch.empty_like(t))
                 state[name] = t
-    problems = [f"missing {n}" for n in state if n not in tensors]
+    later = {f"{GATES}.{name}" for name in LATER}
+    problems = [f"missing {n}" for n in state if n not in tensors and n not in later]
     problems += [f"unexpected {n}" for n in tensors if n not in state]
     problems += [
         f"{n} is {list(tensors[n].shape)}, expected {list(state[n].shape)}"
