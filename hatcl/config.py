@@ -15,6 +15,7 @@ SCHEDULES = ("linear", "cosine", "exponential", "constant")
 PENALTIES = ("global", "layer")
 REUSE = ("all", "none")
 COMPENSATIONS = ("exact", "hat")
+PREVIOUS, BEST = "previous", "best"  # the task to start from, beside a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,8 @@ class HATConfig:
         forgiven: share of a layer's units that the penalty forgives; None = none, HAT-CL's quota is 1 / num_tasks.
         reuse: which units of sealed tasks a new task may use. `all`: any, their elements frozen (HAT). `none`: only
             units that no sealed task uses, so that no two tasks share anything and forgetting one erases all of it.
+        start_from: the sealed task that a new one starts from (see `hatcl.learn`): its number, `previous`, `best`; None
+            = from none.
         locked: sealed tasks whose elements are frozen while others learn; None = all (HAT-CL's choice of locked tasks).
     """
 
@@ -64,6 +67,7 @@ class HATConfig:
     penalty: str = "global"
     forgiven: float | None = None
     reuse: str = "all"
+    start_from: int | str | None = None
     locked: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +85,11 @@ class HATConfig:
             if name != "forgiven" or self.forgiven is not None:
                 number(name, getattr(self, name), 0, 1, what="a share")
         whole("cycles", self.cycles, optional=True)
+        if check_start(self.start_from) is not None and self.reuse == "none":
+            raise ConfigError(
+                f"start_from: got {self.start_from!r} with reuse='none', under which tasks share no unit; a task that "
+                "starts from another shares most of its units with it. Take reuse='all', or leave start_from out"
+            )
         if self.locked is not None:
             object.__setattr__(self, "locked", tuple(int(t) for t in self.locked))
 
@@ -156,6 +165,21 @@ def one_of(name: str, value: str, choices: Sequence[str]) -> None:
         raise ConfigError(
             f"{name}: got {value!r}, expected one of {', '.join(choices)}; did you mean {nearest(value, choices)!r}?"
         )
+
+
+def check_start(value: Any) -> int | str | None:
+    """What a task is to start from: a task's number, `previous`, `best`, or None for none.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if isinstance(value, str):
+        one_of("start_from", value, (PREVIOUS, BEST))
+    elif value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ConfigError(
+            f"start_from: got {value!r}, expected the number of a sealed task, {PREVIOUS!r}, {BEST!r}, or None"
+        )
+    return value
 
 
 def number(

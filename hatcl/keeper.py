@@ -282,13 +282,28 @@ class StoredWeights:
         self._size = -1
         self._found: list[tuple[Kept, Tensor]] = []
 
-    def put_back(self) -> None:
+    def look(self) -> None:
+        """Find them, if anything is new."""
         state = getattr(self._optimizer, "state", {})
         size = sum(len(s) for s in state.values() if isinstance(s, dict))
         if size != self._size:
             self._size, self._found = size, list(self._look())
+
+    def put_back(self) -> None:
+        self.look()
         for k, tensor in self._found:
             put_back(tensor, k)
+
+    @torch.no_grad()
+    def begin_again(self) -> None:
+        """The elements were given other values on purpose: what is stored of them becomes these, their moments 0."""
+        for k in self._kept:
+            k.old = taken(k)
+        self.put_back()
+        for k in self._kept:
+            for key, x in _state_of(self._optimizer, k.param).items():
+                if isinstance(x, Tensor) and x.shape == k.param.shape and not self._is_weight.get(key):
+                    x.zero_() if k.which is None else _clear(local(x), k)
 
     def _look(self) -> Iterator[tuple[Kept, Tensor]]:
         params = [p for group in getattr(self._optimizer, "param_groups", ()) for p in group["params"]]

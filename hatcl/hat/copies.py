@@ -52,6 +52,9 @@ def seal(model: nn.Module, task: int | None = None) -> None:
     digests.check_sealed(model, [t for t in tasks(model) if t != task])
     digests.harden(model, task)
     if origin is not None:
+        source = origin.gates()
+        if source is not None and source.lineage.shape == gates[0].lineage.shape:
+            gates[0].lineage[task] |= source.lineage[task].to(gates[0].lineage)
         origin.own.add(task)
         origin.task = None
         origin.kept = _used_by(model, sorted(origin.own))

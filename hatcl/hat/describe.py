@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from ..map.units import NORM
 from .gates import gates_of, groups_of
 from .held import held
+from .lineage import forgotten_lineage, lineage, spoken
 from .tasks import tasks
 
 
@@ -22,6 +23,8 @@ class Description:
         elements: shared_both (owner and reader known; a reader can be the input, which is always on), shared_one (one
             of them), own_copy (each task has its own; one copy counted), always_on (neither).
         layers: per layer its units and how many of them each sealed task uses.
+        lineage: task -> those whose knowledge was transplanted into it. forgotten: of these, the numbers of tasks that
+            have been forgotten since.
         copies: parameter -> why each task has its own copy. notes: module path -> what the trace could not follow.
     """
 
@@ -31,6 +34,8 @@ class Description:
     layers: list[dict[str, Any]]
     copies: dict[str, str]
     notes: dict[str, str]
+    lineage: dict[int, list[int]] = field(default_factory=dict)
+    forgotten: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -42,6 +47,7 @@ class Description:
         return {
             "units": self.units, "use": dict(self.use), "elements": dict(self.elements), "shares": self.shares,
             "layers": [dict(x) for x in self.layers], "copies": dict(self.copies), "notes": dict(self.notes),
+            "lineage": dict(self.lineage), "forgotten": dict(self.forgotten),
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -61,6 +67,10 @@ class Description:
             "always_on": "always on",
         }
         lines.append("elements: " + ", ".join(f"{names[k]} {v:.1%}" for k, v in self.shares.items()))
+        for t in sorted({*self.lineage, *self.forgotten}):
+            there, gone = self.lineage.get(t, []), self.forgotten.get(t, [])
+            sources = ([spoken(there)] if there else []) + ([f"{spoken(gone)}, since forgotten"] if gone else [])
+            lines.append(f"lineage: task {t} carries what was transplanted from {' and from '.join(sources)}")
         lines += [f"note: {path or 'model'}: {what}" for path, what in self.notes.items()]
         return "\n".join(lines)
 
@@ -102,4 +112,6 @@ def describe(model: nn.Module) -> Description:
         layers,
         {e.name: e.why for e in unit_map.entries.values() if e.copied and e.why != NORM} if unit_map else {},
         dict(unit_map.notes) if unit_map else {},
+        lineage(model),
+        forgotten_lineage(model),
     )

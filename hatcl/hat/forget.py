@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ from ..shards import check_whole
 from .active import is_chosen
 from .digests import check_sealed
 from .gates import gates_of
-from .held import held
+from .held import held, live_for
 from .layers.gated import HATLayer
 from .layers.state import forget_states
+from .lineage import descendants_of, disinherit, spoken, to_forget, warn_of_descendants
 from .tasks import check_task, tasks
 
 
@@ -30,6 +32,8 @@ class ForgetReport:
             copies.
         kept: shared elements that stay because other sealed tasks use them too.
         units_freed: units that no sealed task uses any more.
+        descendants: tasks that were started from this one, directly or by way of others. forgotten: the tasks that are
+            forgotten, all that the numbers speak of: this one, and its descendants where they are to be forgotten too.
     """
 
     task: int
@@ -38,6 +42,8 @@ class ForgetReport:
     kept: int
     own: int
     units_freed: int
+    descendants: tuple[int, ...] = ()
+    forgotten: tuple[int, ...] = ()
 
     @property
     def total_erased(self) -> int:
@@ -53,14 +59,17 @@ class ForgetReport:
 
     def __str__(self) -> str:
         verb = "would erase" if self.dry_run else "erased"
+        kept = [t for t in self.descendants if t not in self.forgotten]
+        gone = self.forgotten or (self.task,)
+        lineage = f"; {spoken(kept)} started from it and still know what was transplanted" if kept else ""
         return (
-            f"task {self.task}: {verb} {self.total_erased:,} shared elements and {self.own:,} of its own; "
+            f"{spoken(gone)}: {verb} {self.total_erased:,} shared elements and {self.own:,} of its own; "
             f"{self.units_freed:,} units are free again; {self.share_kept:.1%} of its shared elements stay, other "
-            f"tasks use them"
+            f"tasks use them{lineage}"
         )
 
 
-def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> ForgetReport:
+def forget_task(model: nn.Module, task: int, *, dry_run: bool = False, descendants: str = "keep") -> ForgetReport:
     """Forget a sealed task: every element live for it and for no other sealed task is drawn anew by its layer's own
     initialiser (by zeros, where it is the factor of a LoRA pair that peft starts at zero), its gates, copies and head
     are dropped, and its index is free to be learned again. Every other task stays bit-identical. If the task is the
@@ -70,10 +79,17 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
 
     Args:
         dry_run: only report; the report then lists exactly what a real run would erase.
+        descendants: what happens to tasks that were started from this one (`hatcl.learn(start_from=)`) and carry what
+            it knew. Forgetting is complete only along this lineage. `keep`: they stay, with a warning that names them.
+            `refuse`: nothing is forgotten while there are any. `forget`: they are forgotten with it.
 
     Raises:
-        TaskError: no such task, it is not sealed, a task is being learned, or some `with hatcl.task(...)` of this
-            context has the task active. IntegrityError: a sealed task changed.
+        TaskError: no such task, it is not sealed, a task is being learned, some `with hatcl.task(...)` of this
+            context has the task active, or there are descendants that are to be refused. ConfigError: no such word for
+            descendants. IntegrityError: a sealed task changed.
+
+    Warns:
+        UserWarning: descendants keep what was transplanted.
     """
     check_whole(model, "forget_task")
     task = check_task(model, task, sealed=True)
@@ -82,46 +98,53 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
         raise TaskError(
             f"task {gates[0].learning} is being learned; leave its hatcl.learn block before forgetting task {task}"
         )
-    if any(is_chosen(g.key) for g in gates) and gates[0].task == task:
-        raise TaskError(f"task {task} is active in a `with hatcl.task(...)` block; leave it before forgetting the task")
+    gone = to_forget(model, task, descendants)
+    if any(is_chosen(g.key) for g in gates) and gates[0].task in gone:
+        raise TaskError(
+            f"task {gates[0].task} is active in a `with hatcl.task(...)` block; leave it before forgetting the task"
+        )
     check_sealed(model)
-    others = [t for t in tasks(model) if t != task]
+    others = [t for t in tasks(model) if t not in gone]
     plan: dict[int, tuple[str, Tensor]] = {}
     kept = own = 0
     for h in held(model):
-        if h.task == task:
+        if h.task in gone:
             own += h.param.numel()
         elif h.task is None and not h.plain and h.plan is not None:
-            live = h.live(task)
-            needed = torch.zeros_like(live)
-            for t in others:
-                needed |= h.live(t)
+            live, needed = live_for(h, gone), live_for(h, others)
+            assert live is not None
+            needed = torch.zeros_like(live) if needed is None else needed
             plan[id(h.param)] = (h.name, live & ~needed)
             kept += int((live & needed).sum())
-    freed = sum(int((g.masks[task] & ~g.used(without=task)).sum()) for g in gates)
+    freed = sum(int((g.masks[gone].any(0) & ~g.masks[others].any(0)).sum()) for g in gates)
+    carriers = tuple(descendants_of(model, task))
     report = ForgetReport(
-        task, dry_run, {name: n for name, mask in plan.values() if (n := int(mask.sum()))}, kept, own, freed
-    )
+        task, dry_run, {name: n for name, mask in plan.values() if (n := int(mask.sum()))}, kept, own, freed,
+        carriers, tuple(gone),
+    )  # fmt: skip
+    warn_of_descendants(task, [t for t in carriers if t not in gone])
     if dry_run:
         return report
-    writes = _draw(model, task, plan)  # everything is drawn before anything is written
+    writes = _draw(model, gone, plan)  # everything is drawn before anything is written
     with torch.no_grad():
         for x, new in writes:
             x.copy_(new)
             x.grad = None
-    forget_states(model, task)
-    for g in gates:
-        g.unseal(task)
-        if g.default == task:
-            g.task = None
-        g.embeddings[task].grad = None
+    for t in gone:
+        forget_states(model, t)
+        for g in gates:
+            g.unseal(t)
+            if g.default == t:
+                g.task = None
+            g.embeddings[t].grad = None
+    disinherit(model, gone)
     for module in model.modules():
         if isinstance(module, HATLayer) and "_hat" in module.__dict__:
             module._hat.clear()
     return report
 
 
-def _draw(model: nn.Module, task: int, plan: dict[int, tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def _draw(model: nn.Module, gone: Sequence[int], plan: dict[int, tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Tensors, and what takes their place."""
     writes: list[tuple[Tensor, Tensor]] = []
     done: set[int] = set()
@@ -133,7 +156,7 @@ def _draw(model: nn.Module, task: int, plan: dict[int, tuple[str, Tensor]]) -> l
             new = torch.zeros_like(p) if starts_at_zero(full_name) else fresh[name].to(p)
             writes.append((p, torch.where(erased, new, p.detach())))
             done.add(id(p))
-        if "hat_tasks" in module._modules:
+        for task in gone if "hat_tasks" in module._modules else ():
             old, first = module.hat_tasks[task], module._hat_new_copy()
             start = dict(first.named_parameters())
             for name, p in old.named_parameters():  # in place, as an optimizer may hold p

@@ -82,6 +82,7 @@ class Gates(nn.Module):
             while an optimizer steps, during which frozen elements may be away from their place.
         cut: a task with hard gates computes with its live elements alone, zeros for all others, so that nothing else
             enters its arithmetic. Without it, it computes by the folds of the map, as while it is learned.
+        lineage: `[T, T]` uint8, which task carries what was transplanted from which (see `lineage.py`).
         sharded: are the model's parameters shards (`fully_shard`)? They are gathered into memory that is used again, so
             nothing made of them is kept.
         hardened: 1 while the task being learned settles, its gates hard already; a tensor, so that a compiled program
@@ -101,6 +102,7 @@ class Gates(nn.Module):
     scale: Tensor
     hardened: Tensor
     digest_table: Tensor
+    lineage: Tensor
 
     def __init__(self, units: int, config: HATConfig, layers: Sequence[tuple[str, int, int]] | None = None) -> None:
         super().__init__()
@@ -112,6 +114,7 @@ class Gates(nn.Module):
         self.register_buffer("given", torch.zeros(config.num_tasks, units, dtype=torch.bool))
         self.register_buffer("given_until", torch.zeros(config.num_tasks))
         self.register_buffer("digest_table", torch.zeros(config.num_tasks, SLOTS, SLOT_BYTES, dtype=torch.uint8))
+        self.register_buffer("lineage", torch.zeros(config.num_tasks, config.num_tasks, dtype=torch.uint8))
         self.register_buffer("scale", torch.tensor(float(config.max_scale)), persistent=False)
         self.register_buffer("hardened", torch.tensor(0.0), persistent=False)
         self.key = next(_context_keys)
@@ -316,6 +319,7 @@ class Gates(nn.Module):
         for name in ("masks", "sealed", *LATER, "digest_table"):
             rows = getattr(self, name)
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
+        self.lineage = nn.functional.pad(self.lineage, (0, tasks, 0, tasks))
         self.epoch += 1
 
     def room(self, task: int) -> dict[str, bool]:
@@ -379,7 +383,7 @@ class Gates(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         if f"{prefix}masks" in state_dict:
-            for name in LATER:
+            for name in (*LATER, "lineage"):
                 state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if f"{prefix}digest_table" in state_dict:

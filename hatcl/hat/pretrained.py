@@ -281,6 +281,9 @@ def _load(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tenso
     for name, first in meta["tied"].items():
         if first in tensors:
             tensors[name] = tensors[first]
+    for name, t in model.state_dict().items():
+        if name.endswith(f"{GATES}.lineage") and name not in meta["dtypes"]:
+            tensors.setdefault(name, torch.zeros_like(t))  # written when no task could have any
     _fit(model, tensors, path)
     state = model.state_dict()  # torch's own, since some modules ask it for their format's version
     state.update(tensors)

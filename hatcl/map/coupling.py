@@ -7,7 +7,7 @@ Labels that turn out to be the same channel are *coupled*. A parameter's label *
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .labels import Ints, Labels
-from .shadow import ParameterAxis, Shadow, Shadows, Slot, flat_ids, settle, side_by_side, small, varying, vector
+from .shadow import ParameterAxis, Shadow, Shadows, Slot, flat_ids, placed, settle, side_by_side, small, varying, vector
 
 Use = tuple[str, ParameterAxis]  # (path of the module at work, axis)
 
@@ -60,6 +60,7 @@ class Trace:
         seen: the parameters that the forward used.
         standardised: the weights that go through a batch norm of their own before use.
         notes: what fell back, by module path.
+        places: labels, and where each of them was met, where those at another place mean something else.
         units: the number of each label's unit, once `resolve` has numbered them.
     """
 
@@ -74,6 +75,7 @@ class Trace:
     seen: set[str] = field(default_factory=set)
     standardised: set[str] = field(default_factory=set)
     notes: dict[str, str] = field(default_factory=dict)
+    places: list[tuple[Ints, Ints]] = field(default_factory=list)
     units: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
@@ -161,6 +163,16 @@ class Coupling:
     def mark(self, role: str, ids: Tensor) -> None:
         """Give the labels a role (see `Labels.ROLES`)."""
         self.labels.mark(role, flat_ids(ids))
+
+    def place(self, ids: Tensor, dims: Collection[int]) -> None:
+        """The labels at one index of these dimensions are computed apart from those at another (the heads of an
+        attention, the groups of a convolution), so that none of them could stand in for one elsewhere."""
+        apart, few = [d for d in varying(ids) if d in dims], small(ids)
+        if apart:
+            index = torch.zeros((), dtype=torch.long)
+            for d in apart:
+                index = index * few.shape[d] + placed(torch.arange(few.shape[d]), d, few.shape)
+            self.found.places.append((flat_ids(ids), index.expand(few.shape).reshape(-1).numpy()))
 
     def drop(self, slot: Slot) -> None:
         """A parameter met in a way that no rule covers: one-sided nowhere, a copy per task instead."""

@@ -108,6 +108,8 @@ class UnitMap:
         notes: what fell back, by module path.
         buffers: for module path, the buffers of which every task has its own because a forward writes them.
         states: for module path, whatever else a forward changes (see `hat/layers/state.py`).
+        places: `[U]`; units with different numbers are computed apart (heads of an attention, groups of a convolution),
+            so that one could not stand in for the other. None: the map was written before this was seen.
     """
 
     num_units: int
@@ -119,6 +121,7 @@ class UnitMap:
     notes: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     states: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    places: Ints | None = None
 
     @property
     def known(self) -> float:
@@ -157,6 +160,7 @@ class UnitMap:
             "notes": self.notes,
             "buffers": {path: list(names) for path, names in self.buffers.items()},
             "states": {path: list(names) for path, names in self.states.items()},
+            "places": None if self.places is None else runs(self.places),
         }
 
     @classmethod
@@ -180,6 +184,7 @@ class UnitMap:
             data["notes"],
             {path: tuple(names) for path, names in data["buffers"].items()},
             {path: tuple(names) for path, names in data.get("states", {}).items()},
+            None if data.get("places") is None else unrun(data["places"]),
         )
 
 
@@ -312,8 +317,18 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     return UnitMap(
         len(leaders), layers, entries,
         {key: tuple(sorted(axes, key=str)) for key, axes in folds.items()},
-        outputs, norms, dict(found.notes),
+        outputs, norms, dict(found.notes), places=_places(found.places, unit_of, len(leaders)),
     )  # fmt: skip
+
+
+def _places(met: Sequence[tuple[Ints, Ints]], unit_of: Ints, units: int) -> Ints:
+    """One number per unit: the same for those that were met at the same place wherever places mean something."""
+    places = np.zeros(units, dtype=np.int64)
+    for labels, index in met:
+        first = np.full(units + 1, np.iinfo(np.int64).max)
+        np.minimum.at(first, unit_of[labels], index)
+        places = np.unique(np.stack([places, first[1:]]), axis=1, return_inverse=True)[1].reshape(-1)
+    return places
 
 
 def _broadcast(shape: tuple[int, ...], view: tuple[int, ...], dim: int) -> tuple[int, ...]:

@@ -48,6 +48,8 @@ def contract(coupling: Coupling, left: Shadow, right: Shadow, k: int) -> Shadow:
     if left.of_parameters and right.of_parameters:  # learned queries: what a weight multiplies is data
         left = Shadow(tuple(coupling.as_activation(left.slots, {k})))
     if not left.of_parameters and not right.of_parameters:
+        for x in (*left.slots, *right.slots):
+            coupling.place(x.ids, range(k - 1))
         for x in left.slots:
             for y in right.slots:
                 if k in varying(x.ids) and k in varying(y.ids):
@@ -181,6 +183,8 @@ def attention(call: Call, coupling: Coupling) -> Moved:
 
     q, k, v = (coupling.shadow(x) or Shadow() for x in call.args[:3])
     q, k, v = (Shadow(tuple(coupling.as_activation(s.slots, {last}))) if s.of_parameters else s for s in (q, k, v))
+    for x in (*q.slots, *k.slots, *v.slots):
+        coupling.place(one_position(x), range(last - 1))
     for x in q.slots:
         for y in k.slots:
             if last in varying(x.ids) and last in varying(y.ids):

@@ -30,12 +30,17 @@ def convolution(call: Call, coupling: Coupling) -> Shadow:
     depthwise = groups == x.shape[1] == call.out.shape[1] and not transposed
     slots: list[Slot] = []
     pending: set[Use] = set()
+    if groups > 1 and not depthwise:
+        for slot in inputs:
+            coupling.place(slot.ids.view(groups, -1), {0})
     for p in sw.slots:
         dims = varying(p.ids)
         if dims == (writes,):
             rows = vector(p.ids, writes)
             if transposed and groups > 1:
                 rows = repeat(rows, "width -> (group width)", group=groups)
+            elif groups > 1 and not depthwise:
+                coupling.place(rows.view(groups, -1), {0})
             written, uses = coupling.carry(replace(p, ids=rows))
             slots.append(written.map(lambda ids: placed(ids, 1, call.out.shape)))
             pending |= uses

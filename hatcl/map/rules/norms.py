@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..coupling import Coupling
-from ..shadow import Shadow, Slot, placed, varying
+from ..shadow import Shadow, Slot, placed, varying, vector
 from .registry import Call, Moved, rule
 
 
@@ -77,6 +77,9 @@ def group_norm(call: Call, coupling: Coupling) -> Moved:
     """Statistics over channels and positions; the affine parameters run along the channels."""
     shape = call.args[0].shape
     w, b = (coupling.shadow(a) for a in call.args[1:3])
+    for slot in (coupling.shadow(call.args[0]) or Shadow()).slots:
+        if 1 in varying(slot.ids):
+            coupling.place(vector(slot.ids, 1).view(call.args[6], -1), {0})
     return _normalised(call, coupling, range(1, len(shape)), w, b, lambda ids: placed(ids, 1, shape))
 
 

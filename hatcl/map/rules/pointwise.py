@@ -60,9 +60,20 @@ def pointwise(call: Call, coupling: Coupling) -> Shadow:
                 m.owners[i] = slot
     slots = []
     for m in meetings:
+        for x, s in zip(call.flat, wide, strict=True):
+            if isinstance(x, Tensor):
+                coupling.place(m.ids, _told_apart(x, s, m.ids))
         clean = _gated(call, coupling, m)
         slots.append(Slot(coupling.canonical(m.ids) if len(varying(m.ids)) > 1 else m.ids, clean))
     return Shadow(tuple(slots))
+
+
+def _told_apart(x: Tensor, s: Shadow | None, ids: Tensor) -> set[int]:
+    """The dimensions along which these labels meet, in `x`, values that are no unit's and differ (the angles of a
+    rotation)."""
+    own = {d for slot in (s.slots if s is not None else ()) for d in varying(slot.ids)}
+    wide = {d: d - ids.dim() for d in varying(ids) if d - ids.dim() >= -x.dim() and d not in own}
+    return {d for d, at in wide.items() if x.shape[at] > 1 and (x.is_meta or bool((x != x.narrow(at, 0, 1)).any()))}
 
 
 def _met(coupling: Coupling, wide: Wide) -> list[_Meeting]:

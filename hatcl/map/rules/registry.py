@@ -142,6 +142,8 @@ def unknown(call: Call, coupling: Coupling) -> Shadow:
     for shadow in call.shadows:
         if shadow is not None:
             coupling.commit(shadow)
+            for slot in shadow.slots:
+                coupling.place(slot.ids, range(slot.ids.dim()))
             if shadow.of_parameters:
                 disown(shadow, coupling)
     if any(shadow is not None and shadow.slots for shadow in call.shadows):

@@ -1,0 +1,277 @@
+"""Starting a task from a sealed one: a mask that shares most of its units and replaces some by others, into which their
+weights are copied (*fork*). What the source knows is there from the first step; what is frozen stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HATError
+from ..keeper import Kept, StoredWeights, unwrapped
+from ..shards import check_whole
+from .binding import Binding, UnitAxis, Units
+from .build import GATES
+from .gates import Gates, gates_of
+from .held import Held, held, live_for
+from .layers.gated import HATLayer
+from .layers.linear import TaskIndexedLinear
+from .tasks import tasks
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Where a task starts from.
+
+    Attributes:
+        source: the sealed task. masks: per gates `[U]` bool, the new task's units. phi: per gates `[U]`, the source's
+            unit that each of them stands in for: itself where it is shared. Other entries mean nothing.
+    """
+
+    source: int
+    masks: tuple[Tensor, ...]
+    phi: tuple[Tensor, ...]
+
+
+# ---- which units -----------------------------------------------------------------------------------------------------
+
+
+def fork(
+    model: nn.Module, task: int, source: int, locked: Sequence[int], masks: Sequence[Tensor] | None = None
+) -> Fork:
+    """Choose a task's units from those of a sealed one.
+
+    Of each kind of unit (of the units that could stand in for each other), `ceil(free / tasks left)` of the source's
+    are replaced by others, the rest is shared. Those that come in are units whose elements, towards the units that
+    the new task has, are held by the fewest sealed tasks: free units first.
+
+    Args:
+        locked: the sealed tasks that are held. masks: the new task's units, where they are given already, per gates:
+            those that are not the source's then stand in for those of the source that are not there.
+
+    Raises:
+        HATError: a model that was saved before it was known which units can stand in for each other.
+    """
+    every = gates_of(model)
+    left = every[0].num_tasks - len(tasks(model))
+    crowded = None if masks is not None else _crowded(model, source, locked)
+    chosen, phi = [], []
+    for i, (g, kinds) in enumerate(zip(every, _kinds(model), strict=True)):
+        mine, stands_for = g.masks[source].clone(), torch.arange(g.num_units, device=g.masks.device)
+        if masks is not None:
+            mine = masks[i].to(mine)
+        used = g.used(without=task)
+        for kind in range(int(kinds.max()) + 1 if len(kinds) else 0):
+            here = kinds == kind
+            theirs = (here & g.masks[source]).nonzero().flatten()
+            if crowded is None:
+                hosts = (here & mine & ~g.masks[source]).nonzero().flatten()
+                gone = theirs[~mine[theirs]]
+            else:
+                others = (here & ~g.masks[source]).nonzero().flatten()
+                free = int((here & ~used).sum())
+                count = min(math.ceil(free / max(left, 1)), len(theirs), len(others))
+                hosts = others[crowded[i][others].argsort(stable=True)[:count]]
+                gone = theirs[_spread(len(theirs), count, task)]
+            pairs = min(len(hosts), len(gone))
+            mine[gone] = False
+            mine[hosts] = True
+            stands_for[hosts[:pairs]] = gone[:pairs]
+            stands_for[hosts[pairs:]] = -1  # nothing to stand in for: it starts as it is
+        chosen.append(mine)
+        phi.append(stands_for)
+    return Fork(source, tuple(chosen), tuple(phi))
+
+
+def _spread(n: int, count: int, task: int) -> Tensor:
+    """Which of `n` are replaced: drawn by the task's number, so that all processes agree and tasks differ."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(task))[:count].sort().values
+
+
+def _kinds(model: nn.Module) -> list[Tensor]:
+    """Per gates, `[U]`: units with the same number could stand in for each other. They are met at the same places (see
+    `UnitMap.places`), and occur equally often along every axis of every parameter.
+
+    Raises:
+        HATError: see `fork`.
+    """
+    every = gates_of(model)
+    kinds = []
+    for g in every:
+        if g.unit_map is not None and g.unit_map.places is None:
+            raise HATError(
+                "start_from: this model was saved before hatcl knew which units can stand in for each other (heads of "
+                "an attention, groups of a convolution); convert the plain model again, or leave start_from out"
+            )
+        kinds.append(torch.as_tensor(g.unit_map.places) if g.unit_map is not None else torch.zeros(g.num_units).long())
+    at = {id(g): i for i, g in enumerate(every)}
+    for _, axis in _axes(model):
+        i, n = at[id(axis.units.gates)], axis.units.gates.num_units
+        count = torch.bincount(torch.as_tensor(axis.units.numbers), minlength=n + 1)[1:]
+        kinds[i] = torch.stack([kinds[i], count]).unique(dim=1, return_inverse=True)[1]
+    return [k.to(g.masks.device) for k, g in zip(kinds, every, strict=True)]
+
+
+def _axes(model: nn.Module) -> Iterator[tuple[str, UnitAxis]]:
+    """Every axis of every parameter, and those of norms without parameters."""
+    for path, module in model.named_modules():
+        hat: Binding | None = module.__dict__.get("_hat") if isinstance(module, HATLayer) else None
+        for name, plan in hat.params.items() if hat is not None else ():
+            for axis in plan.axes:
+                yield f"{path}.{name}", axis
+
+
+def _crowded(model: nn.Module, source: int, locked: Sequence[int]) -> list[Tensor]:
+    """Per gates, `[U]`: how many elements of a unit, towards the source's units, are held by sealed tasks."""
+    every = gates_of(model)
+    at = {id(g): i for i, g in enumerate(every)}
+    crowded = [torch.zeros(g.num_units + 1, dtype=torch.float64, device=g.masks.device) for g in every]
+    for h in _shared(model):
+        assert h.plan is not None
+        live = live_for(h, locked)
+        if live is None:
+            continue
+        frozen = live.view(h.plan.view).double()
+        for axis in h.plan.axes:
+            towards = frozen
+            for other in h.plan.axes:
+                if other is not axis:
+                    towards = towards * other.units.on(source).view(_shape(other)).double()
+            shape = _shape(axis)
+            per_index = towards.sum_to_size(shape).flatten()
+            numbers = torch.as_tensor(axis.units.numbers, device=per_index.device)
+            crowded[at[id(axis.units.gates)]].index_add_(0, numbers, per_index)
+    return [c[1:] for c in crowded]
+
+
+def _shared(model: nn.Module) -> list[Held]:
+    return [h for h in held(model) if h.task is None and not h.plain and h.plan is not None and h.plan.axes]
+
+
+def _shape(axis: UnitAxis) -> tuple[int, ...]:
+    """The shape in which an axis broadcasts, in numbers."""
+    return tuple(len(axis.units) if n == -1 else n for n in axis.shape)
+
+
+# ---- which values ----------------------------------------------------------------------------------------------------
+
+
+def transplant(model: nn.Module, task: int, plan: Fork, locked: Sequence[int], optimizers: Sequence[Any] = ()) -> int:
+    """Write `W[a, b] <- W[phi(a), phi(b)]` for every element that is live for the new mask and that no sealed task
+    holds, and the same for what the task has of its own: a norm's parameters and running statistics. Its head stays as
+    it is. Moments that optimizers have of what was written are set to zero. Returns how many shared elements were
+    written.
+
+    Everything is computed before anything is written.
+    """
+    check_whole(model, "start_from")
+    phi = {id(g): p for g, p in zip(gates_of(model), plan.phi, strict=True)}
+    masks = {id(g): m for g, m in zip(gates_of(model), plan.masks, strict=True)}
+    writes: list[tuple[Tensor, Tensor, Tensor | None, str]] = []  # a tensor, what is written, where, its name
+    for h in _shared(model):
+        assert h.plan is not None
+        live = torch.ones((), dtype=torch.bool, device=h.param.device)
+        moved = torch.zeros_like(live)
+        for axis in h.plan.axes:
+            on, changed = _along(axis.units, masks, phi)
+            live, moved = live & on.view(_shape(axis)), moved | changed.view(_shape(axis))
+        new = (live & moved).expand(h.plan.view).reshape(h.param.shape)
+        frozen = live_for(h, locked)
+        where = new if frozen is None else new & ~frozen
+        if bool(where.any()):
+            writes.append((h.param, _through(h.param.detach(), h.plan.view, h.plan.axes, phi), where, h.name))
+    heads = _heads(model)
+    for module in model.modules():
+        if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
+            writes += _own(module, task, plan.source, phi, heads)
+    written = [Kept(x, which, name) for x, _, which, name in writes if isinstance(x, nn.Parameter)]
+    stored = [StoredWeights(o, written) for o in map(unwrapped, optimizers)]
+    for s in stored:
+        s.look()  # what is a weight is told by its likeness to the parameters, before these change
+    with torch.no_grad():
+        for x, value, which, _ in writes:
+            x.copy_(value if which is None else torch.where(which, value, x))
+    for s in stored:
+        s.begin_again()
+    return sum(int(which.sum()) for _, _, which, _ in writes if which is not None)
+
+
+def _along(units: Units, masks: dict[int, Tensor], phi: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """Per entry of an axis: is it on for the new task (and known where its values come from), and do they come from
+    elsewhere?"""
+    mask, stands_for = masks[id(units.gates)], phi[id(units.gates)]
+    numbers = torch.as_tensor(units.numbers, device=mask.device)
+    at, always = (numbers - 1).clamp(min=0), numbers == 0
+    on = (mask[at] & (stands_for[at] >= 0)) | always
+    return on, (stands_for[at] != at) & ~always
+
+
+def _sources(units: Units, phi: dict[int, Tensor]) -> Tensor:
+    """Per entry of an axis, the index whose values it takes: of the same occurrence of the unit that it stands for."""
+    stands_for = phi[id(units.gates)].cpu()
+    numbers = torch.as_tensor(units.numbers)
+    order = numbers.argsort(stable=True)
+    count = torch.bincount(numbers, minlength=len(stands_for) + 1)
+    first = count.cumsum(0) - count
+    occurrence = torch.empty_like(numbers)
+    occurrence[order] = torch.arange(len(numbers)) - first[numbers[order]]
+    target = torch.cat([torch.zeros(1, dtype=torch.long), stands_for.clamp(min=0) + 1])[numbers]
+    fits = occurrence < count[target]
+    found = order[(first[target] + occurrence).clamp(max=max(len(order) - 1, 0))]
+    return torch.where(fits & (numbers > 0), found, torch.arange(len(numbers)))
+
+
+def _through(value: Tensor, view: Sequence[int], axes: Sequence[UnitAxis], phi: dict[int, Tensor]) -> Tensor:
+    """`value[phi(a), phi(b)]`."""
+    index = [
+        torch.arange(n, device=value.device).view([n if d == i else 1 for i in range(len(view))])
+        for d, n in enumerate(view)
+    ]
+    for axis in sorted(axes, key=lambda axis: axis.owner):  # where both say the group, it is the same, or the owner's
+        shape = _shape(axis)
+        dims = [d for d, n in enumerate(shape) if n != 1]
+        if dims:
+            sources = _sources(axis.units, phi).to(value.device)
+            for d, at in zip(dims, torch.unravel_index(sources, [shape[d] for d in dims]), strict=True):
+                index[d] = at.view(shape)
+    return value.view(view)[tuple(index)].reshape(value.shape)
+
+
+def _own(
+    module: Any, task: int, source: int, phi: dict[int, Tensor], heads: set[int]
+) -> Iterator[tuple[Tensor, Tensor, None, str]]:
+    """What the task has of its own in a module that is no head: as the source has it, through phi."""
+    hat: Binding = module._hat
+    mine, theirs = module.hat_tasks[task], module.hat_tasks[source]
+    for name, p in mine._parameters.items():
+        value, plan = theirs._parameters[name], hat.params[name]
+        if id(module._parameters[name]) not in heads and value.shape == p.shape:
+            yield p, _through(value.detach(), plan.view, plan.axes, phi), None, f"{hat.path}.{name}"
+    per_unit = hat.norm or hat.output or next(
+        ((0, a.units) for plan in hat.params.values() for a in plan.axes if a.owner), None
+    )  # fmt: skip
+    for name, b in mine._buffers.items():
+        value = theirs._buffers[name]
+        if b is None or value is None or value.shape != b.shape:
+            continue
+        if per_unit is not None and b.shape == (len(per_unit[1]),):
+            value = value[_sources(per_unit[1], phi).to(value.device)]
+        yield b, value, None, f"{hat.path}.{name}"
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """The ids of the plain parameters of heads."""
+    found: set[int] = set()
+    for root in model.modules():
+        gates = root._modules.get(GATES)
+        if isinstance(gates, Gates):
+            named = dict(root.named_parameters())
+            found |= {id(named[e.name]) for e in gates.unit_map.entries.values() if e.head and e.name in named}
+        elif isinstance(root, TaskIndexedLinear):
+            found |= {id(p) for p in root._parameters.values() if p is not None}
+    return found
