@@ -18,7 +18,7 @@ from .gates import gates_of
 from .held import held
 from .layers.gated import HATLayer
 from .layers.state import forget_states
-from .tasks import check_task, tasks
+from .tasks import check_none_reopened, check_task, tasks
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
         )
     if any(is_chosen(g.key) for g in gates) and gates[0].task == task:
         raise TaskError(f"task {task} is active in a `with hatcl.task(...)` block; leave it before forgetting the task")
+    check_none_reopened(model, f"forget_task: forgetting task {task}")
     check_sealed(model)
     others = [t for t in tasks(model) if t != task]
     plan: dict[int, tuple[str, Tensor]] = {}

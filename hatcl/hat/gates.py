@@ -51,6 +51,12 @@ class Origin:
         source = self.gates()
         return None if source is None or source.model is None else source.model()
 
+    def reopen(self, task: int, copied: Gates) -> None:
+        """A task that the copy has sealed was reopened there. It may follow that task, once it is averaged again."""
+        self.own.discard(task)
+        self._sealed.discard(task)
+        self.forget_writes(copied)
+
     def follow(self, copied: Gates) -> bool:
         """Has the copy been averaged with a model that has learned on, another task than the one followed so far?"""
         source = self.gates()
@@ -72,6 +78,8 @@ class Gates(nn.Module):
     Attributes:
         embeddings: T parameters `[U]`.
         masks: `[T, U]` bool, the hard gates of sealed tasks. sealed: `[T]` bool.
+        order: `[T]` int64, 1, 2, ... in the order of sealing; 0: never sealed, or forgotten; negative: it was sealed as
+            the k-th and is reopened, so that nothing holds what it uses until it is sealed again.
         digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
             fixed size for state dicts (see `digests.table_of`).
         learned: the task that is being learned, or was last. learner: the thread that is learning. lock: what it holds
@@ -92,6 +100,7 @@ class Gates(nn.Module):
 
     masks: Tensor
     sealed: Tensor
+    order: Tensor
     scale: Tensor
     hardened: Tensor
     digest_table: Tensor
@@ -103,6 +112,7 @@ class Gates(nn.Module):
         self.embeddings = nn.ParameterList([self.fresh_embedding(units) for _ in range(config.num_tasks)])
         self.register_buffer("masks", torch.zeros(config.num_tasks, units, dtype=torch.bool))
         self.register_buffer("sealed", torch.zeros(config.num_tasks, dtype=torch.bool))
+        self.register_buffer("order", torch.zeros(config.num_tasks, dtype=torch.int64))
         self.register_buffer("digest_table", torch.zeros(config.num_tasks, SLOTS, SLOT_BYTES, dtype=torch.uint8))
         self.register_buffer("scale", torch.tensor(float(config.max_scale)), persistent=False)
         self.register_buffer("hardened", torch.tensor(0.0), persistent=False)
@@ -241,15 +251,8 @@ class Gates(nn.Module):
     # ---- life of a task ----------------------------------------------------------------------------------------
 
     def fresh_embedding(self, units: int, like: Tensor | None = None) -> nn.Parameter:
-        """A new embedding by `config.init` (Serra et al. 2018, section 2.3; dense: HAT-CL)."""
-        c = self.config
-        if c.init == "normal":
-            e = torch.randn(units)
-        elif c.init == "sparse":
-            e = torch.where(torch.rand(units) < c.init_density, c.init_value, -c.init_value)
-        else:
-            e = torch.full((units,), abs(c.init_value) if c.init == "dense" else c.init_value)
-        e = e.clamp(-c.clamp, c.clamp)
+        """A new embedding by `config.init`."""
+        e = F.drawn_embedding(units, self.config)
         return nn.Parameter(e if like is None else e.to(like))
 
     def used(self, without: int | None = None) -> Tensor:
@@ -262,6 +265,7 @@ class Gates(nn.Module):
     def seal(self, task: int) -> None:
         self.masks[task] = self.hard(task)
         self.sealed[task] = True
+        self.order[task] = self.order.abs().max() + 1
         self._changed([task])
 
     def _changed(self, tasks: Iterable[int]) -> None:
@@ -270,23 +274,29 @@ class Gates(nn.Module):
         for t in tasks:
             self.sealings[t] = self.sealings.get(t, 0) + 1
 
-    def unseal(self, task: int) -> None:
-        """Forget a task's gates: its row is empty and its embedding new."""
+    def unseal(self, task: int, embedding: Tensor | None = None) -> None:
+        """Take a task's row away. Its embedding becomes the one given, from which it is learned on, or else a new one:
+        then it is forgotten."""
         self.masks[task] = False
         self.sealed[task] = False
+        self.order[task] = 0 if embedding is None else -self.order[task]
         self.digest_table[task] = 0
         self.digests.pop(task, None)
         self._taken_by = (None, self.masks[task])
         with torch.no_grad():
-            self.embeddings[task].copy_(self.fresh_embedding(self.num_units))
+            self.embeddings[task].copy_(self.fresh_embedding(self.num_units) if embedding is None else embedding)
         self._changed([task])
+
+    def reopened(self) -> list[int]:
+        """The tasks that were sealed, and are to be learned on."""
+        return (self.order < 0).nonzero().flatten().tolist()
 
     def add(self, tasks: int) -> None:
         self.config = self.config.replace(num_tasks=self.num_tasks + tasks)
         like = self.embeddings[0].detach()
         for _ in range(tasks):
             self.embeddings.append(self.fresh_embedding(self.num_units, like))
-        for name in ("masks", "sealed", "digest_table"):
+        for name in ("masks", "sealed", "order", "digest_table"):
             rows = getattr(self, name)
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
         self.epoch += 1
