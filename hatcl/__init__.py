@@ -53,6 +53,7 @@ from .hat.layers import (
 from .hat.learn import Learning, learn
 from .hat.pretrained import from_pretrained, save_pretrained
 from .hat.registry import register_layer
+from .hat.reopen import ReopenReport, reopen_task
 from .hat.tasks import set_task, task, tasks
 from .hat.together import forward
 from .integrations.timm_names import install, list_models
@@ -79,20 +80,21 @@ from .vectors.task_vector import TaskVector
 
 __version__ = "0.1.0"
 __all__ = [
-    "AddedTasks", "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions", "ConversionError",
-    "Description", "ExtractReport", "Extracted", "ForgetReport", "Graft", "GraftError", "GraftOptions",
-    "GraftScores", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d",
-    "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer", "HATLinear", "ILoRA",
-    "ILoRAConfig", "IntegrityError", "IsolationError", "Learning", "NonFiniteLossError", "SignConflicts", "Skill",
-    "SkillError", "SkillScorer", "SkillScores", "TaskError", "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d",
-    "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm", "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d",
-    "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm", "TaskIndexedLinear", "TaskIndexedParameter",
-    "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError", "accumulate_scores", "add_tasks", "as_adapter",
-    "atlas", "certify", "compose", "consolidate", "continual", "continual_method", "convert", "describe",
-    "extract_task", "forget_task", "forward", "from_pretrained", "gathered", "hold", "hold_gates", "learn",
-    "learn_graft", "learn_sequence", "list_continual_methods", "list_merges", "list_models", "load_extracted",
-    "localize", "masks_of", "merge", "merge_method", "orthogonality", "register_layer", "save_pretrained", "seal",
-    "select_graft", "set_task", "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",
+    "AddedTasks", "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions",
+    "ConversionError", "Description", "ExtractReport", "Extracted", "ForgetReport", "Graft", "GraftError",
+    "GraftOptions", "GraftScores", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d",
+    "HATConvTranspose1d", "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer",
+    "HATLinear", "ILoRA", "ILoRAConfig", "IntegrityError", "IsolationError", "Learning", "NonFiniteLossError",
+    "ReopenReport", "SignConflicts", "Skill", "SkillError", "SkillScorer", "SkillScores", "TaskError",
+    "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm",
+    "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm",
+    "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError",
+    "accumulate_scores", "add_tasks", "as_adapter", "atlas", "certify", "compose", "consolidate", "continual",
+    "continual_method", "convert", "describe", "extract_task", "forget_task", "forward", "from_pretrained",
+    "gathered", "hold", "hold_gates", "learn", "learn_graft", "learn_sequence", "list_continual_methods",
+    "list_merges", "list_models", "load_extracted", "localize", "masks_of", "merge", "merge_method",
+    "orthogonality", "register_layer", "reopen_task", "save_pretrained", "seal", "select_graft", "set_task",
+    "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

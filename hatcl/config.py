@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,26 +11,65 @@ from typing import Any, TypeVar
 
 from .errors import ConfigError, nearest
 
-INITS = ("normal", "dense", "sparse", "constant")
-SCHEDULES = ("linear", "cosine", "exponential", "constant")
+INITS = ("normal", "dense", "sparse", "uniform", "constant")
+SCHEDULES = ("linear", "cosine", "half_cosine", "exponential", "constant")
 PENALTIES = ("global", "layer")
 REUSE = ("all", "none")
 COMPENSATIONS = ("exact", "hat")
 PREVIOUS, BEST = "previous", "best"  # the task to start from, beside a number
 
 
+HATCL_OPTIONS = {
+    "attn_clamp": "clamp",
+    "forgive_quota": "forgiven",
+    "gate": "compensation",
+    "grad_comp_clamp": "compensation_clamp",
+    "grad_comp_factor": "embedding_lr_scale",
+    "init_strat": "init",
+    "locked_task_ids": "locked",
+    "mask_dim": "",
+    "mask_scale": "schedule",
+    "max_trn_mask_scale": "max_scale",
+    "min_trn_mask_scale": "",
+    "ratio_greater_than_one": "above_one",
+    "strat": "schedule",
+}
+"""What HAT-CL's options are called here; "": there is none, nor a need for it (docs/coming_from.md)."""
+
+
+Class = TypeVar("Class", bound=type)
+
+
+def _answers_hatcl(cls: Class) -> Class:
+    """Have a dataclass raise `ConfigError` for an option that there is not, where Python's own error names none."""
+    init = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **options: Any) -> None:
+        known_options(cls, options, HATCL_OPTIONS)
+        init(self, *args, **options)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
+
+
+@_answers_hatcl
 @dataclasses.dataclass(frozen=True)
 class HATConfig:
     """Options of hard attention to the task (Serra et al. 2018, arXiv 1801.01423; HAT-CL, arXiv 2307.09653).
 
     Args:
         num_tasks: how many tasks the model has room for; `hatcl.add_tasks` adds more.
-        init: how a task's embeddings start. `normal`: e ~ N(0, 1) (HAT). `dense`: every unit on, e = `init_value`
-            (HAT-CL). `sparse`: each unit on with probability `init_density`, e = +-`init_value`.
-            `constant`: e = `init_value`, sign included.
+        init: how a task's embeddings start. `normal`: e ~ N(0, 1) (HAT). `dense`: every unit on, e = |`init_value|`
+            (HAT-CL). `sparse`: e ~ |`init_value`| N(Phi^-1(d), 1), so that a share d = `init_density` of the units is
+            on (HAT-CL).
+            `uniform`: e ~ U(0, 2 |`init_value|`) (HAT's compression experiments). `constant`: e = `init_value`, sign
+            included.
         init_value: the embedding's size where `init` needs one.
-        init_density: the share of units that start on under `sparse`.
-        schedule: how the scale s goes from 1 / `max_scale` to `max_scale` over the steps of one cycle.
+        init_density: the share of units that start on under `sparse`; None = 1 / `num_tasks` (HAT-CL).
+        schedule: how the scale s goes to `max_scale` over the steps of one cycle (see `hatcl.functional.scale_at`).
+            `linear` (HAT), `half_cosine` and `exponential` rise; HAT-CL's `cosine` falls from `max_scale` to 1 first.
+        above_one: share of a cycle in which the scale of `exponential` is above 1 (HAT-CL: 0.8).
         cycles: how many times the scale is annealed within one task; None = once per epoch, as in HAT (the `epochs`
             given to `hatcl.learn`).
         settle: share of a task's last steps that are learned with the gates already hard and the embeddings held, so
@@ -54,8 +94,9 @@ class HATConfig:
     num_tasks: int = 1
     init: str = "normal"
     init_value: float = 1.0
-    init_density: float = 0.5
+    init_density: float | None = None
     schedule: str = "linear"
+    above_one: float = 0.8
     cycles: int | None = 1
     settle: float = 0.1
     max_scale: float = 400.0
@@ -82,8 +123,9 @@ class HATConfig:
             number(name, getattr(self, name), low, without="low")
         number("penalty_weight", self.penalty_weight, 0)
         for name in ("init_density", "forgiven", "settle"):
-            if name != "forgiven" or self.forgiven is not None:
+            if getattr(self, name) is not None or name == "settle":
                 number(name, getattr(self, name), 0, 1, what="a share")
+        number("above_one", self.above_one, 0, 1, without="low", what="a share")
         whole("cycles", self.cycles, optional=True)
         if check_start(self.start_from) is not None and self.reuse == "none":
             raise ConfigError(
@@ -95,8 +137,7 @@ class HATConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> HATConfig:
-        """A config from JSON-like options. Raises `ConfigError` on an unknown key and names the nearest one."""
-        known_options(cls, options)
+        """A config from JSON-like options. Raises `ConfigError` on an unknown key and names the one that was meant."""
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,15 +175,18 @@ class Changeable:
         return dataclasses.replace(self, **options)  # type: ignore[type-var]
 
 
-def known_options(cls: type, options: Iterable[str]) -> None:
-    """Raise `ConfigError` for an option that the dataclass lacks, with the nearest one."""
+def known_options(cls: type, options: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> None:
+    """Raise `ConfigError` for an option that the dataclass lacks, with the nearest one.
+
+    Args:
+        elsewhere: another library's names, and what they are here ("": nothing).
+    """
     known = [f.name for f in dataclasses.fields(cls)]
     for key in options:
         if key not in known:
-            near = nearest(key, known)
-            raise ConfigError(
-                f"{cls.__name__} has no option {key!r}; did you mean {near!r}? It has {', '.join(known)}."
-            )
+            near = (elsewhere or {}).get(key, nearest(key, known))
+            meant = f"did you mean {near!r}?" if near else "hatcl needs none (docs/coming_from.md); leave it out."
+            raise ConfigError(f"{cls.__name__} has no option {key!r}; {meant} It has {', '.join(known)}.")
 
 
 def without_effect(options: Any, names: Iterable[str], when: str, remedy: str) -> None:

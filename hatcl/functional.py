@@ -14,29 +14,42 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
+from .config import HATConfig
+
 SMALLEST_GATE = 1e-4
 """Soft gates that are no larger are exact zeros. A gradient passes two gates and an optimizer squares it: smaller gates
 make denormal floats there, which cost a CPU many times the step. Their embeddings still learn (see `soft_gate`)."""
+
+HATCL_ABOVE_ONE = 0.8
+"""HAT-CL's ratio of its exponential schedule."""
 
 RATES = ("constant", "linear", "cosine")
 """How a learning rate changes after its warm-up."""
 
 
-def scale_at(step: int, steps: int, max_scale: float, schedule: str = "linear") -> float:
-    """The scale s at step b = `step` of B = `steps` of one annealing cycle.
+def scale_at(
+    step: int, steps: int, max_scale: float, schedule: str = "linear", above_one: float = HATCL_ABOVE_ONE
+) -> float:
+    """The scale s at step b = `step` of B = `steps` of one annealing cycle, with the progress p = b / (B - 1).
 
-    linear: `s = 1/s_max + (s_max - 1/s_max) * (b - 1) / (B - 1)` (HAT eq. 3), with b counted from 0 here;
-    cosine: the same ends, with `(1 - cos(pi * p)) / 2` in place of the progress p (HAT-CL);
-    exponential: `s = s_max ** (2p - 1)`; constant: `s_max`.
+    - linear: `s = 1/s_max + (s_max - 1/s_max) * p` (HAT eq. 3, where b is counted from 1);
+    - cosine: `s = max(s_max/2 * (1 + cos(2 pi p)), 1)`, which falls from s_max to 1 and rises again (HAT-CL): weights
+      are learned first, then gates, then weights again;
+    - half_cosine: the ends of linear, with `(1 - cos(pi p)) / 2` in place of p;
+    - exponential: `s = s_max ** ((p - 1 + r) / r)` with r = `above_one`, the share of the cycle in which s is above 1
+      (HAT-CL: .8);
+    - constant: `s_max`.
     """
     progress = min(max(step / (steps - 1), 0.0), 1.0) if steps > 1 else 1.0
     low = 1.0 / max_scale
     if schedule == "linear":
         return low + (max_scale - low) * progress
-    if schedule == "cosine":
+    if schedule == "half_cosine":
         return low + (max_scale - low) * (1.0 - math.cos(math.pi * progress)) / 2.0
+    if schedule == "cosine":
+        return max(max_scale * (1.0 + math.cos(2 * math.pi * progress)) / 2.0, 1.0)
     if schedule == "exponential":
-        return float(max_scale ** (2.0 * progress - 1.0))
+        return float(max_scale ** ((progress - 1.0 + above_one) / above_one))
     return max_scale
 
 
@@ -106,6 +119,22 @@ def soft_gate(
         compensation: `exact` or `hat`.
     """
     return _Gate.apply(e, scale, max_scale, clamp, hardened, compensation == "exact")
+
+
+def drawn_embedding(units: int, config: HATConfig) -> Tensor:
+    """`[U]`: where a task's embeddings start, by `config.init` (Serra et al. 2018, section 2.3; dense, sparse: HAT-CL),
+    within +-`config.clamp`."""
+    size = abs(config.init_value)
+    if config.init == "normal":
+        e = torch.randn(units)
+    elif config.init == "sparse":
+        share = 1 / config.num_tasks if config.init_density is None else config.init_density
+        e = size * (torch.randn(units) + float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64))))
+    elif config.init == "uniform":
+        e = 2 * size * torch.rand(units)
+    else:
+        e = torch.full((units,), size if config.init == "dense" else config.init_value)
+    return e.clamp(-config.clamp, config.clamp)
 
 
 def hard_gate(e: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import hatcl
 from hatcl.config import (
     COMPENSATIONS,
+    HATCL_OPTIONS,
     INITS,
     PENALTIES,
     REUSE,
@@ -30,8 +31,9 @@ valid = st.fixed_dictionaries(
         "num_tasks": st.integers(1, 100),
         "init": st.sampled_from(INITS),
         "init_value": st.floats(-6, 6),
-        "init_density": st.floats(0, 1),
+        "init_density": st.none() | st.floats(0, 1),
         "schedule": st.sampled_from(SCHEDULES),
+        "above_one": st.floats(0.01, 1),
         "cycles": st.none() | st.integers(1, 10),
         "settle": st.floats(0, 0.9),
         "max_scale": st.floats(1.5, 1e4),
@@ -81,7 +83,10 @@ def test_a_misspelled_option_is_told_its_nearest(name):
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"init": "dens"}, "init: got 'dens', expected one of normal, dense, sparse, constant; did you mean 'dense'"),
+        (
+            {"init": "dens"},
+            "init: got 'dens', expected one of normal, dense, sparse, uniform, constant; did you mean 'dense'",
+        ),
         ({"schedule": "cos"}, "schedule: got 'cos', expected one of .*; did you mean 'cosine'"),
         ({"penalty": "layers"}, "penalty: got 'layers', .* did you mean 'layer'"),
         ({"reuse": "some"}, "reuse: got 'some', expected one of all, none"),
@@ -190,3 +195,17 @@ def test_what_the_docstring_of_a_base_says():
     told = help_of(Derived)
     assert (told["more"], told["lr"]) == ("Of the derived class.", "Said again.")
     assert told["epochs"] == "Passes (at most many): over all."
+
+
+@pytest.mark.parametrize("name", HATCL_OPTIONS)
+@pytest.mark.parametrize("make", [lambda o: hatcl.HATConfig(**o), hatcl.HATConfig.from_dict], ids=["call", "mapping"])
+def test_hat_cls_names_are_answered_with_ours(name, make):
+    ours = HATCL_OPTIONS[name]
+    meant = rf"did you mean '{ours}'\?" if ours else "hatcl needs none"
+    with pytest.raises(hatcl.ConfigError, match=f"HATConfig has no option '{name}'; {meant}"):
+        make({name: 1})
+
+
+def test_hat_cls_names_are_mapped_to_options_that_there_are():
+    known = {f.name for f in dataclasses.fields(hatcl.HATConfig)}
+    assert set(HATCL_OPTIONS.values()) - {""} <= known and not set(HATCL_OPTIONS) & known

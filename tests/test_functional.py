@@ -20,19 +20,42 @@ embeddings = st.lists(st.floats(-6.0, 6.0), min_size=1, max_size=20)
 # ---- the scale ------------------------------------------------------------------------------------
 
 
+RISING = [name for name in SCHEDULES if name != "cosine"]
+
+
 @given(st.integers(2, 500), st.floats(1.5, 1000.0))
 def test_every_schedule_starts_and_ends_where_the_paper_says(steps, top):
+    starts = {"constant": top, "cosine": top, "exponential": top**-0.25}
     for schedule in SCHEDULES:
         start, stop = (F.scale_at(b, steps, top, schedule) for b in (0, steps - 1))
         assert stop == pytest.approx(top)
-        assert start == pytest.approx(top if schedule == "constant" else 1 / top)
+        assert start == pytest.approx(starts.get(schedule, 1 / top))
 
 
-@given(st.integers(2, 300), st.sampled_from(SCHEDULES))
+@given(st.integers(2, 300), st.sampled_from(RISING))
 def test_schedules_never_fall_and_stay_at_the_end(steps, schedule):
     values = [F.scale_at(b, steps, 400.0, schedule) for b in range(steps + 3)]
     assert all(a <= b for a, b in zip(values, values[1:], strict=False))
     assert values[-1] == values[steps - 1]
+
+
+def hat_cl(progress, top, ratio=0.8):
+    """The two schedules that hat-cl 0.1.1 has beside HAT's, in its own terms: half the top times a cosine of a full
+    turn, raised by the half and never below 1; and a base whose power is 1 where the share 1 - ratio is through."""
+    base = top ** (1 / ratio)
+    return max(top / 2 * math.cos(progress * 2 * math.pi) + top / 2, 1), base ** (progress - 1 + ratio)
+
+
+@given(st.integers(2, 300), st.floats(1.5, 1000.0), st.floats(0.05, 1.0), st.data())
+def test_cosine_and_exponential_are_hat_cls(steps, top, ratio, data):
+    b = data.draw(st.integers(0, steps - 1))
+    cosine, exponential = hat_cl(b / (steps - 1), top, ratio)
+    assert F.scale_at(b, steps, top, "cosine") == pytest.approx(cosine, rel=1e-9)
+    assert F.scale_at(b, steps, top, "exponential", ratio) == pytest.approx(exponential, rel=1e-9)
+
+
+def test_hat_cls_cosine_falls_and_rises_again():
+    assert [F.scale_at(b, 5, 100.0, "cosine") for b in range(5)] == pytest.approx([100, 50, 1, 50, 100])
 
 
 @given(st.integers(2, 300), st.data())
@@ -44,8 +67,9 @@ def test_the_linear_schedule_is_equation_3(steps, data):
 
 
 def test_halfway_of_the_other_schedules():
-    assert F.scale_at(50, 101, 400.0, "cosine") == pytest.approx((400 + 1 / 400) / 2)
-    assert F.scale_at(50, 101, 400.0, "exponential") == pytest.approx(1.0)
+    assert F.scale_at(50, 101, 400.0, "half_cosine") == pytest.approx((400 + 1 / 400) / 2)
+    assert F.scale_at(50, 101, 400.0, "exponential", 0.5) == pytest.approx(1.0)
+    assert F.scale_at(20, 101, 400.0, "exponential") == pytest.approx(1.0)  # HAT-CL: above 1 in 80 % of the steps
     assert F.scale_at(50, 101, 400.0, "constant") == 400.0
 
 

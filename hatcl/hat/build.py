@@ -141,7 +141,7 @@ def _take_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, *a
     """A plain model's state dict fits as long as no task is sealed: every task's copies start from its values."""
     gates = model.get_submodule(GATES)
     assert isinstance(gates, Gates)
-    if any(f"{GATES}." in name or "hat_tasks." in name for name in state) or bool(gates.sealed.any()):
+    if any(f"{GATES}." in name or "hat_tasks." in name for name in state) or bool(gates.order.any()):
         return
     for name, value in model.state_dict(prefix=prefix).items():
         path, _, rest = name.rpartition("hat_tasks.")

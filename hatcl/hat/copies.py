@@ -60,6 +60,18 @@ def seal(model: nn.Module, task: int | None = None) -> None:
         origin.kept = _used_by(model, sorted(origin.own))
 
 
+def let_go(model: nn.Module, task: int) -> None:
+    """A task that was sealed in a copy is reopened there: nothing of it is put back any more, and the copy may follow
+    it."""
+    gates = gates_of(model)
+    for g in gates:
+        if g.origin is not None:
+            g.origin.reopen(task, g)
+    origin = gates[0].origin
+    if origin is not None:
+        origin.kept = _used_by(model, sorted(origin.own))
+
+
 def _used_by(model: nn.Module, tasks: Sequence[int]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
     """Tensors, which of their elements some tasks use (None: all), and their values."""
     out: list[tuple[Tensor, Tensor | None, Tensor]] = []

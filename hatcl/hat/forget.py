@@ -20,7 +20,7 @@ from .held import held, live_for
 from .layers.gated import HATLayer
 from .layers.state import forget_states
 from .lineage import descendants_of, disinherit, spoken, to_forget, warn_of_descendants
-from .tasks import check_task, tasks
+from .tasks import check_none_reopened, check_task, tasks
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False, descendan
         raise TaskError(
             f"task {gates[0].task} is active in a `with hatcl.task(...)` block; leave it before forgetting the task"
         )
+    check_none_reopened(model, f"forget_task: forgetting task {task}")
     check_sealed(model)
     others = [t for t in tasks(model) if t not in gone]
     plan: dict[int, tuple[str, Tensor]] = {}

@@ -53,6 +53,12 @@ class Origin:
         source = self.gates()
         return None if source is None or source.model is None else source.model()
 
+    def reopen(self, task: int, copied: Gates) -> None:
+        """A task that the copy has sealed was reopened there. It may follow that task, once it is averaged again."""
+        self.own.discard(task)
+        self._sealed.discard(task)
+        self.forget_writes(copied)
+
     def follow(self, copied: Gates) -> bool:
         """Has the copy been averaged with a model that has learned on, another task than the one followed so far?"""
         source = self.gates()
@@ -76,6 +82,8 @@ class Gates(nn.Module):
         masks: `[T, U]` bool, the hard gates of sealed tasks. sealed: `[T]` bool.
         given: `[T, U]` bool, hard gates that a task is given. given_until: `[T]`, for which share of its steps it is
             held to them: 0 not at all, 1 always (see `hatcl.hold_gates`). holding: is the task being learned held now?
+        order: `[T]` int64, 1, 2, ... in the order of sealing; 0: never sealed, or forgotten; negative: it was sealed as
+            the k-th and is reopened, so that nothing holds what it uses until it is sealed again.
         digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
             fixed size for state dicts (see `digests.table_of`).
         learned: the task that is being learned, or was last. learner: the thread that is learning. lock: what it holds
@@ -99,6 +107,7 @@ class Gates(nn.Module):
     sealed: Tensor
     given: Tensor
     given_until: Tensor
+    order: Tensor
     scale: Tensor
     hardened: Tensor
     digest_table: Tensor
@@ -113,6 +122,7 @@ class Gates(nn.Module):
         self.register_buffer("sealed", torch.zeros(config.num_tasks, dtype=torch.bool))
         self.register_buffer("given", torch.zeros(config.num_tasks, units, dtype=torch.bool))
         self.register_buffer("given_until", torch.zeros(config.num_tasks))
+        self.register_buffer("order", torch.zeros(config.num_tasks, dtype=torch.int64))
         self.register_buffer("digest_table", torch.zeros(config.num_tasks, SLOTS, SLOT_BYTES, dtype=torch.uint8))
         self.register_buffer("lineage", torch.zeros(config.num_tasks, config.num_tasks, dtype=torch.uint8))
         self.register_buffer("scale", torch.tensor(float(config.max_scale)), persistent=False)
@@ -260,15 +270,8 @@ class Gates(nn.Module):
     # ---- life of a task ----------------------------------------------------------------------------------------
 
     def fresh_embedding(self, units: int, like: Tensor | None = None) -> nn.Parameter:
-        """A new embedding by `config.init` (Serra et al. 2018, section 2.3; dense: HAT-CL)."""
-        c = self.config
-        if c.init == "normal":
-            e = torch.randn(units)
-        elif c.init == "sparse":
-            e = torch.where(torch.rand(units) < c.init_density, c.init_value, -c.init_value)
-        else:
-            e = torch.full((units,), abs(c.init_value) if c.init == "dense" else c.init_value)
-        e = e.clamp(-c.clamp, c.clamp)
+        """A new embedding by `config.init`."""
+        e = F.drawn_embedding(units, self.config)
         return nn.Parameter(e if like is None else e.to(like))
 
     def used(self, without: int | None = None) -> Tensor:
@@ -281,6 +284,7 @@ class Gates(nn.Module):
     def seal(self, task: int) -> None:
         self.masks[task] = self.hard(task)
         self.sealed[task] = True
+        self.order[task] = self.order.abs().max() + 1
         self._changed([task])
 
     def _changed(self, tasks: Iterable[int]) -> None:
@@ -289,16 +293,18 @@ class Gates(nn.Module):
         for t in tasks:
             self.sealings[t] = self.sealings.get(t, 0) + 1
 
-    def unseal(self, task: int) -> None:
-        """Forget a task's gates: its row is empty and its embedding new."""
+    def unseal(self, task: int, embedding: Tensor | None = None) -> None:
+        """Take a task's row away. Its embedding becomes the one given, from which it is learned on, or else a new one:
+        then it is forgotten."""
         self.give(task, None)
         self.masks[task] = False
         self.sealed[task] = False
+        self.order[task] = 0 if embedding is None else -self.order[task]
         self.digest_table[task] = 0
         self.digests.pop(task, None)
         self._taken_by = (None, self.masks[task])
         with torch.no_grad():
-            self.embeddings[task].copy_(self.fresh_embedding(self.num_units))
+            self.embeddings[task].copy_(self.fresh_embedding(self.num_units) if embedding is None else embedding)
         self._changed([task])
 
     def give(self, task: int, on: Tensor | None, until: float = 1.0) -> None:
@@ -311,12 +317,16 @@ class Gates(nn.Module):
                 self.embeddings[task].copy_(torch.where(self.given[task], size, -size))
         self._changed([task])
 
+    def reopened(self) -> list[int]:
+        """The tasks that were sealed, and are to be learned on."""
+        return (self.order < 0).nonzero().flatten().tolist()
+
     def add(self, tasks: int) -> None:
         self.config = self.config.replace(num_tasks=self.num_tasks + tasks)
         like = self.embeddings[0].detach()
         for _ in range(tasks):
             self.embeddings.append(self.fresh_embedding(self.num_units, like))
-        for name in ("masks", "sealed", *LATER, "digest_table"):
+        for name in ("masks", "sealed", "order", *LATER, "digest_table"):
             rows = getattr(self, name)
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
         self.lineage = nn.functional.pad(self.lineage, (0, tasks, 0, tasks))

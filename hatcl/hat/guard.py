@@ -90,6 +90,7 @@ class Guard(Keeper):
             yield f"gates {i}", g.masks
             yield f"gates {i}, sealed", g.sealed
             yield f"gates {i}, given", g.given
+            yield f"gates {i}, order", g.order
 
     def relock(self, locked: Sequence[int]) -> None:
         """A state was loaded: from now on hold what it brought."""

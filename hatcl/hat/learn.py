@@ -25,7 +25,7 @@ from .given import check_given
 from .guard import Guard
 from .held import check_structure
 from .layers.gated import HATLayer
-from .tasks import check_room, check_task, tasks
+from .tasks import check_none_reopened, check_room, check_task, locked_tasks, tasks
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +34,15 @@ class Learning:
     """A task being learned. What `hatcl.learn` yields.
 
     Attributes:
-        task: its index. step: optimizer steps done. steps: steps in all. scale: the current s.
+        task: its index. step: optimizer steps done. steps: steps in all. scale: the current s. reopened: was the task
+            sealed before, so that its gates begin hard, at s_max?
     """
 
     def __init__(self, model: nn.Module, task: int, steps: int, epochs: int, start: int) -> None:
         self.model, self.task, self.steps, self.step = model, task, steps, start
         self.gates = gates_of(model)
         self.epochs = epochs
+        self.reopened = task in self.gates[0].reopened()
         self.settled = False
         self.guard: Guard | None = None
         self._start = self._settled_at = start
@@ -83,7 +85,8 @@ class Learning:
         held = math.ceil(self.steps * float(self.gates[0].given_until[self.task]))  # steps in which no gate is learned
         length = max(-(-(self.steps - held) // cycles), 1)
         at = max(min(self.step, self.steps - 1) - held, 0)
-        value = scale_at(at % length, length, self.config.max_scale, self.config.schedule)
+        c = self.config
+        value = scale_at(at % length, length, c.max_scale, "cosine" if self.reopened else c.schedule, c.above_one)
         first = math.ceil(self.steps * (1 - self.config.settle))
         settled = self.step >= first and held < self.steps
         if settled and not self.settled:
@@ -184,6 +187,7 @@ def learn(
             f"learn: task {task} cannot be learned inside a `with hatcl.task(...)` block of the same model, which "
             "keeps its own task active; leave the block first"
         )
+    check_none_reopened(model, f"learn: task {task}", task)
     _check_layers(model)
     check_structure(model)
     check_given(model, task)
@@ -193,7 +197,7 @@ def learn(
         digests.check_sealed(model)
     learning = Learning(model, task, steps, epochs, start)
     optimizers: Sequence[Any] = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    guard = Guard(model, task, optimizers, _locked(model), learning._advance)
+    guard = Guard(model, task, optimizers, locked_tasks(model), learning._advance)
     learning.guard = guard
     replicas.joined = lambda: guard.relock(guard.locked)
     before = [(g, g.task) for g in gates]
@@ -235,12 +239,6 @@ def learn(
     for t in [t for t in tasks(model) if t != task and t not in guard.locked]:
         digests.record(model, t)
     guard.store_weights()
-
-
-def _locked(model: nn.Module) -> list[int]:
-    """The sealed tasks that are held while another is learned."""
-    chosen = gates_of(model)[0].config.locked
-    return [t for t in tasks(model) if chosen is None or t in chosen]
 
 
 def _warn_of(learning: Learning, guard: Guard) -> None:
@@ -313,7 +311,7 @@ class _Loads:
         if self._loaded:
             self._loaded = False
             digests.check_sealed(self.model)
-            self.guard.relock(_locked(self.model))
+            self.guard.relock(locked_tasks(self.model))
 
 
 def _leave(before: list[tuple[Gates, int | None]]) -> None:

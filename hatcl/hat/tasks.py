@@ -19,6 +19,12 @@ def tasks(model: nn.Module) -> list[int]:
     return gates_of(model)[0].sealed.nonzero().flatten().tolist()
 
 
+def locked_tasks(model: nn.Module) -> list[int]:
+    """The sealed tasks that are held while another is learned (`HATConfig.locked`)."""
+    chosen = gates_of(model)[0].config.locked
+    return [t for t in tasks(model) if chosen is None or t in chosen]
+
+
 def set_task(model: nn.Module, task: int | None) -> None:
     """Make `task` the default of the model, in every thread: 0, 1, ... computes with that task's gates, None is the
     plain model. `with hatcl.task(...)` chooses for one thread, and for a while.
@@ -86,6 +92,11 @@ def check_task(model: nn.Module, task: int | None, *, sealed: bool | None = None
             f"task: got {task}, the model has tasks 0 to {count - 1}; hatcl.add_tasks(model, n) makes room for more"
         )
     is_sealed = bool(gates[0].sealed[task])
+    if sealed and int(task) in gates[0].reopened():
+        raise TaskError(
+            f"task {task} is reopened and not sealed, so it has no hard gates; learn it on with hatcl.learn(model, "
+            f"{task}, ...), or hatcl.seal(model, {task}) seals it as it is"
+        )
     if sealed and not is_sealed:
         done = gates[0].sealed.nonzero().flatten().tolist()
         raise TaskError(
@@ -93,10 +104,24 @@ def check_task(model: nn.Module, task: int | None, *, sealed: bool | None = None
         )
     if sealed is False and is_sealed:
         raise TaskError(
-            f"task {task} is sealed and cannot be learned again; hatcl.forget_task(model, {task}) frees it, or "
-            f"learn another"
+            f"task {task} is sealed and cannot be learned again; hatcl.reopen_task(model, {task}) opens it to learn it "
+            f"on, hatcl.forget_task(model, {task}) frees it, or learn another"
         )
     return int(task)
+
+
+def check_none_reopened(model: nn.Module, what: str, task: int | None = None) -> None:
+    """Raise `TaskError` if a task other than this one is reopened: nothing would hold what it uses.
+
+    Args:
+        what: is about to be done, as the error's beginning.
+    """
+    others = [t for t in gates_of(model)[0].reopened() if t != task]
+    if others:
+        raise TaskError(
+            f"{what} would be free to overwrite what task {others[0]} uses, which is reopened and not sealed; learn "
+            f"it first (hatcl.learn(model, {others[0]}, ...)), or hatcl.seal(model, {others[0]}) seals it as it is"
+        )
 
 
 def check_room(model: nn.Module, task: int) -> None:

@@ -22,8 +22,18 @@ def gates(units=50, **options):
         ({"init": "dense", "init_value": -2.0}, lambda e: bool((e == 2).all())),
         ({"init": "constant", "init_value": -2.0}, lambda e: bool((e == -2).all())),
         (
-            {"init": "sparse", "init_density": 0.2, "init_value": 3.0},
-            lambda e: set(e.tolist()) == {3.0, -3.0} and abs(float((e > 0).float().mean()) - 0.2) < 0.05,
+            {"init": "sparse"},  # HAT-CL: N(Phi^-1(1/T), 1), of which 1/T is above 0
+            lambda e: abs(float((e > 0).float().mean()) - 1 / 3) < 0.05 and abs(float(e.mean()) + 0.431) < 0.1,
+        ),
+        (
+            {"init": "sparse", "init_density": 0.2, "init_value": 2.0},
+            lambda e: abs(float((e > 0).float().mean()) - 0.2) < 0.05 and abs(float(e.std()) - 2) < 0.2,
+        ),
+        ({"init": "sparse", "init_density": 0.0}, lambda e: bool((e == -6).all())),
+        ({"init": "sparse", "init_density": 1.0}, lambda e: bool((e == 6).all())),
+        (
+            {"init": "uniform"},  # HAT: U(0, 2)
+            lambda e: 0 <= float(e.min()) < 0.1 and 1.9 < float(e.max()) <= 2 and abs(float(e.mean()) - 1) < 0.1,
         ),
         ({"init": "constant", "init_value": 9.0}, lambda e: bool((e == 6).all())),  # within the clamp
     ],
@@ -77,7 +87,7 @@ def test_units_that_other_tasks_use_are_out_of_reach_without_reuse():
     assert torch.equal(g.masks[1], ~g.masks[0])
     g.task = g.learning = 2
     assert g.select(g.task, slice(None)).sum().item() == 0 and not bool(g.hard(2).any())
-    model = parts.converted("mlp", reuse="none", init="sparse")
+    model = parts.converted("mlp", reuse="none", init="sparse", init_density=0.5)
     x = parts.images("mlp")
     for t in range(3):
         parts.train(model, t, torch.optim.AdamW(model.parameters(), 1e-2), parts.problem(parts.shape_of("mlp"), t), 4)

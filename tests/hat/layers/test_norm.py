@@ -216,7 +216,7 @@ def test_twin_a_gate_in_front_of_a_batch_norm_would_cancel():
 def test_at_the_last_scale_soft_is_hard(name, tolerance):
     """sigmoid(+-400) is 1 or 0 in float32. A norm over units scales its eps once gates are hard: measured 1e-4."""
     x, _ = zoo.data(name)
-    model = hatcl.convert(zoo.make(name), 1, x, config={"init": "sparse"})
+    model = hatcl.convert(zoo.make(name), 1, x, config={"init": "sparse", "init_density": 0.5, "init_value": 100.0})
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     model.eval()
     with hatcl.learn(model, 0, optimizer, steps=1) as learning_:

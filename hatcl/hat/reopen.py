@@ -1,0 +1,114 @@
+"""Reopening: a sealed task is learned on from where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CapacityError, TaskError
+from ..shards import check_whole
+from .active import is_chosen
+from .copies import let_go
+from .digests import check_sealed
+from .gates import gates_of
+from .held import held, live_for
+from .tasks import check_none_reopened, check_task, locked_tasks
+
+
+@dataclass(frozen=True)
+class ReopenReport:
+    """What a reopened task can change.
+
+    Attributes:
+        own: shared elements that are live for the task and for no other locked task. held: those that other locked
+            tasks use too, which stay frozen. copies: elements of its own copies (head, norms), which it can change too.
+        units: how many units it starts with.
+    """
+
+    task: int
+    own: int
+    held: int
+    copies: int
+    units: int
+
+    @property
+    def share_held(self) -> float:
+        """Share of the task's shared elements that stays frozen because other tasks hold it."""
+        return self.held / max(self.held + self.own, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "share_held": self.share_held}
+
+    def __str__(self) -> str:
+        return (
+            f"task {self.task}: reopened with {self.units:,} units; {self.own:,} shared elements and {self.copies:,} "
+            f"of its own can change, {self.share_held:.1%} of its shared elements stay frozen, other tasks use them"
+        )
+
+
+def reopen_task(model: nn.Module, task: int) -> ReopenReport:
+    """Open a sealed task again, in place, to learn it on: `hatcl.learn(model, task, ...)` then goes on from its
+    weights, its head, its norms and its units, and seals what comes of it. The task may take further units. Elements
+    that other sealed tasks share with it stay frozen, and those tasks stay bit-equal.
+
+    Of a sealed task only the bits of its gates are needed: it starts from embeddings of +e where a unit was on and -e
+    where it was off, with e = |`HATConfig.init_value|`, or 1 where that is 0. Its scale does not rise from almost 0 but
+    falls from s_max and rises again (`HATConfig.schedule="cosine"`), so that it begins as what was sealed.
+
+    A reopened task is not sealed: it cannot be computed with, and nothing freezes what it uses. So no other task can be
+    learned or forgotten until it is sealed again, by `hatcl.learn`, or as it is by `hatcl.seal(model, task)`.
+
+    Raises:
+        TaskError: no such task, or it is not sealed; a task is being learned, or another one is reopened; some `with
+            hatcl.task(...)` of this context has the task active. CapacityError: every shared element that the task uses
+            is held by other sealed tasks, so it has nothing of its own to learn with. IntegrityError: a sealed task
+            changed.
+    """
+    check_whole(model, "reopen_task")
+    task = check_task(model, task, sealed=True)
+    gates = gates_of(model)
+    if gates[0].learning is not None:
+        raise TaskError(
+            f"task {gates[0].learning} is being learned; leave its hatcl.learn block before reopening task {task}"
+        )
+    check_none_reopened(model, f"reopen_task: task {task}")
+    if any(is_chosen(g.key) for g in gates) and gates[0].task == task:
+        raise TaskError(f"task {task} is active in a `with hatcl.task(...)` block; leave it before reopening the task")
+    check_sealed(model)
+    report = _report(model, task)
+    if not report.own:
+        others = [t for t in locked_tasks(model) if t != task]
+        raise CapacityError(
+            f"task {task}: all {report.held:,} shared elements that it uses are held by other sealed tasks ({others}), "
+            f"so reopening leaves it nothing of its own; learn what is new as another task, or forget one of these"
+        )
+    for g in gates:
+        g.unseal(task, _from_bits(g.masks[task], g.config.init_value, g.config.clamp))
+        if g.default == task:
+            g.task = None
+    let_go(model, task)
+    return report
+
+
+def _from_bits(on: Tensor, size: float, clamp: float) -> Tensor:
+    e = min(abs(size) or 1.0, clamp)
+    return torch.where(on, e, -e)
+
+
+def _report(model: nn.Module, task: int) -> ReopenReport:
+    others = [t for t in locked_tasks(model) if t != task]
+    own = shared = copies = 0
+    for h in held(model):
+        if h.task == task:
+            copies += h.param.numel()
+        elif h.task is None and not h.plain and h.plan is not None:
+            live, theirs = h.live(task), live_for(h, others)
+            both = 0 if theirs is None else int((live & theirs).sum())
+            own, shared = own + int(live.sum()) - both, shared + both
+    gates = gates_of(model)
+    copies -= sum(g.embeddings[task].numel() for g in gates)
+    return ReopenReport(task, own, shared, copies, sum(int(g.masks[task].sum()) for g in gates))
