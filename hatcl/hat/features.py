@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calls import call, device_of, moved
-from ..errors import HATError
+from ..errors import ConfigError, HATError, nearest
 from ..lend import Evaluating
 from .build import GATES
 from .gates import gates_of
 from .layers.gated import HATLayer
 from .tasks import task as active
+
+Features = str | Callable[[nn.Module, Any], Tensor] | None
+"""Where features come from: None, what the heads of the map read; the path of another module that reads them; or a
+function of the model and a batch's inputs that gives them, `[B, F]`."""
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -25,7 +30,7 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         HATError: there is none.
     """
-    root = next((m for m in model.modules() if GATES in m._modules), None)
+    root = _root(model)
     found: dict[str, nn.Module] = {}
     if root is not None:
         entries = gates_of(root)[0].unit_map.entries
@@ -36,28 +41,57 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
             plan = module._hat.params.get("weight") if isinstance(module, HATLayer) and "_hat" in vars(module) else None
             if plan is not None and plan.copied and len(plan.view) > 1:
                 found[path] = module
+    found = {path: module for path, module in found.items() if _is_a_layer(module)}
     if not found:
         raise HATError(
             f"{type(model).__name__}: no head was found whose input could serve as features: a layer that writes the "
-            "outputs, of which every task has its own copy. Put the classifier into the model before hatcl.convert"
+            "outputs, of which every task has its own copy. Put the classifier into the model before hatcl.convert; "
+            "where features= can be given, give a function of the model and a batch's inputs"
         )
     return found
 
 
+def _is_a_layer(module: nn.Module) -> bool:
+    """Does it hold nothing but weights of its own? Of a module with layers in it, what enters the weight is not what
+    enters the module."""
+    own = ("hat_tasks", GATES, "gates")
+    return not any(any(True for _ in child.parameters()) for name, child in module.named_children() if name not in own)
+
+
+def _root(model: nn.Module) -> nn.Module | None:
+    """The converted model itself, not what it is wrapped in."""
+    return next((m for m in model.modules() if GATES in m._modules), None)
+
+
+def _readers(model: nn.Module, features: str | None) -> dict[str, nn.Module]:
+    """Path -> module of what reads the features."""
+    if features is None:
+        return head_modules(model)
+    root = _root(model) or model
+    known = dict(root.named_modules())
+    if features not in known:
+        raise ConfigError(
+            f"features: got {features!r}, and {type(root).__name__} has no module of that path; did you mean "
+            f"{nearest(features, known)!r}?"
+        )
+    return {features: known[features]}
+
+
 @contextlib.contextmanager
-def watched_heads(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Inside, every forward leaves what entered the heads here, by the heads' paths."""
-    seen: dict[str, Tensor] = {}
+def watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Any]]]:
+    """Inside, every forward of this thread leaves what entered these modules here, and what came out, by path."""
+    seen: dict[str, tuple[Tensor, Any]] = {}
+    mine = threading.get_ident()
 
     def note(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            if given is not None:
-                seen[path] = given
+            if given is not None and threading.get_ident() == mine:
+                seen[path] = given, out
 
         return hook
 
-    hooks = [m.register_forward_pre_hook(note(path), with_kwargs=True) for path, m in head_modules(model).items()]
+    hooks = [m.register_forward_hook(note(path), with_kwargs=True) for path, m in modules.items()]
     try:
         yield seen
     finally:
@@ -66,30 +100,62 @@ def watched_heads(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def features_of(model: nn.Module, inputs: Any) -> Tensor:
-    """What enters the heads under the active task, `[B, F]`: the mean over positions where there are several
-    (`[B, N, F]` of a linear head, `[B, F, H, W]` of a convolution), of several heads one after the other. A unit
-    that is off is 0 there.
+    """The features of `features_and_outputs` alone."""
+    return features_and_outputs(model, inputs)[0]
+
+
+def features_and_outputs(model: nn.Module, inputs: Any, features: Features = None) -> tuple[Tensor, Any]:
+    """What enters the heads under the active task, `[B, F]`, and what the model gives, from one forward. Where there
+    are several positions (`[B, N, F]` of a linear head, `[B, F, H, W]` of a convolution) the features are those of the
+    position whose answer the model gives (a language model's last token), else their mean; of several heads one after
+    the other. A unit that is off is 0 there.
+
+    Args:
+        features: other features than these, see `Features`.
 
     Raises:
-        HATError: no head, or none that the forward calls.
+        HATError: no head, or none that the forward calls. ConfigError: `features` names no module, or gives something
+            else than `[B, F]`.
     """
-    with watched_heads(model) as seen:
-        call(model, moved(inputs, device_of(model)))
-    modules = head_modules(model)
-    parts = []
+    inputs = moved(inputs, device_of(model))
+    plain = getattr(model, "_orig_mod", model)  # a compiled graph calls no hooks
+    if callable(features):
+        out = call(plain, inputs)
+        given = features(model, inputs)
+        if not isinstance(given, Tensor) or given.dim() != 2 or not given.is_floating_point():
+            came = f"a tensor of shape {list(given.shape)}" if isinstance(given, Tensor) else repr(given)
+            raise ConfigError(f"features: the function gives {came}, expected [B, F] real numbers")
+        return given, out
+    modules = _readers(model, features)
+    with watched(modules) as seen:
+        out = call(plain, inputs)
+    parts: dict[int, Tensor] = {}  # two heads that read the same, such as a class and its score, read it once
     for path in [path for path in modules if path in seen]:
-        x = seen[path]
+        read, said = seen[path]
         if isinstance(modules[path], nn.modules.conv._ConvNd):
-            x = x.flatten(2).mean(2)
-        elif x.dim() > 2:
-            x = x.flatten(1, -2).mean(1)
-        parts.append(x)
+            parts[id(read)] = read.flatten(2).mean(2)
+        elif read.dim() > 2:
+            parts[id(read)] = _at_the_answer(read.flatten(1, -2), said, out)
+        else:
+            parts[id(read)] = read
     if not parts:
         raise HATError(
             f"{type(model).__name__}: its forward does not call {', '.join(modules)} as a module, so what enters its "
-            "head is not seen"
+            "head is not seen; where features= can be given, give a function of the model and a batch's inputs"
         )
-    return torch.cat(parts, 1)
+    return torch.cat(list(parts.values()), 1), out
+
+
+def _at_the_answer(x: Tensor, said: Any, out: Any) -> Tensor:
+    """Of positions `[B, N, F]`, the one where the head says what the model says; else their mean."""
+    answer = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    if isinstance(said, Tensor) and isinstance(answer, Tensor) and answer.dim() == 2:
+        each = said.flatten(1, -2)
+        if each.shape == (*x.shape[:2], answer.shape[1]) and len(answer) == len(x):
+            same = (each == answer[:, None]).all(-1)
+            if bool(same.any(1).all()):
+                return x[torch.arange(len(x), device=x.device), same.int().argmax(1)]
+    return x.mean(1)
 
 
 def features_under(model: nn.Module, batches: Iterable[Any], task: int | None) -> Tensor:
