@@ -295,8 +295,9 @@ class Gates(nn.Module):
 
     def unseal(self, task: int, embedding: Tensor | None = None) -> None:
         """Take a task's row away. Its embedding becomes the one given, from which it is learned on, or else a new one:
-        then it is forgotten."""
-        self.give(task, None)
+        then it is forgotten, and no gates are given to it."""
+        if embedding is None:
+            self.give(task, None)
         self.masks[task] = False
         self.sealed[task] = False
         self.order[task] = 0 if embedding is None else -self.order[task]
