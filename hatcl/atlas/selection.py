@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..calls import Batches, Head, again, one_pass, outputs
 from ..config import one_of
 from ..errors import ConfigError, VectorError
+from ..vectors.bases import joined_kinds
 from ..vectors.task_vector import Delta, TaskVector
 from ..vectors.tensors import Lazy
 
@@ -76,7 +77,11 @@ def select_blocks(
         raise ConfigError(f"budget: got {budget}, expected 1 to {len(vectors)}, the number of vectors")
     source = dict(model.named_parameters())
     blocks = tuple(n for n in source if any(n in v for v in vectors))
-    _check_blocks(source, vectors, blocks)
+    if not blocks:
+        raise VectorError("select_blocks: the vectors have none of the model's parameters")
+    for name, kind in joined_kinds([(v.kinds, v.partial) for v in vectors]).items():
+        if name in source and kind.shape != tuple(source[name].shape):
+            raise VectorError(f"{name} is {list(kind.shape)} in the vectors, {list(source[name].shape)} in the model")
     scores = torch.zeros(0)
     if by in ("blocks", "vectors"):
         if batches is None:
@@ -119,20 +124,6 @@ def mixed(vectors: Sequence[TaskVector], origin: dict[str, int]) -> TaskVector:
         return vectors[origin[name]].delta(name)
 
     return TaskVector(Lazy(kinds, read), base if len(base) == len(kinds) else None, partial=True)
-
-
-def _check_blocks(source: dict[str, nn.Parameter], vectors: Sequence[TaskVector], blocks: tuple[str, ...]) -> None:
-    if not blocks:
-        raise VectorError("select_blocks: the vectors have none of the model's parameters")
-    for i, v in enumerate(vectors):
-        for name in blocks:
-            if name not in v:
-                if not v.partial:
-                    raise VectorError(f"vector {i} lacks {name}, which others change")
-            elif v.kinds[name].shape != tuple(source[name].shape):
-                raise VectorError(
-                    f"{name} is {list(v.kinds[name].shape)} in vector {i}, {list(source[name].shape)} in the model"
-                )
 
 
 def _loss_gradient(

@@ -23,6 +23,7 @@ from ..engine.processes import place, wait_for_all
 from ..engine.schedule import make_optimizer
 from ..errors import ConfigError
 from ..integrations.timm_names import PREFIX
+from ._benchmark import FromBenchmark, tasks_of_benchmark
 from ._command import Answer, Asked, Device, command
 from ._console import out, quiet, say
 from ._options import Either, absolute_path, made, options_of, spelled, usable_device
@@ -50,6 +51,7 @@ def train_command(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="One of torchvision.datasets, such as CIFAR100.")] = None,
     root: Annotated[Path | None, typer.Option(help="Where --dataset lies.")] = None,
+    benchmark: FromBenchmark = None,
     download: Annotated[bool, typer.Option("--download", help="Let torchvision download --dataset.")] = False,
     model: Annotated[
         str | None,
@@ -92,6 +94,8 @@ def train_command(
     with gates (hat), with a plain model, or with an adapter (tasl, ilora, olora). Where an option has two defaults, the
     first one is for images. Without options: five two-class tasks of scikit-learn's digits.
     """
+    if benchmark is not None:
+        task, text = tasks_of_benchmark(benchmark, task, text)
     where = usable_device(device)
     files = task_files(task or ())
     of_texts = are_texts(files)

@@ -34,8 +34,8 @@ class TextOptions(Changeable):
         form: labels (the nearest label word, for encoders), seq2seq or causal (greedy generation); auto goes by the
             model.
         word: with labels, NAME:LABEL=WORD, the word or phrase for a label of a task.
-        measure: in generation, NAME=MEASURE, by what a task is scored: match (the default), answer, rouge_l, similarity
-            or sari.
+        measure: in generation, NAME=MEASURE, by what a task is scored: match (the default), answer, rouge_l, bleu_1,
+            bleu_4, similarity or sari.
         plain: leave out the inputs' first line (the question) and a last `Answer:`.
         train: at most so many training examples of each task. test: at most so many test examples of each task.
         rank: LoRA's rank r. alpha: LoRA's alpha; what is added is scaled by alpha / r.

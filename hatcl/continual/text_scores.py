@@ -4,6 +4,8 @@ match        the same without regard to case and to white space
 answer       the same letter after "Answer:", as TRACE has it for ScienceQA (without such a word, the first letter)
 rouge_l      F1 of the longest common subsequence of words (Lin 2004), as TRACE has it for MeetingBank. TRACE's
              package joins the subsequences of single sentences; here the text is one
+bleu_1, _4   BLEU of a sentence over n-grams of 1, or of 1 to 4 words (Papineni et al. 2002), as TRACE has it for the
+             reasons in ScienceQA: of what follows "Because " where the expected text has that. Not smoothed
 similarity   of characters, 2 M / T of matching blocks, as TRACE has it for Py150, after literals have their values
 sari         what was kept, deleted and added against the input (Xu et al. 2016), as TRACE has it for 20Minuten
 """
@@ -11,12 +13,13 @@ sari         what was kept, deleted and added against the input (Xu et al. 2016)
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 TextScore = Callable[[str, str, str], float]  # (input, given, expected)
-ORDERS = 4  # of n-grams in SARI
+ORDERS = 4  # of n-grams in SARI and BLEU
 LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.S)
 
 
@@ -46,6 +49,25 @@ def rouge_l(given: str, expected: str) -> float:
         for j, other in enumerate(b):
             row.append(before[j] + 1 if word == other else max(row[j], before[j + 1]))
     return 2 * row[-1] / (len(a) + len(b))
+
+
+def bleu(given: str, expected: str, orders: int = ORDERS) -> float:
+    """`min(1, e^(1 - r/c)) (prod_n p_n)^(1/N)` with p_n the share of the given text's n-grams that the expected one
+    has, each as often as there, and c and r the numbers of words of the two; 0 where a p_n is."""
+
+    def words(text: str) -> list[str]:
+        reason = text.partition("Because ")[2] if "Because " in expected else text
+        return [w for w in re.split(r"[\s.]+", reason) if w]
+
+    a, b = words(given), words(expected)
+    logs = 0.0
+    for n in range(1, orders + 1):
+        ours, theirs = Counter(_grams(a, n)), Counter(_grams(b, n))
+        both = sum((ours & theirs).values())
+        if not both:
+            return 0.0
+        logs += math.log(both / sum(ours.values())) / orders
+    return math.exp(logs + min(0.0, 1 - len(b) / len(a)))
 
 
 def similarity(given: str, expected: str) -> float:
@@ -98,6 +120,8 @@ TEXT_SCORES: dict[str, TextScore] = {
     "match": lambda source, given, expected: float(matches(given, expected)),
     "answer": lambda source, given, expected: float(same_answer(given, expected)),
     "rouge_l": lambda source, given, expected: rouge_l(given, expected),
+    "bleu_1": lambda source, given, expected: bleu(given, expected, 1),
+    "bleu_4": lambda source, given, expected: bleu(given, expected),
     "similarity": lambda source, given, expected: similarity(given, expected),
     "sari": lambda source, given, expected: sari(source, given, [expected]),
 }

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from ..config import one_of
 from ..errors import ConfigError
-from .texts import TextData, parts_beside, read_parts, read_texts
+from .texts import TextData, parts_beside, parts_of_tasl, read_parts, read_texts
 
-TASL = {"train": "train", "validation": "dev", "test": "test"}  # its folders
 ENDS = (".json", ".json.gz")
 
 
@@ -85,6 +84,19 @@ def read_benchmark(
         ConfigError: another name or order; a task that the folder does not have, or that is no task of it.
         IntegrityError: a damaged file.
     """
+    found = _found_parts(name, folder, order, only)
+    return {task: read_texts(parts[""]) if "" in parts else read_parts(parts) for task, parts in found.items()}
+
+
+def benchmark_files(name: str, folder: str | Path, *, order: int | None = None) -> dict[str, Path]:
+    """The same tasks as files that `read_texts` takes: one of all parts, or that of the training part. Raises as
+    `read_benchmark`."""
+    return {t: parts.get("") or parts["train"] for t, parts in _found_parts(name, folder, order, None).items()}
+
+
+def _found_parts(
+    name: str, folder: str | Path, order: int | None, only: Sequence[str] | None
+) -> dict[str, dict[str, Path]]:
     one_of("benchmark", name, list(BENCHMARKS))
     tasks = BENCHMARKS[name].order(order)
     for task in only or ():
@@ -96,9 +108,10 @@ def read_benchmark(
         at_hand = [task for task in wanted if task not in missing]
         raise ConfigError(
             f"{folder}: has no {', '.join(missing)} of {name}; put TASK.json, TASK/train.json and test.json, or "
-            f"train/TASK_T5.json and test/TASK_T5.json there, or name the tasks at hand (only={at_hand})"
+            f"train/TASK_T5.json and test/TASK_T5.json there, or name the tasks at hand (only={at_hand}; on the "
+            "command line --task TASK=FILE for each)"
         )
-    return {task: read_texts(parts[""]) if "" in parts else read_parts(parts) for task, parts in found.items()}
+    return found
 
 
 def _parts_of(folder: Path, task: str) -> dict[str, Path]:
@@ -106,9 +119,8 @@ def _parts_of(folder: Path, task: str) -> dict[str, Path]:
     for end in ENDS:
         if (folder / f"{task}{end}").is_file():
             return {"": folder / f"{task}{end}"}
-    tasl = {part: folder / name / f"{task}_T5.json" for part, name in TASL.items()}
     ways = [parts_beside(p) for p in sorted(folder.rglob("*")) if p.is_dir() and p.name.lower() == task.lower()]
-    ways.append({part: path for part, path in tasl.items() if path.is_file()})
+    ways.append(parts_of_tasl(folder / "train" / f"{task}_T5.json"))
     return next((found for found in ways if {"train", "test"} <= set(found)), {})
 
 

@@ -181,6 +181,8 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
     """
     path = Path(path)
     content = _read_content(path)
+    if path.name.endswith("_T5.json") and "test" in (tasl := parts_of_tasl(path)):
+        return read_parts(tasl)
     if path.name == "train.json" and (isinstance(content, list) or "Instances" in content):
         return read_parts(parts_beside(path.parent))
     if not isinstance(content, dict):
@@ -208,6 +210,13 @@ def parts_beside(folder: Path) -> dict[str, Path]:
     tried = {part: [folder / f"{name}.json" for name in names[part]] for part in names}
     found = {part: next((p for p in paths if p.is_file()), None) for part, paths in tried.items()}
     return {part: path for part, path in found.items() if path is not None}
+
+
+def parts_of_tasl(path: Path) -> dict[str, Path]:
+    """The files of a task's parts in TaSL's folders, from that of one of them; those that are there."""
+    folders = {"train": "train", "validation": "dev", "test": "test"}
+    tried = {part: path.parent.parent / name / path.name for part, name in folders.items()}
+    return {part: file for part, file in tried.items() if file.is_file()}
 
 
 def read_parts(parts: Mapping[str, Path]) -> TextData:

@@ -27,7 +27,7 @@ from ..vectors.delta import Delta, delta_between
 from ..vectors.parameters import parameters_of
 from ..vectors.task_vector import TaskVector
 from ..vectors.tensors import Lazy, TensorSource, kinds_of, named_tensors, pick, tied_names
-from . import files, inplace
+from . import files, inplace, shira
 from .checks import checked_indices, checked_values, dtype_name, found_in
 
 # endings of the names under which a tensor's indices (as they are, or one bit for every element) and values are saved
@@ -147,6 +147,45 @@ class Graft:
         tensors |= {n + VALUE: v for n, v in (self.values or {}).items()}
         about = {"shapes": self.shapes, "base": self.base, "values": self.values is not None}
         return files.write(path, files.BITS, tensors, about)
+
+    @staticmethod
+    def from_peft(folder: str | os.PathLike[str], pretrained: TensorSource) -> Graft:
+        """A SHiRA adapter that peft saved, as the elements that it changes. N is that of all parameters.
+
+        Args:
+            pretrained: the model that the adapter was trained on: a module, a state dict or files.
+
+        Raises:
+            GraftError: another kind of adapter, or another model. IntegrityError: a damaged file.
+        """
+        found = shira.read_shira(Path(folder), pretrained)
+        shapes = {n: k.shape for n, k in kinds_of(parameters_of(pretrained)).items()}
+        unknown = next((n for n in found if n not in shapes), None)
+        if unknown is not None:
+            raise GraftError(f"{folder}: changes {unknown}, which is no parameter; a graft holds parameters only")
+        values = {n: values for n, (_, values) in found.items()}
+        bits = Graft(shapes, {n: at for n, (at, _) in found.items()}, values)
+        return Graft(shapes, bits.indices, values, bits._digests(pretrained))
+
+    def to_peft(self, base: nn.Module, folder: str | os.PathLike[str], *, check: bool = True) -> shira.ShiraReport:
+        """Write it as a SHiRA adapter: `PeftModel.from_pretrained(base, folder)` loads it, and computes what `apply_to`
+        gives, but for the rounding of `pretrained + difference`, which the report tells.
+
+        SHiRA changes weights of linear layers, r (m + n) elements of each `[m, n]` with one r for all. Modules with
+        other parameters in the graft (biases, norms, embeddings), and layers with too many elements, are stored whole.
+
+        Args:
+            base: the model that it was made for. check: see `apply_to`.
+
+        Raises:
+            GraftError: bits alone, another architecture, tied weights, parameters of the model itself, or nothing in a
+                linear layer. IntegrityError: another base, or the disk is full.
+        """
+        _module(base, "to_peft")
+        names, every = self._checked(base, check), named_tensors(base)
+        found = {names[n]: self._part(n, every[names[n]]) for n in self.indices}
+        path = getattr(getattr(base, "config", None), "_name_or_path", None)
+        return shira.write_shira(base, found, Path(folder), path)
 
     # ---- what is in it -----------------------------------------------------------------------------------------
 

@@ -137,10 +137,6 @@ def _lora_factors(tau: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _peft_config(base: nn.Module, rank: int, targets: list[str], turned: bool) -> dict[str, Any]:
-    """peft's configuration. A name in its list stands for every module that ends in it; where that would be another one
-    too, the names are an expression that must match in full."""
-    paths = [path for path, _ in base.named_modules()]
-    ambiguous = any(path.endswith(f".{target}") for target in targets for path in paths)
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -152,5 +148,13 @@ def _peft_config(base: nn.Module, rank: int, targets: list[str], turned: bool) -
         "bias": "none",
         "fan_in_fan_out": turned,
         "init_lora_weights": True,
-        "target_modules": "|".join(map(re.escape, targets)) if ambiguous else targets,
+        "target_modules": peft_targets(base, targets),
     }
+
+
+def peft_targets(base: nn.Module, targets: list[str]) -> list[str] | str:
+    """Layers as peft's configurations name them. A name in a list stands for every module that ends in it; where that
+    would be another one too, the names are an expression that must match in full."""
+    paths = [path for path, _ in base.named_modules()]
+    ambiguous = any(path.endswith(f".{target}") for target in targets for path in paths)
+    return "|".join(map(re.escape, targets)) if ambiguous else targets

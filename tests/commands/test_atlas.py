@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import command_parts
 import numpy as np
 import pytest
 import timm
@@ -15,7 +16,6 @@ from torch.nn import functional as tf
 
 import hatcl
 from hatcl import atlas
-from hatcl import commands as cli
 from hatcl.atlas import experiment
 from hatcl.atlas.files import read_head
 from hatcl.commands.atlas import _learning
@@ -91,14 +91,8 @@ def drawn(monkeypatch):
 
 def call(capsys, *args: object) -> tuple[int, str, str]:
     """Exit code, output and errors of one command, line breaks of the terminal taken out."""
-    capsys.readouterr()
-    try:
-        cli.main(["atlas", *map(str, args)])
-        code = 0
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else 0
-    out, err = capsys.readouterr()
-    return code, " ".join(out.split()), " ".join(err.split())
+    code, out, err = command_parts.call(capsys, "atlas", *args)
+    return code, " ".join(out.split()), err
 
 
 def good(capsys, *args: object) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import clip_parts
+import command_parts
 import numpy as np
 import open_clip
 import pytest
@@ -17,7 +18,6 @@ from torch.nn import functional as tf
 
 import hatcl
 from hatcl import atlas
-from hatcl import commands as cli
 from hatcl.commands.atlas import _learning
 from hatcl.data.photos import Pictured
 from hatcl.data.prompts import CLASS_NAMES, TEMPLATES
@@ -90,13 +90,8 @@ def opened(made, monkeypatch):
 
 
 def call(capsys, *args: object) -> tuple[int, str]:
-    capsys.readouterr()
-    try:
-        cli.main(["atlas", *map(str, args)])
-        code = 0
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else 0
-    return code, " ".join(capsys.readouterr().err.split())
+    code, _, err = command_parts.call(capsys, "atlas", *args)
+    return code, err
 
 
 def good(capsys, *args: object) -> None:

@@ -10,6 +10,7 @@ import torch
 import yaml
 from command_parts import call
 from safetensors.torch import load_file, save_file
+from vector_parts import MOST
 
 import hatcl
 from hatcl.commands.merge import IN_PYTHON, _bytes
@@ -274,6 +275,23 @@ def test_transformers_loads_what_the_command_wrote(models, tmp_path, monkeypatch
     assert "hatcl merge base a:0.4 b:1.0" in card
     assert all((told in card) == ("ties" in words) for told in ("--method ties", "--set density=0.5"))
     assert ("--dtype bfloat16" in card) == ("--dtype" in words)
+
+
+@pytest.mark.parametrize("method", [m for m in list_merges() if not set(merge_info(m).needs) & set(IN_PYTHON)])
+def test_transformers_loads_and_generates_from_every_merge(models, tmp_path, monkeypatch, capsys, method):
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.chdir(models)
+    parts = ["a", "b", "c"][: MOST.get(method)]
+    code, _, err = call(capsys, "merge", "base", *parts, "--method", method, "--output", tmp_path / "out")
+    assert code == 0, err
+    net, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("abcd", return_tensors="pt").input_ids
+    assert net.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    AutoModel.from_pretrained(tmp_path / "out")
+    start = named_tensors("base")
+    assert any(not torch.equal(p, start[n]) for n, p in net.named_parameters() if n in start)
 
 
 def test_the_command_gives_the_bits_of_arithmetic(models, tmp_path, monkeypatch, capsys):

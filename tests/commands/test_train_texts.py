@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -12,6 +13,7 @@ from continual_parts import bert, causal_lm, files, texts, tokenizer, vocabulary
 from hatcl import commands as cli  # noqa: E402
 from hatcl.commands import train as _train  # noqa: E402, F401
 from hatcl.continual import learn_sequence  # noqa: E402
+from hatcl.data.benchmarks import BENCHMARKS  # noqa: E402
 from hatcl.files import write_files  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,6 +56,45 @@ def hatcl(*args):
 
 def run(out, *more, model="bert", tasks=("a=a.json", "b=b.json")):
     return hatcl("train", "--model", model, *[p for t in tasks for p in ("--task", t)], "--output", out, *QUICK, *more)
+
+
+def test_a_benchmark_in_place_of_its_tasks(here, tmp_path, capsys):
+    """TRACE's tasks in order, each with its own measure; one that is given for a task stays."""
+    names = BENCHMARKS["trace"].order(None)
+    for i, name in enumerate(names):
+        for part, rows in (("train", texts(i, count=8).train), ("test", texts(i, count=8).test)):
+            path = tmp_path / "data" / name / f"{part}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps([{"prompt": x, "answer": y} for x, y in rows[:4]]))
+    out, asked = tmp_path / "run", ["--benchmark", f"trace={tmp_path / 'data'}"]
+    more = [
+        "--form",
+        "causal",
+        "--max-output",
+        "1",
+        "--epochs",
+        "1",
+        "--method",
+        "sequential",
+        "--measure",
+        "ScienceQA=bleu_1",
+    ]
+    assert hatcl("train", "--model", "gpt2", *asked, "--output", out, *QUICK, *more) == 0
+    options = json.loads((out / "config.json").read_text())["options"]
+    assert [t.partition("=")[0] for t in options["task"]] == list(names)
+    assert set(options["measure"]) == {
+        "ScienceQA=bleu_1", "MeetingBank=rouge_l", "Py150=similarity", "20Minuten=sari"
+    }  # fmt: skip
+    assert hatcl("train", "--output", out, "--resume") == 0 and "finished already" in capsys.readouterr().out
+    for words, text in (
+        (["--benchmark", "trace"], "--benchmark: got 'trace', expected NAME=FOLDER or NAME:ORDER=FOLDER"),
+        (["--benchmark", f"trace:x={tmp_path}"], "expected NAME=FOLDER or NAME:ORDER=FOLDER"),
+        (["--benchmark", f"tracee={tmp_path}"], "benchmark: got 'tracee', expected one of .*did you mean 'trace'"),
+        (["--benchmark", f"long-sequence:4={tmp_path}"], "has no dbpedia, amazon, yahoo, agnews of long_sequence;"),
+        ([*asked, "--task", "a=a.json"], "--task: got 'a=a.json' beside --benchmark, which has its own tasks"),
+    ):
+        assert hatcl("train", "--model", "gpt2", *words, "--output", tmp_path / "no") == 2
+        assert re.search(text, " ".join(capsys.readouterr().err.split())) and not (tmp_path / "no").exists()
 
 
 def test_run_show_and_going_on(here, tmp_path, capsys, monkeypatch):

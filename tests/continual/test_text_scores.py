@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft")
 from continual_parts import causal_lm, texts, tokenizer  # noqa: E402
 
 from hatcl.continual import causal_task, learn_sequence  # noqa: E402
-from hatcl.continual.text_scores import TEXT_SCORES, rouge_l, same_answer, sari, similarity  # noqa: E402
+from hatcl.continual.text_scores import TEXT_SCORES, bleu, rouge_l, same_answer, sari, similarity  # noqa: E402
 from hatcl.data.benchmarks import BENCHMARKS, read_benchmark  # noqa: E402
 from hatcl.data.texts import TextData, Turn  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
@@ -30,7 +30,9 @@ def test_laws(source, a, b):
     for name, score in TEXT_SCORES.items():
         assert 0 <= score(source, a, b) <= 1, name
         # with SARI a word that the input repeats counts as deleted although it is kept once
-        if a and (name != "sari" or len(set(source.split())) == len(source.split())):
+        if name == "bleu_4" and len(a.split()) < 4:  # it has no n-gram of 4 words
+            assert score(source, a, b) == 0
+        elif a and (name != "sari" or len(set(source.split())) == len(source.split())):
             assert score(source, a, a) == pytest.approx(1), name
 
 
@@ -49,6 +51,23 @@ def test_rouge_l_is_torchmetrics(a, b):
     rouge = pytest.importorskip("torchmetrics.functional.text.rouge")
     expected = float(rouge.rouge_score(a, b, rouge_keys="rougeL")["rougeL_fmeasure"]) if a and b else 0.0
     assert rouge_l(a, b) == pytest.approx(expected, abs=1e-6)  # theirs is float32
+
+
+@settings(max_examples=40, deadline=None)
+@given(a=WORDS, b=WORDS, orders=st.integers(1, 4))
+def test_bleu_is_torchmetrics(a, b, orders):
+    theirs = pytest.importorskip("torchmetrics.functional.text.bleu")
+    expected = float(theirs.bleu_score([a], [[b]], n_gram=orders)) if a and b else 0.0
+    assert bleu(a, b, orders) == pytest.approx(expected, abs=1e-6)  # theirs is float32
+
+
+def test_bleu_of_the_reasons():
+    """As TRACE scores ScienceQA: the answer's letter is another measure."""
+    expected = "Answer: B\nBecause iron is. magnetic"
+    assert bleu("Answer: A\nBecause iron is magnetic.", expected, 1) == 1
+    assert bleu("Answer: B\niron is magnetic", expected, 1) == 0  # without a reason
+    # two of three words, and one word short of four
+    assert TEXT_SCORES["bleu_1"]("", "a b x", "a b c d") == pytest.approx(2 / 3 * 2.718281828459045 ** (1 - 4 / 3))
 
 
 def test_by_hand():

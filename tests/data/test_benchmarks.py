@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hatcl.data.benchmarks import BENCHMARKS, general_ability, read_benchmark
+from hatcl.data.benchmarks import BENCHMARKS, benchmark_files, general_ability, read_benchmark
 from hatcl.data.texts import read_texts
 from hatcl.errors import ConfigError, IntegrityError
 
@@ -51,6 +51,8 @@ def test_every_order_in_every_form(name, form, tmp_path):
         for task, data in found.items():
             parts = zip((data.train, data.validation, data.test), ROWS, strict=True)
             assert all(got == [(before + x, y) for x, y in rows(task, part)] for got, part in parts)
+        files = benchmark_files(name, tmp_path, order=number)
+        assert {task: read_texts(path) for task, path in files.items()} == found
 
 
 def test_the_orders_are_permutations_and_the_measures_of_their_tasks():
@@ -70,7 +72,8 @@ def test_the_orders_are_permutations_and_the_measures_of_their_tasks():
 def test_what_is_not_there(tmp_path):
     written(tmp_path, "FOMC", "trace")
     with pytest.raises(
-        ConfigError, match=r"has no C-STANCE, MeetingBank, .*name the tasks at hand \(only=\['FOMC'\]\)"
+        ConfigError,
+        match=r"has no C-STANCE, MeetingBank, .*name the tasks at hand \(only=\['FOMC'\]; on the command",
     ):
         read_benchmark("trace", tmp_path)
     assert list(read_benchmark("trace", tmp_path, only=["FOMC"])) == ["FOMC"]
