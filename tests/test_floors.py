@@ -22,7 +22,7 @@ FLOORS = [
     ["map"],
     ["vectors", "keeper"],
     ["hat", "skills", "grafts"],
-    ["data", "engine"],
+    ["engine", "data"],
     ["integrations", "atlas", "continual", "finetuning", "zoo", "report"],
     ["__init__", "commands", "__main__"],
 ]
@@ -36,6 +36,7 @@ GUESTS = {
         "hat/layers",
         "engine/schedule.py",
         "engine/options.py",
+        "continual/images.py",
         "zoo",
         "commands",
     ],
@@ -47,6 +48,8 @@ GUESTS = {
     "sklearn": ["data/images.py"],
     "torchvision": ["data/images.py", "data/photos.py", "data/datasets.py", "zoo"],
     "open_clip": ["integrations"],
+    "datasets": ["data/records.py"],
+    "pyarrow": ["data/records.py"],
     "typer": ["commands"],
     "rich": ["commands", "report/tables.py"],
 }

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..config import number, one_of, whole, without_effect
 from ..data.datasets import data_name, names_inside
-from ..data.images import FITS, preparation_for
-from ..data.photos import PhotoData, Pictured
+from ..data.images import FITS, ImageData, preparation_for
+from ..data.photos import Pictured
 from ..data.prompts import CLASS_NAMES, PLAIN, TEMPLATES, read_class_names, read_templates
 from ..errors import ConfigError, VectorError, nearest
 from ..integrations.clip import (
@@ -130,13 +130,13 @@ class Pretrained:
     rest: Mapping[str, Tensor] = field(default_factory=dict)
     text_head: Callable[[Sequence[str], Sequence[str]], ClassHead] | None = None
 
-    def preparation(self, reading: Reading, data: Any) -> Callable[[Any], Tensor]:
+    def preparation(self, reading: Reading, data: ImageData) -> Callable[[Any], Tensor]:
         """How the images of a task become the model's input.
 
         Raises:
             ConfigError: a way that the model or the images do not allow.
         """
-        clip, photos = self.named is not None, isinstance(data, PhotoData)
+        clip, photos = self.named is not None, data.photos
         fit = reading.fit or (CROP if clip or photos else "resize")
         if fit == CROP:
             if reading.normalise == "data":

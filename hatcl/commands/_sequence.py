@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,7 +16,10 @@ from ..continual.images import ImageOptions, image_tasks
 from ..continual.loading import TextOptions, adapted_model, text_tasks, with_adapter
 from ..continual.methods import list_continual_methods
 from ..continual.tasks import ContinualTask
-from ..data.images import ImageData, Source, npz_task
+from ..data.datasets import torchvision_task
+from ..data.images import ImageData, digits_tasks
+from ..data.places import DataOptions, TaskPlace, split_task
+from ..data.texts import TextData
 from ..errors import ConfigError, nearest
 from ..finetuning.prompts import positions_of
 from ..integrations.timm_names import PREFIX
@@ -26,43 +27,54 @@ from ..lend import Evaluating
 from ._options import made
 
 HAT = "hat"
-TEXTS = (".json", ".gz")
 
 
-def task_files(texts: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FILE` or `FILE`, which is then named after itself.
-
-    Raises:
-        ConfigError: something else, two of one name, or a file that is not there.
-    """
-    found: dict[str, Path] = {}
-    for text in texts:
-        name, equals, rest = text.partition("=")
-        path = Path(rest) if equals and not Path(text).exists() else Path(text)
-        if not (equals and path == Path(rest)):
-            name = (
-                path.parent.name if path.name.split(".")[0] == "data" and path.parent.name else path.name.split(".")[0]
-            )
-        if not name or not str(path) or path == Path():
-            raise ConfigError(f"--task: got {text!r}, expected NAME=FILE")
-        if name in found:
-            raise ConfigError(f"--task: two are named {name!r}; give each a name of its own, NAME=FILE")
-        if not path.is_file():
-            raise ConfigError(f"--task: {path} is not a file; expected .npz (images) or .json, .json.gz (texts)")
-        found[name] = path
-    return found
-
-
-def are_texts(files: Mapping[str, Path]) -> bool:
-    """Whether the tasks are of texts.
+def task_places(texts: Sequence[str]) -> list[TaskPlace]:
+    """Tasks as `--task` has them, with their paths made absolute.
 
     Raises:
-        ConfigError: some are, and some are not.
+        ConfigError: another form, or two of one name.
     """
-    found = {path.suffix in TEXTS for path in files.values()}
-    if len(found) > 1:
-        raise ConfigError("--task: images and texts together; give .npz files, or .json and .json.gz files")
-    return found == {True}
+    places = [TaskPlace.parsed(text).absolute() for text in texts]
+    names = [place.name for place in places]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--task: two are named {twice!r}; give each a name of its own, NAME=FILE")
+    return places
+
+
+def read_tasks(options: Mapping[str, Any]) -> dict[str, TextData] | list[ImageData]:
+    """The data of a run's tasks: of texts by their names, or of images.
+
+    Raises:
+        ConfigError: it cannot be read, or some are texts and some are not. IntegrityError: a damaged file.
+    """
+    texts, split, dataset, root = (options.get(name) for name in ("task", "split", "dataset", "root"))
+    whole, _, count = (split or "").rpartition(":")
+    if sum(bool(given) for given in (texts, dataset, whole)) > 1:
+        raise ConfigError("--task, --split PLACE:5 and --dataset exclude each other; give one of them")
+    if split and not (texts or dataset or whole):
+        raise ConfigError(f"--split: got {split!r}, expected PLACE:5 (or a number together with --task or --dataset)")
+    if dataset and not root:
+        raise ConfigError("--dataset needs --root, the folder where its files lie")
+    found: dict[str, TextData | ImageData] = {}
+    if dataset:
+        found[dataset] = torchvision_task(dataset, str(root), download=options["download"])
+    elif not texts and not whole:
+        return digits_tasks()
+    for place in task_places(texts or [whole] if not dataset else ()):
+        for name, data in place.read(made(DataOptions, options), options["seed"]).items():
+            if name in found:
+                raise ConfigError(f"--task: two are named {name!r}; give each a name of its own, NAME=FILE")
+            found[name] = data
+    if split:
+        if len(found) > 1:
+            raise ConfigError(f"--split: got {split!r} with {len(found)} tasks; it cuts one")
+        return split_task(next(iter(found.values())), count)
+    images = [data for data in found.values() if isinstance(data, ImageData)]
+    if images and len(images) < len(found):
+        raise ConfigError("--task: images and texts together; give tasks of one of them")
+    return images or {name: data for name, data in found.items() if isinstance(data, TextData)}
 
 
 def tasks_of(options: Mapping[str, Any]) -> list[ContinualTask]:
@@ -71,18 +83,22 @@ def tasks_of(options: Mapping[str, Any]) -> list[ContinualTask]:
     Raises:
         ConfigError, IntegrityError: they cannot be read.
     """
-    files = task_files(options["task"] or ())
-    return texts(options, files)[1] if are_texts(files) else images(options, image_data(options))
+    data = read_tasks(options)
+    return texts(options, data)[1] if isinstance(data, dict) else images(options, data)
 
 
 # --- texts ---
 
 
-def texts(options: Mapping[str, Any], files: Mapping[str, Path]) -> tuple[nn.Module, list[ContinualTask]]:
+def texts(options: Mapping[str, Any], data: Mapping[str, TextData]) -> tuple[nn.Module, list[ContinualTask]]:
     """The base model with its new adapter, and the tasks."""
     form: TextOptions = made(TextOptions, options)
     adapted, tokenizer, kind = adapted_model(options["model"], form, options["seed"])
-    return adapted, text_tasks(files, adapted, tokenizer, kind, form, positions_of(adapted))
+    tasks = text_tasks(
+        data, adapted, tokenizer, kind, form, positions_of(adapted),
+        validated=options["score_on"] == "validation", seed=options["seed"],
+    )  # fmt: skip
+    return adapted, tasks
 
 
 def gated(model: nn.Module, tasks: Sequence[ContinualTask], config: HATConfig) -> nn.Module:
@@ -91,31 +107,6 @@ def gated(model: nn.Module, tasks: Sequence[ContinualTask], config: HATConfig) -
 
 
 # --- images ---
-
-
-def image_data(options: Mapping[str, Any]) -> list[ImageData]:
-    """The images of a run's tasks.
-
-    Raises:
-        ConfigError, IntegrityError: they cannot be read.
-    """
-    tasks, split, dataset, root = (options.get(name) for name in ("task", "split", "dataset", "root"))
-    if sum(bool(given) for given in (tasks, dataset, split and not split.isdigit())) > 1:
-        raise ConfigError("--task, --split FILE.npz:5 and --dataset exclude each other; give one of them")
-    if dataset:
-        if not root:
-            raise ConfigError("--dataset needs --root, the folder where its files lie")
-        return Source(
-            "torchvision", dataset=dataset, root=root, split=int(split or 1), download=options["download"]
-        ).load()
-    if split:
-        path, _, count = split.rpartition(":")
-        if not path or not count.isdigit():
-            raise ConfigError(f"--split: got {split!r}, expected FILE.npz:5 (or a number together with --dataset)")
-        return Source("split", paths=(path,), split=int(count)).load()
-    if tasks:
-        return [dataclasses.replace(npz_task(path), name=name) for name, path in task_files(tasks).items()]
-    return Source().load()
 
 
 def images(options: Mapping[str, Any], stream: Sequence[ImageData]) -> list[ContinualTask]:

@@ -19,6 +19,9 @@ from ..config import HATConfig, one_of
 from ..continual.images import ImageLearning, ImageOptions
 from ..continual.loading import LORA, TextOptions
 from ..continual.options import FREE, LearnOptions
+from ..data.images import ImageData
+from ..data.places import DataOptions, TaskPlace
+from ..data.texts import TextData
 from ..engine.processes import place, wait_for_all
 from ..engine.schedule import make_optimizer
 from ..errors import ConfigError
@@ -27,12 +30,20 @@ from ._benchmark import FromBenchmark, tasks_of_benchmark
 from ._command import Answer, Asked, Device, command
 from ._console import out, quiet, say
 from ._options import Either, absolute_path, made, options_of, spelled, usable_device
-from ._sequence import HAT, are_texts, gated, image_data, image_model, images, task_files, texts
+from ._sequence import HAT, gated, image_model, images, read_tasks, task_places, texts
 from ._shown import Display, show_learning
 
 DEFAULT_MODEL = "hat_test_resnet"
 TEXTS_BY = "tasl"
-IMAGES = ("split", "dataset", "root", "download", "pretrained", "model_kwargs")  # beside the fields of ImageOptions
+IMAGES = (
+    "split",
+    "dataset",
+    "root",
+    "download",
+    "problem",
+    "pretrained",
+    "model_kwargs",
+)  # beside the fields of ImageOptions
 
 
 @command("train", show=show_learning, free=FREE)
@@ -41,13 +52,19 @@ def train_command(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="[NAME=]FILE",
-            help="A task, in the order of learning; repeatable. Images: an .npz file with x_train, y_train, x_test, "
-            "y_test. Texts: a .json or .json.gz file with train, test and dev lists of pairs of input and output.",
+            metavar="[NAME=]PLACE",
+            help="A task, in the order of learning; repeatable. Images: an .npz file, a folder with train/ and test/ "
+            "and in these a folder for each class, a table of paths and labels, CIFAR100@FOLDER. Texts: a .csv, .tsv, "
+            ".json, .jsonl or .parquet file. Either: a folder of such tables or of datasets, hf:NAME on the hub. "
+            "docs/data.md has what each looks like.",
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="FILE.npz:5 cuts a file's classes into 5 tasks; a number does so for --dataset.")
+        str | None,
+        typer.Option(
+            help="Cut the classes of the one --task or --dataset into tasks: 5, or 5x2 for five of two classes each; "
+            "or PLACE:5 in the place of --task."
+        ),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="One of torchvision.datasets, such as CIFAR100.")] = None,
     root: Annotated[Path | None, typer.Option(help="Where --dataset lies.")] = None,
@@ -83,6 +100,7 @@ def train_command(
     seed: Annotated[int, typer.Option(help="Of weights, the order of examples, and what else is random.")] = 0,
     device: Device = "auto",
     *,
+    data: DataOptions,
     learning: Annotated[Mapping[str, Any], Either((ImageLearning, LearnOptions))],
     image: Annotated[Mapping[str, Any], Either((ImageOptions,))],
     text: Annotated[Mapping[str, Any], Either((TextOptions,))],
@@ -97,16 +115,17 @@ def train_command(
     if benchmark is not None:
         task, text = tasks_of_benchmark(benchmark, task, text)
     where = usable_device(device)
-    files = task_files(task or ())
-    of_texts = are_texts(files)
-    one_of("--method", chosen := method or (TEXTS_BY if of_texts else HAT), list(continual.list_continual_methods()))
+    if split and ":" in split:
+        split = ":".join((TaskPlace.parsed(split.rpartition(":")[0]).absolute().data, split.rpartition(":")[2]))
     asked.options = {
-        "method": chosen,
-        "seed": seed,
-        "device": device,
-        "task": [f"{n}={absolute_path(p)}" for n, p in files.items()],
-        "set_": dict(set_ or {}),
-    }
+        "seed": seed, "device": device, "task": [place.written() for place in task_places(task or ())], "split": split,
+        "dataset": dataset, "root": None if root is None else absolute_path(root), "download": download,
+        **spelled(data), "set_": dict(set_ or {}),
+    }  # fmt: skip
+    found = read_tasks(asked.options)
+    of_texts = isinstance(found, dict)
+    one_of("--method", chosen := method or (TEXTS_BY if of_texts else HAT), list(continual.list_continual_methods()))
+    asked.options["method"] = chosen
     gates = HATConfig.from_dict(asked.options["set_"]) if chosen == HAT else None
     how = continual.make_method(chosen, None if gates else asked.options["set_"])
     if of_texts:
@@ -114,6 +133,7 @@ def train_command(
         own = made(LearnOptions, {**learning, "seed": seed})
         if model is None:
             raise ConfigError("--model: texts need one: a folder of transformers, or a name on its hub")
+        asked.options = {name: value for name, value in asked.options.items() if name not in IMAGES}
         base = absolute_path(model) if Path(model).exists() else model
         asked.options |= {"model": base, **spelled(own), **spelled(made(TextOptions, text))}
     else:
@@ -121,36 +141,33 @@ def train_command(
         _none_of(asked.given, options_of(TextOptions) - {*LORA}, "learning images")
         _none_of(asked.given, {*LORA} - {*lora}, f"learning images by {chosen}, which adapts no model")
         own = made(ImageLearning, {**learning, "seed": seed})
-        if split and ":" in split:
-            split = f"{absolute_path(split.rpartition(':')[0])}:{split.rpartition(':')[2]}"
         asked.options |= {
             **spelled(own), **spelled(made(ImageOptions, image)),
             **{name: value for name, value in spelled(made(TextOptions, text)).items() if name in lora},
             "model": model or (DEFAULT_MODEL if gates else DEFAULT_MODEL.removeprefix(PREFIX)),
-            "split": split, "dataset": dataset, "root": None if root is None else absolute_path(root),
-            "download": download, "pretrained": pretrained, "model_kwargs": dict(model_kwargs or {}),
+            "pretrained": pretrained, "model_kwargs": dict(model_kwargs or {}),
         }  # fmt: skip
     with processes(where) as where:
-        return _learn(asked, files, own, how, gates, where)
+        return _learn(asked, found, own, how, gates, where)
 
 
 def _learn(
-    asked: Asked, files: Mapping[str, Path], options: LearnOptions, method: continual.Method, gates: HATConfig | None,
-    device: str,
+    asked: Asked, data: dict[str, TextData] | list[ImageData], options: LearnOptions, method: continual.Method,
+    gates: HATConfig | None, device: str,
 ) -> Any:  # fmt: skip
     folder = asked.folder()
-    facts: dict[str, Any] = {"hatcl": hatcl.__version__, "inputs": folder.same_inputs(list(files.values()))}
+    files = [place.file for place in task_places(asked.options["task"]) if place.file is not None]
+    facts: dict[str, Any] = {"hatcl": hatcl.__version__, "inputs": folder.same_inputs(files)}
     wait_for_all()  # before one of them writes
     if folder.finished:
         say(f"{folder.path} is finished already.")
         return _judged(folder.metrics)
-    if are_texts(files):
-        network, tasks = texts(asked.options, files)
+    if isinstance(data, dict):
+        network, tasks = texts(asked.options, data)
         network = gated(network, tasks, gates) if gates else network
     else:
-        stream = image_data(asked.options)
-        tasks = images(asked.options, stream)
-        network = image_model(asked.options, stream, tasks)
+        tasks = images(asked.options, data)
+        network = image_model(asked.options, data, tasks)
         facts["input_shape"] = list(tasks[0].inputs(1).shape[1:])
     network.to(device)
     make_optimizer(network, options)  # or an error, before anything is written

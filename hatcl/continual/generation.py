@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import one_of
-from ..data.texts import Pair, TextData
+from ..data.pairs import Pair
+from ..data.texts import TextData
 from ..engine.measures import joint_goal_accuracy
 from ..errors import ConfigError
 from .tasks import ContinualTask

@@ -8,23 +8,25 @@ learn_sequence(model, tasks, "hat", ImageLearning())
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calls import device_of, moved, outputs
-from ..config import Changeable, flag, number, one_of, whole
+from ..config import Changeable, flag, number, one_of, whole, without_effect
 from ..data.images import FITS, ImageData, Preparation, shifted
-from ..engine.measures import top1
+from ..data.photos import Pictured
+from ..engine.problems import MEASURED_BY, problem_named
 from ..errors import ConfigError, SkillError
 from ..lend import Evaluating
 from .options import LearnOptions
 from .tasks import ContinualTask
+
+CROPPED = "crop"
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,17 @@ class ImageOptions(Changeable):
     """How tasks are made of images.
 
     Args:
-        size: bring images to this size; 0 = they keep their own. fit: by `resize` or `pad` (a black border).
+        size: bring images to this size; 0 = they keep their own, which arrays have in common. fit: by `resize` or `pad`
+            (a black border); or by `crop`, timm's way: the middle is cut out, and in training a random part, resized
+            (of whole numbers 0 to 255).
         flip: mirror training images with probability 1/2.
         crop: shift training images by up to this many pixels.
+        augment: with fit=crop, one of timm's policies for training images, such as rand-m9-mstd0.5 or augmix-m5-w4.
         eval_batch_size: images per batch of scoring; another size may round differently.
-        validation: share of each class's training images that is held out where scores are to be of validation images.
+        validation: share of the training images that is held out (of each class, where there are classes) where scores
+            are to be of validation images and the data brings none.
+        measured_by: accuracy, of several labels mean_average_precision or micro_f1, of a regression r2 or pearson; None
+            = the first of these that the task has.
 
     Raises:
         ConfigError: a value outside its range.
@@ -60,16 +68,47 @@ class ImageOptions(Changeable):
     fit: str = "resize"
     flip: bool = False
     crop: int = 0
+    augment: str | None = None
     eval_batch_size: int = 256
     validation: float = 0.2
+    measured_by: str | None = None
 
     def __post_init__(self) -> None:
-        one_of("fit", self.fit, FITS)
+        one_of("fit", self.fit, (*FITS, CROPPED))
         whole("size", self.size, 0)
         flag("flip", self.flip)
         whole("crop", self.crop, 0)
         whole("eval_batch_size", self.eval_batch_size)
         number("validation", self.validation, 0, 1, without="both", what="a share")
+        if self.measured_by is not None:
+            one_of("measured_by", self.measured_by, MEASURED_BY)
+        if self.fit == CROPPED:
+            without_effect(self, ["crop"], "fit=crop", "take another fit")
+            if not self.size:
+                raise ConfigError("size: got 0, their own, with fit=crop, which brings images to one size")
+            self.transform(training=True)
+        else:
+            without_effect(self, ["augment"], f"fit={self.fit}", "take fit=crop")
+
+    def transform(self, *, training: bool) -> Callable[[Any], Tensor]:
+        """timm's way from a PIL image to a network's input.
+
+        Raises:
+            ConfigError: a policy that timm does not know.
+        """
+        from timm.data import create_transform
+
+        augment = {"auto_augment": self.augment} if training else {}
+        try:
+            made: Callable[[Any], Tensor] = create_transform(
+                self.size, is_training=training, hflip=0.5 * self.flip, color_jitter=0.0, **augment
+            )
+        except (AssertionError, ValueError, IndexError, KeyError) as error:
+            raise ConfigError(
+                f"augment: timm makes no policy of {self.augment!r} ({str(error) or type(error).__name__}); expected "
+                "such as rand-m9-mstd0.5, augmix-m5-w4 or original"
+            ) from error
+        return made
 
 
 def image_tasks(
@@ -112,20 +151,33 @@ class _ImageParts:
     def __init__(self, data: ImageData, options: ImageOptions, first: int) -> None:
         self.data, self.options = data, options
         self.classes = slice(first, first + data.num_classes)
-        self.prepare = Preparation.of(data, size=options.size or None, fit=options.fit)
+        self.problem = problem_named(data.problem)
+        self.measure = self.problem.measure(options.measured_by)
+        self.cropped = options.fit == CROPPED
+        self.prepare: Callable[[Any], Tensor]
+        if self.cropped:
+            self.prepare = Pictured(options.transform(training=False))
+            self.varied = Pictured(options.transform(training=True), drawn=True)
+        else:
+            self.prepare = Preparation.of(data, size=options.size or None, fit=options.fit)
 
     def collate(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
         ids, o = np.asarray(chosen), self.options
-        x = self.prepare(self.data.x_train[ids])
-        if o.flip:
+        images = self.data.x_train[ids]
+        x = self.varied(images) if self.cropped else self.prepare(images)
+        if o.flip and not self.cropped:
             x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
         if o.crop:
             x = shifted(x, torch.randint(2 * o.crop + 1, (len(x), 2)), o.crop)
-        return x, torch.from_numpy(self.data.y_train[ids])
+        return x, self.targets(self.data.y_train[ids])
+
+    def targets(self, y: np.ndarray) -> Tensor:
+        """What outputs are compared with."""
+        return self.problem.targets(y, self.data.y_train)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         logits = self.logits(model, batch[0])
-        return F.cross_entropy(logits, batch[1].to(logits.device))
+        return self.problem.loss(logits, batch[1].to(logits.device))
 
     def logits(self, model: nn.Module, x: Tensor) -> Tensor:
         """Those of the task's classes.
@@ -150,8 +202,8 @@ class _ImageParts:
         return torch.cat([part.float().cpu() for part in parts])
 
     def score(self, model: nn.Module) -> float:
-        """The accuracy on the test images."""
-        return top1(self.outputs(model), torch.from_numpy(self.data.y_test))
+        """By the problem's measure, on the test images."""
+        return self.measure(self.outputs(model), self.targets(self.data.y_test))
 
 
 def hidden_states(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:

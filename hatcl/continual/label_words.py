@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.texts import Pair, TextData
+from ..data.pairs import Pair
+from ..data.texts import TextData
 from ..errors import ConfigError
 from ..skills.hidden import Hidden, hidden_states_of
 from .tasks import ContinualTask

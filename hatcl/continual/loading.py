@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,24 +194,37 @@ def _loading(options: TextOptions, transformers: Any) -> dict[str, Any]:
 
 
 def text_tasks(
-    files: Mapping[str, Path], model: nn.Module, tokenizer: Any, form: str, options: TextOptions, positions: int | None
+    data: Mapping[str, TextData | Path],
+    model: nn.Module,
+    tokenizer: Any,
+    form: str,
+    options: TextOptions,
+    positions: int | None,
+    *,
+    validated: bool = False,
+    seed: int = 0,
 ) -> list[ContinualTask]:
-    """A task for each file of texts, in order.
+    """A task for each of some texts, in order.
 
     Args:
-        positions: how many tokens the model has positions for; None = no limit.
+        data: by the tasks' names; files are read. positions: how many tokens the model has positions for; None = no
+            limit. validated: score on validation examples; where the data has none, a tenth of the training examples
+            are held out for it. seed: of the choice.
 
     Raises:
         ConfigError: files, words or lengths that do not fit. IntegrityError: a damaged file.
     """
-    words, measures = label_words(options.word, list(files)), measures_of(options.measure, list(files))
+    words, measures = label_words(options.word, list(data)), measures_of(options.measure, list(data))
     tasks = []
-    for name, path in files.items():
-        data = read_texts(path).cut(options.train, options.test)
-        data = data.plain() if options.plain else data
-        tasks.append(
-            _task_of_form(form, name, data, model, tokenizer, words.get(name), measures.get(name), options, positions)
+    for name, of in data.items():
+        whole_data = of if isinstance(of, TextData) else read_texts(of)
+        texts = whole_data.cut(options.train, options.test)
+        texts = texts.on_validation(seed) if validated else texts
+        texts = texts.plain() if options.plain else texts
+        task = _task_of_form(
+            form, name, texts, model, tokenizer, words.get(name), measures.get(name), options, positions
         )
+        tasks.append(dataclasses.replace(task, digest=whole_data.digest()))
     return tasks
 
 

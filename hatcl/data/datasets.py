@@ -6,6 +6,7 @@ their own, in that (which comes first where both are there).
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,24 +15,25 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, nearest
-from .images import npz_task, torchvision_task
-from .photos import PhotoData, Photos
+from .images import DATA_PARTS, ImageData, labelled_images, npz_task
+from .photos import Photos
 from .prompts import CLASS_NAMES, TEMPLATES
 
 Labelled = tuple[Sequence[Path], Sequence[int]]
 FoundParts = tuple[Labelled, Labelled, Sequence[str]]  # to learn from, to test on, and the names of the classes
 ARRAYS_OF = {"mnist": "MNIST", "svhn": "SVHN", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 FOLDERS = ("train", ("test", "val"))
+SPLITS = {"validation": "val"}  # what torchvision calls it
 SPLIT_SEED = 0  # of data sets that come in one piece
 TESTED = 0.1  # their share of each class that is tested on: 270 of 2,700 images of EuroSAT, as in aTLAS
 
 
-def read_images(where: str | Path) -> Any:
+def read_images(where: str | Path) -> ImageData:
     """A task of images: an `.npz` file (`npz_task`), `DATASET@ROOT`, or a folder with `train/` and `test/` (or `val/`)
     and in these a folder for each class.
 
     Returns:
-        `ImageData` or `PhotoData`: both have x_train, y_train, x_test, y_test, num_classes, name and digest().
+        `ImageData`: arrays of an `.npz` file, CIFAR, SVHN or MNIST, and else photos.
 
     Raises:
         ConfigError: an unknown data set, or one that is not there. IntegrityError: a file that cannot be read.
@@ -71,12 +73,11 @@ def data_name(where: str | Path) -> str:
     return name.lower() if at else (path.parent.name if path.stem == "data" else path.stem).lower()
 
 
-def names_inside(where: str | Path, task: Any) -> tuple[str, ...]:
+def names_inside(where: str | Path, task: ImageData) -> tuple[str, ...]:
     """The names of the classes that the images come with: those of a data set or of folders, or the array `classes` of
     texts in an `.npz` file; empty where they come with none."""
-    own: tuple[str, ...] = getattr(task, "classes", ())
-    if own or Path(where).suffix != ".npz":
-        return own
+    if task.classes or Path(where).suffix != ".npz":
+        return task.classes
     with np.load(where, allow_pickle=False) as file:
         found = file["classes"] if "classes" in file.files else np.empty(0, dtype="U1")
     return tuple(found.tolist()) if found.dtype.kind == "U" else ()
@@ -93,28 +94,133 @@ def absolute_images(where: str | Path) -> str:
 
 
 def _photo_data(
-    name: str, train: Labelled, test: Labelled, classes: Sequence[str], templates: tuple[str, ...] = ()
-) -> PhotoData:
-    labels = [np.asarray(part[1], dtype=np.int64) for part in (train, test)]
-    most = max((int(y.max()) for y in labels if len(y)), default=0)
+    name: str,
+    train: Labelled,
+    test: Labelled,
+    classes: Sequence[str],
+    templates: tuple[str, ...] = (),
+    validation: Labelled | None = None,
+) -> ImageData:
+    parts = {"train": train, "test": test} | ({} if validation is None else {"validation": validation})
+    labels = {part: np.asarray(y, dtype=np.int64) for part, (_, y) in parts.items()}
+    most = max((int(y.max()) for y in labels.values() if len(y)), default=0)
     if most >= len(classes):
         raise ConfigError(f"{name}: has labels up to {most} and {len(classes)} classes; are folders missing?")
-    return PhotoData(name, Photos(train[0]), labels[0], Photos(test[0]), labels[1], tuple(classes), templates)
+    arrays: dict[str, Any] = {f"x_{part}": Photos(paths) for part, (paths, _) in parts.items()}
+    arrays |= {f"y_{part}": y for part, y in labels.items()}
+    return ImageData(name, num_classes=len(classes), classes=tuple(classes), templates=templates, **arrays)
+
+
+# ---- torchvision ----
+
+
+def torchvision_task(dataset: str, root: str | Path, *, download: bool = False) -> ImageData:
+    """One of torchvision's image classification data sets as a single task; its validation part too, where it has one.
+    Images of one size become an array, others are opened when they are used.
+
+    Raises:
+        ConfigError: torchvision has no such data set, or it is not under `root`.
+    """
+    from torchvision import datasets
+
+    known = [name for name in datasets.__all__ if inspect.isclass(getattr(datasets, name))]
+    if dataset not in known:
+        near = nearest(dataset, known)
+        raise ConfigError(f"--dataset: torchvision.datasets has no {dataset!r}; did you mean {near!r}?")
+    factory = getattr(datasets, dataset)
+    accepted = inspect.signature(factory).parameters
+    if not {"train", "split"} & set(accepted):
+        raise ConfigError(
+            f"--dataset: {dataset} has no training and test part of its own; expected a data set with train= or "
+            "split=, or a folder of your own with --task"
+        )
+    arrays: dict[str, Any] = {}
+    for part in DATA_PARTS if "split" in accepted else DATA_PARTS[:2]:
+        options: dict[str, Any] = {"root": str(root)}
+        options |= {"train": part == "train"} if "train" in accepted else {"split": SPLITS.get(part, part)}
+        if "download" in accepted:
+            options["download"] = download
+        try:
+            examples = factory(**options)
+        except (RuntimeError, OSError, ValueError, ImportError) as error:
+            if part == "validation":  # few have one
+                continue
+            raise ConfigError(
+                f"--dataset: {dataset} cannot be loaded from --root {root} ({error}); put its files there or give "
+                "--download"
+            ) from error
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = _images_of(examples)
+    if any(isinstance(x, Photos) for x in arrays.values()):
+        arrays = {
+            n: Photos([*map(_picture, x)]) if isinstance(x, np.ndarray) and n[0] == "x" else x
+            for n, x in arrays.items()
+        }
+    return labelled_images(dataset.lower(), arrays)
+
+
+class _Examples(Sequence[Any]):
+    """The images of a torchvision data set, opened when they are asked for."""
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.examples[i][0]
+
+
+def _images_of(examples: Any) -> tuple[Any, np.ndarray]:
+    """Images and labels of a data set: an array where all images have one size."""
+    arrays: list[np.ndarray] | None = []
+    labels = []
+    for image, label in examples:
+        labels.append(label)
+        if arrays is not None:
+            arrays.append(np.asarray(image.convert("RGB")))
+            arrays = arrays if arrays[-1].shape == arrays[0].shape else None
+    return Photos(_Examples(examples)) if arrays is None else np.stack(arrays), np.asarray(labels)
+
+
+def _picture(array: np.ndarray) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(array)
 
 
 # ---- folders of classes ----------------------------------------------------------------------------------------------
 
 
-def _folder(path: Path) -> PhotoData:
-    """A folder with a part to learn from and one to test on."""
+def _folder(path: Path) -> ImageData:
+    """A folder with a part to learn from and one to test on (and one to validate on where it has both `val` and
+    `test`), or with a folder for each class alone: then a tenth of each class is tested on."""
     parts = _published(path)
     if parts is None:
+        parts = _one_piece(path)
+    if parts is None:
         raise ConfigError(
-            f"{path}: has no folders train/ and test/ (or val/) with a folder for each class in them; for a data set "
-            f"by its name write NAME@{path}"
+            f"{path}: has no folders train/ and test/ (or val/) with a folder for each class in them, and no folders "
+            f"of images; for a data set by its name write NAME@{path}"
         )
     train, test, classes = parts
-    return _photo_data(path.name, train, test, [c.replace("_", " ") for c in classes])
+    validation = None
+    if all((path / part).is_dir() for part in FOLDERS[1]):
+        validation, named = _classes_in(path / FOLDERS[1][1])
+        if list(named) != list(classes):
+            raise ConfigError(f"{path}: train/ and val/ differ in the folders of classes")
+    return _photo_data(path.name, train, test, [c.replace("_", " ") for c in classes], validation=validation)
+
+
+def _one_piece(path: Path) -> FoundParts | None:
+    """A folder with a folder for each class in it; None where these have no images."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    inside = [folder for folder in path.iterdir() if folder.is_dir()]
+    if not any(file.suffix.lower() in IMG_EXTENSIONS for folder in inside for file in folder.iterdir()):
+        return None
+    samples, classes = _classes_in(path)
+    return *_cut_by_class(samples), classes
 
 
 def _published(path: Path) -> FoundParts | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,111 +16,136 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from ..errors import ConfigError, IntegrityError, nearest
+from ..engine.problems import CLASSES, NUMBERS, check_problem_labels, likely_problem
+from ..errors import ConfigError, IntegrityError
+from .kinds import NPZ, check_content, file_kind
+from .photos import Photos
 from .shots import draw, held_out
 
 FITS = ("resize", "pad")
+DATA_PARTS = ("train", "test", "validation")
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+VALIDATION_ARRAYS = ("x_validation", "y_validation")
+# of ImageNet's images, by which timm's and torchvision's networks are trained: for photos, of which not all are read
+PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageData:
-    """One training problem as it came: images N x H x W (grey) or N x H x W x C, labels 0 .. num_classes - 1.
+    """One training problem as it came.
+
+    Attributes:
+        x_train, x_test, x_validation: images, N x H x W (grey) or N x H x W x C, or `Photos`. y_train, y_test,
+            y_validation: their labels, see `hatcl.engine.problems`; of classes 0 .. num_classes - 1. Validation is None
+            where the data brings none.
+        num_classes: how many classes, labels or numbers a head says.
+        classes: the names of the classes or labels, where the data brings them. templates: of prompts.
+        problem: the kind of problem, one of `PROBLEMS`.
 
     Raises:
-        ConfigError: arrays of a wrong shape or type, a label out of range, or no examples.
+        ConfigError: arrays of a wrong shape or type, labels that are not the problem's, one class, or no examples.
     """
 
     name: str
-    x_train: np.ndarray
+    x_train: Any
     y_train: np.ndarray
-    x_test: np.ndarray
+    x_test: Any
     y_test: np.ndarray
     num_classes: int
+    classes: tuple[str, ...] = ()
+    problem: str = CLASSES
+    x_validation: Any = None
+    y_validation: np.ndarray | None = None
+    templates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for part in ("train", "test"):
+        for part in DATA_PARTS if self.y_validation is not None else DATA_PARTS[:2]:
             x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
-            if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[-1] not in (1, 3)) or x.dtype.kind not in "uif":
-                raise ConfigError(
-                    f"task {self.name!r}: x_{part} is {x.dtype}{list(x.shape)}, expected images as numbers of shape "
-                    "N x H x W (grey) or N x H x W x C with C = 1 or 3 (channels last)"
-                )
-            if y.ndim != 1 or y.dtype.kind not in "ui" or len(y) != len(x) or len(y) == 0:
-                raise ConfigError(
-                    f"task {self.name!r}: y_{part} is {y.dtype}{list(y.shape)}, expected {max(len(x), 1)} whole "
-                    f"numbers, one label per image of x_{part}"
-                )
-            if y.min() < 0 or y.max() >= self.num_classes:
-                raise ConfigError(
-                    f"task {self.name!r}: y_{part} holds labels from {y.min()} to {y.max()}, expected "
-                    f"0 to {self.num_classes - 1}"
-                )
-        if self.x_train.shape[1:] != self.x_test.shape[1:]:
+            if not len(x):
+                raise ConfigError(f"task {self.name!r}: has no images to {part}; is the file, or a folder, empty?")
+            if not isinstance(x, Photos):
+                self._check_array(part, x)
+            check_problem_labels(f"task {self.name!r}: y_{part}", self.problem, y, len(x), self.num_classes)
+        if self.problem == CLASSES and self.num_classes < 2:
+            only = f" ({self.classes[0]})" if self.classes else ""
+            raise ConfigError(f"task {self.name!r}: has one class{only}; expected at least 2 classes")
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ConfigError(f"task {self.name!r}: has {len(self.classes)} names for {self.num_classes} classes")
+
+    def _check_array(self, part: str, x: np.ndarray) -> None:
+        if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[-1] not in (1, 3)) or x.dtype.kind not in "uif":
             raise ConfigError(
-                f"task {self.name!r}: the training images are {list(self.x_train.shape[1:])}, the test images "
-                f"{list(self.x_test.shape[1:])}; expected one shape"
+                f"task {self.name!r}: x_{part} is {x.dtype}{list(x.shape)}, expected images as numbers of shape "
+                "N x H x W (grey) or N x H x W x C with C = 1 or 3 (channels last)"
+            )
+        if x.shape[1:] != self.x_train.shape[1:]:
+            raise ConfigError(
+                f"task {self.name!r}: the training images are {list(self.x_train.shape[1:])}, the {part} images "
+                f"{list(x.shape[1:])}; expected one shape"
             )
 
+    @property
+    def photos(self) -> bool:
+        """Are the images opened when they are used, and of any size?"""
+        return isinstance(self.x_train, Photos)
+
     def on_validation(self, share: float = 0.2, seed: int = 0) -> ImageData:
-        """The task to choose options and methods by: of each class a share of the training images is held out and takes
-        the place of the test images, which are not used.
+        """The task to choose options and methods by: the data's own validation images, or where it has none a share of
+        the training images (of each class, where there are classes), take the place of the test images, which are not
+        used.
 
         Raises:
             ConfigError: a share outside [0, 1), or one that leaves no images on one of the sides.
         """
-        kept, out = (ids.numpy() for ids in held_out(self.y_train, share, seed))
+        if self.y_validation is not None:
+            return dataclasses.replace(self, x_test=self.x_validation, y_test=self.y_validation)
+        strata = self.y_train if self.problem == CLASSES else np.zeros(len(self.y_train), dtype=np.int64)
+        kept, out = (ids.numpy() for ids in held_out(strata, share, seed))
         if not len(out):
             raise ConfigError(f"task {self.name!r}: a share of {share} holds out no image of {len(self.y_train)}")
-        parts = self.x_train[kept], self.y_train[kept], self.x_train[out], self.y_train[out]
-        return ImageData(self.name, *parts, self.num_classes)
+        x, y = self.x_train, self.y_train
+        return dataclasses.replace(self, x_train=x[kept], y_train=y[kept], x_test=x[out], y_test=y[out])
+
+    def parts(self) -> Iterator[tuple[str, Any, np.ndarray]]:
+        """Each part that there is: its name, images and labels."""
+        for part in DATA_PARTS:
+            y = getattr(self, f"y_{part}")
+            if y is not None:
+                yield part, getattr(self, f"x_{part}"), y
+
+    def of_classes(self, chosen: Sequence[int], name: str) -> ImageData:
+        """The task of some of the classes, which are numbered anew in this order.
+
+        Raises:
+            ConfigError: it is no classification, or a part has no image of them.
+        """
+        if self.problem != CLASSES:
+            raise ConfigError(f"task {self.name!r}: is a {self.problem}, which has no classes to choose from")
+        place = np.full(self.num_classes, -1)
+        place[list(chosen)] = np.arange(len(chosen))
+        arrays: dict[str, Any] = {}
+        for part, x, y in self.parts():
+            some = np.flatnonzero(place[y] >= 0)
+            arrays |= {f"x_{part}": x[some], f"y_{part}": place[y[some]]}
+        names = tuple(self.classes[c] for c in chosen) if self.classes else ()
+        return dataclasses.replace(self, name=name, num_classes=len(chosen), classes=names, **arrays)
 
     def digest(self) -> str:
-        """sha256 over the arrays; a resumed run compares it to know that it goes on with the same data."""
+        """sha256 over the arrays and labels, and of photos over their names and sizes (the images are not read); a
+        resumed run compares it to know that it goes on with the same data."""
         out = hashlib.sha256()
-        for name in ARRAYS:
-            array = getattr(self, name)
-            out.update(f"{name} {array.dtype.str} {array.shape} ".encode())
-            out.update(np.ascontiguousarray(array).data)
+        for part, x, y in self.parts():
+            if isinstance(x, Photos):
+                for i, label in zip(x.ids.tolist(), y.tolist(), strict=True):
+                    out.update(f"{x.told(i)} {label}\n".encode())
+                continue
+            for name, array in ((f"x_{part}", x), (f"y_{part}", y)):
+                out.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+                out.update(np.ascontiguousarray(array).data)
         return out.hexdigest()
 
 
 # --- where tasks come from ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a run's tasks come from, JSON-able so that a run folder can load them again.
-
-    `kind` is `digits`, `npz` (each of `paths` a task), `split` (the one path, cut into `split` tasks) or `torchvision`
-    (`dataset` under `root`, cut into `split` tasks).
-    """
-
-    kind: str = "digits"
-    paths: tuple[str, ...] = ()
-    split: int = 1
-    dataset: str | None = None
-    root: str | None = None
-    download: bool = False
-
-    def load(self) -> list[ImageData]:
-        """The tasks. Raises `ConfigError` or `IntegrityError` where they cannot be read."""
-        if self.kind == "digits":
-            return digits_tasks()
-        if self.kind == "npz":
-            return [npz_task(path) for path in self.paths]
-        if self.kind == "split":
-            return split_classes(npz_task(self.paths[0]), self.split)
-        if self.kind == "torchvision" and self.dataset is not None and self.root is not None:
-            return split_classes(torchvision_task(self.dataset, self.root, download=self.download), self.split)
-        raise ConfigError(f"tasks: got {self}, expected kind digits, npz, split or torchvision with its fields")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "paths": list(self.paths)}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Source:
-        return cls(**{**fields, "paths": tuple(fields.get("paths", ()))})
 
 
 def digits_tasks(num_tasks: int = 5) -> list[ImageData]:
@@ -137,7 +161,7 @@ def digits_tasks(num_tasks: int = 5) -> list[ImageData]:
     except ImportError as error:
         raise ConfigError(
             "the embedded digits need scikit-learn, which is not installed; run: pip install 'hatcl[data]' "
-            "(or give data of your own: --tasks, --split or --dataset)"
+            "(or give data of your own: --task or --dataset)"
         ) from error
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # 17 grey levels over the full range
@@ -149,21 +173,24 @@ def digits_tasks(num_tasks: int = 5) -> list[ImageData]:
     return split_classes(whole, num_tasks)
 
 
-def npz_task(path: str | Path) -> ImageData:
-    """A task from an `.npz` file holding `x_train`, `y_train`, `x_test`, `y_test`; it is named after the file, or after
-    the folder where the file is called `data.npz`. Labels are remapped to 0, 1, ... in ascending order.
+def npz_task(path: str | Path, problem: str = CLASSES) -> ImageData:
+    """A task from an `.npz` file holding `x_train`, `y_train`, `x_test`, `y_test`, and where it has them `x_validation`
+    and `y_validation`; it is named after the file, or after the folder where the file is called `data.npz`. Labels of
+    classes are remapped to 0, 1, ... in ascending order.
+
+    Args:
+        problem: what the labels are of; `auto` = what they look like.
 
     Raises:
-        ConfigError: no such file, or an array is missing.
+        ConfigError: no such file, another kind of file, or an array is missing.
         IntegrityError: the file is truncated, no `.npz`, or holds pickles where arrays are expected.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"tasks: {path} is not a file; expected an .npz file with the arrays {', '.join(ARRAYS)}")
+    check_content(path, NPZ)
     try:
         file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise ConfigError(f"tasks: {path} holds one array, expected an .npz file with {', '.join(ARRAYS)}")
         with file:
             missing = [name for name in ARRAYS if name not in file.files]
             if missing:
@@ -171,7 +198,10 @@ def npz_task(path: str | Path) -> ImageData:
                     f"tasks: {path} lacks {', '.join(missing)}; it holds {', '.join(file.files)}, expected "
                     f"{', '.join(ARRAYS)}"
                 )
-            arrays = {name: file[name] for name in ARRAYS}
+            held = [name for name in VALIDATION_ARRAYS if name in file.files]
+            if len(held) == 1:
+                raise ConfigError(f"tasks: {path} holds {held[0]} alone, expected {' and '.join(VALIDATION_ARRAYS)}")
+            arrays = {name: file[name] for name in (*ARRAYS, *held)}
     except ConfigError:
         raise
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
@@ -179,103 +209,73 @@ def npz_task(path: str | Path) -> ImageData:
             f"tasks: {path} cannot be read as plain arrays ({error}); expected an .npz file written by numpy.savez "
             "without pickled objects. Write or copy it again"
         ) from error
-    name = path.parent.name if path.stem == "data" and path.parent.name else path.stem
-    return _relabelled(name, arrays)
+    return labelled_images(own_name(path), arrays, problem)
 
 
-def torchvision_task(dataset: str, root: str | Path, *, download: bool = False) -> ImageData:
-    """One of torchvision's image classification data sets as a single task.
-
-    Raises:
-        ConfigError: torchvision has no such data set, it is not under `root`, or its images differ in size.
-    """
-    from torchvision import datasets
-
-    known = [name for name in datasets.__all__ if inspect.isclass(getattr(datasets, name))]
-    if dataset not in known:
-        near = nearest(dataset, known)
-        raise ConfigError(f"--dataset: torchvision.datasets has no {dataset!r}; did you mean {near!r}?")
-    factory = getattr(datasets, dataset)
-    accepted = inspect.signature(factory).parameters
-    arrays = {}
-    for part in ("train", "test"):
-        options: dict[str, Any] = {"root": str(root)}
-        if "train" in accepted:
-            options["train"] = part == "train"
-        elif "split" in accepted:
-            options["split"] = part
-        else:
-            raise ConfigError(
-                f"--dataset: {dataset} has no training and test part of its own; expected a data set with "
-                "train= or split=, or your own arrays with --tasks or --split"
-            )
-        if "download" in accepted:
-            options["download"] = download
-        try:
-            examples = factory(**options)
-        except (RuntimeError, OSError, ValueError, ImportError) as error:
-            raise ConfigError(
-                f"--dataset: {dataset} cannot be loaded from --root {root} ({error}); put its files there or give "
-                "--download"
-            ) from error
-        images, labels = zip(*examples, strict=True)
-        arrays[f"x_{part}"] = _stacked(dataset, [np.asarray(image.convert("RGB")) for image in images])
-        arrays[f"y_{part}"] = np.asarray(labels)
-    return _relabelled(dataset.lower(), arrays)
+@file_kind(NPZ, ".npz")
+def read_npz(path: Path) -> ImageData:
+    """The arrays as a task of the problem that its labels look like. Raises what `npz_task` does."""
+    return npz_task(path, "auto")
 
 
-def split_classes(task: ImageData, num_tasks: int) -> list[ImageData]:
-    """`task` cut into `num_tasks` tasks of consecutive classes (the first ones get one more where it does not divide),
-    each with its labels remapped to 0, 1, ...
+def own_name(path: Path) -> str:
+    """What a file's task is called: as the file, or as the folder where the file is called data."""
+    name = path.name.split(".")[0]
+    return path.parent.name if name == "data" and path.parent.name else name
+
+
+def split_classes(task: ImageData, num_tasks: int, each: int | None = None) -> list[ImageData]:
+    """`task` cut into `num_tasks` tasks of consecutive classes, each with its labels remapped to 0, 1, ...
+
+    Args:
+        each: classes per task; further ones are left out. None = all, where the first tasks get one more if it does not
+            divide.
 
     Raises:
-        ConfigError: fewer than two classes would be left for a task.
+        ConfigError: fewer than two classes would be left for a task, or there are too few.
     """
-    if num_tasks == 1:
+    if num_tasks == 1 and each is None:
         return [task]
-    if num_tasks < 1 or task.num_classes < 2 * num_tasks:
+    least = 2 * num_tasks if each is None else each * num_tasks
+    if num_tasks < 1 or task.num_classes < least or (each is not None and each < 2):
         raise ConfigError(
-            f"--split: {task.name!r} has {task.num_classes} classes, which do not make {num_tasks} tasks of at least "
-            f"two classes; expected a number from 1 to {task.num_classes // 2}"
+            f"--split: {task.name!r} has {task.num_classes} classes, which do not make {num_tasks} tasks of "
+            f"{'at least two' if each is None or each < 2 else each} classes; expected a number from 1 to "
+            f"{task.num_classes // max(each or 2, 2)}"
         )
-    out = []
-    for classes in np.array_split(np.arange(task.num_classes), num_tasks):
-        first, last = int(classes[0]), int(classes[-1])
-        train = (task.y_train >= first) & (task.y_train <= last)
-        test = (task.y_test >= first) & (task.y_test <= last)
-        out.append(
-            ImageData(
-                f"{task.name} {first}-{last}",
-                task.x_train[train],
-                task.y_train[train] - first,
-                task.x_test[test],
-                task.y_test[test] - first,
-                num_classes=len(classes),
-            )
-        )
-    return out
+    numbers = np.arange(task.num_classes if each is None else least)
+    return [
+        task.of_classes(classes.tolist(), f"{task.name} {classes[0]}-{classes[-1]}")
+        for classes in np.array_split(numbers, num_tasks)
+    ]
 
 
-def _relabelled(name: str, arrays: Mapping[str, np.ndarray]) -> ImageData:
-    """A task whose labels are the ranks of the labels met in training."""
-    classes = np.unique(arrays["y_train"])
-    unknown = np.setdiff1d(arrays["y_test"], classes)
-    if len(unknown):
-        raise ConfigError(f"task {name!r}: y_test holds labels never seen in y_train: {unknown.tolist()[:10]}")
-    labels = {part: np.searchsorted(classes, arrays[part]).astype(np.int64) for part in ("y_train", "y_test")}
-    return ImageData(
-        name, arrays["x_train"], labels["y_train"], arrays["x_test"], labels["y_test"], num_classes=len(classes)
-    )
+def labelled_images(name: str, arrays: Mapping[str, Any], problem: str = CLASSES) -> ImageData:
+    """A task of arrays as they came; labels of classes become the ranks of the labels met in training.
 
+    Args:
+        problem: what the labels are of; `auto` = what those of training look like.
 
-def _stacked(dataset: str, images: list[np.ndarray]) -> np.ndarray:
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise ConfigError(
-            f"--dataset: the images of {dataset} differ in size (for example {sorted(shapes)[0]} and "
-            f"{sorted(shapes)[-1]}); expected one size. Resize them into an .npz file and give it with --tasks"
-        )
-    return np.stack(images)
+    Raises:
+        ConfigError: labels that are not the problem's, or that training lacks.
+    """
+    found = dict(arrays)
+    labels = {part: found[part] for part in ("y_train", "y_test", "y_validation") if part in found}
+    if problem == "auto":
+        problem = likely_problem(labels["y_train"])
+    if problem != CLASSES:
+        flat = problem == NUMBERS
+        found |= {part: y[:, None] if flat and y.ndim == 1 else y for part, y in labels.items()}
+        width = found["y_train"].shape[1] if found["y_train"].ndim == 2 else 0
+        return ImageData(name, num_classes=width, problem=problem, **found)
+    classes = np.unique(labels["y_train"])
+    for part, y in labels.items():
+        unknown = np.setdiff1d(y, classes)
+        if len(unknown):
+            raise ConfigError(f"task {name!r}: {part} holds labels never seen in y_train: {unknown.tolist()[:10]}")
+        whole = np.searchsorted(classes, y).astype(np.int64)
+        found[part] = whole if y.dtype.kind in "ui" else y  # what is no class is said where the task is made
+    return ImageData(name, num_classes=len(classes), **found)
 
 
 # --- from arrays to batches ---
@@ -285,9 +285,9 @@ def _stacked(dataset: str, images: list[np.ndarray]) -> np.ndarray:
 class Preparation:
     """Turns a task's images into the float tensors N x 3 x size x size that a network takes.
 
-    Values are normalised by the mean and standard deviation of the task's own training images, per channel; grey is
-    repeated to three channels. `size` None keeps the images' own size. `fit` is `resize` (bilinear) or `pad` (black
-    border; images larger than `size` are resized).
+    Values are normalised by the mean and standard deviation of the task's own training images, per channel (of photos,
+    by ImageNet's); grey is repeated to three channels. `size` None keeps the images' own size. `fit` is `resize`
+    (bilinear) or `pad` (black border; larger images are resized, photos within their proportions).
     """
 
     mean: tuple[float, ...]
@@ -300,6 +300,10 @@ class Preparation:
         """Measured on `task`. Raises `ConfigError` on an unknown `fit`."""
         if fit not in FITS:
             raise ConfigError(f"--fit: got {fit!r}, expected one of {', '.join(FITS)}")
+        if task.photos:
+            if size is None:
+                raise ConfigError(f"--size: the images of {task.name!r} differ in size; give one to bring them to")
+            return cls(tuple(255 * v for v in PHOTO_MEAN), tuple(255 * v for v in PHOTO_STD), size, fit)
         images = task.x_train if task.x_train.ndim == 4 else task.x_train[..., None]
         axes = (0, 1, 2)
         mean = images.mean(axes, dtype=np.float64)
@@ -307,8 +311,11 @@ class Preparation:
         std[std == 0] = 1.0  # a channel that never changes
         return cls(tuple(mean.tolist()), tuple(std.tolist()), size, fit)
 
-    def __call__(self, images: np.ndarray) -> torch.Tensor:
-        """Images N x H x W (x C) as a normalised float tensor N x 3 x H x W."""
+    def __call__(self, images: np.ndarray | Photos) -> torch.Tensor:
+        """Images N x H x W (x C), or photos, as a normalised float tensor N x 3 x H x W."""
+        if isinstance(images, Photos):
+            assert self.size is not None  # `of` sees to it
+            images = images.arrays(self.size, self.fit == "pad")
         x = torch.from_numpy(np.ascontiguousarray(images)).float()
         x = rearrange(x, "n h w -> n 1 h w" if x.ndim == 3 else "n h w c -> n c h w")
         height, width = x.shape[-2:]

@@ -18,7 +18,9 @@ from typing import Any
 
 from ..config import number
 from ..errors import ConfigError, IntegrityError, nearest
-from .texts import Pair, Sentences, TextData, read_texts
+from .pairs import Pair, Sentences
+from .records import load_hub
+from .texts import TextData, read_texts
 
 IT_WAS, THIS_IS = "{text} It was {mask}.", "{text} This is {mask}."
 IN_FRONT = "{mask}: {text}"
@@ -310,20 +312,7 @@ def _from_hub(task: PublishedTask) -> TextData:
     hub = task.hub
     if hub is None:
         raise ConfigError(f"data: {task.name} is not read from a hub; give your copy of it (--data FILE or FOLDER)")
-    try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise ConfigError(
-            f"data: none is given, and to read {task.name} from the hub needs {error.name}; run: pip install datasets, "
-            "or give your copy of it (--data FILE or FOLDER)"
-        ) from error
-    try:
-        found = datasets.load_dataset(hub.path, hub.config)
-    except (OSError, ValueError) as error:  # ConnectionError is an OSError
-        raise ConfigError(
-            f"data: datasets cannot load {hub.path} ({str(error).splitlines()[0]}); give your copy of {task.name} "
-            "(--data FILE or FOLDER)"
-        ) from error
+    found = load_hub(hub.path, hub.config, f"give your copy of {task.name} (--data FILE or FOLDER)")
     parts = {}
     for part, names in PART_FILES.items():
         name = next((n for n in names if n in found), None)

@@ -1,6 +1,7 @@
 """Text tasks as files: pairs of an input and an output, with what scoring needs beside.
 
-Read are JSON files, also as .gz, of these forms (the public benchmarks' own):
+Read are tables of records (`records.py`; `pairs.py` has the columns), and JSON files, also as .gz, of these forms (the
+public benchmarks' own):
 
     {train, dev, test: [[input, output], ...]}                      the long-sequence benchmark as prepared for TaSL
     {train, test: [[instruction, input, output], ...], test_idx}    dialogue state tracking, with the test rows' turns
@@ -16,40 +17,26 @@ both (`Sentences`). Tables as GLUE and others publish them are read in `publishe
 from __future__ import annotations
 
 import dataclasses
-import gzip
+import hashlib
+import json
 import random
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError, IntegrityError
+from ..config import one_of
+from ..errors import ConfigError
 from ..files import parse_json
+from .kinds import JSON, LINES, content_of, file_kind, read_file, read_text
+from .pairs import Pair, Sentences, pairs_of, strata_of
+from .records import EACH_HELD_OUT, WHOLE, Records, part_named, read_beside, read_folder, records_of
 from .shots import draw, same_few
 
-Pair = tuple[str, str]
-EACH_HELD_OUT = 0.1  # share of {all} for test, and for validation
-
-
-class Sentences(str):
-    """An input of two parts, which a template may have in any order: `{text}` and `{text2}`. As a text it is both, one
-    line each.
-
-    Attributes:
-        parts: the two.
-    """
-
-    parts: tuple[str, str]
-
-    def __new__(cls, first: str, second: str) -> Sentences:
-        made = super().__new__(cls, f"{first}\n{second}")
-        made.parts = (first, second)
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Sentences, self.parts
+JSON_ENDS = (".json", ".json.gz")
+TEXT_ENDS = (*JSON_ENDS, ".jsonl", ".csv", ".tsv", ".parquet")
+HELD_OUT_TEXTS = 0.1  # share of the training pairs that validates where the data has nothing for it
 
 
 class Turn(NamedTuple):
@@ -77,6 +64,26 @@ class TextData:
     def labels(self) -> list[str]:
         """The different outputs of training, sorted."""
         return sorted({output for _, output in self.train})
+
+    def on_validation(self, seed: int = 0) -> TextData:
+        """To choose options and methods by: the validation pairs, or where there are none a tenth of the training
+        pairs, which then are not trained on; the test pairs are not used.
+
+        Raises:
+            ConfigError: no pair to hold out.
+        """
+        if self.validation:
+            return TextData(self.train, self.validation, self.validation)
+        held = set(same_few(len(self.train), round(HELD_OUT_TEXTS * len(self.train)), seed))
+        if not held:
+            raise ConfigError(f"validation: a share of {HELD_OUT_TEXTS} of {len(self.train)} training examples is none")
+        out = [pair for i, pair in enumerate(self.train) if i in held]
+        return TextData([pair for i, pair in enumerate(self.train) if i not in held], out, out)
+
+    def digest(self) -> str:
+        """sha256 over the pairs; a resumed run compares it."""
+        parts = [self.train, self.validation, self.test, self.turns]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def cut(self, train: int | None = None, test: int | None = None, validation: int | None = None) -> TextData:
         """At most so many pairs of each part, always the same random ones. Of dialogues the first turns, whole.
@@ -115,6 +122,20 @@ class TextData:
             return rest.strip() if drop_question and rest.strip() else value
 
         return self._mapped(lambda part, rows: [(text(x), y) for x, y in rows])
+
+    def of_labels(self, labels: Sequence[str]) -> TextData:
+        """The pairs with these outputs.
+
+        Raises:
+            ConfigError: an output that no training pair has.
+        """
+        for label in labels:
+            one_of("classes", label, self.labels)
+        parts = [[p for p in part if p[1] in labels] for part in (self.train, self.validation, self.test)]
+        kept = TextData(parts[0], parts[1], parts[2])
+        if not kept.test:
+            raise ConfigError(f"classes: no test example has one of {', '.join(labels)}")
+        return kept
 
     def renamed(self, labels: Mapping[str, str]) -> TextData:
         """The outputs in other words.
@@ -171,20 +192,75 @@ def k_shot(
 
 
 def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> TextData:
-    """The pairs of a file.
+    """The pairs of a file, or of a folder of tables.
 
     Args:
         shots_seed: which of the seeds of a file of few shots. seed: of the cut of a file with one list.
 
     Raises:
-        IntegrityError: no such file, or no JSON. ConfigError: JSON of another form; what was found and what is read.
+        IntegrityError: a file that is not there, or damaged. ConfigError: content of another form; what was found and
+            what is read.
     """
     path = Path(path)
-    content = _read_content(path)
+    if path.is_dir():
+        return texts_of(read_folder(path), seed)
+    if not path.name.endswith(JSON_ENDS):
+        found = read_beside(path)
+        if not isinstance(found, Records):
+            raise ConfigError(f"{path}: holds images; texts are read from {', '.join(TEXT_ENDS)}")
+        return texts_of(found, seed)
+    content = _json_of(path)
     if path.name.endswith("_T5.json") and "test" in (tasl := parts_of_tasl(path)):
         return read_parts(tasl)
     if path.name == "train.json" and (isinstance(content, list) or "Instances" in content):
         return read_parts(parts_beside(path.parent))
+    table = _table_in(path, content)
+    return _of_forms(path, content, shots_seed, seed) if table is None else texts_of(table, seed)
+
+
+@file_kind(JSON, *JSON_ENDS)
+def read_json_data(path: Path) -> Records | TextData:
+    """Records, or pairs in one of the forms of benchmarks. Raises what `read_texts` does."""
+    table = _table_in(path, _json_of(path))
+    return read_texts(path) if table is None else table
+
+
+def texts_of(records: Records, seed: int = 0) -> TextData:
+    """The pairs of a table, in parts; one in one piece is cut by the seed.
+
+    Raises:
+        ConfigError: columns that are no texts with outputs, or a row without one of them.
+    """
+    parts = records.divided()
+    parts = parts.in_parts(strata_of(parts), seed)
+    found = {part: pairs_of(parts, part) for part in parts.parts}
+    return TextData(found["train"], found.get("validation", []), found["test"])
+
+
+def _json_of(path: Path) -> Any:
+    return read_file(path) if content_of(path) == LINES else parse_json(read_text(path), path, object)
+
+
+def _are_objects(rows: Any) -> bool:
+    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict)
+
+
+def _table_in(path: Path, content: Any) -> Records | None:
+    """The table in a file: a list of objects, or one for each part; None where it is something else."""
+    if isinstance(content, Records):
+        return content
+    if _are_objects(content):
+        return records_of(path, {WHOLE: content})
+    parts = {part_named(n) or "": rows for n, rows in content.items() if rows} if isinstance(content, dict) else {}
+    parts.pop("", None)
+    if "train" in parts and all(_are_objects(rows) for rows in parts.values()):
+        return records_of(path, parts)
+    return None
+
+
+def _of_forms(path: Path, content: Any, shots_seed: int, seed: int) -> TextData:
+    if isinstance(content, list) and content and isinstance(content[0], list):
+        content = {"all": content}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: got a {type(content).__name__}, expected an object with train and test")
     if "all" in content:
@@ -232,42 +308,22 @@ def read_parts(parts: Mapping[str, Path]) -> TextData:
     """
     if "test" not in parts:
         raise ConfigError(f"{parts['train']}: has no test.json beside it, expected one of the same form")
-    found = {part: _pairs(path, part, _read_rows(path, _read_content(path))) for part, path in parts.items()}
+    found = {part: _part_of(path, part) for part, path in parts.items()}
     return _whole(parts["train"], TextData(found["train"], found.get("validation", []), found["test"]))
 
 
-def _read_rows(path: Path, content: Any) -> list[Any]:
-    """Lists of texts, of what a file has as objects."""
-    definition: list[Any] = []
+def _part_of(path: Path, part: str) -> list[Pair]:
+    content = _json_of(path)
     if isinstance(content, dict) and isinstance(content.get("Instances"), list):
-        given = content.get("Definition", [])
-        definition, content = ([given] if isinstance(given, str) else list(given))[:1], content["Instances"]
+        said = content.get("Definition", [])
+        first = said if isinstance(said, str) else next(iter(said), "")
+        content = [{**row, "instruction": first} if isinstance(row, dict) else row for row in content["Instances"]]
+    if isinstance(content, Records) or _are_objects(content):
+        table = content if isinstance(content, Records) else records_of(path, {WHOLE: content})
+        return pairs_of(table, WHOLE)
     if not isinstance(content, list):
         raise ConfigError(f"{path}: got a {type(content).__name__}, expected a list of examples, or Instances")
-    out: list[Any] = []
-    for i, row in enumerate(content):
-        if not isinstance(row, dict):
-            out.append(row)
-            continue
-        keys = ("prompt", "answer") if "prompt" in row else ("input", "output")
-        lacking = [k for k in keys if k not in row]
-        if lacking:
-            raise ConfigError(
-                f"{path}: [{i}] has {', '.join(row) or 'nothing'}; expected input and output, or prompt and answer"
-            )
-        said = row.get("instruction")
-        before = definition or ([said] if said else [])
-        out.append([*before, *(row[k] for k in keys)])
-    return out
-
-
-def _read_content(path: Path) -> Any:
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise IntegrityError(f"{path} cannot be read ({error}); is the path right, and the file whole?") from error
-    return parse_json(raw, path, object)
+    return _pairs(path, part, content)
 
 
 def _pairs(path: Path, part: str, rows: Any) -> list[Pair]:

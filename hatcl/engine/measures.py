@@ -32,6 +32,15 @@ def top1(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(-1) == labels.to(logits.device)).double().mean())
 
 
+def correlation(x: Tensor, y: Tensor) -> float:
+    """`sum (x - mean x)(y - mean y)`, divided by the square root of the same of x with x and of y with y, over the rows
+    of `[n, d]`; 0 where one of them is constant, so that a model that says always the same is worth nothing."""
+    x, y = (z.double() - z[:1].double() for z in (x, y))  # zeros where constant, which less its mean need not be
+    x, y = x - x.mean(0), y - y.mean(0)
+    scale = float((x * x).sum() * (y * y).sum()) ** 0.5
+    return float((x * y).sum()) / scale if scale > 0 else 0.0
+
+
 def accuracy(model: nn.Module, batches: Batches, head: Head | None = None) -> float:
     """Share of examples whose largest logit is at the label, in evaluation mode (the mode is put back).
 

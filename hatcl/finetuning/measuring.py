@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calls import Batches
-from ..engine.measures import Predictions, answers
+from ..engine.measures import Predictions, answers, correlation
 from ..errors import ConfigError
 
 
@@ -27,15 +27,6 @@ class Measure:
 
     of: Callable[[Tensor, Tensor], float]
     of_scores: bool = False
-
-
-def correlation(x: Tensor, y: Tensor) -> float:
-    """`sum (x - mean x)(y - mean y)`, divided by the square root of the same of x with x and of y with y, over the rows
-    of `[n, d]`; 0 where one of them is constant, so that a model that says always the same is worth nothing."""
-    x, y = (z.double() - z[:1].double() for z in (x, y))  # zeros where constant, which less its mean need not be
-    x, y = x - x.mean(0), y - y.mean(0)
-    scale = float((x * x).sum() * (y * y).sum()) ** 0.5
-    return float((x * y).sum()) / scale if scale > 0 else 0.0
 
 
 def _mcc(probabilities: Tensor, labels: Tensor) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import one_of
-from ..data.texts import Sentences
+from ..data.pairs import Sentences
 from ..errors import ConfigError, nearest
 from .options import CUTS, TOKENS
 

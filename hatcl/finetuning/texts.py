@@ -10,8 +10,9 @@ from torch import nn
 
 from ..config import one_of
 from ..continual.label_words import words_of_labels
+from ..data.pairs import Pair
 from ..data.published import score_in
-from ..data.texts import Pair, TextData
+from ..data.texts import TextData
 from ..errors import ConfigError
 from .forwards import WordForward, embedding_names, language_head_names, open_copy, with_forward
 from .measuring import MEASURES

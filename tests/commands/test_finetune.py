@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "finetuning"))
 from command_parts import call  # noqa: E402
 from finetuning_parts import causal, like_roberta, model_folder, on_bytes, roberta_tokenizer  # noqa: E402
 
+from hatcl.data.pairs import Sentences  # noqa: E402
 from hatcl.data.published import PUBLISHED_TASKS  # noqa: E402
-from hatcl.data.texts import Sentences, read_texts  # noqa: E402
+from hatcl.data.texts import read_texts  # noqa: E402
 from hatcl.finetuning import label_tokens, load_run  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -133,9 +133,18 @@ def test_scores_of_validation_images(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["--task", "none.npz"], "--task: none.npz is not a file; expected .npz (images) or .json, .json.gz (texts)"),
-        (["--split", "5"], "--split: got '5', expected FILE.npz:5"),
-        (["--split", "a.npz"], "expected FILE.npz:5"),
+        (
+            ["--task", "none.npz"],
+            "none.npz is not there; expected a file, a folder, NAME@FOLDER of torchvision, or hf:NAME",
+        ),
+        (["--split", "5"], "--split: got '5', expected PLACE:5"),
+        (["--split", "a.npz"], "expected PLACE:5"),
+        (["--split", "t0.npz:2"], "'t0' has 2 classes, which do not make 2 tasks of at least two classes"),
+        (["--split", "t0.npz:2x"], "--split: got '2x', expected a number of tasks (5), or tasks x classes (5x2)"),
+        (["--column", "labl=y"], "column: got 'labl', expected one of text,"),
+        (["--problem", "regresion"], "problem: got 'regresion'"),
+        (["--measured-by", "r2"], "measured_by, of a classification: got 'r2', expected one of accuracy"),
+        (["--augment", "rand-m9"], "augment: got 'rand-m9', which has no effect with fit=resize; take fit=crop"),
         (["--dataset", "CIFAR100"], "--dataset needs --root"),
         (["--dataset", "CIFAR100", "--root", "nowhere"], "put its files there or give --download"),
         (["--task", "t0.npz", "--dataset", "MNIST"], "exclude each other"),

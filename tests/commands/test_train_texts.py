@@ -153,9 +153,9 @@ def test_errors(here, tmp_path, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text("[]")
     cases = [
-        ({"tasks": ["a"]}, "--task: a is not a file; expected .npz (images) or .json, .json.gz (texts)"),
+        ({"tasks": ["a"]}, "/a is not there; expected a file, a folder, NAME@FOLDER of torchvision, or hf:NAME"),
         ({"tasks": ["a=a.json", "a=b.json"]}, "two are named 'a'"),
-        ({"tasks": ["a=none.json"]}, "none.json is not a file"),
+        ({"tasks": ["a=none.json"]}, "none.json is not there"),
         ({"tasks": [f"a={bad}"]}, "expected an object with train and test"),
         ({"model": "none"}, "transformers cannot load it"),
         ({"more": ["--method", "tasel"]}, "did you mean 'tasl'"),
@@ -168,7 +168,7 @@ def test_errors(here, tmp_path, capsys):
         ({"more": ["--target", "qurey"]}, "it has the linear modules dense, key, query, value"),
         ({"more": ["--rank", "0"]}, "rank: got 0, expected an integer of at least 1"),
         ({"more": ["--flip"]}, "--flip: has no effect on learning texts; leave it out"),
-        ({"tasks": ["a=a.json", "b=b.npz"]}, "b.npz is not a file"),
+        ({"tasks": ["a=a.json", "b=b.npz"]}, "b.npz is not there"),
         ({"more": ["--epochs", "0"]}, "epochs: got 0"),
         ({"more": ["--max-output", "9999"], "model": "gpt2"}, "--max-output: got 9999, but the model has"),
         ({"more": ["--method", "tasl", "--set", "beta1=abc"]}, "beta1: got 'abc', expected a number between 0 and 1"),

@@ -86,7 +86,10 @@ def test_what_is_not_there(tmp_path):
     path = tmp_path / "FOMC" / "train.json"
     for content, words in (
         ('{"a": 1}', "got a dict, expected a list of examples, or Instances"),
-        ('[{"prompt": "x"}]', r"\[0\] has prompt; expected input and output, or prompt and answer"),
+        (
+            '[{"prompt": "x"}]',
+            "has the columns prompt, which are no texts with outputs; expected text and label, .*prompt and answer",
+        ),
         ("[]", "train is empty"),
     ):
         path.write_text(content)

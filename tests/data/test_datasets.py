@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hatcl.data.datasets import ARRAYS_OF, PHOTOS_OF, absolute_images, data_name, names_inside, read_images
+from hatcl.data.datasets import (
+    ARRAYS_OF,
+    PHOTOS_OF,
+    absolute_images,
+    data_name,
+    names_inside,
+    read_images,
+    torchvision_task,
+)
 from hatcl.data.prompts import CLASS_NAMES, TEMPLATES
 from hatcl.errors import ConfigError
 
@@ -208,8 +216,8 @@ def test_what_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert absolute_images("dtd@~/data") == f"dtd@{tmp_path / 'home' / 'data'}"
-    folders(tmp_path / "home" / "dtd", ["banded"], ("train", "val"))
-    assert len(read_images("dtd@~").x_test) == 2
+    folders(tmp_path / "home" / "dtd", ["banded", "dotted"], ("train", "val"))
+    assert len(read_images("dtd@~").x_test) == 4
     assert absolute_images("dtd@data") == f"dtd@{tmp_path / 'data'}" and absolute_images("a.npz") == f"{tmp_path}/a.npz"
     names = [data_name(w) for w in ("DTD@/x", "some/mnist.npz", "some/mnist/data.npz", "data/pets")]
     assert names == ["dtd", "mnist", "mnist", "pets"]
@@ -220,3 +228,25 @@ def test_what_is_asked_for(tmp_path, monkeypatch):
     assert [names_inside(w, read_images(w)) for w in ("a.npz", "b.npz", "c.npz")] == [("cat", "dog"), (), ()]
     with pytest.raises(ConfigError, match="none.npz is not a file; expected an .npz"):
         read_images("none.npz")
+
+
+def test_torchvision_from_a_folder_and_its_errors(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    class Tiny:
+        def __init__(self, root, train=True, download=False):
+            if not download and not (Path(root) / "here").exists():
+                raise RuntimeError("Dataset not found. You can use download=True to download it")
+            self.count = 8 if train else 4
+
+        def __iter__(self):
+            return iter([(Image.new("L", (8, 8), 10 * i), i % 4) for i in range(self.count)])
+
+    monkeypatch.setattr(datasets, "MNIST", Tiny)
+    with pytest.raises(ConfigError, match="Dataset not found.*put its files there or give --download"):
+        torchvision_task("MNIST", tmp_path)
+    (tmp_path / "here").touch()
+    task = torchvision_task("MNIST", tmp_path)
+    assert task.x_train.shape == (8, 8, 8, 3) and task.num_classes == 4 and task.name == "mnist"
+    with pytest.raises(ConfigError, match="has no 'CIFAR1000'; did you mean 'CIFAR100'"):
+        torchvision_task("CIFAR1000", tmp_path)

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from hatcl.data import images as stream
-from hatcl.data.images import ImageData, Images, Preparation, Source
+from hatcl.data.images import ImageData, Images, Preparation
 from hatcl.errors import ConfigError, IntegrityError
 
 DATA = Path(os.environ.get("HATCL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -68,45 +67,12 @@ def test_split_cuts_classes_and_remaps_labels():
         stream.split_classes(whole, 4)
 
 
-def test_source_survives_json(npz_files):
-    source = Source("npz", paths=tuple(map(str, npz_files)))
-    again = Source.from_dict(source.to_dict())
-    assert again == source
-    assert [task.name for task in again.load()] == ["blobs0", "blobs1", "blobs2"]
-    assert len(Source("split", paths=(str(npz_files[0]),), split=1).load()) == 1
-    with pytest.raises(ConfigError, match="expected kind digits, npz, split or torchvision"):
-        Source("cloud").load()
-
-
-def test_torchvision_from_a_folder_and_its_errors(tmp_path, monkeypatch):
-    from torchvision import datasets
-
-    class Tiny:
-        def __init__(self, root, train=True, download=False):
-            if not download and not (Path(root) / "here").exists():
-                raise RuntimeError("Dataset not found. You can use download=True to download it")
-            self.count = 8 if train else 4
-
-        def __iter__(self):
-            return iter([(Image.new("L", (8, 8), 10 * i), i % 4) for i in range(self.count)])
-
-    monkeypatch.setattr(datasets, "MNIST", Tiny)
-    with pytest.raises(ConfigError, match="Dataset not found.*put its files there or give --download"):
-        stream.torchvision_task("MNIST", tmp_path)
-    (tmp_path / "here").touch()
-    task = stream.torchvision_task("MNIST", tmp_path)
-    assert task.x_train.shape == (8, 8, 8, 3) and task.num_classes == 4 and task.name == "mnist"
-    assert len(Source("torchvision", dataset="MNIST", root=str(tmp_path), split=2).load()) == 2
-    with pytest.raises(ConfigError, match="has no 'CIFAR1000'; did you mean 'CIFAR100'"):
-        stream.torchvision_task("CIFAR1000", tmp_path)
-
-
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"x_train": np.zeros((4, 3, 8, 8), np.uint8)}, r"x_train is uint8\[4, 3, 8, 8\].*channels last"),
         ({"x_train": np.array([["a"]] * 4)}, "expected images as numbers"),
-        ({"y_train": np.zeros(3, np.int64)}, r"y_train is int64\[3\], expected 4 whole numbers"),
+        ({"y_train": np.zeros(3, np.int64)}, r"y_train is int64\[3\], expected 4 for a classification: whole numbers"),
         ({"y_train": np.zeros(4, np.float32)}, r"y_train is float32\[4\]"),
         ({"y_test": np.full(4, 2)}, "labels from 2 to 2, expected 0 to 1"),
         ({"x_test": np.zeros((4, 9, 9), np.uint8)}, r"training images are \[8, 8\], the test images \[9, 9\]"),
@@ -127,7 +93,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="lacks x_test, y_test; it holds x_train, y_train"):
         stream.npz_task(tmp_path / "part.npz")
     np.save(tmp_path / "one.npy", x)
-    with pytest.raises(ConfigError, match="holds one array"):
+    with pytest.raises(ConfigError, match="a single array of numpy .* by its content, expected an .npz"):
         stream.npz_task(tmp_path / "one.npy")
     np.savez(tmp_path / "pickle.npz", x_train=np.array([{}], dtype=object), y_train=y, x_test=x, y_test=y)
     with pytest.raises(IntegrityError, match="without pickled objects"):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hatcl.data.images import Images
-from hatcl.data.photos import PhotoData, Photos, Pictured
+from hatcl.data.images import ImageData, Images
+from hatcl.data.photos import Photos, Pictured
 from hatcl.errors import ConfigError, IntegrityError
 
 
@@ -59,12 +59,12 @@ def test_a_file_that_is_none_is_named(photos, tmp_path):
 
 def test_the_digest_is_of_names_sizes_and_labels(photos, tmp_path):
     y = np.arange(5)
-    data = PhotoData("it", photos, y, photos[:2], y[:2], tuple("abcde"))
-    same = PhotoData("other", photos, y, photos[:2], y[:2], tuple("abcde"))
-    assert data.num_classes == 5 and data.digest() == same.digest()
-    assert data.digest() != PhotoData("it", photos, y[::-1], photos[:2], y[:2], tuple("abcde")).digest()
+    data = ImageData("it", photos, y, photos[:2], y[:2], 5, tuple("abcde"))
+    same = ImageData("other", photos, y, photos[:2], y[:2], 5)
+    assert data.digest() == same.digest()
+    assert data.digest() != ImageData("it", photos, y[::-1], photos[:2], y[:2], 5).digest()
     before = data.digest()
     (tmp_path / "3.png").write_bytes(b"longer than before" * 100)
     assert data.digest() != before
-    with pytest.raises(ConfigError, match="it: has no images to test"):
-        PhotoData("it", photos, y, photos[:0], y[:0], tuple("abcde"))
+    with pytest.raises(ConfigError, match="task 'it': has no images to test"):
+        ImageData("it", photos, y, photos[:0], y[:0], 5)

@@ -14,9 +14,10 @@ pytest.importorskip("transformers")
 from finetuning_parts import DATA, WORDS, masked, minilm  # noqa: E402
 
 from hatcl.continual import TextData  # noqa: E402
+from hatcl.engine.measures import correlation  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 from hatcl.finetuning import FinetuneOptions, FinetuneTask, finetune_, prompt_task  # noqa: E402
-from hatcl.finetuning.measuring import MEASURES, correlation, measured_by  # noqa: E402
+from hatcl.finetuning.measuring import MEASURES, measured_by  # noqa: E402
 
 CLASSES = st.integers(2, 4).flatmap(
     lambda c: st.tuples(st.just(c), st.lists(st.tuples(st.integers(0, c - 1), st.integers(0, c - 1)), min_size=2))

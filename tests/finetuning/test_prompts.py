@@ -12,7 +12,7 @@ from finetuning_parts import bare, causal, minilm, on_bytes, roberta  # noqa: E4
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from hatcl.data.texts import Sentences  # noqa: E402
+from hatcl.data.pairs import Sentences  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 from hatcl.finetuning import PromptReader, Template, label_tokens  # noqa: E402
 from hatcl.finetuning.prompts import TemplateSlot, check_length, room_shares  # noqa: E402
