@@ -49,7 +49,7 @@ from .hat.layers import (
     TaskIndexedRMSNorm,
 )
 from .hat.learn import Learning, add_tasks, learn, task_parameters
-from .hat.pretrained import from_pretrained, save_pretrained
+from .hat.pretrained import from_pretrained, push_to_hub, save_pretrained
 from .hat.registry import register_layer
 from .hat.tasks import set_task, task, tasks
 from .hat.together import forward
@@ -89,8 +89,8 @@ __all__ = [
     "atlas", "certify", "compose", "consolidate", "continual", "continual_method", "convert", "describe",
     "extract_task", "forget_task", "forward", "from_pretrained", "gathered", "hold", "learn", "learn_graft",
     "learn_sequence", "list_continual_methods", "list_merges", "list_models", "load_extracted", "localize", "merge",
-    "merge_method", "orthogonality", "register_layer", "save_pretrained", "seal", "select_graft", "set_task",
-    "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",
+    "merge_method", "orthogonality", "push_to_hub", "register_layer", "save_pretrained", "seal", "select_graft",
+    "set_task", "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()
