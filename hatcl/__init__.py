@@ -51,7 +51,7 @@ from .hat.layers import (
     TaskIndexedRMSNorm,
 )
 from .hat.learn import Learning, learn
-from .hat.pretrained import from_pretrained, save_pretrained
+from .hat.pretrained import from_pretrained, push_to_hub, save_pretrained
 from .hat.registry import register_layer
 from .hat.reopen import ReopenReport, reopen_task
 from .hat.tasks import set_task, task, tasks
@@ -93,8 +93,8 @@ __all__ = [
     "continual_method", "convert", "describe", "extract_task", "forget_task", "forward", "from_pretrained",
     "gathered", "hold", "hold_gates", "learn", "learn_graft", "learn_sequence", "list_continual_methods",
     "list_merges", "list_models", "load_extracted", "localize", "masks_of", "merge", "merge_method",
-    "orthogonality", "register_layer", "reopen_task", "save_pretrained", "seal", "select_graft", "set_task",
-    "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",
+    "orthogonality", "push_to_hub", "register_layer", "reopen_task", "save_pretrained", "seal", "select_graft",
+    "set_task", "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

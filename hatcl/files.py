@@ -66,12 +66,27 @@ def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]], *, th
 
 def _fill(new: Path, content: bytes | Callable[[Path], object]) -> None:
     with open(new, "xb") as f:  # "x" follows no link
-        mode = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
+        mode = _mode(f)
         if isinstance(content, bytes):
             f.write(content)
     if not isinstance(content, bytes):
         content(new)
         os.chmod(new, mode)  # safetensors puts a file of its own there, which nobody else may read
+
+
+def _mode(f: Any) -> int:
+    return stat.S_IMODE(os.fstat(f.fileno()).st_mode)
+
+
+def _as_new_files(folder: Path) -> None:
+    """Give every file in a folder the mode that a new file has: those of safetensors nobody else may read."""
+    probe = folder / f"{secrets.token_hex(8)}.mode"
+    with open(probe, "xb") as f:
+        mode = _mode(f)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            os.chmod(path, mode)
 
 
 @contextlib.contextmanager
@@ -91,6 +106,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             new = stack.enter_context(_temporary(target))
         yield new
         with writing(target):
+            _as_new_files(new)
             for path in [*sorted(new.rglob("*")), new]:
                 _sync(path)
             old = beside(target, "old")

@@ -10,19 +10,22 @@ from torch import nn
 SourceMaker = Callable[[dict[str, Any]], nn.Module]
 Recogniser = Callable[[nn.Module], dict[str, Any] | None]
 Fitter = Callable[[dict[str, Any], nn.Module], dict[str, Any] | None]
+Describer = Callable[[dict[str, Any]], dict[str, Any]]
 _SOURCES: dict[str, SourceMaker] = {}
 _RECOGNISERS: dict[str, Recogniser] = {}
 _FITTERS: dict[str, Fitter] = {}
+_CONFIGS: dict[str, Describer] = {}
 
 
 def register_source(
-    kind: str, recognise: Recogniser | None = None, fit: Fitter | None = None
+    kind: str, recognise: Recogniser | None = None, fit: Fitter | None = None, config: Describer | None = None
 ) -> Callable[[SourceMaker], SourceMaker]:
     """Decorator for a function that makes a plain model again from what was saved of it under `kind`.
 
     Args:
         recognise: says of a plain model what is to be saved of it (JSON-able), or None where it is not of this kind.
         fit: changes a source so that it makes a model of the sizes of another one, or None where it cannot.
+        config: what the kind's own library looks for in the config.json of a folder.
     """
 
     def add(make: SourceMaker) -> SourceMaker:
@@ -31,6 +34,8 @@ def register_source(
             _RECOGNISERS[kind] = recognise
         if fit is not None:
             _FITTERS[kind] = fit
+        if config is not None:
+            _CONFIGS[kind] = config
         return make
 
     return add
@@ -58,3 +63,8 @@ def can_fit(source: dict[str, Any] | None) -> bool:
 def fitted_source(source: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
     """A source of the same kind that makes a model of just the sizes that `model` has, if there is one."""
     return _FITTERS[source["kind"]](source, model)
+
+
+def library_config(source: dict[str, Any] | None) -> dict[str, Any]:
+    """What the library that a source is of looks for in a folder's config.json; nothing where it looks for nothing."""
+    return _CONFIGS[source["kind"]](source) if source is not None and source["kind"] in _CONFIGS else {}

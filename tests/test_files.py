@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import itertools
 import os
@@ -525,11 +526,55 @@ def test_files_have_the_mode_that_new_files_have(tmp_path, mask):
     try:
         tensors = {"x": torch.zeros(2)}
         write_files({tmp_path / "a": b"new", tmp_path / "b": lambda new: save_file(tensors, new)})
-        replace(tmp_path / "c", "new")
+        with replaced_folder(tmp_path / "c") as new:
+            (new / "d").mkdir()
+            save_file(tensors, new / "d" / "e")
+            (new / "f").write_text("new")
     finally:
         os.umask(before)
-    assert {stat.S_IMODE((tmp_path / n).stat().st_mode) for n in "ab"} == {0o666 & ~mask}
-    assert stat.S_IMODE((tmp_path / "c").stat().st_mode) == 0o777 & ~mask
+    assert modes(tmp_path) == dict.fromkeys(["a", "b", "c/d/e", "c/f"], 0o666 & ~mask) | dict.fromkeys(
+        ["c", "c/d"], 0o777 & ~mask
+    )
+
+
+def modes(folder) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+
+
+def test_every_writer_gives_its_files_the_mode_of_new_files(tmp_path):
+    """Also those through which safetensors or peft write."""
+    import ilora_parts
+    import parts
+    from graft_parts import linear
+
+    import hatcl
+    from hatcl.continual import folder as runs
+    from hatcl.engine.folder import write_json
+    from hatcl.hat.extract_cut import Shaping
+    from hatcl.hat.extract_files import write_extracted
+
+    before = os.umask(0o022)
+    try:
+        plain = linear()
+        moved = copy.deepcopy(plain)
+        torch.nn.init.normal_(next(moved.parameters()))
+        vector = hatcl.TaskVector.between(plain, moved)
+        vector.save(tmp_path / "vector.safetensors")
+        hatcl.select_graft(plain, moved, sparsity=0.5).save(tmp_path / "graft.safetensors")
+        model = parts.pretend(parts.converted("mlp"))
+        hatcl.save_pretrained(model, tmp_path / "model")
+        write_extracted(tmp_path / "extracted", plain, Shaping(), None, {})
+        runs.save_model(tmp_path / "run", model, {"tasks": ["a"], "matrix": [[1.0]], "details": {}})
+        adapted = ilora_parts.bert()
+        with replaced_folder(tmp_path / "adapter") as new:
+            runs.write_adapter(adapted, new)
+        hatcl.SkillScores("matrix", {"a": (1, 3)}, torch.ones(1)).save(tmp_path / "scores.safetensors")
+        write_json(tmp_path / "some.json", {})
+    finally:
+        os.umask(before)
+    found = modes(tmp_path)
+    assert len(found) > 15
+    assert {n: oct(m) for n, m in found.items() if m != (0o755 if (tmp_path / n).is_dir() else 0o644)} == {}
 
 
 def test_twin_safetensors_own_mode(tmp_path, monkeypatch):

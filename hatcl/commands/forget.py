@@ -39,7 +39,7 @@ def forget_command(
     model = hatcl.from_pretrained(folder)
     report = hatcl.forget_task(model, task, dry_run=dry_run)
     if of_a_run and not dry_run:
-        kept.save_model(run, model)
+        kept.save_model(run, model, runs.read_json(run / runs.METRICS), without=[task])
         kept.drop_task(run, task)
         (run / runs.PICTURE).unlink(missing_ok=True)  # it shows the task; hatcl show draws one of the others
     elif not dry_run:

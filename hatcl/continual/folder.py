@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ from .options import FREE
 
 CHECKPOINT, MODEL, SECONDS, TASKS = "checkpoint", "model", "seconds.json", "tasks"
 STATE, METHOD, PROGRESS, ADAPTER, WEIGHTS = "model.safetensors", "method", "progress.json", "adapter", "weights"
+PROVED = {
+    True: "Exact: with everything that is not a task's own overwritten by large random values, the outputs of every "
+    "task were the same bit for bit.",
+    False: "NOT exact: outputs moved when what is not a task's own was overwritten. See metrics.json.",
+}
 MIDWAY = "learning_{}.pt"  # where a stage's loop stands
 
 
@@ -111,10 +117,20 @@ def read_model(model: nn.Module, folder: Path) -> None:
         read_state(model, folder / STATE)
 
 
-def save_model(run: Path, model: nn.Module) -> None:
-    """Replace a finished run's model by this one, all or nothing."""
+def save_model(run: Path, model: nn.Module, metrics: Mapping[str, Any], without: Collection[int] = ()) -> None:
+    """Replace a finished run's model by this one, all or nothing, with a card that has the run's scores.
+
+    Args:
+        metrics: as in metrics.json. without: tasks that were forgotten since.
+    """
+    gone = {*metrics.get("forgotten", ()), *without}
+    names, rows = metrics["tasks"], metrics["matrix"]
+    scores = [[None if {i, j} & gone else score for j, score in enumerate(row)] for i, row in enumerate(rows)]
+    card: dict[str, Any] = {"names": {i: n for i, n in enumerate(names) if i not in gone}, "matrix": scores}
+    if not gone and "exact" in metrics["details"]:
+        card["certificate"] = PROVED[bool(metrics["details"]["exact"])]
     with replaced_folder(run / MODEL) as new:
-        save_pretrained(model, new)
+        save_pretrained(model, new, card=card)
 
 
 def find_model(run: Path) -> Path:

@@ -396,7 +396,7 @@ class _Run:
     def _finish(self, folder: Path) -> None:
         whole = is_converted(self.model)
         if whole:
-            save_model(folder, self.model)
+            save_model(folder, self.model, self.result.to_dict())
         checkpoints.write_json(folder / METRICS, self.result.to_dict())
         if whole:
             tidy(folder)

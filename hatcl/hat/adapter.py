@@ -14,6 +14,7 @@ from ..errors import TaskError
 from ..map.lora import is_factor
 from .held import held
 from .tasks import check_task, task
+from .writers import given_back
 
 
 @contextlib.contextmanager
@@ -24,7 +25,7 @@ def as_adapter(model: nn.Module, index: int) -> Iterator[None]:
         with hatcl.as_adapter(model, 0):
             model.save_pretrained("adapters/first")
 
-    Without it peft writes the tensors of all tasks, which is no task's adapter. Afterwards every bit is as before.
+    Outside of the block `model.save_pretrained` writes the model with all its tasks. Afterwards every bit is as before.
 
     Args:
         model: what `hatcl.convert` made of a peft model. index: a sealed task.
@@ -55,7 +56,7 @@ def as_adapter(model: nn.Module, index: int) -> Iterator[None]:
     kept: list[tuple[Tensor, Tensor]] = [(h.param, h.param.clone()) for h in gated]
     copies = [(m, m._modules.pop("hat_tasks")) for m in layers.values()]  # of all tasks: no part of this adapter
     try:
-        with task(model, None):
+        with task(model, None), given_back(model):
             with torch.no_grad():
                 for h in gated:
                     h.param.masked_fill_(~h.live(chosen), 0)

@@ -141,6 +141,9 @@ def _take_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, *a
     """A plain model's state dict fits as long as no task is sealed: every task's copies start from its values."""
     gates = model.get_submodule(GATES)
     assert isinstance(gates, Gates)
+    masks = state.get(f"{prefix}{GATES}.masks")
+    if masks is not None and len(masks) != gates.num_tasks:
+        args[-1].append(_other_tasks(len(masks), gates.num_tasks))  # what torch's error will say
     if any(f"{GATES}." in name or "hat_tasks." in name for name in state) or bool(gates.order.any()):
         return
     for name, value in model.state_dict(prefix=prefix).items():
@@ -148,3 +151,15 @@ def _take_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, *a
         if name not in state and (rest != name or name.startswith(f"{prefix}{GATES}.")):
             plain = state.get(path + rest.partition(".")[2])
             state[name] = plain if plain is not None and plain.shape == value.shape else value
+
+
+def _other_tasks(stored: int, ours: int) -> str:
+    if stored > ours:
+        return (
+            f"the state is of a model with room for {stored} tasks, this one has room for {ours}; call "
+            f"hatcl.add_tasks(model, {stored - ours}), and load it then"
+        )
+    return (
+        f"the state is of a model with room for {stored} tasks, this one has room for {ours}; load it into a model "
+        f"that was converted with num_tasks={stored}, and call hatcl.add_tasks(model, {ours - stored}) then"
+    )

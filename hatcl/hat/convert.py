@@ -28,6 +28,7 @@ from .heads import Classes, class_counts, heads_of, widen
 from .layers.gated import HATLayer
 from .layers.norm import kind_of_norm
 from .layers.state import STATES, Watch, classes_kept, copy_of, detached_copy
+from .pretrained import write_as_hatcl
 from .registry import layer_for
 from .verify import check_plain, verified
 
@@ -96,7 +97,7 @@ def convert(
     for head, numbers in heads:
         widen(made, head, numbers)
     made.get_submodule(GATES).source = source_of(source)  # type: ignore[assignment]
-    return made
+    return write_as_hatcl(made)
 
 
 def _check_names(model: nn.Module) -> None:

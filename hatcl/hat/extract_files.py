@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..calls import shapes
 from ..errors import ConfigError, ConversionError, HATError, IntegrityError
 from ..files import parse_json, write_files
-from ..sources import build_source, can_fit
+from ..sources import build_source, can_fit, library_config
 from .extract_cut import Shaping, shaped
+from .headers import read_with_header
 
 log = logging.getLogger(__name__)
 TENSORS, ABOUT, HEADER = "model.safetensors", "extracted.json", "hatcl_extracted"
@@ -51,8 +51,7 @@ def write_extracted(
         target / ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
     }
     if by_class:
-        config = {**source["config"], "architectures": [source["class"]]}
-        files[target / "config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+        files[target / "config.json"] = (json.dumps(library_config(source), indent=2) + "\n").encode()
     write_files(files)
     return target
 
@@ -111,21 +110,8 @@ def _every_tensor(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as f:
-            text = (f.metadata() or {}).get(HEADER)
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise IntegrityError(f"{path}: no such file; expected a folder written by Extracted.save") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise IntegrityError(
-            f"{path}: not readable as safetensors ({error}); the file is truncated or damaged"
-        ) from error
-    if text is None:
-        raise IntegrityError(
-            f"{path}: its header says nothing of an extracted task; expected what Extracted.save wrote. A model with "
-            "all its tasks is read by hatcl.from_pretrained"
-        )
+    elsewhere = ". A model with all its tasks is read by hatcl.from_pretrained"
+    text, tensors = read_with_header(path, HEADER, "Extracted.save", nothing=elsewhere)
     about: dict[str, Any] = parse_json(text, path)
     if missing := {"source", "shaping", "tied", "fixed"} - about.keys():
         raise IntegrityError(f"{path}: its header lacks {', '.join(sorted(missing))}; it was edited or damaged")

@@ -15,6 +15,7 @@ from .gates import gates_of
 from .layers.gated import HATLayer
 from .layers.state import STATES, copy_of, detached_copy
 from .tasks import task as active
+from .writers import give_back
 
 _HATCL_HOOKS = ("_forward_pre_hooks", "_load_state_dict_pre_hooks")
 
@@ -40,6 +41,7 @@ def plain_copy(model: nn.Module, task: int | None) -> nn.Module:
                 if getattr(getattr(hook, "hook", hook), "__module__", "").startswith("hatcl."):
                     del hooks[key]
     made._modules.pop(GATES, None)
+    give_back(made)
     made.__dict__.pop(STATES, None)
     made.__dict__.pop(DDP_SKIPS, None)
     for m in made.modules():

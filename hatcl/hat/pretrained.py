@@ -7,11 +7,11 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import distributed, nn
 
@@ -20,11 +20,15 @@ from ..errors import HATError, IntegrityError
 from ..files import parse_json, sha256_of, write_files
 from ..map.units import UnitMap
 from ..shards import gathered_in, sharded_modules
-from ..sources import build_source
+from ..sources import build_source, library_config
 from . import digests
 from .build import GATES, build
+from .card import CARD, CardFacts, model_card, writable
 from .gates import LATER, gates_of
+from .headers import read_with_header
+from .hub import located, uploaded
 from .tasks import tasks
+from .writers import MARK, Way, check_options, take_over
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 2
 TRIES = 100  # how often a file is read again that was replaced meanwhile
@@ -32,9 +36,12 @@ HEADER = "hatcl"  # under this name the header of the tensors' file has the conf
 KEYS = {"format", "config", "source", "map", "tied", "dtypes", "digests", "fingerprint"}
 
 
-def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+def save_pretrained(
+    model: nn.Module, folder: str | os.PathLike[str], *, card: CardFacts | Mapping[str, Any] | None = None
+) -> Path:
     """Write a converted model: `model.safetensors`, whose header holds everything that is no tensor (options, map,
-    digests, how to make the plain model), and a copy of that to look at, `config.json`, which is never read back.
+    digests, how to make the plain model), a copy of that to look at, `config.json`, which is never read back, and a
+    model card, `README.md`. A README.md that somebody else wrote is left as it is.
 
     The digests in the file find accidents. Whoever can write the file can write them too, so against that keep the
     file's own checksum in another place, and give it when loading:
@@ -47,7 +54,11 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     of rank 0 writes the file. All may call this, and of a sharded model all must; wait
     (`torch.distributed.barrier()`) before another one reads it.
 
+    Args:
+        card: what the model does not know of itself: names of tasks and classes, scores (see `CardFacts`).
+
     Raises:
+        ConfigError: a fact of a task that the model does not have.
         IntegrityError: a sealed task changed since it was sealed; the disk is full or not writable. HATError: layers
             put together by hand (save their `state_dict()`; there is no recipe to make the model again).
     """
@@ -67,7 +78,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             "save_pretrained: this model was put together by hand, not converted; save model.state_dict() instead"
         )
     digests.check_sealed(model)
-    g = gates[0]
+    g, target = gates[0], Path(folder)
+    own_card = model_card(model, CardFacts.of(card)) if writable(target / CARD) else None
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[int, int, torch.Size], str] = {}
@@ -79,17 +91,87 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             first[key] = name
             tensors[name] = t.detach().contiguous().cpu()
     text = _signed({
+        **library_config(g.source), **MARK,
         "format": FORMAT, "config": g.config.to_dict(), "source": g.source, "map": g.unit_map.to_json(), "tied": tied,
         "dtypes": {name: _name_of(t) for name, t in tensors.items()},
         "digests": {t: g.digests.get(t) or digests.task_digests(model, t) for t in tasks(model)},
     })  # fmt: skip
-    target, header = Path(folder), {HEADER: text}  # one entry: safetensors writes several in any order
-    write_files({target / WEIGHTS: lambda new: save_file(tensors, new, header), target / CONFIG: text.encode()})
+    header = {HEADER: text}  # one entry: safetensors writes several in any order
+    files: dict[Path, Any] = {target / WEIGHTS: lambda new: save_file(tensors, new, header)}
+    files[target / CONFIG] = text.encode()
+    if own_card is not None:
+        files[target / CARD] = own_card.encode()
+    write_files(files)
     return target
 
 
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    card: CardFacts | Mapping[str, Any] | None = None,
+    commit_message: str = "A model with tasks, written by hatcl",
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool | None = None,
+) -> str:
+    """Upload what `save_pretrained` writes to a hub, as `huggingface_hub.ModelHubMixin.push_to_hub` does; the address
+    of the commit. `hatcl.from_pretrained(repo_id)` loads it.
+
+    Args:
+        repo_id: ORGANISATION/NAME; it is made if it is not there. card: see `save_pretrained`. private: of a new one.
+        token: by default that of `hf auth login`. branch: by default main. create_pr: open a pull request instead.
+
+    Raises:
+        HATError: see `save_pretrained`, before anything is made on the hub. Errors of huggingface_hub come as they are.
+    """
+    return uploaded(
+        lambda folder: save_pretrained(model, folder, card=card), repo_id, token, private,
+        commit_message=commit_message, revision=branch, create_pr=create_pr,
+    )  # fmt: skip
+
+
+def _save_as_its_class(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    *,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    card: CardFacts | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    """`save_pretrained` as transformers, peft and huggingface_hub call it."""
+    pushes = options.pop("push_to_hub", False)
+    named = ("repo_id", "private", "token", "commit_message")
+    to: dict[str, Any] = {name: options.pop(name) for name in named if name in options}
+    check_options(model, state_dict, options if pushes else {**options, **to})
+    if is_main_process:
+        save_pretrained(model, save_directory, card=card)
+        if pushes:
+            push_to_hub(model, to.pop("repo_id", Path(save_directory).name), card=card, **to)
+
+
+_WAYS: dict[str, Way] = {"save_pretrained": _save_as_its_class, "push_to_hub": push_to_hub}
+
+
+def write_as_hatcl(model: nn.Module) -> nn.Module:
+    """Where a converted model's class has `save_pretrained` or `push_to_hub`, let them write what `from_pretrained`
+    reads: that of the class would write a plain network with other numbers."""
+    take_over(model, _WAYS)
+    return model
+
+
 def from_pretrained(
-    folder: str | os.PathLike[str], base: nn.Module | None = None, *, sha256: str | None = None
+    folder: str | os.PathLike[str],
+    base: nn.Module | None = None,
+    *,
+    sha256: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
 ) -> nn.Module:
     """The model that `save_pretrained` wrote, in evaluation mode, its sealed tasks bit for bit.
 
@@ -97,15 +179,22 @@ def from_pretrained(
     those in the header of `model.safetensors`; a `config.json` that was edited is warned of, not read.
 
     Args:
+        folder: what was written, a Trainer's checkpoint too; or the name of a model on a hub, ORGANISATION/NAME.
         base: the plain module, for models whose class hatcl cannot make by itself (anything but names of timm and
             models of transformers). It is not changed.
         sha256: the checksum that `model.safetensors` is to have (see `save_pretrained`); another file is not read.
+        revision, token, cache_dir, local_files_only, force_download: for a model on a hub, as in
+            `huggingface_hub.hf_hub_download`.
 
     Raises:
+        ConfigError: an option of the hub for a folder.
         IntegrityError: the file is missing, truncated, tampered with, another one or no safetensors file, or its
             tensors do not fit.
     """
-    path = Path(folder) / WEIGHTS
+    path = located(
+        folder, WEIGHTS, (CONFIG, CARD), revision=revision, token=token, cache_dir=cache_dir,
+        local_files_only=local_files_only, force_download=force_download,
+    ) / WEIGHTS  # fmt: skip
     meta, tensors = _read_model(path, sha256)
     _check_copy(path.parent / CONFIG)
     if base is None and meta["source"] is None:
@@ -122,7 +211,7 @@ def from_pretrained(
             "base= is another model than the one that was converted"
         ) from error
     gates_of(model)[0].source = meta["source"]
-    return model.eval()
+    return write_as_hatcl(model).eval()
 
 
 def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -174,7 +263,7 @@ def _read_model(path: Path, sha256: str | None, tensors: bool = True) -> tuple[d
                     f"{path}: its SHA-256 is {found}, expected {sha256}; this is not the file that the checksum was "
                     "taken of, and it was not read"
                 )
-            text, stored = _opened(path, tensors)
+            text, stored = read_with_header(path, HEADER, "hatcl.save_pretrained", tensors=tensors)
             if _stamp(path) == before:
                 return _as_written(text, path), stored
         except IntegrityError:
@@ -185,29 +274,6 @@ def _read_model(path: Path, sha256: str | None, tensors: bool = True) -> tuple[d
     )
 
 
-def _opened(path: Path, tensors: bool) -> tuple[str, dict[str, torch.Tensor]]:
-    try:
-        with safe_open(path, "pt") as f:
-            text = (f.metadata() or {}).get(HEADER)
-            stored = {name: f.get_tensor(name) for name in f.keys()} if tensors else {}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise IntegrityError(f"{path}: no such file; expected a folder written by hatcl.save_pretrained") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        if _is_pickle(path):
-            raise IntegrityError(
-                f"{path}: a pickle (torch.save), expected a safetensors file; hatcl does not load pickles"
-            ) from None
-        raise IntegrityError(
-            f"{path}: not readable as safetensors ({error}); the file is truncated or damaged. Copy it again from "
-            "where it came"
-        ) from error
-    if text is None:
-        raise IntegrityError(
-            f"{path}: its header says nothing of hatcl; expected what hatcl.save_pretrained wrote, as it wrote it"
-        )
-    return text, stored
-
-
 def _stamp(path: Path) -> tuple[int, ...]:
     """Another one when the file was replaced or written to; empty where there is none."""
     try:
@@ -215,16 +281,6 @@ def _stamp(path: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
-
-
-def _is_pickle(path: Path) -> bool:
-    try:
-        with open(path, "rb") as f:
-            start = f.read(8)
-    except OSError:
-        return False
-    # safetensors starts with its header's length in eight bytes, of which the last are zero
-    return start[:2] == b"PK" or (len(start) == 8 and start[0] == 0x80 and start[4:] != bytes(4))
 
 
 def _signed(meta: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import IntegrityError
-from ..sources import build_source, register_source, source_of
+from ..sources import build_source, library_config, register_source, source_of
 
 # what would read weights or data to start an adapter from, or names a place where some lie
 UNTRUSTED_LORA = {
@@ -33,7 +33,7 @@ def _recognise_lora(model: nn.Module) -> dict[str, Any] | None:
     return {"base": base, "adapter": model.active_adapter, "config": config}
 
 
-@register_source("peft", _recognise_lora)
+@register_source("peft", _recognise_lora, config=lambda source: library_config(source["base"]))
 def _remake_lora(source: dict[str, Any]) -> nn.Module:
     import peft
 

@@ -1,26 +1,36 @@
-"""timm's names with `hat_` in front: `timm.create_model("hat_resnet18.a1_in1k", num_tasks=5)`."""
+"""timm's names with `hat_` in front: `timm.create_model("hat_resnet18.a1_in1k", num_tasks=5)`.
+
+`hat_local-dir:FOLDER` and `hat_hf-hub:ORGANISATION/NAME` are converted from what timm finds there, or loaded with their
+tasks where `hatcl.save_pretrained` wrote them; of the latter timm's own `local-dir:` and `hf-hub:` names are the same.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import _registry
+from timm.models import _factory, _registry
 from torch import nn
 
 from ..config import HATConfig
 from ..errors import ConfigError, IntegrityError
+from ..files import read_json
 from ..hat.convert import convert
 from ..hat.gates import gates_of
+from ..hat.hub import located
+from ..hat.pretrained import CONFIG, from_pretrained
 from ..sources import register_source
 
 log = logging.getLogger(__name__)
 PREFIX = "hat_"
 READING = ("checkpoint_path", "cache_dir", "file", "url", "hf_hub_id", "hf_hub_filename")  # and pretrained...
+PLACES = ("local-dir", "hf-hub", "hf_hub")  # what timm knows in front of a colon
+DOT = "\0"  # stands for a dot in the name of a place, after which timm would look for a tag
 
 
 class _Entrypoints(dict):
@@ -28,7 +38,9 @@ class _Entrypoints(dict):
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or (
-            isinstance(name, str) and name.startswith(PREFIX) and super().__contains__(name[4:])
+            isinstance(name, str)
+            and name.startswith(PREFIX)
+            and (super().__contains__(name[len(PREFIX) :]) or _is_place(name[len(PREFIX) :]))
         )
 
     def __missing__(self, name: str) -> Callable[..., nn.Module]:
@@ -36,15 +48,29 @@ class _Entrypoints(dict):
             raise KeyError(name)
 
         def create(**options: Any) -> nn.Module:
-            return create_hat_model(name[len(PREFIX) :], **options)
+            return create_hat_model(name[len(PREFIX) :].replace(DOT, "."), **options)
 
         return create
 
 
+def _is_place(name: str) -> bool:
+    return name.partition(":")[0].lower() in PLACES and ":" in name
+
+
 def install() -> None:
     """Make timm know the `hat_` names. Called on `import hatcl`."""
-    if not isinstance(_registry._model_entrypoints, _Entrypoints):
-        _registry._model_entrypoints = _Entrypoints(_registry._model_entrypoints)
+    if isinstance(_registry._model_entrypoints, _Entrypoints):
+        return
+    _registry._model_entrypoints = _Entrypoints(_registry._model_entrypoints)
+    parse = _factory.parse_model_name
+
+    def parse_model_name(model_name: str) -> tuple[str | None, str]:
+        if model_name.startswith(PREFIX) and _is_place(model_name[len(PREFIX) :]):
+            return None, model_name.replace(".", DOT)  # no place of timm's, but a name of the registry
+        found: tuple[str | None, str] = parse(model_name)
+        return found
+
+    _factory.parse_model_name = parse_model_name
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -67,7 +93,14 @@ def create_hat_model(
         num_tasks: tasks to make room for. num_classes: an int, or one per task.
         hat_config: `HATConfig` or a mapping of its options.
         verify: prove the conversion (see `hatcl.convert`).
+
+    Raises:
+        ConfigError: options that exclude each other, or that a saved model has already.
     """
+    place = _saved_place(name, options)
+    if place is not None:
+        own = {"num_tasks": num_tasks, "num_classes": num_classes, "hat_config": hat_config}
+        return _load_saved(place, {**own, **options})
     for refused, instead in (
         ("features_only", "convert timm.create_model(..., features_only=True) with hatcl.convert"),
     ):
@@ -90,9 +123,42 @@ def create_hat_model(
     options = {k: v for k, v in options.items() if v is not None}
     base = timm.create_model(name, **options)
     model = convert(base, num_tasks, example_input(base, options), config=config, num_classes=widths, verify=verify)
+    if _is_place(name):  # a saved model names no place: what timm found there says which model it is
+        name, options = base.pretrained_cfg["architecture"], {**base._model_args, "num_classes": base.num_classes}
     kept = {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str, list, tuple))}
     gates_of(model)[0].source = timm_source(name, kept)
     return model
+
+
+def _saved_place(name: str, options: Mapping[str, Any]) -> str | None:
+    """The folder, or the name on a hub, of a model that `hatcl.save_pretrained` wrote, if it is one."""
+    given = options.get("pretrained_cfg")
+    if isinstance(given, Mapping) and "fingerprint" in given:  # timm has read the config.json there
+        return str(given.get("hf_hub_id") or given["file"])
+    kind, _, place = name.partition(":")
+    if not place or kind.lower() not in PLACES:
+        return None
+    if kind.lower() == "local-dir":
+        config = Path(place) / CONFIG
+    else:
+        repository, _, revision = place.partition("@")
+        cache = options.get("cache_dir")
+        config = located(repository, CONFIG, revision=revision or None, cache_dir=cache) / CONFIG
+    return place if config.is_file() and "fingerprint" in read_json(config) else None
+
+
+def _load_saved(place: str, options: Mapping[str, Any]) -> nn.Module:
+    known = ("pretrained", "pretrained_cfg", "cache_dir")
+    beside = sorted(k for k, v in options.items() if v not in (None, False) and k not in known)
+    if beside:
+        raise ConfigError(
+            f"{beside[0]}: the model in {place} was saved with its tasks and options, so this has no effect; leave it "
+            "out, and see hatcl.add_tasks for more tasks"
+        )
+    if Path(place).exists():
+        return from_pretrained(place)
+    repository, _, revision = place.partition("@")
+    return from_pretrained(repository, revision=revision or None, cache_dir=options.get("cache_dir"))
 
 
 def timm_source(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +197,6 @@ def example_input(model: nn.Module, options: Mapping[str, Any]) -> torch.Tensor:
     return x.to(next(model.parameters()))
 
 
-@register_source("timm")
+@register_source("timm", config=lambda source: {"architecture": PREFIX + source["name"]})
 def _remake_timm(source: dict[str, Any]) -> nn.Module:
     return timm.create_model(check_name(source["name"]), pretrained=False, **without_files(source["options"]))

@@ -36,19 +36,25 @@ class HATCallback(TaskCourse, TrainerCallback):
         with callback:                   # an error in training leaves the task unsealed and earlier tasks as they were
             trainer.train()
 
-    Checkpoints are written by the `Trainer`: load them into a model that was converted alike. `HATTrainer` writes
-    checkpoints that `hatcl.from_pretrained` reads.
+    Of a model of transformers or peft the `Trainer`'s checkpoints are what `hatcl.from_pretrained` reads. Of another
+    module they hold its state alone, which is loaded into a model that was converted alike.
 
     Args:
-        task: the index of the task that is learned.
+        task: the index of the task that is learned. loads_best: whether the Trainer can load a checkpoint that hatcl
+            wrote of a model of peft, as `HATTrainer` can.
 
     Attributes:
         learning: what `hatcl.learn` gives, while the task is learned. penalty: the last step's penalty.
 
     Raises:
-        ConfigError: training under DeepSpeed or FSDP. TaskError: a resumed task that is sealed, and has steps left; a
+        ConfigError: training under DeepSpeed or FSDP; `load_best_model_at_end` for a model of peft, which only
+            `HATTrainer` can load. TaskError: a resumed task that is sealed, and has steps left; a
             checkpoint of another task. All that `hatcl.learn` raises.
     """
+
+    def __init__(self, task: int, loads_best: bool = False) -> None:
+        super().__init__(task)
+        self.loads_best = loads_best
 
     def __enter__(self) -> HATCallback:
         return self
@@ -65,6 +71,11 @@ class HATCallback(TaskCourse, TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _check_host(args)
+        if args.load_best_model_at_end and not self.loads_best and hasattr(kwargs["model"], "peft_config"):
+            raise ConfigError(
+                "load_best_model_at_end: of a model of peft this Trainer would look for an adapter alone, and go on "
+                "with the last step's; use HATTrainer"
+            )
         if self.learning is not None:  # an earlier call of train() was left by an error
             self.leave(TaskError("training begins once more"))
         self.check_checkpoint(state)
@@ -96,7 +107,7 @@ class HATTrainer(Trainer):
             HATTrainer(model=model, task=task, args=args, train_dataset=data).train()
 
     Checkpoints are written by `hatcl.save_pretrained`, the last one with the task sealed: `hatcl.from_pretrained` reads
-    them, transformers' `from_pretrained` refuses them. `train(resume_from_checkpoint=True)` continues in a model that
+    them, transformers' refuses them. `train(resume_from_checkpoint=True)` continues in a model that
     was converted alike. With `load_best_model_at_end` the best checkpoint, whose measures are those of hard gates, is
     loaded and sealed. `evaluate` and `predict` compute with this task once it is sealed. The logs have HAT's `penalty`
     and `scale` beside the loss.
@@ -111,7 +122,7 @@ class HATTrainer(Trainer):
     def __init__(self, *args: Any, task: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _check_host(self.args)
-        self.hat = HATCallback(task if self.model is None else check_task(self.model, task))
+        self.hat = HATCallback(task if self.model is None else check_task(self.model, task), loads_best=True)
         self.add_callback(self.hat)
 
     @property

@@ -86,7 +86,11 @@ def _shapes_of(source: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(x.shape) for name, x in _remake_transformers(source).state_dict().items()}
 
 
-@register_source("transformers", _recognise, _fit_config)
+def _as_transformers_has_it(source: dict[str, Any]) -> dict[str, Any]:
+    return {**source["config"], "architectures": [source["class"]]}
+
+
+@register_source("transformers", _recognise, _fit_config, _as_transformers_has_it)
 def _remake_transformers(source: dict[str, Any]) -> nn.Module:
     cls, attention = _model_class(source["class"]), source["attention"]
     if attention not in ATTENTION:

@@ -16,8 +16,12 @@ def test_forget_erases_one_task_and_leaves_the_others(run, tmp_path, capsys):
     code, out, _ = call(capsys, "forget", copy, "--task", "1", "--dry-run")
     assert code == 0 and out.strip()
     assert {path.name: path.read_bytes() for path in (copy / "model").iterdir()} == before
+    card = (copy / "model" / "README.md").read_text()
+    assert "| 1 | t1 | 2 |" in card and "## Scores" in card and "Exact: with everything" in card
     code, out, _ = call(capsys, "forget", copy, "--task", "1")
     assert code == 0 and out.strip()
+    card = (copy / "model" / "README.md").read_text()
+    assert "t1" not in card and "| 2 | t2 | 2 |" in card and "Exact" not in card
     assert hatcl.tasks(hatcl.from_pretrained(copy / "model")) == [0, 2]
     metrics = json.loads((copy / "metrics.json").read_text())
     rows, details = metrics["matrix"], metrics["details"]

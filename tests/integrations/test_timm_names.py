@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from timm.models import _registry
 
 import hatcl
 from hatcl.hat.gates import gates_of
+from hatcl.hat.pretrained import WEIGHTS
 from hatcl.integrations import timm_names
 from hatcl.sources import build_source
 
@@ -336,3 +338,108 @@ def test_a_saved_model_with_a_forged_source_is_refused(tmp_path, traps):
         hatcl.from_pretrained(folder)
     base = timm.create_model("test_resnet", num_classes=parts.CLASSES)
     assert hatcl.tasks(hatcl.from_pretrained(folder, base=base)) == [0, 1]
+
+
+# --- places: folders and hubs ---
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A plain model in timm's own form, in a folder whose name has dots."""
+    torch.manual_seed(3)
+    base = timm.create_model("test_resnet", num_classes=parts.CLASSES).eval()
+    timm.models.save_for_hf(base, str(tmp_path / "a.b" / "c.d"), safe_serialization=True)
+    return base, tmp_path / "a.b" / "c.d"
+
+
+def test_a_folder_of_timms_is_converted(place, tmp_path):
+    base, folder = place
+    model = timm.create_model(f"hat_local-dir:{folder}", pretrained=True, num_tasks=2)
+    x = parts.images("resnet")
+    assert torch.equal(parts.logits(model, None, x), base(x)) and gates_of(model)[0].num_tasks == 2
+    parts.pretend(model)
+    shutil.rmtree(folder)  # a saved model needs it no more
+    again = hatcl.from_pretrained(hatcl.save_pretrained(model, tmp_path / "m"))
+    assert torch.equal(parts.logits(again, 1, x), parts.logits(model, 1, x))
+
+
+@pytest.mark.parametrize("form", ["hat_local-dir:{}", "local-dir:{}"])
+def test_a_folder_of_hatcls_is_loaded_by_either_name(tmp_path, form):
+    model = parts.pretend(make(num_tasks=2, num_classes=parts.CLASSES))
+    folder = hatcl.save_pretrained(model, tmp_path / "a.b")
+    x = parts.images("resnet")
+    for options in ({}, {"pretrained": True}):
+        again = timm.create_model(form.format(folder), **options)
+        assert torch.equal(parts.logits(again, 1, x), parts.logits(model, 1, x))
+    for option in ({"num_tasks": 3}, {"num_classes": 7}, {"hat_config": {"penalty_weight": 1}}, {"drop_rate": 0.1}):
+        with pytest.raises(
+            hatcl.ConfigError, match=f"{next(iter(option))}: the model in .*a.b was saved with its tasks"
+        ):
+            timm.create_model(form.format(folder), **option)
+
+
+@pytest.mark.parametrize("form", ["hat_hf-hub:some/model@v1", "hat_hf_hub:some/model@v1", "hf-hub:some/model@v1"])
+def test_names_on_a_hub(tmp_path, monkeypatch, form):
+    import huggingface_hub
+
+    model = parts.pretend(make(num_tasks=2, num_classes=parts.CLASSES))
+    folder = hatcl.save_pretrained(model, tmp_path / "hub")
+    asked = []
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename, options.get("revision")))
+        return str(folder / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    again, x = timm.create_model(form), parts.images("resnet")
+    assert torch.equal(parts.logits(again, 1, x), parts.logits(model, 1, x))
+    assert {(repo, revision) for repo, _, revision in asked} == {("some/model", "v1")}
+
+
+def test_a_model_of_timms_hub_is_converted(place, monkeypatch):
+    import huggingface_hub
+
+    base, folder = place
+    asked = []
+
+    def download(repo_id, filename, *args, **options):
+        asked.append(repo_id)
+        if not (folder / filename).exists():
+            raise huggingface_hub.errors.EntryNotFoundError(filename)
+        return str(folder / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+    model, x = timm.create_model("hat_hf-hub:some/model.x", pretrained=True, num_tasks=1), parts.images("resnet")
+    assert torch.equal(parts.logits(model, None, x), base(x)) and set(asked) == {"some/model.x"}
+
+
+def test_timms_own_errors_about_places_stay(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Config file not found"):
+        timm.create_model(f"hat_local-dir:{tmp_path}")
+    with pytest.raises((ValueError, RuntimeError), match="hat_no-place|Unknown model"):
+        timm.create_model("hat_no-place:x")
+
+
+def test_what_timm_saves_of_a_converted_model_is_not_loaded_as_a_plain_one(tmp_path):
+    model = parts.pretend(make(num_tasks=2, num_classes=parts.CLASSES))
+    timm.models.save_for_hf(model, str(tmp_path / "m"), safe_serialization=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_tasks'"):
+        timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
+    del model._model_args  # as of a model that hatcl.convert made
+    timm.models.save_for_hf(model, str(tmp_path / "m"), safe_serialization=True)
+    with pytest.raises(RuntimeError, match="Unexpected key.*hat_gates"):
+        timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True)
+    with pytest.raises(RuntimeError, match="Unexpected key.*hat_gates"):
+        timm.create_model("test_resnet", checkpoint_path=str(hatcl.save_pretrained(model, tmp_path / "n") / WEIGHTS))
+
+
+def test_what_hatcl_saved_is_a_checkpoint_for_a_model_created_alike(tmp_path):
+    model = parts.pretend(make(num_tasks=2, num_classes=parts.CLASSES))
+    file = hatcl.save_pretrained(model, tmp_path / "m") / WEIGHTS
+    again, x = make(num_tasks=2, num_classes=parts.CLASSES, checkpoint_path=str(file)), parts.images("resnet")
+    assert torch.equal(parts.logits(again, 1, x), parts.logits(model, 1, x)) and hatcl.tasks(again) == [0, 1]
+    with pytest.raises(RuntimeError, match="room for 2 tasks, this one has room for 1; call hatcl.add_tasks"):
+        make(num_tasks=1, num_classes=parts.CLASSES, checkpoint_path=str(file))

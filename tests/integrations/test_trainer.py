@@ -122,7 +122,9 @@ def test_the_last_checkpoint_holds_the_sealed_task(tmp_path):
     saved = hatcl.from_pretrained(tmp_path / "checkpoint-12")
     assert hatcl.tasks(saved) == [0] and same_bits(said(saved, 0), said(model, 0))
     assert hatcl.tasks(hatcl.from_pretrained(tmp_path / "checkpoint-9")) == []
-    with pytest.raises(ValueError, match="Unrecognized model"):  # and not as a plain network with other numbers
+    with pytest.raises(
+        ValueError, match="load this folder with hatcl.from_pretrained"
+    ):  # and not as a plain network with other numbers
         transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-12")
 
 
