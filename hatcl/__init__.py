@@ -26,6 +26,7 @@ from .hat.describe import Description, describe
 from .hat.extract import Extracted, ExtractReport, extract_task
 from .hat.extract_files import load_extracted
 from .hat.forget import ForgetReport, forget_task
+from .hat.known import RouterOptions
 from .hat.layers import (
     HATConv1d,
     HATConv2d,
@@ -49,8 +50,10 @@ from .hat.layers import (
     TaskIndexedRMSNorm,
 )
 from .hat.learn import Learning, add_tasks, learn, task_parameters
+from .hat.predict import Prediction, predict
 from .hat.pretrained import from_pretrained, save_pretrained
 from .hat.registry import register_layer
+from .hat.router import TaskRouter
 from .hat.tasks import set_task, task, tasks
 from .hat.together import forward
 from .integrations.timm_names import install, list_models
@@ -81,16 +84,17 @@ __all__ = [
     "Description", "ExtractReport", "Extracted", "ForgetReport", "Graft", "GraftError", "GraftOptions",
     "GraftScores", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d",
     "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer", "HATLinear", "ILoRA",
-    "ILoRAConfig", "IntegrityError", "IsolationError", "Learning", "NonFiniteLossError", "SignConflicts", "Skill",
-    "SkillError", "SkillScorer", "SkillScores", "TaskError", "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d",
-    "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm", "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d",
-    "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm", "TaskIndexedLinear", "TaskIndexedParameter",
-    "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError", "accumulate_scores", "add_tasks", "as_adapter",
-    "atlas", "certify", "compose", "consolidate", "continual", "continual_method", "convert", "describe",
-    "extract_task", "forget_task", "forward", "from_pretrained", "gathered", "hold", "learn", "learn_graft",
-    "learn_sequence", "list_continual_methods", "list_merges", "list_models", "load_extracted", "localize", "merge",
-    "merge_method", "orthogonality", "register_layer", "save_pretrained", "seal", "select_graft", "set_task",
-    "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",
+    "ILoRAConfig", "IntegrityError", "IsolationError", "Learning", "NonFiniteLossError", "Prediction",
+    "RouterOptions", "SignConflicts", "Skill", "SkillError", "SkillScorer", "SkillScores", "TaskError",
+    "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm",
+    "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm",
+    "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskRouter", "TaskVector", "UnitMap",
+    "VectorError", "accumulate_scores", "add_tasks", "as_adapter", "atlas", "certify", "compose", "consolidate",
+    "continual", "continual_method", "convert", "describe", "extract_task", "forget_task", "forward",
+    "from_pretrained", "gathered", "hold", "learn", "learn_graft", "learn_sequence", "list_continual_methods",
+    "list_merges", "list_models", "load_extracted", "localize", "merge", "merge_method", "orthogonality", "predict",
+    "register_layer", "save_pretrained", "seal", "select_graft", "set_task", "sign_conflicts", "skill_overlap",
+    "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()
