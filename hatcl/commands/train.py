@@ -16,6 +16,7 @@ import hatcl
 
 from .. import continual
 from ..config import HATConfig, one_of
+from ..continual.folder import find_model
 from ..continual.images import ImageLearning, ImageOptions
 from ..continual.loading import LORA, TextOptions
 from ..continual.options import FREE, LearnOptions
@@ -26,15 +27,16 @@ from ..integrations.timm_names import PREFIX
 from ._command import Answer, Asked, Device, command
 from ._console import out, quiet, say
 from ._options import Either, absolute_path, made, options_of, spelled, usable_device
+from ._routing import about, route, show_run
 from ._sequence import HAT, are_texts, gated, image_data, image_model, images, task_files, texts
-from ._shown import Display, show_learning
+from ._shown import Display
 
 DEFAULT_MODEL = "hat_test_resnet"
 TEXTS_BY = "tasl"
 IMAGES = ("split", "dataset", "root", "download", "pretrained", "model_kwargs")  # beside the fields of ImageOptions
 
 
-@command("train", show=show_learning, free=FREE)
+@command("train", show=show_run, free={*FREE, "router"})
 def train_command(
     asked: Asked,
     task: Annotated[
@@ -78,6 +80,14 @@ def train_command(
             "repeatable.",
         ),
     ] = None,
+    router: Annotated[
+        bool,
+        typer.Option(
+            "--router",
+            help="Images by hat: make a router as well, which finds the task of an image, and measure it; see hatcl "
+            "predict. A finished run gets one with --resume.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of weights, the order of examples, and what else is random.")] = 0,
     device: Device = "auto",
     *,
@@ -100,9 +110,12 @@ def train_command(
         "method": chosen,
         "seed": seed,
         "device": device,
+        "router": router,
         "task": [f"{n}={absolute_path(p)}" for n, p in files.items()],
         "set_": dict(set_ or {}),
     }
+    if router and (of_texts or chosen != HAT):
+        raise ConfigError("--router: finds the tasks of images that are learned by hat; leave it out")
     gates = HATConfig.from_dict(asked.options["set_"]) if chosen == HAT else None
     how = continual.make_method(chosen, None if gates else asked.options["set_"])
     if of_texts:
@@ -139,7 +152,10 @@ def _learn(
     wait_for_all()  # before one of them writes
     if folder.finished:
         say(f"{folder.path} is finished already.")
-        return _judged(folder.metrics)
+        if asked.options["router"] and about(folder.path) is None:
+            learned = hatcl.from_pretrained(find_model(folder.path)).to(device)
+            route(folder.path, learned, image_data(asked.options), asked.options)
+        return _judged(folder.path, folder.metrics)
     if are_texts(files):
         network, tasks = texts(asked.options, files)
         network = gated(network, tasks, gates) if gates else network
@@ -159,7 +175,9 @@ def _learn(
     with folder.claimed(**facts), Display(folder, names, steps) as display:
         say(f"{method.name}: {len(tasks)} tasks, run folder {folder.path}")
         continual.learn_sequence(network, tasks, method, options, folder=folder.path, on_progress=display.tell)
-    return _judged(folder.metrics)
+    if asked.options["router"]:
+        route(folder.path, network, stream, asked.options)
+    return _judged(folder.path, folder.metrics)
 
 
 @contextlib.contextmanager
@@ -183,8 +201,10 @@ def processes(device: str) -> Iterator[str]:
         raise typer.Exit
 
 
-def _judged(metrics: dict[str, Any]) -> Any:
-    """Exit code 1 where a sealed task has moved."""
+def _judged(run: Path, metrics: dict[str, Any]) -> Any:
+    """What came of a run; exit code 1 where a sealed task has moved."""
+    if known := about(run):
+        metrics = {**metrics, "router": known["measured"]}
     details = metrics["details"]
     return metrics if details.get("exact", True) and details.get("bit_equal", True) else Answer(metrics)
 

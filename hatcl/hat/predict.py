@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..calls import device_of
 from ..errors import TaskError
-from ..lend import Evaluating
 from .router import TaskRouter
 from .tasks import tasks
 
@@ -64,8 +63,7 @@ def predict(model: nn.Module, x: Any, *, router: TaskRouter, among: Sequence[int
         )
     chosen = router.chosen(among)
     router.check(model, chosen)
-    with Evaluating(model):
-        seen = {t: router.seen(model, x, t) for t in chosen}
+    seen = {t: router.seen(model, x, t) for t in chosen}
     p = router.probabilities({t: h for t, (h, _) in seen.items()}, chosen)
     joint = [p[:, i : i + 1] * z.cpu().double().softmax(1) for i, (_, z) in enumerate(seen.values())]
     task = torch.cat([torch.full((part.shape[1],), t) for t, part in zip(chosen, joint, strict=True)])

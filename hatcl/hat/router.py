@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .tasks import check_task, task
 log = logging.getLogger(__name__)
 ENTRY = "hatcl.router"  # of the file's metadata
 FORMAT = 1
+FUNCTION = "a function"  # in the file, in the place of one
 ABOUT = ("labels", "counts", "dtype", "digests")  # of a task, beside its tensors
 TEMPERATURES = tuple(2 ** (k / 2) for k in range(17))  # that `calibrate` tries
 
@@ -72,11 +73,15 @@ class TaskRouter:
         model: the HAT model. It is evaluated in `add_task` alone; `predict` is given the model again.
         options: see `RouterOptions`, or a mapping of what to change.
         features: other features than what the head reads, see `hatcl.hat.features`.
+        prepare: what a task's network takes of an input whose task is unknown: called with a task and inputs. For tasks
+            that were learned with different preparations (each with its own mean and spread). None = inputs as they
+            are.
     """
 
     model: nn.Module = field(repr=False)
     options: RouterOptions = field(default_factory=RouterOptions)
     features: Features = None
+    prepare: Callable[[int, Any], Any] | None = None
     _known: dict[int, Known] = field(default_factory=dict, init=False, repr=False)
     _weights: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
     _checked: weakref.WeakKeyDictionary[Any, Any] = field(
@@ -137,9 +142,8 @@ class TaskRouter:
         self.check(model, others)
         batches = rows_of(f"task {new}", x, y, batch_size) if y is not None else labelled(f"task {new}", x)
         gathered = Gathered(self.options, new, {a: self._known[a].p for a in others})
-        with Evaluating(model):
-            for inputs, labels in batches:
-                gathered.add(labels, {a: self.seen(model, inputs, a, len(labels)) for a in [new, *others]})
+        for inputs, labels in batches:
+            gathered.add(labels, {a: self.seen(model, inputs, a, len(labels)) for a in [new, *others]})
         known = gathered.known(now)
         if old is not None:
             log.info("task %d was sealed again: its statistics are taken anew, and it comes last in the order", new)
@@ -210,7 +214,7 @@ class TaskRouter:
     # ---- evidence ------------------------------------------------------------------------------------------------
 
     def seen(self, model: nn.Module, inputs: Any, space: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
-        """The features and the logits of some inputs under a task, checked.
+        """The features and the logits of some inputs under a task, in evaluation mode and without gradients, checked.
 
         Raises:
             ConfigError: the inputs do not fit the model, or what it gives does not fit the router.
@@ -218,9 +222,10 @@ class TaskRouter:
         Warns:
             UserWarning: the model computes in another dtype than when the task was added.
         """
-        with task(model, space), torch.no_grad():
+        with Evaluating(model), task(model, space), torch.no_grad():
             try:
-                h, out = features_and_outputs(model, inputs, self.features)
+                taken = inputs if self.prepare is None else self.prepare(space, inputs)
+                h, out = features_and_outputs(model, taken, self.features)
             except HATError:
                 raise
             except torch.OutOfMemoryError:
@@ -285,12 +290,11 @@ class TaskRouter:
         self.check(model, self.chosen(None))
         features: dict[int, list[Tensor]] = {t: [] for t in self._known}
         right: list[Tensor] = []
-        with Evaluating(model):
-            for inputs, of in labelled("calibrate", batches):
-                self.chosen(of.unique().tolist())
-                right.append(torch.tensor([self.tasks.index(t) for t in of.tolist()]))
-                for t, parts in features.items():
-                    parts.append(self.seen(model, inputs, t, len(of))[0].cpu())
+        for inputs, of in labelled("calibrate", batches):
+            self.chosen(of.unique().tolist())
+            right.append(torch.tensor([self.tasks.index(t) for t in of.tolist()]))
+            for t, parts in features.items():
+                parts.append(self.seen(model, inputs, t, len(of))[0].cpu())
         known = {t: torch.cat(parts) for t, parts in features.items()}
         before, best, at = self.options, -torch.inf, torch.cat(right).unsqueeze(1)
         try:
@@ -331,7 +335,8 @@ class TaskRouter:
         tensors = {name: x.contiguous().clone() for name, x in tensors.items()}
         about = {
             "format": FORMAT, "options": dataclasses.asdict(self.options),
-            "features": "a function" if callable(self.features) else self.features,
+            "features": FUNCTION if callable(self.features) else self.features,
+            "prepare": None if self.prepare is None else FUNCTION,
             "tasks": [
                 {"task": t, "spaces": list(known.sums), **{name: getattr(known, name) for name in ABOUT}}
                 for t, known in self._known.items()
@@ -342,14 +347,21 @@ class TaskRouter:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module, features: Features = None) -> TaskRouter:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        features: Features = None,
+        prepare: Callable[[int, Any], Any] | None = None,
+    ) -> TaskRouter:
         """The router that `save` wrote.
 
         Args:
-            model: the model that it is of. features: the function that the router was made with, if it was.
+            model: the model that it is of. features, prepare: the functions that the router was made with, if it was.
 
         Raises:
-            IntegrityError: the file is missing, damaged or of something else. ConfigError: features that differ.
+            IntegrityError: the file is missing, damaged or of something else. ConfigError: functions that it was made
+                with are not given, or others are.
         """
         stored, text = named_tensors(path), read_metadata(path).get(ENTRY)
         if text is None:
@@ -359,13 +371,13 @@ class TaskRouter:
         digest = about.pop("digest", None)
         if about.get("format") != FORMAT or _digest_of_all(tensors, about) != digest:
             raise IntegrityError(f"{path}: its content is not what was saved; the file is damaged, save it again")
-        was = about["features"]
-        if (was == "a function") != callable(features) or (features is not None and not callable(features)):
-            raise ConfigError(
-                f"{path}: the router was made with features={was!r}, got {features!r}; give the same function, and "
-                "nothing where it was none"
-            )
-        router = cls(model, RouterOptions().changed(about["options"]), features if callable(features) else was)
+        for name, given in (("features", features), ("prepare", prepare)):
+            if (about[name] == FUNCTION) != callable(given) or (given is not None and not callable(given)):
+                raise ConfigError(
+                    f"{path}: the router was made with {name}={about[name]!r}, got {given!r}; give the same function, "
+                    "and nothing where it was none"
+                )
+        router = cls(model, RouterOptions().changed(about["options"]), features or about["features"], prepare)
         for told in about["tasks"]:
             t = told["task"]
             sums = {
