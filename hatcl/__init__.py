@@ -28,6 +28,7 @@ from .hat.extract import Extracted, ExtractReport, extract_task
 from .hat.extract_files import load_extracted
 from .hat.forget import ForgetReport, forget_task
 from .hat.given import hold_gates, masks_of
+from .hat.known import RouterOptions
 from .hat.layers import (
     HATConv1d,
     HATConv2d,
@@ -51,9 +52,11 @@ from .hat.layers import (
     TaskIndexedRMSNorm,
 )
 from .hat.learn import Learning, learn
+from .hat.predict import Prediction, predict
 from .hat.pretrained import from_pretrained, push_to_hub, save_pretrained
 from .hat.registry import register_layer
 from .hat.reopen import ReopenReport, reopen_task
+from .hat.router import TaskRouter
 from .hat.tasks import set_task, task, tasks
 from .hat.together import forward
 from .integrations.timm_names import install, list_models
@@ -85,16 +88,17 @@ __all__ = [
     "GraftOptions", "GraftScores", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d",
     "HATConvTranspose1d", "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer",
     "HATLinear", "ILoRA", "ILoRAConfig", "IntegrityError", "IsolationError", "Learning", "NonFiniteLossError",
-    "ReopenReport", "SignConflicts", "Skill", "SkillError", "SkillScorer", "SkillScores", "TaskError",
-    "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d", "TaskIndexedGroupNorm",
-    "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm",
-    "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError",
-    "accumulate_scores", "add_tasks", "as_adapter", "atlas", "certify", "compose", "consolidate", "continual",
-    "continual_method", "convert", "describe", "extract_task", "forget_task", "forward", "from_pretrained",
-    "gathered", "hold", "hold_gates", "learn", "learn_graft", "learn_sequence", "list_continual_methods",
-    "list_merges", "list_models", "load_extracted", "localize", "masks_of", "merge", "merge_method",
-    "orthogonality", "push_to_hub", "register_layer", "reopen_task", "save_pretrained", "seal", "select_graft",
-    "set_task", "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",
+    "Prediction", "ReopenReport", "RouterOptions", "SignConflicts", "Skill", "SkillError", "SkillScorer",
+    "SkillScores", "TaskError", "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d", "TaskIndexedBatchNorm3d",
+    "TaskIndexedGroupNorm", "TaskIndexedInstanceNorm1d", "TaskIndexedInstanceNorm2d", "TaskIndexedInstanceNorm3d",
+    "TaskIndexedLayerNorm", "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskRouter",
+    "TaskVector", "UnitMap", "VectorError", "accumulate_scores", "add_tasks", "as_adapter", "atlas", "certify",
+    "compose", "consolidate", "continual", "continual_method", "convert", "describe", "extract_task", "forget_task",
+    "forward", "from_pretrained", "gathered", "hold", "hold_gates", "learn", "learn_graft", "learn_sequence",
+    "list_continual_methods", "list_merges", "list_models", "load_extracted", "localize", "masks_of", "merge",
+    "merge_method", "orthogonality", "predict", "push_to_hub", "register_layer", "reopen_task", "save_pretrained",
+    "seal", "select_graft", "set_task", "sign_conflicts", "skill_overlap", "skill_tensors", "task",
+    "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -252,3 +253,9 @@ def digest_of(value: Tensor) -> str:
     raw = value.detach().contiguous().cpu().view(-1)
     data = raw.view(torch.uint8) if raw.numel() else raw.new_zeros(0, dtype=torch.uint8)
     return f"{str(value.dtype).removeprefix('torch.')}:{hashlib.sha256(data.numpy().data).hexdigest()}"
+
+
+def content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors: of their names, shapes and bits."""
+    rows = "\n".join(f"{n} {list(tensors[n].shape)} {digest_of(tensors[n])}" for n in sorted(tensors))
+    return hashlib.sha256(rows.encode()).hexdigest()

@@ -118,7 +118,7 @@ def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
         out.print(tasks_table(result.tasks, records, numbers=numbers))
         if result.details:
             say(_certificate_line(result, numbers))
-        _draw_into(run / runs.PICTURE, lambda: draw_run(result.to_dict(), numbers))
+        draw_into(run / runs.PICTURE, lambda: draw_run(result.to_dict(), numbers))
     show_skills(run, SHARE)
     seconds = runs.read_json(run / kept.SECONDS, list) if (run / kept.SECONDS).exists() else []
     say(f"{sum(sum(stage.values()) for stage in seconds):.0f} s", "dim")
@@ -183,11 +183,11 @@ def show_skills(run: Path, share: float) -> None:
     if not scores:
         return
     skills = {name: localize(s, share) for name, s in scores.items()}
-    _draw_into(run / SKILLS, lambda: draw_skills(scores))
-    _draw_into(run / OVERLAP, lambda: draw_overlap(skills))
+    draw_into(run / SKILLS, lambda: draw_skills(scores))
+    draw_into(run / OVERLAP, lambda: draw_overlap(skills))
 
 
-def _draw_into(path: Path, draw: Any) -> None:
+def draw_into(path: Path, draw: Any) -> None:
     try:
         write_files({path: draw()})
         say(path, "dim")

@@ -16,6 +16,7 @@ from ..engine.state import kept_whole
 from ..errors import ConfigError
 from ._command import RunArgument, command
 from ._console import say
+from ._routing import drop_routed
 
 
 @command("forget")
@@ -40,6 +41,7 @@ def forget_command(
     report = hatcl.forget_task(model, task, dry_run=dry_run)
     if of_a_run and not dry_run:
         kept.save_model(run, model, runs.read_json(run / runs.METRICS), without=[task])
+        drop_routed(run, model, task)
         kept.drop_task(run, task)
         (run / runs.PICTURE).unlink(missing_ok=True)  # it shows the task; hatcl show draws one of the others
     elif not dry_run:

@@ -16,6 +16,7 @@ import hatcl
 
 from .. import continual
 from ..config import HATConfig, one_of
+from ..continual.folder import find_model
 from ..continual.images import ImageLearning, ImageOptions
 from ..continual.loading import LORA, TextOptions
 from ..continual.options import FREE, LearnOptions
@@ -30,8 +31,9 @@ from ._benchmark import FromBenchmark, tasks_of_benchmark
 from ._command import Answer, Asked, Device, command
 from ._console import out, quiet, say
 from ._options import Either, absolute_path, made, options_of, spelled, usable_device
+from ._routing import about, route, show_run
 from ._sequence import HAT, gated, image_model, images, read_tasks, task_places, texts
-from ._shown import Display, show_learning
+from ._shown import Display
 
 DEFAULT_MODEL = "hat_test_resnet"
 TEXTS_BY = "tasl"
@@ -46,7 +48,7 @@ IMAGES = (
 )  # beside the fields of ImageOptions
 
 
-@command("train", show=show_learning, free=FREE)
+@command("train", show=show_run, free={*FREE, "router"})
 def train_command(
     asked: Asked,
     task: Annotated[
@@ -97,6 +99,14 @@ def train_command(
             "repeatable.",
         ),
     ] = None,
+    router: Annotated[
+        bool,
+        typer.Option(
+            "--router",
+            help="Images by hat: make a router as well, which finds the task of an image, and measure it; see hatcl "
+            "predict. A finished run gets one with --resume.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of weights, the order of examples, and what else is random.")] = 0,
     device: Device = "auto",
     *,
@@ -118,14 +128,16 @@ def train_command(
     if split and ":" in split:
         split = ":".join((TaskPlace.parsed(split.rpartition(":")[0]).absolute().data, split.rpartition(":")[2]))
     asked.options = {
-        "seed": seed, "device": device, "task": [place.written() for place in task_places(task or ())], "split": split,
-        "dataset": dataset, "root": None if root is None else absolute_path(root), "download": download,
-        **spelled(data), "set_": dict(set_ or {}),
+        "seed": seed, "device": device, "router": router, "split": split, "dataset": dataset,
+        "task": [place.written() for place in task_places(task or ())], "root": None if root is None else absolute_path(root),
+        "download": download, **spelled(data), "set_": dict(set_ or {}),
     }  # fmt: skip
     found = read_tasks(asked.options)
     of_texts = isinstance(found, dict)
     one_of("--method", chosen := method or (TEXTS_BY if of_texts else HAT), list(continual.list_continual_methods()))
     asked.options["method"] = chosen
+    if router and (of_texts or chosen != HAT):
+        raise ConfigError("--router: finds the tasks of images that are learned by hat; leave it out")
     gates = HATConfig.from_dict(asked.options["set_"]) if chosen == HAT else None
     how = continual.make_method(chosen, None if gates else asked.options["set_"])
     if of_texts:
@@ -161,7 +173,10 @@ def _learn(
     wait_for_all()  # before one of them writes
     if folder.finished:
         say(f"{folder.path} is finished already.")
-        return _judged(folder.metrics)
+        if asked.options["router"] and about(folder.path) is None:
+            assert not isinstance(data, dict)  # as was checked
+            route(folder.path, hatcl.from_pretrained(find_model(folder.path)).to(device), data, asked.options)
+        return _judged(folder.path, folder.metrics)
     if isinstance(data, dict):
         network, tasks = texts(asked.options, data)
         network = gated(network, tasks, gates) if gates else network
@@ -180,7 +195,9 @@ def _learn(
     with folder.claimed(**facts), Display(folder, names, steps) as display:
         say(f"{method.name}: {len(tasks)} tasks, run folder {folder.path}")
         continual.learn_sequence(network, tasks, method, options, folder=folder.path, on_progress=display.tell)
-    return _judged(folder.metrics)
+    if asked.options["router"] and not isinstance(data, dict):
+        route(folder.path, network, data, asked.options)
+    return _judged(folder.path, folder.metrics)
 
 
 @contextlib.contextmanager
@@ -204,8 +221,10 @@ def processes(device: str) -> Iterator[str]:
         raise typer.Exit
 
 
-def _judged(metrics: dict[str, Any]) -> Any:
-    """Exit code 1 where a sealed task has moved."""
+def _judged(run: Path, metrics: dict[str, Any]) -> Any:
+    """What came of a run; exit code 1 where a sealed task has moved."""
+    if known := about(run):
+        metrics = {**metrics, "router": known["measured"]}
     details = metrics["details"]
     return metrics if details.get("exact", True) and details.get("bit_equal", True) else Answer(metrics)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..errors import GraftError, IntegrityError
 from ..files import parse_json, write_files
-from ..functional import digest_of
+from ..functional import content_digest
 from ..vectors.files import read_metadata
 from ..vectors.tensors import named_tensors
 
@@ -35,7 +34,7 @@ def write(path: str | os.PathLike[str], holds: str, tensors: Mapping[str, Tensor
     if path.suffix != ".safetensors":
         raise GraftError(f"{path}: got {path.suffix or 'no ending'}, expected a file that ends in .safetensors")
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}  # safetensors refuses views
-    text = json.dumps({"holds": holds, **about, "digest": _content_digest(own)})
+    text = json.dumps({"holds": holds, **about, "digest": content_digest(own)})
     write_files({path: lambda new: save_file(own, new, metadata={ENTRY: text})})
     return path
 
@@ -54,7 +53,7 @@ def read(path: str | os.PathLike[str], holds: str) -> tuple[dict[str, Tensor], d
             f"{LOADED_BY[holds]}" + ("; its .graft(sparsity=...) gives the bits" if found == SCORES else "")
         )
     tensors = {name: stored[name].clone() for name in stored}  # what files give is mapped
-    if _content_digest(tensors) != digest:
+    if content_digest(tensors) != digest:
         raise IntegrityError(f"{path}: its content is not what was saved; the file is damaged, save it again")
     return tensors, about
 
@@ -95,8 +94,3 @@ def _what_it_says(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {**about, "holds": about["holds"], "digest": about["digest"]}
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{path}: what it says of itself cannot be read ({error!r}); save it again") from error
-
-
-def _content_digest(tensors: Mapping[str, Tensor]) -> str:
-    rows = "\n".join(f"{n} {list(tensors[n].shape)} {digest_of(tensors[n])}" for n in sorted(tensors))
-    return hashlib.sha256(rows.encode()).hexdigest()
