@@ -22,11 +22,12 @@ from . import digests
 from .active import is_chosen
 from .distributed import Replicas, leave_out
 from .gates import Gates, gates_of
-from .given import check_given
+from .given import check_given, hold_all
 from .guard import Guard
 from .held import check_structure, held
 from .layers.gated import HATLayer
-from .tasks import check_room, check_task, tasks
+from .room import check_room
+from .tasks import check_task, tasks
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +164,8 @@ def learn(
     Raises:
         TaskError: no such task, or it is sealed already; inside a `with hatcl.task(...)` block; a state that does not
             fit; gates that it is given and cannot have. GuardError: an optimizer that cannot be guarded. HATError: a
-            module was replaced after conversion. CapacityError: no units are left. IntegrityError: a sealed task
-            changed since it was sealed.
+            module was replaced after conversion. CapacityError: it could learn nothing, sealed tasks hold all.
+            IntegrityError: a sealed task changed since it was sealed.
         NonFiniteLossError: the loss became NaN or infinite.
 
     Warns:
@@ -356,5 +357,6 @@ def add_tasks(model: nn.Module, count: int) -> None:
     for module in model.modules():
         if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
             module.hat_tasks.extend(module._hat_new_copy() for _ in range(count))
+    hold_all(model)
     for root in {id(m): m for m in (model, *filter(_has_gates, model.modules()))}.values():
         leave_out(root)
