@@ -87,7 +87,7 @@ class Learning:
         at = max(min(self.step, self.steps - 1) - held, 0)
         value = scale_at(at % length, length, self.config.max_scale, self.config.schedule)
         first = math.ceil(self.steps * (1 - self.config.settle))
-        settled = self.step >= first and held < self.steps
+        settled = self.step >= first
         if settled and not self.settled:
             again = self._start > first  # an interrupted task goes on: its statistics are under way
             self._settled_at = first if again else self.step
