@@ -128,9 +128,10 @@ def train_command(
     if split and ":" in split:
         split = ":".join((TaskPlace.parsed(split.rpartition(":")[0]).absolute().data, split.rpartition(":")[2]))
     asked.options = {
-        "seed": seed, "device": device, "router": router, "split": split, "dataset": dataset,
-        "task": [place.written() for place in task_places(task or ())], "root": None if root is None else absolute_path(root),
-        "download": download, **spelled(data), "set_": dict(set_ or {}),
+        "seed": seed, "device": device, "router": router, "split": split, "dataset": dataset, "download": download,
+        "task": [place.written() for place in task_places(task or ())],
+        "root": None if root is None else absolute_path(root),
+        **spelled(data), "set_": dict(set_ or {}),
     }  # fmt: skip
     found = read_tasks(asked.options)
     of_texts = isinstance(found, dict)

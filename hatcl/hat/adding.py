@@ -13,6 +13,7 @@ from ..errors import ConfigError, TaskError
 from ..shards import check_whole
 from .distributed import leave_out
 from .gates import Gates, gates_of, roots_of
+from .given import hold_all
 from .heads import Classes, class_counts, heads_of, widen
 from .held import held
 from .layers.gated import HATLayer
@@ -79,6 +80,7 @@ def add_tasks(model: nn.Module, count: int, num_classes: Classes | Mapping[str, 
     for module in model.modules():
         if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
             module.hat_tasks.extend(module._hat_new_copy() for _ in range(count))
+    hold_all(model)
     for head, numbers in heads:
         widen(root, head, numbers, first)
     for owner in roots_of(model):

@@ -295,8 +295,8 @@ class Gates(nn.Module):
 
     def unseal(self, task: int, embedding: Tensor | None = None) -> None:
         """Take a task's row away. Its embedding becomes the one given, from which it is learned on, or else a new one:
-        then it is forgotten, and no gates are given to it."""
-        if embedding is None:
+        then it is forgotten, and no gates are given to it any more but those of the model's plan."""
+        if embedding is None and self.config.masks == "learned":
             self.give(task, None)
         self.masks[task] = False
         self.sealed[task] = False
@@ -332,11 +332,6 @@ class Gates(nn.Module):
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
         self.lineage = nn.functional.pad(self.lineage, (0, tasks, 0, tasks))
         self.epoch += 1
-
-    def room(self, task: int) -> dict[str, bool]:
-        """Layer -> has it a unit that no other sealed task uses?"""
-        used = self.used(without=task)
-        return {name: not bool(used[a:b].all()) for name, a, b in self.layers if b > a}
 
     def penalty(self) -> Tensor:
         """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""

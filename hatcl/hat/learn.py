@@ -25,7 +25,8 @@ from .given import check_given
 from .guard import Guard
 from .held import check_structure
 from .layers.gated import HATLayer
-from .tasks import check_none_reopened, check_room, check_task, locked_tasks, tasks
+from .room import check_room
+from .tasks import check_none_reopened, check_task, locked_tasks, tasks
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Learning:
         c = self.config
         value = scale_at(at % length, length, c.max_scale, "cosine" if self.reopened else c.schedule, c.above_one)
         first = math.ceil(self.steps * (1 - self.config.settle))
-        settled = self.step >= first and held < self.steps
+        settled = self.step >= first
         if settled and not self.settled:
             again = self._start > first  # an interrupted task goes on: its statistics are under way
             self._settled_at = first if again else self.step
@@ -165,8 +166,8 @@ def learn(
     Raises:
         TaskError: no such task, or it is sealed already; inside a `with hatcl.task(...)` block; a state that does not
             fit; gates that it is given and cannot have. GuardError: an optimizer that cannot be guarded. HATError: a
-            module was replaced after conversion. CapacityError: no units are left. IntegrityError: a sealed task
-            changed since it was sealed.
+            module was replaced after conversion. CapacityError: it could learn nothing, sealed tasks hold all.
+            IntegrityError: a sealed task changed since it was sealed.
         NonFiniteLossError: the loss became NaN or infinite.
 
     Warns:
