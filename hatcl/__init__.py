@@ -26,6 +26,7 @@ from .hat.describe import Description, describe
 from .hat.extract import Extracted, ExtractReport, extract_task
 from .hat.extract_files import load_extracted
 from .hat.forget import ForgetReport, forget_task
+from .hat.given import hold_gates, masks_of
 from .hat.layers import (
     HATConv1d,
     HATConv2d,
@@ -87,10 +88,10 @@ __all__ = [
     "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm", "TaskIndexedLinear", "TaskIndexedParameter",
     "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError", "accumulate_scores", "add_tasks", "as_adapter",
     "atlas", "certify", "compose", "consolidate", "continual", "continual_method", "convert", "describe",
-    "extract_task", "forget_task", "forward", "from_pretrained", "gathered", "hold", "learn", "learn_graft",
-    "learn_sequence", "list_continual_methods", "list_merges", "list_models", "load_extracted", "localize", "merge",
-    "merge_method", "orthogonality", "register_layer", "save_pretrained", "seal", "select_graft", "set_task",
-    "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",
+    "extract_task", "forget_task", "forward", "from_pretrained", "gathered", "hold", "hold_gates", "learn",
+    "learn_graft", "learn_sequence", "list_continual_methods", "list_merges", "list_models", "load_extracted",
+    "localize", "masks_of", "merge", "merge_method", "orthogonality", "register_layer", "save_pretrained", "seal",
+    "select_graft", "set_task", "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

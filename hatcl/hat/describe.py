@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..map.units import NORM
-from .gates import Gates, gates_of
+from .gates import gates_of, groups_of
 from .held import held
 from .lineage import forgotten_lineage, lineage, spoken
 from .tasks import tasks
@@ -79,16 +79,13 @@ def describe(model: nn.Module) -> Description:
     """Units, owners, shares and use per task of a HAT model."""
     gates = gates_of(model)
     done = tasks(model)
-    by_hand = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
     layers = [
         {
-            "name": name if g.from_map else by_hand[id(g)],
+            "name": name,
             "units": stop - start,
             "used": {t: int(g.masks[t, start:stop].sum()) for t in done},
         }
-        for g in gates
-        for name, start, stop in g.layers
-        if stop > start
+        for name, g, start, stop in groups_of(model)
     ]
     unit_map = gates[0].unit_map
     elements = dict.fromkeys(("shared_both", "shared_one", "own_copy", "always_on"), 0)

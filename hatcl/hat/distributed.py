@@ -188,11 +188,13 @@ class Replicas:
         state = hashlib.sha256(repr([(h.name, tuple(h.param.shape)) for h in held(self.model)]).encode())
         for g in gates_of(self.model):
             state.update(g.sealed.cpu().numpy().tobytes() + g.digest_table.cpu().numpy().tobytes())
+            state.update(g.given.cpu().numpy().tobytes() + g.given_until.float().cpu().numpy().tobytes())
         mine = torch.frombuffer(bytearray(state.digest()), dtype=torch.uint8).to(self._device)
         if bool(self._differs(mine).any()):
             raise IntegrityError(
                 "the processes hold different models or different sealed tasks (this one has "
-                f"{tasks(self.model)}); load the same saved model in each of them before hatcl.learn"
+                f"{tasks(self.model)}), or give tasks different gates; load the same saved model in each of them "
+                "before hatcl.learn"
             )
 
     # ---- gradients -------------------------------------------------------------------------------------------------
@@ -262,6 +264,13 @@ class Replicas:
             )
 
     # ---- collectives -----------------------------------------------------------------------------------------------
+
+    def of_rank_0(self, task: int | None) -> int | None:
+        """The task that rank 0 chose, by examples of its own."""
+        number = torch.tensor([-1 if task is None else task], device=self._device)
+        if self._group is not None:
+            self._from_rank_0([number])
+        return None if int(number) < 0 else int(number)
 
     def _average(self, tensors: Iterable[Tensor]) -> None:
         size = distributed.get_world_size(self._group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from . import active
 
 SLOTS, SLOT_BYTES = 256, 16
 """Size of a task's row in `Gates.digest_table`."""
+LATER = ("given", "given_until", "lineage")
+"""Buffers that states of before do not have. In those no task is given gates, and none is started from another."""
 
 _context_keys = itertools.count()
 
@@ -72,6 +74,8 @@ class Gates(nn.Module):
     Attributes:
         embeddings: T parameters `[U]`.
         masks: `[T, U]` bool, the hard gates of sealed tasks. sealed: `[T]` bool.
+        given: `[T, U]` bool, hard gates that a task is given. given_until: `[T]`, for which share of its steps it is
+            held to them: 0 not at all, 1 always (see `hatcl.hold_gates`). holding: is the task being learned held now?
         digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
             fixed size for state dicts (see `digests.table_of`).
         learned: the task that is being learned, or was last. learner: the thread that is learning. lock: what it holds
@@ -93,6 +97,8 @@ class Gates(nn.Module):
 
     masks: Tensor
     sealed: Tensor
+    given: Tensor
+    given_until: Tensor
     scale: Tensor
     hardened: Tensor
     digest_table: Tensor
@@ -105,6 +111,8 @@ class Gates(nn.Module):
         self.embeddings = nn.ParameterList([self.fresh_embedding(units) for _ in range(config.num_tasks)])
         self.register_buffer("masks", torch.zeros(config.num_tasks, units, dtype=torch.bool))
         self.register_buffer("sealed", torch.zeros(config.num_tasks, dtype=torch.bool))
+        self.register_buffer("given", torch.zeros(config.num_tasks, units, dtype=torch.bool))
+        self.register_buffer("given_until", torch.zeros(config.num_tasks))
         self.register_buffer("digest_table", torch.zeros(config.num_tasks, SLOTS, SLOT_BYTES, dtype=torch.uint8))
         self.register_buffer("lineage", torch.zeros(config.num_tasks, config.num_tasks, dtype=torch.uint8))
         self.register_buffer("scale", torch.tensor(float(config.max_scale)), persistent=False)
@@ -115,7 +123,7 @@ class Gates(nn.Module):
         self.learner: int | None = None
         self.lock: Any = None
         self.soft = False
-        self.settled = False
+        self.settled = self.holding = False
         self.cut = True
         self.sharded = False
         self.epoch = 0
@@ -178,7 +186,7 @@ class Gates(nn.Module):
 
     def is_soft(self, task: int | None) -> bool:
         """Are a task's gates soft now? In evaluation without gradients they are what sealing would give."""
-        if task is None or isinstance(task, Tensor) or task != self.learning:
+        if task is None or isinstance(task, Tensor) or task != self.learning or self.holding:
             return False
         return self.soft or self.training or torch.is_grad_enabled()
 
@@ -207,10 +215,16 @@ class Gates(nn.Module):
         c = self.config
         return F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp, self._hardened(), c.compensation)
 
-    def harden(self, settled: bool) -> None:
-        """Are the gates of the task being learned hard by now?"""
+    def harden(self, settled: bool, holding: bool = False) -> None:
+        """Are the gates of the task being learned hard by now, or held to those that it is given?"""
         self.hardened.fill_(float(settled))
         self.settled = settled
+        self.epoch += self.holding != holding
+        self.holding = holding
+
+    def is_given(self, task: int) -> bool:
+        """Is a task held to given gates for all of its steps?"""
+        return float(self.given_until[task]) >= 1
 
     def _hardened(self) -> Tensor | None:
         """What a graph asks whether gates are hard by now; outside of one, None says that they are not."""
@@ -229,6 +243,8 @@ class Gates(nn.Module):
         return self.masks[task] if bool(self.sealed[task]) else self._hard_now(task)
 
     def _hard_now(self, task: int) -> Tensor:
+        if self.holding if task == self.learning else self.is_given(task):
+            return self.given[task]
         on = F.hard_gate(unsharded(self.embeddings[task].detach()))
         return on if self.config.reuse == "all" else on & ~self._taken(task)
 
@@ -275,6 +291,7 @@ class Gates(nn.Module):
 
     def unseal(self, task: int) -> None:
         """Forget a task's gates: its row is empty and its embedding new."""
+        self.give(task, None)
         self.masks[task] = False
         self.sealed[task] = False
         self.digest_table[task] = 0
@@ -284,15 +301,25 @@ class Gates(nn.Module):
             self.embeddings[task].copy_(self.fresh_embedding(self.num_units))
         self._changed([task])
 
+    def give(self, task: int, on: Tensor | None, until: float = 1.0) -> None:
+        """Hold a task to hard gates, `[U]` bool, from its next step on; None: its gates are learned."""
+        self.given[task] = False if on is None else on
+        self.given_until[task] = 0.0 if on is None else until
+        if on is not None:  # where it is learned afterwards, from these gates
+            size = min(abs(self.config.init_value) or 1.0, self.config.clamp)
+            with torch.no_grad():
+                self.embeddings[task].copy_(torch.where(self.given[task], size, -size))
+        self._changed([task])
+
     def add(self, tasks: int) -> None:
         self.config = self.config.replace(num_tasks=self.num_tasks + tasks)
         like = self.embeddings[0].detach()
         for _ in range(tasks):
             self.embeddings.append(self.fresh_embedding(self.num_units, like))
-        for name in ("masks", "sealed", "digest_table"):
+        for name in ("masks", "sealed", *LATER, "digest_table"):
             rows = getattr(self, name)
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
-        self.lineage = nn.functional.pad(self.lineage, (0, tasks, 0, tasks))
+        self.lineage = nn.functional.pad(self.lineage, (0, tasks))
         self.epoch += 1
 
     def room(self, task: int) -> dict[str, bool]:
@@ -303,6 +330,8 @@ class Gates(nn.Module):
     def penalty(self) -> Tensor:
         """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""
         c = self.config
+        if self.holding:
+            return self.scale.new_zeros(())
         e = unsharded(self.embeddings[self.learning if self.learning is not None else 0])
         a = self._soft(e)
         bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
@@ -317,6 +346,7 @@ class Gates(nn.Module):
             "_taken_by": (None, torch.zeros(0, dtype=torch.bool)),
             "soft": False,
             "settled": False,
+            "holding": False,
             "sharded": False,
         }
         if self._default == self.learning:
@@ -352,8 +382,9 @@ class Gates(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        if f"{prefix}lineage" not in state_dict and f"{prefix}sealed" in state_dict:
-            state_dict[f"{prefix}lineage"] = torch.zeros_like(self.lineage)  # written when no task could have any
+        if f"{prefix}masks" in state_dict:
+            for name in LATER:
+                state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if f"{prefix}digest_table" in state_dict:
             self.digests = {}  # they are of what was there before; the table tells what belongs to the new
@@ -376,6 +407,16 @@ def gates_of(model: nn.Module) -> list[Gates]:
             f"{type(model).__name__} has no gates: convert it first (hatcl.convert) or build it from HAT layers"
         )
     return found
+
+
+def groups_of(model: nn.Module) -> Iterator[tuple[str, Gates, int, int]]:
+    """Every group of gates that has units: the name of its layer, the gates, and the bounds of its units in them,
+    0-based."""
+    by_hand = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
+    for g in gates_of(model):
+        for name, start, stop in g.layers:
+            if stop > start:
+                yield name if g.from_map else by_hand[id(g)], g, start, stop
 
 
 def row(table: Tensor, task: Tensor) -> Tensor:

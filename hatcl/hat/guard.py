@@ -50,6 +50,7 @@ class Guard(Keeper):
         self.locked = list(locked)
         self.shared: list[tuple[str, nn.Parameter]] = []
         self.heldless: list[str] = []
+        self.own_params: list[nn.Parameter] = []
         frozen: list[Kept] = []
         self._modules: list[nn.Module] = []
         for h in held(self.model):
@@ -61,6 +62,8 @@ class Guard(Keeper):
                 )
             entire = h.plain or (h.task is not None and h.task != self.task)
             mask: Tensor | None = None
+            if h.task == self.task:
+                self.own_params.append(h.param)
             if not entire and h.task is None:
                 if h.plan is None:
                     entire = bool(locked)
@@ -86,6 +89,7 @@ class Guard(Keeper):
         for i, g in enumerate(self.gates):
             yield f"gates {i}", g.masks
             yield f"gates {i}, sealed", g.sealed
+            yield f"gates {i}, given", g.given
 
     def relock(self, locked: Sequence[int]) -> None:
         """A state was loaded: from now on hold what it brought."""
@@ -98,7 +102,8 @@ class Guard(Keeper):
             "build it over model.parameters() of the converted model (hatcl.convert returns a new model, the source's "
             "parameters are not its own)",
         )
-        left = [e for e in self.embeddings if id(e) not in covered and e.numel()]
+        learned = [e for g, e in zip(self.gates, self.embeddings, strict=True) if not g.is_given(self.task)]
+        left = [e for e in learned if id(e) not in covered and e.numel()]
         if left and self.gates[0].sharded:
             raise GuardError(
                 f"optimizer: it holds none of the shards of task {self.task}'s gate embeddings; a forward has gathered "
@@ -137,7 +142,7 @@ class Guard(Keeper):
         """What a step makes of the embeddings is scaled and clamped, or undone where the gates are hard."""
         for g, e, was in state:
             c, now = g.config, local(e.detach())
-            if g.settled:
+            if g.settled or g.holding:
                 now.copy_(was)
                 continue
             if innermost and c.embedding_lr_scale != 1.0:
@@ -183,14 +188,17 @@ class Guard(Keeper):
             StoredWeights(o, [k for k in every if id(k.param) in ids]).put_back()
 
     def check_finite(self, gradients: bool = False) -> None:
-        """A loss that is not finite reaches every embedding's gradient, so it is seen before any weight takes the
-        step."""
-        seen = [e.grad if gradients else e for e in self.embeddings]
-        if not all(bool(torch.isfinite(unsharded(x)).all()) for x in seen if x is not None):
+        """A loss that is not finite reaches every embedding's gradient, or where gates are given that of every head, so
+        it is seen before any weight takes the step."""
+        seen: Sequence[Tensor] = self.embeddings
+        if self.gates[0].holding:
+            seen = [p for p in self.own_params if p.grad is not None] or [p for _, p in self.shared]
+        values = [x for x in ((p.grad if gradients else p) for p in seen) if x is not None and x.numel()]
+        if values and not bool(torch.stack([torch.isfinite(unsharded(x)).all() for x in values]).all()):
             raise NonFiniteLossError(
-                f"task {self.task}: its gate embeddings or their gradients are no longer finite, so the loss was NaN "
-                "or infinite. Nothing was sealed and earlier tasks are as they were; lower the learning rate, clip "
-                "gradients, or look at the batch"
+                f"task {self.task}: its {'own weights' if self.gates[0].holding else 'gate embeddings'} or their "
+                "gradients are no longer finite, so the loss was NaN or infinite. Nothing was sealed and earlier tasks "
+                "are as they were; lower the learning rate, clip gradients, or look at the batch"
             )
 
     def repair(self, model: nn.Module) -> list[str]:

@@ -22,12 +22,17 @@ from . import digests
 from .active import is_chosen
 from .distributed import Replicas, leave_out
 from .gates import Gates, gates_of
+from .given import check_given
 from .guard import Guard
 from .held import check_structure, held
 from .layers.gated import HATLayer
+from .starting import source_for
 from .tasks import check_room, check_task, tasks
+from .transplant import begun
 
 log = logging.getLogger(__name__)
+
+CONFIGURED = "configured"  # what `HATConfig.start_from` says
 
 
 class Learning:
@@ -80,11 +85,12 @@ class Learning:
 
     def _set_scale(self) -> None:
         cycles = self.config.cycles or self.epochs
-        length = max(-(-self.steps // cycles), 1)
-        at = min(self.step, self.steps - 1)
+        held = math.ceil(self.steps * float(self.gates[0].given_until[self.task]))  # steps in which no gate is learned
+        length = max(-(-(self.steps - held) // cycles), 1)
+        at = max(min(self.step, self.steps - 1) - held, 0)
         value = scale_at(at % length, length, self.config.max_scale, self.config.schedule)
         first = math.ceil(self.steps * (1 - self.config.settle))
-        settled = self.step >= first
+        settled = self.step >= first and held < self.steps
         if settled and not self.settled:
             again = self._start > first  # an interrupted task goes on: its statistics are under way
             self._settled_at = first if again else self.step
@@ -92,7 +98,7 @@ class Learning:
         self.settled = settled
         for g in self.gates:
             g.scale.fill_(value)
-            g.harden(settled)
+            g.harden(settled, self.step < held or held == self.steps)
 
 
 class _Statistics:
@@ -139,7 +145,14 @@ class _Statistics:
 
 @contextlib.contextmanager
 def learn(
-    model: nn.Module, task: int, optimizer: Any, steps: int, epochs: int = 1, start: int = 0
+    model: nn.Module,
+    task: int,
+    optimizer: Any,
+    steps: int,
+    epochs: int = 1,
+    start: int = 0,
+    start_from: int | str | None = CONFIGURED,
+    examples: Any = None,
 ) -> Iterator[Learning]:
     """Learn a task: inside the block the model computes with its soft gates, the scale follows the optimizer's steps,
     and what sealed tasks use is held bit for bit. Leaving the block hardens the gates and seals the task; leaving it by
@@ -157,12 +170,20 @@ def learn(
             counts; steps that a gradient scaler skips do not.
         epochs: annealing cycles within them (HAT anneals once per epoch), unless `HATConfig.cycles` says otherwise.
         start: steps already done, to go on with an interrupted task.
+        start_from: a sealed task to start from: its number, "previous" (the last before this one), "best" (the one in
+            whose features the examples are told apart best by their nearest neighbours), or None. By default what
+            `HATConfig.start_from` says. The task gets most of the source's units and others in place of the rest, into
+            which the source's weights are copied (see `hat/transplant.py`), and keeps these gates. `hatcl.describe`
+            shows who started from whom, and `hatcl.forget_task` says it. The first task of all starts from none; with
+            `start` above 0 the task goes on with what it has.
+        examples: of the new task, which "best" needs: (inputs, labels), or batches of them.
 
     Raises:
         TaskError: no such task, or it is sealed already; inside a `with hatcl.task(...)` block; a state that does not
-            fit. GuardError: an optimizer that cannot be guarded. HATError: a module was replaced after conversion.
-        CapacityError: no units are left. IntegrityError: a sealed task changed since it was sealed.
-        NonFiniteLossError: the loss became NaN or infinite.
+            fit; gates that it is given and cannot have. GuardError: an optimizer that cannot be guarded. HATError: a
+            module was replaced after conversion. CapacityError: no units are left. IntegrityError: a sealed task
+            changed since it was sealed.
+        NonFiniteLossError: the loss became NaN or infinite. ConfigError: `start_from` or `examples` that cannot be.
 
     Warns:
         UserWarning: something else than an optimizer's step wrote to what is frozen (it is put back); another number of
@@ -184,13 +205,17 @@ def learn(
         )
     _check_layers(model)
     check_structure(model)
+    check_given(model, task)
     check_room(model, task)
     replicas = Replicas(model, task)
     with replicas.together():
         digests.check_sealed(model)
+        chosen = gates[0].config.start_from if start_from == CONFIGURED else start_from
+        source = source_for(model, task, chosen, examples) if start == 0 else None
     learning = Learning(model, task, steps, epochs, start)
     optimizers: Sequence[Any] = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    guard = Guard(model, task, optimizers, _locked(model), learning._advance)
+    with begun(model, task, replicas.of_rank_0(source), _locked(model), optimizers, again=start > 0):
+        guard = Guard(model, task, optimizers, _locked(model), learning._advance)
     learning.guard = guard
     replicas.joined = lambda: guard.relock(guard.locked)
     before = [(g, g.task) for g in gates]
@@ -252,6 +277,8 @@ def _warn_of(learning: Learning, guard: Guard) -> None:
             "hatcl.learn",
             stacklevel=4,
         )
+    if learning.gates[0].holding:
+        return  # gates that are given are hard at any step
     if learning.step < learning.steps:
         seen = f"{learning.step} of {learning.steps} steps"
         warnings.warn(

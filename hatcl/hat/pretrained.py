@@ -23,7 +23,7 @@ from ..shards import gathered_in, sharded_modules
 from ..sources import build_source
 from . import digests
 from .build import GATES, build
-from .gates import gates_of
+from .gates import LATER, gates_of
 from .tasks import tasks
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 2
@@ -281,9 +281,9 @@ def _load(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tenso
     for name, first in meta["tied"].items():
         if first in tensors:
             tensors[name] = tensors[first]
-    for name, t in model.state_dict().items():
-        if name.endswith(f"{GATES}.lineage") and name not in meta["dtypes"]:
-            tensors.setdefault(name, torch.zeros_like(t))  # written when no task could have any
+    for name in [f"{GATES}.{name}" for name in LATER]:
+        if name not in meta["dtypes"]:  # what says that it had them, and has not, was edited
+            tensors.setdefault(name, torch.zeros_like(model.get_buffer(name)))
     _fit(model, tensors, path)
     state = model.state_dict()  # torch's own, since some modules ask it for their format's version
     state.update(tensors)

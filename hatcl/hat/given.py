@@ -1,0 +1,107 @@
+"""Gates that are given: a task learns with hard gates that somebody chose, instead of learning which it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import number
+from ..errors import TaskError, nearest
+from ..map.lora import is_factor
+from ..shards import check_whole
+from .gates import Gates, gates_of, groups_of
+from .tasks import check_task
+
+
+def masks_of(model: nn.Module, task: int) -> dict[str, Tensor]:
+    """A sealed task's hard gates: the name of a layer, as `describe` has it, to `[U]` bool.
+
+    Raises:
+        TaskError: no such task, or it is not sealed.
+    """
+    task = check_task(model, task, sealed=True)
+    return {name: g.masks[task, start:stop].clone() for name, g, start, stop in groups_of(model)}
+
+
+def hold_gates(model: nn.Module, task: int, masks: Mapping[str, Tensor] | None, until: float = 1.0) -> None:
+    """Give a task hard gates. `hatcl.learn` then holds them: nothing is annealed, no gate is soft, `penalty()` is 0,
+    and the task's embeddings get no gradient and stay. Sealing records these gates. They are kept by `state_dict`,
+    `save_pretrained` and copies, until the task is forgotten.
+
+    Args:
+        task: one that is not sealed.
+        masks: name of a layer, as `hatcl.describe` has it, to `[U]` bool: which of its units are on. All layers. None:
+            the task's gates are learned, as those of any other task.
+        until: for which share of the task's steps they are held, above 0 and at most 1. Below 1 the gates are learned
+            from then on, from these ones, with the scale annealed over the steps that are left.
+
+    Raises:
+        TaskError: no such task, it is sealed, or a task is being learned; masks that do not fit, or that have no unit
+            of a layer on; names the layer. ConfigError: `until`.
+    """
+    check_whole(model, "hold_gates")
+    task = check_task(model, task, sealed=False)
+    gates = gates_of(model)
+    if gates[0].learning is not None:
+        raise TaskError(
+            f"hold_gates: task {gates[0].learning} is being learned; leave its hatcl.learn block before task {task} is "
+            "given gates"
+        )
+    until = number("until", until, 0, 1, without="low", what="a share")
+    rows = None if masks is None else _rows_of(model, masks)
+    for g in gates:
+        g.give(task, None if rows is None else rows[id(g)], until)
+
+
+def _rows_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """For each of the model's gates, by its id, `[U]` bool."""
+    if not isinstance(masks, Mapping):
+        raise TaskError(
+            f"masks: got {type(masks).__name__}, expected a mapping of layers' names to bool tensors, or None"
+        )
+    groups = {name: (g, start, stop) for name, g, start, stop in groups_of(model)}
+    for name in masks:
+        if name not in groups:
+            raise TaskError(
+                f"masks: got {name!r}, which is no layer with units; did you mean "
+                f"{nearest(str(name), list(groups))!r}? hatcl.describe(model) lists them"
+            )
+    if missing := [name for name in groups if name not in masks]:
+        raise TaskError(
+            f"masks: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''} missing; give a task gates of all "
+            "layers, all ones where every unit is on"
+        )
+    rows = {id(g): torch.zeros_like(g.masks[0]) for g in gates_of(model)}
+    for name, (g, start, stop) in groups.items():
+        rows[id(g)][start:stop] = _fitting(name, masks[name], stop - start)
+    return rows
+
+
+def _fitting(name: str, mask: Any, units: int) -> Tensor:
+    found = f"{str(mask.dtype)[6:]} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (units,):
+        raise TaskError(f"masks[{name!r}]: got {found}, expected a bool tensor of shape [{units}], one per unit")
+    if not bool(mask.any()) and not is_factor(name):  # past a LoRA layer without pairs goes its base
+        raise TaskError(f"masks[{name!r}]: no unit is on, so nothing would pass there; switch at least one on")
+    return mask
+
+
+def check_given(model: nn.Module, task: int) -> None:
+    """Raise `TaskError` where a task cannot be learned with the gates that it is given."""
+    for name, g, start, stop in groups_of(model):
+        if g.config.reuse != "none" or not float(g.given_until[task]):
+            continue
+        shared = g.given[task, start:stop] & g.used(without=task)[start:stop]
+        if bool(shared.any()):
+            raise TaskError(
+                f"task {task}: the gates that it is given have {int(shared.sum())} units of {name} on that sealed "
+                f"tasks {_users(g, shared, start, stop)} use, and under reuse='none' tasks share none; give it other "
+                "gates (hatcl.hold_gates), or convert the model with reuse='all'"
+            )
+
+
+def _users(g: Gates, shared: Tensor, start: int, stop: int) -> list[int]:
+    return (g.sealed & (g.masks[:, start:stop] & shared).any(1)).nonzero().flatten().tolist()
