@@ -26,6 +26,7 @@ from .given import check_given
 from .guard import Guard
 from .held import check_structure, held
 from .layers.gated import HATLayer
+from .lineage import has_begun
 from .starting import source_for
 from .tasks import check_room, check_task, tasks
 from .transplant import begun
@@ -174,8 +175,9 @@ def learn(
             whose features the examples are told apart best by their nearest neighbours), or None. By default what
             `HATConfig.start_from` says. The task gets most of the source's units and others in place of the rest, into
             which the source's weights are copied (see `hat/transplant.py`), and keeps these gates. `hatcl.describe`
-            shows who started from whom, and `hatcl.forget_task` says it. The first task of all starts from none; with
-            `start` above 0 the task goes on with what it has.
+            shows who started from whom, and `hatcl.forget_task` says it. The first task of all starts from none. With
+            `start` above 0 a task goes on with what it has; so does, unless `start_from` is given here, one that has
+            begun before (it was left by an exception, or reopened).
         examples: of the new task, which "best" needs: (inputs, labels), or batches of them.
 
     Raises:
@@ -210,8 +212,9 @@ def learn(
     replicas = Replicas(model, task)
     with replicas.together():
         digests.check_sealed(model)
-        chosen = gates[0].config.start_from if start_from == CONFIGURED else start_from
-        source = source_for(model, task, chosen, examples) if start == 0 else None
+        if start_from == CONFIGURED:
+            start_from = None if has_begun(model, task) else gates[0].config.start_from
+        source = source_for(model, task, start_from, examples) if start == 0 else None
     learning = Learning(model, task, steps, epochs, start)
     optimizers: Sequence[Any] = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     with begun(model, task, replicas.of_rank_0(source), _locked(model), optimizers, again=start > 0):

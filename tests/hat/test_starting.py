@@ -111,6 +111,20 @@ def test_going_on_does_not_transplant_again():
     assert again["lineage"] == {2: [1]}
 
 
+def test_a_task_that_has_begun_goes_on_unless_it_is_told_to_start_anew():
+    """One that is reopened, or was left by an exception, keeps what it has learned, whatever the config says."""
+    model = learned(start_from="previous")
+    start(model, 2)
+    with torch.no_grad():
+        model[1]._parameters["bias"].add_(~gates_of(model)[0].used()[:32] * 1.0)  # what training did
+    before = parts.snapshot(model)
+    assert parts.same(before, start(copy.deepcopy(model), 2)["state"])
+    assert not parts.same(before, start(copy.deepcopy(model), 2, start_from="previous")["state"])
+    hatcl.forget_task(model, 1, descendants="forget")
+    assert lineage(model) == {}
+    assert start(model, 2)["lineage"] == {2: [0]}
+
+
 def test_an_optimizer_that_is_refused_leaves_nothing_begun():
     model = learned()
     before = parts.snapshot(model)
