@@ -39,19 +39,19 @@ ROWS: dict[str, dict[str, Any] | None] = {
 class Block(nn.Module):
     """Two 3 x 3 convolutions with a shortcut."""
 
-    def __init__(self, read: int, write: int) -> None:
+    def __init__(self, read: int, write: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(read, write, 3, 2, 1, bias=False), nn.BatchNorm2d(write)
+        self.conv1, self.bn1 = nn.Conv2d(read, write, 3, stride, 1, bias=False), nn.BatchNorm2d(write)
         self.conv2, self.bn2 = nn.Conv2d(write, write, 3, 1, 1, bias=False), nn.BatchNorm2d(write)
-        self.down, self.bn3 = nn.Conv2d(read, write, 1, 2, bias=False), nn.BatchNorm2d(write)
+        self.down, self.bn3 = nn.Conv2d(read, write, 1, stride, bias=False), nn.BatchNorm2d(write)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.bn3(self.down(x)))
 
 
 def network(width: int, classes: int) -> nn.Module:
-    blocks = [Block(width * a, width * b) for a, b in ((1, 1), (1, 2), (2, 4), (4, 8))]
-    stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    blocks = [Block(width * a, width * b, s) for a, b, s in ((1, 1, 1), (1, 2, 2), (2, 4, 2), (4, 8, 2))]
+    stem = [nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, classes))
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--validate", action="store_true", help="score on held-out training images")
     parser.add_argument("--hat", nargs="*", default=[], type=_option, help="options of HATConfig, key=value")

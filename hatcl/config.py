@@ -89,6 +89,8 @@ class HATConfig:
             units that no sealed task uses, so that no two tasks share anything and forgetting one erases all of it.
         start_from: the sealed task that a new one starts from (see `hatcl.learn`): its number, `previous`, `best`; None
             = from none.
+        start_hold: share of a task's steps for which a task that starts from another keeps the gates that it starts
+            with; below 1 they are learned from then on.
         masks: which units a task uses. `learned`: it learns that. `array:q`: a q-th of every layer's, so arranged that
             q x q tasks share no element with a unit at both ends (see `hat/arrays.py`). `given`: those that
             `hatcl.convert(masks=...)` or `hatcl.hold_gates` gives it.
@@ -113,6 +115,7 @@ class HATConfig:
     forgiven: float | None = None
     reuse: str = "all"
     start_from: int | str | None = None
+    start_hold: float = 1.0
     masks: str = "learned"
     locked: tuple[int, ...] | None = None
 
@@ -133,6 +136,7 @@ class HATConfig:
                 number(name, getattr(self, name), 0, 1, what="a share")
         number("above_one", self.above_one, 0, 1, without="low", what="a share")
         whole("cycles", self.cycles, optional=True)
+        number("start_hold", self.start_hold, 0, 1, without="low", what="a share")
         if check_start(self.start_from) is not None and self.reuse == "none":
             raise ConfigError(
                 f"start_from: got {self.start_from!r} with reuse='none', under which tasks share no unit; a task that "

@@ -23,4 +23,6 @@ def describe_command(run: RunArgument) -> dict[str, Any]:
     shares = (f"{name.replace('_', ' ')} {100 * count / total:.1f} %" for name, count in elements.items())
     say(f"{total:,} elements: {', '.join(shares)}")
     say(str(found.room))
+    for line in found.lineage_lines:
+        say(line)
     return description

@@ -24,6 +24,13 @@ def forget_command(
     run: RunArgument,
     task: Annotated[int, typer.Option(help="The task to forget, counted from 0.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be erased.")] = False,
+    descendants: Annotated[
+        str,
+        typer.Option(
+            help="What happens to tasks that were started from it and carry what it knew: keep, refuse (forget nothing "
+            "while there are any) or forget (them as well)."
+        ),
+    ] = "keep",
 ) -> dict[str, Any]:
     """Erase what only this task holds; every other task stays as it is, bit for bit.
 
@@ -38,11 +45,12 @@ def forget_command(
             SequenceResult.from_dict(runs.read_json(run / runs.METRICS))
         runs.tidy(run)  # no older copy may keep what is to be forgotten
     model = hatcl.from_pretrained(folder)
-    report = hatcl.forget_task(model, task, dry_run=dry_run)
+    report = hatcl.forget_task(model, task, dry_run=dry_run, descendants=descendants)
     if of_a_run and not dry_run:
-        kept.save_model(run, model, runs.read_json(run / runs.METRICS), without=[task])
-        drop_routed(run, model, task)
-        kept.drop_task(run, task)
+        kept.save_model(run, model, runs.read_json(run / runs.METRICS), without=report.forgotten)
+        for gone in report.forgotten:
+            drop_routed(run, model, gone)
+            kept.drop_task(run, gone)
         (run / runs.PICTURE).unlink(missing_ok=True)  # it shows the task; hatcl show draws one of the others
     elif not dry_run:
         hatcl.save_pretrained(model, folder)

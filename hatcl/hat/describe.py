@@ -47,6 +47,16 @@ class Description:
         total = max(sum(self.elements.values()), 1)
         return {k: v / total for k, v in self.elements.items()}
 
+    @property
+    def lineage_lines(self) -> list[str]:
+        """A sentence for each task that was started from another."""
+        lines = []
+        for t in sorted({*self.lineage, *self.forgotten}):
+            there, gone = self.lineage.get(t, []), self.forgotten.get(t, [])
+            sources = ([spoken(there)] if there else []) + ([f"{spoken(gone)}, since forgotten"] if gone else [])
+            lines.append(f"lineage: task {t} carries what was transplanted from {' and from '.join(sources)}")
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "units": self.units, "use": dict(self.use), "elements": dict(self.elements), "shares": self.shares,
@@ -74,10 +84,7 @@ class Description:
             "always_on": "always on",
         }
         lines.append("elements: " + ", ".join(f"{names[k]} {v:.1%}" for k, v in self.shares.items()))
-        for t in sorted({*self.lineage, *self.forgotten}):
-            there, gone = self.lineage.get(t, []), self.forgotten.get(t, [])
-            sources = ([spoken(there)] if there else []) + ([f"{spoken(gone)}, since forgotten"] if gone else [])
-            lines.append(f"lineage: task {t} carries what was transplanted from {' and from '.join(sources)}")
+        lines += self.lineage_lines
         lines.append(str(self.room))
         lines += [f"note: {path or 'model'}: {what}" for path, what in self.notes.items()]
         return "\n".join(lines)

@@ -265,6 +265,13 @@ class Replicas:
 
     # ---- collectives -----------------------------------------------------------------------------------------------
 
+    def of_rank_0(self, task: int | None) -> int | None:
+        """The task that rank 0 chose, by examples of its own."""
+        number = torch.tensor([-1 if task is None else task], device=self._device)
+        if self._group is not None:
+            self._from_rank_0([number])
+        return None if int(number) < 0 else int(number)
+
     def _average(self, tensors: Iterable[Tensor]) -> None:
         size = distributed.get_world_size(self._group)
 

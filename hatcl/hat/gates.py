@@ -19,8 +19,8 @@ from . import active
 
 SLOTS, SLOT_BYTES = 256, 16
 """Size of a task's row in `Gates.digest_table`."""
-LATER = ("given", "given_until")
-"""Buffers that states of before do not have. In those no task is given gates."""
+LATER = ("given", "given_until", "lineage")
+"""Buffers that states of before do not have. In those no task is given gates, and none is started from another."""
 
 _context_keys = itertools.count()
 
@@ -330,7 +330,7 @@ class Gates(nn.Module):
         for name in ("masks", "sealed", "order", *LATER, "digest_table"):
             rows = getattr(self, name)
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
-        self.lineage = nn.functional.pad(self.lineage, (0, tasks, 0, tasks))
+        self.lineage = nn.functional.pad(self.lineage, (0, tasks))
         self.epoch += 1
 
     def penalty(self) -> Tensor:

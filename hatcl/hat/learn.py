@@ -25,10 +25,15 @@ from .given import check_given
 from .guard import Guard
 from .held import check_structure
 from .layers.gated import HATLayer
+from .lineage import has_begun
 from .room import check_room
+from .starting import source_for
 from .tasks import check_none_reopened, check_task, locked_tasks, tasks
+from .transplant import begun
 
 log = logging.getLogger(__name__)
+
+CONFIGURED = "configured"  # what `HATConfig.start_from` says
 
 
 class Learning:
@@ -144,7 +149,14 @@ class _Statistics:
 
 @contextlib.contextmanager
 def learn(
-    model: nn.Module, task: int, optimizer: Any, steps: int, epochs: int = 1, start: int = 0
+    model: nn.Module,
+    task: int,
+    optimizer: Any,
+    steps: int,
+    epochs: int = 1,
+    start: int = 0,
+    start_from: int | str | None = CONFIGURED,
+    examples: Any = None,
 ) -> Iterator[Learning]:
     """Learn a task: inside the block the model computes with its soft gates, the scale follows the optimizer's steps,
     and what sealed tasks use is held bit for bit. Leaving the block hardens the gates and seals the task; leaving it by
@@ -162,13 +174,21 @@ def learn(
             counts; steps that a gradient scaler skips do not.
         epochs: annealing cycles within them (HAT anneals once per epoch), unless `HATConfig.cycles` says otherwise.
         start: steps already done, to go on with an interrupted task.
+        start_from: a sealed task to start from: its number, "previous" (the last before this one), "best" (the one in
+            whose features the examples are told apart best by their nearest neighbours), or None. By default what
+            `HATConfig.start_from` says. The task gets most of the source's units and others in place of the rest, into
+            which the source's weights are copied (see `hat/transplant.py`), and keeps these gates. `hatcl.describe`
+            shows who started from whom, and `hatcl.forget_task` says it. The first task of all starts from none. With
+            `start` above 0 a task goes on with what it has; so does, unless `start_from` is given here, one that has
+            begun before (it was left by an exception, or reopened).
+        examples: of the new task, which "best" needs: (inputs, labels), or batches of them.
 
     Raises:
         TaskError: no such task, or it is sealed already; inside a `with hatcl.task(...)` block; a state that does not
             fit; gates that it is given and cannot have. GuardError: an optimizer that cannot be guarded. HATError: a
             module was replaced after conversion. CapacityError: it could learn nothing, sealed tasks hold all.
             IntegrityError: a sealed task changed since it was sealed.
-        NonFiniteLossError: the loss became NaN or infinite.
+        NonFiniteLossError: the loss became NaN or infinite. ConfigError: `start_from` or `examples` that cannot be.
 
     Warns:
         UserWarning: something else than an optimizer's step wrote to what is frozen (it is put back); another number of
@@ -196,9 +216,14 @@ def learn(
     replicas = Replicas(model, task)
     with replicas.together():
         digests.check_sealed(model)
+        if start_from == CONFIGURED:
+            start_from = None if has_begun(model, task) else gates[0].config.start_from
+        source = source_for(model, task, start_from, examples) if start == 0 else None
     learning = Learning(model, task, steps, epochs, start)
     optimizers: Sequence[Any] = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    guard = Guard(model, task, optimizers, locked_tasks(model), learning._advance)
+    locked = locked_tasks(model)
+    with begun(model, task, replicas.of_rank_0(source), locked, optimizers, again=start > 0):
+        guard = Guard(model, task, optimizers, locked, learning._advance)
     learning.guard = guard
     replicas.joined = lambda: guard.relock(guard.locked)
     before = [(g, g.task) for g in gates]

@@ -2,7 +2,8 @@
 
 `Gates.lineage` is `[T, T]` uint8. In row t, column s: `CARRIES` where task t, or one that it was started from, was
 started from task s; `FORGOTTEN` where that task s has been forgotten since. So a row has all ancestors, and a task that
-takes a number again that was freed is none of them.
+takes a number again that was freed is none of them. On the diagonal `BEGUN` says that a task has been learned from its
+first step on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..errors import TaskError
 from .gates import gates_of
 from .tasks import tasks
 
-CARRIES, FORGOTTEN = 1, 2
+CARRIES, FORGOTTEN, BEGUN = 1, 2, 4
 DESCENDANTS = ("keep", "refuse", "forget")
 
 
@@ -49,10 +50,16 @@ def inherit(model: nn.Module, task: int, source: int | None) -> None:
     for g in gates_of(model):
         unfinished = [t for t in range(g.num_tasks) if t not in sealed and t != task]
         for t in [*unfinished, *([] if source is None else [source])]:
-            g.lineage[task] |= g.lineage[t]
+            g.lineage[task] |= g.lineage[t] & (CARRIES | FORGOTTEN)
         if source is not None:
             g.lineage[task, source] |= CARRIES
-        g.lineage[task, task] = 0
+        g.lineage[task, task] = BEGUN
+
+
+def has_begun(model: nn.Module, task: int) -> bool:
+    """Has the task been learned before, so that there is something to go on with: an unfinished one, or one that was
+    sealed and is reopened?"""
+    return bool(gates_of(model)[0].lineage[task, task] & BEGUN)
 
 
 def disinherit(model: nn.Module, forgotten: Sequence[int]) -> None:

@@ -337,9 +337,9 @@ def _load(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tenso
     for name, first in meta["tied"].items():
         if first in tensors:
             tensors[name] = tensors[first]
-    for name, t in model.state_dict().items():
-        if name.endswith(f"{GATES}.lineage") and name not in meta["dtypes"]:
-            tensors.setdefault(name, torch.zeros_like(t))  # written when no task could have any
+    for name in [f"{GATES}.{name}" for name in LATER]:
+        if name not in meta["dtypes"]:  # what says that it had them, and has not, was edited
+            tensors.setdefault(name, torch.zeros_like(model.get_buffer(name)))
     _fit(model, tensors, path)
     state = model.state_dict()  # torch's own, since some modules ask it for their format's version
     state.update(tensors)
@@ -392,8 +392,7 @@ def _fit(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None
             if t.shape[1:] == state[name].shape[1:] and leaf in module._parameters:
                 module._parameters[leaf] = nn.Parameter(torch.empty_like(t))
                 state[name] = t
-    later = {f"{GATES}.{name}" for name in LATER}
-    problems = [f"missing {n}" for n in state if n not in tensors and n not in later]
+    problems = [f"missing {n}" for n in state if n not in tensors]
     problems += [f"unexpected {n}" for n in tensors if n not in state]
     problems += [
         f"{n} is {list(tensors[n].shape)}, expected {list(state[n].shape)}"

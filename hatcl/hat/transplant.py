@@ -4,6 +4,7 @@ weights are copied (*fork*). What the source knows is there from the first step;
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from ..keeper import Kept, StoredWeights, unwrapped
 from ..shards import check_whole
 from .binding import Binding, UnitAxis, Units
 from .build import GATES
-from .gates import Gates, gates_of
+from .gates import Gates, gates_of, groups_of
+from .given import hold_gates
 from .held import Held, held, live_for
 from .layers.gated import HATLayer
 from .layers.linear import TaskIndexedLinear
+from .lineage import inherit
 from .tasks import tasks
 
 
@@ -36,6 +39,34 @@ class Fork:
     source: int
     masks: tuple[Tensor, ...]
     phi: tuple[Tensor, ...]
+
+
+@contextlib.contextmanager
+def begun(
+    model: nn.Module, task: int, source: int | None, locked: Sequence[int], optimizers: Sequence[Any], again: bool
+) -> Iterator[None]:
+    """A task begins from a source, or from none: inside the block it has its gates already; on leaving it the weights
+    are written and the lineage recorded. After an error in it everything is as before. again: it goes on with what it
+    has."""
+    plan = None
+    if source is not None:
+        check_whole(model, "start_from")
+        every = gates_of(model)
+        given = [g.given[task].clone() for g in every] if bool(every[0].given_until[task]) else None
+        plan = fork(model, task, source, locked, given)
+        if given is None:
+            groups = [(name, m[a:b]) for (name, g, a, b) in groups_of(model) for m in [plan.masks[every.index(g)]]]
+            hold_gates(model, task, dict(groups), every[0].config.start_hold)
+    try:
+        yield
+    except BaseException:
+        if plan is not None and given is None:
+            hold_gates(model, task, None)
+        raise
+    if plan is not None:
+        transplant(model, task, plan, locked, optimizers)
+    if not again:
+        inherit(model, task, source)
 
 
 # ---- which units -----------------------------------------------------------------------------------------------------

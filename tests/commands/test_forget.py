@@ -53,3 +53,24 @@ def test_metrics_that_are_damaged_are_refused_before_anything_is_erased(run, tmp
     code, _, err = call(capsys, "forget", copy, "--task", "1")
     assert code == 2 and "metrics.json lacks a part that is needed" in err
     assert (copy / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_descendants_are_named_refused_or_forgotten_with_it(tmp_path, capsys):
+    run = tmp_path / "run"
+    code = call(
+        capsys, "train", "--set", "start_from=best", "--epochs", "1", "--output", run,
+        "--model-kwargs", "channels=[8,8,8,8]", "--model-kwargs", "stem_width=8",
+    )[0]  # fmt: skip
+    assert code == 0
+    lineage = json.loads(call(capsys, "describe", run, "--json")[1])["lineage"]
+    assert lineage["1"] == [0] and set(lineage) == {"1", "2", "3", "4"}
+    assert "lineage: task 1 carries what was transplanted from task 0" in call(capsys, "describe", run)[1]
+    carriers = sorted(int(t) for t, ancestors in lineage.items() if 1 in ancestors)
+    descended = ", ".join(map(str, sorted([1, *carriers])))
+    code, _, err = call(capsys, "forget", run, "--task", "0", "--descendants", "refuse")
+    assert code == 2 and "started from task 0" in err
+    code, out, _ = call(capsys, "forget", run, "--task", "1", "--descendants", "forget")
+    assert code == 0 and descended in out
+    assert hatcl.tasks(hatcl.from_pretrained(run / "model")) == [t for t in range(5) if t not in (1, *carriers)]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["forgotten"] == sorted([1, *carriers])

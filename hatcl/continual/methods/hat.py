@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calls import call, device_of, moved
+from ...calls import call, device_of, moved, seeded
+from ...config import BEST
 from ...errors import ConfigError, TaskError
 from ...files import read_json
 from ...functional import digest_of
@@ -30,6 +31,7 @@ from .registry import Batch, Method, continual_method
 
 DIGESTS = "digests.json"
 PROBED = 8  # training examples that the certificate is taken on
+COMPARED_AT_ONCE = 64  # training examples by which the task to start from is chosen, in one forward
 
 
 @continual_method("hat", paper="Serra et al. 2018, arXiv 1801.01423")
@@ -72,7 +74,8 @@ class HardAttention(Method):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
     ) -> Iterator[Learning]:
         epochs = self.learning.epochs or 1
-        with learn(model, self.stage, optimizer, steps, epochs, start) as self.course:
+        examples = _examples(self.tasks[self.stage]) if self.gates.config.start_from == BEST else None
+        with learn(model, self.stage, optimizer, steps, epochs, start, examples=examples) as self.course:
             yield self.course
             with self.course.soft(), Evaluating(model), torch.no_grad():
                 self.soft_score = float(self.tasks[self.stage].score(model))
@@ -160,6 +163,14 @@ def _check_inputs(model: nn.Module, of: ContinualTask) -> None:
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}), so no certificate could be "
             "taken; let collate give what the model's forward takes, or that and labels"
         ) from error
+
+
+def _examples(of: ContinualTask) -> Iterator[Any]:
+    """Batches of the task's training examples; a collate that draws random numbers draws the same ones each time."""
+    for at in range(0, len(of.train), COMPARED_AT_ONCE):
+        with seeded():
+            batch = of.collate([of.train[i] for i in range(at, min(at + COMPARED_AT_ONCE, len(of.train)))])
+        yield batch
 
 
 def outputs_digest(model: nn.Module, of: ContinualTask, index: int) -> str:
