@@ -27,6 +27,7 @@ from .hat.describe import Description, describe
 from .hat.extract import Extracted, ExtractReport, extract_task
 from .hat.extract_files import load_extracted
 from .hat.forget import ForgetReport, forget_task
+from .hat.grow import GrowReport, grow
 from .hat.layers import (
     HATConv1d,
     HATConv2d,
@@ -80,7 +81,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AddedTasks", "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions", "ConversionError",
     "Description", "ExtractReport", "Extracted", "ForgetReport", "Graft", "GraftError", "GraftOptions",
-    "GraftScores", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d",
+    "GraftScores", "GrowReport", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d", "HATConvTranspose1d",
     "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer", "HATLinear", "ILoRA",
     "ILoRAConfig", "IntegrityError", "IsolationError", "Learning", "NonFiniteLossError", "SignConflicts", "Skill",
     "SkillError", "SkillScorer", "SkillScores", "TaskError", "TaskIndexedBatchNorm1d", "TaskIndexedBatchNorm2d",
@@ -88,7 +89,7 @@ __all__ = [
     "TaskIndexedInstanceNorm3d", "TaskIndexedLayerNorm", "TaskIndexedLinear", "TaskIndexedParameter",
     "TaskIndexedRMSNorm", "TaskVector", "UnitMap", "VectorError", "accumulate_scores", "add_tasks", "as_adapter",
     "atlas", "certify", "compose", "consolidate", "continual", "continual_method", "convert", "describe",
-    "extract_task", "forget_task", "forward", "from_pretrained", "gathered", "hold", "learn", "learn_graft",
+    "extract_task", "forget_task", "forward", "from_pretrained", "gathered", "grow", "hold", "learn", "learn_graft",
     "learn_sequence", "list_continual_methods", "list_merges", "list_models", "load_extracted", "localize", "merge",
     "merge_method", "orthogonality", "register_layer", "save_pretrained", "seal", "select_graft", "set_task",
     "sign_conflicts", "skill_overlap", "skill_tensors", "task", "task_parameters", "tasks",

@@ -21,6 +21,7 @@ from . import digests
 from .active import is_chosen
 from .distributed import Replicas
 from .gates import Gates, gates_of, roots_of
+from .grow_apply import bring_up
 from .guard import Guard
 from .held import check_structure
 from .layers.gated import HATLayer
@@ -184,6 +185,7 @@ def learn(
     _check_layers(model)
     check_structure(model)
     check_room(model, task)
+    bring_up(model, task)
     replicas = Replicas(model, task)
     with replicas.together():
         digests.check_sealed(model)

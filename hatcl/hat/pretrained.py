@@ -23,7 +23,9 @@ from ..shards import gathered_in, sharded_modules
 from ..sources import build_source
 from . import digests
 from .build import GATES, build
-from .gates import gates_of
+from .gates import Gates, gates_of
+from .grow_apply import apply_growth, take_stages
+from .growth import Growth
 from .tasks import tasks
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 2
@@ -79,7 +81,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             first[key] = name
             tensors[name] = t.detach().contiguous().cpu()
     text = _signed({
-        "format": FORMAT, "config": g.config.to_dict(), "source": g.source, "map": g.unit_map.to_json(), "tied": tied,
+        **_converted(g), "format": FORMAT, "source": g.source, "tied": tied,
         "dtypes": {name: _name_of(t) for name, t in tensors.items()},
         "digests": {t: g.digests.get(t) or digests.task_digests(model, t) for t in tasks(model)},
     })  # fmt: skip
@@ -113,6 +115,8 @@ def from_pretrained(
     try:
         plain = build_source(meta["source"]) if base is None else copy.deepcopy(base)
         model = build(plain, UnitMap.from_json(meta["map"]), HATConfig.from_dict(meta["config"]))
+        for growth in meta.get("growths", ()):
+            apply_growth(model, Growth.from_json(growth))
         _load(model, meta, tensors, path)
     except HATError:
         raise
@@ -135,15 +139,27 @@ def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     meta, tensors = _read_model(path, None)
     model = next((m for m in model.modules() if GATES in m._modules), model)
     g = gates_of(model)[0]
-    now = {"config": g.config.to_dict(), "map": None if g.unit_map is None else g.unit_map.to_json()}
+    now = {"growths": [], **_converted(g)}
     for what, ours in json.loads(json.dumps(now)).items():
-        if meta[what] != ours:
-            differ = [k for k in {**meta[what], **(ours or {})} if ours is None or meta[what].get(k) != ours.get(k)]
+        theirs = meta.get(what, [])
+        if theirs != ours:
+            differ = (
+                [k for k in {**theirs, **(ours or {})} if ours is None or theirs.get(k) != ours.get(k)]
+                if isinstance(theirs, dict)
+                else ["its sizes"]
+            )
             raise IntegrityError(
                 f"{path}: its model was converted otherwise than this one ({what}: {', '.join(sorted(differ)[:3])} "
                 "differ); convert the same model with the same options, or take hatcl.from_pretrained"
             )
     _load(model, meta, tensors, path)
+
+
+def _converted(gates: Gates) -> dict[str, Any]:
+    """With what options and map a model was converted, and how it grew since."""
+    first = gates.map_at(0)
+    grown = {"growths": [growth.to_json() for growth in gates.growths]} if gates.growths else {}
+    return {"config": gates.config.to_dict(), "map": None if first is None else first.to_json(), **grown}
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -281,6 +297,9 @@ def _load(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tenso
     for name, first in meta["tied"].items():
         if first in tensors:
             tensors[name] = tensors[first]
+    table = next((x for name, x in tensors.items() if name.endswith("stage_table")), None)
+    if table is not None and gates_of(model)[0].growths:
+        take_stages(model, table.tolist())
     _fit(model, tensors, path)
     state = model.state_dict()  # torch's own, since some modules ask it for their format's version
     state.update(tensors)
