@@ -23,12 +23,13 @@ from ..map.units import UnitMap, resolve
 from ..shards import check_whole
 from ..sources import source_of
 from .build import GATES, build
-from .gates import Gates
+from .gates import Gates, gates_of
 from .heads import Classes, class_counts, heads_of, widen
 from .layers.gated import HATLayer
 from .layers.norm import kind_of_norm
 from .layers.state import STATES, Watch, classes_kept, copy_of, detached_copy
 from .registry import layer_for
+from .taken import recipe_of
 from .verify import check_plain, verified
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,8 @@ def convert(
             made = verified(made, source, unit_map, config, example_inputs)
     for head, numbers in heads:
         widen(made, head, numbers)
-    made.get_submodule(GATES).source = source_of(source)  # type: ignore[assignment]
+    gates = gates_of(made)[0]
+    gates.source, gates.takes = source_of(source), recipe_of(example_inputs) if example_inputs is not None else None
     return made
 
 

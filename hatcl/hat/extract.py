@@ -29,6 +29,7 @@ from .extract_plain import plain_copy, weights_of_task
 from .extract_trace import Carried, Footprint, footprint
 from .gates import gates_of
 from .growth import sizes_after
+from .taken import made_by
 from .tasks import check_task
 from .tasks import task as active
 from .verify import stirred
@@ -120,8 +121,8 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
     units is cut like everything else: features have the task's channels alone.
 
     Args:
-        example_inputs: what the model's forward takes; default: an image of the size that a timm model was made for,
-            or the `dummy_inputs` of a model of transformers. What is handed over agrees with the model on them.
+        example_inputs: what the model's forward takes; default: random ones of the kind that it was converted with.
+            What is handed over agrees with the model on them.
         tolerance: the largest difference of an output that may be, relative to the largest value.
 
     Raises:
@@ -207,9 +208,11 @@ def _fitted(source: Any, made: nn.Module, inputs: Any, tolerance: float) -> dict
 
 
 def example_inputs_of(model: nn.Module) -> Any:
-    """Inputs for a model that says what it takes."""
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    """Inputs of the kind that the model was converted with, or for a model that says what it takes."""
     some = next(model.parameters())
+    if (takes := gates_of(model)[0].takes) is not None:
+        return made_by(takes, some)
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     if size is not None:
         embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
         draw = torch.Generator().manual_seed(0)

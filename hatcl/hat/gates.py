@@ -87,6 +87,7 @@ class Gates(nn.Module):
             graphs depend.
         unit_map: the map the model was converted on (None for layers put together by hand).
         source: how to make the plain model again (its timm name, say), for `from_pretrained`.
+        takes: a recipe of what the model's forward takes, as it was converted with (see `taken.py`).
         layers: (name, start, stop) bounds of the layers' units, 0-based, for penalties per layer and tables.
         bound: paths of the modules that the map bound to these gates, as they were at conversion.
         growths: how the network grew since then. maps: its map before each of them.
@@ -126,6 +127,7 @@ class Gates(nn.Module):
         self.digests: dict[int, dict[str, str]] = {}
         self.unit_map: Any = None
         self.source: dict[str, Any] | None = None
+        self.takes: dict[str, Any] | None = None
         self.bound: tuple[str, ...] = ()
         self.growths: list[Growth] = []
         self.maps: list[Any] = []

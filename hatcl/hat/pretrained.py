@@ -81,7 +81,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             first[key] = name
             tensors[name] = t.detach().contiguous().cpu()
     text = _signed({
-        **_converted(g), "format": FORMAT, "source": g.source, "tied": tied,
+        **_converted(g), "inputs": g.takes, "format": FORMAT, "source": g.source, "tied": tied,
         "dtypes": {name: _name_of(t) for name, t in tensors.items()},
         "digests": {t: g.digests.get(t) or digests.task_digests(model, t) for t in tasks(model)},
     })  # fmt: skip
@@ -125,7 +125,8 @@ def from_pretrained(
             f"{path.parent}: it does not make a model ({type(error).__name__}: {error}); it was edited or damaged, or "
             "base= is another model than the one that was converted"
         ) from error
-    gates_of(model)[0].source = meta["source"]
+    gates = gates_of(model)[0]
+    gates.source, gates.takes = meta["source"], meta.get("inputs")
     return model.eval()
 
 

@@ -9,6 +9,7 @@ import parts
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hatcl
 from hatcl.hat.binding import Binding
@@ -262,6 +263,17 @@ def test_a_state_of_a_model_that_grew_otherwise():
     hatcl.grow(again, {"1": 16}, example_inputs=x)
     again.load_state_dict(once.state_dict())
     assert torch.equal(parts.logits(again, None, x), parts.logits(once, None, x))
+
+
+def test_an_averaged_copy_of_before():
+    model = parts.converted("mlp", 2)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    data = parts.problem(parts.shape_of("mlp"), 0)
+    parts.train(model, 0, optimizer, data, 2, inside=lambda step: ema.update_parameters(model))
+    hatcl.grow(model, 1.5)
+    with pytest.raises(hatcl.TaskError, match="the model that it was copied from has grown since"):
+        ema(data[0])
 
 
 def test_several_tasks_at_once():
