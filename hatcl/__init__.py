@@ -28,6 +28,7 @@ from .hat.extract import Extracted, ExtractReport, extract_task
 from .hat.extract_files import load_extracted
 from .hat.forget import ForgetReport, forget_task
 from .hat.given import hold_gates, masks_of
+from .hat.grow import GrowReport, grow
 from .hat.known import RouterOptions
 from .hat.layers import (
     HATConv1d,
@@ -85,7 +86,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AddedTasks", "CapacityError", "Certificate", "Composer", "ConfigError", "ConsolidateOptions",
     "ConversionError", "Description", "ExtractReport", "Extracted", "ForgetReport", "Graft", "GraftError",
-    "GraftOptions", "GraftScores", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d",
+    "GraftOptions", "GraftScores", "GrowReport", "GuardError", "HATConfig", "HATConv1d", "HATConv2d", "HATConv3d",
     "HATConvTranspose1d", "HATConvTranspose2d", "HATConvTranspose3d", "HATEmbedding", "HATError", "HATLayer",
     "HATLinear", "ILoRA", "ILoRAConfig", "IntegrityError", "IsolationError", "Learning", "NonFiniteLossError",
     "Prediction", "ReopenReport", "RouterOptions", "SignConflicts", "Skill", "SkillError", "SkillScorer",
@@ -94,11 +95,11 @@ __all__ = [
     "TaskIndexedLayerNorm", "TaskIndexedLinear", "TaskIndexedParameter", "TaskIndexedRMSNorm", "TaskRouter",
     "TaskVector", "UnitMap", "VectorError", "accumulate_scores", "add_tasks", "as_adapter", "atlas", "certify",
     "compose", "consolidate", "continual", "continual_method", "convert", "describe", "extract_task", "forget_task",
-    "forward", "from_pretrained", "gathered", "hold", "hold_gates", "learn", "learn_graft", "learn_sequence",
-    "list_continual_methods", "list_merges", "list_models", "load_extracted", "localize", "masks_of", "merge",
-    "merge_method", "orthogonality", "predict", "push_to_hub", "register_layer", "reopen_task", "save_pretrained",
-    "seal", "select_graft", "set_task", "sign_conflicts", "skill_overlap", "skill_tensors", "task",
-    "task_parameters", "tasks",
+    "forward", "from_pretrained", "gathered", "grow", "hold", "hold_gates", "learn", "learn_graft",
+    "learn_sequence", "list_continual_methods", "list_merges", "list_models", "load_extracted", "localize",
+    "masks_of", "merge", "merge_method", "orthogonality", "predict", "push_to_hub", "register_layer", "reopen_task",
+    "save_pretrained", "seal", "select_graft", "set_task", "sign_conflicts", "skill_overlap", "skill_tensors",
+    "task", "task_parameters", "tasks",
 ]  # fmt: skip
 
 install()

@@ -313,17 +313,17 @@ class StoredWeights:
                 if isinstance(x, Tensor) and x.shape == p.shape:
                     beside.setdefault(key, {})[id(p)] = (p, x)
         for name, value in vars(self._optimizer).items():
-            tensors = list(_tensors_within(value)) if isinstance(value, (list, tuple)) else []
+            tensors = list(tensors_within(value)) if isinstance(value, (list, tuple)) else []
             if len(tensors) == len(params) and all(x.shape == p.shape for x, p in zip(tensors, params, strict=True)):
                 beside[f".{name}"] = {id(p): (p, x) for p, x in zip(params, tensors, strict=True)}
         for key, pairs in beside.items():
             if key not in self._is_weight:
-                self._is_weight[key] = _same_direction(pairs.values())
+                self._is_weight[key] = same_direction(pairs.values())
             if self._is_weight[key]:
                 yield from ((k, pairs[id(k.param)][1]) for k in self._kept if id(k.param) in pairs)
 
 
-def _same_direction(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+def same_direction(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
     """Do the second of each pair, all together, point where the first do, with about their size?"""
     both = one = other = 0.0
     for a, b in pairs:
@@ -348,12 +348,12 @@ def _state_of(optimizer: Any, p: Tensor) -> dict[Any, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _tensors_within(value: Any) -> Iterator[Tensor]:
+def tensors_within(value: Any) -> Iterator[Tensor]:
     for x in value:
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, (list, tuple)):
-            yield from _tensors_within(x)
+            yield from tensors_within(x)
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Any], remedy: str) -> set[int]:

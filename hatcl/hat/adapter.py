@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import TaskError
 from ..map.lora import is_factor
+from .gates import gates_of
 from .held import held
 from .tasks import check_task, task
 from .writers import given_back
@@ -38,6 +39,11 @@ def as_adapter(model: nn.Module, index: int) -> Iterator[None]:
             `modules_to_save`.
     """
     chosen = check_task(model, index, sealed=True)
+    if any(g.growths for g in gates_of(model)):
+        raise TaskError(
+            f"{type(model).__name__} has grown, and peft's config says the rank of before; use hatcl.extract_task, "
+            "whose model has the task's own ranks"
+        )
     gated = [h for h in held(model) if h.task is None and h.plan is not None and not h.plain and h.plan.axes]
     beside = next((h.name for h in gated if not is_factor(h.name)), None)
     if beside is not None or not gated:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .gates import Gates
+from .growth import Spread
 
 
 class Units:
@@ -186,7 +187,10 @@ class Binding:
     """What ties a layer to gates. output: units (and their dimension) that the layer's output is multiplied with.
     norm: units (and their dimension) over which a norm takes its statistics; dirty: its input is not zero where off.
     buffers: those that a training forward writes, of which every task has its own. path: where the module was when it
-    was converted. shapes: of its parameters then."""
+    was converted. shapes: of its parameters then.
+
+    formers: the binding as it was before each growth of the network, for the tasks sealed by then. A former
+    one says in addition: spreads: where its tensors are in those of now. sizes: the layer's attributes as they were."""
 
     gates: Gates
     params: dict[str, ParameterPlan] = field(default_factory=dict)
@@ -197,6 +201,27 @@ class Binding:
     path: str = ""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     cache: dict[str, tuple[Any, Tensor, int]] = field(default_factory=dict)
+    formers: list[Binding] = field(default_factory=list)
+    spreads: dict[str, Spread] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    def under(self, task: Any) -> Binding:
+        """What binds the layer under a task: as it was when the task was sealed, if the network has grown since."""
+        return self.at(self.gates.stage_of(task)) if self.formers else self
+
+    def at(self, stage: int) -> Binding:
+        """What binds the layer after so many growths."""
+        return self.formers[stage] if stage < len(self.formers) else self
+
+    def placed(self, name: str, x: Tensor) -> Tensor:
+        """What a tensor of now was before the network grew."""
+        spread = self.spreads.get(name)
+        return x if spread is None else spread.of_before(x)
+
+    def plain_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter of the layer itself. What every task has a copy of stays as it was converted."""
+        copied = (plan := self.params.get(name)) is not None and plan.copied
+        return (self.at(0) if copied else self).shapes[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cache": {}}
@@ -210,6 +235,8 @@ class Binding:
         for pair in (self.output, self.norm):
             if pair is not None:
                 pair[1].clear()
+        for former in self.formers:
+            former.clear()
 
 
 class TaskCopy(nn.Module):

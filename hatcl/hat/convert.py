@@ -24,7 +24,7 @@ from ..shards import check_whole
 from ..sources import source_of
 from .arrays import array_masks, with_own_ends
 from .build import GATES, build
-from .gates import Gates
+from .gates import Gates, gates_of
 from .given import Masks, hold_all
 from .heads import Classes, class_counts, heads_of, widen
 from .layers.gated import HATLayer
@@ -32,6 +32,7 @@ from .layers.norm import kind_of_norm
 from .layers.state import STATES, Watch, classes_kept, copy_of, detached_copy
 from .pretrained import write_as_hatcl
 from .registry import layer_for
+from .taken import recipe_of
 from .verify import check_plain, verified
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ def convert(
     for head, numbers in heads:
         widen(made, head, numbers)
     hold_all(made, masks)
-    made.get_submodule(GATES).source = source_of(source)  # type: ignore[assignment]
+    gates = gates_of(made)[0]
+    gates.source, gates.takes = source_of(source), recipe_of(example_inputs) if example_inputs is not None else None
     return write_as_hatcl(made)
 
 

@@ -97,6 +97,11 @@ def refresh_copy(model: nn.Module) -> None:
         return
     origin = gates[0].origin
     other = origin.model()
+    if other is not None and len(gates_of(other)[0].growths) != len(gates[0].growths):
+        raise TaskError(
+            f"{type(model).__name__}: the model that it was copied from has grown since, and nothing can be averaged "
+            "any more; make the copy again after hatcl.grow"
+        )
     if other is not None:
         _copy_sealed(other, model, [t for t in tasks(model) if t not in origin.own and t != origin.task])
     with torch.no_grad():

@@ -28,6 +28,8 @@ from .extract_files import check_format, write_extracted, write_program
 from .extract_plain import plain_copy, weights_of_task
 from .extract_trace import Carried, Footprint, footprint
 from .gates import gates_of
+from .growth import sizes_after
+from .taken import made_by
 from .tasks import check_task
 from .tasks import task as active
 from .verify import stirred
@@ -119,8 +121,8 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
     units is cut like everything else: features have the task's channels alone.
 
     Args:
-        example_inputs: what the model's forward takes; default: an image of the size that a timm model was made for,
-            or the `dummy_inputs` of a model of transformers. What is handed over agrees with the model on them.
+        example_inputs: what the model's forward takes; default: random ones of the kind that it was converted with.
+            What is handed over agrees with the model on them.
         tolerance: the largest difference of an output that may be, relative to the largest value.
 
     Raises:
@@ -142,14 +144,15 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
             f"example_inputs: no output of {type(model).__name__} is finite on them, so nothing could be compared; "
             "pass others"
         )
-    seen = footprint(plain_copy(model, None), inputs)
-    unit_map: UnitMap = gates[0].unit_map
+    stage = gates[0].stage_of(task)
+    seen = footprint(plain_copy(model, task if stage else None), inputs)
+    unit_map: UnitMap = gates[0].map_at(stage)
     if seen.units != unit_map.num_units:
         raise ConversionError(
             f"extract_task: on example_inputs = {shapes(inputs)} the model has {seen.units} units, at conversion it "
             f"had {unit_map.num_units}; pass inputs of the same kind (the same arguments, so that the same code runs)"
         )
-    on = torch.cat([torch.ones(1, dtype=torch.bool), gates[0].masks[task].cpu()])
+    on = torch.cat([torch.ones(1, dtype=torch.bool), gates[0].masks[task].cpu()])[gates[0].number_from(stage)]
     trial = stirred(model, inputs)
     cutter = Cutter(plain_copy(trial, task), weights_of_task(trial, task), unit_map, seen, on)
     gated = _under_task(trial, inputs, task)
@@ -159,7 +162,7 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
     for alike in [True, False] if can_fit(source) else [False]:
         cutter.fill(*stirred_values)
         cutter.rows = own_rows + (cutter.alike_rows() if alike else [])
-        search = _Search(trial, task, inputs, gated, cutter, STIRRED)
+        search = Search(trial, task, inputs, gated, cutter, STIRRED)
         keep, full = search.run()
         cutter.fill(plain, weights)
         made, shaping = cutter.cut(keep)
@@ -173,6 +176,8 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
             f"{type(model).__name__}: the network cut down to task {task} does not agree with the model within "
             f"{tolerance:g} of the largest value ({where}); pass tolerance= what you can bear, or report the model"
         )
+    for path, sizes in sizes_after(gates[0].growths[:stage] if source is gates[0].source else []).items():
+        shaping.sizes[path] = {**sizes, **shaping.sizes.get(path, {})}
     return Extracted(
         made,
         ExtractReport(
@@ -203,9 +208,11 @@ def _fitted(source: Any, made: nn.Module, inputs: Any, tolerance: float) -> dict
 
 
 def example_inputs_of(model: nn.Module) -> Any:
-    """Inputs for a model that says what it takes."""
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    """Inputs of the kind that the model was converted with, or for a model that says what it takes."""
     some = next(model.parameters())
+    if (takes := gates_of(model)[0].takes) is not None:
+        return made_by(takes, some)
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     if size is not None:
         embed = getattr(getattr(model, "patch_embed", None), "img_size", None)
         draw = torch.Generator().manual_seed(0)
@@ -247,7 +254,7 @@ def _multiply_adds(model: nn.Module, inputs: Any) -> int:
 
 
 @dataclass(frozen=True)
-class _Misfit:
+class Misfit:
     """Where and why a smaller network is not what it must be. runs: it computes something."""
 
     path: str
@@ -255,7 +262,7 @@ class _Misfit:
     runs: bool = False
 
 
-class _Search:
+class Search:
     """Cuts all that is off, and where the forward of a module does not bear that, leaves the units there at full width:
     those that only this module and its like meet first, then all that it meets."""
 
@@ -291,25 +298,28 @@ class _Search:
             f"model, also at full width: {why}; please report the model"
         )
 
-    def _try(self, keep: Tensor) -> _Misfit | None:
+    def _try(self, keep: Tensor) -> Misfit | None:
         stack: list[str] = []
         made, _ = self.cutter.cut(keep)
         try:
-            with _followed(made, stack):
-                got = _run(made, self.inputs)
+            got = self._run_followed(made, stack)
         except HATError:
             raise
         except Exception as error:
             log.debug("a forward that was cut fails", exc_info=True)
             text = str(error).splitlines()[0][:120] if str(error) else ""
             why = f"its forward has sizes of its own ({type(error).__name__}: {text})"
-            return _Misfit(stack[-1] if stack else "", why)
+            return Misfit(stack[-1] if stack else "", why)
         difference, part = self.difference(self.want, got, keep)
         if difference <= self.tolerance:
             return None
-        return _Misfit(self._first_that_differs(made, keep), f"cut, it computes something else ({part})", True)
+        return Misfit(self._first_that_differs(made, keep), f"cut, it computes something else ({part})", True)
 
-    def _with_sizes_left(self, keep: Tensor, misfit: _Misfit) -> _Misfit | None:
+    def _run_followed(self, made: nn.Module, stack: list[str]) -> dict[str, Tensor]:
+        with _followed(made, stack):
+            return _run(made, self.inputs)
+
+    def _with_sizes_left(self, keep: Tensor, misfit: Misfit) -> Misfit | None:
         """The same with the attributes of a class as they are (one that equals a size may be another number), or with
         queries scaled by the root of their width. A class keeps to that where it comes further."""
         order = {path: i for i, path in enumerate(self.cutter.seen.outputs)}

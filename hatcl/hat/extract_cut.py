@@ -265,7 +265,7 @@ class Cutter:
         module = self.modules[path]
         norm = self.unit_map.norms.get(path)
         if norm is not None:
-            return norm_sizes(module, len(norm.units), len(self._index(norm.units, keep)))
+            return norm_sizes(module, len(norm.units), int(keep[torch.from_numpy(norm.units)].sum()))
         shapes = {n: tuple(x.shape) for n, x in small.items()}
         groups = getattr(module, "groups", 1)
         if type(groups) is int and groups > 1 and isinstance(module._parameters.get("weight"), nn.Parameter):

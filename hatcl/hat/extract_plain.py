@@ -20,13 +20,16 @@ from .writers import give_back
 _HATCL_HOOKS = ("_forward_pre_hooks", "_load_state_dict_pre_hooks")
 
 
-def plain_copy(model: nn.Module, task: int | None) -> nn.Module:
+def plain_copy(model: nn.Module, task: int | None, stage: int | None = None) -> nn.Module:
     """The network that was converted, as modules of its own classes, with the shared values of the parameters and with
-    what else the task's modules keep (buffers, states). It shares no memory with the model."""
+    what else the task's modules keep (buffers, states). It shares no memory with the model. stage: with the sizes that
+    it had after so many growths; default: those that the task has."""
     refresh_copy(model)
     made = copy_of(model)
     with active(made, task):
         kept = {path: _kept(m) for path, m in made.named_modules() if isinstance(m, HATLayer)}
+    if (gates := gates_of(made)[0]).growths:
+        _resize(made, kept, task, gates.stage_of(task) if stage is None else stage)
     for path, module in list(made.named_modules()):
         if path in kept:
             module.__class__ = _plain_class(type(module))
@@ -47,6 +50,34 @@ def plain_copy(model: nn.Module, task: int | None) -> nn.Module:
     for m in made.modules():
         tidy_up(m)
     return made.eval()
+
+
+def _resize(made: nn.Module, kept: dict[str, dict[str, Any]], task: int | None, stage: int) -> None:
+    """Parameters, buffers and sizes as they were after so many growths."""
+    known: dict[int, nn.Parameter] = {}
+    for path, module in made.named_modules():
+        hat: Binding | None = module.__dict__.get("_hat") if isinstance(module, HATLayer) else None
+        if hat is None:
+            continue
+        then, own = hat.at(stage), None
+        if "hat_tasks" in module._modules and (task is not None or stage):
+            own = module._hat_new_copy() if task is None else module.hat_tasks[task]
+        for name, p in module._parameters.items():
+            plan = then.params.get(name)
+            mine = own._parameters.get(name) if own is not None else None
+            if p is None or (mine is None and plan is not None and plan.copied):  # the plain value is as it was
+                continue
+            value = then.placed(name, p) if mine is None else mine
+            if value is not p:
+                fresh = nn.Parameter(value.detach().clone(), requires_grad=p.requires_grad)
+                module._parameters[name] = known.setdefault(id(p), fresh) if mine is None else fresh
+        for name in list(kept[path]):
+            if own is not None and name in own._buffers:
+                kept[path][name] = own._buffers[name].clone()
+        for name, b in module._buffers.items():
+            if b is not None and name not in module._hat_copied_buffers():
+                module._buffers[name] = then.placed(name, b)
+        module.__dict__.update(then.sizes)
 
 
 def tidy_up(module: nn.Module) -> None:
@@ -80,6 +111,7 @@ def weights_of_task(model: nn.Module, task: int) -> dict[tuple[str, str], Tensor
             hat: Binding | None = module.__dict__.get("_hat") if isinstance(module, HATLayer) else None
             if hat is None:
                 continue
+            hat = hat.under(task)
             for name, p in module._parameters.items():
                 if p is None:
                     continue
@@ -88,7 +120,7 @@ def weights_of_task(model: nn.Module, task: int) -> dict[tuple[str, str], Tensor
                 if plan is None or not (over_units or plan.standardised):
                     value = p.detach() if plan is None else getattr(module, name)
                 else:
-                    value = module._hat_own("_parameters", name, task) if plan.copied else p
+                    value = module._hat_own("_parameters", name, task) if plan.copied else hat.placed(name, p)
                 if plan is not None and hat.output is not None and not over_units:
                     for axis in (axis for axis in plan.axes if axis.owner):
                         on = axis.units.hard(task).view(axis.shape)

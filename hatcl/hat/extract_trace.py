@@ -43,13 +43,14 @@ class Carried:
         return mask.expand(self.shape)
 
     def sizes(self, keep: Tensor) -> Iterator[tuple[int, int]]:
-        """Size of each dimension that carries units, before and after the cut."""
+        """Size of each dimension that carries units, before and after the cut. keep: `[U + 1]`, how many of each unit
+        there are afterwards."""
         for ids in self.ids:
             on = keep[ids]
             last = max(varying(ids), default=-1)
             for d in varying(ids):
                 others = [n for n in range(ids.dim()) if n != d]
-                there = on.sum(d).max() if d == last else on.any(dim=others).sum() if others else on.sum()
+                there = on.sum(d).max() if d == last else on.amax(dim=others).sum() if others else on.sum()
                 yield ids.shape[d], int(there)
 
 

@@ -16,6 +16,7 @@ from ..shards import check_whole
 from .active import is_chosen
 from .digests import check_sealed
 from .gates import gates_of
+from .grow_apply import bring_up
 from .held import held, live_for
 from .layers.gated import HATLayer
 from .layers.state import forget_states
@@ -126,6 +127,8 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False, descendan
     warn_of_descendants(task, [t for t in carriers if t not in gone])
     if dry_run:
         return report
+    for t in gone:
+        bring_up(model, t)  # whoever learns with this index next may use all units
     writes = _draw(model, gone, plan)  # everything is drawn before anything is written
     with torch.no_grad():
         for x, new in writes:

@@ -16,6 +16,7 @@ from ..config import HATConfig
 from ..errors import TaskError
 from ..shards import unsharded
 from . import active
+from .growth import Growth, key_of
 
 SLOTS, SLOT_BYTES = 256, 16
 """Size of a task's row in `Gates.digest_table`."""
@@ -99,8 +100,11 @@ class Gates(nn.Module):
             graphs depend.
         unit_map: the map the model was converted on (None for layers put together by hand).
         source: how to make the plain model again (its timm name, say), for `from_pretrained`.
+        takes: a recipe of what the model's forward takes, as it was converted with (see `taken.py`).
         layers: (name, start, stop) bounds of the layers' units, 0-based, for penalties per layer and tables.
         bound: paths of the modules that the map bound to these gates, as they were at conversion.
+        growths: how the network grew since then. maps: its map before each of them.
+        stages: per task, after how many of them it was sealed; task None has 0.
     """
 
     masks: Tensor
@@ -112,6 +116,8 @@ class Gates(nn.Module):
     hardened: Tensor
     digest_table: Tensor
     lineage: Tensor
+    stage_table: Tensor
+    growth_key: Tensor
 
     def __init__(self, units: int, config: HATConfig, layers: Sequence[tuple[str, int, int]] | None = None) -> None:
         super().__init__()
@@ -142,7 +148,11 @@ class Gates(nn.Module):
         self.digests: dict[int, dict[str, str]] = {}
         self.unit_map: Any = None
         self.source: dict[str, Any] | None = None
+        self.takes: dict[str, Any] | None = None
         self.bound: tuple[str, ...] = ()
+        self.growths: list[Growth] = []
+        self.maps: list[Any] = []
+        self.stages: list[int] = [0] * config.num_tasks
         self.origin: Origin | None = None
         self.model: weakref.ref[nn.Module] | None = None
         self._default: int | None = None
@@ -267,6 +277,57 @@ class Gates(nn.Module):
             self._taken_by = taken = (key, self.used(without=task))
         return taken[1]
 
+    # ---- growth ------------------------------------------------------------------------------------------------
+
+    def stage_of(self, task: Any) -> int:
+        """After how many growths of the network a task was sealed: with the sizes of then it computes. (Several tasks
+        at once are all of now.)"""
+        if task is None:
+            return 0
+        return len(self.growths) if isinstance(task, Tensor) else self.stages[task]
+
+    def map_at(self, stage: int) -> Any:
+        """The map after so many growths."""
+        return self.maps[stage] if stage < len(self.maps) else self.unit_map
+
+    def number_from(self, stage: int) -> Tensor:
+        """`[U + 1]`: the numbers that units of that stage have now."""
+        number = torch.arange((self.map_at(stage).num_units if self.growths else self.num_units) + 1)
+        for growth in self.growths[stage:]:
+            number = torch.from_numpy(growth.number)[number]
+        return number
+
+    def set_stages(self, stages: Sequence[int]) -> None:
+        """The same also as a buffer, so that a state dict has it, once the network has grown."""
+        self.stages = list(stages)
+        if self.growths:
+            device = self.masks.device
+            self.register_buffer("stage_table", torch.tensor(self.stages, device=device))
+            self.register_buffer("growth_key", key_of(self.growths).to(device))
+
+    def grow(self, growth: Growth, grown_map: Any) -> None:
+        """Each unit becomes itself and some more, which no sealed task has on."""
+        at = torch.from_numpy(growth.number[1:] - 1).to(self.masks.device)
+        units = int(growth.bounds[-1])
+        for t, old in enumerate(self.embeddings):
+            new = self.fresh_embedding(units, old.detach())
+            with torch.no_grad():
+                if bool(self.sealed[t]):
+                    new.fill_(-abs(self.config.init_value))
+                new[at] = old.detach()
+            self.embeddings[t] = new
+        masks = self.masks.new_zeros(self.num_tasks, units)
+        masks[:, at] = self.masks
+        self.masks = masks
+        bounds = growth.bounds.tolist()
+        self.layers = [(name, bounds[start], bounds[stop]) for name, start, stop in self.layers]
+        self.maps.append(self.unit_map)
+        self.growths.append(growth)
+        self.unit_map = grown_map
+        self._taken_by = (None, self.masks[0])
+        self.set_stages(self.stages)
+        self._changed(range(self.num_tasks))
+
     # ---- life of a task ----------------------------------------------------------------------------------------
 
     def fresh_embedding(self, units: int, like: Tensor | None = None) -> nn.Parameter:
@@ -331,6 +392,7 @@ class Gates(nn.Module):
             rows = getattr(self, name)
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
         self.lineage = nn.functional.pad(self.lineage, (0, tasks))
+        self.set_stages([*self.stages, *[len(self.growths)] * tasks])
         self.epoch += 1
 
     def penalty(self) -> Tensor:
@@ -391,7 +453,16 @@ class Gates(nn.Module):
         if f"{prefix}masks" in state_dict:
             for name in (*LATER, "lineage"):
                 state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
+        key, errors = state_dict.get(f"{prefix}growth_key"), args[-1]
+        if key is not None and self.growths and not torch.equal(key.cpu(), self.growth_key.cpu()):
+            errors.append(
+                f"{prefix}growth_key: this state is of a model that grew otherwise, so its elements have other places; "
+                "grow the same model in the same way, or take hatcl.from_pretrained"
+            )
+            return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.growths:
+            self.stages = self.stage_table.tolist()
         if f"{prefix}digest_table" in state_dict:
             self.digests = {}  # they are of what was there before; the table tells what belongs to the new
         self._changed(range(self.num_tasks))

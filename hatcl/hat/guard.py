@@ -15,6 +15,7 @@ from ..keeper import Keeper, Kept, StoredWeights, check_optimizers, put_back, ta
 from ..shards import part_of, reshard, unsharded
 from .digests import SEALED_BY
 from .gates import Gates, gates_of
+from .grow_apply import OUTGROWN
 from .held import held, live_for, own_buffers, shared_buffers
 from .layers.gated import HATLayer
 
@@ -97,6 +98,13 @@ class Guard(Keeper):
         self.hold_instead(self._frozen(locked))
 
     def _check(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+        for p in (p for o in optimizers for group in getattr(o, "param_groups", ()) for p in group["params"]):
+            if p in OUTGROWN:
+                raise GuardError(
+                    f"optimizer: it holds {OUTGROWN[p]} as it was before the network grew, which nobody computes with "
+                    "any more; build it anew over model.parameters(), or let it grow along: "
+                    "hatcl.grow(model, ..., optimizer=optimizer)"
+                )
         covered = check_optimizers(
             model,
             optimizers,

@@ -133,7 +133,8 @@ def check_structure(model: nn.Module) -> None:
                 "then; hatcl.convert(..., num_classes=[...]) gives tasks heads of their own widths"
             )
         for path, layer in here.items():
-            for name, shape in layer._hat.shapes.items():
+            for name in layer._hat.shapes:
+                shape = layer._hat.plain_shape(name)
                 if name not in layer._parameters:
                     raise HATError(
                         f"{path}.{name}: the parameter that hatcl.convert mapped is no longer there; change "

@@ -24,7 +24,9 @@ from ..sources import build_source, library_config
 from . import digests
 from .build import GATES, build
 from .card import CARD, CardFacts, model_card, writable
-from .gates import LATER, gates_of
+from .gates import LATER, Gates, gates_of
+from .grow_apply import apply_growth, take_stages
+from .growth import Growth
 from .headers import read_with_header
 from .hub import located, uploaded
 from .tasks import tasks
@@ -92,7 +94,7 @@ def save_pretrained(
             tensors[name] = t.detach().contiguous().cpu()
     text = _signed({
         **library_config(g.source), **MARK,
-        "format": FORMAT, "config": g.config.to_dict(), "source": g.source, "map": g.unit_map.to_json(), "tied": tied,
+        **_converted(g), "inputs": g.takes, "format": FORMAT, "source": g.source, "tied": tied,
         "dtypes": {name: _name_of(t) for name, t in tensors.items()},
         "digests": {t: g.digests.get(t) or digests.task_digests(model, t) for t in tasks(model)},
     })  # fmt: skip
@@ -202,6 +204,8 @@ def from_pretrained(
     try:
         plain = build_source(meta["source"]) if base is None else copy.deepcopy(base)
         model = build(plain, UnitMap.from_json(meta["map"]), HATConfig.from_dict(meta["config"]))
+        for growth in meta.get("growths", ()):
+            apply_growth(model, Growth.from_json(growth))
         _load(model, meta, tensors, path)
     except HATError:
         raise
@@ -210,7 +214,8 @@ def from_pretrained(
             f"{path.parent}: it does not make a model ({type(error).__name__}: {error}); it was edited or damaged, or "
             "base= is another model than the one that was converted"
         ) from error
-    gates_of(model)[0].source = meta["source"]
+    gates = gates_of(model)[0]
+    gates.source, gates.takes = meta["source"], meta.get("inputs")
     return write_as_hatcl(model).eval()
 
 
@@ -224,15 +229,27 @@ def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     meta, tensors = _read_model(path, None)
     model = next((m for m in model.modules() if GATES in m._modules), model)
     g = gates_of(model)[0]
-    now = {"config": g.config.to_dict(), "map": None if g.unit_map is None else g.unit_map.to_json()}
+    now = {"growths": [], **_converted(g)}
     for what, ours in json.loads(json.dumps(now)).items():
-        if meta[what] != ours:
-            differ = [k for k in {**meta[what], **(ours or {})} if ours is None or meta[what].get(k) != ours.get(k)]
+        theirs = meta.get(what, [])
+        if theirs != ours:
+            differ = (
+                [k for k in {**theirs, **(ours or {})} if ours is None or theirs.get(k) != ours.get(k)]
+                if isinstance(theirs, dict)
+                else ["its sizes"]
+            )
             raise IntegrityError(
                 f"{path}: its model was converted otherwise than this one ({what}: {', '.join(sorted(differ)[:3])} "
                 "differ); convert the same model with the same options, or take hatcl.from_pretrained"
             )
     _load(model, meta, tensors, path)
+
+
+def _converted(gates: Gates) -> dict[str, Any]:
+    """With what options and map a model was converted, and how it grew since."""
+    first = gates.map_at(0)
+    grown = {"growths": [growth.to_json() for growth in gates.growths]} if gates.growths else {}
+    return {"config": gates.config.to_dict(), "map": None if first is None else first.to_json(), **grown}
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -337,6 +354,9 @@ def _load(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tenso
     for name, first in meta["tied"].items():
         if first in tensors:
             tensors[name] = tensors[first]
+    table = next((x for name, x in tensors.items() if name.endswith("stage_table")), None)
+    if table is not None and gates_of(model)[0].growths:
+        take_stages(model, table.tolist())
     for name in [f"{GATES}.{name}" for name in LATER]:
         if name not in meta["dtypes"]:  # what says that it had them, and has not, was edited
             tensors.setdefault(name, torch.zeros_like(model.get_buffer(name)))

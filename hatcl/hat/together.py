@@ -87,6 +87,12 @@ def _fused(model: nn.Module, x: Any, groups: dict[int, Tensor]) -> Iterator[Any]
             f"forward: {next(iter(keeping[0]))} keeps state between forwards, which is one task's at a time; leave out "
             "fused=True"
         )
+    before = [t for g in gates for t in range(g.num_tasks) if g.stages[t] < len(g.growths)]
+    if before:
+        raise TaskError(
+            f"forward: task {before[0]} was sealed before the network grew and keeps the sizes of then, so that the "
+            "tasks of this model cannot be computed at once; leave out fused=True"
+        )
     most = max(map(len, groups.values()))
     padded = torch.stack([torch.cat([at, at[:1].expand(most - len(at))]) for at in groups.values()])
     ids = torch.tensor(list(groups), device=gates[0].masks.device)

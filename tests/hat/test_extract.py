@@ -351,6 +351,8 @@ def test_a_task_that_is_not_sealed_or_was_forgotten():
 def test_inputs_that_are_not_there_or_do_not_fit():
     model = converted("mlp")
     pretend(model)
+    hatcl.extract_task(model, 0)  # with inputs of the kind that it was converted with
+    gates_of(model)[0].takes = None  # as in a model that was saved by an earlier version
     with pytest.raises(hatcl.ConfigError, match="example_inputs: got None, and .*pass an input of its forward"):
         hatcl.extract_task(model, 0)
     with pytest.raises(hatcl.ConfigError, match=r"the model's forward failed on float32\[2, 5\].*pass what it takes"):

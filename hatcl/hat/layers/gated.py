@@ -41,7 +41,7 @@ def task_parameter(name: str) -> property:
             return raw  # nobody computes with a shard: it is `fully_shard` that looks after it
         task = hat.gates.task
         if task is None:
-            return raw
+            return raw if plan.copied or not hat.formers else hat.under(None).placed(name, raw)
         if plan.copied:
             raw = self._hat_own("_parameters", name, task)
         return self._hat_folded(name, raw, task)
@@ -66,6 +66,34 @@ def task_buffer(name: str) -> property:
             return value
         written = self.training or name in hat.buffers  # by the forward itself
         return value.clone() if written else self._hat_constant(name, value, task, value.clone)
+
+    return property(get)
+
+
+def task_size(name: str) -> property:
+    """An attribute that holds a size: of before the network grew, where the active task was sealed before."""
+
+    def get(self: Any) -> Any:
+        hat: Binding | None = self.__dict__.get("_hat")
+        sizes = hat.under(hat.gates.task).sizes if hat is not None else {}
+        if name in sizes:
+            return sizes[name]
+        return self.__dict__[name] if name in self.__dict__ else _inherited(self, name)
+
+    def put(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return property(get, put)
+
+
+def shared_buffer(name: str) -> property:
+    """A buffer that carries units and is no task's own: with the entries of before the network grew, where the active
+    task was sealed before."""
+
+    def get(self: Any) -> Tensor | None:
+        b = self.__dict__["_buffers"][name]
+        hat: Binding | None = self.__dict__.get("_hat")
+        return b if hat is None or b is None else hat.under(hat.gates.task).placed(name, b)
 
     return property(get)
 
@@ -208,10 +236,22 @@ class HATLayer:
         copy = TaskCopy()
         for name in self._hat_copied_names():
             p = self._parameters[name]  # type: ignore[attr-defined]
-            copy.register_parameter(name, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
+            value = self._hat_grown(name, p.detach(), 0)
+            copy.register_parameter(name, nn.Parameter(value, requires_grad=p.requires_grad))
         for name in self._hat_copied_buffers():
-            copy.register_buffer(name, self._buffers[name].clone())  # type: ignore[attr-defined]
+            copy.register_buffer(name, self._hat_grown(name, self._buffers[name], 0))  # type: ignore[attr-defined]
         return copy
+
+    def _hat_grown(self, name: str, value: Tensor, stage: int) -> Tensor:
+        """A copy of a tensor of an earlier stage in the size of now. New elements of a parameter are drawn by the
+        layer's initialiser, those of a buffer are as those of the unit that they follow."""
+        spread = self._hat.at(stage).spreads.get(name)
+        if spread is None:
+            return value.clone()
+        if name not in self._hat.shapes:
+            return spread.grown(value)
+        shape = spread.shape_of(value, self._hat.shapes[name])
+        return spread.grown(value, self._hat_redrawn({name: shape})[name])
 
     def _hat_redrawn(self, shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
         """Fresh values for the parameters, by the layer's own initialiser; where it has none, with the spread and mean
@@ -242,18 +282,23 @@ class HATLayer:
     def _hat_active(self) -> Binding | None:
         """The binding while a task is active, else None (the plain model)."""
         hat: Binding | None = self.__dict__.get("_hat")
-        return hat if hat is not None and hat.gates.task is not None else None
+        task = None if hat is None else hat.gates.task
+        return None if hat is None or task is None else hat.under(task)
 
     def _hat_folded(self, name: str, raw: Tensor, task: int) -> Tensor:
         """`raw` as a task sees it. While its gates are soft: times the gates along the folded axes. Hard: the task's
         live elements, and zeros."""
-        hat: Binding = self._hat
+        hat: Binding = self._hat.under(task)
         plan, gates = hat.params[name], hat.gates
         if not plan.axes and not plan.standardised and not plan.copied:
             return raw
         changing = torch.is_grad_enabled() or gates.is_open(task) or torch.compiler.is_compiling()
         soft = not gates.cut or (changing and gates.is_soft(task))
         if not plan.fold and not plan.standardised and (soft or plan.copied or hat.output is not None):
+            if name in hat.spreads and not plan.copied:
+                if changing:
+                    return hat.placed(name, raw)
+                return self._hat_constant(name, raw, task, lambda: hat.placed(name, raw))
             # of an embedding the rows that were looked up are cut, not the whole table; a head is handed out as a copy,
             # so that what writes to it does not write to the task's own
             held = (gates.lock is not None or plan.copied) and not changing and not soft
@@ -274,6 +319,7 @@ class HATLayer:
         return (self.hat_direct or owned) and self._hat.output is None and not plan.standardised
 
     def _hat_by_folds(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
+        raw = raw if plan.copied else self._hat.under(task).placed(name, raw)
         value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
         if plan.standardised:
             value = plan.over_units_on(value, task)
@@ -287,6 +333,7 @@ class HATLayer:
         """Zero, not a product with zero, where the task is off: `0 * inf` is no zero, and `0 * -1` is -0. Where zeros
         might be divided by their size (a weight that is normalised before use) foreign values are ones."""
         folded = [plan.axes[i] for i in plan.fold]
+        raw = raw if plan.copied else self._hat.under(task).placed(name, raw)
         value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
         if not plan.copied:
             contracted = self._hat_contracted(plan)
@@ -334,8 +381,9 @@ class HATLayer:
         hat: Binding | None = self.__dict__.get("_hat")
         if hat is None or hat.output is None:
             return out
-        dim, units = hat.output
-        return multiply(out, units, dim)
+        bound = hat.under(hat.gates.task).output
+        assert bound is not None
+        return multiply(out, bound[1], bound[0])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Parameter) and name in self.__dict__.get("_parameters", ()):

@@ -58,7 +58,7 @@ class _PerChannel(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)  # type: ignore[misc]
-        hat: Binding | None = self.__dict__.get("_hat")
+        hat = self._hat_active
         if hat is not None and hat.norm is not None and not self._hat_has_affine():
             out = multiply(out, hat.norm[1], hat.norm[0])
         return out

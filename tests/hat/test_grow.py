@@ -1,0 +1,286 @@
+"""A network that gets more units: what it computed before stays bit for bit."""
+
+from __future__ import annotations
+
+import copy
+
+import layer_zoo as zoo
+import parts
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import hatcl
+from hatcl.hat.binding import Binding
+from hatcl.hat.gates import gates_of
+
+GROWS = ["batch_norm2d", "grouped2d", "depthwise1d", "group_norm", "mlp_layer_norm_no_affine", "timm_squeeze_excite"]
+GROWS += [
+    "timm_StdConv2d",
+    "attention",
+    "encoder",
+    "embedding_max_norm",
+    "LSTM",
+    "tied_residual",
+    "transposed_grouped2d",
+]
+
+
+def everything(model, x, tasks):
+    """Each task's outputs in evaluation, without and with gradients."""
+    out = {t: parts.logits(model, t, x) for t in tasks}
+    for t in tasks:
+        with hatcl.task(model.eval(), t):
+            out[t, "with gradients"] = model(x).detach()
+    return out
+
+
+@pytest.mark.parametrize("name", parts.MODELS)
+def test_everything_stays_while_the_network_grows_twice(tmp_path, name):
+    model, x = parts.converted(name, 4), parts.images(name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
+    parts.train(model, 0, optimizer, parts.problem(parts.shape_of(name), 0), 4)
+    for t in (1, 2):
+        done = [None, *hatcl.tasks(model)]
+        want, units = everything(model, x, done), gates_of(model)[0].num_units
+        report = hatcl.grow(model, factor=1.5, optimizer=optimizer, example_inputs=x[:2])
+        assert report.exact == done and report.units_before == units and not report.left
+        assert report.units == gates_of(model)[0].num_units == hatcl.describe(model).units > 1.4 * units
+        assert parts.same(everything(model, x, done), want)
+        before = parts.logits(model, None, x)
+        losses = parts.train(model, t, optimizer, parts.problem(parts.shape_of(name), t), 6)
+        assert min(losses[-2:]) < max(losses[:2])
+        assert not torch.equal(parts.logits(model, None, x), before), "the plain model has its part in what is learned"
+        del want[None], want[None, "with gradients"]
+        assert parts.same(everything(model, x, done[1:]), want)
+        new = gates_of(model)[0].masks[t].clone()
+        new[gates_of(model)[0].number_from(t - 1)[1:] - 1] = False
+        assert new.any(), "the task learned after the growth uses new units"
+    assert gates_of(model)[0].stages == [0, 1, 2, 2]
+    assert hatcl.certify(model, x, strict=True).exact
+    want = everything(model, x, [None, 0, 1, 2])
+    assert parts.same(everything(copy.deepcopy(model), x, [None, 0, 1, 2]), want)
+    hatcl.save_pretrained(model.eval(), tmp_path)
+    again = hatcl.from_pretrained(tmp_path, base=parts.plain(name))
+    assert parts.same(everything(again, x, [None, 0, 1, 2]), want)
+    assert parts.same(parts.snapshot(again), parts.snapshot(model))
+    for t in (0, 1, 2):
+        small = hatcl.extract_task(again, t, x).model
+        with torch.no_grad():
+            assert torch.allclose(small(x), want[t], atol=1e-4)
+    hatcl.forget_task(again, 0)
+    parts.train(again, 0, torch.optim.AdamW(again.parameters(), 1e-2), parts.problem(parts.shape_of(name), 0), 3)
+    assert gates_of(again)[0].stages == [2, 1, 2, 2]
+    kept = {key: y for key, y in want.items() if key in (1, 2)}
+    assert parts.same({t: parts.logits(again, t, x) for t in kept}, kept)
+    assert hatcl.certify(again, x, strict=True).exact
+
+
+@pytest.mark.parametrize("name", GROWS)
+def test_every_kind_of_layer(name):
+    """Proved by itself: the report says which tasks gave the same bits, and the certificate that none leaks."""
+    x = zoo.data(name)[0]
+    model = parts.pretend(hatcl.convert(zoo.make(name), 3, x).eval(), [0])
+    report = hatcl.grow(model, 1.5, example_inputs=x)
+    assert report.exact == [None, 0] and report.units == 1.5 * report.units_before
+    parts.pretend(model, [1], own=False, seed=3)
+    assert hatcl.certify(model, x, strict=True).exact
+    hatcl.extract_task(model, 1, x)  # compares with the model, and raises where it is another network
+
+
+def test_named_layers_get_so_many_new_units():
+    model, x = parts.converted("vit", 2), parts.images("vit")
+    report = hatcl.grow(model, {"blocks.0.mlp.fc1": 7}, example_inputs=x)
+    assert report.layers == {"blocks.0.mlp.fc1": (96, 103)} and report.left == {}
+    assert str(report).splitlines()[1] == "blocks.0.mlp.fc1: 96 -> 103"
+    heads = hatcl.grow(model, {"blocks.1.attn.qkv": 3}, example_inputs=x)
+    assert heads.layers == {"blocks.1.attn.qkv": (64, 68)}, "whole rows: two heads, of queries with keys or of values"
+    assert heads.to_dict()["units"] == gates_of(model)[0].num_units == report.units + 4
+
+
+def test_a_layer_whose_sizes_are_in_the_code():
+    class Code(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(8, 12), nn.Linear(12, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            h = self.one(x).relu()
+            return self.head(self.two(h.view(-1, 3, 4).flatten(1).relu()).relu())
+
+    x = torch.randn(4, 8)
+    model = parts.pretend(hatcl.convert(Code(), 2, x), [0])
+    text = "one: it cannot get 4 new units: .*its forward has sizes of its own .*; leave it out"
+    refused(model, hatcl.ConversionError, text, {"one": 4}, example_inputs=x)
+    report = hatcl.grow(model, 1.5, example_inputs=x)
+    assert report.layers == {"two": (16, 24)} and list(report.left) == ["one"] and "not grown: one: " in str(report)
+
+
+# ---- protection taken out ------------------------------------------------------------------------
+
+
+def test_without_the_sizes_of_then_nothing_is_the_same(monkeypatch):
+    """The twin: where a sealed task computes with the network of now, its own copies do not even fit."""
+    model, x = parts.pretend(parts.converted("mlp", 2), [0]), parts.images("mlp")
+    hatcl.grow(model, 1.5, example_inputs=x)
+    monkeypatch.setattr(Binding, "under", lambda self, task: self)
+    with pytest.raises(RuntimeError, match="size|shape"):
+        parts.logits(model, 0, x)
+
+
+def test_a_growth_that_changes_a_task_is_refused(monkeypatch):
+    """The twin of the comparison on a copy: a place that is wrong is seen before the model is touched."""
+    from hatcl.hat import growth
+
+    right = growth.Spread.grown
+
+    def wrong(self, x, new=None):
+        made = right(self, x, new)
+        return made.flip(0) if x.dim() == 2 else made
+
+    model, x = parts.pretend(parts.converted("mlp", 2), [0]), parts.images("mlp")
+    monkeypatch.setattr(growth.Spread, "grown", wrong)
+    refused(model, hatcl.HATError, "computes another output|changed since", 1.5, example_inputs=x)
+
+
+# ---- optimizers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.AdamW(p, 1e-2, amsgrad=True), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)]
+)
+def test_moments_are_carried_over_and_zero_for_what_is_new(make):
+    model, x = parts.converted("resnet", 3), parts.images("resnet")
+    optimizer = make(model.parameters())
+    parts.train(model, 0, optimizer, parts.problem(parts.shape_of("resnet"), 0), 3)
+    conv = model.layer1[0].conv1._parameters
+    old, state = conv["weight"], dict(optimizer.state[conv["weight"]])
+    hatcl.grow(model, 1.5, optimizer=optimizer, example_inputs=x)
+    assert old not in optimizer.state
+    rows = model.layer1[0].conv1._hat.at(0).spreads["weight"]
+    for key, was in state.items():
+        now = optimizer.state[conv["weight"]][key]
+        if not isinstance(was, torch.Tensor) or was.dim() == 0:
+            assert now == was
+            continue
+        assert now.shape == conv["weight"].shape
+        assert torch.equal(rows.of_before(now), was) and was.any()
+        assert torch.count_nonzero(now) == torch.count_nonzero(was)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in model.parameters()} <= held
+    parts.train(model, 1, optimizer, parts.problem(parts.shape_of("resnet"), 1), 3)
+
+
+def test_what_an_optimizer_keeps_of_weights_gets_the_new_weights():
+    model, x = parts.converted("mlp", 2), parts.images("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for p in model.parameters():
+        optimizer.state[p]["z"] = p.detach().clone()
+    hatcl.grow(model, 1.5, optimizer=[optimizer], example_inputs=x)
+    weight = model[1]._parameters["weight"]
+    assert torch.equal(optimizer.state[weight]["z"], weight)
+
+
+def test_an_optimizer_of_before_is_refused_by_name():
+    model, x = parts.converted("mlp", 2), parts.images("mlp")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    hatcl.grow(model, 1.5, example_inputs=x)
+    text = r"optimizer: it holds 1\.weight as it was before the network grew, .*hatcl\.grow\(model, \.\.\., optimizer="
+    with pytest.raises(hatcl.GuardError, match=text):
+        parts.train(model, 0, optimizer, parts.problem(parts.shape_of("mlp"), 0), 2)
+    parts.train(model, 0, torch.optim.AdamW(model.parameters()), parts.problem(parts.shape_of("mlp"), 0), 2)
+
+
+def test_an_optimizer_whose_state_cannot_be_carried():
+    model, x = parts.converted("mlp", 2), parts.images("mlp")
+    factored = torch.optim.SGD(model.parameters(), 0.1)
+    factored.state[model[1]._parameters["weight"]]["row"] = torch.ones(32)
+    text = r"optimizer: SGD keeps 'row' of shape \[32\] for a parameter of shape \[32, 48\], .*build it anew"
+    refused(model, hatcl.GuardError, text, 1.5, optimizer=factored, example_inputs=x)
+    beside = torch.optim.SGD(model.parameters(), 0.1)
+    beside.slow = [p.detach().clone() for p in model.parameters()]
+    refused(model, hatcl.GuardError, "SGD keeps tensors in 'slow', beside its state", 1.5, optimizer=beside)
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
+    refused(model, hatcl.GuardError, "holds none of this model's parameters", 1.5, optimizer=other)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def refused(model, kind, text, *args, **options):
+    """The error says what it must, and every tensor is as it was."""
+    before, params = parts.snapshot(model), list(model.parameters())
+    with pytest.raises(kind, match=text):
+        hatcl.grow(model, *args, **options)
+    assert parts.same(before, parts.snapshot(model))
+    assert all(p is q for p, q in zip(params, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "factor, text",
+    [
+        (0.5, "factor: got 0.5, expected a number of at least 1"),
+        (True, "factor: got True"),
+        (
+            1.0,
+            "factor: got 1.0, which is less than one new unit in every layer .the widest has 32.; pass at least 1.031",
+        ),
+        (1.03, "factor: got 1.03, which is less than one new unit"),
+        ({}, "factor: got no layer; name those that are to grow"),
+        ({"1": 0}, r"factor\['1'\]: got 0, expected an integer of at least 1"),
+        ({"1": 0.5}, r"factor\['1'\]: got 0.5"),
+        ({"11": 4}, "factor: got '11', which is no layer with units; did you mean '1'. The model has 1, 4"),
+    ],
+)
+def test_growing_by_what_cannot_be(factor, text):
+    refused(parts.converted("mlp", 2), hatcl.ConfigError, text, factor, example_inputs=parts.images("mlp"))
+
+
+def test_growing_what_cannot_grow():
+    model, x = parts.converted("mlp", 2), parts.images("mlp")
+    with pytest.raises(hatcl.TaskError, match="task 0 is being learned; leave its hatcl.learn block before growing"):
+        with hatcl.learn(model, 0, torch.optim.AdamW(model.parameters()), 1):
+            hatcl.grow(model, 1.5, example_inputs=x)
+    by_hand = nn.Sequential(hatcl.HATLinear(4, 4, num_tasks=1))
+    refused(by_hand, hatcl.HATError, "grow: this model was put together by hand, not converted", 1.5)
+    refused(model, hatcl.ConfigError, "example_inputs: the model's forward failed on", 1.5, example_inputs=x[:, :2])
+    with torch.no_grad():
+        broken = parts.pretend(parts.converted("mlp", 2), [0])
+        broken[1]._parameters["weight"].add_(1)
+    refused(broken, hatcl.IntegrityError, "task 0 was sealed, but", 1.5, example_inputs=x)
+
+
+def test_a_state_of_a_model_that_grew_otherwise():
+    x = parts.images("mlp")
+    twice, once = parts.converted("mlp", 2), parts.converted("mlp", 2)
+    for more in (8, 8):
+        hatcl.grow(twice, {"1": more}, example_inputs=x)
+    hatcl.grow(once, {"1": 16}, example_inputs=x)
+    with pytest.raises(RuntimeError, match="growth_key: this state is of a model that grew otherwise"):
+        once.load_state_dict(twice.state_dict())
+    again = parts.converted("mlp", 2)
+    hatcl.grow(again, {"1": 16}, example_inputs=x)
+    again.load_state_dict(once.state_dict())
+    assert torch.equal(parts.logits(again, None, x), parts.logits(once, None, x))
+
+
+def test_an_averaged_copy_of_before():
+    model = parts.converted("mlp", 2)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    data = parts.problem(parts.shape_of("mlp"), 0)
+    parts.train(model, 0, optimizer, data, 2, inside=lambda step: ema.update_parameters(model))
+    hatcl.grow(model, 1.5)
+    with pytest.raises(hatcl.TaskError, match="the model that it was copied from has grown since"):
+        ema(data[0])
+
+
+def test_several_tasks_at_once():
+    model, x = parts.pretend(parts.converted("mlp", 3), [0]), parts.images("mlp")
+    hatcl.grow(model, 1.5, example_inputs=x)
+    parts.pretend(model, [1, 2], own=False)
+    ids = [0, 1, 2, 1, 0, 2, 1, 0]
+    assert torch.equal(hatcl.forward(model, x, tasks=ids)[0], parts.logits(model, 0, x[[0, 4, 7]])[0])
+    with pytest.raises(hatcl.TaskError, match="task 0 was sealed before the network grew and keeps the sizes of then"):
+        hatcl.forward(model, x, tasks=ids, fused=True)
