@@ -408,4 +408,6 @@ def units_of(layer: Any) -> Units:
             for axis in plan.axes:
                 if axis.owner:
                     return axis.units
+        if hat.output is not None:
+            return hat.output[1]
     raise ConfigError(f"{type(layer).__name__} has no units; pass a HAT layer that has gates (num_tasks=...)")
