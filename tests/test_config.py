@@ -15,6 +15,7 @@ from hatcl.config import (
     HATCL_OPTIONS,
     INITS,
     PENALTIES,
+    PROTECTIONS,
     REUSE,
     SCHEDULES,
     HATConfig,
@@ -45,6 +46,9 @@ valid = st.fixed_dictionaries(
         "penalty": st.sampled_from(PENALTIES),
         "forgiven": st.none() | st.floats(0, 1),
         "reuse": st.sampled_from(REUSE),
+        "protection": st.sampled_from(PROTECTIONS),
+        "protection_alpha": st.floats(1e-9, 10),
+        "protection_epsilon": st.floats(1e-9, 10),
         "locked": st.none() | st.lists(st.integers(0, 9)).map(tuple),
     },
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from ..map.units import NORM
 from .gates import Gates, gates_of
 from .held import held
+from .protection import by_degrees
 from .tasks import tasks
 
 
@@ -22,6 +23,8 @@ class Description:
         elements: shared_both (owner and reader known; a reader can be the input, which is always on), shared_one (one
             of them), own_copy (each task has its own; one copy counted), always_on (neither).
         layers: per layer its units and how many of them each sealed task uses.
+        drift: sealed task -> how far later tasks have moved it (`moved`: the largest change of an output, `same`: the
+            smallest share of rows with the same answer, on a batch of the later task); empty where tasks are exact.
         copies: parameter -> why each task has its own copy. notes: module path -> what the trace could not follow.
     """
 
@@ -31,6 +34,7 @@ class Description:
     layers: list[dict[str, Any]]
     copies: dict[str, str]
     notes: dict[str, str]
+    drift: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -42,6 +46,7 @@ class Description:
         return {
             "units": self.units, "use": dict(self.use), "elements": dict(self.elements), "shares": self.shares,
             "layers": [dict(x) for x in self.layers], "copies": dict(self.copies), "notes": dict(self.notes),
+            "drift": {t: dict(d) for t, d in self.drift.items()},
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -61,6 +66,11 @@ class Description:
             "always_on": "always on",
         }
         lines.append("elements: " + ", ".join(f"{names[k]} {v:.1%}" for k, v in self.shares.items()))
+        lines += [
+            f"task {t}: protected by degrees, not exactly; later tasks moved its outputs by up to {d['moved']:.3g}, at "
+            f"least {d['same']:.1%} of its answers are as they were"
+            for t, d in self.drift.items()
+        ]
         lines += [f"note: {path or 'model'}: {what}" for path, what in self.notes.items()]
         return "\n".join(lines)
 
@@ -105,4 +115,7 @@ def describe(model: nn.Module) -> Description:
         layers,
         {e.name: e.why for e in unit_map.entries.values() if e.copied and e.why != NORM} if unit_map else {},
         dict(unit_map.notes) if unit_map else {},
+        {t: {"moved": float(gates[0].drift[t, 0]), "same": float(gates[0].drift[t, 1])} for t in done}
+        if by_degrees(model)
+        else {},
     )

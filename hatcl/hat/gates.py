@@ -80,6 +80,8 @@ class Gates(nn.Module):
         masks: `[T, U]` bool, the hard gates of sealed tasks. sealed: `[T]` bool.
         order: `[T]` int64, 1, 2, ... in the order of sealing; 0: never sealed, or forgotten; negative: it was sealed as
             the k-th and is reopened, so that nothing holds what it uses until it is sealed again.
+        drift: `[T, 2]`, of a sealed task under `HATConfig.protection="adahat"`: the largest change of an output that a
+            later task made, and the smallest share of rows with the same answer.
         digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
             fixed size for state dicts (see `digests.table_of`).
         learned: the task that is being learned, or was last. learner: the thread that is learning. lock: what it holds
@@ -101,6 +103,7 @@ class Gates(nn.Module):
     masks: Tensor
     sealed: Tensor
     order: Tensor
+    drift: Tensor
     scale: Tensor
     hardened: Tensor
     digest_table: Tensor
@@ -113,6 +116,7 @@ class Gates(nn.Module):
         self.register_buffer("masks", torch.zeros(config.num_tasks, units, dtype=torch.bool))
         self.register_buffer("sealed", torch.zeros(config.num_tasks, dtype=torch.bool))
         self.register_buffer("order", torch.zeros(config.num_tasks, dtype=torch.int64))
+        self.register_buffer("drift", torch.tensor([0.0, 1.0]).repeat(config.num_tasks, 1))
         self.register_buffer("digest_table", torch.zeros(config.num_tasks, SLOTS, SLOT_BYTES, dtype=torch.uint8))
         self.register_buffer("scale", torch.tensor(float(config.max_scale)), persistent=False)
         self.register_buffer("hardened", torch.tensor(0.0), persistent=False)
@@ -266,6 +270,7 @@ class Gates(nn.Module):
         self.masks[task] = self.hard(task)
         self.sealed[task] = True
         self.order[task] = self.order.abs().max() + 1
+        self.drift[task] = self.drift.new_tensor([0.0, 1.0])
         self._changed([task])
 
     def _changed(self, tasks: Iterable[int]) -> None:
@@ -299,6 +304,7 @@ class Gates(nn.Module):
         for name in ("masks", "sealed", "order", "digest_table"):
             rows = getattr(self, name)
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
+        self.drift = torch.cat([self.drift, self.drift.new_tensor([0.0, 1.0]).repeat(tasks, 1)])
         self.epoch += 1
 
     def room(self, task: int) -> dict[str, bool]:

@@ -35,7 +35,7 @@ def data(task, count=64):
 
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_tasks_learn_which_features_they_need_and_stay_exact(by_hand):
-    model = built(by_hand=by_hand, penalty_weight=1.0, init="dense")
+    model = built(by_hand=by_hand, penalty_weight=0.5, init="dense", init_value=0.5, max_scale=50.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2, weight_decay=0.1)
     x = data(0)[0]
     want = {}
@@ -45,7 +45,7 @@ def test_tasks_learn_which_features_they_need_and_stay_exact(by_hand):
         assert all(torch.equal(parts.logits(model, e, x), want[e]) for e in want)
         on = model[0].gates.masks[t]
         needed = torch.arange(FEATURES) // 4 == t
-        assert int(on[needed].sum()) >= 3 and not on[~needed].all()
+        assert on[needed].all() and int(on[~needed].sum()) <= 2
     assert hatcl.certify(model, x, strict=True).exact
     assert [row["name"] for row in hatcl.describe(model).layers][0] == "0"
     report = hatcl.forget_task(model, 0)
