@@ -169,14 +169,6 @@ def bit_equal(model: nn.Module, tasks: list[Task], rows: list[dict[str, Any]]) -
     return out
 
 
-def small_stem_resnet18(classes: int) -> nn.Module:
-    """ResNet-18 with a 3 x 3 stem and no max pooling, for 32 x 32 images (HAT-CL's resnet18s)."""
-    model = timm.create_model("resnet18", num_classes=classes)
-    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
-
-
 def save(name: str, result: dict[str, Any]) -> None:
     """Write `results/<name>.json` with the machine and the versions."""
     RESULTS.mkdir(exist_ok=True)

@@ -2,8 +2,8 @@
 
     python benchmarks/forgets.py     # in three minutes: results/forgets.json and docs/forgets.svg
 
-It runs `hatcl train --method sequential` and `hatcl train` with their defaults and three seeds (scikit-learn's digits,
-five tasks of two classes, one `hat_test_resnet`), and reads the accuracy matrices on the test images from their folders.
+It runs `hatcl train --method sequential` and `hatcl train` with their defaults and three seeds: scikit-learn's digits,
+five tasks of two classes, one `hat_test_resnet`. The accuracy matrices on the test images are read from their folders.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def main() -> None:
             mean = [statistics.fmean(values) for values in zip(*each, strict=True)]
             for values in each:
                 axes.plot(after, values, color=colour, alpha=0.3, linewidth=0.9)
-            axes.plot(after, mean, color=colour, linewidth=2.4, marker="o", markersize=5, label=f"{2 * task}-{2 * task + 1}")
+            axes.plot(
+                after, mean, color=colour, linewidth=2.4, marker="o", markersize=5, label=f"{2 * task}-{2 * task + 1}"
+            )
         average = statistics.fmean(100 * run[-1][j] for run in runs for j in range(count))
         axes.set_title(f"{METHODS[method]}: {average:.1f} % at the end", loc="left", color=INK, fontsize=11)
         axes.set_xticks(range(count), [f"{2 * i}-{2 * i + 1}" for i in range(count)])

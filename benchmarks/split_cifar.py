@@ -1,4 +1,4 @@
-"""Split CIFAR-10: five tasks of two classes, ResNet-18 with a 3 x 3 stem, 10 epochs a task.
+"""Split CIFAR-10: five tasks of two classes, a ResNet-18 with a 3 x 3 stem (`hat_resnet18s`), 10 epochs a task.
 
     python benchmarks/split_cifar.py [--seeds 0 1 2] [--methods hat separate sequential] [--bf16]
 
@@ -12,10 +12,9 @@ import argparse
 import time
 
 import numpy as np
+import timm
 import torch
-from common import accuracy, bit_equal, fit, learn_all, read, save, small_stem_resnet18, split
-
-import hatcl
+from common import accuracy, bit_equal, fit, learn_all, read, save, split
 
 NAME = "split_cifar10_resnet18"
 
@@ -26,7 +25,7 @@ def run(method: str, seed: int, epochs: int, bf16: bool) -> dict:
     options = {"flip": True, "bf16": bf16}
     began = time.time()
     if method == "hat":
-        model = hatcl.convert(small_stem_resnet18(2), num_tasks=5, example_inputs=tasks[0].x[:2])
+        model = timm.create_model("hat_resnet18s", num_tasks=5, num_classes=2)
         rows = learn_all(
             model, tasks, lambda: torch.optim.Adam(model.parameters(), lr=1e-3), epochs, 64, seed, **options
         )
@@ -41,12 +40,12 @@ def run(method: str, seed: int, epochs: int, bf16: bool) -> dict:
         accuracies = []
         for t, task in enumerate(tasks):
             torch.manual_seed(seed)
-            model = small_stem_resnet18(2)
+            model = timm.create_model("resnet18s", num_classes=2)
             fit(model, task, torch.optim.Adam(model.parameters(), lr=1e-3), epochs, 64, seed * 100 + t, **options)
             accuracies.append(accuracy(model, task))
         out = {"accuracy": accuracies}
     else:  # one network, a head per task, nothing held
-        model = small_stem_resnet18(2 * len(tasks))
+        model = timm.create_model("resnet18s", num_classes=2 * len(tasks))
 
         def head(t: int):
             return lambda out: out[:, 2 * t : 2 * t + 2]

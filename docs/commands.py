@@ -55,8 +55,8 @@ def page() -> str:
     root = typer.main.get_command(commands.app())
     found = list(leaves(root, "hatcl"))
     contents = [f"- [{path}](#{path.replace(' ', '-')})" for path, _ in found]
-    head = "# Commands\n\nWritten by `python docs/commands.py` from the commands themselves; `hatcl COMMAND --help` prints the same."
-    return "\n\n".join([head, "\n".join(contents), *(section(*one) for one in found)]) + "\n"
+    head = "Written by `python docs/commands.py` from the commands themselves; `hatcl COMMAND --help` prints the same."
+    return "\n\n".join(["# Commands", head, "\n".join(contents), *(section(*one) for one in found)]) + "\n"
 
 
 if __name__ == "__main__":

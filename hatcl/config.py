@@ -18,6 +18,7 @@ REUSE = ("all", "none")
 COMPENSATIONS = ("exact", "hat")
 PREVIOUS, BEST = "previous", "best"  # the task to start from, beside a number
 MASKS = ("learned", "given")
+PROTECTIONS = ("exact", "adahat")
 
 
 HATCL_OPTIONS = {
@@ -95,6 +96,10 @@ class HATConfig:
             q x q tasks share no element with a unit at both ends (see `hat/arrays.py`). `given`: those that
             `hatcl.convert(masks=...)` or `hatcl.hold_gates` gives it.
         locked: sealed tasks whose elements are frozen while others learn; None = all (HAT-CL's choice of locked tasks).
+        protection: how elements that sealed tasks use are protected. `exact`: they are frozen, bit for bit. `adahat`: a
+            later task moves them by degrees, and sealed tasks drift (AdaHAT; see `hatcl.hat.protection`).
+        protection_alpha: alpha of `adahat`, its intensity: larger lets sealed tasks drift more.
+        protection_epsilon: epsilon of `adahat`.
     """
 
     num_tasks: int = 1
@@ -118,6 +123,9 @@ class HATConfig:
     start_hold: float = 1.0
     masks: str = "learned"
     locked: tuple[int, ...] | None = None
+    protection: str = "exact"
+    protection_alpha: float = 1e-6
+    protection_epsilon: float = 0.1
 
     def __post_init__(self) -> None:
         one_of("init", self.init, INITS)
@@ -125,10 +133,18 @@ class HATConfig:
         one_of("penalty", self.penalty, PENALTIES)
         one_of("reuse", self.reuse, REUSE)
         one_of("compensation", self.compensation, COMPENSATIONS)
+        one_of("protection", self.protection, PROTECTIONS)
         whole("num_tasks", self.num_tasks)
         self._check_masks()
         number("init_value", self.init_value)
-        for name, low in (("max_scale", 1.0), ("clamp", 0.0), ("compensation_clamp", 0.0), ("embedding_lr_scale", 0.0)):
+        for name, low in (
+            ("max_scale", 1.0),
+            ("clamp", 0.0),
+            ("compensation_clamp", 0.0),
+            ("embedding_lr_scale", 0.0),
+            ("protection_alpha", 0.0),
+            ("protection_epsilon", 0.0),
+        ):
             number(name, getattr(self, name), low, without="low")
         number("penalty_weight", self.penalty_weight, 0)
         for name in ("init_density", "forgiven", "settle"):

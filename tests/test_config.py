@@ -16,6 +16,7 @@ from hatcl.config import (
     INITS,
     MASKS,
     PENALTIES,
+    PROTECTIONS,
     REUSE,
     SCHEDULES,
     HATConfig,
@@ -47,6 +48,9 @@ valid = st.fixed_dictionaries(
         "forgiven": st.none() | st.floats(0, 1),
         "reuse": st.sampled_from(REUSE),
         "masks": st.sampled_from([*MASKS, "array:10"]),
+        "protection": st.sampled_from(PROTECTIONS),
+        "protection_alpha": st.floats(1e-9, 10),
+        "protection_epsilon": st.floats(1e-9, 10),
         "locked": st.none() | st.lists(st.integers(0, 9)).map(tuple),
     },
 ).filter(lambda options: options.get("reuse") != "none" or options.get("masks") != "array:10")

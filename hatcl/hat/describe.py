@@ -11,6 +11,7 @@ from ..map.units import NORM
 from .gates import gates_of, groups_of
 from .held import held
 from .lineage import forgotten_lineage, lineage, spoken
+from .protection import by_degrees
 from .room import Room, room_of
 from .tasks import tasks
 
@@ -28,6 +29,8 @@ class Description:
         room: what is free in all, and for how many more tasks that is.
         lineage: task -> those whose knowledge was transplanted into it. forgotten: of these, the numbers of tasks that
             have been forgotten since.
+        drift: sealed task -> how far later tasks have moved it (`moved`: the largest change of an output, `same`: the
+            smallest share of rows with the same answer, on a batch of the later task); empty where tasks are exact.
         copies: parameter -> why each task has its own copy. notes: module path -> what the trace could not follow.
     """
 
@@ -40,6 +43,7 @@ class Description:
     room: Room
     lineage: dict[int, list[int]] = field(default_factory=dict)
     forgotten: dict[int, list[int]] = field(default_factory=dict)
+    drift: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -63,6 +67,7 @@ class Description:
             "layers": [dict(x) for x in self.layers], "copies": dict(self.copies), "notes": dict(self.notes),
             "lineage": dict(self.lineage), "forgotten": dict(self.forgotten),
             "room": self.room.to_dict(),
+            "drift": {t: dict(d) for t, d in self.drift.items()},
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -86,6 +91,11 @@ class Description:
         lines.append("elements: " + ", ".join(f"{names[k]} {v:.1%}" for k, v in self.shares.items()))
         lines += self.lineage_lines
         lines.append(str(self.room))
+        lines += [
+            f"task {t}: protected by degrees, not exactly; later tasks moved its outputs by up to {d['moved']:.3g}, at "
+            f"least {d['same']:.1%} of its answers are as they were"
+            for t, d in self.drift.items()
+        ]
         lines += [f"note: {path or 'model'}: {what}" for path, what in self.notes.items()]
         return "\n".join(lines)
 
@@ -133,4 +143,7 @@ def describe(model: nn.Module) -> Description:
         room,
         lineage(model),
         forgotten_lineage(model),
+        {t: {"moved": float(gates[0].drift[t, 0]), "same": float(gates[0].drift[t, 1])} for t in done}
+        if by_degrees(model)
+        else {},
     )

@@ -85,6 +85,8 @@ class Gates(nn.Module):
             held to them: 0 not at all, 1 always (see `hatcl.hold_gates`). holding: is the task being learned held now?
         order: `[T]` int64, 1, 2, ... in the order of sealing; 0: never sealed, or forgotten; negative: it was sealed as
             the k-th and is reopened, so that nothing holds what it uses until it is sealed again.
+        drift: `[T, 2]`, of a sealed task under `HATConfig.protection="adahat"`: the largest change of an output that a
+            later task made, and the smallest share of rows with the same answer.
         digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
             fixed size for state dicts (see `digests.table_of`).
         learned: the task that is being learned, or was last. learner: the thread that is learning. lock: what it holds
@@ -112,6 +114,7 @@ class Gates(nn.Module):
     given: Tensor
     given_until: Tensor
     order: Tensor
+    drift: Tensor
     scale: Tensor
     hardened: Tensor
     digest_table: Tensor
@@ -129,6 +132,7 @@ class Gates(nn.Module):
         self.register_buffer("given", torch.zeros(config.num_tasks, units, dtype=torch.bool))
         self.register_buffer("given_until", torch.zeros(config.num_tasks))
         self.register_buffer("order", torch.zeros(config.num_tasks, dtype=torch.int64))
+        self.register_buffer("drift", torch.tensor([0.0, 1.0]).repeat(config.num_tasks, 1))
         self.register_buffer("digest_table", torch.zeros(config.num_tasks, SLOTS, SLOT_BYTES, dtype=torch.uint8))
         self.register_buffer("lineage", torch.zeros(config.num_tasks, config.num_tasks, dtype=torch.uint8))
         self.register_buffer("scale", torch.tensor(float(config.max_scale)), persistent=False)
@@ -316,9 +320,10 @@ class Gates(nn.Module):
                     new.fill_(-abs(self.config.init_value))
                 new[at] = old.detach()
             self.embeddings[t] = new
-        masks = self.masks.new_zeros(self.num_tasks, units)
-        masks[:, at] = self.masks
-        self.masks = masks
+        for name in ("masks", "given"):
+            rows = self.masks.new_zeros(self.num_tasks, units)
+            rows[:, at] = getattr(self, name)
+            setattr(self, name, rows)
         bounds = growth.bounds.tolist()
         self.layers = [(name, bounds[start], bounds[stop]) for name, start, stop in self.layers]
         self.maps.append(self.unit_map)
@@ -346,6 +351,7 @@ class Gates(nn.Module):
         self.masks[task] = self.hard(task)
         self.sealed[task] = True
         self.order[task] = self.order.abs().max() + 1
+        self.drift[task] = self.drift.new_tensor([0.0, 1.0])
         self._changed([task])
 
     def _changed(self, tasks: Iterable[int]) -> None:
@@ -393,6 +399,7 @@ class Gates(nn.Module):
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
         self.lineage = nn.functional.pad(self.lineage, (0, tasks))
         self.set_stages([*self.stages, *[len(self.growths)] * tasks])
+        self.drift = torch.cat([self.drift, self.drift.new_tensor([0.0, 1.0]).repeat(tasks, 1)])
         self.epoch += 1
 
     def penalty(self) -> Tensor:

@@ -18,6 +18,7 @@ from .gates import Gates, gates_of
 from .grow_apply import OUTGROWN
 from .held import held, live_for, own_buffers, shared_buffers
 from .layers.gated import HATLayer
+from .protection import Before, after_step, before_step, by_degrees, eased
 
 
 class Guard(Keeper):
@@ -53,6 +54,8 @@ class Guard(Keeper):
         self.heldless: list[str] = []
         self.own_params: list[nn.Parameter] = []
         frozen: list[Kept] = []
+        degrees = by_degrees(self.model)
+        self.eased = eased(self.model, locked) if degrees else []
         self._modules: list[nn.Module] = []
         for h in held(self.model):
             sealed_by = SEALED_BY.get(h.param, lambda: None)()
@@ -70,7 +73,7 @@ class Guard(Keeper):
                     entire = bool(locked)
                     if entire and h.param.requires_grad:
                         self.heldless.append(h.name)
-                else:
+                elif not degrees or not h.plan.axes:
                     mask = live_for(h, locked)
                     entire = mask is not None and bool(mask.all())
                 if not entire:
@@ -139,17 +142,22 @@ class Guard(Keeper):
     def concerns(self, p: Tensor) -> bool:
         return id(p) in self._own
 
-    def before_step(self, optimizer: Any) -> list[tuple[Gates, nn.Parameter, Tensor]]:
+    def before_step(self, optimizer: Any) -> tuple[list[tuple[Gates, nn.Parameter, Tensor]], Before]:
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not _skips(optimizer):  # fused optimizers skip a step by themselves under a scaler
             self.check_finite(gradients=True)
         pairs = zip(self.gates, self.embeddings, strict=True)
-        return [(g, e, local(e.detach()).clone()) for g, e in pairs if id(e) in ids]
+        embeddings = [(g, e, local(e.detach()).clone()) for g, e in pairs if id(e) in ids]
+        return embeddings, before_step(self.eased, ids, self.gates)
 
     @torch.no_grad()
-    def after_step(self, optimizer: Any, state: list[tuple[Gates, nn.Parameter, Tensor]], innermost: bool) -> None:
-        """What a step makes of the embeddings is scaled and clamped, or undone where the gates are hard."""
-        for g, e, was in state:
+    def after_step(self, optimizer: Any, state: Any, innermost: bool) -> None:
+        """What a step makes of the embeddings is scaled and clamped, or undone where the gates are hard. Elements that
+        are protected by degrees take their share of the step that they were to take."""
+        embeddings, values = state
+        if innermost:
+            after_step(values)
+        for g, e, was in embeddings:
             c, now = g.config, local(e.detach())
             if g.settled or g.holding:
                 now.copy_(was)

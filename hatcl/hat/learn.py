@@ -27,6 +27,7 @@ from .guard import Guard
 from .held import check_structure
 from .layers.gated import HATLayer
 from .lineage import has_begun
+from .protection import Drift, by_degrees
 from .room import check_room
 from .starting import source_for
 from .tasks import check_none_reopened, check_task, locked_tasks, tasks
@@ -234,6 +235,7 @@ def learn(
         g.learner, g.lock = threading.get_ident(), guard.lock
         g.model, g.origin = weakref.ref(model), None
     learning._set_scale()
+    drift = Drift(model, guard.locked) if by_degrees(model) else None
     try:
         with _Loads(model, task, guard), replicas, guard:
             yield learning
@@ -244,6 +246,9 @@ def learn(
             log.warning("task %d: values that were not finite are set to zero in %s", task, ", ".join(repaired))
         if guard.written:
             log.warning("task %d: put back what was written to frozen elements of %s", task, ", ".join(guard.written))
+        if drift is not None:
+            drift.note()
+            digests.check_sealed(model)
         _leave(before)
         raise
     try:
@@ -266,6 +271,8 @@ def learn(
     digests.harden(model, task)
     for t in [t for t in tasks(model) if t != task and t not in guard.locked]:
         digests.record(model, t)
+    if drift is not None:
+        drift.note()
     guard.store_weights()
 
 

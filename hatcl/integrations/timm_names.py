@@ -1,4 +1,5 @@
-"""timm's names with `hat_` in front: `timm.create_model("hat_resnet18.a1_in1k", num_tasks=5)`.
+"""timm's names with `hat_` in front: `timm.create_model("hat_resnet18.a1_in1k", num_tasks=5)`, and two names that timm
+does not have: `resnet18s` and `resnet34s`, for small images.
 
 `hat_local-dir:FOLDER` and `hat_hf-hub:ORGANISATION/NAME` are converted from what timm finds there, or loaded with their
 tasks where `hatcl.save_pretrained` wrote them; of the latter timm's own `local-dir:` and `hf-hub:` names are the same.
@@ -14,7 +15,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import _factory, _registry
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import _factory, _registry, build_model_with_cfg, register_model
+from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 from ..config import HATConfig
@@ -31,6 +34,49 @@ PREFIX = "hat_"
 READING = ("checkpoint_path", "cache_dir", "file", "url", "hf_hub_id", "hf_hub_filename")  # and pretrained...
 PLACES = ("local-dir", "hf-hub", "hf_hub")  # what timm knows in front of a colon
 DOT = "\0"  # stands for a dot in the name of a place, after which timm would look for a tag
+
+
+_SMALL = {
+    "input_size": (3, 32, 32), "pool_size": (4, 4), "num_classes": 1000, "crop_pct": 1.0, "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "first_conv": "conv1", "classifier": "fc",
+}  # fmt: skip
+default_cfgs = {"resnet18s": _SMALL, "resnet34s": _SMALL}  # where timm looks for them
+
+
+class SmallImageResNet(ResNet):
+    """timm's ResNet for images of about 32 x 32: a stem of 3 x 3 with stride 1, and no pooling after it, so that the
+    last stage has an eighth of the image's side. (HAT-CL's networks of these names have that stem and keep the
+    pooling.) There are no pretrained weights."""
+
+    conv1: nn.Module
+    maxpool: nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        stem: Any = self.conv1
+        if not isinstance(stem, nn.Conv2d):
+            raise ConfigError(
+                f"stem_type: got {kwargs.get('stem_type')!r}; the stem of resnet18s and resnet34s is one convolution, "
+                "leave it out"
+            )
+        self.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=False)
+        self.maxpool = nn.Identity()
+
+
+@register_model
+def resnet18s(pretrained: bool = False, **options: Any) -> SmallImageResNet:
+    """ResNet-18 for small images."""
+    return build_model_with_cfg(
+        SmallImageResNet, "resnet18s", pretrained, **{"block": BasicBlock, "layers": (2, 2, 2, 2), **options}
+    )
+
+
+@register_model
+def resnet34s(pretrained: bool = False, **options: Any) -> SmallImageResNet:
+    """ResNet-34 for small images."""
+    return build_model_with_cfg(
+        SmallImageResNet, "resnet34s", pretrained, **{"block": BasicBlock, "layers": (3, 4, 6, 3), **options}
+    )
 
 
 class _Entrypoints(dict):

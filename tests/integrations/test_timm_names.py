@@ -117,6 +117,20 @@ def test_the_names_cost_nothing_at_import():
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
+@pytest.mark.parametrize("name, elements", [("resnet18s", 11_173_962), ("resnet34s", 21_282_122)])
+def test_resnets_for_small_images(name, elements):
+    model = timm.create_model(f"hat_{name}", num_classes=10, verify=False).eval()
+    plain = timm.create_model(name, num_classes=10)
+    assert sum(p.numel() for p in plain.parameters()) == elements
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert plain.eval().forward_features(x).shape == (1, 512, 4, 4) and model(x).shape == (1, 10)
+    assert isinstance(build_source(gates_of(model)[0].source), timm_names.SmallImageResNet)
+    assert timm.create_model(name, in_chans=1).conv1.weight.shape == (64, 1, 3, 3)
+    with pytest.raises(hatcl.ConfigError, match="stem_type: got 'deep'; the stem of resnet18s and resnet34s is one"):
+        timm.create_model(name, stem_type="deep")
+
+
 # ---- options --------------------------------------------------------------------------------------
 
 

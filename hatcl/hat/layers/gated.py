@@ -355,7 +355,8 @@ class HATLayer:
         if torch.compiler.is_compiling() or hat.gates.sharded:
             return make()
         # while another task is learned it is held: what an optimizer does to it meanwhile is undone after the step
-        held = hat.gates.lock is not None and hat.gates.config.locked is None
+        c = hat.gates.config
+        held = hat.gates.lock is not None and c.locked is None and c.protection == "exact"
         version = None if held else raw._version
         key = (task, hat.gates.epoch, version, raw.data_ptr(), raw.dtype)
         hit = hat.cache.get(name)  # one read: another thread may replace it
@@ -454,4 +455,6 @@ def units_of(layer: Any) -> Units:
             for axis in plan.axes:
                 if axis.owner:
                     return axis.units
+        if hat.output is not None:
+            return hat.output[1]
     raise ConfigError(f"{type(layer).__name__} has no units; pass a HAT layer that has gates (num_tasks=...)")
