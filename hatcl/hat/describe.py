@@ -77,9 +77,7 @@ class Description:
         lines = [head, "-" * len(head)]
         every = {key: sum(layer[key] for layer in self.layers) for key in ("elements", "free")}
         for layer in [*self.layers, {"name": "all", "units": self.units, "used": self.use, **every}]:
-            cells = "".join(
-                f"{layer['used'][t]:>{8 if t > 9 else 8}}"[-(6 + len(str(t))) :].rjust(7 + len(str(t))) for t in tasks
-            )
+            cells = "".join(f"{layer['used'][t]:>{len(f'  task {t}')}}" for t in tasks)
             share = layer["free"] / max(layer["elements"], 1)
             lines.append(f"{layer['name']:<{width}}  {layer['units']:>5}{share:>8.1%}{cells}")
         names = {
