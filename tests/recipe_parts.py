@@ -178,6 +178,22 @@ def cases() -> dict[str, dict[str, Any]]:
         "tokenizer_source: union": recipe(
             "linear", three, **BASE, tokenizer_source="union", parameters={"weight": 0.1}
         ),
+        "tokenizer, tokens": recipe(
+            "linear",
+            three,
+            **BASE,
+            tokenizer={
+                "source": "union",
+                "pad_to_multiple_of": 8,
+                "tokens": {
+                    "<new>": {"source": {"kind": "model_token", "model": "a", "token": "x"}},
+                    "a": {"source": "c", "force": True},
+                    "b": {"source": {"kind": "zero"}, "force": True},
+                    "<more>": {"source": {"kind": "model_token", "model": "b", "token_id": 3}},
+                },
+            },
+            parameters={"weight": 0.1},
+        ),
     }
 
 

@@ -74,7 +74,7 @@ def write_shira(
         at, values = found[name]
         own = base.get_parameter(name).detach().reshape(-1)[at].cpu()
         way = (values.double() - own.double()).float()
-        error = max(error, float((own + way.to(own.dtype) - values).double().abs().max()))
+        error = max(error, float((_added_up(own, way) - values).double().abs().max()))
         free = torch.ones(math.prod(shape), dtype=torch.bool)
         free[at] = False
         more = free.nonzero().view(-1)[: rank * sum(shape) - len(at)]
@@ -139,6 +139,11 @@ def _with_namesakes(base: nn.Module, modules: list[str]) -> list[str]:
     return [path for path in taken if not any(_part_of(path, outer) for outer in taken)]
 
 
+def _added_up(own: Tensor, way: Tensor) -> Tensor:
+    """As a dense and a sparse tensor are added: in float32 or wider, and rounded to the dense one's type."""
+    return (own.to(torch.promote_types(own.dtype, way.dtype)) + way).to(own.dtype)
+
+
 def read_shira(folder: Path, pretrained: TensorSource) -> dict[str, Elements]:
     """The elements that a folder of a SHiRA adapter changes, with the values they then have. See `Graft.from_peft`."""
     config = read_json(folder / CONFIG)
@@ -169,7 +174,7 @@ def read_shira(folder: Path, pretrained: TensorSource) -> dict[str, Elements]:
                 )
             old, way = t.reshape(-1)[at].cpu(), stored[key]
             order = at[way != 0].argsort()
-            at, now = at[way != 0][order], (old + way.to(old.dtype))[way != 0][order]
+            at, now = at[way != 0][order], _added_up(old, way)[way != 0][order]
         else:
             if stored[key].shape != t.shape:
                 raise GraftError(

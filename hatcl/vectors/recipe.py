@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..config import known_options, whole
+from ..config import flag, known_options, whole
 from ..errors import ConfigError, VectorError, nearest
 from .merging.layers import layer_of
 from .tensors import Kind
@@ -18,8 +18,6 @@ BEFORE = re.compile(r"embed(?!_out)|wte|wpe|(^|\.)shared\.|patch|token_type", re
 NOT_HERE = {
     "modules": "recipes of several modules are not read: which tensors each has stands in mergekit's own tables. Merge "
     "each module's files by a recipe of its own",
-    "tokenizer.tokens": "embeddings of single tokens are not chosen here; leave it out, and those that a model lacks "
-    "come from the models that have them",
     "residual_weight": "mergekit itself makes no use of it; leave it out",
 }
 Settings = Mapping[str, Any]
@@ -49,6 +47,20 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class TokenSource:
+    """Whose embedding a token gets where a model lacks it.
+
+    Attributes:
+        model: its path; None = zeros. token: another token of it instead; or token_id, a row. force: in all models.
+    """
+
+    model: str | None = None
+    token: str | None = None
+    token_id: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class MergekitRecipe:
     """A recipe as mergekit has it.
 
@@ -56,6 +68,7 @@ class MergekitRecipe:
         merge_method: mergekit's name of it. slices: of `models` there is one, of all layers.
         dtype: what tensors are read as. out_dtype: what they are written as. tokenizer_source: `base`, `union`, a
             model, or None: the base's tokenizer, and embeddings as they are. pad_to_multiple_of: of the vocabulary.
+        tokens: of the vocabulary, some that have an embedding of their own; those that no model has are added.
         chat_template: the result's, `auto` (that of most models), or None: the tokenizer's own.
         parameters: of the whole. module: of the one module that a recipe with `modules` has; they come first.
     """
@@ -67,6 +80,7 @@ class MergekitRecipe:
     out_dtype: str | None = None
     tokenizer_source: str | None = None
     pad_to_multiple_of: int | None = None
+    tokens: Mapping[str, TokenSource] = field(default_factory=dict)
     chat_template: str | None = None
     parameters: Settings = field(default_factory=dict)
     module: Settings = field(default_factory=dict)
@@ -91,7 +105,7 @@ def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
         ConfigError: a key that is not known or not supported here, or a value of another kind.
     """
     given = dict(content)
-    own = [f.name for f in fields(MergekitRecipe) if f.name not in ("pad_to_multiple_of", "module")]
+    own = [f.name for f in fields(MergekitRecipe) if f.name not in ("pad_to_multiple_of", "tokens", "module")]
     known = ["models", "modules", "tokenizer", *own]
     unknown = next((key for key in given if key not in known), None)
     if unknown is not None:
@@ -111,13 +125,13 @@ def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
         if given.get("tokenizer_source") is not None:
             raise ConfigError("tokenizer: given beside tokenizer_source; leave one of them out")
         tokenizer = dict(_mapping("tokenizer", tokenizer))
-        if tokenizer.pop("tokens", None):
-            raise ConfigError(f"tokenizer.tokens: {NOT_HERE['tokenizer.tokens']}")
+        asked = _mapping("tokenizer.tokens", tokenizer.pop("tokens", None) or {})
+        given["tokens"] = {str(token): _read_token(str(token), content) for token, content in asked.items()}
         given["tokenizer_source"] = tokenizer.pop("source", "union")
         multiple = tokenizer.pop("pad_to_multiple_of", None)
         given["pad_to_multiple_of"] = whole("tokenizer.pad_to_multiple_of", multiple, low=0, optional=True)
         if tokenizer:
-            raise ConfigError(f"tokenizer: got {', '.join(tokenizer)}, expected source and pad_to_multiple_of")
+            raise ConfigError(f"tokenizer: got {', '.join(tokenizer)}, expected source, tokens and pad_to_multiple_of")
     given["parameters"] = _read_parameters(given.get("parameters"))
     if models is not None:
         sources = [_read_source(s, "models", layers=False) for s in _items("models", models)]
@@ -145,6 +159,27 @@ def _only_module(given: Mapping[str, Any]) -> dict[str, Any]:
     if unknown is not None:
         raise ConfigError(f"modules.{name}: no key {unknown!r}; it has models or slices, and parameters")
     return {**inside, "module": settings}
+
+
+def _read_token(token: str, content: Any) -> TokenSource:
+    key = f"tokenizer.tokens.{token}"
+    given = dict(_mapping(key, content))
+    source, force = given.pop("source", None), given.pop("force", False)
+    flag(f"{key}.force", force)
+    if isinstance(source, str) and not given:
+        return TokenSource(source, force=force)
+    if isinstance(source, Mapping) and not given:
+        inside = dict(source)
+        kind = inside.pop("kind", None)
+        if kind == "zero" and not inside:
+            return TokenSource(force=force)
+        if kind == "model_token" and set(inside) in ({"model", "token"}, {"model", "token_id"}):
+            whole(f"{key}.source.token_id", inside.get("token_id"), 0, optional=True)
+            return TokenSource(**inside, force=force)
+    raise ConfigError(
+        f"{key}: got {content!r}, expected force, and a source: a model, {{kind: zero}}, or {{kind: model_token, "
+        "model, token or token_id}"
+    )
 
 
 def _read_slice(content: Any) -> Slice:

@@ -7,7 +7,7 @@ import copy
 import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError, IntegrityError
 from ..files import read_json
 from .merging.layers import layer_of
-from .recipe import MergekitRecipe
+from .recipe import MergekitRecipe, TokenSource
 from .tensors import Kind, Lazy, kinds_of
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -31,7 +31,8 @@ class Vocabulary:
     Attributes:
         tokens: token -> its row. rows: of its embeddings. source: the folder that the tokenizer's other files are from.
         content: its tokenizer.json. base: the model whose embedding a token gets where others lack it.
-        ids: model -> token -> row. sizes: model -> its own number of rows.
+        ids: model -> token -> row. sizes: model -> its own number of rows. asked: token -> the model and the row of its
+            embedding that the recipe gives it, None = zeros. forced: those that every model gets so.
     """
 
     tokens: Mapping[str, int]
@@ -41,13 +42,16 @@ class Vocabulary:
     base: str
     ids: Mapping[str, Mapping[str, int]]
     sizes: Mapping[str, int]
+    asked: Mapping[str, tuple[str, int] | None] = field(default_factory=dict)
+    forced: frozenset[str] = frozenset()
 
 
 def joint_vocabulary(recipe: MergekitRecipe, folders: Mapping[str, Path]) -> Vocabulary | None:
     """The vocabulary that a recipe asks for; None where it asks for none.
 
     Raises:
-        ConfigError: a source that is none of the models. IntegrityError: a tokenizer that cannot be read.
+        ConfigError: a source that is none of the models, or a token that it has not. IntegrityError: a tokenizer that
+            cannot be read.
     """
     source = recipe.tokenizer_source
     if source is None:
@@ -74,9 +78,30 @@ def joint_vocabulary(recipe: MergekitRecipe, folders: Mapping[str, Path]) -> Voc
                 if token not in tokens:
                     tokens[token] = max(tokens.values()) + 1
                     content.setdefault("added_tokens", []).append(_added_tokens(token, tokens[token], contents[m]))
+    for token in recipe.tokens:
+        if token not in tokens:
+            having = next((m for m in contents if token in ids[m]), chosen)
+            tokens[token] = max(tokens.values()) + 1
+            content.setdefault("added_tokens", []).append(_added_tokens(token, tokens[token], contents[having]))
     rows, multiple = max(tokens.values()) + 1, recipe.pad_to_multiple_of or 1
     rows = -(-rows // multiple) * multiple
-    return Vocabulary(tokens, rows, folders[chosen], content, base, ids, sizes)
+    asked = {token: _row_asked(token, source, ids, sizes) for token, source in recipe.tokens.items()}
+    forced = frozenset(token for token, source in recipe.tokens.items() if source.force)
+    return Vocabulary(tokens, rows, folders[chosen], content, base, ids, sizes, asked, forced)
+
+
+def _row_asked(
+    token: str, source: TokenSource, ids: Mapping[str, Mapping[str, int]], sizes: Mapping[str, int]
+) -> tuple[str, int] | None:
+    if source.model is None:
+        return None
+    if source.model not in ids:
+        raise ConfigError(f"tokenizer.tokens.{token}: got {source.model!r}, expected one of {', '.join(ids)}")
+    row = ids[source.model].get(source.token or token) if source.token_id is None else source.token_id
+    if row is None or row >= sizes[source.model]:
+        what = f"token {source.token or token!r}" if source.token_id is None else f"row {source.token_id}"
+        raise ConfigError(f"tokenizer.tokens.{token}: {source.model} has no {what}; name another one")
+    return source.model, row
 
 
 def _tokens(content: Mapping[str, Any], size: int) -> dict[str, int]:
@@ -96,8 +121,9 @@ def _added_tokens(token: str, row: int, content: Mapping[str, Any]) -> dict[str,
 def aligned_to(
     vocabulary: Vocabulary, model: str, tensors: Mapping[str, Tensor], models: Mapping[str, Mapping[str, Tensor]]
 ) -> Lazy[Tensor]:
-    """A model's tensors with the vocabulary's rows. A token that the model lacks has the row of the only model that has
-    it, else the base's, else the mean of those that have it; one that no model has has zeros.
+    """A model's tensors with the vocabulary's rows. A token that the model lacks has the row that the recipe gives it,
+    else that of the only model that has it, else the base's, else the mean of those that have it; one that no model has
+    has zeros.
 
     Args:
         models: all of them, as they are.
@@ -115,7 +141,10 @@ def aligned_to(
         both = [(row, known[token]) for token, row in vocabulary.tokens.items() if token in known]
         out[[row for row, _ in both]] = own[[at for _, at in both]]
         for token, row in vocabulary.tokens.items():
-            if token not in known:
+            if token in vocabulary.asked and (token not in known or token in vocabulary.forced):
+                place = vocabulary.asked[token]
+                out[row] = 0 if place is None else every[place[0]][place[1]]
+            elif token not in known:
                 out[row] = _borrowed(vocabulary, token, every, out[row])
         filled = max(vocabulary.tokens.values()) + 1
         out[filled:] = out[:filled].double().mean(0).to(out.dtype)  # what padding adds, as in mergekit

@@ -136,11 +136,11 @@ def test_what_stands_before_the_layers(name, before):
         ),
         (
             {**ONE, "tokenizer": {"tokens": {"<a>": {}}}},
-            "tokenizer.tokens: embeddings of single tokens are not chosen here",
+            "tokenizer.tokens.<a>: got {}, expected force, and a source: a model, {kind: zero}, or {kind: model_token",
         ),
         (
             {**ONE, "tokenizer": {"from": "base"}},
-            "tokenizer: got from, expected source and pad_to_multiple_of",
+            "tokenizer: got from, expected source, tokens and pad_to_multiple_of",
         ),
     ],
 )

@@ -47,6 +47,44 @@ def rows(vocabulary, models, model):
     return aligned_to(vocabulary, model, models[model], models)["embed.weight"].flatten().tolist()
 
 
+def with_tokens(folders, source="union", **tokens):
+    return joint(folders, None, tokenizer={"source": source, "tokens": tokens})
+
+
+def test_tokens_whose_embedding_is_chosen(folders, models):
+    """Of those that a model lacks, or of all models by force; new ones are added."""
+    vocabulary = with_tokens(
+        folders,
+        c={"source": {"kind": "zero"}},
+        a={"source": "y", "force": True},
+        new={"source": {"kind": "model_token", "model": "x", "token": "<x>"}},
+        row={"source": {"kind": "model_token", "model": "base", "token_id": 4}},
+    )
+    assert vocabulary.tokens == {"<s>": 0, "a": 1, "b": 2, "<x>": 3, "c": 4, "new": 5, "row": 6}
+    assert [t["id"] for t in vocabulary.content["added_tokens"]][-2:] == [5, 6]
+    assert rows(vocabulary, models, "base") == [0, 21, 2, 13, 0, 13, 4]
+    assert rows(vocabulary, models, "x") == [10, 21, 11, 13, 0, 13, 4]
+    assert rows(vocabulary, models, "y") == [20, 21, 22, 13, 23, 13, 4]  # y has its own c
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("z", "tokenizer.tokens.a: got 'z', expected one of base, x, y"),
+        ({"kind": "model_token", "model": "x", "token": "q"}, "tokenizer.tokens.a: x has no token 'q'; name another"),
+        ({"kind": "model_token", "model": "x", "token_id": 4}, "tokenizer.tokens.a: x has no row 4; name another one"),
+        ({"kind": "model_token", "model": "x"}, r"tokenizer.tokens.a: got .*expected force, and a source"),
+        ({"kind": "model_token", "model": "x", "token_id": -1}, "token_id: got -1, expected an integer of at least 0"),
+        ({"kind": "mean"}, "tokenizer.tokens.a: got .*expected force, and a source: a model, {kind: zero}"),
+    ],
+)
+def test_sources_that_are_none(folders, source, text):
+    with pytest.raises(ConfigError, match=text):
+        with_tokens(folders, a={"source": source})
+    with pytest.raises(ConfigError, match="force: got 'yes', expected True or False"):
+        with_tokens(folders, a={"source": "x", "force": "yes"})
+
+
 def test_of_the_base(folders, models):
     vocabulary = joint(folders, "base")
     assert vocabulary.tokens == {"<s>": 0, "a": 1, "b": 2} and vocabulary.rows == 3
