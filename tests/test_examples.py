@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [
     "README.md", "docs/hat.md", "docs/merging.md", "docs/atlas.md", "docs/tasl.md", "docs/ilora.md",
-    "docs/grafts.md", "docs/architecture.md", "docs/exactness.md", "docs/stack.md",
+    "docs/grafts.md", "docs/architecture.md", "docs/exactness.md", "docs/stack.md", "docs/data.md",
 ]  # fmt: skip
 EXTRAS = {
     "sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots", "open_clip": "clip",
-    "onnxruntime": "onnx", "lightning": "lightning",
+    "onnxruntime": "onnx", "lightning": "lightning", "datasets": "data",
 }  # fmt: skip
 
 
