@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -210,7 +211,8 @@ def as_texts(value: Any, many: bool) -> Any:
     if isinstance(value, Mapping):
         return [f"{k}={_literal(v)}" for k, v in value.items()]
     if many:
-        return [str(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [json.dumps(v) if isinstance(v, Mapping) else str(v) for v in values]
     return value if isinstance(value, bool) else str(value)
 
 

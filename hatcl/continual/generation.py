@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import one_of
-from ..data.pairs import Pair
+from ..data.pairs import Chat, Pair, Turns
 from ..data.texts import TextData
 from ..engine.measures import joint_goal_accuracy
 from ..errors import ConfigError
@@ -68,7 +68,11 @@ def causal_task(
     measure: str = "match",
 ) -> ContinualTask:
     """A task for a causal language model: the input, then the output, then the end of the sequence; the input's labels
-    are masked. Arguments and errors as for `seq2seq_task`.
+    are masked. A `Chat` is written by the tokenizer's chat template, and its answer as the template has it. Arguments
+    and errors as for `seq2seq_task`.
+
+    Raises:
+        ConfigError: a chat, and the tokenizer has no template, or one that does not take its turns.
     """
     lengths = _lengths(max_input, max_output, score_batch)
     writer = _Causal(tokenizer, lengths, name)
@@ -123,15 +127,49 @@ class _Causal(_Seq2Seq):
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Without the token that ends a sequence, which some tokenizers add."""
         end = self.tokenizer.eos_token_id
-        rows = [_ids(self.tokenizer, x) for x in texts]
-        rows = [r[:-1] if len(r) > 1 and r[-1] == end else r for r in rows]
+        rows = []
+        for x in texts:
+            if isinstance(x, Chat):  # the template writes all that is special
+                rows.append(_ids(self.tokenizer, self.templated(x.turns), special=False))
+                continue
+            ids = _ids(self.tokenizer, x)
+            rows.append(ids[:-1] if len(ids) > 1 and ids[-1] == end else ids)
         return [r[-self.lengths.max_input :] for r in rows]
+
+    def answer(self, x: str, y: str) -> list[int]:
+        """The output's tokens, with the end of the sequence."""
+        ids = _ids(self.tokenizer, self.answered(x.turns, y) if isinstance(x, Chat) else y, special=False)
+        end = self.tokenizer.eos_token_id
+        if isinstance(x, Chat) and end in ids:  # with which the template ends a turn; a line break may follow
+            ids = ids[: ids.index(end)]
+        return _with_end(self.tokenizer, ids, self.lengths.max_output)
+
+    def templated(self, turns: Turns, *, open_turn: bool = True) -> str:
+        """A conversation as the model was trained to see it."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError(
+                f"task {self.name}: has chat messages, and the tokenizer has no chat template; give a chat model, or "
+                "records of input and output"
+            )
+        from jinja2 import TemplateError  # what transformers' templates are written in
+
+        said = [{"role": role, "content": content} for role, content in turns]
+        try:
+            return str(self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=open_turn))
+        except (TemplateError, ValueError) as error:
+            roles = ", ".join(role for role, _ in turns)
+            raise ConfigError(
+                f"task {self.name}: the tokenizer's chat template does not take the roles {roles} ({error})"
+            ) from error
+
+    def answered(self, turns: Turns, answer: str) -> str:
+        """What follows after the open turn, where the template continues it; else the answer itself."""
+        whole, before = self.templated((*turns, ("assistant", answer)), open_turn=False), self.templated(turns)
+        return whole[len(before) :] if whole.startswith(before) else answer
 
     def batch(self, pairs: list[Pair]) -> dict[str, Tensor]:
         before = self.prompts([x for x, _ in pairs])
-        after = [
-            _with_end(self.tokenizer, _ids(self.tokenizer, y, special=False), self.lengths.max_output) for _, y in pairs
-        ]
+        after = [self.answer(x, y) for x, y in pairs]
         # on the right while learning, where positions count from the first token
         out = self._padded([b + a for b, a in zip(before, after, strict=True)], left=False)
         rows = [[MASKED] * len(b) + a for b, a in zip(before, after, strict=True)]

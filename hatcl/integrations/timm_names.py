@@ -163,7 +163,7 @@ def create_hat_model(
         num_tasks = len(num_classes)
     widths = list(num_classes) if isinstance(num_classes, Sequence) else None
     if widths is not None:
-        options["num_classes"] = max(widths)
+        options["num_classes"] = max(2, *widths)  # the map tells no head by a single output; each task gets its width
     elif num_classes is not None:
         options["num_classes"] = num_classes
     options = {k: v for k, v in options.items() if v is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from continual_parts import texts, tokenizer, vocabulary  # noqa: E402
 from hatcl.continual import TextData, Turn, causal_task, learn_sequence, read_texts, seq2seq_task  # noqa: E402
 from hatcl.continual.generation import check_some_label  # noqa: E402
 from hatcl.continual.text_scores import matches  # noqa: E402
+from hatcl.data.pairs import Chat  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -181,3 +183,49 @@ def test_real_dialogues_on_a_t5_of_random_weights(tmp_path):
     result = learn_sequence(model, tasks, "tasl", {"epochs": 3, "batch_size": 8, "lr": 3e-2}, folder=tmp_path)
     assert all(last < first for first, last in result.losses)
     assert all(0 <= v <= 1 for v in result.rows[-1])
+
+
+# --- chats ---
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    "{{ 'ask ' if m.role == 'user' else 'warm ' }}{{ m.content }}{{ ' </s> ' if m.role == 'assistant' else ' : ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'warm ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def chatty():
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = TEMPLATE
+    return words
+
+
+def test_a_chat_is_written_by_the_template_and_only_answers_are_learned(chatty):
+    turns = [("user", "w1 w2"), ("assistant", "red"), ("user", "w3")]
+    pairs = [(Chat(turns[:1]), "red"), (Chat(turns), "green blue")]
+    task = causal_task("t", TextData(pairs, [], pairs), chatty)
+    batch = task.collate(pairs)
+    whole = chatty.apply_chat_template(
+        [{"role": r, "content": c} for r, c in (*turns, ("assistant", "green blue"))], tokenize=False
+    )
+    assert batch["input_ids"][1].tolist() == chatty(whole, add_special_tokens=False)["input_ids"]
+    learned = [chatty.decode(row[row != -100]) for row in batch["labels"]]
+    assert learned == ["red </s>", "green blue </s>"]
+    # a conversation without the template would be other tokens
+    plain = causal_task("t", TextData(pairs, [], pairs), tokenizer())
+    with pytest.raises(
+        ConfigError, match="task t: has chat messages, and the tokenizer has no chat template; give a ch"
+    ):
+        plain.collate(pairs)
+    with pytest.raises(ConfigError, match=r"does not take the roles system, user \(no system here\)"):
+        task.collate([(Chat([("system", "w1"), ("user", "w2")]), "red")])
+
+
+def test_a_model_learns_to_answer_in_its_template(chatty):
+    pairs = [(Chat([("user", f"w{i}")]), ["red", "green"][i % 2]) for i in range(6)]
+    task, model = causal_task("t", TextData(pairs, [], pairs), chatty, max_output=3), adapted("causal")
+    result = learn_sequence(
+        model, [task], "sequential", {"epochs": 60, "batch_size": 6, "lr": 1e-2, "schedule": "constant"}
+    )
+    assert result.matrix[0, 0] == 1  # by heart, and it stops after the answer
