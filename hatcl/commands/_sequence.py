@@ -151,17 +151,16 @@ def image_model(options: Mapping[str, Any], stream: Sequence[ImageData], tasks: 
     return model
 
 
+def model_name(name: str, gates: bool) -> str:
+    """timm's name as the method needs it, with `hat_` in front or without."""
+    plain = name.removeprefix(PREFIX)
+    return PREFIX + plain if gates else plain
+
+
 def _check_name(name: str, method: str) -> None:
     known = hatcl.list_models("*") if method == HAT else timm.list_models()
     if name.split(".")[0] in known:
         return
-    if method == HAT and timm.is_model(name):
-        raise ConfigError(f"--model: {name} has no gates, which hat needs; give {PREFIX}{name}, or another --method")
-    if method != HAT and name.startswith(PREFIX):
-        raise ConfigError(
-            f"--model: {name} has gates, which {method} does not learn by; give {name.removeprefix(PREFIX)}, or "
-            f"--method {HAT}"
-        )
     near = nearest(name, known)
     raise ConfigError(f"--model: there is no {name!r}; did you mean {near!r}? hatcl list PATTERN shows all")
 

@@ -50,6 +50,7 @@ class Display:
         self.done: list[dict[str, float]] = []
         self.running: dict[str, float] | None = None
         self.drawn = 0.0
+        self.first = ""  # a line that is said when the method has found nothing wrong
 
     def __enter__(self) -> Display:
         if out.is_terminal and not out.quiet:
@@ -61,6 +62,9 @@ class Display:
 
     def tell(self, at: Progress) -> None:
         """What the loop tells."""
+        if self.first:
+            say(self.first)
+            self.first = ""
         if at.doing == "learning":
             self.running = {"loss": at.value, **at.measured}
             self.folder.tell(stage=at.stage, step=at.step, name=at.task, **self.running)
@@ -102,7 +106,7 @@ def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
     left, gone = without_forgotten(metrics)
     result = SequenceResult.from_dict(left)
     numbers = [i for i in range(len(metrics["tasks"])) if i not in gone]  # by which every command knows the tasks
-    out.print(matrix_table(result.rows, result.tasks, numbers))
+    out.print(matrix_table(result.rows, result.tasks, numbers, result.commonest))
     for j, name in zip(numbers, result.tasks, strict=True):
         say(f"task {j}  {name}", "dim")
     finished = len(result.rows) == len(result.tasks) and (run / runs.METRICS).exists()
@@ -110,6 +114,8 @@ def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
         out.print(_measures_table(result))
     else:
         say(f"{len(result.rows)} of {len(result.tasks)} tasks are learned; the run is not finished", "yellow")
+    for line in no_better(result, numbers):
+        say(line, "yellow")
     if gone:
         say(f"forgotten since: task {', '.join(map(str, gone))}", "yellow")
     if any("units_used" in known for known in result.facts):
@@ -122,6 +128,18 @@ def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
     show_skills(run, SHARE)
     seconds = runs.read_json(run / kept.SECONDS, list) if (run / kept.SECONDS).exists() else []
     say(f"{sum(sum(stage.values()) for stage in seconds):.0f} s", "dim")
+
+
+def no_better(result: SequenceResult, numbers: Sequence[int]) -> list[str]:
+    """A sentence for each task that was learned no better than always giving the commonest answer."""
+    scores = [row[i] for i, row in enumerate(result.rows)]  # just after each was learned
+    return [
+        f"task {number}  {name}: {100 * score:.1f} % just after learning is no better than always giving the commonest "
+        f"answer ({100 * guess:.1f} %), so nothing shows that it was learned; try more steps (--max-steps), another "
+        "rate (--lr), or more examples"
+        for number, name, score, guess in zip(numbers, result.tasks, scores, result.commonest, strict=False)
+        if score <= guess
+    ]
 
 
 def without_forgotten(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
@@ -141,6 +159,7 @@ def without_forgotten(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[
         "baseline": [metrics["baseline"][i] for i in stay] if metrics["baseline"] else [],
         "losses": [metrics["losses"][i] for i in done] if gone else metrics["losses"],
         "facts": [metrics["facts"][i] for i in done] if gone else metrics["facts"],
+        "commonest": [metrics["commonest"][i] for i in stay] if metrics.get("commonest") else [],
         "details": details,
     }
     return left, gone

@@ -16,6 +16,7 @@ from ..continual.folder import find_model
 from ..engine import folder as runs
 from ..errors import ConfigError
 from ..files import read_json
+from ..hat.extract_files import ABOUT, FORMATS
 from ._command import RunArgument, command
 from ._console import say
 
@@ -36,14 +37,20 @@ def extract_command(
     form: Annotated[
         Form, typer.Option("--format", help="safetensors: for hatcl.load_extracted; pt2 and onnx: programs.")
     ] = Form.safetensors,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export in --output.")] = False,
 ) -> dict[str, Any]:
     """Write the network that a task computes with as an ordinary smaller model, without the other tasks.
 
     The run stays as it is.
     """
     folder = find_model(run)
-    if (output / runs.CONFIG).exists():
+    if (output / runs.CONFIG).exists() and not (output / ABOUT).exists():
         raise ConfigError(f"--output {output}: a run or a saved model is there; name another folder")
+    earlier = next((name for name in FORMATS.values() if (output / name).exists()), None)
+    if earlier is not None and not replace:
+        raise ConfigError(
+            f"--output {output}: an export is there already ({earlier}); add --replace, or name another folder"
+        )
     config = read_json(run / runs.CONFIG) if (run / runs.CONFIG).exists() else {}
     shape = config.get("input_shape")
     draw = torch.Generator().manual_seed(0)

@@ -25,9 +25,20 @@ def show_finetuned(run: Path, metrics: dict[str, Any]) -> None:
     table.add_column("")
     for column in ("validation", "test"):
         table.add_column(column, justify="right")
-    for key, title in (("pretrained", "pretrained"), ("finetuned", "fine-tuned")):
-        table.add_row(title, *[percent(metrics["score"][key].get(part)) for part in ("validation", "test")])
+    titles = {"pretrained": "pretrained", "finetuned": "fine-tuned", "commonest": "always the commonest answer"}
+    for key, title in titles.items():
+        scores = metrics["score"].get(key, {})
+        table.add_row(title, *[percent(scores.get(part)) for part in ("validation", "test")])
     out.print(table)
+    part = "test" if "test" in metrics["score"]["finetuned"] else "validation"
+    score, guess = (metrics["score"].get(key, {}).get(part) for key in ("finetuned", "commonest"))
+    if score is not None and guess is not None and score <= guess:
+        say(
+            f"{percent(score)} % on the {part} examples is no better than always giving the commonest answer "
+            f"({percent(guess)} %), so nothing shows that the task was learned; try more steps (--max-steps), another "
+            "rate (--lr), or more examples",
+            "yellow",
+        )
     moved, examples = metrics["trained"], metrics["examples"]
     say(
         f"{moved['changed']:,} of {moved['elements']:,} trained elements changed; {examples['train']} training, "

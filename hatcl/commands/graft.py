@@ -58,6 +58,17 @@ def show_grafts(run: Path, metrics: dict[str, Any]) -> None:
     if metrics["finetuned_head"]:
         say(f"{', '.join(metrics['finetuned_head'])}: new, and the fine-tuned ones in all models", "dim")
     out.print(_table(models, rows))
+    for title, row in (
+        ("the fine-tuned model", models["finetuned"]),
+        *((f"{r['by']} {r['sparsity']:g}", r) for r in rows),
+    ):
+        guess = row.get("commonest")
+        if guess is not None and row["accuracy"] <= guess:
+            say(
+                f"{title}: an accuracy of {percent(row['accuracy'])} % is no better than always giving the commonest "
+                f"answer ({percent(guess)} %)",
+                "yellow",
+            )
     every = {"pretrained": models["pretrained"], "fine-tuned": models["finetuned"]}
     every |= {f"{row['by']} {row['sparsity']:g}": row for row in rows}
     try:
@@ -312,6 +323,8 @@ def _table(models: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, 
             title, share, percent(row["accuracy"]), percent(row["f1"]), "", "", percent(row["ece"]),
             *[percent(row["ood"][n]) for n in others],
         )  # fmt: skip
+    if models["pretrained"].get("commonest") is not None:
+        table.add_row("commonest answer", "", percent(models["pretrained"]["commonest"]))
     table.add_section()
     for row in rows:
         table.add_row(

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config import number
+from ..continual.folder import STATE
 from ..engine import folder as runs
 from ..errors import ConfigError
 from ..files import complete, read_json
@@ -25,16 +26,28 @@ def show_command(
 ) -> dict[str, Any]:
     """Show a run of any command, finished or not: its scores and measures, and its pictures."""
     number("--share", share, 0, 1, without="both", what="a share")
-    config = runs.stored_config(run)
-    name = "" if config is None else ALSO.get(config["command"], config["command"])
+    if not run.exists():
+        raise ConfigError(f"{run}: there is no such folder; name the folder of a run")
+    name = _command_of(run)
     if name not in COMMANDS or COMMANDS[name].show is None:
-        raise ConfigError(f"{run}: holds no run of hatcl (no {runs.CONFIG} of one); name the folder of a run")
+        saved = (run / STATE).exists()
+        more = f"; it holds a model, which hatcl describe {run} shows" if saved else "; name the folder of a run"
+        raise ConfigError(f"{run}: holds no run of hatcl (no {runs.CONFIG} of one){more}")
     metrics = _so_far(run, name)
     COMMANDS[name].show(run, metrics)  # type: ignore[misc]
     if share != SHARE:
         show_skills(run, share)
     say(run, "dim")
     return metrics
+
+
+def _command_of(run: Path) -> str:
+    """The command that shows a run; empty where the folder holds something else."""
+    try:
+        config = runs.stored_config(run)
+    except ConfigError:  # which speaks to those who would write there
+        return ""
+    return "" if config is None else ALSO.get(config["command"], config["command"])
 
 
 def _so_far(run: Path, name: str) -> dict[str, Any]:

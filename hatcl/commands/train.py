@@ -26,13 +26,12 @@ from ..data.texts import TextData
 from ..engine.processes import place, wait_for_all
 from ..engine.schedule import make_optimizer
 from ..errors import ConfigError
-from ..integrations.timm_names import PREFIX
 from ._benchmark import FromBenchmark, tasks_of_benchmark
 from ._command import Answer, Asked, Device, command
 from ._console import out, quiet, say
 from ._options import Either, absolute_path, made, options_of, spelled, usable_device
 from ._routing import about, route, show_run
-from ._sequence import HAT, gated, image_model, images, read_tasks, task_places, texts
+from ._sequence import HAT, gated, image_model, images, model_name, read_tasks, task_places, texts
 from ._shown import Display
 
 DEFAULT_MODEL = "hat_test_resnet"
@@ -75,8 +74,8 @@ def train_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help=f"Images: a timm name, for hat with hat_ in front, see hatcl list; by default {DEFAULT_MODEL}, or it "
-            "without hat_. Texts: a folder of transformers, or a name on its hub."
+            help="Images: a timm name, see hatcl list, which hat takes with hat_ in front and other methods without; "
+            f"by default {DEFAULT_MODEL}. Texts: a folder of transformers, or a name on its hub."
         ),
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Images: start from timm's weights.")] = False,
@@ -157,7 +156,7 @@ def train_command(
         asked.options |= {
             **spelled(own), **spelled(made(ImageOptions, image)),
             **{name: value for name, value in spelled(made(TextOptions, text)).items() if name in lora},
-            "model": model or (DEFAULT_MODEL if gates else DEFAULT_MODEL.removeprefix(PREFIX)),
+            "model": model_name(model or DEFAULT_MODEL, gates is not None),
             "pretrained": pretrained, "model_kwargs": dict(model_kwargs or {}),
         }  # fmt: skip
     with processes(where) as where:
@@ -194,7 +193,7 @@ def _learn(
     steps = [options.steps_of(sum(-(-len(tasks[i].train) // options.batch_size) for i in some)) or 0 for some in stages]
     names = [tasks[some[0]].name if len(some) == 1 else "all" for some in stages]
     with folder.claimed(**facts), Display(folder, names, steps) as display:
-        say(f"{method.name}: {len(tasks)} tasks, run folder {folder.path}")
+        display.first = f"{method.name}: {len(tasks)} tasks, run folder {folder.path}"
         continual.learn_sequence(network, tasks, method, options, folder=folder.path, on_progress=display.tell)
     if asked.options["router"] and not isinstance(data, dict):
         route(folder.path, network, data, asked.options)

@@ -284,6 +284,8 @@ def drop_task(run: Path, task: int) -> None:
         for i, row in enumerate(rows):
             rows[i] = [None if i in gone or j in gone else value for j, value in enumerate(row)]
         stay = [i for i in range(len(rows)) if i not in gone]
+        if task < len(content.get("commonest", [])):
+            content["commonest"][task] = None
         left = measures.matrix([[_score(rows[i][j]) for j in stay] for i in stay]) if stay else None
         for name in ("average_accuracy", "forgetting", "backward_transfer"):
             content[name] = None if left is None else getattr(measures, name)(left)

@@ -210,7 +210,12 @@ def _task(name: str, data: TextData, writer: _Seq2Seq, measure: str) -> Continua
         return score
 
     validate = score_of(data.validation, []) if data.validation else None
-    return ContinualTask(name, data.train, writer.batch, loss, score_of(data.test, data.turns), validate, shared=True)
+    chosen = measure == "match" and not data.turns  # of texts that are free, none is a guess
+    said, held_out = ([y for _, y in pairs] if chosen else [] for pairs in (data.test, data.validation))
+    return ContinualTask(
+        name, data.train, writer.batch, loss, score_of(data.test, data.turns), validate, shared=True, answers=said,
+        validation_answers=held_out,
+    )  # fmt: skip
 
 
 def _lengths(max_input: int, max_output: int, score_batch: int) -> Lengths:

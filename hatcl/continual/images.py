@@ -130,9 +130,14 @@ def image_tasks(
             image is used. seed: of the choice.
 
     Raises:
-        ConfigError: an option outside its range; a share that holds out no image.
+        ConfigError: an option outside its range; a share that holds out no image; a task of one class.
     """
     chosen = ImageOptions().changed(options)
+    if single := next((data for data in stream if data.num_classes < 2), None):
+        raise ConfigError(
+            f"task {single.name}: its training labels are all of one class, expected at least 2 classes; give it "
+            "images of another class as well, or leave the task out"
+        )
     first = itertools.accumulate((data.num_classes for data in stream), initial=0)
     parts = [data.on_validation(chosen.validation, seed) if validated else data for data in stream]
     made = [_ImageParts(data, chosen, start if one_head else 0) for data, start in zip(parts, first, strict=False)]
@@ -140,6 +145,7 @@ def image_tasks(
         ContinualTask(
             of.data.name, range(len(of.data.x_train)), of.collate, of.loss, of.score,
             of.score if validated else None, hidden_states, of.outputs, whole_data.digest(),
+            answers=of.data.y_test.tolist(), validation_answers=of.data.y_test.tolist() if validated else (),
         )
         for of, whole_data in zip(made, stream, strict=True)
     ]  # fmt: skip

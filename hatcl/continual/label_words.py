@@ -74,6 +74,8 @@ def label_word_task(
         if data.validation
         else None,
         head.hidden,
+        answers=[y for _, y in data.test],
+        validation_answers=[y for _, y in data.validation],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,9 @@ def with_adapter(base: nn.Module, options: TextOptions, beside: Sequence[str] = 
             target_modules=list(options.target) or None, use_rslora=options.use_rslora, use_dora=options.use_dora,
             modules_to_save=[*options.modules_to_save, *beside] or None,
         )  # fmt: skip
-        return peft.get_peft_model(base, lora)
+        with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            return peft.get_peft_model(base, lora)
     except ValueError as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(

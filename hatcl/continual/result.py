@@ -31,6 +31,7 @@ class SequenceResult:
         losses: the mean training loss of the first and of the last tenth of each stage's steps.
         facts: what the method tells of each stage (`Method.facts`). details: and of the whole (`Method.finish`); empty
             until the run is finished.
+        commonest: each task's score of always giving the commonest answer, NaN where that means nothing.
     """
 
     method: str
@@ -41,6 +42,7 @@ class SequenceResult:
     losses: list[list[float]] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    commonest: list[float] = field(default_factory=list)
 
     @property
     def matrix(self) -> np.ndarray:
@@ -93,6 +95,7 @@ class SequenceResult:
             "losses": [[_known(v) for v in pair] for pair in self.losses],
             "facts": self.facts,
             "details": self.details,
+            "commonest": [_known(v) for v in self.commonest],
             **({n: _known(v) for n, v in self.measures.items()} if len(self.rows) == len(self.tasks) else {}),
         }
 
@@ -111,6 +114,7 @@ class SequenceResult:
             losses=[read(pair) for pair in content["losses"]],
             facts=[dict(stage) for stage in content["facts"]],
             details=dict(content["details"]),
+            commonest=read(content.get("commonest", [])),
         )
 
 

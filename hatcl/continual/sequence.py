@@ -17,6 +17,7 @@ from ..calls import device_of, seeded
 from ..engine import folder as checkpoints
 from ..engine.folder import METRICS, tidy
 from ..engine.loop import Loop, Progress, Tell, Work
+from ..engine.measures import commonest_share
 from ..engine.options import LoopOptions
 from ..engine.processes import place, wait_for_all
 from ..engine.schedule import make_optimizer
@@ -189,7 +190,9 @@ class _Run:
         self.optimizer: torch.optim.Optimizer | None = None
         self.scaler: torch.amp.GradScaler | None = None
         self.moments: dict[str, Any] = {}  # the state of one optimizer for all tasks, and of its scaler
-        self.result = SequenceResult(method.name, [t.name for t in tasks])
+        self.result = SequenceResult(method.name, [t.name for t in tasks], commonest=[
+            commonest_share(t.validation_answers if options.score_on == "validation" else t.answers) for t in tasks
+        ])  # fmt: skip
 
     def go(self) -> SequenceResult:
         if not any(p.requires_grad for p in self.model.parameters()):

@@ -33,6 +33,8 @@ class ContinualTask:
         outputs: what the model says to the test set, in its order, on the CPU: what `hat` compares bit for bit between
             sealing and the end of a run. None = what its forward gives for the first `SEEN` training examples.
         digest: of the task's data, so that a run that is resumed knows them again.
+        answers: the right answers of the test set, and validation_answers those of the validation data, where always
+            giving the commonest of them is something to compare a score with.
         shared: do `collate` and `loss` fit the examples of any other such task too (generation: all is in the texts)?
             Then what a run before remembers can be learned again.
     """
@@ -47,6 +49,8 @@ class ContinualTask:
     outputs: Callable[[nn.Module], Tensor] | None = None
     digest: str = ""
     shared: bool = False
+    answers: Sequence[Any] = ()
+    validation_answers: Sequence[Any] = ()
 
     def inputs(self, count: int = 2) -> Any:
         """What the model's forward takes for the first training examples. A collate that draws random numbers draws the

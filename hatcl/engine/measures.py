@@ -9,6 +9,7 @@ a batch, `n` in all, `C` classes, `M` bins.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,11 @@ LogitsFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 def top1(logits: Tensor, labels: Tensor) -> float:
     """Share of rows whose largest logit is at the label."""
     return float((logits.argmax(-1) == labels.to(logits.device)).double().mean())
+
+
+def commonest_share(answers: Sequence[Hashable]) -> float:
+    """The accuracy of always giving the commonest answer; NaN where there are none."""
+    return max(Counter(answers).values()) / len(answers) if len(answers) else math.nan
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

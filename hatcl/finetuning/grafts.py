@@ -19,7 +19,7 @@ from torch import nn
 from ..data.images import Images, npz_task
 from ..data.texts import read_texts
 from ..engine import folder as checkpoints
-from ..engine.measures import Predictions, agreement, gain_kept, predict
+from ..engine.measures import Predictions, agreement, commonest_share, gain_kept, predict
 from ..errors import ConfigError, GraftError, IntegrityError
 from ..files import complete, replaced_folder, sha256_of
 from ..grafts import Graft, GraftOptions, GraftScores, LearnedGraft, candidates, learn_graft, select_graft
@@ -308,6 +308,7 @@ class Scene:
         calibration = own.calibration(self.bins)
         return {
             "score": MEASURES[self.run.task.measure].of(own.probabilities, own.labels), "accuracy": own.accuracy,
+            "commonest": commonest_share(own.labels.tolist()) if own.labels.dim() == 1 else None,
             "f1": own.f1, "ece": calibration.ece, "mce": calibration.mce, "calibration": calibration.to_dict(),
             "ood": {n: p.accuracy for n, p in said.items() if n},
         }  # fmt: skip

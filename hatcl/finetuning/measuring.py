@@ -42,6 +42,15 @@ MEASURES = {
 }
 
 
+def constant_answer(measure: str, labels: Tensor, classes: int) -> float:
+    """What always giving the commonest answer is worth; always the mean score, where labels are scores."""
+    kind, labels = MEASURES[measure], labels.cpu()
+    if kind.of_scores:
+        return kind.of(labels.double().mean(0).expand(len(labels), -1), labels)
+    guess = F.one_hot(torch.bincount(labels, minlength=classes).argmax(), classes).double()
+    return kind.of(guess.expand(len(labels), -1), labels)
+
+
 def measured_by(measure: str, model: nn.Module, batches: Batches) -> float:
     """A model's worth on labelled batches, in evaluation mode.
 

@@ -14,7 +14,7 @@ from ..config import one_of
 from ..data.images import Images
 from ..engine.measures import accuracy
 from ..errors import ConfigError
-from .measuring import MEASURES, measured_by
+from .measuring import MEASURES, constant_answer, measured_by
 
 PARTS = ("train", "validation", "test")
 LabelledBatch = tuple[Any, Tensor]
@@ -117,6 +117,11 @@ class FinetuneTask:
         if self.measure == "accuracy":
             return self.accuracy(model, part, size)
         return measured_by(self.measure, model, self.batches(part, size))
+
+    def constant_score(self, part: str | Examples = "test", size: int = 64) -> float:
+        """The score of always giving the commonest answer."""
+        labels = torch.cat([labels for _, labels in self.batches(part, size)])
+        return constant_answer(self.measure, labels, len(self.labels))
 
 
 class TaskBatches:

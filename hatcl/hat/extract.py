@@ -138,6 +138,8 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
         )
     check_sealed(model, [task])
     inputs = example_inputs_of(model) if example_inputs is None else example_inputs
+    if any(x.numel() == 0 for x in tensors_of(inputs, "example_inputs")):
+        raise ConfigError(f"example_inputs: got {shapes(inputs)}, which holds no example; pass one or more")
     want = _under_task(model, inputs, task)
     if not any(bool(x.isfinite().any()) for x in want.values()):
         raise ConfigError(

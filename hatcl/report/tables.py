@@ -11,11 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 
-def matrix_table(rows: Sequence[Sequence[float]], names: Sequence[str], numbers: Sequence[int] | None = None) -> Table:
+def matrix_table(
+    rows: Sequence[Sequence[float]],
+    names: Sequence[str],
+    numbers: Sequence[int] | None = None,
+    commonest: Sequence[float] = (),
+) -> Table:
     """The accuracy matrix: a row per task learned, a column per task tested, in percent; NaN was not measured.
 
     Args:
-        numbers: of the tasks; None = 0, 1, 2, ...
+        numbers: of the tasks; None = 0, 1, 2, ... commonest: each task's score of always giving the commonest answer.
     """
     numbers = range(len(names)) if numbers is None else numbers
     table = Table(title="accuracy in % (row: learned, column: tested)", box=box.SIMPLE_HEAD, title_justify="left")
@@ -29,6 +34,10 @@ def matrix_table(rows: Sequence[Sequence[float]], names: Sequence[str], numbers:
         ]
         cells += [Text("·", style="dim")] * (len(names) - len(row))
         table.add_row(f"{numbers[i]} {names[i]}", *cells)
+    if any(not math.isnan(value) for value in commonest):
+        table.add_section()
+        cells = [Text("·" if math.isnan(value) else f"{100 * value:.1f}", style="dim") for value in commonest]
+        table.add_row("always the commonest answer", *cells, style="dim")
     return table
 
 

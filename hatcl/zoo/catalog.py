@@ -15,7 +15,7 @@ from timm.models import _registry
 from torch import nn
 
 from ..errors import ConfigError, nearest
-from ..integrations.timm_names import example_input, timm_source
+from ..integrations.timm_names import PREFIX, example_input, timm_source
 
 Made = tuple[nn.Module, Any]
 
@@ -219,8 +219,9 @@ def names() -> list[str]:
 
 
 def find(pattern: str = "*", family: str | None = None) -> list[str]:
-    """The names that match a shell pattern, of one family if given. Options after the pattern come with each."""
-    pattern, colon, options = pattern.partition(":")
+    """The names that match a shell pattern, of one family if given; of a timm name also with `hat_` in front. Options
+    after the pattern come with each."""
+    pattern, colon, options = pattern.removeprefix(PREFIX).partition(":")
     found = [f"{n}{colon}{options}" for n in fnmatch.filter(names(), pattern)]
     return [n for n in found if known(n).family == family] if family else found
 

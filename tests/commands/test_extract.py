@@ -46,3 +46,14 @@ def test_a_forgotten_task_is_refused(run, tmp_path, capsys, form):
     assert call(capsys, "forget", copy, "--task", "1")[0] == 0
     code, _, err = call(capsys, "extract", copy, "--task", "1", "--output", tmp_path / "small", "--format", form)
     assert code == 2 and "task 1 is not sealed" in err and not (tmp_path / "small").exists()
+
+
+def test_an_earlier_export_is_not_replaced_in_silence(run, tmp_path, capsys):
+    small = tmp_path / "small"
+    assert call(capsys, "extract", run, "--task", "0", "--output", small)[0] == 0
+    before = (small / "model.safetensors").read_bytes()
+    code, _, err = call(capsys, "extract", run, "--task", "1", "--output", small)
+    assert code == 2 and "an export is there already (model.safetensors); add --replace, or name another" in err
+    assert (small / "model.safetensors").read_bytes() == before
+    assert call(capsys, "extract", run, "--task", "1", "--output", small, "--replace")[0] == 0
+    assert (small / "model.safetensors").read_bytes() != before

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "finetuning"))
 from command_parts import call  # noqa: E402
 from finetuning_parts import causal, like_roberta, model_folder, on_bytes, roberta_tokenizer  # noqa: E402
 
+from hatcl.commands.finetune import show_finetuned  # noqa: E402
 from hatcl.data.pairs import Sentences  # noqa: E402
 from hatcl.data.published import PUBLISHED_TASKS  # noqa: E402
 from hatcl.data.texts import read_texts  # noqa: E402
@@ -222,3 +223,16 @@ def test_on_real_pairs(name, labels, here, capsys):
     assert 0 <= run.metrics["score"]["finetuned"]["test"] <= 1
     longest = max(run.task.length(x) for x in run.task.train)
     assert longest <= 40
+
+
+@pytest.mark.parametrize("score, said", [(0.5, True), (0.51, False), (0.4, True)])
+def test_a_result_no_better_than_the_commonest_answer_is_said(tmp_path, capsys, score, said):
+    scores = {"pretrained": {"test": 0.4}, "finetuned": {"test": score}, "commonest": {"test": 0.5}}
+    metrics = {
+        "task": "t", "measure": "accuracy", "score": scores, "seconds": 1.0, "trained": {"changed": 1, "elements": 1},
+        "examples": {"train": 1, "validation": 0, "test": 2},
+    }  # fmt: skip
+    show_finetuned(tmp_path, metrics)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "always the commonest answer" in out
+    assert ("on the test examples is no better than always giving the commonest answer (50.0 %)" in out) is said

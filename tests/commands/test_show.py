@@ -38,5 +38,35 @@ def test_what_is_no_run(tmp_path, capsys):
     runs.write_json(tmp_path / "config.json", {"command": "cook", "options": {}})
     code, _, err = call(capsys, "show", tmp_path)
     assert code == 2 and "holds no run of hatcl" in err
+    code, _, err = call(capsys, "show", tmp_path / "nowhere")
+    assert code == 2 and "nowhere: there is no such folder; name the folder of a run" in err
     code, _, err = call(capsys, "show", tmp_path, "--share", "1")
     assert code == 2 and "--share: got 1.0, expected a share between 0 and 1, without these" in err
+
+
+def test_a_saved_model_is_no_run(run, capsys):
+    code, _, err = call(capsys, "show", run / "model")
+    assert code == 2 and "--output" not in err
+    assert f"it holds a model, which hatcl describe {run / 'model'} shows" in err
+    assert call(capsys, "describe", run / "model")[0] == 0
+
+
+def test_a_task_that_learned_nothing_is_said(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    metrics = json.loads((copy / "metrics.json").read_text())
+    assert metrics["commonest"] == [0.5, 0.5, 0.5]
+    metrics["matrix"] = [[0.9] * 3 for _ in range(3)]
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    shown = " ".join(call(capsys, "show", copy)[1].split())
+    assert "always the commonest answer" in shown and "no better than" not in shown
+    metrics["matrix"][1][1] = 0.5
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    shown = " ".join(call(capsys, "show", copy)[1].split())
+    assert (
+        "task 1 t1: 50.0 % just after learning is no better than always giving the commonest answer (50.0 %), so "
+        "nothing shows that it was learned; try more steps (--max-steps)"
+    ) in shown and shown.count("no better than") == 1
+    del metrics["commonest"]  # a run of an earlier hatcl
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    code, out, _ = call(capsys, "show", copy)
+    assert code == 0 and "commonest" not in out

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -127,6 +128,37 @@ def test_scores_of_validation_images(tmp_path, capsys):
     assert call(capsys, "certify", tmp_path / "run")[0] == 0
 
 
+# --- what is plainly meant ---
+
+
+@pytest.mark.parametrize("method, given_as, learned", [
+    ("hat", "test_resnet", "hat_test_resnet"), ("hat", "hat_test_resnet", "hat_test_resnet"),
+    ("joint", "hat_test_resnet", "test_resnet"), ("joint", "test_resnet", "test_resnet"),
+])  # fmt: skip
+def test_a_models_name_with_and_without_gates(tmp_path, capsys, method, given_as, learned):
+    paths, output = write_tasks(tmp_path, 1), tmp_path / "run"
+    args = ("train", *given(paths), "--method", method, "--model", given_as, "--output", output)
+    code, _, err = call(capsys, *args, "--max-steps", "1", "--device", "cpu")
+    assert code == 0, err
+    assert json.loads((output / "config.json").read_text())["options"]["model"] == learned
+
+
+def test_a_task_of_one_class_is_refused_before_a_folder_is_made(tmp_path, capsys):
+    (path,) = write_tasks(tmp_path, 1)
+    arrays = dict(np.load(path))
+    np.savez(path, **{n: a * 0 if n.startswith("y") else a for n, a in arrays.items()})
+    code, out, err = call(capsys, "train", *given([path]), "--output", tmp_path / "run")
+    assert code == 2 and "task t0: its training labels are all of one class, expected at least 2 classes" in err
+    assert not (tmp_path / "run").exists() and "run folder" not in out
+
+
+def test_what_a_method_refuses_is_refused_before_the_first_line(tmp_path, capsys):
+    pytest.importorskip("peft")
+    args = ("train", *given(write_tasks(tmp_path, 1)), "--method", "ilora", *VIT, "--output", tmp_path / "run")
+    code, out, err = call(capsys, *args, "--set", "previous_task_model=nowhere", "--device", "cpu")
+    assert code == 2 and "nowhere" in err and not out.strip() and not (tmp_path / "run").exists()
+
+
 # --- errors ---
 
 
@@ -152,11 +184,6 @@ def test_scores_of_validation_images(tmp_path, capsys):
         (["--model-kwargs", "drop_rate"], "--model-kwargs: got 'drop_rate', expected key=value"),
         (["--set", "max_scal=3"], "did you mean 'max_scale'"),
         (["--set", "schedule=cosin"], "did you mean 'cosine'"),
-        (["--model", "test_resnet"], "--model: test_resnet has no gates, which hat needs; give hat_test_resnet, or"),
-        (
-            ["--method", "joint", "--model", "hat_test_resnet"],
-            "has gates, which joint does not learn by; give test_re",
-        ),
         (["--method", "joint", "--model", "vit_tiny_patch16_224"], "does not take images of [3, 32, 32]"),
         (["--method", "joint", "--rank", "3"], "--rank: has no effect on learning images by joint, which adapts"),
         (["--method", "tasl", "--target", "no"], "peft cannot adapt this model"),

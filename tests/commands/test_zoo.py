@@ -126,6 +126,10 @@ def test_zoo_says_what_it_cannot_do(proving, capsys, args, text):
     )
 
 
+def test_a_name_with_hat_in_front_is_timms(proving, capsys):
+    assert call(capsys, "zoo", "hat_test_resnet")[0] == 0 and proving.asked == ["test_resnet"]
+
+
 def test_zoo_publishes_in_a_checkout(proving, capsys):
     proving.checkout()
     proving.rows = {"test_vit": FAILED}

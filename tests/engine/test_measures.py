@@ -19,6 +19,7 @@ from hatcl.engine.measures import (
     accuracy_per_class,
     agreement,
     calibration,
+    commonest_share,
     gain_kept,
     predict,
 )
@@ -300,3 +301,9 @@ def logits_of(value):
 def test_errors(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@given(st.lists(st.integers(0, 3), min_size=1))
+def test_no_constant_answer_is_right_more_often_than_the_commonest(answers):
+    shares = [answers.count(x) / len(answers) for x in range(4)]
+    assert commonest_share(answers) == max(shares) and math.isnan(commonest_share([]))

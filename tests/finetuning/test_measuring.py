@@ -17,7 +17,7 @@ from hatcl.continual import TextData  # noqa: E402
 from hatcl.engine.measures import correlation  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 from hatcl.finetuning import FinetuneOptions, FinetuneTask, finetune_, prompt_task  # noqa: E402
-from hatcl.finetuning.measuring import MEASURES, measured_by  # noqa: E402
+from hatcl.finetuning.measuring import MEASURES, constant_answer, measured_by  # noqa: E402
 
 CLASSES = st.integers(2, 4).flatmap(
     lambda c: st.tuples(st.just(c), st.lists(st.tuples(st.integers(0, c - 1), st.integers(0, c - 1)), min_size=2))
@@ -107,3 +107,14 @@ def test_regressions_that_do_not_fit():
         prompt_task(DATA, masked(), minilm(), words=WORDS, max_length=32, measure="pearson")
     with pytest.raises(ConfigError, match="measure: got 'f2', expected one of"):
         prompt_task(DATA, masked(), minilm(), words=WORDS, max_length=32, measure="f2")
+
+
+def test_what_a_constant_answer_is_worth():
+    labels = torch.tensor([0, 1, 1, 1])
+    assert constant_answer("accuracy", labels, 2) == 0.75 and constant_answer("mcc", labels, 2) == 0
+    assert constant_answer("f1", labels, 2) == pytest.approx(6 / 7, abs=1e-12)  # 2 tp / (2 tp + fp + fn)
+    scores = torch.tensor([[0.2, 0.8], [0.9, 0.1]])
+    assert constant_answer("pearson", scores, 2) == 0
+    task = prompt_task(DATA, masked(), minilm(), words=WORDS, max_length=32)
+    answers = [y for _, y in DATA.test]
+    assert task.constant_score("test") == max(map(answers.count, answers)) / len(answers)

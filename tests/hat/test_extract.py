@@ -421,3 +421,9 @@ def test_what_cannot_be_mended_at_full_width_raises(monkeypatch):
     monkeypatch.setattr(extract, "weights_of_task", lambda *a: {k: v * 1.01 for k, v in right(*a).items()})
     with pytest.raises(hatcl.ConversionError, match="does not agree with the model, also at full width.*report"):
         hatcl.extract_task(model, 0, images("mlp", 2))
+
+
+def test_a_batch_without_examples_is_refused():
+    model = pretend(converted("mlp"))
+    with pytest.raises(hatcl.ConfigError, match=r"example_inputs: got float32\[0, 3, 4, 4\], which holds no example"):
+        hatcl.extract_task(model, 0, images("mlp")[:0])
