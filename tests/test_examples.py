@@ -20,6 +20,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = [
     "README.md", "docs/hat.md", "docs/merging.md", "docs/atlas.md", "docs/tasl.md", "docs/ilora.md",
     "docs/grafts.md", "docs/architecture.md", "docs/exactness.md", "docs/stack.md",
+    "docs/predict.md",
 ]  # fmt: skip
 EXTRAS = {
     "sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots", "open_clip": "clip",
