@@ -33,7 +33,7 @@ from torch import nn
 import hatcl
 from hatcl import atlas, grafts
 from hatcl.continual import LearnOptions, TextData, label_word_task, learn_sequence, read_texts
-from hatcl.engine.measures import agreement, gain_kept, predict
+from hatcl.engine.measures import agreement, gain_kept, predictions_of
 from hatcl.finetuning import FinetuneOptions, FinetuneTask, finetune_, k_shot, labels_task, trained_names
 from hatcl.report.calibration import draw_graft_curve
 
@@ -160,12 +160,12 @@ def rows(
     test, outside = (list(t.batches("test", 64)) if t else [] for t in (task, other))
     only = trained_names(task, FinetuneOptions())
     base = task.model
-    truth = predict(finetuned, test, task.logits)
+    truth = predictions_of(finetuned, test, task.logits)
 
     def row(model: nn.Module) -> dict[str, float]:
-        found = predict(model, test, task.logits)
+        found = predictions_of(model, test, task.logits)
         out = {"accuracy": found.accuracy, "ece": found.calibration().ece, "agreement": agreement(found, truth)}
-        return out | ({"ood": predict(model, outside, task.logits).accuracy} if outside else {})
+        return out | ({"ood": predictions_of(model, outside, task.logits).accuracy} if outside else {})
 
     def graft(way: str, s: float) -> hatcl.Graft:
         if way == "learned":

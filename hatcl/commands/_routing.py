@@ -13,7 +13,7 @@ from torch import nn
 import hatcl
 
 from ..continual.images import ImageOptions
-from ..continual.routing import EachPrepared, image_router, measured
+from ..continual.routing import EachPrepared, image_router, routing_measures
 from ..data.images import ImageData
 from ..engine import folder as runs
 from ..errors import ConfigError
@@ -23,7 +23,7 @@ from ._options import made
 from ._shown import draw_into, show_learning
 
 ROUTER, ABOUT, CONFUSION = "router.safetensors", "router.json", "router.png"
-SHOWN = {
+ROUTED = {
     "task found": "task_accuracy",
     "by the largest logit": "largest_logit",
     "class-incremental": "class_incremental",
@@ -38,7 +38,7 @@ def route(run: Path, model: nn.Module, stream: Sequence[ImageData], options: Map
         stream = [data.on_validation(of_images.validation, options["seed"]) for data in stream]
     say("router: statistics of every task's training images", "dim")
     router = image_router(model, stream, of_images, {"seed": options["seed"]})
-    found = measured(router, model, stream, of_images)
+    found = routing_measures(router, model, stream, of_images)
     router.save(run / ROUTER)
     prepared = EachPrepared.of(stream, of_images).to_dict()
     runs.write_json(run / ABOUT, {"tasks": [d.name for d in stream], "prepared": prepared, "measured": found})
@@ -91,8 +91,8 @@ def _show_routing(run: Path) -> None:
         say("router: not measured since a task was forgotten", "yellow")
         return
     table = Table(box=box.SIMPLE_HEAD, title="without the task being told, in %", title_justify="left")
-    for name in SHOWN:
+    for name in ROUTED:
         table.add_column(name, justify="right")
-    table.add_row(*(percent(found[key]) for key in SHOWN.values()))
+    table.add_row(*(percent(found[key]) for key in ROUTED.values()))
     out.print(table)
     draw_into(run / CONFUSION, lambda: draw_routing(found["confusion"], known["tasks"]))

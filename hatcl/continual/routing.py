@@ -60,15 +60,15 @@ def image_router(
     made = TaskRouter(model, RouterOptions().changed(router), prepare=EachPrepared.of(stream, options))
     for t in [t for t in tasks(model) if t < len(stream)]:
         data = stream[t]
-        made.add_task(t, _as_stored(data.x_train, data.y_train).batches(options.eval_batch_size))
+        made.add_task(t, _unprepared(data.x_train, data.y_train).batches(options.eval_batch_size))
     return made
 
 
-def _as_stored(x: Any, y: np.ndarray) -> Images:
+def _unprepared(x: Any, y: np.ndarray) -> Images:
     return Images(x, y.astype(np.int64), lambda images: torch.from_numpy(np.ascontiguousarray(images)))
 
 
-def measured(
+def routing_measures(
     router: TaskRouter, model: nn.Module, stream: Sequence[ImageData], options: ImageOptions
 ) -> dict[str, Any]:
     """How well test images find their task and their class.
@@ -84,7 +84,7 @@ def measured(
     told: list[Tensor] = []
     for t in router.tasks:
         data = stream[t]
-        for x, y in _as_stored(data.x_test, data.y_test).batches(options.eval_batch_size):
+        for x, y in _unprepared(data.x_test, data.y_test).batches(options.eval_batch_size):
             said = {other: router.seen(model, x, other)[1].float().cpu() for other in router.tasks}
             found = predict(model, x, router=router, among=router.tasks)
             task, label = found.task.cpu(), found.label.cpu()

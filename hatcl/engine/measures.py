@@ -234,7 +234,7 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> Calibrat
     return Calibration(edges, count, sums[0] / count, sums[1] / count)  # 0/0 is NaN
 
 
-def predict(model: nn.Module, batches: Batches, logits_fn: LogitsFn | None = None) -> Predictions:
+def predictions_of(model: nn.Module, batches: Batches, logits_fn: LogitsFn | None = None) -> Predictions:
     """What a model says of labelled examples, in evaluation mode; for the arguments see `answers`.
 
     Raises:
@@ -255,7 +255,7 @@ def agreement(a: Predictions, b: Predictions) -> float:
     if a.labels.shape != b.labels.shape or not torch.equal(a.labels, b.labels):
         raise ConfigError(
             f"agreement: got predictions of {len(a.labels)} and of {len(b.labels)} examples that are not the same; "
-            "predict both from the same batches in the same order"
+            "take both from the same batches in the same order"
         )
     return float((a.predicted == b.predicted).double().mean())
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..data.images import Images, npz_task
 from ..data.texts import read_texts
 from ..engine import folder as checkpoints
-from ..engine.measures import Predictions, agreement, commonest_share, gain_kept, predict
+from ..engine.measures import Predictions, agreement, commonest_share, gain_kept, predictions_of
 from ..errors import ConfigError, GraftError, IntegrityError
 from ..files import complete, replaced_folder, sha256_of
 from ..grafts import Graft, GraftOptions, GraftScores, LearnedGraft, candidates, learn_graft, select_graft
@@ -301,7 +301,7 @@ class Scene:
 
     def _predicted(self, model: nn.Module) -> dict[str, Predictions]:
         task = self.run.task
-        return {n: predict(model, task.batches(x, EVALUATION_BATCH), task.logits) for n, x in self.sets.items()}
+        return {n: predictions_of(model, task.batches(x, EVALUATION_BATCH), task.logits) for n, x in self.sets.items()}
 
     def _row(self, said: Mapping[str, Predictions]) -> dict[str, Any]:
         own = said[""]

@@ -89,7 +89,7 @@ class FinetuneTask:
 
     @staticmethod
     def logits(model: nn.Module, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
-        """`[B, C]` and the labels `[B]` of a batch, on the model's device, as `engine.measures.predict` takes them."""
+        """Logits `[B, C]` and labels `[B]`, on the model's device, as `engine.measures.predictions_of` takes them."""
         found = outputs(model, batch[0])
         return found, batch[1].to(found.device)
 

@@ -76,7 +76,8 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False, descendan
     are dropped, and its index is free to be learned again. Every other task stays bit-identical. If the task is the
     default, the plain model becomes it. Nothing of the task is left in the model: what was kept of it for speed and all
     gradients of what was erased are gone too. What lies elsewhere is for you to delete: checkpoints and saved models,
-    metrics and logs of the task, its data, and the state of optimizers that trained it.
+    metrics and logs of the task, its data, the state of optimizers that trained it, and its
+    statistics in a router (`TaskRouter.remove_task`).
 
     Args:
         dry_run: only report; the report then lists exactly what a real run would erase.

@@ -51,7 +51,7 @@ class RouterOptions(Changeable):
 
 
 @dataclass
-class Known:
+class KnownTask:
     """What a router keeps of one task.
 
     Attributes:
@@ -83,7 +83,7 @@ class Known:
         return {"p": self.p, **of_spaces}
 
 
-def digests_of(model: nn.Module, of_task: int) -> dict[str, str]:
+def sealed_digests(model: nn.Module, of_task: int) -> dict[str, str]:
     """The digests of a task as it was sealed; where a loaded state did not bring them, of what is there."""
     return dict(gates_of(model)[0].digests.get(of_task) or task_digests(model, of_task))
 
@@ -160,7 +160,7 @@ class Gathered:
             for sums, of in ((self.grams, phi.T @ phi), (self.classes, phi.T @ onehot)):
                 sums[a] = sums[a].add_(of) if a in sums else of
 
-    def known(self, digests: dict[str, str]) -> Known:
+    def known(self, digests: dict[str, str]) -> KnownTask:
         """What the router keeps.
 
         Raises:
@@ -174,4 +174,4 @@ class Gathered:
             )
         sums = {a: Sums.of(gram, self.classes[a][:, labels], self.options.rank) for a, gram in self.grams.items()}
         counts = self.counts[labels].tolist()
-        return Known(labels, counts, self.p[self.new], sums, self.dtype, digests)
+        return KnownTask(labels, counts, self.p[self.new], sums, self.dtype, digests)

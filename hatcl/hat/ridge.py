@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GRID = torch.logspace(-8, 2, 41, dtype=torch.float64)
+STRENGTHS = torch.logspace(-8, 2, 41, dtype=torch.float64)
 """The strengths of the ridge that are tried, in units of the mean eigenvalue of the sums."""
 
 
@@ -76,7 +76,7 @@ def ridge(every: Sequence[Sums], examples: int) -> Tensor:
     values = values.clamp(min=0)
     targets = vectors.T @ torch.cat([sums.classes for sums in every], 1)
     weight = targets.square().sum(1)
-    grid = (GRID * values.mean()).unsqueeze(1)
+    grid = (STRENGTHS * values.mean()).unsqueeze(1)
     kept = values / (values + grid)
     error = examples - ((2 - kept) * weight / (values + grid)).sum(1)
     free = examples - kept.sum(1)

@@ -28,15 +28,15 @@ from ..vectors.files import read_metadata
 from ..vectors.tensors import named_tensors
 from .features import Features, features_and_outputs
 from .gates import gates_of
-from .known import Gathered, Known, RouterOptions, changed_digest, digests_of, labelled, rows_of
+from .known import Gathered, KnownTask, RouterOptions, changed_digest, labelled, rows_of, sealed_digests
 from .ridge import Sums, lifted, ridge
 from .tasks import check_task, task
 
 log = logging.getLogger(__name__)
-ENTRY = "hatcl.router"  # of the file's metadata
+ROUTER_ENTRY = "hatcl.router"  # of the file's metadata
 FORMAT = 1
 FUNCTION = "a function"  # in the file, in the place of one
-ABOUT = ("labels", "counts", "dtype", "digests")  # of a task, beside its tensors
+OF_TASK = ("labels", "counts", "dtype", "digests")  # of a task, beside its tensors
 TEMPERATURES = tuple(2 ** (k / 2) for k in range(17))  # that `calibrate` tries
 
 
@@ -82,7 +82,7 @@ class TaskRouter:
     options: RouterOptions = field(default_factory=RouterOptions)
     features: Features = None
     prepare: Callable[[int, Any], Any] | None = None
-    _known: dict[int, Known] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[int, KnownTask] = field(default_factory=dict, init=False, repr=False)
     _weights: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
     _checked: weakref.WeakKeyDictionary[Any, Any] = field(
         default_factory=weakref.WeakKeyDictionary, init=False, repr=False
@@ -132,7 +132,7 @@ class TaskRouter:
         model = self.model
         new = check_task(model, task, sealed=True)
         old = self._known.get(new)
-        now = digests_of(model, new)
+        now = sealed_digests(model, new)
         if old is not None and changed_digest(old.digests, now) is None:
             raise TaskError(
                 f"add_task: task {new} is in the router already, with {old.examples} examples; call "
@@ -180,7 +180,7 @@ class TaskRouter:
         seen, epoch = self._checked.get(gates, (set(), None))
         seen = set() if epoch != gates.epoch else seen
         for t in [t for t in chosen if t not in seen]:
-            now, was = digests_of(model, t), self._known[t].digests
+            now, was = sealed_digests(model, t), self._known[t].digests
             changed = changed_digest(was, now)
             if changed is not None:
                 raise TaskError(
@@ -338,12 +338,12 @@ class TaskRouter:
             "features": FUNCTION if callable(self.features) else self.features,
             "prepare": None if self.prepare is None else FUNCTION,
             "tasks": [
-                {"task": t, "spaces": list(known.sums), **{name: getattr(known, name) for name in ABOUT}}
+                {"task": t, "spaces": list(known.sums), **{name: getattr(known, name) for name in OF_TASK}}
                 for t, known in self._known.items()
             ],
         }  # fmt: skip
         text = json.dumps({**about, "digest": _digest_of_all(tensors, about)})
-        write_files({path: lambda new: save_file(tensors, new, metadata={ENTRY: text})})
+        write_files({path: lambda new: save_file(tensors, new, metadata={ROUTER_ENTRY: text})})
         return path
 
     @classmethod
@@ -363,7 +363,7 @@ class TaskRouter:
             IntegrityError: the file is missing, damaged or of something else. ConfigError: functions that it was made
                 with are not given, or others are.
         """
-        stored, text = named_tensors(path), read_metadata(path).get(ENTRY)
+        stored, text = named_tensors(path), read_metadata(path).get(ROUTER_ENTRY)
         if text is None:
             raise IntegrityError(f"{path}: is no router; expected a file that TaskRouter.save wrote")
         about: dict[str, Any] = parse_json(text, path)
@@ -386,7 +386,7 @@ class TaskRouter:
                 )
                 for space in told["spaces"]
             }
-            router._known[t] = Known(p=tensors[f"{t}.p"], sums=sums, **{name: told[name] for name in ABOUT})
+            router._known[t] = KnownTask(p=tensors[f"{t}.p"], sums=sums, **{name: told[name] for name in OF_TASK})
         return router
 
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import ConfigError
+from .heatmap import MOST_NUMBERS
 from .picture import INK, MUTED, SHADES, dress, new_figure, png, separate, short
-
-MOST_NUMBERS = 20  # on a side, to be written into the cells
 
 
 def draw_routing(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> bytes:

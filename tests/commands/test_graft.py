@@ -29,7 +29,7 @@ from finetuning_parts import (  # noqa: E402
 from hatcl import commands as cli  # noqa: E402
 from hatcl.commands import graft as cli_graft  # noqa: E402
 from hatcl.continual import TextData  # noqa: E402
-from hatcl.engine.measures import predict  # noqa: E402
+from hatcl.engine.measures import predictions_of  # noqa: E402
 from hatcl.finetuning import grafts as finetuning_grafts  # noqa: E402
 from hatcl.finetuning import load_run  # noqa: E402
 from hatcl.grafts import Graft, GraftScores  # noqa: E402
@@ -177,12 +177,12 @@ def test_the_table_and_the_figures(here, tmp_path, capsys, monkeypatch):
         for name in run.task.fresh:
             run.pretrained.get_parameter(name).copy_(run.finetuned.get_parameter(name))
     batches = run.task.batches("test", 64)
-    before, after = (predict(m, batches, run.task.logits) for m in (run.pretrained, run.finetuned))
+    before, after = (predictions_of(m, batches, run.task.logits) for m in (run.pretrained, run.finetuned))
     assert stored["pretrained"]["accuracy"] == before.accuracy and stored["finetuned"]["ece"] == after.calibration().ece
     for row in stored["grafts"]:
         held = Graft.load(tmp_path / "g" / row["folder"] / "graft.safetensors")
         assert held.size == row["size"] == int(row["sparsity"] * held.numel)
-        says = predict(held.apply_to(run.pretrained), batches, run.task.logits)
+        says = predictions_of(held.apply_to(run.pretrained), batches, run.task.logits)
         assert says.accuracy == row["accuracy"] and says.f1 == row["f1"]
         gain = after.accuracy - before.accuracy
         want = (says.accuracy - before.accuracy) / gain if gain > 0 else None

@@ -11,7 +11,7 @@ import torch
 
 import hatcl
 from hatcl.continual.images import ImageOptions
-from hatcl.continual.routing import EachPrepared, image_router, measured
+from hatcl.continual.routing import EachPrepared, image_router, routing_measures
 
 
 def sealed(stream):
@@ -25,7 +25,7 @@ def test_what_is_measured(three_tasks):
     model = sealed(three_tasks)
     router = image_router(model, three_tasks, options, {"width": 32})
     assert router.tasks == [0, 1, 2] and router.options.width == 32
-    found = measured(router, model, three_tasks, options)
+    found = routing_measures(router, model, three_tasks, options)
     tests = [len(data.x_test) for data in three_tasks]
     confusion = np.array(found["confusion"])
     assert confusion.sum(1).tolist() == tests
@@ -48,7 +48,7 @@ def test_tasks_that_are_not_sealed_take_no_part(three_tasks):
     hatcl.forget_task(model, 1)
     router = image_router(model, three_tasks, ImageOptions(), {"width": 8})
     assert router.tasks == [0, 2]
-    found = measured(router, model, three_tasks, ImageOptions())
+    found = routing_measures(router, model, three_tasks, ImageOptions())
     assert np.array(found["confusion"])[1].sum() == np.array(found["confusion"])[:, 1].sum() == 0
 
 

@@ -21,7 +21,7 @@ from hatcl.engine.measures import (
     calibration,
     commonest_share,
     gain_kept,
-    predict,
+    predictions_of,
 )
 from hatcl.errors import ConfigError
 
@@ -106,9 +106,9 @@ def test_no_examples_are_an_error():
 
 
 def test_labels_and_models_in_every_form():
-    """What `predict` reads `accuracy` reads too."""
+    """What `predictions_of` reads `accuracy` reads too."""
     batches = [{"input": LOGITS, "labels": torch.tensor([0, 1, 0, 2])}]
-    assert accuracy(nn.Identity(), batches) == predict(nn.Identity(), batches).accuracy == 3 / 4
+    assert accuracy(nn.Identity(), batches) == predictions_of(nn.Identity(), batches).accuracy == 3 / 4
     with pytest.raises(ConfigError, match=r"got one without labels, expected \(inputs, labels\)"):
         accuracy(nn.Identity(), [LOGITS])
 
@@ -217,14 +217,14 @@ def test_predict_reads_batches_in_order_and_leaves_modes():
     model[1].eval()
     x, y = torch.randn(10, 3), torch.randint(2, (10,))
     running = model[1].running_mean.clone()
-    p = predict(model, zip(x.split(4), y.split(4), strict=True))
+    p = predictions_of(model, zip(x.split(4), y.split(4), strict=True))
     assert [m.training for m in model] == [True, False, True, True] and model.training
     assert torch.equal(model[1].running_mean, running)
     assert torch.equal(p.labels, y) and p.probabilities.dtype == torch.float64
     with torch.no_grad():
         want = model.eval()(x).double().softmax(1)
     assert (p.probabilities - want).abs().max() < 1e-6  # batches of 4 and of 10: float32 products (measured 6e-8)
-    named = predict(model, [{"x": x, "y": y}], lambda m, batch: (m(batch["x"]), batch["y"]))
+    named = predictions_of(model, [{"x": x, "y": y}], lambda m, batch: (m(batch["x"]), batch["y"]))
     assert torch.equal(named.predicted, p.predicted)
 
 
@@ -235,13 +235,13 @@ def test_predict_reads_mappings_and_outputs_with_logits():
     )
     model = transformers.BertForSequenceClassification(config)
     batch = {"input_ids": torch.randint(11, (4, 5)), "labels": torch.tensor([0, 1, 2, 0])}
-    p = predict(model, [batch])
+    p = predictions_of(model, [batch])
     assert p.probabilities.shape == (4, 3) and p.labels.tolist() == [0, 1, 2, 0]
 
 
 def test_half_precision_and_a_batch_norm_net():
     model = timm.create_model("test_resnet", num_classes=3).to(torch.bfloat16)
-    p = predict(model, [(torch.randn(4, 3, 32, 32).bfloat16(), torch.tensor([0, 1, 2, 0]))])
+    p = predictions_of(model, [(torch.randn(4, 3, 32, 32).bfloat16(), torch.tensor([0, 1, 2, 0]))])
     # each row sums to one in float64 although the logits have eight bits
     assert (p.probabilities.sum(1) - 1).abs().max() < 1e-12  # measured 9e-16
     assert 0 <= p.calibration().ece <= 1
@@ -250,7 +250,7 @@ def test_half_precision_and_a_batch_norm_net():
 def test_modes_come_back_after_an_error():
     model = nn.Linear(2, 2)
     with pytest.raises(RuntimeError):
-        predict(model, [(torch.randn(1, 3), torch.tensor([0]))])
+        predictions_of(model, [(torch.randn(1, 3), torch.tensor([0]))])
     assert model.training
 
 
@@ -284,10 +284,10 @@ def logits_of(value):
         (lambda: said([0], [0, 1], of=2), ConfigError, r"probabilities \[1, 2\] and labels \[2\]"),
         (lambda: said([0, 1], [0, 2], of=2), ConfigError, "from 0 to 2, expected whole numbers from 0 to 1"),
         (lambda: said([0, 1], [0, -1], of=2), ConfigError, "from -1 to 0, expected whole numbers from 0 to 1"),
-        (lambda: predict(nn.Linear(1, 1), []), ConfigError, "batches: got none"),
-        (lambda: predict(nn.Linear(1, 1), [torch.ones(2, 1)]), ConfigError, "got one without labels"),
+        (lambda: predictions_of(nn.Linear(1, 1), []), ConfigError, "batches: got none"),
+        (lambda: predictions_of(nn.Linear(1, 1), [torch.ones(2, 1)]), ConfigError, "got one without labels"),
         (
-            lambda: predict(nn.Linear(1, 1), [0], logits_of(torch.tensor([[0.0, 1], [math.nan, 0]]))),
+            lambda: predictions_of(nn.Linear(1, 1), [0], logits_of(torch.tensor([[0.0, 1], [math.nan, 0]]))),
             ConfigError, "1 of 2 examples have no finite probabilities",
         ),
         (
@@ -295,7 +295,7 @@ def logits_of(value):
             ConfigError, "of 1 and of 1 examples that are not the same",
         ),
         (lambda: agreement(said([0], [0], of=2), said([0, 1], [0, 1], of=2)), ConfigError, "of 1 and of 2 examples"),
-        (lambda: predict(nn.LSTM(1, 1), [(torch.ones(2, 1), torch.zeros(2))]), ConfigError, "gives a tuple"),
+        (lambda: predictions_of(nn.LSTM(1, 1), [(torch.ones(2, 1), torch.zeros(2))]), ConfigError, "gives a tuple"),
     ],
 )  # fmt: skip
 def test_errors(call, error, text):

@@ -14,8 +14,8 @@ from torch import nn
 
 import hatcl
 from hatcl.errors import ConfigError, IntegrityError
-from hatcl.hat.known import Known
-from hatcl.hat.router import ENTRY
+from hatcl.hat.known import KnownTask
+from hatcl.hat.router import ROUTER_ENTRY
 from hatcl.vectors.files import read_metadata
 
 SHAPE = parts.shape_of("mlp")
@@ -209,9 +209,9 @@ def test_the_file(model, tmp_path):
 def test_files_that_are_not_what_was_saved(model, tmp_path):
     router = filled(model, (0, 1))
     path = router.save(tmp_path / "router.safetensors")
-    tensors, text = load_file(path), read_metadata(path)[ENTRY]
-    save_file({**tensors, "0.p": tensors["0.p"] + 1}, tmp_path / "a.safetensors", {ENTRY: text})
-    save_file(tensors, tmp_path / "b.safetensors", {ENTRY: text.replace('"labels": [0, 1', '"labels": [1, 0')})
+    tensors, text = load_file(path), read_metadata(path)[ROUTER_ENTRY]
+    save_file({**tensors, "0.p": tensors["0.p"] + 1}, tmp_path / "a.safetensors", {ROUTER_ENTRY: text})
+    save_file(tensors, tmp_path / "b.safetensors", {ROUTER_ENTRY: text.replace('"labels": [0, 1', '"labels": [1, 0')})
     save_file(tensors, tmp_path / "c.safetensors")
     for name, said in (("a", "is not what was saved"), ("b", "is not what was saved"), ("c", "is no router")):
         with pytest.raises(IntegrityError, match=said):
@@ -243,7 +243,7 @@ def test_no_example_is_kept(model):
     few, many = hatcl.TaskRouter(model, OPTIONS), hatcl.TaskRouter(model, OPTIONS)
     few.add_task(0, *task_data(0, 8))
     many.add_task(0, *task_data(0, 80))
-    assert few.bytes == many.bytes and {f.name for f in dataclasses.fields(Known)} == {
+    assert few.bytes == many.bytes and {f.name for f in dataclasses.fields(KnownTask)} == {
         "labels", "counts", "p", "sums", "dtype", "digests"
     }  # fmt: skip
 

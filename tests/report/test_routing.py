@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hatcl.errors import ConfigError
-from hatcl.report.routing import MOST_NUMBERS, draw_routing
+from hatcl.report.heatmap import MOST_NUMBERS
+from hatcl.report.routing import draw_routing
 
 
 @pytest.mark.parametrize("size", [1, 3, MOST_NUMBERS + 1])

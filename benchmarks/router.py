@@ -1,0 +1,231 @@
+"""Prediction without being told the task: which share of images finds its task, and its class, beside other ways.
+
+    python benchmarks/router.py [--data cifar100_even cifar10] [--seeds 0 1 2] [--epochs 10]
+
+A small ResNet (test_resnet of timm, widths 16, 24, 32, 48) learns ten tasks of five classes of cifar100_even, or five
+of two of cifar10, with hatcl's defaults. All images have one mean and spread, those of all training images: those of a
+task's own would tell the task. Per seed and data set about three minutes on one CPU core. Resumes: runs already in the
+results are skipped.
+
+Task id: the router (width 512, temperature 8, and with a temperature chosen on a tenth of the training images that no
+sum has seen), the largest logit, and the smallest Mahalanobis distance to a class's mean in each task's own features,
+recentred per task by its training images' mean distance. Class-incremental: the router, and without a task id the
+nearest class mean and FeCAM's class covariances in the features of the first task, and RanPAC's ridge in the same
+(they are the exemplar-free methods that need one fixed backbone). Rejection: one task after another is taken out; at
+the threshold under which 5 % of the other tasks' test images fall, the share of its images that is rejected, and the
+area under the curve (0.5: no better than chance).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from common import Task, bit_equal, learn_all, logits, read, save, split
+from torch import Tensor
+
+import hatcl
+from hatcl.hat.features import features_under
+from hatcl.hat.ridge import Sums, lifted, projection, ridge
+
+NAME = "router"
+PARTS = {"cifar100_even": 10, "cifar10": 5}
+FIXED = ("nearest class mean", "FeCAM", "RanPAC")
+LOW = (16, 64)  # ranks of the low-memory form
+
+
+def network(tasks: list[Task], epochs: int, seed: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+    plain = timm.create_model("test_resnet", num_classes=tasks[0].classes, channels=(16, 24, 32, 48), stem_width=16)
+    model = hatcl.convert(plain, len(tasks), tasks[0].x[:2])
+    rows = learn_all(
+        model, tasks, lambda: torch.optim.Adam(model.parameters(), lr=2e-3), epochs, 64, seed,
+        lambda text: print(text, flush=True), flip=True,
+    )  # fmt: skip
+    return model, rows
+
+
+class Told:
+    """What is known of test images when their tasks are not."""
+
+    def __init__(self, model: torch.nn.Module, tasks: list[Task]) -> None:
+        self.x = torch.cat([t.x_test for t in tasks])
+        self.task = torch.cat([torch.full((len(t.y_test),), i) for i, t in enumerate(tasks)])
+        self.label = torch.cat([t.y_test for t in tasks])
+        self.z = []
+        for t in range(len(tasks)):
+            with hatcl.task(model, t):
+                self.z.append(logits(model, self.x))
+
+    def of(self, router: hatcl.TaskRouter, model: torch.nn.Module, among: list[int] | None = None) -> dict[str, Tensor]:
+        parts = [hatcl.predict(model, x, router=router, among=among) for x in self.x.split(500)]
+        return {n: torch.cat([getattr(p, n) for p in parts]) for n in ("task", "label", "task_probability")}
+
+    def right(self, task: Tensor, label: Tensor | None = None) -> float:
+        hit = task == self.task
+        return float((hit if label is None else hit & (label == self.label)).float().mean())
+
+
+def filled(model: torch.nn.Module, tasks: list[Task], **options: Any) -> hatcl.TaskRouter:
+    router = hatcl.TaskRouter(model, options)
+    for t, task in enumerate(tasks):
+        router.add_task(t, task.x, task.y)
+    return router
+
+
+def calibrated(model: torch.nn.Module, tasks: list[Task]) -> float:
+    """The temperature that is best on a tenth of each task's training images, by a router of the others."""
+    trial, held = hatcl.TaskRouter(model), []
+    for t, task in enumerate(tasks):
+        out = torch.arange(len(task.y)) % 10 == 0
+        trial.add_task(t, task.x[~out], task.y[~out])
+        held.append((task.x[out], torch.full((int(out.sum()),), t)))
+    return trial.calibrate(model, held).temperature
+
+
+def mahalanobis(model: torch.nn.Module, tasks: list[Task], told: Told) -> Tensor:
+    """The task of the smallest distance in its own features, less the mean distance of its training images."""
+    scores = []
+    for t, task in enumerate(tasks):
+        own = features_under(model, task.x.split(500), t).double()
+        means = torch.stack([own[task.y == c].mean(0) for c in range(task.classes)])
+        apart = own - means[task.y]
+        precision = torch.linalg.pinv(apart.T @ apart / len(own), hermitian=True, rtol=1e-6)
+
+        def distance(h: Tensor, means: Tensor = means, precision: Tensor = precision) -> Tensor:
+            gap = h[:, None] - means
+            return torch.einsum("bci,ij,bcj->bc", gap, precision, gap).min(1).values
+
+        scores.append(distance(features_under(model, told.x.split(500), t).double()) - distance(own).mean())
+    return torch.stack(scores, 1).argmin(1)
+
+
+def one_backbone(model: torch.nn.Module, tasks: list[Task], told: Told) -> dict[str, float]:
+    """Exemplar-free classifiers of all classes in the features of the first task."""
+    classes = tasks[0].classes
+    own = [features_under(model, task.x.split(500), 0).double() for task in tasks]
+    h = features_under(model, told.x.split(500), 0).double()
+    flat = [part[task.y == c] for part, task in zip(own, tasks, strict=True) for c in range(classes)]
+    means = torch.stack([part.mean(0) for part in flat])
+    answers = {"nearest class mean": torch.cdist(h, means).argmin(1)}
+    distances = []
+    for part, mean in zip(flat, means, strict=True):  # FeCAM: shrunk, normalised covariance of each class
+        c = torch.cov(part.T)
+        on = c.diagonal() > 0
+        c = c + (c.diagonal().mean() + 1e-12) * torch.eye(len(c))
+        c = c / torch.outer(c.diagonal().sqrt(), c.diagonal().sqrt())
+        gap = (h - mean) * on
+        distances.append((gap @ torch.linalg.inv(c) * gap).sum(1))
+    answers["FeCAM"] = torch.stack(distances, 1).argmin(1)
+    p = projection(h.shape[1], 512, 0, 0)
+    sums = []
+    for part, task in zip(own, tasks, strict=True):
+        phi = lifted(part, p)
+        sums.append(Sums.of(phi.T @ phi, phi.T @ torch.nn.functional.one_hot(task.y, classes).double(), None))
+    answers["RanPAC"] = (lifted(h, p) @ ridge(sums, sum(map(len, own)))).argmax(1)
+    return {name: told.right(at // classes, at % classes) for name, at in answers.items()}
+
+
+def rejection(router: hatcl.TaskRouter, model: torch.nn.Module, told: Told) -> dict[str, Any]:
+    """Tasks taken out one by one: are their images told from those of the others by the largest probability?"""
+    shares, areas = [], []
+    for gone in router.tasks:
+        found = told.of(router, model, [t for t in router.tasks if t != gone])["task_probability"].max(1).values
+        known, unknown = found[told.task != gone], found[told.task == gone]
+        shares.append(float((unknown < known.quantile(0.05)).float().mean()))
+        areas.append(float((known[None] > unknown[:, None]).float().mean()))
+    return {"rejected": shares, "area": areas}
+
+
+def run(name: str, seed: int, epochs: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    began = time.time()
+    tasks = split(name, PARTS[name])
+    whole = torch.cat([t.x * t._scale[1] + t._scale[0] for t in tasks])
+    mean, std = whole.mean((0, 2, 3)), whole.std((0, 2, 3))
+    for task in tasks:
+        task.normalise(mean, std)
+    model, rows = network(tasks, epochs, seed)
+    learned = time.time()
+    told = Told(model, tasks)
+    router = filled(model, tasks)
+    added = time.time()
+    answer = told.of(router, model)
+    answered = time.time()
+    temperature = calibrated(model, tasks)
+    warm = told.of(filled(model, tasks, temperature=temperature), model)
+    best = torch.stack([z.max(1).values for z in told.z], 1).argmax(1)
+    label = torch.stack([z.argmax(1) for z in told.z], 1)
+
+    def of(task: Tensor) -> dict[str, float]:
+        return {"task": told.right(task), "class": told.right(task, label.gather(1, task[:, None])[:, 0])}
+
+    low = {str(rank): filled(model, tasks, rank=rank) for rank in LOW}
+    return {
+        "tasks": len(tasks),
+        "task_incremental": float(np.mean([r["hard"] for r in rows])),
+        "router": {"task": told.right(answer["task"]), "class": told.right(answer["task"], answer["label"])},
+        "router, calibrated": {"task": told.right(warm["task"]), "class": told.right(warm["task"], warm["label"])},
+        "temperature": temperature,
+        "largest logit": of(best),
+        "Mahalanobis": of(mahalanobis(model, tasks, told)),
+        "one backbone": one_backbone(model, tasks, told),
+        "rejection": rejection(router, model, told),
+        "low memory": {
+            rank: {"task": told.right(told.of(r, model)["task"]), "bytes": r.bytes} for rank, r in low.items()
+        },
+        "bytes": router.bytes,
+        "bit_equal": bit_equal(model, tasks, rows),
+        "seconds": {"learning": learned - began, "adding": added - learned, "answering": answered - added},
+        "epochs": epochs,
+    }
+
+
+def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds."""
+    rows = {
+        "task_incremental": lambda r: r["task_incremental"],
+        "rejected": lambda r: float(np.mean(r["rejection"]["rejected"])),
+        "area": lambda r: float(np.mean(r["rejection"]["area"])),
+        **{
+            f"{way}: {what}": lambda r, way=way, what=what: r[way][what]
+            for way in ("router", "router, calibrated", "largest logit", "Mahalanobis")
+            for what in ("task", "class")
+        },
+        **{
+            f"{way}: class": lambda r, way=way: r["one backbone"][way]
+            for way in ("nearest class mean", "FeCAM", "RanPAC")
+        },
+        **{f"rank {k}: task": lambda r, k=k: r["low memory"][str(k)]["task"] for k in LOW},
+    }
+    values = {name: [of(r) for r in runs.values()] for name, of in rows.items()}
+    return {n: {"mean": float(np.mean(v)), "spread": float(np.std(v)), "seeds": len(v)} for n, v in values.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=10)
+    args = parser.parse_args()
+    for name in args.data:
+        for seed in args.seeds:
+            if str(seed) in read(NAME).get(name, {}).get("runs", {}):
+                continue
+            row = run(name, seed, args.epochs)
+            result = read(NAME)
+            of_data = result.setdefault(name, {})
+            of_data.setdefault("runs", {})[str(seed)] = row
+            of_data["summary"] = summary(of_data["runs"])
+            save(NAME, result)
+    for name in args.data:
+        print(name)
+        for what, x in read(NAME).get(name, {}).get("summary", {}).items():
+            print(f"  {what:<28}{100 * x['mean']:6.1f} ({100 * x['spread']:.1f}, {x['seeds']} seeds)")
+
+
+if __name__ == "__main__":
+    main()
