@@ -140,11 +140,13 @@ def learn_all(
     batch: int,
     seed: int,
     log: Callable[[str], None] = print,
+    first: int = 0,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Learn the tasks in sequence with hatcl; per task: accuracy with soft and hard gates, units used, logits."""
+    """Learn the tasks in sequence with hatcl, from index `first` on; per task: accuracy with soft and hard gates, units
+    used, logits."""
     rows = []
-    for t, task in enumerate(tasks):
+    for t, task in enumerate(tasks, first):
         o = optimizer() if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer) else optimizer
         began = time.time()
         with hatcl.learn(model, task=t, optimizer=o, steps=epochs * task.steps(batch), epochs=epochs) as learning:

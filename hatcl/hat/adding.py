@@ -37,7 +37,7 @@ class AddedTasks:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"tasks {', '.join(map(str, self.tasks))} are new"]
+        lines = [f"new tasks: {', '.join(map(str, self.tasks))}"]
         lines += [f"{path or 'head'}: classes {', '.join(map(str, numbers))}" for path, numbers in self.classes.items()]
         lines += [f"task {t}: {n:,} elements of its own" for t, n in self.elements.items()]
         return "\n".join(lines)

@@ -29,7 +29,7 @@ def test_a_task_that_is_added_has_its_own_number_of_classes(tmp_path, name):
     report = hatcl.add_tasks(model, 2, num_classes=[7, 2])
     assert report.tasks == [1, 2] and list(report.classes.values()) == [[7, 2]]
     assert report.elements == {t: sum(p.numel() for p in hatcl.task_parameters(model, t)) for t in (1, 2)}
-    assert str(report).splitlines()[0] == "tasks 1, 2 are new" and "classes 7, 2" in str(report)
+    assert str(report).splitlines()[0] == "new tasks: 1, 2" and "classes 7, 2" in str(report)
     assert report.to_dict()["tasks"] == [1, 2]
     for t, n in ((1, 7), (2, 2)):
         optimizer.add_param_group({"params": hatcl.task_parameters(model, t)})

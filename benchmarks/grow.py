@@ -1,0 +1,88 @@
+"""Growth twice in a run of tasks: ten tasks of five `cifar100_even` classes in a small convolutional network that is
+soon full. It stays as it is (`fixed`), grows by half before tasks 3 and 6 (`grown`), or has from the start the width
+that the second ends with (`wide`). After the last task every task's logits must be bit-equal on its test images.
+
+    python benchmarks/grow.py [--epochs 10] [--seeds 3]        # writes results/grow.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from common import bit_equal, learn_all, save, split
+from torch import nn
+
+import hatcl
+
+WIDTH, GROWS, FACTOR = 8, (3, 6), 1.5
+
+
+def network(width: int) -> nn.Module:
+    def block(a: int, b: int) -> list[nn.Module]:
+        return [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+
+    body = [*block(3, width), *block(width, 2 * width), *block(2 * width, 4 * width)]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 5))
+
+
+def run(kind: str, seed: int, epochs: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    tasks = split("cifar100_even", 10)
+    width = round(WIDTH * FACTOR ** len(GROWS)) if kind == "wide" else WIDTH
+    model = hatcl.convert(network(width), 1, tasks[0].x[:2])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    rows: list[dict[str, Any]] = []
+    began, growing = time.time(), 0.0
+    for t in range(len(tasks)):
+        if kind == "grown" and t in GROWS:
+            start = time.time()
+            print(hatcl.grow(model, FACTOR, optimizer=optimizer))
+            growing += time.time() - start
+        if t:
+            hatcl.add_tasks(model, 1)
+            optimizer.add_param_group({"params": hatcl.task_parameters(model, t)})
+        try:
+            rows += learn_one(model, tasks, t, optimizer, epochs, seed)
+        except hatcl.CapacityError as error:
+            print(error)
+            break
+    exact = bit_equal(model, tasks[: len(rows)], rows)
+    certificate = hatcl.certify(model, tasks[0].x_test[:8])
+    assert all(exact) and certificate.exact, certificate
+    return {
+        "accuracy": [r["hard"] for r in rows], "units": [r["units"] for r in rows], "bit_equal": exact,
+        "certificate": str(certificate), "seconds": time.time() - began, "growing": growing,
+        "all_units": hatcl.describe(model).units,
+    }  # fmt: skip
+
+
+def learn_one(
+    model: nn.Module, tasks: list[Any], t: int, optimizer: torch.optim.Optimizer, epochs: int, seed: int
+) -> list[dict[str, Any]]:
+    return learn_all(model, tasks[t : t + 1], optimizer, epochs, 50, seed, first=t, flip=True, cosine=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    found: dict[str, Any] = {"settings": vars(args), "runs": {}}
+    for kind in ("fixed", "grown", "wide"):
+        runs = [run(kind, seed, args.epochs) for seed in range(args.seeds)]
+        found["runs"][kind] = runs
+        for part, tasks in (("before the first growth", slice(0, 3)), ("after the second", slice(6, 10))):
+            means = [statistics.fmean(r["accuracy"][tasks]) for r in runs if len(r["accuracy"]) == 10]
+            if means:
+                spread = statistics.stdev(means) if len(means) > 1 else 0.0
+                found.setdefault(kind, {})[part] = [statistics.fmean(means), spread]
+        print(kind, found.get(kind), flush=True)
+        save("grow", found)
+
+
+if __name__ == "__main__":
+    main()
