@@ -168,7 +168,8 @@ def main() -> None:
     for kind in args.models:
         out["models"][kind] = row = run(kind, args.epochs, args.seed, config)
         print(kind, {k: v for k, v in row.items()}, flush=True)
-    save(f"forgetting_reuse_{config.reuse}", out)
+    masks = config.masks.replace(":", "")
+    save(f"forgetting_reuse_{config.reuse}" if masks == "learned" else f"forgetting_masks_{masks}", out)
 
 
 if __name__ == "__main__":
