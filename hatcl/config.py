@@ -16,6 +16,7 @@ PENALTIES = ("global", "layer")
 REUSE = ("all", "none")
 COMPENSATIONS = ("exact", "hat")
 PREVIOUS, BEST = "previous", "best"  # the task to start from, beside a number
+MASKS = ("learned", "given")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,9 @@ class HATConfig:
             = from none.
         start_hold: share of a task's steps for which a task that starts from another keeps the gates that it starts
             with; below 1 they are learned from then on.
+        masks: which units a task uses. `learned`: it learns that. `array:q`: a q-th of every layer's, so arranged that
+            q x q tasks share no element with a unit at both ends (see `hat/arrays.py`). `given`: those that
+            `hatcl.convert(masks=...)` or `hatcl.hold_gates` gives it.
         locked: sealed tasks whose elements are frozen while others learn; None = all (HAT-CL's choice of locked tasks).
     """
 
@@ -71,6 +75,7 @@ class HATConfig:
     reuse: str = "all"
     start_from: int | str | None = None
     start_hold: float = 1.0
+    masks: str = "learned"
     locked: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +85,7 @@ class HATConfig:
         one_of("reuse", self.reuse, REUSE)
         one_of("compensation", self.compensation, COMPENSATIONS)
         whole("num_tasks", self.num_tasks)
+        self._check_masks()
         number("init_value", self.init_value)
         for name, low in (("max_scale", 1.0), ("clamp", 0.0), ("compensation_clamp", 0.0), ("embedding_lr_scale", 0.0)):
             number(name, getattr(self, name), low, without="low")
@@ -96,6 +102,34 @@ class HATConfig:
             )
         if self.locked is not None:
             object.__setattr__(self, "locked", tuple(int(t) for t in self.locked))
+
+    @property
+    def array(self) -> int | None:
+        """q, of array masks."""
+        found = re.fullmatch(r"array:([1-9][0-9]{0,3})", self.masks) if isinstance(self.masks, str) else None
+        return int(found[1]) if found else None
+
+    def _check_masks(self) -> None:
+        q = self.array
+        if q is None and self.masks not in MASKS:
+            raise ConfigError(
+                f"masks: got {self.masks!r}, expected {', '.join(MASKS)} or array:q with q from 2, such as array:3"
+            )
+        if q is None:
+            return
+        if q < 2:
+            raise ConfigError(f"masks: got {self.masks!r}, expected at least array:2")
+        if self.num_tasks > q * q:
+            enough = math.isqrt(self.num_tasks - 1) + 1
+            raise ConfigError(
+                f"num_tasks: got {self.num_tasks}, masks={self.masks!r} has room for {q} x {q} = {q * q} tasks; take "
+                f"array:{enough}, with which each is narrower, or fewer tasks"
+            )
+        if self.reuse != "all":
+            raise ConfigError(
+                f"reuse: got {self.reuse!r} with masks={self.masks!r}, whose tasks share units, and no elements; take "
+                "reuse='all'"
+            )
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> HATConfig:

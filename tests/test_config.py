@@ -13,6 +13,7 @@ import hatcl
 from hatcl.config import (
     COMPENSATIONS,
     INITS,
+    MASKS,
     PENALTIES,
     REUSE,
     SCHEDULES,
@@ -43,9 +44,10 @@ valid = st.fixed_dictionaries(
         "penalty": st.sampled_from(PENALTIES),
         "forgiven": st.none() | st.floats(0, 1),
         "reuse": st.sampled_from(REUSE),
+        "masks": st.sampled_from([*MASKS, "array:10"]),
         "locked": st.none() | st.lists(st.integers(0, 9)).map(tuple),
     },
-)
+).filter(lambda options: options.get("reuse") != "none" or options.get("masks") != "array:10")
 
 
 def test_the_strategy_knows_every_option():
@@ -85,6 +87,18 @@ def test_a_misspelled_option_is_told_its_nearest(name):
         ({"schedule": "cos"}, "schedule: got 'cos', expected one of .*; did you mean 'cosine'"),
         ({"penalty": "layers"}, "penalty: got 'layers', .* did you mean 'layer'"),
         ({"reuse": "some"}, "reuse: got 'some', expected one of all, none"),
+        ({"masks": "arrays"}, "masks: got 'arrays', expected learned, given or array:q with q from 2, such as array:3"),
+        ({"masks": "array:q"}, "masks: got 'array:q', expected learned, given or array:q"),
+        ({"masks": 3}, "masks: got 3, expected learned, given or array:q"),
+        ({"masks": "array:1"}, "masks: got 'array:1', expected at least array:2"),
+        (
+            {"masks": "array:3", "num_tasks": 10},
+            "num_tasks: got 10, masks='array:3' has room for 3 x 3 = 9 tasks; take arr",
+        ),
+        (
+            {"masks": "array:3", "reuse": "none"},
+            "reuse: got 'none' with masks='array:3', whose tasks share units, and no",
+        ),
         ({"num_tasks": 0}, "num_tasks: got 0, expected an integer of at least 1"),
         ({"num_tasks": 2.0}, "num_tasks: got 2.0, expected an integer"),
         ({"max_scale": 1.0}, "max_scale: got 1.0, expected a number above 1"),

@@ -14,7 +14,7 @@ from ._console import out, say
 
 @command("describe")
 def describe_command(run: RunArgument) -> dict[str, Any]:
-    """Show the units of each layer, how they are shared, and what each task uses."""
+    """Show the units of each layer, how they are shared, what each task uses, and how much is free."""
     found = hatcl.describe(hatcl.from_pretrained(find_model(run)))
     description = found.to_dict()
     out.print(units_table(description))
@@ -22,6 +22,7 @@ def describe_command(run: RunArgument) -> dict[str, Any]:
     total = max(1, sum(elements.values()))
     shares = (f"{name.replace('_', ' ')} {100 * count / total:.1f} %" for name, count in elements.items())
     say(f"{total:,} elements: {', '.join(shares)}")
+    say(str(found.room))
     for line in found.lineage_lines:
         say(line)
     return description

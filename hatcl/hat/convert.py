@@ -15,15 +15,17 @@ from torch.nn.parameter import is_lazy
 
 from ..calls import OutputError, call, device_of, seeded, shapes
 from ..config import HATConfig
-from ..errors import ConversionError
+from ..errors import ConfigError, ConversionError
 from ..functional import same_bits
 from ..map.lora import is_factor, merged_layer
 from ..map.trace import trace
 from ..map.units import UnitMap, resolve
 from ..shards import check_whole
 from ..sources import source_of
+from .arrays import array_masks, with_own_ends
 from .build import GATES, build
 from .gates import Gates
+from .given import Masks, hold_all
 from .heads import Classes, class_counts, heads_of, widen
 from .layers.gated import HATLayer
 from .layers.norm import kind_of_norm
@@ -41,6 +43,7 @@ def convert(
     *,
     num_classes: Classes | Mapping[str, Classes] | None = None,
     config: HATConfig | Mapping[str, Any] | None = None,
+    masks: Masks | None = None,
     verify: bool = True,
     unit_map: UnitMap | None = None,
 ) -> nn.Module:
@@ -52,15 +55,26 @@ def convert(
         num_classes: how many classes the tasks have, a number or one per task: the head's copies get these widths. Of a
             model with several heads name those that are meant: `{"cls": [3, 7]}`; the others stay as they are.
         config: options; a `HATConfig` or a mapping of them.
+        masks: gates that tasks are given instead of learning them (see `hatcl.hold_gates`): for each task a mapping of
+            layers' names, as `hatcl.describe` has them, to `[U]` bool, or a function of (task, layer, units) that gives
+            one. The config then says masks="given".
         verify: run the certificate's attack once with random gates before handing the model over (M7).
         unit_map: a map found earlier, instead of tracing.
 
     Raises:
         ConversionError: the forward fails on the example inputs, or the model cannot be converted; names the module.
+        ConfigError: options; masks that the network has no room for, with the layer's name. TaskError: `masks` that do
+            not fit; names task and layer.
     """
     config = config if isinstance(config, HATConfig) else HATConfig.from_dict(config or {})
     if num_tasks is not None:
         config = config.replace(num_tasks=num_tasks)
+    if masks is not None and config.masks != "given":
+        if config.masks != "learned":
+            raise ConfigError(f"masks: got masks for every task and the option masks={config.masks!r}; leave one out")
+        config = config.replace(masks="given")
+    elif masks is None and config.masks == "given":
+        raise ConfigError("masks: the option masks='given' needs hatcl.convert(..., masks=), which gives them")
     _check_modules(model)
     _check_names(model)
     check_whole(model, "convert", "convert the model first, and then call fully_shard on it and its blocks")
@@ -85,6 +99,9 @@ def convert(
         ) from error
     if unit_map is None:
         unit_map = map_of(source, example_inputs)
+    if config.array is not None:
+        unit_map = with_own_ends(unit_map, source)
+        array_masks(unit_map, config.array, 0)  # raises before anything is built
     heads = heads_of(source, unit_map, widths)
     made = build(copy.deepcopy(source), unit_map, config)
     if any(p.is_meta for p in source.parameters()):
@@ -95,6 +112,7 @@ def convert(
             made = verified(made, source, unit_map, config, example_inputs)
     for head, numbers in heads:
         widen(made, head, numbers)
+    hold_all(made, masks)
     made.get_submodule(GATES).source = source_of(source)  # type: ignore[assignment]
     return made
 

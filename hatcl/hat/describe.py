@@ -11,6 +11,7 @@ from ..map.units import NORM
 from .gates import gates_of, groups_of
 from .held import held
 from .lineage import forgotten_lineage, lineage, spoken
+from .room import Room, room_of
 from .tasks import tasks
 
 
@@ -22,7 +23,9 @@ class Description:
         units: how many units there are. use: sealed task -> how many it uses.
         elements: shared_both (owner and reader known; a reader can be the input, which is always on), shared_one (one
             of them), own_copy (each task has its own; one copy counted), always_on (neither).
-        layers: per layer its units and how many of them each sealed task uses.
+        layers: per layer its units, how many of them each sealed task uses, its shared elements, and how many of those
+            are free.
+        room: what is free in all, and for how many more tasks that is.
         lineage: task -> those whose knowledge was transplanted into it. forgotten: of these, the numbers of tasks that
             have been forgotten since.
         copies: parameter -> why each task has its own copy. notes: module path -> what the trace could not follow.
@@ -34,6 +37,7 @@ class Description:
     layers: list[dict[str, Any]]
     copies: dict[str, str]
     notes: dict[str, str]
+    room: Room
     lineage: dict[int, list[int]] = field(default_factory=dict)
     forgotten: dict[int, list[int]] = field(default_factory=dict)
 
@@ -58,18 +62,21 @@ class Description:
             "units": self.units, "use": dict(self.use), "elements": dict(self.elements), "shares": self.shares,
             "layers": [dict(x) for x in self.layers], "copies": dict(self.copies), "notes": dict(self.notes),
             "lineage": dict(self.lineage), "forgotten": dict(self.forgotten),
+            "room": self.room.to_dict(),
         }  # fmt: skip
 
     def __str__(self) -> str:
         tasks = list(self.use)
         width = max([len("layer"), *(len(x["name"]) for x in self.layers)])
-        head = f"{'layer':<{width}}  units" + "".join(f"  task {t}" for t in tasks)
+        head = f"{'layer':<{width}}  units    free" + "".join(f"  task {t}" for t in tasks)
         lines = [head, "-" * len(head)]
-        for layer in [*self.layers, {"name": "all", "units": self.units, "used": self.use}]:
+        every = {key: sum(layer[key] for layer in self.layers) for key in ("elements", "free")}
+        for layer in [*self.layers, {"name": "all", "units": self.units, "used": self.use, **every}]:
             cells = "".join(
                 f"{layer['used'][t]:>{8 if t > 9 else 8}}"[-(6 + len(str(t))) :].rjust(7 + len(str(t))) for t in tasks
             )
-            lines.append(f"{layer['name']:<{width}}  {layer['units']:>5}{cells}")
+            share = layer["free"] / max(layer["elements"], 1)
+            lines.append(f"{layer['name']:<{width}}  {layer['units']:>5}{share:>8.1%}{cells}")
         names = {
             "shared_both": "owner and reader known",
             "shared_one": "one end known",
@@ -78,6 +85,7 @@ class Description:
         }
         lines.append("elements: " + ", ".join(f"{names[k]} {v:.1%}" for k, v in self.shares.items()))
         lines += self.lineage_lines
+        lines.append(str(self.room))
         lines += [f"note: {path or 'model'}: {what}" for path, what in self.notes.items()]
         return "\n".join(lines)
 
@@ -86,11 +94,14 @@ def describe(model: nn.Module) -> Description:
     """Units, owners, shares and use per task of a HAT model."""
     gates = gates_of(model)
     done = tasks(model)
+    room = room_of(model)
     layers = [
         {
             "name": name,
             "units": stop - start,
             "used": {t: int(g.masks[t, start:stop].sum()) for t in done},
+            "elements": room.elements[name],
+            "free": room.free[name],
         }
         for name, g, start, stop in groups_of(model)
     ]
@@ -119,6 +130,7 @@ def describe(model: nn.Module) -> Description:
         layers,
         {e.name: e.why for e in unit_map.entries.values() if e.copied and e.why != NORM} if unit_map else {},
         dict(unit_map.notes) if unit_map else {},
+        room,
         lineage(model),
         forgotten_lineage(model),
     )

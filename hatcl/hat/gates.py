@@ -291,7 +291,8 @@ class Gates(nn.Module):
 
     def unseal(self, task: int) -> None:
         """Forget a task's gates: its row is empty and its embedding new."""
-        self.give(task, None)
+        if self.config.masks == "learned":  # else the gates are not the task's, but the model's plan
+            self.give(task, None)
         self.masks[task] = False
         self.sealed[task] = False
         self.digest_table[task] = 0
@@ -321,11 +322,6 @@ class Gates(nn.Module):
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
         self.lineage = nn.functional.pad(self.lineage, (0, tasks))
         self.epoch += 1
-
-    def room(self, task: int) -> dict[str, bool]:
-        """Layer -> has it a unit that no other sealed task uses?"""
-        used = self.used(without=task)
-        return {name: not bool(used[a:b].all()) for name, a, b in self.layers if b > a}
 
     def penalty(self) -> Tensor:
         """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import number
-from ..errors import TaskError, nearest
+from ..errors import ConfigError, TaskError, nearest
 from ..map.lora import is_factor
 from ..shards import check_whole
+from .arrays import array_masks
 from .gates import Gates, gates_of, groups_of
 from .tasks import check_task
+
+Masks = Callable[[int, str, int], Tensor] | Sequence[Mapping[str, Tensor]]
 
 
 def masks_of(model: nn.Module, task: int) -> dict[str, Tensor]:
@@ -51,12 +54,51 @@ def hold_gates(model: nn.Module, task: int, masks: Mapping[str, Tensor] | None, 
             "given gates"
         )
     until = number("until", until, 0, 1, without="low", what="a share")
-    rows = None if masks is None else _rows_of(model, masks)
+    rows = None if masks is None else _row_of_each(model, masks)
     for g in gates:
         g.give(task, None if rows is None else rows[id(g)], until)
 
 
-def _rows_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, Tensor]:
+def given_by(model: nn.Module, masks: Masks) -> Sequence[Mapping[str, Tensor]]:
+    """For each task of a converted model its masks, from what `hatcl.convert` was given."""
+    count = gates_of(model)[0].num_tasks
+    if callable(masks):
+        sizes = {name: stop - start for name, _, start, stop in groups_of(model)}
+        return [{name: masks(t, name, n) for name, n in sizes.items()} for t in range(count)]
+    if isinstance(masks, Mapping) or not isinstance(masks, Sequence) or len(masks) != count:
+        found = f"{len(masks)} masks" if isinstance(masks, Sequence) else type(masks).__name__
+        raise ConfigError(
+            f"masks: got {found}, expected one mapping of layers' names to bool tensors for each of {count} tasks, or "
+            "a function of (task, layer, units) that gives a bool tensor"
+        )
+    return masks
+
+
+def hold_all(model: nn.Module, masks: Masks | None = None) -> None:
+    """Give all tasks their gates: those that `hatcl.convert` was given, or where the config says so array masks, of
+    which tasks that are sealed, or have theirs, keep what they have.
+
+    Raises:
+        TaskError: masks that do not fit; names task and layer.
+    """
+    g = gates_of(model)[0]
+    if masks is not None:
+        rows = []
+        for t, given in enumerate(given_by(model, masks)):
+            try:
+                rows.append(_row_of_each(model, given)[id(g)])
+            except TaskError as error:
+                raise TaskError(f"task {t}: {error}") from None
+    elif g.config.array is not None and g.unit_map is not None:
+        rows = array_masks(g.unit_map, g.config.array, g.num_tasks)
+    else:
+        return
+    for t, row in enumerate(rows):
+        if not g.is_given(t) and not bool(g.sealed[t]):
+            g.give(t, row.to(g.masks.device))
+
+
+def _row_of_each(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, Tensor]:
     """For each of the model's gates, by its id, `[U]` bool."""
     if not isinstance(masks, Mapping):
         raise TaskError(
@@ -76,11 +118,11 @@ def _rows_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[int, Tensor]
         )
     rows = {id(g): torch.zeros_like(g.masks[0]) for g in gates_of(model)}
     for name, (g, start, stop) in groups.items():
-        rows[id(g)][start:stop] = _fitting(name, masks[name], stop - start)
+        rows[id(g)][start:stop] = _mask_of_units(name, masks[name], stop - start)
     return rows
 
 
-def _fitting(name: str, mask: Any, units: int) -> Tensor:
+def _mask_of_units(name: str, mask: Any, units: int) -> Tensor:
     found = f"{str(mask.dtype)[6:]} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (units,):
         raise TaskError(f"masks[{name!r}]: got {found}, expected a bool tensor of shape [{units}], one per unit")
@@ -90,7 +132,13 @@ def _fitting(name: str, mask: Any, units: int) -> Tensor:
 
 
 def check_given(model: nn.Module, task: int) -> None:
-    """Raise `TaskError` where a task cannot be learned with the gates that it is given."""
+    """Raise `TaskError` where a task cannot be learned with the gates that it is given, or is given none."""
+    config = gates_of(model)[0].config
+    if config.masks != "learned" and not gates_of(model)[0].is_given(task):
+        raise TaskError(
+            f"task {task}: it is given no gates, and masks={config.masks!r} has them given; call "
+            f"hatcl.hold_gates(model, {task}, masks)"
+        )
     for name, g, start, stop in groups_of(model):
         if g.config.reuse != "none" or not float(g.given_until[task]):
             continue

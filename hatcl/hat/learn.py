@@ -22,13 +22,14 @@ from . import digests
 from .active import is_chosen
 from .distributed import Replicas, leave_out
 from .gates import Gates, gates_of
-from .given import check_given
+from .given import check_given, hold_all
 from .guard import Guard
 from .held import check_structure, held
 from .layers.gated import HATLayer
 from .lineage import has_begun
+from .room import check_room
 from .starting import source_for
-from .tasks import check_room, check_task, tasks
+from .tasks import check_task, tasks
 from .transplant import begun
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Learning:
         at = max(min(self.step, self.steps - 1) - held, 0)
         value = scale_at(at % length, length, self.config.max_scale, self.config.schedule)
         first = math.ceil(self.steps * (1 - self.config.settle))
-        settled = self.step >= first and held < self.steps
+        settled = self.step >= first
         if settled and not self.settled:
             again = self._start > first  # an interrupted task goes on: its statistics are under way
             self._settled_at = first if again else self.step
@@ -183,8 +184,8 @@ def learn(
     Raises:
         TaskError: no such task, or it is sealed already; inside a `with hatcl.task(...)` block; a state that does not
             fit; gates that it is given and cannot have. GuardError: an optimizer that cannot be guarded. HATError: a
-            module was replaced after conversion. CapacityError: no units are left. IntegrityError: a sealed task
-            changed since it was sealed.
+            module was replaced after conversion. CapacityError: it could learn nothing, sealed tasks hold all.
+            IntegrityError: a sealed task changed since it was sealed.
         NonFiniteLossError: the loss became NaN or infinite. ConfigError: `start_from` or `examples` that cannot be.
 
     Warns:
@@ -380,5 +381,6 @@ def add_tasks(model: nn.Module, count: int) -> None:
     for module in model.modules():
         if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
             module.hat_tasks.extend(module._hat_new_copy() for _ in range(count))
+    hold_all(model)
     for root in {id(m): m for m in (model, *filter(_has_gates, model.modules()))}.values():
         leave_out(root)

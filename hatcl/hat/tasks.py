@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from ..errors import CapacityError, TaskError
+from ..errors import TaskError
 from . import active
 from .gates import Gates, gates_of
 
@@ -97,17 +97,3 @@ def check_task(model: nn.Module, task: int | None, *, sealed: bool | None = None
             f"learn another"
         )
     return int(task)
-
-
-def check_room(model: nn.Module, task: int) -> None:
-    """Raise `CapacityError` if every unit of every layer is taken by sealed tasks."""
-    gates = gates_of(model)
-    names = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
-    room = {n if g.from_map else names[id(g)]: free for g in gates for n, free in g.room(task).items()}
-    if room and not any(room.values()):
-        full = list(room)
-        raise CapacityError(
-            f"task {task}: no units left, all {sum(g.num_units for g in gates)} units of {', '.join(full[:5])}"
-            f"{' ...' if len(full) > 5 else ''} are used by sealed tasks; forget a task (hatcl.forget_task), raise "
-            f"HATConfig.penalty_weight (now {gates[0].config.penalty_weight:g}) for earlier tasks, or use a wider model"
-        )

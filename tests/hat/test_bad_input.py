@@ -128,7 +128,7 @@ def test_no_units_left():
     parts.pretend(model, tasks=[0], share=1.1)
     nothing_changes(
         model, lambda: learn(model, 1), hatcl.CapacityError,
-        "task 1: no units left, all 64 units of 1, 4 are used by sealed tasks",
+        "task 1: no room left, sealed tasks hold every element of 1, 4 that it could learn",
         "forget a task (hatcl.forget_task), raise HATConfig.penalty_weight (now 0.75) for earlier tasks, or use a",
     )  # fmt: skip
     hatcl.forget_task(model, 0)

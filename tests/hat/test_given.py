@@ -117,6 +117,17 @@ def test_gates_that_are_held_for_a_while_and_learned_then():
     assert torch.equal(g.masks[0], embedding > 0)
 
 
+@pytest.mark.parametrize("settle", [0.1, 0.0])
+def test_running_statistics_start_anew_as_they_do_for_gates_that_are_learned(settle):
+    """The one step that settles takes its batch's. Twin: without settling it moves by the momentum."""
+    model, _ = given("resnet", settle=settle)
+    norm, means = model.get_submodule("conv1.1"), []
+    norm.register_forward_pre_hook(lambda m, args: means.append(args[0].detach().mean((0, 2, 3))))
+    parts.train(model, 0, adamw(model), parts.problem(parts.shape_of("resnet")), 10)
+    running = norm.hat_tasks[0].running_mean
+    assert len(means) == 10 and torch.allclose(running, means[-1], atol=1e-6) == (settle > 0)
+
+
 def test_left_while_they_are_held_they_are_what_is_sealed():
     model, masks = given(until=0.5)
     with hatcl.learn(model, 0, adamw(model), steps=20):

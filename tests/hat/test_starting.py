@@ -212,3 +212,16 @@ def test_twin_without_the_start_a_task_has_no_lineage(monkeypatch):
     monkeypatch.setattr(learning, "source_for", lambda *_: None)
     model = learned()
     assert start(model, 2, start_from=1)["lineage"] == {}
+
+
+def test_array_masks_say_which_units_and_start_from_says_which_values():
+    model, x = parts.converted("resnet", 4, masks="array:2"), parts.images("resnet", 2)
+    torch.manual_seed(0)
+    g = gates_of(model)[0]
+    want = g.given.clone()
+    for t, source in enumerate((None, "previous", "previous")):
+        before = parts.snapshot(model)
+        parts.train(model, t, adam(model), parts.problem(parts.shape_of("resnet"), t), start_from=source)
+        assert torch.equal(g.masks[t], want[t]) and not parts.same(before, parts.snapshot(model))
+    assert lineage(model) == {1: [0], 2: [0, 1]}
+    assert hatcl.certify(model, x, strict=True).exact
