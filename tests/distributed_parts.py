@@ -140,6 +140,26 @@ def ddp_once(rank):
 
 
 @scenario
+def ddp_start_from(rank):
+    """Every process has examples of its own; the task to start from is the one that the first one finds."""
+    model = converted("mlp", rank)
+    ddp = DDP(model)
+    for t in range(2):
+        learn(ddp, ddp, t, adam(model), rank, "mlp")
+    found = []
+    original = hatcl.hat.learn.source_for
+    hatcl.hat.learn.source_for = lambda *given: found.append(original(*given)) or rank  # 0 in the first, 1 in the other
+    x, y = batch(rank, "mlp", 2, 0, 16)
+    with hatcl.learn(ddp, 2, adam(model), 1, start_from="best", examples=(x, y)) as learning:
+        (tf.cross_entropy(ddp(x), y) + learning.penalty()).backward()
+        for o in learning.guard.optimizers:
+            o.step()
+    assert found[0] in (0, 1) and hatcl.describe(model).lineage == {2: [0]}
+    assert different(model) == []
+    hatcl.hat.learn.source_for = original
+
+
+@scenario
 def ddp_inner_given(rank):
     """The inner model is given, the wrapper made before each block, new optimizers."""
     model = converted("vit", rank)
@@ -446,6 +466,7 @@ def fsdp_refusals(rank):
     learn(model, model, 0, adam(model), rank, "vit")
     refused("do it before fully_shard", lambda: hatcl.forget_task(model, 0))
     refused("do it before fully_shard", lambda: hatcl.add_tasks(model, 1))
+    refused("do it before fully_shard", lambda: hatcl.learn(model, 1, adam(model), 3, start_from=0).__enter__())
     parts.logits(model, 0, parts.images("vit", 2))
     refused("model.reshard()", lambda: learn(model, model, 1, adam(model), rank, "vit"))
     plain = fully_shard(parts.plain("vit"))

@@ -3,7 +3,7 @@
 `Gates.lineage` is `[T, T]` uint8. In row t, column s: `CARRIES` where task t, or one that it was started from, was
 started from task s; `FORGOTTEN` where that task s has been forgotten since. So a row has all ancestors, and a task that
 takes a number again that was freed is none of them. On the diagonal `BEGUN` says that a task has been learned from its
-first step on.
+first step on, and `FORKED` that it has the gates that its start gave it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..errors import TaskError
 from .gates import gates_of
 from .tasks import tasks
 
-CARRIES, FORGOTTEN, BEGUN = 1, 2, 4
+CARRIES, FORGOTTEN, BEGUN, FORKED = 1, 2, 4, 8
 DESCENDANTS = ("keep", "refuse", "forget")
 
 
@@ -43,9 +43,9 @@ def descendants_of(model: nn.Module, task: int) -> list[int]:
     return [t for t, ancestors in lineage(model).items() if task in ancestors]
 
 
-def inherit(model: nn.Module, task: int, source: int | None) -> None:
+def inherit(model: nn.Module, task: int, source: int | None, forked: bool = False) -> None:
     """Record that a task begins, from a source or from none. Whatever it is started from, it can take elements that an
-    unfinished task had been given, so it carries what that one carries."""
+    unfinished task had been given, so it carries what that one carries. forked: its gates are those of its start."""
     sealed = set(tasks(model))
     for g in gates_of(model):
         unfinished = [t for t in range(g.num_tasks) if t not in sealed and t != task]
@@ -53,13 +53,19 @@ def inherit(model: nn.Module, task: int, source: int | None) -> None:
             g.lineage[task] |= g.lineage[t] & (CARRIES | FORGOTTEN)
         if source is not None:
             g.lineage[task, source] |= CARRIES
-        g.lineage[task, task] = BEGUN
+        kept = g.lineage[task, task] & FORKED if source is None else 0  # it goes on with the gates that it has
+        g.lineage[task, task] = BEGUN | (FORKED if forked else kept)
 
 
 def has_begun(model: nn.Module, task: int) -> bool:
     """Has the task been learned before, so that there is something to go on with: an unfinished one, or one that was
     sealed and is reopened?"""
     return bool(gates_of(model)[0].lineage[task, task] & BEGUN)
+
+
+def has_forked(model: nn.Module, task: int) -> bool:
+    """Are the gates that a task is given those of an earlier start of it, and nobody's wish?"""
+    return bool(gates_of(model)[0].lineage[task, task] & FORKED)
 
 
 def disinherit(model: nn.Module, forgotten: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..calls import split_batch
 from ..config import BEST, PREVIOUS, check_start
 from ..errors import ConfigError, TaskError
+from ..shards import check_whole
 from .features import features_under
 from .gates import gates_of
 from .tasks import check_task, tasks
@@ -30,6 +31,7 @@ def source_for(model: nn.Module, task: int, start_from: int | str | None, exampl
     start_from = check_start(start_from)
     if start_from is None:
         return None
+    check_whole(model, "start_from")
     if gates_of(model)[0].config.reuse == "none":
         raise ConfigError(
             f"start_from: got {start_from!r} in a model of reuse='none', whose tasks share no unit; a task that starts "

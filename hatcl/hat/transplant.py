@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..errors import HATError
 from ..keeper import Kept, StoredWeights, unwrapped
-from ..shards import check_whole
 from .binding import Binding, UnitAxis, Units
 from .build import GATES
 from .gates import Gates, gates_of, groups_of
@@ -23,7 +22,7 @@ from .given import hold_gates
 from .held import Held, held, live_for
 from .layers.gated import HATLayer
 from .layers.linear import TaskIndexedLinear
-from .lineage import inherit
+from .lineage import has_forked, inherit
 from .tasks import tasks
 
 
@@ -50,9 +49,9 @@ def begun(
     has."""
     plan = None
     if source is not None:
-        check_whole(model, "start_from")
         every = gates_of(model)
-        given = [g.given[task].clone() for g in every] if bool(every[0].given_until[task]) else None
+        wished = bool(every[0].given_until[task]) and not has_forked(model, task)
+        given = [g.given[task].clone() for g in every] if wished else None
         plan = fork(model, task, source, locked, given)
         if given is None:
             groups = [(name, m[a:b]) for (name, g, a, b) in groups_of(model) for m in [plan.masks[every.index(g)]]]
@@ -66,7 +65,7 @@ def begun(
     if plan is not None:
         transplant(model, task, plan, locked, optimizers)
     if not again:
-        inherit(model, task, source)
+        inherit(model, task, source, forked=plan is not None and given is None)
 
 
 # ---- which units -----------------------------------------------------------------------------------------------------
@@ -200,7 +199,6 @@ def transplant(model: nn.Module, task: int, plan: Fork, locked: Sequence[int], o
 
     Everything is computed before anything is written.
     """
-    check_whole(model, "start_from")
     phi = {id(g): p for g, p in zip(gates_of(model), plan.phi, strict=True)}
     masks = {id(g): m for g, m in zip(gates_of(model), plan.masks, strict=True)}
     writes: list[tuple[Tensor, Tensor, Tensor | None, str]] = []  # a tensor, what is written, where, its name

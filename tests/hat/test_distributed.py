@@ -16,8 +16,8 @@ from torch import distributed
 
 PARTS = Path(__file__).parents[1] / "distributed_parts.py"
 DDP = [
-    "ddp_once", "ddp_inner_given", "ddp_inside", "ddp_is_one_process_with_all_batches", "ddp_twin_without_averaging",
-    "ddp_twin_without_statistics", "ddp_one_fails", "ddp_refusals", "ddp_options",
+    "ddp_once", "ddp_start_from", "ddp_inner_given", "ddp_inside", "ddp_is_one_process_with_all_batches",
+    "ddp_twin_without_averaging", "ddp_twin_without_statistics", "ddp_one_fails", "ddp_refusals", "ddp_options",
 ]  # fmt: skip
 FSDP = [
     "fsdp_transformer", "fsdp_conv", "fsdp_root_only", "fsdp_is_one_process_with_all_batches",

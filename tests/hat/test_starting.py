@@ -125,6 +125,17 @@ def test_a_task_that_has_begun_goes_on_unless_it_is_told_to_start_anew():
     assert start(model, 2)["lineage"] == {2: [0]}
 
 
+def test_gates_that_were_given_stay_and_those_of_an_earlier_start_do_not():
+    model = learned()
+    wish = {name: torch.ones_like(mask) for name, mask in hatcl.masks_of(model, 0).items()}
+    hatcl.hold_gates(model, 2, wish)
+    assert bool(start(model, 2, start_from=0)["masks"].all())
+    assert bool(start(model, 2, start_from=1)["masks"].all())
+    first, again = (start(model, 3, start_from=source)["masks"] for source in (0, 1))
+    expected = gates_of(model)[0].masks[1]
+    assert not torch.equal(first, again) and int((again & expected).sum()) > int((first & expected).sum())
+
+
 def test_an_optimizer_that_is_refused_leaves_nothing_begun():
     model = learned()
     before = parts.snapshot(model)
@@ -201,3 +212,16 @@ def test_twin_without_the_start_a_task_has_no_lineage(monkeypatch):
     monkeypatch.setattr(learning, "source_for", lambda *_: None)
     model = learned()
     assert start(model, 2, start_from=1)["lineage"] == {}
+
+
+def test_array_masks_say_which_units_and_start_from_says_which_values():
+    model, x = parts.converted("resnet", 4, masks="array:2"), parts.images("resnet", 2)
+    torch.manual_seed(0)
+    g = gates_of(model)[0]
+    want = g.given.clone()
+    for t, source in enumerate((None, "previous", "previous")):
+        before = parts.snapshot(model)
+        parts.train(model, t, adam(model), parts.problem(parts.shape_of("resnet"), t), start_from=source)
+        assert torch.equal(g.masks[t], want[t]) and not parts.same(before, parts.snapshot(model))
+    assert lineage(model) == {1: [0], 2: [0, 1]}
+    assert hatcl.certify(model, x, strict=True).exact
