@@ -101,14 +101,15 @@ def read_file(path: str | Path) -> Any:
 
 
 def check_content(path: Path, what: str) -> None:
-    """Is a file what its name says?
+    """Is a file what its name says? Of a kind that is not among those of hatcl, its reader has to know.
 
     Raises:
         ConfigError: it is empty, or something else; says what.
     """
     found = content_of(path)
     either = {ONE_LINE: (JSON, LINES), PLAIN_TEXT: tuple(TABLES.values())}  # a table of one column is plain text
-    if found in (None, what) or what in either.get(found, ()):
+    known = {*SIGNATURES.values(), JSON, LINES, *TABLES.values()}  # of others nobody knows how they begin
+    if found in (None, what) or what not in known or what in either.get(found, ()):
         return
     found = JSON if found == ONE_LINE else found
     ends = next((kind.ends for kind in FILE_KINDS.values() if kind.what == found), None)

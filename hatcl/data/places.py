@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class DataOptions(Changeable):
 
     def __post_init__(self) -> None:
         one_of("problem", self.problem, [AUTO, *PROBLEMS])
+        if not isinstance(self.column, Mapping):
+            raise ConfigError(f"column: got {self.column!r}, expected a mapping from roles to names of columns")
         for role in self.column:
             one_of("column", role, list(ROLES))
 
@@ -78,6 +80,8 @@ class TaskPlace:
 
     def __post_init__(self) -> None:
         DataOptions(self.column, self.problem)
+        if isinstance(self.classes, str) or not isinstance(self.classes, Sequence):
+            raise ConfigError(f"classes of {self.name or self.data}: got {self.classes!r}, expected a list of names")
         object.__setattr__(self, "classes", tuple(str(c) for c in self.classes))
 
     @classmethod

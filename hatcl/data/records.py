@@ -424,7 +424,7 @@ def read_folder(folder: Path) -> Records:
             raise ConfigError(f"{paths[0]}: is no table of records; give the file itself, not its folder")
         parts[part] = _joined([table.parts[WHOLE] for table in tables])
         classes |= tables[0].classes
-    return Records(folder / files["train"][0].name, parts, classes)
+    return Records(files["train"][0], parts, classes)
 
 
 def read_beside(path: Path) -> Any:

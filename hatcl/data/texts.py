@@ -30,7 +30,7 @@ from ..config import one_of
 from ..errors import ConfigError
 from ..files import parse_json
 from .kinds import JSON, LINES, content_of, file_kind, read_file, read_text
-from .pairs import Pair, Sentences, pairs_of, strata_of
+from .pairs import Chat, Pair, Sentences, pairs_of, strata_of
 from .records import EACH_HELD_OUT, WHOLE, Records, part_named, read_beside, read_folder, records_of
 from .shots import draw, same_few
 
@@ -114,14 +114,14 @@ class TextData:
 
     def plain(self, drop_question: bool = True) -> TextData:
         """The inputs without the first line, which asks the question and lists the answers, and without the last line
-        `Answer:`, for models that are not asked in words."""
+        `Answer:`, for models that are not asked in words. Conversations stay as they are."""
 
         def text(value: str) -> str:
             value = value.strip().removesuffix("Answer:").strip()
             first, _, rest = value.partition("\n")
             return rest.strip() if drop_question and rest.strip() else value
 
-        return self._mapped(lambda part, rows: [(text(x), y) for x, y in rows])
+        return self._mapped(lambda part, rows: [(x if isinstance(x, Chat) else text(x), y) for x, y in rows])
 
     def of_labels(self, labels: Sequence[str]) -> TextData:
         """The pairs with these outputs.

@@ -96,6 +96,7 @@ def test_conversations_are_cut_as_a_whole(tmp_path):
         {"messages": [{"role": r, "content": f"{c} {i}"} for r, c in (FIRST, SECOND, LAST, SECOND)]} for i in range(20)
     ]
     data = read_texts(write_table(tmp_path / "a.jsonl", rows))
+    assert data.plain() == data and isinstance(data.plain().train[0][0], Chat)
     parts = [{x.turns[0] for x, _ in part} for part in (data.train, data.validation, data.test)]
     assert [len(data.train), len(data.validation), len(data.test)] == [32, 4, 4]
     assert sum(map(len, parts)) == len(set().union(*parts)) == 20

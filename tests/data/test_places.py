@@ -115,6 +115,8 @@ def test_the_text_of_a_place_and_back(tmp_path, monkeypatch):
         ('{"data": "a", "clases": ["b"]}', "TaskPlace has no option 'clases'; did you mean 'classes'"),
         ('{"data": "a", "problem": "x"}', "problem: got 'x'"),
         ('{"data": "a", "column": {"labl": "y"}}', "column: got 'labl', expected one of text"),
+        ('{"data": "a", "column": "label=y"}', "column: got 'label=y', expected a mapping from roles to names"),
+        ('{"data": "a", "classes": "cat"}', "classes of a: got 'cat', expected a list of names"),
     ):
         with pytest.raises(ConfigError, match=words):
             TaskPlace.parsed(text)

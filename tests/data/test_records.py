@@ -92,6 +92,7 @@ def test_shards_of_a_part_are_one(tmp_path):
         write_table(tmp_path / "lines" / f"train-{i}.jsonl", SAID[8 * i : 8 * i + 8])
     write_table(tmp_path / "data" / "test-00000-of-00001.parquet", SAID[16:])
     write_table(tmp_path / "lines" / "test.jsonl", SAID[16:])
+    assert read_folder(tmp_path).where.parent == tmp_path / "data"  # from where paths in it lead
     assert read_texts(tmp_path) == read_texts(tmp_path / "lines") and len(read_texts(tmp_path).train) == 16
 
 
