@@ -48,8 +48,8 @@ def make(net: str, width: float, classes: int) -> nn.Module:
         model.maxpool = nn.Identity()
         return model
     if net == "convnext":
-        dims = tuple(round(n * width) for n in (64, 128, 256))
-        return timm.create_model("convnext_atto", num_classes=classes, dims=dims, depths=(2, 2, 2), patch_size=2)
+        dims = tuple(round(n * width) for n in (40, 80, 160, 320))
+        return timm.create_model("convnext_atto", num_classes=classes, dims=dims, patch_size=1)
     return timm.create_model("mobilenetv2_100", num_classes=classes, channel_multiplier=width, fix_stem_head=False)
 
 

@@ -27,16 +27,22 @@ from ..map.units import Entry, Factor, UnitMap
 from .registry import layer_for
 
 ONE_END = "it has a unit at one end only, which tasks share under array masks"
+EXEMPT = "reads the layer that it writes, so that tasks share some of its elements under array masks"
 
 
 def with_own_ends(unit_map: UnitMap, model: nn.Module) -> UnitMap:
-    """The map for array masks: every task has its own copy of what has a unit at one end only, the stem excepted."""
+    """The map for array masks: every task has its own copy of what has a unit at one end only, the stem excepted. What
+    reads the layer that it writes is noted."""
     made = copy.copy(unit_map)
     stem = set(_stem(model))
     made.entries = {
         name: dataclasses.replace(e, copied=True, why=ONE_END) if _one_ended(e) and name not in stem else e
         for name, e in unit_map.entries.items()
     }
+    made.notes = dict(unit_map.notes)
+    for name in exempt(made):
+        path, _, leaf = name.rpartition(".")
+        made.notes[path] = "; ".join(filter(None, [made.notes.get(path), f"{leaf} {EXEMPT}"]))
     return made
 
 
@@ -46,7 +52,7 @@ def _one_ended(entry: Entry) -> bool:
 
 def _stem(model: nn.Module) -> Iterator[str]:
     """Names of the parameters that are multiplied with what they read, or looked up by it: of those that read no unit,
-    the ones that read the input. (A grouped convolution without units to read is a depthwise one.)"""
+    the ones that read the input, or positions. (A grouped convolution without units to read is a depthwise one.)"""
     names = {id(p): n for n, p in model.named_parameters()}
     for m in model.modules():
         layer = layer_for(type(m))

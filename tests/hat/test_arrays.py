@@ -77,6 +77,7 @@ def test_no_two_tasks_share_an_element_with_two_ends(name, q):
     two = {n for n in counts if len({f.owner for f in unit_map.entries[n].factors}) == 2}
     assert two - spared and all(bool((counts[n] == 1).all()) for n in two - spared)
     assert spared == ({"cell.weight_hh_l0"} if name == "lstm" else set())
+    assert [path for path, note in unit_map.notes.items() if arrays.EXEMPT in note] == ["cell"] * (name == "lstm")
     stem = counts.keys() - two
     assert stem and all(bool((counts[n] == q).all()) for n in stem)
     reads = {id(p) for m in net.modules() for n, p in m._parameters.items() if n in layer_for(type(m)).hat_reader_dims}
