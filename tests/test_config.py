@@ -48,12 +48,18 @@ valid = st.fixed_dictionaries(
         "forgiven": st.none() | st.floats(0, 1),
         "reuse": st.sampled_from(REUSE),
         "masks": st.sampled_from([*MASKS, "array:10"]),
+        "start_from": st.none() | st.sampled_from(["previous", "best"]) | st.integers(0, 9),
+        "start_hold": st.floats(0.1, 1),
         "protection": st.sampled_from(PROTECTIONS),
         "protection_alpha": st.floats(1e-9, 10),
         "protection_epsilon": st.floats(1e-9, 10),
         "locked": st.none() | st.lists(st.integers(0, 9)).map(tuple),
     },
-).filter(lambda options: options.get("reuse") != "none" or options.get("masks") != "array:10")
+).filter(
+    lambda options: (
+        options.get("reuse") != "none" or (options.get("masks") != "array:10" and options.get("start_from") is None)
+    )
+)
 
 
 def test_the_strategy_knows_every_option():

@@ -26,7 +26,7 @@ from .grow_apply import bring_up
 from .guard import Guard
 from .held import check_structure
 from .layers.gated import HATLayer
-from .lineage import has_begun
+from .lineage import has_begun, mark_sealed
 from .protection import Drift, by_degrees
 from .room import check_room
 from .starting import source_for
@@ -182,7 +182,7 @@ def learn(
             which the source's weights are copied (see `hat/transplant.py`), and keeps these gates. `hatcl.describe`
             shows who started from whom, and `hatcl.forget_task` says it. The first task of all starts from none. With
             `start` above 0 a task goes on with what it has; so does, unless `start_from` is given here, one that has
-            begun before (it was left by an exception, or reopened).
+            something to go on with (it was started from another and left by an exception, or it is reopened).
         examples: of the new task, which "best" needs: (inputs, labels), or batches of them.
 
     Raises:
@@ -269,6 +269,7 @@ def learn(
         g.learning, g.learner, g.lock = None, None, None
         g.harden(False)
     digests.harden(model, task)
+    mark_sealed(model, task)
     for t in [t for t in tasks(model) if t != task and t not in guard.locked]:
         digests.record(model, t)
     if drift is not None:

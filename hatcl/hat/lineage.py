@@ -2,8 +2,8 @@
 
 `Gates.lineage` is `[T, T]` uint8. In row t, column s: `CARRIES` where task t, or one that it was started from, was
 started from task s; `FORGOTTEN` where that task s has been forgotten since. So a row has all ancestors, and a task that
-takes a number again that was freed is none of them. On the diagonal `BEGUN` says that a task has been learned from its
-first step on, and `FORKED` that it has the gates that its start gave it.
+takes a number again that was freed is none of them. On the diagonal `BEGUN` says that a task was started from
+another, or was sealed, so that there is something to go on with, and `FORKED` that it has the gates of its start.
 """
 
 from __future__ import annotations
@@ -49,17 +49,24 @@ def inherit(model: nn.Module, task: int, source: int | None, forked: bool = Fals
     sealed = set(tasks(model))
     for g in gates_of(model):
         unfinished = [t for t in range(g.num_tasks) if t not in sealed and t != task]
+        own = g.lineage[task, task].clone()
         for t in [*unfinished, *([] if source is None else [source])]:
             g.lineage[task] |= g.lineage[t] & (CARRIES | FORGOTTEN)
+        g.lineage[task, task] = own
         if source is not None:
             g.lineage[task, source] |= CARRIES
-        kept = g.lineage[task, task] & FORKED if source is None else 0  # it goes on with the gates that it has
-        g.lineage[task, task] = BEGUN | (FORKED if forked else kept)
+            g.lineage[task, task] = BEGUN | (FORKED if forked else 0)
+
+
+def mark_sealed(model: nn.Module, task: int) -> None:
+    """Record that a task was sealed."""
+    for g in gates_of(model):
+        g.lineage[task, task] |= BEGUN
 
 
 def has_begun(model: nn.Module, task: int) -> bool:
-    """Has the task been learned before, so that there is something to go on with: an unfinished one, or one that was
-    sealed and is reopened?"""
+    """Is there something to go on with: was the task started from another and left unfinished, or sealed and
+    reopened?"""
     return bool(gates_of(model)[0].lineage[task, task] & BEGUN)
 
 

@@ -16,8 +16,8 @@ from .features import features_under
 from .gates import gates_of
 from .tasks import check_task, tasks
 
-MOST = 2000  # examples that are compared with each other
-AT_ONCE = 256  # in one forward
+MOST_COMPARED = 2000  # examples that are compared with each other
+FORWARD_AT_ONCE = 256  # in one forward
 
 
 def source_for(model: nn.Module, task: int, start_from: int | str | None, examples: Any = None) -> int | None:
@@ -97,7 +97,7 @@ def _gathered_examples(examples: Any) -> tuple[list[Any], Tensor]:
             raise ConfigError(f"examples: got labels {found}, expected [B] integers, one class per example; {remedy}")
         inputs.append(x)
         labels.append(y.cpu())
-        if sum(map(len, labels)) >= MOST:
+        if sum(map(len, labels)) >= MOST_COMPARED:
             break
     if sum(map(len, labels)) < 2:
         raise ConfigError(f"examples: got {sum(map(len, labels))}, expected at least two to compare; {remedy}")
@@ -109,8 +109,11 @@ def _batches(examples: Any) -> Iterator[tuple[Any, Any]]:
         x, y = examples
         if isinstance(y, Tensor) and len(x) != len(y):
             raise ConfigError(f"examples: got {len(x)} inputs and {len(y)} labels; expected one label per input")
-        every = range(0, min(len(x), MOST), AT_ONCE)
-        yield from ((x[i : min(i + AT_ONCE, MOST)], y[i : min(i + AT_ONCE, MOST)]) for i in every)
+        every = range(0, min(len(x), MOST_COMPARED), FORWARD_AT_ONCE)
+        yield from (
+            (x[i : min(i + FORWARD_AT_ONCE, MOST_COMPARED)], y[i : min(i + FORWARD_AT_ONCE, MOST_COMPARED)])
+            for i in every
+        )
     elif isinstance(examples, Mapping):
         yield split_batch(examples)
     elif isinstance(examples, Iterable):
