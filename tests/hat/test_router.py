@@ -307,6 +307,19 @@ def test_examples_that_do_not_fit_change_nothing(model, change, error, text):
     assert _bits(router) == before and router.tasks == [1]
 
 
+def test_nothing_is_added_beside_a_task_that_is_void(model):
+    """Its space would take in features that its other sums are not of."""
+    router = filled(model, [0, 1])
+    hatcl.forget_task(model, 1)
+    before = _bits(router)
+    with pytest.raises(hatcl.TaskError, match="task 1 is in the router and not sealed"):
+        router.add_task(2, *task_data(2))
+    assert _bits(router) == before
+    router.remove_task(1)
+    router.add_task(2, *task_data(2))
+    assert _bits(router) == _bits(filled(model, [0, 2]))
+
+
 def test_tasks_that_do_not_fit(model):
     router = hatcl.TaskRouter(model, OPTIONS)
     with pytest.raises(hatcl.TaskError, match="the router has no tasks yet"):
