@@ -19,13 +19,14 @@ area under the curve (0.5: no better than chance).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from common import Task, bit_equal, learn_all, logits, read, save, split
+from common import Task, bit_equal, learn_all, read, save, split
 from torch import Tensor
 
 import hatcl
@@ -49,31 +50,52 @@ def network(tasks: list[Task], epochs: int, seed: int) -> tuple[torch.nn.Module,
 
 
 class Told:
-    """What is known of test images when their tasks are not."""
+    """What is known of test images when their tasks are not: features and logits under every task."""
 
-    def __init__(self, model: torch.nn.Module, tasks: list[Task]) -> None:
+    def __init__(self, router: hatcl.TaskRouter, tasks: list[Task]) -> None:
         self.x = torch.cat([t.x_test for t in tasks])
         self.task = torch.cat([torch.full((len(t.y_test),), i) for i, t in enumerate(tasks)])
         self.label = torch.cat([t.y_test for t in tasks])
-        self.z = []
-        for t in range(len(tasks)):
-            with hatcl.task(model, t):
-                self.z.append(logits(model, self.x))
+        self.features, self.z = {}, []
+        for t in router.tasks:
+            parts = [router.seen(router.model, x, t) for x in self.x.split(500)]
+            self.features[t] = torch.cat([h for h, _ in parts])
+            self.z.append(torch.cat([z for _, z in parts]))
 
-    def of(self, router: hatcl.TaskRouter, model: torch.nn.Module, among: list[int] | None = None) -> dict[str, Tensor]:
-        parts = [hatcl.predict(model, x, router=router, among=among) for x in self.x.split(500)]
-        return {n: torch.cat([getattr(p, n) for p in parts]) for n in ("task", "label", "task_probability")}
+    def answers(self, router: hatcl.TaskRouter) -> tuple[Tensor, Tensor]:
+        """Task and class, as `hatcl.predict` gives them."""
+        p = router.probabilities(self.features)
+        classes = self.z[0].shape[1]
+        joint = torch.cat([p[:, t : t + 1] * z.double().softmax(1) for t, z in enumerate(self.z)], 1).argmax(1)
+        few = hatcl.predict(router.model, self.x[:500], router=router)
+        assert torch.equal(few.task * classes + few.label, joint[:500])
+        return joint // classes, joint % classes
+
+    def found(self, router: hatcl.TaskRouter) -> dict[str, float]:
+        task, label = self.answers(router)
+        return {"task": self.right(task), "class": self.right(task, label)}
 
     def right(self, task: Tensor, label: Tensor | None = None) -> float:
         hit = task == self.task
         return float((hit if label is None else hit & (label == self.label)).float().mean())
 
 
-def filled(model: torch.nn.Module, tasks: list[Task], **options: Any) -> hatcl.TaskRouter:
-    router = hatcl.TaskRouter(model, options)
+def filled(model: torch.nn.Module, tasks: list[Task]) -> hatcl.TaskRouter:
+    router = hatcl.TaskRouter(model)
     for t, task in enumerate(tasks):
         router.add_task(t, task.x, task.y)
     return router
+
+
+def changed(router: hatcl.TaskRouter, **options: Any) -> hatcl.TaskRouter:
+    """The router that the same examples give with other options."""
+    other = hatcl.TaskRouter(router.model, dataclasses.replace(router.options, **options))
+    for t, known in router._known.items():
+        sums = known.sums
+        if "rank" in options:
+            sums = {a: Sums.of(s.whole(), s.classes, options["rank"]) for a, s in sums.items()}
+        other._known[t] = dataclasses.replace(known, sums=sums)
+    return other
 
 
 def calibrated(model: torch.nn.Module, tasks: list[Task]) -> float:
@@ -129,11 +151,11 @@ def one_backbone(model: torch.nn.Module, tasks: list[Task], told: Told) -> dict[
     return {name: told.right(at // classes, at % classes) for name, at in answers.items()}
 
 
-def rejection(router: hatcl.TaskRouter, model: torch.nn.Module, told: Told) -> dict[str, Any]:
+def rejection(router: hatcl.TaskRouter, told: Told) -> dict[str, Any]:
     """Tasks taken out one by one: are their images told from those of the others by the largest probability?"""
     shares, areas = [], []
     for gone in router.tasks:
-        found = told.of(router, model, [t for t in router.tasks if t != gone])["task_probability"].max(1).values
+        found = router.probabilities(told.features, [t for t in router.tasks if t != gone]).max(1).values
         known, unknown = found[told.task != gone], found[told.task == gone]
         shares.append(float((unknown < known.quantile(0.05)).float().mean()))
         areas.append(float((known[None] > unknown[:, None]).float().mean()))
@@ -150,33 +172,30 @@ def run(name: str, seed: int, epochs: int) -> dict[str, Any]:
         task.normalise(mean, std)
     model, rows = network(tasks, epochs, seed)
     learned = time.time()
-    told = Told(model, tasks)
     router = filled(model, tasks)
     added = time.time()
-    answer = told.of(router, model)
+    told = Told(router, tasks)
+    found = told.found(router)
     answered = time.time()
     temperature = calibrated(model, tasks)
-    warm = told.of(filled(model, tasks, temperature=temperature), model)
     best = torch.stack([z.max(1).values for z in told.z], 1).argmax(1)
     label = torch.stack([z.argmax(1) for z in told.z], 1)
 
     def of(task: Tensor) -> dict[str, float]:
         return {"task": told.right(task), "class": told.right(task, label.gather(1, task[:, None])[:, 0])}
 
-    low = {str(rank): filled(model, tasks, rank=rank) for rank in LOW}
+    low = {str(rank): changed(router, rank=rank) for rank in LOW}
     return {
         "tasks": len(tasks),
         "task_incremental": float(np.mean([r["hard"] for r in rows])),
-        "router": {"task": told.right(answer["task"]), "class": told.right(answer["task"], answer["label"])},
-        "router, calibrated": {"task": told.right(warm["task"]), "class": told.right(warm["task"], warm["label"])},
+        "router": found,
+        "router, calibrated": told.found(changed(router, temperature=temperature)),
         "temperature": temperature,
         "largest logit": of(best),
         "Mahalanobis": of(mahalanobis(model, tasks, told)),
         "one backbone": one_backbone(model, tasks, told),
-        "rejection": rejection(router, model, told),
-        "low memory": {
-            rank: {"task": told.right(told.of(r, model)["task"]), "bytes": r.bytes} for rank, r in low.items()
-        },
+        "rejection": rejection(router, told),
+        "low memory": {rank: {**told.found(r), "bytes": r.bytes} for rank, r in low.items()},
         "bytes": router.bytes,
         "bit_equal": bit_equal(model, tasks, rows),
         "seconds": {"learning": learned - began, "adding": added - learned, "answering": answered - added},
@@ -195,10 +214,7 @@ def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
             for way in ("router", "router, calibrated", "largest logit", "Mahalanobis")
             for what in ("task", "class")
         },
-        **{
-            f"{way}: class": lambda r, way=way: r["one backbone"][way]
-            for way in ("nearest class mean", "FeCAM", "RanPAC")
-        },
+        **{f"{way}: class": lambda r, way=way: r["one backbone"][way] for way in FIXED},
         **{f"rank {k}: task": lambda r, k=k: r["low memory"][str(k)]["task"] for k in LOW},
     }
     values = {name: [of(r) for r in runs.values()] for name, of in rows.items()}

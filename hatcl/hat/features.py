@@ -34,8 +34,9 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     if root is not None:
         entries = gates_of(root)[0].unit_map.entries
-        paths = [e.name.rpartition(".")[0] for e in entries.values() if e.head and e.copied and len(e.shape) > 1]
-        found = {path: root.get_submodule(path) for path in paths}
+        paths = [e.name.rpartition(".")[0] for e in entries.values() if e.head and len(e.shape) > 1]
+        modules = {path: root.get_submodule(path) for path in paths}
+        found = {path: m for path, m in modules.items() if not isinstance(m, nn.Embedding)}  # a head tied to it
     else:
         for path, module in model.named_modules():
             plan = module._hat.params.get("weight") if isinstance(module, HATLayer) and "_hat" in vars(module) else None
@@ -45,7 +46,7 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     if not found:
         raise HATError(
             f"{type(model).__name__}: no head was found whose input could serve as features: a layer that writes the "
-            "outputs, of which every task has its own copy. Put the classifier into the model before hatcl.convert; "
+            "outputs and nothing else. Put the classifier into the model before hatcl.convert; "
             "where features= can be given, give a function of the model and a batch's inputs"
         )
     return found

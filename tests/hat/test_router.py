@@ -238,6 +238,25 @@ def test_features_of_ones_own(model, tmp_path):
     assert hatcl.TaskRouter.load(by_path.save(tmp_path / "b.safetensors"), model).features == "7"
 
 
+def test_inputs_prepared_for_each_task(model, tmp_path):
+    """Tasks that were learned with a scale of their own find an input that nobody has scaled."""
+
+    def prepare(t, x):
+        return x * (1.0 + t)
+
+    router, plain = hatcl.TaskRouter(model, OPTIONS, prepare=prepare), filled(model)
+    for t in range(3):
+        router.add_task(t, *task_data(t))
+    assert torch.equal(router.seen(model, X, 2)[0], plain.seen(model, 3 * X, 2)[0])
+    path = router.save(tmp_path / "router.safetensors")
+    with pytest.raises(ConfigError, match="was made with prepare='a function', got None; give the same function"):
+        hatcl.TaskRouter.load(path, model)
+    with pytest.raises(ConfigError, match="was made with prepare=None, got <function"):
+        hatcl.TaskRouter.load(plain.save(tmp_path / "b.safetensors"), model, prepare=prepare)
+    again = hatcl.TaskRouter.load(path, model, prepare=prepare)
+    assert torch.equal(asked(again), asked(router)) and not torch.equal(asked(router), asked(plain))
+
+
 def test_no_example_is_kept(model):
     """What it keeps does not grow with the examples."""
     few, many = hatcl.TaskRouter(model, OPTIONS), hatcl.TaskRouter(model, OPTIONS)
@@ -286,6 +305,19 @@ def test_examples_that_do_not_fit_change_nothing(model, change, error, text):
     with pytest.raises(error, match=text):
         router.add_task(0, *change(*task_data(0)))
     assert _bits(router) == before and router.tasks == [1]
+
+
+def test_nothing_is_added_beside_a_task_that_is_void(model):
+    """Its space would take in features that its other sums are not of."""
+    router = filled(model, [0, 1])
+    hatcl.forget_task(model, 1)
+    before = _bits(router)
+    with pytest.raises(hatcl.TaskError, match="task 1 is in the router and not sealed"):
+        router.add_task(2, *task_data(2))
+    assert _bits(router) == before
+    router.remove_task(1)
+    router.add_task(2, *task_data(2))
+    assert _bits(router) == _bits(filled(model, [0, 2]))
 
 
 def test_tasks_that_do_not_fit(model):
@@ -356,6 +388,22 @@ def test_bfloat16_and_a_model_that_was_cast(model):
     assert float((p.task == RIGHT).double().mean()) > 0.8
     with pytest.warns(UserWarning, match="its features are torch.bfloat16 now and were torch.float32 when it was"):
         hatcl.predict(half, X.bfloat16(), router=filled(model))
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", None])  # the head is each task's own, or frozen and that of all
+def test_gates_over_adapters(kind):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    plain = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, vocab_size=60, num_labels=2))
+    adapted = peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules=["query", "value"], task_type=kind))
+    ids = torch.stack([torch.randint(3 + 20 * t, 18 + 20 * t, (24, 8)) for t in range(2)])
+    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+    gated = parts.pretend(hatcl.convert(adapted, 2, batches[0]))
+    router = hatcl.TaskRouter(gated, {"width": 64})
+    for t, batch in enumerate(batches):
+        router.add_task(t, [{**batch, "labels": torch.arange(24) % 2}])
+    found = [asked(router, x=batch).argmax(1) == t for t, batch in enumerate(batches)]
+    assert float(torch.cat(found).double().mean()) > 0.75  # chance 1/2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
