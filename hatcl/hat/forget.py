@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..errors import TaskError
 from ..map.lora import starts_at_zero
 from ..shards import check_whole
 from .active import is_chosen
-from .digests import check_sealed
+from .digests import check_sealed, record
 from .gates import gates_of
 from .held import held
 from .layers.gated import HATLayer
@@ -30,6 +31,7 @@ class ForgetReport:
             copies.
         kept: shared elements that stay because other sealed tasks use them too.
         units_freed: units that no sealed task uses any more.
+        changed: sealed tasks that are not locked and lose elements that they shared with it.
     """
 
     task: int
@@ -38,6 +40,7 @@ class ForgetReport:
     kept: int
     own: int
     units_freed: int
+    changed: tuple[int, ...] = ()
 
     @property
     def total_erased(self) -> int:
@@ -57,10 +60,17 @@ class ForgetReport:
             f"task {self.task}: {verb} {self.total_erased:,} shared elements and {self.own:,} of its own; "
             f"{self.units_freed:,} units are free again; {self.share_kept:.1%} of its shared elements stay, other "
             f"tasks use them"
+            + (
+                f"; it takes elements away from tasks {list(self.changed)}, which are not locked"
+                if self.changed
+                else ""
+            )
         )
 
 
-def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> ForgetReport:
+def forget_task(
+    model: nn.Module, task: int, *, locked: Sequence[int] | None = None, dry_run: bool = False
+) -> ForgetReport:
     """Forget a sealed task: every element live for it and for no other sealed task is drawn anew by its layer's own
     initialiser (by zeros, where it is the factor of a LoRA pair that peft starts at zero), its gates, copies and head
     are dropped, and its index is free to be learned again. Every other task stays bit-identical. If the task is the
@@ -69,11 +79,14 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
     metrics and logs of the task, its data, and the state of optimizers that trained it.
 
     Args:
+        locked: the sealed tasks that stay as they are; default: all others. A task left out loses what it shares with
+            the forgotten one, which is then gone altogether, and is sealed as what is left of it.
         dry_run: only report; the report then lists exactly what a real run would erase.
 
     Raises:
-        TaskError: no such task, it is not sealed, a task is being learned, or some `with hatcl.task(...)` of this
-            context has the task active. IntegrityError: a sealed task changed.
+        TaskError: no such task, it is not sealed, `locked` names it or one that is not sealed, a task is being learned,
+            another one is reopened, or some `with hatcl.task(...)` of this context has the task active. IntegrityError:
+            a sealed task changed.
     """
     check_whole(model, "forget_task")
     task = check_task(model, task, sealed=True)
@@ -87,6 +100,10 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
     check_none_reopened(model, f"forget_task: forgetting task {task}")
     check_sealed(model)
     others = [t for t in tasks(model) if t != task]
+    keep = others if locked is None else sorted({check_task(model, t, sealed=True) for t in locked})
+    if task in keep:
+        raise TaskError(f"locked: got {keep}, with task {task} itself, which is to be forgotten; leave it out")
+    left, changed = [t for t in others if t not in keep], set()
     plan: dict[int, tuple[str, Tensor]] = {}
     kept = own = 0
     for h in held(model):
@@ -95,13 +112,20 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
         elif h.task is None and not h.plain and h.plan is not None:
             live = h.live(task)
             needed = torch.zeros_like(live)
-            for t in others:
+            for t in keep:
                 needed |= h.live(t)
             plan[id(h.param)] = (h.name, live & ~needed)
+            changed |= {t for t in left if bool((live & ~needed & h.live(t)).any())}
             kept += int((live & needed).sum())
     freed = sum(int((g.masks[task] & ~g.used(without=task)).sum()) for g in gates)
     report = ForgetReport(
-        task, dry_run, {name: n for name, mask in plan.values() if (n := int(mask.sum()))}, kept, own, freed
+        task,
+        dry_run,
+        {name: n for name, mask in plan.values() if (n := int(mask.sum()))},
+        kept,
+        own,
+        freed,
+        tuple(sorted(changed)),
     )
     if dry_run:
         return report
@@ -119,6 +143,8 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
     for module in model.modules():
         if isinstance(module, HATLayer) and "_hat" in module.__dict__:
             module._hat.clear()
+    for t in report.changed:
+        record(model, t)
     return report
 
 
