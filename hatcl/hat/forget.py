@@ -14,7 +14,7 @@ from ..errors import TaskError
 from ..map.lora import starts_at_zero
 from ..shards import check_whole
 from .active import is_chosen
-from .digests import check_sealed
+from .digests import check_sealed, record
 from .gates import gates_of
 from .grow_apply import bring_up
 from .held import held, live_for
@@ -35,6 +35,7 @@ class ForgetReport:
         units_freed: units that no sealed task uses any more.
         descendants: tasks that were started from this one, directly or by way of others. forgotten: the tasks that are
             forgotten, all that the numbers speak of: this one, and its descendants where they are to be forgotten too.
+        changed: sealed tasks that are not locked and lose elements that they shared with it.
     """
 
     task: int
@@ -45,6 +46,7 @@ class ForgetReport:
     units_freed: int
     descendants: tuple[int, ...] = ()
     forgotten: tuple[int, ...] = ()
+    changed: tuple[int, ...] = ()
 
     @property
     def total_erased(self) -> int:
@@ -67,10 +69,18 @@ class ForgetReport:
             f"{spoken(gone)}: {verb} {self.total_erased:,} shared elements and {self.own:,} of its own; "
             f"{self.units_freed:,} units are free again; {self.share_kept:.1%} of its shared elements stay, other "
             f"tasks use them{lineage}"
+            + (f"; it takes elements away from {spoken(self.changed)}, not locked" if self.changed else "")
         )
 
 
-def forget_task(model: nn.Module, task: int, *, dry_run: bool = False, descendants: str = "keep") -> ForgetReport:
+def forget_task(
+    model: nn.Module,
+    task: int,
+    *,
+    locked: Sequence[int] | None = None,
+    dry_run: bool = False,
+    descendants: str = "keep",
+) -> ForgetReport:
     """Forget a sealed task: every element live for it and for no other sealed task is drawn anew by its layer's own
     initialiser (by zeros, where it is the factor of a LoRA pair that peft starts at zero), its gates, copies and head
     are dropped, and its index is free to be learned again. Every other task stays bit-identical. If the task is the
@@ -80,15 +90,18 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False, descendan
     statistics in a router (`TaskRouter.remove_task`).
 
     Args:
+        locked: the sealed tasks that stay as they are; default: all others. A task left out loses what it shares with
+            the forgotten one, which is then gone altogether, and is sealed as what is left of it.
         dry_run: only report; the report then lists exactly what a real run would erase.
         descendants: what happens to tasks that were started from this one (`hatcl.learn(start_from=)`) and carry what
             it knew. Forgetting is complete only along this lineage. `keep`: they stay, with a warning that names them.
             `refuse`: nothing is forgotten while there are any. `forget`: they are forgotten with it.
 
     Raises:
-        TaskError: no such task, it is not sealed, a task is being learned, some `with hatcl.task(...)` of this
-            context has the task active, or there are descendants that are to be refused. ConfigError: no such word for
-            descendants. IntegrityError: a sealed task changed.
+        TaskError: no such task, it is not sealed, `locked` names one that is forgotten or not sealed, a task is being
+            learned, another one is reopened, some `with hatcl.task(...)` of this context has the task active, or there
+            are descendants that are to be refused. ConfigError: no such word for descendants. IntegrityError: a sealed
+            task changed.
 
     Warns:
         UserWarning: descendants keep what was transplanted.
@@ -108,22 +121,27 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False, descendan
     check_none_reopened(model, f"forget_task: forgetting task {task}")
     check_sealed(model)
     others = [t for t in tasks(model) if t not in gone]
+    keep = others if locked is None else sorted({check_task(model, t, sealed=True) for t in locked})
+    if wrong := sorted({*keep} & {*gone}):
+        raise TaskError(f"locked: got {keep}, with {spoken(wrong)}, which is to be forgotten; leave it out")
+    left, changed = [t for t in others if t not in keep], set()
     plan: dict[int, tuple[str, Tensor]] = {}
     kept = own = 0
     for h in held(model):
         if h.task in gone:
             own += h.param.numel()
         elif h.task is None and not h.plain and h.plan is not None:
-            live, needed = live_for(h, gone), live_for(h, others)
+            live, needed = live_for(h, gone), live_for(h, keep)
             assert live is not None
             needed = torch.zeros_like(live) if needed is None else needed
             plan[id(h.param)] = (h.name, live & ~needed)
+            changed |= {t for t in left if bool((live & ~needed & h.live(t)).any())}
             kept += int((live & needed).sum())
     freed = sum(int((g.masks[gone].any(0) & ~g.masks[others].any(0)).sum()) for g in gates)
     carriers = tuple(descendants_of(model, task))
     report = ForgetReport(
         task, dry_run, {name: n for name, mask in plan.values() if (n := int(mask.sum()))}, kept, own, freed,
-        carriers, tuple(gone),
+        carriers, tuple(gone), tuple(sorted(changed)),
     )  # fmt: skip
     warn_of_descendants(task, [t for t in carriers if t not in gone])
     if dry_run:
@@ -146,6 +164,8 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False, descendan
     for module in model.modules():
         if isinstance(module, HATLayer) and "_hat" in module.__dict__:
             module._hat.clear()
+    for t in report.changed:
+        record(model, t)
     return report
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import HATConfig
 from ..errors import HATError, NonFiniteLossError, TaskError
 from ..functional import scale_at
+from ..map.lora import is_factor
 from . import digests
 from .active import is_chosen
 from .distributed import Replicas
@@ -270,6 +271,7 @@ def learn(
         g.harden(False)
     digests.harden(model, task)
     mark_sealed(model, task)
+    _warn_if_full(model, task)
     for t in [t for t in tasks(model) if t != task and t not in guard.locked]:
         digests.record(model, t)
     if drift is not None:
@@ -304,6 +306,21 @@ def _warn_of(learning: Learning, guard: Guard) -> None:
             f"task {task}: {guard.steps} steps were taken and {learning.steps - learning._start} expected, so the last "
             f"{guard.steps - learning.steps + learning._start} had gates that were hard already; give hatcl.learn the "
             "number of steps that you take",
+            stacklevel=4,
+        )
+
+
+def _warn_if_full(model: nn.Module, task: int) -> None:
+    """One task has taken everything, and others are to come."""
+    gates = gates_of(model)
+    units = [bool(g.masks[task, a:b].all()) for g in gates for name, a, b in g.layers if b > a and not is_factor(name)]
+    if units and all(units) and not bool(gates[0].sealed.all()):
+        c = gates[0].config
+        warnings.warn(
+            f"task {task} uses every unit of the model, so that later tasks have none of their own. A unit goes off "
+            f"once its embedding falls below 0, and one that starts at 1 must get there within the steps: raise "
+            f"HATConfig.embedding_lr_scale (now {c.embedding_lr_scale:g}), HATConfig.penalty_weight (now "
+            f"{c.penalty_weight:g}) or the number of steps",
             stacklevel=4,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import parts
 import pytest
@@ -363,3 +364,32 @@ def test_a_draw_that_fails_leaves_everything_as_it_was(monkeypatch):
         hatcl.forget_task(model, 1)
     assert hatcl.tasks(model) == [0, 1]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---- tasks that are not locked -------------------------------------------------------------------------------------
+
+
+def test_tasks_that_are_not_locked_lose_what_they_share():
+    model = parts.pretend(parts.converted("mlp", 3))
+    x = parts.images("mlp")
+    want = {t: parts.logits(model, t, x) for t in range(3)}
+    whole, some = hatcl.forget_task(model, 1, dry_run=True), hatcl.forget_task(model, 1, locked=[2], dry_run=True)
+    assert whole.changed == () and some.changed == (0,)
+    assert some.total_erased > whole.total_erased and some.kept < whole.kept
+    assert hatcl.forget_task(model, 1, locked=[], dry_run=True).kept == 0
+    report = hatcl.forget_task(model, 1, locked=[2])
+    assert dataclasses.replace(report, dry_run=True) == some and "takes elements away from task 0, not locked" in str(report)
+    assert torch.equal(parts.logits(model, 2, x), want[2]) and not torch.equal(parts.logits(model, 0, x), want[0])
+    assert hatcl.certify(model, x, strict=True).exact  # task 0 is sealed as what is left of it
+
+
+@pytest.mark.parametrize(
+    "locked, text",
+    [([1], "with task 1, which is to be forgotten"), ([5], "got 5, the model has tasks 0 to 2"), ([2], "task 2 is not sea")],
+)
+def test_locked_tasks_must_be_others_that_are_sealed(locked, text):
+    model = parts.pretend(parts.converted("mlp", 3), [0, 1])
+    before = parts.snapshot(model)
+    with pytest.raises(hatcl.TaskError, match=text):
+        hatcl.forget_task(model, 1, locked=locked)
+    assert parts.same(before, parts.snapshot(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -424,3 +425,26 @@ def test_a_plain_layer_among_layers_by_hand_is_held_once_a_task_is_sealed():
     want, held = parts.logits(model, 0, x), model[2].weight.detach().clone()
     parts.train(model, 1, optimizer, parts.problem((12,), 1), 4)
     assert torch.equal(parts.logits(model, 0, x), want) and torch.equal(model[2].weight, held)
+
+
+# ---- HAT-CL's recipe -----------------------------------------------------------------------------------------------
+
+
+RECIPE = {"init": "dense", "penalty": "layer", "forgiven": 0.1, "max_scale": 100.0}
+
+
+def test_hat_cls_recipe_leaves_room_if_embeddings_can_move():
+    """Adam moves an embedding by about its rate in a step, so one that starts at 1 stays on in 40 steps of 1e-3: the
+    first task takes everything, which is said. With steps of forty times that size, later tasks have units too."""
+    x = parts.problem(parts.shape_of("mlp"), 0)
+    for scale, full in ((1.0, True), (40.0, False)):
+        model = parts.converted("mlp", 3, **RECIPE, embedding_lr_scale=scale)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        text = r"task 0 uses every unit .*embedding_lr_scale \(now 1\)"
+        with pytest.warns(UserWarning, match=text) if full else contextlib.nullcontext():
+            parts.train(model, 0, optimizer, x, 40)
+        used = gates_of(model)[0].masks[0]
+        assert bool(used.all()) == full and bool(used.any())
+    for t in (1, 2):
+        parts.train(model, t, torch.optim.Adam(model.parameters(), 1e-3), parts.problem(parts.shape_of("mlp"), t), 40)
+    assert hatcl.certify(model, x[0], strict=True).exact
