@@ -141,9 +141,9 @@ def test_twin_without_redrawing_the_attacker_has_it_all_back(learned, monkeypatc
     data = problem(name, 1, seed=1)
     kept = copy.deepcopy(model)
 
-    def as_it_was(self, rows=None):
+    def as_it_was(self, shapes=None):
         params = {n: p.detach() for n, p in self._parameters.items() if p is not None}
-        return params if rows is None else {n: p.new_zeros(rows, *p.shape[1:]) for n, p in params.items()}
+        return params if shapes is None else {n: params[n].new_zeros(shape) for n, shape in shapes.items()}
 
     monkeypatch.setattr(HATLayer, "_hat_redrawn", as_it_was)
     hatcl.forget_task(model, 1)
