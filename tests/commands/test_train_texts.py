@@ -91,7 +91,7 @@ def test_a_benchmark_in_place_of_its_tasks(here, tmp_path, capsys):
         (["--benchmark", f"trace:x={tmp_path}"], "expected NAME=FOLDER or NAME:ORDER=FOLDER"),
         (["--benchmark", f"tracee={tmp_path}"], "benchmark: got 'tracee', expected one of .*did you mean 'trace'"),
         (["--benchmark", f"long-sequence:4={tmp_path}"], "has no dbpedia, amazon, yahoo, agnews of long_sequence;"),
-        ([*asked, "--task", "a=a.json"], "--task: got 'a=a.json' beside --benchmark, which has its own tasks"),
+        ([*asked, "--task", "a=a.json"], "--task: got 'a=a.json' together with --benchmark, which has its own"),
     ):
         assert hatcl("train", "--model", "gpt2", *words, "--output", tmp_path / "no") == 2
         assert re.search(text, " ".join(capsys.readouterr().err.split())) and not (tmp_path / "no").exists()
