@@ -97,6 +97,21 @@ def test_a_benchmark_in_place_of_its_tasks(here, tmp_path, capsys):
         assert re.search(text, " ".join(capsys.readouterr().err.split())) and not (tmp_path / "no").exists()
 
 
+def test_a_benchmark_in_tasls_folders_is_learned_in_its_own_parts(here, tmp_path):
+    """Not in parts that are cut from the file of training, which is a list as any other."""
+    names = BENCHMARKS["long_sequence"].order(4)
+    for i, name in enumerate(names):
+        for part, count in (("train", 7), ("dev", 2), ("test", 3)):
+            path = tmp_path / "data" / part / f"{name}_T5.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = texts(i, count=count).train[:count]
+            path.write_text(json.dumps([{"instruction": "", "input": x, "output": y} for x, y in rows]))
+    asked = ["--benchmark", f"long-sequence:4={tmp_path / 'data'}", "--method", "sequential", "--epochs", "1"]
+    assert hatcl("train", "--model", "bert", *asked, "--output", tmp_path / "run", *QUICK) == 0
+    tasks = json.loads((tmp_path / "run" / "config.json").read_text())["tasks"]
+    assert [(t["name"], t["examples"]) for t in tasks] == [(name, 7) for name in names]
+
+
 def test_run_show_and_going_on(here, tmp_path, capsys, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(whole) == 0
