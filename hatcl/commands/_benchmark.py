@@ -26,7 +26,7 @@ def tasks_of_benchmark(asked: str, task: list[str] | None, text: Mapping[str, An
     """What `--task` and the options of texts would be. A measure that was given for a task stays.
 
     Raises:
-        ConfigError: another form, or tasks beside it; what `read_benchmark` raises.
+        ConfigError: another form, or other tasks as well; what `read_benchmark` raises.
     """
     head, equals, folder = asked.partition("=")
     spelled, colon, order = head.partition(":")
@@ -34,7 +34,9 @@ def tasks_of_benchmark(asked: str, task: list[str] | None, text: Mapping[str, An
     if not (equals and folder) or (colon and not order.isdigit()):
         raise ConfigError(f"--benchmark: got {asked!r}, expected NAME=FOLDER or NAME:ORDER=FOLDER, such as trace=data")
     if task:
-        raise ConfigError(f"--task: got {task[0]!r} beside --benchmark, which has its own tasks; leave one of them out")
+        raise ConfigError(
+            f"--task: got {task[0]!r} together with --benchmark, which has its own tasks; leave one of them out"
+        )
     files = benchmark_files(name, Path(folder), order=int(order) if colon else None)
     given = list(text.get("measure") or ())
     chosen = {spec.partition("=")[0] for spec in given}

@@ -365,7 +365,7 @@ def _turned(
 ) -> dict[str, bool]:
     """Whether a layer holds its weight as [in, out]: embeddings do, and layers such as GPT-2's Conv1D. The adapter's
     config has one flag for all layers, and peft sets it to the last one's; so the base's layers go first, then its
-    shapes, and for a square layer those of its namesakes and of the layers beside it, told by their biases.
+    shapes, and for a square layer those of its namesakes and of its neighbours, told by their biases.
 
     Raises:
         VectorError: layers of both kinds, and a square one among them of which nothing tells.
@@ -397,11 +397,11 @@ def _turned(
 
 
 def _turned_near(name: str, base: Mapping[str, Kind]) -> bool | None:
-    """How the layers that are called as this one (`h.0.mlp.c_proj` and `h.0.attn.c_proj`), or else those beside it,
+    """How the layers that are called as this one (`h.0.mlp.c_proj` and `h.0.attn.c_proj`), or else its neighbours,
     hold their weights: a bias is as long as a layer has outputs. None where no layer tells."""
     layer = name.removesuffix(".weight")
     place, _, own = layer.rpartition(".")
-    called, beside = set(), set()
+    called, near = set(), set()
     for other, kind in base.items():
         path = other.removesuffix(".weight")
         bias = base.get(f"{path}.bias")
@@ -410,5 +410,5 @@ def _turned_near(name: str, base: Mapping[str, Kind]) -> bool | None:
         if len(bias.shape) == 1 and bias.shape[0] in kind.shape:
             turned = bias.shape[0] == kind.shape[1]
             called |= {turned} if path.rpartition(".")[2] == own else set()
-            beside |= {turned} if path.rpartition(".")[0] == place else set()
-    return next((next(iter(told)) for told in (called, beside) if len(told) == 1), None)
+            near |= {turned} if path.rpartition(".")[0] == place else set()
+    return next((next(iter(told)) for told in (called, near) if len(told) == 1), None)

@@ -21,7 +21,7 @@ from .tensors import INDEX, IS_SHARD, SINGLE, Kind, files_of, kinds_of, named_te
 SHARD_BYTES = 100 << 20
 UNFINISHED = ".unfinished"  # the folder inside the target where shards gather until all are there
 PLAN = "plan.json"  # in it: what is being written, so that the same write goes on and another one starts anew
-# weights of other formats, and adapters: read beside what is written, or instead of it, by transformers and others
+# weights of other formats, and adapters: read together with what is written, or instead of it
 OTHER_WEIGHTS = (
     "adapter_config.json", "adapter_model.*", "pytorch_model*.bin*", "tf_model*.h5*", "flax_model*.msgpack*",
     "consolidated*.pth", "consolidated*.safetensors",
@@ -84,7 +84,7 @@ def refuse_left_overs(folder: Path, patterns: Sequence[str], replaced: Container
     """Raise `ConfigError` where a folder holds another model's files, which would be read together with a new one's.
 
     Args:
-        patterns: of names, as `Path.glob` has them. replaced: the names that are written anew.
+        patterns: of names, as `Path.glob` has them. replaced: the names that are written again.
     """
     found = {f.name for pattern in patterns for f in folder.glob(pattern) if f.is_file()}
     left = sorted(name for name in found if name not in replaced)

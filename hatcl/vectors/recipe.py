@@ -149,9 +149,9 @@ def _only_module(given: Mapping[str, Any]) -> dict[str, Any]:
     modules = _mapping("modules", given["modules"])
     if len(modules) != 1:
         raise ConfigError(f"modules: got {', '.join(map(str, modules)) or 'none'}: {NOT_HERE['modules']}")
-    beside = next((key for key in ("models", "slices") if given.get(key) is not None), None)
-    if beside is not None:
-        raise ConfigError(f"{beside}: given beside modules; leave one of them out")
+    twice = next((key for key in ("models", "slices") if given.get(key) is not None), None)
+    if twice is not None:
+        raise ConfigError(f"{twice}: given together with modules; leave one of them out")
     ((name, content),) = modules.items()
     inside = dict(_mapping(f"modules.{name}", content))
     settings = _read_parameters(inside.pop("parameters", None))

@@ -91,10 +91,25 @@ def test_a_benchmark_in_place_of_its_tasks(here, tmp_path, capsys):
         (["--benchmark", f"trace:x={tmp_path}"], "expected NAME=FOLDER or NAME:ORDER=FOLDER"),
         (["--benchmark", f"tracee={tmp_path}"], "benchmark: got 'tracee', expected one of .*did you mean 'trace'"),
         (["--benchmark", f"long-sequence:4={tmp_path}"], "has no dbpedia, amazon, yahoo, agnews of long_sequence;"),
-        ([*asked, "--task", "a=a.json"], "--task: got 'a=a.json' beside --benchmark, which has its own tasks"),
+        ([*asked, "--task", "a=a.json"], "--task: got 'a=a.json' together with --benchmark, which has its own"),
     ):
         assert hatcl("train", "--model", "gpt2", *words, "--output", tmp_path / "no") == 2
         assert re.search(text, " ".join(capsys.readouterr().err.split())) and not (tmp_path / "no").exists()
+
+
+def test_a_benchmark_in_tasls_folders_is_learned_in_its_own_parts(here, tmp_path):
+    """Not in parts that are cut from the file of training, which is a list as any other."""
+    names = BENCHMARKS["long_sequence"].order(4)
+    for i, name in enumerate(names):
+        for part, count in (("train", 7), ("dev", 2), ("test", 3)):
+            path = tmp_path / "data" / part / f"{name}_T5.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = texts(i, count=count).train[:count]
+            path.write_text(json.dumps([{"instruction": "", "input": x, "output": y} for x, y in rows]))
+    asked = ["--benchmark", f"long-sequence:4={tmp_path / 'data'}", "--method", "sequential", "--epochs", "1"]
+    assert hatcl("train", "--model", "bert", *asked, "--output", tmp_path / "run", *QUICK) == 0
+    tasks = json.loads((tmp_path / "run" / "config.json").read_text())["tasks"]
+    assert [(t["name"], t["examples"]) for t in tasks] == [(name, 7) for name in names]
 
 
 def test_run_show_and_going_on(here, tmp_path, capsys, monkeypatch):

@@ -108,7 +108,7 @@ def test_what_stands_before_the_layers(name, before):
         ),
         ({**ONE, "dtype": 16}, "dtype: got 16, expected a text"),
         ({"merge_method": T, "modules": {"vision": {}, "text": {}}}, "modules: got vision, text: recipes of several"),
-        ({**ONE, "modules": {"default": {}}}, "models: given beside modules; leave one of them out"),
+        ({**ONE, "modules": {"default": {}}}, "models: given together with modules; leave one of them out"),
         (
             {"merge_method": T, "modules": {"default": {"model": []}}},
             "modules.default: no key 'model'; it has",
