@@ -214,10 +214,11 @@ def transplant(model: nn.Module, task: int, plan: Fork, locked: Sequence[int], o
         where = new if frozen is None else new & ~frozen
         if bool(where.any()):
             writes.append((h.param, _through(h.param.detach(), h.plan.view, h.plan.axes, phi), where, h.name))
+    count = sum(int(which.sum()) for _, _, which, _ in writes if which is not None)
     heads = _heads(model)
     for module in model.modules():
         if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
-            writes += _of_its_own(module, task, plan.source, phi, heads)
+            writes += _of_its_own(module, task, plan.source, masks, phi, heads)
     written = [Kept(x, which, name) for x, _, which, name in writes if isinstance(x, nn.Parameter)]
     stored = [StoredWeights(o, written) for o in map(unwrapped, optimizers)]
     for s in stored:
@@ -227,7 +228,7 @@ def transplant(model: nn.Module, task: int, plan: Fork, locked: Sequence[int], o
             x.copy_(value if which is None else torch.where(which, value, x))
     for s in stored:
         s.begin_again()
-    return sum(int(which.sum()) for _, _, which, _ in writes if which is not None)
+    return count
 
 
 def _on_and_moved(units: Units, masks: dict[int, Tensor], phi: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
@@ -272,15 +273,17 @@ def _through(value: Tensor, view: Sequence[int], axes: Sequence[UnitAxis], phi: 
 
 
 def _of_its_own(
-    module: Any, task: int, source: int, phi: dict[int, Tensor], heads: set[int]
-) -> Iterator[tuple[Tensor, Tensor, None, str]]:
+    module: Any, task: int, source: int, masks: dict[int, Tensor], phi: dict[int, Tensor], heads: set[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, str]]:
     """What the task has of its own in a module that is no head: as the source has it, through phi."""
     hat: Binding = module._hat
     mine, theirs = module.hat_tasks[task], module.hat_tasks[source]
     for name, p in mine._parameters.items():
         value, plan = theirs._parameters[name], hat.params[name]
         if id(module._parameters[name]) not in heads and value.shape == p.shape:
-            yield p, _through(value.detach(), plan.view, plan.axes, phi), None, f"{hat.path}.{name}"
+            new = _through(value.detach(), plan.view, plan.axes, phi)
+            on = [_on_and_moved(a.units, masks, phi)[0].view(_shape(a)).expand(plan.view) for a in plan.axes]
+            yield p, new, torch.stack(on).all(0).reshape(p.shape) if on else None, f"{hat.path}.{name}"
     per_unit = hat.norm or hat.output or next(
         ((0, a.units) for plan in hat.params.values() for a in plan.axes if a.owner), None
     )  # fmt: skip
@@ -289,8 +292,10 @@ def _of_its_own(
         if b is None or value is None or value.shape != b.shape:
             continue
         if per_unit is not None and b.shape == (len(per_unit[1]),):
-            value = value[_sources(per_unit[1], phi).to(value.device)]
-        yield b, value, None, f"{hat.path}.{name}"
+            new = value[_sources(per_unit[1], phi).to(value.device)]
+            yield b, new, _on_and_moved(per_unit[1], masks, phi)[0], f"{hat.path}.{name}"
+        else:
+            yield b, value, None, f"{hat.path}.{name}"
 
 
 def _heads(model: nn.Module) -> set[int]:
