@@ -17,7 +17,7 @@ from .gates import gates_of
 from .tasks import check_task, tasks
 
 MOST_COMPARED = 2000  # examples that are compared with each other
-FORWARD_AT_ONCE = 256  # in one forward
+IN_A_FORWARD = 256  # in one forward
 
 
 def source_for(model: nn.Module, task: int, start_from: int | str | None, examples: Any = None) -> int | None:
@@ -109,10 +109,9 @@ def _batches(examples: Any) -> Iterator[tuple[Any, Any]]:
         x, y = examples
         if isinstance(y, Tensor) and len(x) != len(y):
             raise ConfigError(f"examples: got {len(x)} inputs and {len(y)} labels; expected one label per input")
-        every = range(0, min(len(x), MOST_COMPARED), FORWARD_AT_ONCE)
+        every = range(0, min(len(x), MOST_COMPARED), IN_A_FORWARD)
         yield from (
-            (x[i : min(i + FORWARD_AT_ONCE, MOST_COMPARED)], y[i : min(i + FORWARD_AT_ONCE, MOST_COMPARED)])
-            for i in every
+            (x[i : min(i + IN_A_FORWARD, MOST_COMPARED)], y[i : min(i + IN_A_FORWARD, MOST_COMPARED)]) for i in every
         )
     elif isinstance(examples, Mapping):
         yield split_batch(examples)

@@ -91,7 +91,7 @@ def fork(
     left = every[0].num_tasks - len(tasks(model))
     crowded = None if masks is not None else _crowded(model, source, locked)
     chosen, phi = [], []
-    for i, (g, kinds) in enumerate(zip(every, _kinds(model), strict=True)):
+    for i, (g, kinds) in enumerate(zip(every, _alike(model), strict=True)):
         mine, stands_for = g.masks[source].clone(), torch.arange(g.num_units, device=g.masks.device)
         if masks is not None:
             mine = masks[i].to(mine)
@@ -123,7 +123,7 @@ def _spread(n: int, count: int, task: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(task))[:count].sort().values
 
 
-def _kinds(model: nn.Module) -> list[Tensor]:
+def _alike(model: nn.Module) -> list[Tensor]:
     """Per gates, `[U]`: units with the same number could stand in for each other. They are met at the same places (see
     `UnitMap.places`), and occur equally often along every axis of every parameter.
 
@@ -161,7 +161,7 @@ def _crowded(model: nn.Module, source: int, locked: Sequence[int]) -> list[Tenso
     every = gates_of(model)
     at = {id(g): i for i, g in enumerate(every)}
     crowded = [torch.zeros(g.num_units + 1, dtype=torch.float64, device=g.masks.device) for g in every]
-    for h in _shared(model):
+    for h in _on_the_map(model):
         assert h.plan is not None
         live = live_for(h, locked)
         if live is None:
@@ -179,7 +179,7 @@ def _crowded(model: nn.Module, source: int, locked: Sequence[int]) -> list[Tenso
     return [c[1:] for c in crowded]
 
 
-def _shared(model: nn.Module) -> list[Held]:
+def _on_the_map(model: nn.Module) -> list[Held]:
     return [h for h in held(model) if h.task is None and not h.plain and h.plan is not None and h.plan.axes]
 
 
@@ -202,22 +202,23 @@ def transplant(model: nn.Module, task: int, plan: Fork, locked: Sequence[int], o
     phi = {id(g): p for g, p in zip(gates_of(model), plan.phi, strict=True)}
     masks = {id(g): m for g, m in zip(gates_of(model), plan.masks, strict=True)}
     writes: list[tuple[Tensor, Tensor, Tensor | None, str]] = []  # a tensor, what is written, where, its name
-    for h in _shared(model):
+    for h in _on_the_map(model):
         assert h.plan is not None
         live = torch.ones((), dtype=torch.bool, device=h.param.device)
         moved = torch.zeros_like(live)
         for axis in h.plan.axes:
-            on, changed = _along(axis.units, masks, phi)
+            on, changed = _on_and_moved(axis.units, masks, phi)
             live, moved = live & on.view(_shape(axis)), moved | changed.view(_shape(axis))
         new = (live & moved).expand(h.plan.view).reshape(h.param.shape)
         frozen = live_for(h, locked)
         where = new if frozen is None else new & ~frozen
         if bool(where.any()):
             writes.append((h.param, _through(h.param.detach(), h.plan.view, h.plan.axes, phi), where, h.name))
+    count = sum(int(which.sum()) for _, _, which, _ in writes if which is not None)
     heads = _heads(model)
     for module in model.modules():
         if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
-            writes += _own(module, task, plan.source, phi, heads)
+            writes += _of_its_own(module, task, plan.source, masks, phi, heads)
     written = [Kept(x, which, name) for x, _, which, name in writes if isinstance(x, nn.Parameter)]
     stored = [StoredWeights(o, written) for o in map(unwrapped, optimizers)]
     for s in stored:
@@ -227,10 +228,10 @@ def transplant(model: nn.Module, task: int, plan: Fork, locked: Sequence[int], o
             x.copy_(value if which is None else torch.where(which, value, x))
     for s in stored:
         s.begin_again()
-    return sum(int(which.sum()) for _, _, which, _ in writes if which is not None)
+    return count
 
 
-def _along(units: Units, masks: dict[int, Tensor], phi: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+def _on_and_moved(units: Units, masks: dict[int, Tensor], phi: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
     """Per entry of an axis: is it on for the new task (and known where its values come from), and do they come from
     elsewhere?"""
     mask, stands_for = masks[id(units.gates)], phi[id(units.gates)]
@@ -271,16 +272,18 @@ def _through(value: Tensor, view: Sequence[int], axes: Sequence[UnitAxis], phi: 
     return value.view(view)[tuple(index)].reshape(value.shape)
 
 
-def _own(
-    module: Any, task: int, source: int, phi: dict[int, Tensor], heads: set[int]
-) -> Iterator[tuple[Tensor, Tensor, None, str]]:
+def _of_its_own(
+    module: Any, task: int, source: int, masks: dict[int, Tensor], phi: dict[int, Tensor], heads: set[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, str]]:
     """What the task has of its own in a module that is no head: as the source has it, through phi."""
     hat: Binding = module._hat
     mine, theirs = module.hat_tasks[task], module.hat_tasks[source]
     for name, p in mine._parameters.items():
         value, plan = theirs._parameters[name], hat.params[name]
         if id(module._parameters[name]) not in heads and value.shape == p.shape:
-            yield p, _through(value.detach(), plan.view, plan.axes, phi), None, f"{hat.path}.{name}"
+            new = _through(value.detach(), plan.view, plan.axes, phi)
+            on = [_on_and_moved(a.units, masks, phi)[0].view(_shape(a)).expand(plan.view) for a in plan.axes]
+            yield p, new, torch.stack(on).all(0).reshape(p.shape) if on else None, f"{hat.path}.{name}"
     per_unit = hat.norm or hat.output or next(
         ((0, a.units) for plan in hat.params.values() for a in plan.axes if a.owner), None
     )  # fmt: skip
@@ -289,8 +292,10 @@ def _own(
         if b is None or value is None or value.shape != b.shape:
             continue
         if per_unit is not None and b.shape == (len(per_unit[1]),):
-            value = value[_sources(per_unit[1], phi).to(value.device)]
-        yield b, value, None, f"{hat.path}.{name}"
+            new = value[_sources(per_unit[1], phi).to(value.device)]
+            yield b, new, _on_and_moved(per_unit[1], masks, phi)[0], f"{hat.path}.{name}"
+        else:
+            yield b, value, None, f"{hat.path}.{name}"
 
 
 def _heads(model: nn.Module) -> set[int]:

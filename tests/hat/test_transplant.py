@@ -206,6 +206,19 @@ def test_a_mask_that_is_given_decides_and_what_has_no_source_starts_as_it_is(bui
     assert all(torch.equal(before[n], dict(model.named_parameters())[n]) for n in shared)
 
 
+def test_a_unit_without_a_source_keeps_its_own_norm(built):
+    model, _ = built("resnet", (0,))
+    g = gates_of(model)[0]
+    norm = model.layer1[0].bn1
+    before = {n: x.detach().clone() for n, x in norm.hat_tasks[1].state_dict().items()}
+    transplant(model, 1, fork(model, 1, 0, [0], [torch.ones_like(g.masks[0])]), [0])
+    here = g.masks[0][torch.as_tensor(norm._hat.params["weight"].axes[0].units.numbers) - 1]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        mine, theirs = (getattr(norm.hat_tasks[t], name) for t in (1, 0))
+        assert torch.equal(mine[~here], before[name][~here]) and torch.equal(mine[here], theirs[here]), name
+        assert not torch.equal(theirs, before[name]), name
+
+
 def test_norms_go_through_phi_and_the_head_stays(built):
     model, _ = built("resnet", (0,))
     head = {n: p.clone() for n, p in model.named_parameters() if n.startswith("fc.hat_tasks.1.")}

@@ -31,7 +31,7 @@ from .registry import Batch, Method, continual_method
 
 DIGESTS = "digests.json"
 PROBED = 8  # training examples that the certificate is taken on
-COMPARED_AT_ONCE = 64  # training examples by which the task to start from is chosen, in one forward
+IN_ONE_FORWARD = 64  # training examples by which the task to start from is chosen, in one forward
 
 
 @continual_method("hat", paper="Serra et al. 2018, arXiv 1801.01423")
@@ -74,7 +74,7 @@ class HardAttention(Method):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
     ) -> Iterator[Learning]:
         epochs = self.learning.epochs or 1
-        examples = _examples(self.tasks[self.stage]) if self.gates.config.start_from == BEST else None
+        examples = _batches_of(self.tasks[self.stage]) if self.gates.config.start_from == BEST else None
         with learn(model, self.stage, optimizer, steps, epochs, start, examples=examples) as self.course:
             yield self.course
             with self.course.soft(), Evaluating(model), torch.no_grad():
@@ -165,11 +165,11 @@ def _check_inputs(model: nn.Module, of: ContinualTask) -> None:
         ) from error
 
 
-def _examples(of: ContinualTask) -> Iterator[Any]:
+def _batches_of(of: ContinualTask) -> Iterator[Any]:
     """Batches of the task's training examples; a collate that draws random numbers draws the same ones each time."""
-    for at in range(0, len(of.train), COMPARED_AT_ONCE):
+    for at in range(0, len(of.train), IN_ONE_FORWARD):
         with seeded():
-            batch = of.collate([of.train[i] for i in range(at, min(at + COMPARED_AT_ONCE, len(of.train)))])
+            batch = of.collate([of.train[i] for i in range(at, min(at + IN_ONE_FORWARD, len(of.train)))])
         yield batch
 
 
