@@ -71,7 +71,7 @@ class HardAttention(Method):
     def watching(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
     ) -> Iterator[Learning]:
-        epochs = self.learning.epochs or 1
+        epochs = self.learning.epochs or self.learning.passes
         with learn(model, self.stage, optimizer, steps, epochs, start) as self.course:
             yield self.course
             with self.course.soft(), Evaluating(model), torch.no_grad():
