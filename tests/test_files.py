@@ -537,6 +537,16 @@ def test_files_have_the_mode_that_new_files_have(tmp_path, mask):
     )
 
 
+def test_twin_folders_that_keep_safetensors_modes(tmp_path, monkeypatch):
+    save_file({"x": torch.zeros(2)}, tmp_path / "own")
+    if modes(tmp_path)["own"] != 0o600:
+        pytest.skip("this safetensors gives its files the mode of new files")
+    (tmp_path / "own").unlink()
+    monkeypatch.setattr(files, "_as_new_files", lambda folder: None)
+    with pytest.raises(AssertionError):
+        test_files_have_the_mode_that_new_files_have(tmp_path, 0o022)
+
+
 def modes(folder) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
 

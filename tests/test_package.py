@@ -41,6 +41,20 @@ def test_import_is_silent_and_leaves_the_extras_alone():
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
+@pytest.mark.parametrize("line", [["--help"], ["train", "--help"], ["finetune", "--help"]])
+def test_help_leaves_the_extras_alone(line):
+    code = (
+        "import sys\n"
+        "from hatcl.commands import main\n"
+        f"try:\n    main({line})\nexcept SystemExit:\n    pass\n"
+        "loaded = {name.split('.')[0] for name in sys.modules}\n"
+        "extras = 'transformers peft lightning avalanche matplotlib sklearn accelerate open_clip datasets pandas'\n"
+        "print(sorted(loaded & set(extras.split())))"
+    )
+    done = python(code)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout[-300:] + done.stderr
+
+
 def test_import_is_fast():
     code = "import time, timm\nbegun = time.perf_counter()\nimport hatcl\nprint(time.perf_counter() - begun)"
     assert min(float(python(code).stdout) for _ in range(3)) < 0.3

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,12 +35,12 @@ class ImageLearning(LearnOptions):
 
     lr: float = 3e-3
     weight_decay: float = 0.05
-    epochs: int = 12
     warmup: float = 0.0
     clip: float = 0.0
     batch_size: int = 32
     fresh_optimizer: bool = False
     checkpoint_seconds: float = 20.0
+    passes: ClassVar[int] = 12
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..config import flag, number, one_of, whole
 from ..engine.options import LoopOptions
@@ -10,6 +11,7 @@ from ..engine.options import LoopOptions
 EVALUATE = ("next", "all")
 SCORED_ON = ("test", "validation")
 # what may differ when a run is resumed: where and how often it computes and writes, and what helps a loss that went NaN
+LEAST_STEPS = 100  # of a task whose epochs nobody chose; with fewer an adapter learns nothing on a few hundred texts
 FREE = frozenset({"device", "compile", "checkpoint_seconds", "lr", "clip", "amp"})
 
 
@@ -18,6 +20,8 @@ class LearnOptions(LoopOptions):
     """How `learn_sequence` trains each task.
 
     Args:
+        epochs: passes over a task's examples. None = one (for images 12), or as many as it takes for 100 steps where
+            the examples are few.
         batch_size: the most examples per batch; the batches of an epoch are of nearly equal size.
         fresh_optimizer: make a new optimizer for each task, instead of one for all.
         evaluate: after each task, score the tasks learned so far and the `next` one, which is what the measures need,
@@ -32,7 +36,7 @@ class LearnOptions(LoopOptions):
     """
 
     lr: float = 3e-4
-    epochs: int = 1
+    epochs: int | None = None
     schedule: str = "cosine"
     warmup: float = 0.1
     clip: float = 1.0
@@ -42,6 +46,7 @@ class LearnOptions(LoopOptions):
     baseline: bool = True
     score_on: str = "test"
     checkpoint_seconds: float = 60.0
+    passes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,3 +56,9 @@ class LearnOptions(LoopOptions):
         number("checkpoint_seconds", self.checkpoint_seconds, 0)
         one_of("evaluate", self.evaluate, EVALUATE)
         one_of("score_on", self.score_on, SCORED_ON)
+
+    def steps_of(self, batches: int) -> int | None:
+        if self.max_steps is not None or self.epochs is not None:
+            return super().steps_of(batches)
+        per_pass = -(-batches // self.accumulate)
+        return max(self.passes, -(-LEAST_STEPS // max(per_pass, 1))) * per_pass

@@ -125,7 +125,13 @@ def _tasks_table(model: nn.Module, facts: CardFacts) -> str:
         rows.append([str(t), _escaped(facts.names.get(t, "-")), classes, f"{used:,} of {described.units:,}", share])
     shares = {k.replace("_", " "): f"{100 * v:.1f} %" for k, v in described.shares.items()}
     told = ", ".join(f"{name} {share}" for name, share in shares.items())
-    return f"{_in_markdown(rows)}\n\nElements of the network: {told}."
+    started: Mapping[int, Sequence[int]] = getattr(described, "lineage", {})  # who carries what was transplanted
+    lines = [f"Task {t} carries what was transplanted from {_listed(of)}." for t, of in started.items() if of]
+    return "\n\n".join([_in_markdown(rows), *lines, f"Elements of the network: {told}."])
+
+
+def _listed(done: Sequence[int]) -> str:
+    return f"task{'' if len(done) == 1 else 's'} {', '.join(map(str, done))}"
 
 
 def _widths(model: nn.Module, task: int) -> list[int]:

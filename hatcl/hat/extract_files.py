@@ -110,8 +110,7 @@ def _every_tensor(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    elsewhere = ". A model with all its tasks is read by hatcl.from_pretrained"
-    text, tensors = read_with_header(path, HEADER, "Extracted.save", nothing=elsewhere)
+    text, tensors = read_with_header(path, HEADER, "Extracted.save")
     about: dict[str, Any] = parse_json(text, path)
     if missing := {"source", "shaping", "tied", "fixed"} - about.keys():
         raise IntegrityError(f"{path}: its header lacks {', '.join(sorted(missing))}; it was edited or damaged")

@@ -9,22 +9,21 @@ from torch import Tensor
 
 from ..errors import IntegrityError
 
+READERS = {"hatcl": "hatcl.from_pretrained", "hatcl_extracted": "hatcl.load_extracted"}  # by the entry of the header
 
-def read_with_header(
-    path: Path, entry: str, writer: str, *, tensors: bool = True, nothing: str = ""
-) -> tuple[str, dict[str, Tensor]]:
+
+def read_with_header(path: Path, entry: str, writer: str, *, tensors: bool = True) -> tuple[str, dict[str, Tensor]]:
     """The text under `entry` of a file's header, and the file's tensors.
 
     Args:
-        writer: what writes such files, for the error to name. tensors: False = the header alone. nothing: what the
-            error says at its end where the header has no such entry.
+        writer: what writes such files, for the error to name. tensors: False = the header alone.
 
     Raises:
         IntegrityError: the file is missing, a pickle, truncated, damaged, or of something else.
     """
     try:
         with safe_open(path, "pt") as f:
-            text, names = (f.metadata() or {}).get(entry), list(f.keys())
+            header, names = f.metadata() or {}, list(f.keys())
             stored = {name: f.get_tensor(name) for name in names} if tensors else {}
     except FileNotFoundError:
         raise IntegrityError(f"{path}: no such file; expected a folder written by {writer}{_deeper(path)}") from None
@@ -37,13 +36,15 @@ def read_with_header(
             f"{path}: not readable as safetensors ({error}); the file is truncated or damaged. Copy it again from "
             "where it came"
         ) from error
-    if text is None:
+    if entry not in header:
+        reader = next((read for other, read in READERS.items() if other in header), None)
         of_states = any(".hat_tasks." in f".{name}" or "hat_gates." in name for name in names)
+        hint = f". {reader} reads it" if reader else _state_alone(path) if of_states else ""
         raise IntegrityError(
             f"{path}: its header says nothing of {'hatcl' if entry == 'hatcl' else 'an extracted task'}; expected what "
-            f"{writer} wrote, as it wrote it{_state_alone(path) if of_states else nothing}"
+            f"{writer} wrote, as it wrote it{hint}"
         )
-    return text, stored
+    return header[entry], stored
 
 
 def _deeper(path: Path) -> str:

@@ -42,11 +42,13 @@ class Writer:
 
 
 def take_over(model: nn.Module, ways: Mapping[str, Way]) -> None:
-    """Give a converted model hatcl's ways to write where its class has some of that name; its parts refuse."""
+    """Give a converted model hatcl's ways to write where its class has some of that name. Its parts refuse, and so does
+    a class whose own `from_pretrained` nothing in a folder could keep from making a plain network."""
     for m in model.modules():
+        by_name = any(c.__name__ == "ModelHubMixin" for c in type(m).__mro__)
         for name, way in ways.items():
             if callable(getattr(type(m), name, None)):
-                m.__dict__[name] = Writer(way if m is model else _REFUSALS[name], m)
+                m.__dict__[name] = Writer(_refuse_part if m is not model else _refuse_mixin if by_name else way, m)
 
 
 def give_back(model: nn.Module) -> None:
@@ -69,18 +71,20 @@ def given_back(model: nn.Module) -> Iterator[None]:
             m.__dict__[name] = writer
 
 
-def _save_part(part: nn.Module, *args: Any, **options: Any) -> None:
+def _refuse_part(part: nn.Module, *args: Any, **options: Any) -> None:
     raise HATError(
         f"save_pretrained: this {type(part).__name__} is a part of a converted model, whose gates lie outside of it; "
         "save the whole model (hatcl.save_pretrained), or a task of it as a plain model (hatcl.extract_task)"
     )
 
 
-def _push_part(part: nn.Module, *args: Any, **options: Any) -> None:
-    _save_part(part)
-
-
-_REFUSALS: dict[str, Way] = {"save_pretrained": _save_part, "push_to_hub": _push_part}
+def _refuse_mixin(model: nn.Module, *args: Any, **options: Any) -> None:
+    name = type(model).__name__
+    raise HATError(
+        f"save_pretrained: {name}.from_pretrained, which is huggingface_hub's, would read a plain network with other "
+        f"numbers; write the model with hatcl.save_pretrained or hatcl.push_to_hub, and load it with "
+        f"hatcl.from_pretrained(..., base={name}(...))"
+    )
 
 
 def check_options(model: nn.Module, state_dict: Mapping[str, Tensor] | None, options: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ REPORTS = {
     "atlas sweep": f"atlas sweep base.safetensors --task {A} --count 1 {MODEL.split(' --epochs')[0]}",
     "certify": "certify learned",
     "describe": "describe learned",
-    "extract": "extract learned --task 0 --output cut",
+    "extract": "extract learned --task 0 --output cut --replace",
     "forget": "forget learned --task 0 --dry-run",
     "list": "list 'hat_test_res*'",
     "merge": "merge base.safetensors one.safetensors:0.5 --output merged",

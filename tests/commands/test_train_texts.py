@@ -221,7 +221,7 @@ def test_a_folder_that_holds_another_run(here, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file") == 2
     assert hatcl("show", str(tmp_path / "other")) == 2
-    assert "is not of a run of hatcl" in " ".join(capsys.readouterr().err.split())
+    assert "other: holds no run of hatcl" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("model", ["bert", "t5", "gpt2"])

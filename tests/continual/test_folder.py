@@ -168,13 +168,13 @@ def test_the_newest_model_of_a_run_is_found(tmp_path):
     assert kept.find_model(tmp_path / "plain") == tmp_path / "plain"
     kept.write_model(model, tmp_path / "checkpoint")
     assert kept.find_model(tmp_path) == tmp_path / "checkpoint" / "model"
-    kept.save_model(tmp_path, model)
+    kept.save_model(tmp_path, model, {"tasks": ["a"], "matrix": [[0.5]], "details": {}})
     assert kept.find_model(tmp_path) == tmp_path / "model"
     (tmp_path / "model").rename(tmp_path / ".model.old")  # killed between the two moves
     runs.tidy(tmp_path)
     assert kept.find_model(tmp_path) == tmp_path / ".model.old" and not (tmp_path / "checkpoint").exists()
     other = hatcl.convert(plain, 2, torch.randn(2, 3))
-    kept.save_model(tmp_path, model)
+    kept.save_model(tmp_path, model, {"tasks": ["a"], "matrix": [[0.5]], "details": {}})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "plain"]
     kept.read_model(other, tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(other.parameters(), model.parameters(), strict=True))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 import pytest
 import torch
@@ -8,11 +9,19 @@ import torch
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+import ilora_parts  # noqa: E402
 from continual_parts import bert, causal_lm, texts, tokenizer, vocabulary, write_texts  # noqa: E402
 
 from hatcl.continual import learn_sequence  # noqa: E402
 from hatcl.continual.folder import base_of  # noqa: E402
-from hatcl.continual.loading import TextOptions, adapted_model, label_words, measures_of, text_tasks  # noqa: E402
+from hatcl.continual.loading import (  # noqa: E402
+    TextOptions,
+    adapted_model,
+    label_words,
+    measures_of,
+    text_tasks,
+    with_adapter,
+)
 from hatcl.continual.text_scores import TEXT_SCORES  # noqa: E402
 from hatcl.errors import ConfigError  # noqa: E402
 
@@ -229,3 +238,11 @@ def test_measures_of_tasks(folder, monkeypatch):
     monkeypatch.setitem(TEXT_SCORES, "sari", lambda source, given, expected: 0.125)
     (task,) = text_tasks({"a": folder / "a.json"}, model, words, form, options, None)
     assert task.score(model.eval()) == 0.125
+
+
+def test_an_adapter_is_made_without_a_word():
+    """peft asks for an attribute that transformers has renamed, which users could do nothing about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("default", message="(?!.*is_gradient_checkpointing)")
+        with_adapter(ilora_parts.plain_bert(), TextOptions(rank=2, target=("query",)))

@@ -37,7 +37,9 @@ from hatcl.continual import (  # noqa: E402
     learn_sequence,
     list_continual_methods,
 )
+from hatcl.continual.images import ImageLearning  # noqa: E402
 from hatcl.continual.methods import Method  # noqa: E402
+from hatcl.continual.options import LEAST_STEPS  # noqa: E402
 from hatcl.engine.schedule import Schedule, make_optimizer  # noqa: E402
 from hatcl.errors import ConfigError, NonFiniteLossError, SkillError  # noqa: E402
 
@@ -255,3 +257,14 @@ def test_a_loss_that_is_not_finite_keeps_the_tasks_before(tmp_path):
 def test_a_name_that_is_taken():
     with pytest.raises(ConfigError, match="'tasl' is taken by TaSL"):
         continual_method("tasl", paper="")(Spy)
+
+
+@pytest.mark.parametrize("kind, passes", [(LearnOptions, 1), (ImageLearning, 12)])
+def test_few_examples_are_passed_over_until_something_can_be_learned(kind, passes):
+    """100 steps at least, in whole passes; as many passes as were asked for where they were."""
+    for batches in (1, 3, 13, 99, 100, 101, 5000):
+        steps = kind().steps_of(batches)
+        assert steps >= LEAST_STEPS and steps % batches == 0 and steps >= passes * batches
+        assert steps < LEAST_STEPS + batches or steps == passes * batches
+        assert kind(epochs=2).steps_of(batches) == 2 * batches and kind(max_steps=7).steps_of(batches) == 7
+    assert kind(accumulate=4).steps_of(13) == 100 and kind(accumulate=4).steps_of(4000) == passes * 1000

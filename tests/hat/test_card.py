@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import hatcl
+from hatcl.hat import card
 from hatcl.hat.card import CARD, OURS, CardFacts
 
 FACTS = {
@@ -18,11 +19,11 @@ FACTS = {
 }  # fmt: skip
 
 
-def saved(tmp_path, **card):
+def saved(tmp_path, **facts):
     model = parts.pretend(
         hatcl.convert(parts.plain("mlp"), 3, parts.images("mlp"), num_classes=[2, 4, 3]), tasks=[0, 1]
     )
-    folder = hatcl.save_pretrained(model, tmp_path / "m", card=card or None)
+    folder = hatcl.save_pretrained(model, tmp_path / "m", card=facts or None)
     return model, folder, (folder / CARD).read_text()
 
 
@@ -85,18 +86,31 @@ def test_twin_hatcls_own_card_is_replaced(tmp_path):
     assert (folder / CARD).read_text() == text
 
 
-@pytest.mark.parametrize("card, text", [
+@pytest.mark.parametrize("facts, text", [
     ({"names": {3: "x"}}, "card: got task 3, the model has tasks 0 to 2"),
     ({"names": {"0": "x"}}, "card: got task '0', the model has tasks 0 to 2"),
     ({"matrix": [[1.0, 0.5]]}, r"matrix: got rows of \[2\] scores for 1 tasks"),
     ({"name": {}}, "CardFacts has no option 'name'; did you mean 'names'"),
 ])  # fmt: skip
-def test_facts_that_cannot_be(tmp_path, card, text):
+def test_facts_that_cannot_be(tmp_path, facts, text):
     with pytest.raises(hatcl.ConfigError, match=text):
-        saved(tmp_path, **card)
+        saved(tmp_path, **facts)
     assert not (tmp_path / "m").exists()
 
 
 def test_facts_are_taken_as_they_are():
     facts = CardFacts(**FACTS)
     assert CardFacts.of(facts) is facts and CardFacts.of(FACTS) == facts and CardFacts.of(None) == CardFacts()
+
+
+def test_it_says_whose_knowledge_a_task_carries(tmp_path, monkeypatch):
+    real = card.describe
+
+    def described(model):
+        found = real(model)
+        object.__setattr__(found, "lineage", {0: [], 1: [0]})
+        return found
+
+    monkeypatch.setattr(card, "describe", described)
+    _, _, text = saved(tmp_path)
+    assert "Task 1 carries what was transplanted from task 0." in text and "Task 0 carries" not in text

@@ -193,8 +193,13 @@ def test_files_of_something_else(small, tmp_path):
     save_file(tensors, path, {"hatcl_extracted": "{}"})
     with pytest.raises(hatcl.IntegrityError, match="its header lacks fixed, shaping, source, tied"):
         hatcl.load_extracted(tmp_path, base=mlp())
+    with pytest.raises(hatcl.IntegrityError, match="says nothing of hatcl; .* hatcl.load_extracted reads it"):
+        hatcl.from_pretrained(tmp_path)
+    save_file(tensors, path, {"hatcl": "{}"})
+    with pytest.raises(hatcl.IntegrityError, match="says nothing of an extracted task.*hatcl.from_pretrained reads it"):
+        hatcl.load_extracted(tmp_path, base=mlp())
     save_file(tensors, path, {})
-    with pytest.raises(hatcl.IntegrityError, match="says nothing of an extracted task.*from_pretrained"):
+    with pytest.raises(hatcl.IntegrityError, match="says nothing of an extracted task; .* as it wrote it$"):
         hatcl.load_extracted(tmp_path, base=mlp())
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(hatcl.IntegrityError, match="not readable as safetensors"):

@@ -12,6 +12,7 @@ import weakref
 import parts
 import pytest
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 import hatcl
@@ -138,6 +139,29 @@ def test_a_part_of_a_model_is_not_saved_alone(tmp_path):
         with pytest.raises(hatcl.HATError, match="save_pretrained: this BertModel is a part of a converted model"):
             act(tmp_path / "part")
     assert not (tmp_path / "part").exists()
+
+
+class Mixed(nn.Module, PyTorchModelHubMixin):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+
+def test_huggingface_hubs_mixin_is_told_what_to_call(tmp_path):
+    x = torch.randn(2, 4)
+    model = parts.pretend(hatcl.convert(Mixed(), 2, x))
+    for act in (model.save_pretrained, model.push_to_hub):
+        with pytest.raises(
+            hatcl.HATError, match="Mixed.from_pretrained, .* would read a plain network"
+        ):
+            act(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    again = hatcl.from_pretrained(hatcl.save_pretrained(model, tmp_path / "m"), base=Mixed())
+    assert torch.equal(parts.logits(again, 1, x), parts.logits(model, 1, x))
+    assert isinstance(Mixed.from_pretrained(tmp_path / "m"), Mixed)  # as the text says; a folder cannot refuse this
 
 
 def test_a_copy_writes_itself_and_so_does_a_pickled_one(tmp_path):

@@ -73,7 +73,7 @@ class HardAttention(Method):
     def watching(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
     ) -> Iterator[Learning]:
-        epochs = self.learning.epochs or 1
+        epochs = self.learning.epochs or self.learning.passes
         examples = _batches_of(self.tasks[self.stage]) if self.gates.config.start_from == BEST else None
         with learn(model, self.stage, optimizer, steps, epochs, start, examples=examples) as self.course:
             yield self.course
