@@ -81,7 +81,8 @@ def grow(
     are not sealed get the new units; all of the new elements are free.
 
     Units that are one (a channel of a residual stream across all layers that write to it, a query and its key) grow
-    together; heads of attention and groups of convolutions all become wider by the same. It is planned, traced and
+    together; heads of attention and groups of convolutions all become wider by the same, and where heads cannot become
+    wider (the rotation of positions), whole new ones are put between them. It is planned, traced and
     attacked on a copy, on which every sealed task must give the bits that it gave, before the model is touched.
 
     Args:
@@ -100,7 +101,7 @@ def grow(
             DistributedDataParallel. IntegrityError: a sealed task changed. The model is as it was in all of these.
     """
     gates = _growable(model)
-    wanted = _wanted(gates, factor)
+    wanted = _more_units(gates, factor)
     named = isinstance(factor, Mapping)
     check_structure(model)
     digests.check_sealed(model)
@@ -108,13 +109,13 @@ def grow(
     carriers = [Carrier(model, o) for o in optimizers]
     inputs = example_inputs_of(model) if example_inputs is None else example_inputs
     root = next(m for m in model.modules() if gates in m._modules.values())
-    want = _outputs(root, inputs)
+    want = _said_by(root, inputs)
     growth, left = _planned(root, gates, inputs, wanted, named)
     before = [(name, stop - start) for name, start, stop in gates.layers]
     elements = _shared_elements(gates.unit_map)
     trial = copy_of(root)
     apply_growth(trial, growth)
-    _prove(trial, inputs, want)
+    _check_on_copy(trial, inputs, want)
     del trial
     replaced = apply_growth(model, growth)
     for carrier in carriers:
@@ -145,7 +146,7 @@ def _growable(model: nn.Module) -> Gates:
     return gates[0]
 
 
-def _wanted(gates: Gates, factor: float | Mapping[str, int]) -> dict[str, int]:
+def _more_units(gates: Gates, factor: float | Mapping[str, int]) -> dict[str, int]:
     """Layer -> how many units it is to get."""
     have = {name: stop - start for name, start, stop in gates.layers if stop > start}
     if isinstance(factor, Mapping):
@@ -170,7 +171,7 @@ def _wanted(gates: Gates, factor: float | Mapping[str, int]) -> dict[str, int]:
     return wanted
 
 
-def _outputs(model: nn.Module, inputs: Any) -> dict[int | None, Any]:
+def _said_by(model: nn.Module, inputs: Any) -> dict[int | None, Any]:
     """What task None and every sealed task give in evaluation."""
     try:
         with torch.no_grad(), Evaluating(model):
@@ -191,7 +192,7 @@ def _shared_elements(unit_map: UnitMap) -> int:
 # ---- the plan --------------------------------------------------------------------------------------------------------
 
 
-class _Fitting(Search):
+class _Growing(Search):
     """Grows all that is wanted, and where the forward of a module does not bear that, leaves the units there as they
     are."""
 
@@ -212,7 +213,7 @@ class _Fitting(Search):
             return Misfit(
                 stack[-1] if stack else "", f"its forward has sizes of its own ({type(error).__name__}: {text})"
             )
-        where = _first_that_differs(expected, found)
+        where = _odd_module(expected, found)
         return None if where is None else Misfit(where, "grown, its units belong together otherwise")
 
     def _hold(self, path: str) -> bool:
@@ -228,7 +229,7 @@ class _Fitting(Search):
         return super()._hold(path)
 
 
-def _first_that_differs(expected: UnitMap, found: UnitMap) -> str | None:
+def _odd_module(expected: UnitMap, found: UnitMap) -> str | None:
     """The path of the first module to which two maps say something else; None where they say the same."""
     for name, e in expected.entries.items():
         other = found.entries[name]
@@ -260,7 +261,7 @@ def _planned(
             "its map; pass inputs of the same kind (the same arguments, so that the same code runs)"
         )
     grower = Grower(plain, unit_map, seen, wanted, named)
-    search = _Fitting(model, 0, inputs, {}, grower, 0.0)
+    search = _Growing(model, 0, inputs, {}, grower, 0.0)
     counts, full = search.run()
     left = _left(gates, grower, search, counts, full, wanted)
     if named and left:
@@ -300,7 +301,7 @@ def _left(
             path = next(here, next(iter(full)))
             out[name] = f"{path or type(grower.plain).__name__}: {full[path]}"
         elif whole_units[mine].any():
-            out[name] = "its units meet, one by one, values that belong to no unit (the rotation of a position, say)"
+            out[name] = "its units meet, one by one, values that belong to no unit (weights of attention, say)"
         else:
             out[name] = (
                 "its units go together with those of a layer that cannot grow, or it would be less than one unit for "
@@ -309,9 +310,9 @@ def _left(
     return out
 
 
-def _prove(trial: nn.Module, inputs: Any, want: Mapping[int | None, Any]) -> None:
+def _check_on_copy(trial: nn.Module, inputs: Any, want: Mapping[int | None, Any]) -> None:
     """On a copy that has grown: every task as before, bit for bit, and none depends on what is not its own."""
-    got = _outputs(trial, inputs)
+    got = _said_by(trial, inputs)
     for t, outputs in want.items():
         diff, where = compare_outputs(outputs, got[t])
         if where:

@@ -32,6 +32,7 @@ class Grower(Cutter):
         super().__init__(plain, {}, unit_map, seen, on)
         self.wanted, self.up = wanted, up
         self.rows += self._norm_rows()
+        self.widths: Ints = np.ones(unit_map.num_units + 1, dtype=np.int64)
 
     def _norm_rows(self) -> list[Ints]:
         """The groups of a norm stay equally wide."""
@@ -40,16 +41,38 @@ class Grower(Cutter):
 
     def settled(self, held: Tensor) -> Tensor:
         """`[U + 1]`: how many units each becomes. Units in the same place of rows that must be equally long become
-        equally many; those that are held, and what is always on, stay one."""
+        equally many; those that are held, and what is always on, stay one. Heads that cannot become wider get whole new
+        ones after them."""
         leader = self._tied()
         fixed = held.numpy().copy()
-        fixed[self.seen.whole] = fixed[0] = True
+        fixed[0] = True
+        firm = np.isin(leader, leader[fixed])
+        fixed[self.seen.whole] = True
         while True:
-            counts = self._shared_out(leader, np.isin(leader, leader[fixed]))
+            narrow = np.isin(leader, leader[fixed])
+            self.widths = np.ones(len(leader), dtype=np.int64)
+            of_block = leader.copy()
+            for block in self._heads(narrow & ~firm):
+                of_block[block], narrow[block], self.widths[block] = block[0], False, len(block)
+            counts = self._shared_out(of_block, narrow)
             odd = [u for u in self.seen.aligned if counts[u].sum() % ALIGNMENT and (counts[u] > 1).any()]
             if not odd:
                 return torch.from_numpy(counts)
-            fixed[np.concatenate(odd)] = True
+            fixed[np.concatenate(odd)] = firm[np.concatenate(odd)] = True
+
+    def _heads(self, narrow: Any) -> list[Ints]:
+        """The units of the rows into which a forward splits what it has, where they cannot become more one by one. (By
+        the rotation of positions the halves of a head are the same units, twice.)"""
+        found: dict[int, Ints] = {}
+        for rows in sorted(self.seen.rows, key=lambda r: -r.shape[1]):  # a head before a part of one
+            blocks = {row.tobytes(): np.unique(row) for row in rows}
+            for row in rows:
+                block = blocks[row.tobytes()]
+                whole = len(block) > 1 and (np.diff(block) == 1).all() and len(row) % len(block) == 0
+                if whole and np.array_equal(row, np.tile(block, len(row) // len(block))) and narrow[rows].all():
+                    if not any(u in found for u in block.tolist()):
+                        found |= dict.fromkeys(block.tolist(), block)
+        return list({id(block): block for block in found.values()}.values())
 
     def _tied(self) -> Ints:
         """Unit -> the smallest of those that become as many as it does."""
@@ -87,7 +110,7 @@ class Grower(Cutter):
 
     def growth(self, counts: Tensor) -> Growth:
         """What there is to do."""
-        growth = Growth(counts[1:].numpy().copy())
+        growth = Growth(counts[1:].numpy().copy(), self.widths[1:].copy())
         for path, module in self.modules.items():
             sizes = self._sizes(path, self._grown_parameters(path, module, growth), counts)
             if sizes:
@@ -102,6 +125,10 @@ class Grower(Cutter):
                     growth.buffers[full] = at
         return growth
 
+    def resizes(self, path: str, keep: Tensor) -> dict[str, Any]:
+        """More heads leave the width of a head as it is, and their number is inferred."""
+        return super().resizes(path, torch.where(torch.from_numpy(self.widths > 1), 1, keep))
+
     def cut(self, keep: Tensor) -> tuple[nn.Module, Shaping]:
         """The network of so many units, new elements like those of before in mean and spread."""
         growth = self.growth(keep)
@@ -115,7 +142,7 @@ class Grower(Cutter):
             for name, b in module._buffers.items():
                 if b is not None:
                     full = f"{path}.{name}" if path else name
-                    target._buffers[name] = _followed(b, growth, full)
+                    target._buffers[name] = _grown_buffer(b, growth, full)
         shaping = Shaping(growth.sizes)
         return shaped(made, shaping), shaping
 
@@ -133,7 +160,7 @@ class Grower(Cutter):
         return out
 
 
-def _followed(b: Tensor, growth: Growth, full: str) -> Tensor:
+def _grown_buffer(b: Tensor, growth: Growth, full: str) -> Tensor:
     """A buffer whose new entries are as those of the units that they follow."""
     if full not in growth.buffers:
         return b.clone()

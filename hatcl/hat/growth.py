@@ -1,7 +1,8 @@
 """What a growth does to the map: every unit becomes itself and some new ones, wherever it stands.
 
 New units follow the unit that they belong to, in its numbering and along every axis that carries it. So what was one
-row of a head, of a group or of a residual stream stays one, and what was there before keeps its order.
+row of a head, of a group or of a residual stream stays one, and what was there before keeps its order. Where a head
+cannot become wider, it is followed by whole new ones: its units are a block.
 """
 
 from __future__ import annotations
@@ -29,17 +30,20 @@ class Growth:
 
     Attributes:
         counts: `[U]`, how many units each unit becomes: itself and then the new ones that follow it.
+        widths: `[U]`, of how many units the block consists that it is in, which is followed as a whole; 1 for most.
         sizes: module path -> attribute -> its value from now on.
         buffers: name of a buffer -> the dimension along which it carries units, and their numbers before the growth.
     """
 
     counts: Ints
+    widths: Ints
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
     buffers: dict[str, tuple[int, Ints]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "counts": runs(self.counts),
+            "widths": runs(self.widths),
             "sizes": self.sizes,
             "buffers": {name: [dim, runs(units)] for name, (dim, units) in self.buffers.items()},
         }
@@ -47,7 +51,7 @@ class Growth:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Growth:
         buffers = {name: (dim, unrun(units)) for name, (dim, units) in data["buffers"].items()}
-        return cls(unrun(data["counts"]), data["sizes"], buffers)
+        return cls(unrun(data["counts"]), unrun(data["widths"]), data["sizes"], buffers)
 
     @cached_property
     def bounds(self) -> Ints:
@@ -55,27 +59,62 @@ class Growth:
         return np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
 
     @cached_property
+    def first(self) -> Ints:
+        """`[U + 1]`: the first unit of the block that each unit is in."""
+        out = np.arange(len(self.counts) + 1)
+        at = 1
+        for unit in (np.flatnonzero(self.widths > 1) + 1).tolist():
+            if unit >= at:
+                at = unit + int(self.widths[unit - 1])
+                out[unit:at] = unit
+        return out
+
+    @cached_property
     def number(self) -> Ints:
         """`[U + 1]`: the number that each unit has afterwards; what is always on stays 0."""
-        return np.concatenate([[0], self.bounds[:-1] + 1]).astype(np.int64)
+        unit = np.arange(1, len(self.counts) + 1)
+        first = self.first[1:]
+        return np.concatenate([[0], self.bounds[first - 1] + 1 + unit - first]).astype(np.int64)
 
     def along(self, units: Ints, rows: int = 1) -> Grown:
-        """What an axis with these units becomes. A unit that has several entries one after the other is followed by
-        as many of each new one. rows: into how many equal rows the axis is split, each of which grows by itself."""
-        width = len(units) // rows
-        edge = (np.diff(units) != 0) | (np.arange(1, len(units)) % max(width, 1) == 0)
-        starts = np.concatenate([[0], np.flatnonzero(edge) + 1, [len(units)]])
+        """What an axis with these units becomes. A unit, or a block, that has several entries one after the other is
+        followed by as many of each new one. rows: into how many equal rows the axis is split, each of which grows by
+        itself.
+
+        Raises:
+            ConversionError: a block is not whole somewhere.
+        """
+        starts = self._starts(units)
+        head = units[starts[:-1]]
+        row = starts[:-1] * rows // max(len(units), 1)
+        edge = np.flatnonzero((np.diff(head) != 0) | (np.diff(row) != 0)) + 1
         new, places, parents = [], [], []
         size = 0
-        for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-            unit, entries = int(units[start]), np.arange(start, stop)
+        for a, b in zip([0, *edge.tolist()], [*edge.tolist(), len(head)], strict=True):
+            start, stop, unit = int(starts[a]), int(starts[b]), int(head[a]) if len(head) else 0
             times = int(self.counts[unit - 1]) if unit else 1
-            first = int(self.number[unit])
-            new.append(np.repeat(np.arange(first, first + times), stop - start))
+            width = (stop - start) // max(b - a, 1)
+            apart = width if unit else 0  # from a block to the next one
+            mine = self.number[units[start:stop]]
+            new.append((mine[None, :] + apart * np.arange(times)[:, None]).reshape(-1))
             places.append(np.arange(size, size + stop - start))
-            parents.append(np.tile(entries, times))
+            parents.append(np.tile(np.arange(start, stop), times))
             size += times * (stop - start)
         return Grown(*(np.concatenate(x).astype(np.int64) for x in (new, places, parents)))
+
+    def _starts(self, units: Ints) -> Ints:
+        """Where each unit, or block, begins; and the end."""
+        widths = np.concatenate([[1], self.widths])[units]
+        if (widths == 1).all():
+            return np.arange(len(units) + 1)
+        starts, at = [], 0
+        while at < len(units):
+            unit, width = int(units[at]), int(widths[at])
+            if width > 1 and not np.array_equal(units[at : at + width], np.arange(width) + self.first[unit]):
+                raise ConversionError("a head would get another one after it in places where it is not whole")
+            starts.append(at)
+            at += width
+        return np.array([*starts, at])
 
 
 @dataclass(frozen=True)

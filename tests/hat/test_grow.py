@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hatcl
 from hatcl.hat.binding import Binding
@@ -36,7 +37,7 @@ def everything(model, x, tasks):
     return out
 
 
-@pytest.mark.parametrize("name", parts.MODELS)
+@pytest.mark.parametrize("name", ["mlp", "vit", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_everything_stays_while_the_network_grows_twice(tmp_path, name):
     model, x = parts.converted(name, 4), parts.images(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
@@ -87,6 +88,40 @@ def test_every_kind_of_layer(name):
     parts.pretend(model, [1], own=False, seed=3)
     assert hatcl.certify(model, x, strict=True).exact
     hatcl.extract_task(model, 1, x)  # compares with the model, and raises where it is another network
+
+
+def test_a_causal_language_model_gets_whole_heads(tmp_path):
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    words = {"input_ids": torch.arange(14).view(2, 7)}
+    model = parts.pretend(hatcl.convert(LlamaForCausalLM(config).eval(), 3, words), [0])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+
+    def logits(model, task):
+        with torch.no_grad(), hatcl.task(model.eval(), task):
+            return model(**words).logits
+
+    want = {t: logits(model, t) for t in (None, 0)}
+    for t in (1, 2):
+        report = hatcl.grow(model, 1.5, optimizer=optimizer)
+        assert not report.left and report.units > 1.4 * report.units_before  # three heads become four
+        assert all(torch.equal(logits(model, s), y) for s, y in want.items())
+        with hatcl.learn(model, t, optimizer, 2):
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(**words, labels=words["input_ids"]).loss.backward()
+                optimizer.step()
+        want = {s: y for s, y in want.items() if s is not None} | {t: logits(model, t)}
+        assert all(torch.equal(logits(model, s), y) for s, y in want.items())
+        want[None] = logits(model, None)
+    first = model.model.layers[0].self_attn
+    assert first.k_proj._hat.shapes["weight"] == (32, 72) and first.q_proj._hat.shapes["weight"] == (64, 72)
+    assert hatcl.certify(model, words, strict=True).exact
+    hatcl.save_pretrained(model, tmp_path)
+    again = hatcl.from_pretrained(tmp_path)
+    assert all(torch.equal(logits(again, s), y) for s, y in want.items())
 
 
 def test_named_layers_get_so_many_new_units():
