@@ -26,7 +26,7 @@ import parts  # noqa: E402
 
 import hatcl  # noqa: E402
 from hatcl.hat.distributed import Replicas  # noqa: E402
-from hatcl.hat.gates import gates_of  # noqa: E402
+from hatcl.hat.gates import gates_of, groups_of  # noqa: E402
 from hatcl.shards import is_shard  # noqa: E402
 
 WORLD = 2
@@ -284,6 +284,45 @@ def ddp_refusals(rank):
     if rank == 1:
         hatcl.forget_task(model, 1)
     refused("different sealed tasks", lambda: learn(DDP(model), DDP(model), 2, adam(model), rank, "vit"))
+
+
+def halves(model, odd=0):
+    return {name: torch.arange(stop - start) % 2 == odd for name, _, start, stop in groups_of(model)}
+
+
+def given_gates(model, called, rank):
+    learn(called, called, 1, adam(model), rank, "vit")
+    found = hatcl.masks_of(model, 1)
+    assert all(torch.equal(found[name], on) for name, on in halves(model).items())
+
+
+@scenario
+def ddp_given(rank):
+    """Gates that are given are held in all processes; where they are not the same everywhere it is said."""
+    model = converted("vit", rank)
+    hatcl.hold_gates(model, 1, halves(model))
+    given_gates(model, DDP(model), rank)
+    assert different(model) == []
+    hatcl.hold_gates(model, 2, {name: on | (rank == 1) for name, on in halves(model, 1).items()})
+    try:
+        learn(DDP(model), DDP(model), 2, adam(model), rank, "vit")
+        raise AssertionError("learned with different gates")
+    except hatcl.IntegrityError as error:
+        assert "or give tasks different gates; load the same saved model in each of them" in str(error)
+
+
+@scenario
+def fsdp_given(rank):
+    model = converted("vit")
+    hatcl.hold_gates(model, 1, halves(model))
+    fully_shard(model)
+    given_gates(model, model, rank)
+    assert hatcl.certify(hatcl.gathered(model), parts.images("vit", 2)).exact
+    try:
+        hatcl.hold_gates(model, 2, halves(model))
+        raise AssertionError("shards were written to")
+    except hatcl.HATError as error:
+        assert "hold_gates: the parameters of" in str(error)
 
 
 @scenario

@@ -17,11 +17,12 @@ from torch import distributed
 PARTS = Path(__file__).parents[1] / "distributed_parts.py"
 DDP = [
     "ddp_once", "ddp_start_from", "ddp_inner_given", "ddp_inside", "ddp_is_one_process_with_all_batches",
-    "ddp_twin_without_averaging", "ddp_twin_without_statistics", "ddp_one_fails", "ddp_refusals", "ddp_options",
+    "ddp_twin_without_averaging", "ddp_twin_without_statistics", "ddp_one_fails", "ddp_refusals", "ddp_given",
+    "ddp_options",
 ]  # fmt: skip
 FSDP = [
     "fsdp_transformer", "fsdp_conv", "fsdp_root_only", "fsdp_is_one_process_with_all_batches",
-    "fsdp_mixed_precision", "fsdp_twin_without_guard", "fsdp_refusals", "fsdp_skills",
+    "fsdp_mixed_precision", "fsdp_twin_without_guard", "fsdp_refusals", "fsdp_skills", "fsdp_given",
 ]  # fmt: skip
 TRAINERS = {"transformers": "trainer_two_tasks", "lightning": "lightning_two_tasks"}
 SLOW = ["ddp_compiled", "ddp_of_compiled"]

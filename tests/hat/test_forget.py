@@ -378,14 +378,20 @@ def test_tasks_that_are_not_locked_lose_what_they_share():
     assert some.total_erased > whole.total_erased and some.kept < whole.kept
     assert hatcl.forget_task(model, 1, locked=[], dry_run=True).kept == 0
     report = hatcl.forget_task(model, 1, locked=[2])
-    assert dataclasses.replace(report, dry_run=True) == some and "takes elements away from task 0, not locked" in str(report)
+    assert dataclasses.replace(report, dry_run=True) == some and "takes elements away from task 0, not locked" in str(
+        report
+    )
     assert torch.equal(parts.logits(model, 2, x), want[2]) and not torch.equal(parts.logits(model, 0, x), want[0])
     assert hatcl.certify(model, x, strict=True).exact  # task 0 is sealed as what is left of it
 
 
 @pytest.mark.parametrize(
     "locked, text",
-    [([1], "with task 1, which is to be forgotten"), ([5], "got 5, the model has tasks 0 to 2"), ([2], "task 2 is not sea")],
+    [
+        ([1], "with task 1, which is to be forgotten"),
+        ([5], "got 5, the model has tasks 0 to 2"),
+        ([2], "task 2 is not sea"),
+    ],
 )
 def test_locked_tasks_must_be_others_that_are_sealed(locked, text):
     model = parts.pretend(parts.converted("mlp", 3), [0, 1])
