@@ -74,8 +74,8 @@ def resnet34s(pretrained: bool = False, **options: Any) -> SmallImageResNet:
 
 @register_layer(LayerScale, LayerScale2d)
 class TaskIndexedLayerScale(HATLayer):
-    """timm's layer scale, of which every task has its own, as in HAT-CL, and as of a norm's weight. It has one number per
-    channel: shared, the first task to use a channel would settle it for all."""
+    """timm's layer scale, of which every task has its own, as in HAT-CL, and as of a norm's weight. It has one number
+    per channel: shared, the first task to use a channel would settle it for all."""
 
     hat_copied: ClassVar[tuple[str, ...]] = ("gamma",)
 
