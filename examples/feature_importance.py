@@ -1,7 +1,4 @@
-"""Which pixels a task looks at: a mask over the inputs, learned per task, and a picture of it in `features.png`.
-
-The penalty asks each task to do with few pixels. What it keeps is a bit per pixel and task, exact like any other gate.
-"""
+"""Which pixels a task looks at: a mask over the inputs, learned per task, and a picture of it in `features.png`."""
 
 import torch
 from matplotlib.figure import Figure
@@ -12,19 +9,18 @@ from torch.nn import functional as F
 import hatcl
 
 pixels, digits = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
-pixels = pixels.float() / 16
-config = {"penalty_weight": 1.0, "embedding_lr_scale": 2.0}
-tasks, steps = 3, 150
+pixels, tasks, steps = pixels.float() / 16, 3, 150
+config = {"penalty_weight": 1.0, "embedding_lr_scale": 2.0}  # each task is to do with few pixels
 
 torch.manual_seed(0)
 mask = hatcl.HATMask(64, num_tasks=tasks, config=hatcl.HATConfig(**config))
 net = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 2))
 model = nn.Sequential(mask, hatcl.convert(net, tasks, pixels[:2], config=config))
+figure = Figure(figsize=(2.2 * tasks, 2.6))
 for t in range(tasks):
-    chosen = digits // 2 == t  # task 0: zeros and ones, task 1: twos and threes, ...
-    x, y = pixels[chosen], digits[chosen] % 2
+    x, y = pixels[digits // 2 == t], digits[digits // 2 == t] % 2  # zeros and ones, twos and threes, ...
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with hatcl.learn(model, t, optimizer, steps) as learning:
+    with hatcl.learn(model.train(), t, optimizer, steps) as learning:
         for _ in range(steps):
             at = torch.randint(len(x), (32,))
             optimizer.zero_grad()
@@ -32,16 +28,10 @@ for t in range(tasks):
             optimizer.step()
     with hatcl.task(model.eval(), t), torch.no_grad():
         right = float((model(x).argmax(1) == y).float().mean())
-    model.train()
     print(f"task {t}: {int(mask.gates.masks[t].sum())} of 64 pixels, {right:.1%} of its images")
-print(hatcl.certify(model, pixels[:8], strict=True))
-
-figure = Figure(figsize=(2.2 * tasks, 2.6))
-for t in range(tasks):
-    axes = figure.add_subplot(1, tasks, t + 1)
-    axes.imshow(pixels[digits // 2 == t].mean(0).view(8, 8), cmap="Greys")
+    axes = figure.add_subplot(1, tasks, t + 1, title=f"{2 * t} or {2 * t + 1}")
+    axes.imshow(x.mean(0).view(8, 8), cmap="Greys")
     rows, columns = mask.gates.masks[t].view(8, 8).nonzero().T
     axes.scatter(columns, rows, marker="s", color="#d1603d", s=40)
-    axes.set_title(f"{2 * t} or {2 * t + 1}")
-    axes.set_axis_off()
 figure.savefig("features.png")
+print(hatcl.certify(model, pixels[:8], strict=True))

@@ -10,13 +10,22 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Callable, Mapping, Sequence
+<<<<<<< HEAD
 from pathlib import Path
 from typing import Any
+=======
+from typing import Any, ClassVar
+>>>>>>> reopen
 
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+<<<<<<< HEAD
 from timm.models import _factory, _registry, build_model_with_cfg, register_model
+=======
+from timm.layers import LayerScale, LayerScale2d
+from timm.models import _registry, build_model_with_cfg, register_model
+>>>>>>> reopen
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
@@ -25,8 +34,13 @@ from ..errors import ConfigError, IntegrityError
 from ..files import read_json
 from ..hat.convert import convert
 from ..hat.gates import gates_of
+<<<<<<< HEAD
 from ..hat.hub import located
 from ..hat.pretrained import CONFIG, from_pretrained
+=======
+from ..hat.layers import HATLayer
+from ..hat.registry import register_layer
+>>>>>>> reopen
 from ..sources import register_source
 
 log = logging.getLogger(__name__)
@@ -77,6 +91,14 @@ def resnet34s(pretrained: bool = False, **options: Any) -> SmallImageResNet:
     return build_model_with_cfg(
         SmallImageResNet, "resnet34s", pretrained, **{"block": BasicBlock, "layers": (3, 4, 6, 3), **options}
     )
+
+
+@register_layer(LayerScale, LayerScale2d)
+class TaskIndexedLayerScale(HATLayer):
+    """timm's layer scale, of which every task has its own, as in HAT-CL, and as of a norm's weight. It has one number
+    per channel: shared, the first task to use a channel would settle it for all."""
+
+    hat_copied: ClassVar[tuple[str, ...]] = ("gamma",)
 
 
 class _Entrypoints(dict):

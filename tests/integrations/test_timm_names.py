@@ -131,6 +131,23 @@ def test_resnets_for_small_images(name, elements):
         timm.create_model(name, stem_type="deep")
 
 
+def test_every_task_has_its_own_layer_scale():
+    """A later task changes it where a sealed one uses the channel, and the sealed one stays."""
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": parts.CLASSES}
+    model = timm.create_model("hat_test_vit", num_tasks=2, init_values=0.5, **small)
+    assert isinstance(model.blocks[0].ls1, timm_names.TaskIndexedLayerScale)
+    x = parts.images("vit")
+    for t in range(2):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        parts.train(model, t, optimizer, parts.problem(parts.shape_of("vit"), t), 4)
+        if t == 0:
+            want = parts.logits(model, 0, x)
+    first, second = (own.gamma for own in model.blocks[0].ls1.hat_tasks)
+    both = gates_of(model)[0].masks[:2].all(0)
+    assert bool(both.any()) and bool((first != second).any()) and bool((first != 0.5).any())
+    assert torch.equal(parts.logits(model, 0, x), want) and hatcl.certify(model, x, strict=True).exact
+
+
 # ---- options --------------------------------------------------------------------------------------
 
 
