@@ -10,22 +10,14 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Callable, Mapping, Sequence
-<<<<<<< HEAD
 from pathlib import Path
-from typing import Any
-=======
 from typing import Any, ClassVar
->>>>>>> reopen
 
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-<<<<<<< HEAD
-from timm.models import _factory, _registry, build_model_with_cfg, register_model
-=======
 from timm.layers import LayerScale, LayerScale2d
-from timm.models import _registry, build_model_with_cfg, register_model
->>>>>>> reopen
+from timm.models import _factory, _registry, build_model_with_cfg, register_model
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
@@ -34,13 +26,10 @@ from ..errors import ConfigError, IntegrityError
 from ..files import read_json
 from ..hat.convert import convert
 from ..hat.gates import gates_of
-<<<<<<< HEAD
 from ..hat.hub import located
-from ..hat.pretrained import CONFIG, from_pretrained
-=======
 from ..hat.layers import HATLayer
+from ..hat.pretrained import CONFIG, from_pretrained
 from ..hat.registry import register_layer
->>>>>>> reopen
 from ..sources import register_source
 
 log = logging.getLogger(__name__)
