@@ -37,7 +37,7 @@ def predict_command(
     Grey images are taken as grey. Values are those of the files, 0 to 255, so the run's data must have had them too. A
     class is the label in the task's own data.
     """
-    pictures = [_picture(path) for path in images]  # or an error, before anything is printed
+    pictures = [_picture_at(path) for path in images]  # or an error, before anything is printed
     where = usable_device(device)
     model = hatcl.from_pretrained(find_model(run)).to(where)
     router = load_router(run, model)
@@ -63,7 +63,7 @@ def _tell(answer: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _picture(path: Path) -> Tensor:
+def _picture_at(path: Path) -> Tensor:
     """An image's values, `[1, H, W]` of a grey one or `[1, H, W, 3]`."""
     try:
         with Image.open(path) as file:

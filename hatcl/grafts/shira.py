@@ -52,13 +52,13 @@ def write_shira(
     Args:
         found: the model's name of a tensor -> the elements that change.
     """
-    names, full = _places(base, list(found))
+    names, full = _sparse_places(base, list(found))
     shapes = {n: base.get_parameter(n).shape for n in names}
     needed = {n: math.ceil(len(found[n][0]) / sum(shape)) for n, shape in shapes.items()}
     crowded: list[str] = []
     while True:  # the layer with the most elements sets the rank for all; what has no room for so many is stored whole
         full = _with_namesakes(base, [*full, *(n.rpartition(".")[0] for n in crowded)])
-        linear = {n: s for n, s in shapes.items() if not any(_part_of(n, module) for module in full)}
+        linear = {n: s for n, s in shapes.items() if not any(_part_called(n, module) for module in full)}
         rank = max((needed[n] for n in linear), default=0)
         crowded = [n for n, (m, k) in linear.items() if rank * (m + k) > m * k]
         crowded = [n for n in crowded if needed[n] * sum(linear[n]) > math.prod(linear[n])] or crowded
@@ -102,7 +102,7 @@ def write_shira(
     return ShiraReport(folder, rank, sum(len(found[n][0]) for n in linear), tuple(full), error)
 
 
-def _places(base: nn.Module, names: list[str]) -> tuple[list[str], list[str]]:
+def _sparse_places(base: nn.Module, names: list[str]) -> tuple[list[str], list[str]]:
     """The weights of linear layers, and the modules that other parameters belong to."""
     holders = Counter(id(p) for m in base.modules() for p in m.parameters(recurse=False))
     attention = [path for path, m in base.named_modules() if isinstance(m, nn.MultiheadAttention)]
@@ -114,7 +114,7 @@ def _places(base: nn.Module, names: list[str]) -> tuple[list[str], list[str]]:
                 f"{name} is held by several layers, of which peft would change one; untie them first, or leave it out "
                 f"of the graft (select_graft(..., skip={name!r}))"
             )
-        whole = next((a for a in attention if _part_of(name, a)), None)  # which does not call its own layers
+        whole = next((a for a in attention if _part_called(name, a)), None)  # which does not call its own layers
         if whole is None and own == "weight" and type(base.get_submodule(path)) is nn.Linear:
             linear.append(name)
         else:
@@ -128,7 +128,7 @@ def _places(base: nn.Module, names: list[str]) -> tuple[list[str], list[str]]:
     return linear, full
 
 
-def _part_of(name: str, module: str) -> bool:
+def _part_called(name: str, module: str) -> bool:
     return name.startswith(f"{module}.")
 
 
@@ -136,7 +136,7 @@ def _with_namesakes(base: nn.Module, modules: list[str]) -> list[str]:
     """With the modules that peft takes as well, since their paths end in the same letters; the outer ones alone."""
     paths = [path for path, _ in base.named_modules() if path]
     taken = [path for path in paths if any(path.endswith(m) for m in modules)]
-    return [path for path in taken if not any(_part_of(path, outer) for outer in taken)]
+    return [path for path in taken if not any(_part_called(path, outer) for outer in taken)]
 
 
 def _added_up(own: Tensor, way: Tensor) -> Tensor:

@@ -20,8 +20,6 @@ from .growth import Growth, key_of
 
 SLOTS, SLOT_BYTES = 256, 16
 """Size of a task's row in `Gates.digest_table`."""
-LATER = ("given", "given_until", "lineage")
-"""Buffers that states of before do not have. In those no task is given gates, and none is started from another."""
 
 _context_keys = itertools.count()
 
@@ -394,7 +392,7 @@ class Gates(nn.Module):
         like = self.embeddings[0].detach()
         for _ in range(tasks):
             self.embeddings.append(self.fresh_embedding(self.num_units, like))
-        for name in ("masks", "sealed", "order", *LATER, "digest_table"):
+        for name in ("masks", "sealed", "given", "given_until", "order", "lineage", "digest_table"):
             rows = getattr(self, name)
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
         self.lineage = nn.functional.pad(self.lineage, (0, tasks))
@@ -457,9 +455,6 @@ class Gates(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        if f"{prefix}masks" in state_dict:
-            for name in (*LATER, "lineage"):
-                state_dict.setdefault(prefix + name, torch.zeros_like(getattr(self, name)))
         key, errors = state_dict.get(f"{prefix}growth_key"), args[-1]
         if key is not None and self.growths and not torch.equal(key.cpu(), self.growth_key.cpu()):
             errors.append(

@@ -177,7 +177,7 @@ def learn(
             counts; steps that a gradient scaler skips do not.
         epochs: annealing cycles within them (HAT anneals once per epoch), unless `HATConfig.cycles` says otherwise.
         start: steps already done, to go on with an interrupted task.
-        start_from: a sealed task to start from: its number, "previous" (the last before this one), "best" (the one in
+        start_from: a sealed task to start from: its number, "previous" (the one sealed last), "best" (the one in
             whose features the examples are told apart best by their nearest neighbours), or None. By default what
             `HATConfig.start_from` says. The task gets most of the source's units and others in place of the rest, into
             which the source's weights are copied (see `hat/transplant.py`), and keeps these gates. `hatcl.describe`

@@ -24,7 +24,7 @@ from ..sources import build_source, library_config
 from . import digests
 from .build import GATES, build
 from .card import CARD, CardFacts, model_card, writable
-from .gates import LATER, Gates, gates_of
+from .gates import Gates, gates_of
 from .grow_apply import apply_growth, take_stages
 from .growth import Growth
 from .headers import read_with_header
@@ -32,7 +32,7 @@ from .hub import located, uploaded
 from .tasks import tasks
 from .writers import MARK, Way, check_options, take_over
 
-WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 2
+WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 3
 TRIES = 100  # how often a file is read again that was replaced meanwhile
 HEADER = "hatcl"  # under this name the header of the tensors' file has the config
 KEYS = {"format", "config", "source", "map", "tied", "dtypes", "digests", "fingerprint"}
@@ -357,9 +357,6 @@ def _load(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tenso
     table = next((x for name, x in tensors.items() if name.endswith("stage_table")), None)
     if table is not None and gates_of(model)[0].growths:
         take_stages(model, table.tolist())
-    for name in [f"{GATES}.{name}" for name in LATER]:
-        if name not in meta["dtypes"]:  # what says that it had them, and has not, was edited
-            tensors.setdefault(name, torch.zeros_like(model.get_buffer(name)))
     _fit(model, tensors, path)
     state = model.state_dict()  # torch's own, since some modules ask it for their format's version
     state.update(tensors)

@@ -131,11 +131,12 @@ def _free(
     model: nn.Module, sealed: Sequence[int], allowed: Callable[[Gates], Tensor]
 ) -> Iterator[tuple[ParameterPlan, Tensor]]:
     """Every shared parameter's plan, and which of its elements are free, in the plan's view."""
+    device = gates_of(model)[0].masks.device  # not the parameter's, which may be the meta device
     for h in held(model):
         if h.task is not None or h.plain or h.plan is None or not h.plan.axes:
             continue
         frozen = live_for(h, sealed)
-        mask = torch.ones((), dtype=torch.bool, device=h.param.device)
+        mask = torch.ones((), dtype=torch.bool, device=device)
         for axis in h.plan.axes:
             mask = mask & _of_units(axis, allowed(axis.units.gates)).view(axis.shape)
         mask = mask.expand(h.plan.view)

@@ -39,7 +39,8 @@ def source_for(model: nn.Module, task: int, start_from: int | str | None, exampl
         )
     done = [t for t in tasks(model) if t != task and _uses_units(model, t)]
     if start_from == PREVIOUS:
-        return max([t for t in done if t < task] or done, default=None)
+        order = gates_of(model)[0].order
+        return max(done, key=lambda t: int(order[t]), default=None)
     if start_from == BEST:
         return _nearest(model, done, examples) if done else None
     assert isinstance(start_from, int)

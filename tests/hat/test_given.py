@@ -9,12 +9,10 @@ import pickle
 import parts
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as tf
 
 import hatcl
-from hatcl.hat import pretrained
-from hatcl.hat.gates import LATER, Gates, gates_of, groups_of
+from hatcl.hat.gates import Gates, gates_of, groups_of
 from hatcl.hat.held import held
 
 
@@ -167,25 +165,6 @@ def test_they_are_carried_along(carry, tmp_path):
     hatcl.hold_gates(other, 0, masks)
     parts.train(other, 0, adamw(other), parts.problem(parts.shape_of("mlp")), 3)
     assert same_masks(hatcl.masks_of(other, 0), masks)
-
-
-def test_a_state_of_before_gives_no_gates(tmp_path):
-    model = parts.pretend(parts.converted("mlp"), tasks=[0])
-    old = {name: x for name, x in model.state_dict().items() if name.rpartition(".")[2] not in LATER}
-    assert len(old) == len(model.state_dict()) - len(LATER)
-    other, _ = given(task=1)
-    other.load_state_dict(old)
-    assert not gates_of(other)[0].given.any() and hatcl.tasks(other) == [0]
-    folder = hatcl.save_pretrained(model, tmp_path)
-    meta = pretrained.read_config(folder)
-    meta["dtypes"] = {name: dtype for name, dtype in meta["dtypes"].items() if name in old}
-    save_file(
-        {n: x for n, x in load_file(folder / pretrained.WEIGHTS).items() if n in old},
-        folder / pretrained.WEIGHTS,
-        {pretrained.HEADER: pretrained._signed(meta)},
-    )
-    again = hatcl.from_pretrained(folder, base=parts.plain("mlp"))
-    assert not gates_of(again)[0].given_until.any() and hatcl.tasks(again) == [0]
 
 
 def test_tasks_that_are_added_are_given_none():

@@ -8,12 +8,9 @@ import json
 import parts
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import hatcl
 from hatcl.hat import forget as forgetting
-from hatcl.hat import pretrained
 from hatcl.hat.digests import record
 from hatcl.hat.gates import gates_of
 from hatcl.hat.held import held
@@ -67,26 +64,6 @@ def test_it_is_saved_loaded_and_copied(tmp_path):
     assert lineage(other) == want
     hatcl.save_pretrained(model, tmp_path)
     assert lineage(hatcl.from_pretrained(tmp_path, base=parts.plain("mlp"))) == want
-
-
-def test_states_of_before_have_no_lineage(tmp_path):
-    model = family(chain=())
-    state = model.state_dict()
-    del state["hat_gates.lineage"]
-    other = family()
-    other.load_state_dict(state)
-    assert lineage(other) == {}
-    hatcl.save_pretrained(model, tmp_path)
-    path = tmp_path / "model.safetensors"
-    with safe_open(path, "pt") as f:
-        meta, tensors = json.loads(f.metadata()["hatcl"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    del tensors["hat_gates.lineage"]
-    save_file(tensors, path, {"hatcl": json.dumps(meta)})
-    with pytest.raises(hatcl.IntegrityError, match="missing hat_gates.lineage"):  # it says that it had one
-        hatcl.from_pretrained(tmp_path, base=parts.plain("mlp"))
-    del meta["dtypes"]["hat_gates.lineage"], meta["fingerprint"]
-    save_file(tensors, path, {"hatcl": pretrained._signed(meta)})
-    assert lineage(hatcl.from_pretrained(tmp_path, base=parts.plain("mlp"))) == {}
 
 
 def test_added_tasks_have_none_and_leave_it():

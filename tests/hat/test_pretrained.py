@@ -672,7 +672,7 @@ def test_a_class_of_ones_own_needs_its_base(tmp_path):
 def test_a_newer_format_is_refused(tmp_path):
     folder, _ = saved(tmp_path)
     rewritten(folder, about=lambda meta: meta.update(format=99))
-    with pytest.raises(hatcl.IntegrityError, match="format 99, this hatcl reads up to 2; install a newer hatcl"):
+    with pytest.raises(hatcl.IntegrityError, match="format 99, this hatcl reads up to 3; install a newer hatcl"):
         load(folder)
 
 
