@@ -301,6 +301,17 @@ def test_another_models_weights_are_not_left_beside_the_result(folder, left, vec
         compose_files(base, [(parts[0], 1)], out, vector=vector)
 
 
+def test_twin_an_adapter_left_there_is_read_in_place_of_the_result(folder, monkeypatch):
+    base, parts = paths(folder)
+    out = folder / "out"
+    out.mkdir()
+    (out / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(files, "refuse_left_overs", lambda *what: None)
+    compose_files(base, [(parts[0], 1)], out)
+    with pytest.raises(VectorError, match="the adapter is None, expected LORA"):
+        TaskVector.between(base, out)
+
+
 def test_patterns_that_one_of_a_mix_lacks(folder, tmp_path, caplog):
     """An adapter has only some of the tensors that a full part has."""
     peft = pytest.importorskip("peft")
