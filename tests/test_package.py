@@ -35,7 +35,8 @@ def test_import_is_silent_and_leaves_the_extras_alone():
     code = (
         "import sys, hatcl\n"
         "loaded = {name.split('.')[0] for name in sys.modules}\n"
-        "print(sorted(loaded & {'transformers', 'peft', 'lightning', 'avalanche', 'matplotlib', 'sklearn', 'typer'}))"
+        "extras = {'transformers', 'peft', 'lightning', 'avalanche', 'matplotlib', 'sklearn', 'typer', 'datasets'}\n"
+        "print(sorted(loaded & extras))"
     )
     done = python(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

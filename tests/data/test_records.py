@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 from data_parts import SAID, write_table
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hatcl.data.places import DataOptions, TaskPlace
@@ -205,6 +205,7 @@ def test_damaged_tables(tmp_path):
         read_folder(tmp_path / "none")
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abc"), max_size=80), st.integers(0, 5))
 def test_a_table_is_cut_without_loss_and_of_each_class(labels, seed):
     parts = cut_in_three(labels, seed)
