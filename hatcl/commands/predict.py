@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from PIL import Image
 from torch import Tensor
 
 import hatcl
@@ -65,6 +64,8 @@ def _tell(answer: dict[str, Any]) -> None:
 
 def _picture_at(path: Path) -> Tensor:
     """An image's values, `[1, H, W]` of a grey one or `[1, H, W, 3]`."""
+    from PIL import Image
+
     try:
         with Image.open(path) as file:
             grey: Sequence[str] = ("1", "L", "LA")
