@@ -154,9 +154,7 @@ def test_huggingface_hubs_mixin_is_told_what_to_call(tmp_path):
     x = torch.randn(2, 4)
     model = parts.pretend(hatcl.convert(Mixed(), 2, x))
     for act in (model.save_pretrained, model.push_to_hub):
-        with pytest.raises(
-            hatcl.HATError, match="Mixed.from_pretrained, .* would read a plain network"
-        ):
+        with pytest.raises(hatcl.HATError, match="Mixed.from_pretrained, .* would read a plain network"):
             act(tmp_path / "m")
     assert not (tmp_path / "m").exists()
     again = hatcl.from_pretrained(hatcl.save_pretrained(model, tmp_path / "m"), base=Mixed())
