@@ -25,13 +25,13 @@ def show_finetuned(run: Path, metrics: dict[str, Any]) -> None:
     table.add_column("")
     for column in ("validation", "test"):
         table.add_column(column, justify="right")
+    told = {**metrics["score"], "commonest": metrics.get("commonest", {})}
     titles = {"pretrained": "pretrained", "finetuned": "fine-tuned", "commonest": "always the commonest answer"}
     for key, title in titles.items():
-        scores = metrics["score"].get(key, {})
-        table.add_row(title, *[percent(scores.get(part)) for part in ("validation", "test")])
+        table.add_row(title, *[percent(told[key].get(part)) for part in ("validation", "test")])
     out.print(table)
-    part = "test" if "test" in metrics["score"]["finetuned"] else "validation"
-    score, guess = (metrics["score"].get(key, {}).get(part) for key in ("finetuned", "commonest"))
+    part = "test" if "test" in told["finetuned"] else "validation"
+    score, guess = told["finetuned"].get(part), told["commonest"].get(part)
     if score is not None and guess is not None and score <= guess:
         say(
             f"{percent(score)} % on the {part} examples is no better than always giving the commonest answer "

@@ -116,11 +116,8 @@ def finetune_run(
         metrics = {
             "task": made.name,
             "measure": made.measure,
-            "score": {
-                "pretrained": before,
-                "finetuned": _scores(made, finetuned),
-                "commonest": {part: made.constant_score(part) for part in before},
-            },
+            "score": {"pretrained": before, "finetuned": _scores(made, finetuned)},
+            "commonest": {part: made.constant_score(part) for part in before},
             "examples": {part: len(made.part(part)) for part in ("train", "validation", "test")},
             "classes": list(made.labels),
             "trained": _count_moved(made.model, finetuned, names),
