@@ -354,6 +354,24 @@ def test_an_averaged_copy_of_before():
         ema(data[0])
 
 
+def test_a_checkpoint_goes_into_a_model_that_grew_alike(tmp_path):
+    """Its tasks may have been sealed at other times: their copies get the sizes that they had."""
+    x = parts.images("vit")
+    model, fresh = parts.pretend(parts.converted("vit", 3), [0]), parts.converted("vit", 3)
+    for m in (model, fresh):
+        hatcl.grow(m, 1.5, example_inputs=x)
+    parts.pretend(model, [1], own=False)
+    hatcl.save_pretrained(model, tmp_path)
+    for other in (fresh, copy.deepcopy(model)):
+        load_pretrained_(other, tmp_path)
+        assert gates_of(other)[0].stages == [0, 1, 1]
+        assert all(torch.equal(parts.logits(other, t, x), parts.logits(model, t, x)) for t in (None, 0, 1))
+    gates_of(model)[0].stage_table[2] = 7
+    hatcl.save_pretrained(model, tmp_path)
+    with pytest.raises(hatcl.IntegrityError, match=r"stage_table says \[0, 1, 7\], expected for each of 3 tasks"):
+        load_pretrained_(fresh, tmp_path)
+
+
 def test_several_tasks_at_once():
     model, x = parts.pretend(parts.converted("mlp", 3), [0]), parts.images("mlp")
     hatcl.grow(model, 1.5, example_inputs=x)
