@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,15 +233,16 @@ def bring_up(model: nn.Module, task: int) -> list[Replaced]:
     return replaced
 
 
-def take_stages(model: nn.Module, stages: list[int]) -> None:
+def take_stages(model: nn.Module, stages: Sequence[int]) -> None:
     """Give the copies of tasks the sizes that they had after so many growths: a state is about to be loaded."""
     gates = gates_of(model)[0]
-    every: list[Any] = list(model.modules())
+    others = [t for t, stage in enumerate(stages) if stage != gates.stages[t]]
+    for t in others:
+        bring_up(model, t)
+    every: list[Any] = [m for m in model.modules() if "hat_tasks" in m._modules]
     for module in every:
-        if "hat_tasks" not in module._modules:
-            continue
-        for own, stage in zip(module.hat_tasks, stages, strict=True):
-            former: Binding = module._hat.at(stage)
+        for t in others:
+            own, former = module.hat_tasks[t], module._hat.at(stages[t])
             for name, p in list(own._parameters.items()):
                 value = former.placed(name, p.detach()).clone()
                 own._parameters[name] = nn.Parameter(value, requires_grad=p.requires_grad)

@@ -355,8 +355,15 @@ def _load(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tenso
         if first in tensors:
             tensors[name] = tensors[first]
     table = next((x for name, x in tensors.items() if name.endswith("stage_table")), None)
-    if table is not None and gates_of(model)[0].growths:
-        take_stages(model, table.tolist())
+    gates = gates_of(model)[0]
+    if table is not None and gates.growths:
+        stages = table.tolist()
+        if len(stages) != gates.num_tasks or not all(0 <= stage <= len(gates.growths) for stage in stages):
+            raise IntegrityError(
+                f"{path}: stage_table says {stages}, expected for each of {gates.num_tasks} tasks after how many of "
+                f"{len(gates.growths)} growths it was sealed; the file was edited or damaged"
+            )
+        take_stages(model, stages)
     _fit(model, tensors, path)
     state = model.state_dict()  # torch's own, since some modules ask it for their format's version
     state.update(tensors)

@@ -8,13 +8,15 @@ import layer_zoo as zoo
 import parts
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import hatcl
 from hatcl.hat.binding import Binding
 from hatcl.hat.gates import gates_of
+from hatcl.hat.pretrained import load_pretrained_
 
 GROWS = ["batch_norm2d", "grouped2d", "depthwise1d", "group_norm", "mlp_layer_norm_no_affine", "timm_squeeze_excite"]
 GROWS += [
@@ -291,7 +293,7 @@ def test_growing_what_cannot_grow():
     refused(broken, hatcl.IntegrityError, "task 0 was sealed, but", 1.5, example_inputs=x)
 
 
-def test_a_state_of_a_model_that_grew_otherwise():
+def test_a_state_of_a_model_that_grew_otherwise(tmp_path):
     x = parts.images("mlp")
     twice, once = parts.converted("mlp", 2), parts.converted("mlp", 2)
     for more in (8, 8):
@@ -299,10 +301,51 @@ def test_a_state_of_a_model_that_grew_otherwise():
     hatcl.grow(once, {"1": 16}, example_inputs=x)
     with pytest.raises(RuntimeError, match="growth_key: this state is of a model that grew otherwise"):
         once.load_state_dict(twice.state_dict())
+    hatcl.save_pretrained(twice, tmp_path)
+    with pytest.raises(hatcl.IntegrityError, match=r"converted otherwise than this one \(growths: its sizes differ\)"):
+        load_pretrained_(once, tmp_path)
     again = parts.converted("mlp", 2)
     hatcl.grow(again, {"1": 16}, example_inputs=x)
     again.load_state_dict(once.state_dict())
     assert torch.equal(parts.logits(again, None, x), parts.logits(once, None, x))
+
+
+def test_a_wrapped_model_and_inputs_of_another_kind():
+    model, x = parts.converted("mlp", 2), parts.images("mlp")
+    ddp = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(ddp)
+    ddp.module = model
+    refused(ddp, hatcl.HATError, "DistributedDataParallel keeps the parameters that it was built with; grow the model")
+    assert hatcl.grow(nn.Sequential(model), 1.5, example_inputs=x).exact == [None]
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.more, self.head = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x, more=True):
+            h = self.body(x).relu()
+            return self.head(self.more(h).relu() if more else h)
+
+    two = hatcl.convert(Two(), 1, (x.new_ones(2, 8), True))
+    text = "grow: on example_inputs = .* the model has 6 units, and 12 on its map; pass inputs of the same kind"
+    refused(two, hatcl.ConversionError, text, 1.5, example_inputs=(x.new_ones(2, 8), False))
+    each = hatcl.convert(zoo.make("group_norm_each"), 1, zoo.data("group_norm_each")[0])
+    refused(each, hatcl.ConversionError, "Sequential: none of its layers can grow; 0: its units go together with", 1.5)
+
+
+def test_an_adapter_that_grew_is_none_that_peft_knows():
+    bert = BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    adapted = get_peft_model(BertModel(bert).eval(), LoraConfig(r=4, target_modules=["query"]))
+    words = {"input_ids": torch.arange(8).view(2, 4)}
+    model = parts.pretend(hatcl.convert(adapted, 2, words), [0])
+    report = hatcl.grow(model, 1.5)
+    assert list(report.layers.values()) == [(4, 6)] and report.exact == [None, 0]
+    factors = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert [tuple(p.shape) for p in factors] == [(16, 6)]
+    with pytest.raises(hatcl.TaskError, match="has grown, and peft's config says the rank of before"):
+        with hatcl.as_adapter(model, 0):
+            pass
 
 
 def test_an_averaged_copy_of_before():
@@ -314,6 +357,24 @@ def test_an_averaged_copy_of_before():
     hatcl.grow(model, 1.5)
     with pytest.raises(hatcl.TaskError, match="the model that it was copied from has grown since"):
         ema(data[0])
+
+
+def test_a_checkpoint_goes_into_a_model_that_grew_alike(tmp_path):
+    """Its tasks may have been sealed at other times: their copies get the sizes that they had."""
+    x = parts.images("vit")
+    model, fresh = parts.pretend(parts.converted("vit", 3), [0]), parts.converted("vit", 3)
+    for m in (model, fresh):
+        hatcl.grow(m, 1.5, example_inputs=x)
+    parts.pretend(model, [1], own=False)
+    hatcl.save_pretrained(model, tmp_path)
+    for other in (fresh, copy.deepcopy(model)):
+        load_pretrained_(other, tmp_path)
+        assert gates_of(other)[0].stages == [0, 1, 1]
+        assert all(torch.equal(parts.logits(other, t, x), parts.logits(model, t, x)) for t in (None, 0, 1))
+    gates_of(model)[0].stage_table[2] = 7
+    hatcl.save_pretrained(model, tmp_path)
+    with pytest.raises(hatcl.IntegrityError, match=r"stage_table says \[0, 1, 7\], expected for each of 3 tasks"):
+        load_pretrained_(fresh, tmp_path)
 
 
 def test_several_tasks_at_once():
