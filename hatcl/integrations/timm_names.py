@@ -82,6 +82,12 @@ def resnet34s(pretrained: bool = False, **options: Any) -> SmallImageResNet:
     )
 
 
+for _name in default_cfgs:  # of timm's own family of ResNets, not one of this file
+    _registry._module_to_models.pop(_registry._model_to_module[_name], None)
+    _registry._model_to_module[_name] = "resnet"
+    _registry._module_to_models["resnet"].add(_name)
+
+
 @register_layer(LayerScale, LayerScale2d)
 class TaskIndexedLayerScale(HATLayer):
     """timm's layer scale, of which every task has its own, as in HAT-CL, and as of a norm's weight. It has one number
