@@ -15,7 +15,7 @@ from ..shards import check_whole
 from .active import is_chosen
 from .digests import check_sealed
 from .gates import gates_of
-from .grow_apply import bring_up
+from .grow_apply import brought_up
 from .held import held
 from .layers.gated import HATLayer
 from .layers.state import forget_states
@@ -105,8 +105,8 @@ def forget_task(model: nn.Module, task: int, *, dry_run: bool = False) -> Forget
     )
     if dry_run:
         return report
-    bring_up(model, task)  # whoever learns with this index next may use all units
-    writes = _draw(model, task, plan)  # everything is drawn before anything is written
+    with brought_up(model, task):  # whoever learns with this index next may use all units
+        writes = _draw(model, task, plan)  # everything is drawn before anything is written
     with torch.no_grad():
         for x, new in writes:
             x.copy_(new)

@@ -140,9 +140,9 @@ def test_twin_without_redrawing_the_attacker_has_it_all_back(learned, monkeypatc
     data = problem(name, 1, seed=1)
     kept = copy.deepcopy(model)
 
-    def as_it_was(self, rows=None):
+    def as_it_was(self, shapes=None):
         params = {n: p.detach() for n, p in self._parameters.items() if p is not None}
-        return params if rows is None else {n: p.new_zeros(rows, *p.shape[1:]) for n, p in params.items()}
+        return params if shapes is None else {n: params[n].new_zeros(shape) for n, shape in shapes.items()}
 
     monkeypatch.setattr(HATLayer, "_hat_redrawn", as_it_was)
     hatcl.forget_task(model, 1)
@@ -352,11 +352,11 @@ def test_a_draw_that_fails_leaves_everything_as_it_was(monkeypatch):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     plain, calls = HATLayer._hat_redrawn, []
 
-    def second_fails(self, rows=None):
+    def second_fails(self, shapes=None):
         calls.append(1)
         if len(calls) > 1:
             raise RuntimeError("an initialiser of the user's")
-        return plain(self, rows)
+        return plain(self, shapes)
 
     monkeypatch.setattr(HATLayer, "_hat_redrawn", second_fails)
     with pytest.raises(RuntimeError, match="an initialiser"):
