@@ -16,7 +16,7 @@ from ..shards import check_whole
 from .active import is_chosen
 from .digests import check_sealed, record
 from .gates import gates_of
-from .grow_apply import bring_up
+from .grow_apply import brought_up
 from .held import held, live_for
 from .layers.gated import HATLayer
 from .layers.state import forget_states
@@ -146,9 +146,8 @@ def forget_task(
     warn_of_descendants(task, [t for t in carriers if t not in gone])
     if dry_run:
         return report
-    for t in gone:
-        bring_up(model, t)  # whoever learns with this index next may use all units
-    writes = _draw(model, gone, plan)  # everything is drawn before anything is written
+    with brought_up(model, gone):  # whoever learns with these numbers next may use all units
+        writes = _draw(model, gone, plan)  # everything is drawn before anything is written
     with torch.no_grad():
         for x, new in writes:
             x.copy_(new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..map.labels import Ints
 from ..map.lora import starts_at_zero
-from .binding import Binding, ParameterPlan, UnitAxis, Units
+from .binding import Binding, ParameterPlan, TaskCopy, UnitAxis, Units
 from .distributed import leave_out
 from .gates import Gates, gates_of, roots_of
 from .growth import Growth, Spread, grown_axes, grown_map
@@ -213,24 +214,48 @@ def bring_up(model: nn.Module, task: int) -> list[Replaced]:
     replaced: list[Replaced] = []
     if stage == now:
         return replaced
-    every: list[tuple[str, Any]] = list(model.named_modules())
-    for path, module in every:
-        if "hat_tasks" not in module._modules:
-            continue
-        own: Any = module.hat_tasks[task]
-        former = module._hat.at(stage)
-        for name, p in list(own._parameters.items()):
-            if name in former.spreads:
-                value = module._hat_grown(name, p.detach(), stage)
-                own._parameters[name] = new = nn.Parameter(value, requires_grad=p.requires_grad)
-                full = f"{path}.hat_tasks.{task}.{name}".lstrip(".")
-                replaced.append(Replaced(full, p, new, former.spreads[name].flat(value)))
-        for name, b in list(own._buffers.items()):
-            own._buffers[name] = module._hat_grown(name, b, stage)
+    copies: list[tuple[Any, TaskCopy]] = []  # all are made before one takes its place
+    for path, module in _with_copies(model):
+        own, former, made = module.hat_tasks[task], module._hat.at(stage), TaskCopy()
+        for name, p in own._parameters.items():
+            if name not in former.spreads:
+                made.register_parameter(name, p)
+                continue
+            value = module._hat_grown(name, p.detach(), stage)
+            new = nn.Parameter(value, requires_grad=p.requires_grad)
+            made.register_parameter(name, new)
+            full = f"{path}.hat_tasks.{task}.{name}".lstrip(".")
+            replaced.append(Replaced(full, p, new, former.spreads[name].flat(value)))
+        for name, b in own._buffers.items():
+            made.register_buffer(name, module._hat_grown(name, b, stage))
+        copies.append((module, made.train(own.training)))
+    for module, made in copies:
+        module.hat_tasks[task] = made
     gates.set_stages([now if t == task else s for t, s in enumerate(gates.stages)])
     for pair in replaced:
         OUTGROWN[pair.old] = pair.name
     return replaced
+
+
+@contextlib.contextmanager
+def brought_up(model: nn.Module, some: Sequence[int]) -> Iterator[None]:
+    """The same for some tasks, if what is done inside succeeds."""
+    gates = gates_of(model)[0]
+    stages, copies = gates.stages, [(m, t, m.hat_tasks[t]) for _, m in _with_copies(model) for t in some]
+    replaced = [pair for t in some for pair in bring_up(model, t)]
+    try:
+        yield
+    except BaseException:
+        for module, task, own in copies:
+            module.hat_tasks[task] = own
+        gates.set_stages(stages)
+        for pair in replaced:
+            OUTGROWN.pop(pair.old, None)
+        raise
+
+
+def _with_copies(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(path, m) for path, m in model.named_modules() if "hat_tasks" in m._modules]
 
 
 def take_stages(model: nn.Module, stages: Sequence[int]) -> None:
@@ -239,8 +264,7 @@ def take_stages(model: nn.Module, stages: Sequence[int]) -> None:
     others = [t for t, stage in enumerate(stages) if stage != gates.stages[t]]
     for t in others:
         bring_up(model, t)
-    every: list[Any] = [m for m in model.modules() if "hat_tasks" in m._modules]
-    for module in every:
+    for _, module in _with_copies(model):
         for t in others:
             own, former = module.hat_tasks[t], module._hat.at(stages[t])
             for name, p in list(own._parameters.items()):

@@ -353,11 +353,11 @@ def test_a_draw_that_fails_leaves_everything_as_it_was(monkeypatch):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     plain, calls = HATLayer._hat_redrawn, []
 
-    def second_fails(self, rows=None):
+    def second_fails(self, shapes=None):
         calls.append(1)
         if len(calls) > 1:
             raise RuntimeError("an initialiser of the user's")
-        return plain(self, rows)
+        return plain(self, shapes)
 
     monkeypatch.setattr(HATLayer, "_hat_redrawn", second_fails)
     with pytest.raises(RuntimeError, match="an initialiser"):

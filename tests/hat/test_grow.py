@@ -377,6 +377,27 @@ def test_a_checkpoint_goes_into_a_model_that_grew_alike(tmp_path):
         load_pretrained_(fresh, tmp_path)
 
 
+def test_forgetting_a_task_of_before_that_fails_leaves_it_as_it_was(monkeypatch):
+    model, x = parts.pretend(parts.converted("mlp", 2), [0]), parts.images("mlp")
+    hatcl.grow(model, 1.5, example_inputs=x)
+    before, want, plain = parts.snapshot(model), parts.logits(model, 0, x), hatcl.HATLayer._hat_redrawn
+    calls = []
+
+    def third_fails(self, shapes=None):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("an initialiser of the user's")
+        return plain(self, shapes)
+
+    monkeypatch.setattr(hatcl.HATLayer, "_hat_redrawn", third_fails)
+    with pytest.raises(RuntimeError, match="an initialiser"):
+        hatcl.forget_task(model, 0)
+    assert parts.same(before, parts.snapshot(model)) and torch.equal(parts.logits(model, 0, x), want)
+    monkeypatch.undo()
+    hatcl.forget_task(model, 0)
+    assert gates_of(model)[0].stages == [1, 1]
+
+
 def test_several_tasks_at_once():
     model, x = parts.pretend(parts.converted("mlp", 3), [0]), parts.images("mlp")
     hatcl.grow(model, 1.5, example_inputs=x)
