@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..map.units import Entry, Factor, UnitMap
+from .growth import Growth
 from .registry import layer_for
 
 ONE_END = "it has a unit at one end only, which tasks share under array masks"
@@ -62,8 +63,12 @@ def _stem(model: nn.Module) -> Iterator[str]:
                 yield names[id(p)]
 
 
-def array_masks(unit_map: UnitMap, q: int, tasks: int) -> list[Tensor]:
+def array_masks(unit_map: UnitMap, q: int, tasks: int, growths: Sequence[Growth] = ()) -> list[Tensor]:
     """For each task its mask, `[U]` bool.
+
+    Args:
+        unit_map: of the network as it was converted. growths: what it has grown by since. Units keep their groups, and
+            a layer's new ones are dealt to all groups in turn.
 
     Raises:
         ConfigError: a layer or a convolution group has fewer than q units, no element has two ends, or there are too
@@ -71,16 +76,27 @@ def array_masks(unit_map: UnitMap, q: int, tasks: int) -> list[Tensor]:
     """
     colours = _coloured(unit_map, q)
     _check_groups(unit_map, q)
-    rows = [torch.zeros(unit_map.num_units, dtype=torch.bool) for _ in range(tasks)]
-    for (name, start, stop), (a, b) in zip(unit_map.layers, colours, strict=True):
+    group, bounds = np.zeros(unit_map.num_units, dtype=np.int64), []
+    for name, start, stop in unit_map.layers:
         if stop - start < q:
             raise ConfigError(
                 f"masks='array:{q}': {_layer_name(name)} has {stop - start} units, which are fewer than {q} groups; "
                 "take a smaller q, or a wider model"
             )
-        group = torch.arange(stop - start) % q
+        group[start - 1 : stop - 1] = np.arange(stop - start) % q
+        bounds.append((start - 1, stop - 1))
+    for growth in growths:
+        grown = np.full(int(growth.bounds[-1]), -1)
+        grown[growth.number[1:] - 1] = group
+        bounds = [(int(growth.bounds[start]), int(growth.bounds[stop])) for start, stop in bounds]
+        for start, stop in bounds:
+            new = start + np.flatnonzero(grown[start:stop] < 0)
+            grown[new] = np.arange(len(new)) % q
+        group = grown
+    rows = [torch.zeros(len(group), dtype=torch.bool) for _ in range(tasks)]
+    for (start, stop), (a, b) in zip(bounds, colours, strict=True):
         for t, row in enumerate(rows):
-            row[start - 1 : stop - 1] = group == (a * (t // q) + b * (t % q)) % q
+            row[start:stop] = torch.from_numpy(group[start:stop] == (a * (t // q) + b * (t % q)) % q)
     return rows
 
 

@@ -16,6 +16,7 @@ from ..config import HATConfig
 from ..errors import TaskError
 from ..shards import unsharded
 from . import active
+from .arrays import array_masks
 from .growth import Growth, key_of
 
 SLOTS, SLOT_BYTES = 256, 16
@@ -318,10 +319,17 @@ class Gates(nn.Module):
                     new.fill_(-abs(self.config.init_value))
                 new[at] = old.detach()
             self.embeddings[t] = new
-        for name in ("masks", "given"):
-            rows = self.masks.new_zeros(self.num_tasks, units)
-            rows[:, at] = getattr(self, name)
-            setattr(self, name, rows)
+        masks, given = (self.masks.new_zeros(self.num_tasks, units) for _ in range(2))
+        masks[:, at], given[:, at] = self.masks, self.given
+        if self.config.array is not None:  # a task with its part of the array gets its part of what is new
+            plans = (
+                array_masks((self.maps or [self.unit_map])[0], self.config.array, self.num_tasks, growths)
+                for growths in (self.growths, [*self.growths, growth])
+            )
+            for t, (was, now) in enumerate(zip(*plans, strict=True)):
+                if torch.equal(self.given[t].cpu(), was):
+                    given[t] = now.to(given.device)
+        self.masks, self.given = masks, given
         bounds = growth.bounds.tolist()
         self.layers = [(name, bounds[start], bounds[stop]) for name, start, stop in self.layers]
         self.maps.append(self.unit_map)

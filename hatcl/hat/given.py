@@ -90,7 +90,7 @@ def hold_all(model: nn.Module, masks: Masks | None = None) -> None:
             except TaskError as error:
                 raise TaskError(f"task {t}: {error}") from None
     elif g.config.array is not None and g.unit_map is not None:
-        rows = array_masks(g.unit_map, g.config.array, g.num_tasks)
+        rows = array_masks((g.maps or [g.unit_map])[0], g.config.array, g.num_tasks, g.growths)
     else:
         return
     for t, row in enumerate(rows):

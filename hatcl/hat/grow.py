@@ -95,7 +95,7 @@ def grow(
         example_inputs: what the model's forward takes; default: as for `hatcl.extract_task`.
 
     Raises:
-        ConfigError: a factor below 1, less than a unit, a layer that there is not, no inputs, array masks. TaskError:
+        ConfigError: a factor below 1, less than a unit, a layer that there is not, no inputs, TaskError:
             a task is being learned. ConversionError: a named layer cannot grow, which is said. GuardError: an
             optimizer that is not this model's, or whose state cannot be carried over. HATError: layers put together
             by hand, shards, or DistributedDataParallel. IntegrityError: a sealed task changed. The model is as it was
@@ -144,11 +144,6 @@ def _growable(model: nn.Module) -> Gates:
         )
     if gates[0].learning is not None:
         raise TaskError(f"task {gates[0].learning} is being learned; leave its hatcl.learn block before growing")
-    if gates[0].config.array is not None:
-        raise ConfigError(
-            f"grow: masks={gates[0].config.masks!r} says for every task which units it uses, and new ones would be no "
-            "task's; convert a wider model, or one whose masks are learned or given"
-        )
     return gates[0]
 
 

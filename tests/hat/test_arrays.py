@@ -281,3 +281,21 @@ def test_layers_by_hand_have_no_map_to_arrange_them_on():
     model = nn.Sequential(layer, hatcl.TaskIndexedLinear(16, 4, reads=layer))
     with pytest.raises(hatcl.TaskError, match="task 0: it is given no gates, and masks='array:2' has them given; call"):
         parts.train(model, 0, adamw(model), parts.problem((12,)), 2)
+
+
+def test_new_units_are_dealt_to_all_groups():
+    """A network that has grown: tasks that are not sealed use the new units too, and still share no weight."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(16, 6)
+    model = hatcl.convert(net, 2, x, config={"masks": "array:2"})
+    parts.train(model, 0, adamw(model), parts.problem((6,)), 2)
+    want = parts.logits(model, 0, x)
+    hatcl.grow(model, factor=1.5)
+    hatcl.add_tasks(model, 2)
+    g = gates_of(model)[0]
+    live = [g.unit_map.entries["2.weight"].live(torch.cat([torch.ones(1, dtype=torch.bool), row])) for row in g.given]
+    assert int(sum(mask.int() for mask in live).max()) == 1
+    assert g.given.sum(1).tolist() == [12] * 4 and int(g.masks[0].sum()) == 8
+    for task in (1, 2, 3):
+        parts.train(model, task, adamw(model), parts.problem((6,)), 2)
+    assert torch.equal(parts.logits(model, 0, x), want) and hatcl.certify(model, x).exact

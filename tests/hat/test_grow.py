@@ -274,11 +274,6 @@ def test_growing_by_what_cannot_be(factor, text):
     refused(parts.converted("mlp", 2), hatcl.ConfigError, text, factor, example_inputs=parts.images("mlp"))
 
 
-def test_array_masks_do_not_grow():
-    model = parts.converted("mlp", masks="array:2")
-    refused(model, hatcl.ConfigError, "grow: masks='array:2' says for every task which units it uses")
-
-
 def test_growing_what_cannot_grow():
     model, x = parts.converted("mlp", 2), parts.images("mlp")
     with pytest.raises(hatcl.TaskError, match="task 0 is being learned; leave its hatcl.learn block before growing"):
