@@ -17,7 +17,7 @@ from ..map.lora import is_factor
 from .binding import ParameterPlan, UnitAxis
 from .gates import Gates, gates_of, groups_of
 from .held import held, live_for
-from .tasks import tasks
+from .tasks import locked_tasks, tasks
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,8 @@ def check_room(model: nn.Module, task: int) -> None:
             )
     if any(bool((allowed[id(g)] & ~g.used(without=task)).any()) for g in gates):
         return  # a unit that no sealed task uses: whatever writes it is free
-    locked = [t for t in tasks(model) if gates[0].config.locked is None or t in gates[0].config.locked]
     shared = False
-    for _, mask in _free(model, locked, lambda g: allowed[id(g)]):
+    for _, mask in _free(model, locked_tasks(model), lambda g: allowed[id(g)]):
         shared = True
         if bool(mask.any()):
             return
@@ -115,8 +114,9 @@ def check_room(model: nn.Module, task: int) -> None:
         closed = [name for name, *_ in groups_of(model)]
         raise CapacityError(
             f"task {task}: no room left, sealed tasks hold every element of {', '.join(closed[:5])}"
-            f"{' ...' if len(closed) > 5 else ''} that it could learn; forget a task (hatcl.forget_task), raise "
-            f"HATConfig.penalty_weight (now {gates[0].config.penalty_weight:g}) for earlier tasks, or use a wider model"
+            f"{' ...' if len(closed) > 5 else ''} that it could learn; forget a task (hatcl.forget_task), grow the "
+            f"network (hatcl.grow), raise HATConfig.penalty_weight (now {gates[0].config.penalty_weight:g}) for earlier "
+            "tasks, or use a wider model"
         )
 
 

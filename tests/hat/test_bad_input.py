@@ -129,7 +129,7 @@ def test_no_units_left():
     nothing_changes(
         model, lambda: learn(model, 1), hatcl.CapacityError,
         "task 1: no room left, sealed tasks hold every element of 1, 4 that it could learn",
-        "forget a task (hatcl.forget_task), raise HATConfig.penalty_weight (now 0.75) for earlier tasks, or use a",
+        "forget a task (hatcl.forget_task), grow the network (hatcl.grow), raise HATConfig.penalty_weight",
     )  # fmt: skip
     hatcl.forget_task(model, 0)
     learn(model, 1)

@@ -105,7 +105,7 @@ def refused(model, task, text):
     before = parts.snapshot(model)
     with pytest.raises(hatcl.CapacityError) as caught:
         learn(model, task)
-    assert text in str(caught.value) and "forget a task (hatcl.forget_task), raise HATConfig" in str(caught.value)
+    assert text in str(caught.value) and "grow the network (hatcl.grow), raise HATConfig" in str(caught.value)
     assert parts.same(before, model.state_dict())
 
 
