@@ -115,8 +115,8 @@ def check_room(model: nn.Module, task: int) -> None:
         raise CapacityError(
             f"task {task}: no room left, sealed tasks hold every element of {', '.join(closed[:5])}"
             f"{' ...' if len(closed) > 5 else ''} that it could learn; forget a task (hatcl.forget_task), grow the "
-            f"network (hatcl.grow), raise HATConfig.penalty_weight (now {gates[0].config.penalty_weight:g}) for earlier "
-            "tasks, or use a wider model"
+            f"network (hatcl.grow), raise HATConfig.penalty_weight (now {gates[0].config.penalty_weight:g}) for "
+            "earlier tasks, or use a wider model"
         )
 
 
