@@ -105,7 +105,7 @@ class Gates(nn.Module):
         layers: (name, start, stop) bounds of the layers' units, 0-based, for penalties per layer and tables.
         bound: paths of the modules that the map bound to these gates, as they were at conversion.
         growths: how the network grew since then. maps: its map before each of them.
-        stages: per task, after how many of them it was sealed; task None has 0.
+        stages: per task, after how many of them it was sealed, also where it is reopened; task None has 0.
     """
 
     masks: Tensor
@@ -300,6 +300,12 @@ class Gates(nn.Module):
             number = torch.from_numpy(growth.number)[number]
         return number
 
+    def within(self, task: int) -> Tensor:
+        """`[U]` bool: the units that there are at the sizes that a task has."""
+        there = torch.zeros_like(self.masks[0])
+        there[self.number_from(self.stages[task])[1:].to(there.device) - 1] = True
+        return there
+
     def set_stages(self, stages: Sequence[int]) -> None:
         """The same also as a buffer, so that a state dict has it, once the network has grown."""
         self.stages = list(stages)
@@ -315,8 +321,8 @@ class Gates(nn.Module):
         for t, old in enumerate(self.embeddings):
             new = self.fresh_embedding(units, old.detach())
             with torch.no_grad():
-                if bool(self.sealed[t]):
-                    new.fill_(-abs(self.config.init_value))
+                if bool(self.sealed[t]) or bool(self.order[t] < 0) or bool(self.given_until[t] > 0):
+                    new.copy_(self.embedding_of(torch.zeros_like(new, dtype=torch.bool)))
                 new[at] = old.detach()
             self.embeddings[t] = new
         masks, given = (self.masks.new_zeros(self.num_tasks, units) for _ in range(2))
@@ -336,6 +342,7 @@ class Gates(nn.Module):
         self.growths.append(growth)
         self.unit_map = grown_map
         self._taken_by = (None, self.masks[0])
+        self.origin = None  # it is averaged with no model any more
         self.set_stages(self.stages)
         self._changed(range(self.num_tasks))
 
@@ -354,7 +361,7 @@ class Gates(nn.Module):
         return self.masks[rows].any(0)
 
     def seal(self, task: int) -> None:
-        self.masks[task] = self.hard(task)
+        self.masks[task] = self.hard(task) & self.within(task)
         self.sealed[task] = True
         self.order[task] = self.order.abs().max() + 1
         self.drift[task] = self.drift.new_tensor([0.0, 1.0])
@@ -366,19 +373,24 @@ class Gates(nn.Module):
         for t in tasks:
             self.sealings[t] = self.sealings.get(t, 0) + 1
 
-    def unseal(self, task: int, embedding: Tensor | None = None) -> None:
-        """Take a task's row away. Its embedding becomes the one given, from which it is learned on, or else a new one:
-        then it is forgotten, and no gates are given to it any more but those of the model's plan."""
-        if embedding is None and self.config.masks == "learned":
+    def unseal(self, task: int, reopened: bool = False) -> None:
+        """Take a task's row away. reopened: it is learned on from the gates that it was sealed with. Else it is
+        forgotten, and no gates are given to it any more but those of the model's plan."""
+        on = self.masks[task].clone()
+        held = bool(self.given_until[task] > 0) and (reopened or self.config.masks != "learned")
+        if not held:
             self.give(task, None)
+        elif reopened:
+            self.given[task] = on  # the ones that it was held to at first may have been learned on
         self.masks[task] = False
         self.sealed[task] = False
-        self.order[task] = 0 if embedding is None else -self.order[task]
+        self.order[task] = -self.order[task] if reopened else 0
         self.digest_table[task] = 0
         self.digests.pop(task, None)
         self._taken_by = (None, self.masks[task])
         with torch.no_grad():
-            self.embeddings[task].copy_(self.fresh_embedding(self.num_units) if embedding is None else embedding)
+            e = self.embedding_of(self.given[task] if held else on) if held or reopened else None
+            self.embeddings[task].copy_(self.fresh_embedding(self.num_units) if e is None else e)
         self._changed([task])
 
     def give(self, task: int, on: Tensor | None, until: float = 1.0) -> None:
@@ -386,10 +398,14 @@ class Gates(nn.Module):
         self.given[task] = False if on is None else on
         self.given_until[task] = 0.0 if on is None else until
         if on is not None:  # where it is learned afterwards, from these gates
-            size = min(abs(self.config.init_value) or 1.0, self.config.clamp)
             with torch.no_grad():
-                self.embeddings[task].copy_(torch.where(self.given[task], size, -size))
+                self.embeddings[task].copy_(self.embedding_of(self.given[task]))
         self._changed([task])
+
+    def embedding_of(self, on: Tensor) -> Tensor:
+        """`[U]`: +e for units that are on, -e for others, e = |`config.init_value`|, or 1 where that is 0."""
+        size = min(abs(self.config.init_value) or 1.0, self.config.clamp)
+        return torch.where(on, size, -size)
 
     def reopened(self) -> list[int]:
         """The tasks that were sealed, and are to be learned on."""

@@ -43,7 +43,8 @@ def hold_gates(model: nn.Module, task: int, masks: Mapping[str, Tensor] | None, 
 
     Raises:
         TaskError: no such task, it is sealed, or a task is being learned; masks that do not fit, or that have no unit
-            of a layer on; names the layer. ConfigError: `until`.
+            of a layer on; names the layer. ConfigError: `until`; one below 1 where `HATConfig.masks` says that tasks
+            keep the gates that they are given.
     """
     check_whole(model, "hold_gates")
     task = check_task(model, task, sealed=False)
@@ -54,7 +55,18 @@ def hold_gates(model: nn.Module, task: int, masks: Mapping[str, Tensor] | None, 
             "given gates"
         )
     until = number("until", until, 0, 1, without="low", what="a share")
+    plan = gates[0].config.masks
+    if until < 1 and plan != "learned":
+        raise ConfigError(
+            f"until: got {until}, in a model of masks={plan!r}, whose tasks keep the gates that they are given; pass "
+            "1, or convert the model with masks='learned'"
+        )
     rows = None if masks is None else _row_of_each(model, masks)
+    if rows is not None and any(bool((rows[id(g)] & ~g.within(task)).any()) for g in gates):
+        raise TaskError(
+            f"masks: task {task} is reopened and was sealed before the network grew, so it keeps the sizes of then; "
+            "switch off the units that came since, or forget the task and learn it again"
+        )
     for g in gates:
         g.give(task, None if rows is None else rows[id(g)], until)
 

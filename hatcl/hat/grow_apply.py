@@ -59,8 +59,8 @@ class _Units:
 
 
 def apply_growth(model: nn.Module, growth: Growth) -> list[Replaced]:
-    """Grow a converted model in place. Sealed tasks keep the sizes that they have, and task None those of the
-    conversion; all other tasks get those of now.
+    """Grow a converted model in place. Tasks that are sealed, or were and are reopened, keep the sizes that they have,
+    and task None those of the conversion; all other tasks get those of now.
 
     Returns the parameters that took others' places.
     """
@@ -97,7 +97,7 @@ def apply_growth(model: nn.Module, growth: Growth) -> list[Replaced]:
     for t, e in enumerate(embeddings):
         replaced.append(Replaced(f"task {t}'s gate embeddings", e, gates.embeddings[t], at.to(e.device)))
     for t in range(gates.num_tasks):
-        if not bool(gates.sealed[t]):
+        if not bool(gates.sealed[t]) and t not in gates.reopened():
             replaced += bring_up(model, t)
     for pair in replaced:
         OUTGROWN[pair.old] = pair.name

@@ -252,7 +252,16 @@ def grown_map(unit_map: UnitMap, growth: Growth) -> UnitMap:
         entries={name: entry(e) for name, e in unit_map.entries.items()},
         outputs={path: growth.along(units).units for path, units in unit_map.outputs.items()},
         norms={path: norm(n) for path, n in unit_map.norms.items()},
+        places=None if unit_map.places is None else _grown_places(unit_map.places, growth),
     )
+
+
+def _grown_places(places: Ints, growth: Growth) -> Ints:
+    """New units are where those are that they follow; whole new heads are places of their own."""
+    grown = growth.along(np.arange(1, len(places) + 1))
+    width, after = growth.widths[grown.parents], grown.units - growth.number[1:][grown.parents]
+    head = np.where(width > 1, after // width, 0)
+    return np.unique(np.stack([places[grown.parents], head]), axis=1, return_inverse=True)[1].reshape(-1)
 
 
 def sizes_after(growths: Sequence[Growth]) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,6 @@ from .active import is_chosen
 from .distributed import Replicas
 from .gates import Gates, gates_of, roots_of
 from .given import check_given
-from .grow_apply import bring_up
 from .guard import Guard
 from .held import check_structure
 from .layers.gated import HATLayer
@@ -216,7 +215,6 @@ def learn(
     check_structure(model)
     check_given(model, task)
     check_room(model, task)
-    bring_up(model, task)
     replicas = Replicas(model, task)
     with replicas.together():
         digests.check_sealed(model)

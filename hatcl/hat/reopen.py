@@ -6,8 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CapacityError, TaskError
 from ..shards import check_whole
@@ -62,6 +61,9 @@ def reopen_task(model: nn.Module, task: int) -> ReopenReport:
     A reopened task is not sealed: it cannot be computed with, and nothing freezes what it uses. So no other task can be
     learned or forgotten until it is sealed again, by `hatcl.learn`, or as it is by `hatcl.seal(model, task)`.
 
+    If the network has grown since the task was sealed, it keeps the sizes of then, without the new units: an attention
+    would divide by another width with them, so that the task would not begin as what was sealed.
+
     Raises:
         TaskError: no such task, or it is not sealed; a task is being learned, or another one is reopened; some `with
             hatcl.task(...)` of this context has the task active. CapacityError: every shared element that the task uses
@@ -87,16 +89,11 @@ def reopen_task(model: nn.Module, task: int) -> ReopenReport:
             f"so reopening leaves it nothing of its own; learn what is new as another task, or forget one of these"
         )
     for g in gates:
-        g.unseal(task, _from_bits(g.masks[task], g.config.init_value, g.config.clamp))
+        g.unseal(task, reopened=True)
         if g.default == task:
             g.task = None
     let_go(model, task)
     return report
-
-
-def _from_bits(on: Tensor, size: float, clamp: float) -> Tensor:
-    e = min(abs(size) or 1.0, clamp)
-    return torch.where(on, e, -e)
 
 
 def _report(model: nn.Module, task: int) -> ReopenReport:

@@ -124,7 +124,8 @@ def _allowed(g: Gates, task: int | None) -> Tensor:
     """`[U]` bool: the units that a task may use."""
     if task is not None and g.is_given(task):
         return g.given[task]
-    return torch.ones_like(g.masks[0]) if g.config.reuse == "all" else ~g.used(without=task)
+    there = torch.ones_like(g.masks[0]) if task is None else g.within(task)
+    return there if g.config.reuse == "all" else there & ~g.used(without=task)
 
 
 def _free(

@@ -26,7 +26,8 @@ def source_for(model: nn.Module, task: int, start_from: int | str | None, exampl
 
     Raises:
         ConfigError: another word; "best" without examples, or with some that cannot be compared. TaskError: no such
-            task, it is the new one, it is not sealed (or was forgotten), or it uses no unit.
+            task, it is the new one, it is not sealed (or was forgotten), or it uses no unit; the new one is reopened
+            and older than a growth.
     """
     start_from = check_start(start_from)
     if start_from is None:
@@ -36,6 +37,11 @@ def source_for(model: nn.Module, task: int, start_from: int | str | None, exampl
         raise ConfigError(
             f"start_from: got {start_from!r} in a model of reuse='none', whose tasks share no unit; a task that starts "
             "from another shares most of its units with it. Convert the model with reuse='all', or leave start_from out"
+        )
+    if gates_of(model)[0].stages[task] != len(gates_of(model)[0].growths):
+        raise TaskError(
+            f"start_from: task {task} is reopened and was sealed before the network grew, so it keeps the sizes of "
+            "then and goes on with what it has; leave start_from out, or forget the task and learn it again"
         )
     done = [t for t in tasks(model) if t != task and _uses_units(model, t)]
     if start_from == PREVIOUS:

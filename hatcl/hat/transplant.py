@@ -278,17 +278,20 @@ def _of_its_own(
     """What the task has of its own in a module that is no head: as the source has it, through phi."""
     hat: Binding = module._hat
     mine, theirs = module.hat_tasks[task], module.hat_tasks[source]
+    stage = hat.gates.stages[source]  # the source may have the sizes of before a growth
     for name, p in mine._parameters.items():
-        value, plan = theirs._parameters[name], hat.params[name]
-        if id(module._parameters[name]) not in heads and value.shape == p.shape:
-            new = _through(value.detach(), plan.view, plan.axes, phi)
+        if id(module._parameters[name]) in heads:
+            continue
+        value, plan = module._hat_grown(name, theirs._parameters[name].detach(), stage), hat.params[name]
+        if value.shape == p.shape:
+            new = _through(value, plan.view, plan.axes, phi)
             on = [_on_and_moved(a.units, masks, phi)[0].view(_shape(a)).expand(plan.view) for a in plan.axes]
             yield p, new, torch.stack(on).all(0).reshape(p.shape) if on else None, f"{hat.path}.{name}"
     per_unit = hat.norm or hat.output or next(
         ((0, a.units) for plan in hat.params.values() for a in plan.axes if a.owner), None
     )  # fmt: skip
     for name, b in mine._buffers.items():
-        value = theirs._buffers[name]
+        value = None if theirs._buffers[name] is None else module._hat_grown(name, theirs._buffers[name], stage)
         if b is None or value is None or value.shape != b.shape:
             continue
         if per_unit is not None and b.shape == (len(per_unit[1]),):

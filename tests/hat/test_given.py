@@ -300,3 +300,12 @@ def test_without_the_look_at_the_task_s_own_weights_it_takes_one(monkeypatch):
 
     monkeypatch.setattr(Guard, "check_finite", lambda self, gradients=False: None)
     assert not bad_loss(given()[0])[1]
+
+
+def test_under_masks_that_are_given_they_are_held_to_the_end():
+    model = parts.converted("mlp", 4, masks="array:2")
+    masks = masks_for(model)
+    before = parts.snapshot(model)
+    with pytest.raises(hatcl.ConfigError, match="until: got 0.5, in a model of masks='array:2'"):
+        hatcl.hold_gates(model, 0, masks, until=0.5)
+    assert parts.same(parts.snapshot(model), before)

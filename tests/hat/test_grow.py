@@ -14,7 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import hatcl
+from hatcl.hat import grow as growing
 from hatcl.hat.binding import Binding
+from hatcl.hat.certify import Certificate
 from hatcl.hat.gates import gates_of
 from hatcl.hat.pretrained import load_pretrained_
 
@@ -352,6 +354,48 @@ def test_an_averaged_copy_of_before():
     hatcl.grow(model, 1.5)
     with pytest.raises(hatcl.TaskError, match="the model that it was copied from has grown since"):
         ema(data[0])
+
+
+def test_an_averaged_copy_grows_once_it_is_sealed():
+    model = parts.converted("mlp", 2)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)).module
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    x, y = parts.problem(parts.shape_of("mlp"), 0)
+    averaged = get_ema_multi_avg_fn(0.9)
+
+    def average(step):
+        averaged(list(ema.parameters()), [p.detach() for p in model.parameters()], torch.tensor(step + 1))
+
+    parts.train(model, 0, optimizer, (x, y), 4, inside=average)
+    units = gates_of(ema)[0].num_units
+    with pytest.raises(hatcl.TaskError, match="averaged with a model that learns task 0, which could not go on"):
+        hatcl.grow(ema, 1.5)
+    assert gates_of(ema)[0].num_units == units
+    hatcl.seal(ema)
+    want = parts.logits(ema, 0, x)
+    hatcl.grow(ema, 1.5)
+    assert torch.equal(parts.logits(ema, 0, x), want) and hatcl.certify(ema, x).exact
+    parts.train(ema, 1, torch.optim.AdamW(ema.parameters(), 1e-2), (x, y), 4)
+    assert torch.equal(parts.logits(ema, 0, x), want)
+
+
+def test_a_model_that_is_protected_by_degrees_grows():
+    model, x = parts.converted("mlp", 2, protection="adahat"), parts.images("mlp")
+    parts.train(model, 0, torch.optim.AdamW(model.parameters(), 1e-2), parts.problem(parts.shape_of("mlp"), 0), 4)
+    want = parts.logits(model, 0, x)
+    hatcl.grow(model, 1.5)
+    assert torch.equal(parts.logits(model, 0, x), want)
+    certificate = hatcl.certify(model, x)
+    assert not certificate.exact and certificate.max_abs_diff == {0: 0.0} and "by choice" in str(certificate)
+
+
+def test_by_degrees_too_a_growth_in_which_tasks_reach_each_other_is_refused(monkeypatch):
+    model = parts.pretend(parts.converted("mlp", 2, protection="adahat"), [0])
+    monkeypatch.setattr(growing, "certify", lambda *_, **__: Certificate(False, {0: 0.5}))
+    before = parts.snapshot(model)
+    with pytest.raises(hatcl.IsolationError, match="these moved: {0: 0.5}"):
+        hatcl.grow(model, 1.5)
+    assert parts.same(parts.snapshot(model), before)
 
 
 def test_a_checkpoint_goes_into_a_model_that_grew_alike(tmp_path):

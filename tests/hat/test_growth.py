@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hatcl
-from hatcl.hat.growth import Growth, grown_axes, key_of
+from hatcl.hat.growth import Growth, _grown_places, grown_axes, key_of
 
 COUNTS = st.lists(st.integers(1, 3), min_size=2, max_size=6)
 
@@ -82,3 +82,15 @@ def test_it_is_json_and_another_one_has_another_key():
     again = Growth.from_json(json.loads(json.dumps(g.to_json())))
     assert again.to_json() == g.to_json() and torch.equal(key_of([again]), key_of([g]))
     assert not torch.equal(key_of([g]), key_of([growth([2, 1])]))
+
+
+@given(COUNTS)
+def test_new_units_are_where_those_are_that_they_follow(counts):
+    places = np.arange(len(counts)) % 2
+    assert np.array_equal(_grown_places(places, growth(counts)), np.repeat(places, counts))
+
+
+def test_whole_new_heads_are_places_of_their_own():
+    new = _grown_places(np.array([0, 0, 1, 1, 0]), growth([2, 2, 1, 1, 3], [2, 2, 2, 2, 1]))
+    heads, rest = new[:6].reshape(3, 2), new[6:]
+    assert (heads[:, 0] == heads[:, 1]).all() and len({*heads[:, 0].tolist()}) == 3 and len({*rest.tolist()}) == 1

@@ -14,6 +14,7 @@ from torch import nn
 
 import hatcl
 from hatcl.errors import ConfigError, IntegrityError
+from hatcl.hat.gates import gates_of
 from hatcl.hat.known import KnownTask
 from hatcl.hat.router import ROUTER_ENTRY
 from hatcl.vectors.files import read_metadata
@@ -414,3 +415,18 @@ def test_on_a_gpu(model):
     got = hatcl.predict(model, X, router=router)
     assert got.task.is_cuda and torch.equal(got.task.cpu(), want.task)
     assert torch.allclose(got.task_probability.cpu(), want.task_probability, atol=1e-4)
+
+
+def test_a_growth_changes_nothing(model, tmp_path):
+    router = filled(model)
+    want, path = asked(router), router.save(tmp_path / "router.safetensors")
+    for _ in range(2):
+        hatcl.grow(model, 1.5, example_inputs=X[:2])
+        assert torch.equal(hatcl.predict(model, X, router=router).task_probability, want.float())
+    assert torch.equal(asked(hatcl.TaskRouter.load(path, model)), want)
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        gates_of(again)[0].masks[0, 0] ^= True
+    gates_of(again)[0].digests.clear()
+    with pytest.raises(hatcl.TaskError, match="is not what it was when it was added"):
+        hatcl.predict(again, X, router=router)

@@ -74,8 +74,8 @@ def test_the_config_says_it_and_the_argument_has_the_last_word():
     assert start(copy.deepcopy(model), 2, start_from=None)["lineage"] == {1: [0]}
 
 
-def test_previous_is_the_last_before_it():
-    model = parts.pretend(parts.converted("mlp", 5), [0, 1, 4], share=0.4)
+def test_previous_is_the_one_that_was_sealed_last():
+    model = parts.pretend(parts.converted("mlp", 5), [0, 4, 1], share=0.4)
     assert source_for(model, 2, "previous") == 1 and source_for(model, 3, "previous") == 1
     model = parts.pretend(parts.converted("mlp", 5), [3, 4], share=0.4)
     assert source_for(model, 0, "previous") == 4

@@ -83,14 +83,14 @@ def moved(model, plan, x):
     """The source's features, each where the new task has it."""
     g = gates_of(model)[0]
     (entry,) = [e for e in g.unit_map.entries.values() if e.head and len(e.shape) > 1]
-    features = features_under(model, [x], plan.source)
-    for f in entry.factors:
+    features, stage = features_under(model, [x], plan.source), g.stages[plan.source]
+    for f, of_then in zip(entry.factors, g.map_at(stage).entries[entry.name].factors, strict=True):
         if not f.owner:
-            out = torch.zeros_like(features)
-            numbers = torch.as_tensor(f.units)
+            numbers, then = torch.as_tensor(f.units), g.number_from(stage)[torch.as_tensor(of_then.units)]
+            out = features.new_zeros(len(features), len(numbers))
             for u in (numbers.unique() - 1).tolist():
                 if bool(plan.masks[0][u]):  # the n-th column of a unit takes the n-th of the one it stands for
-                    out[:, numbers == u + 1] = features[:, numbers == int(plan.phi[0][u]) + 1]
+                    out[:, numbers == u + 1] = features[:, then == int(plan.phi[0][u]) + 1]
             return out
     return features
 
@@ -309,3 +309,25 @@ def test_layers_by_hand():
     # as above
     assert torch.allclose(got[:, on], want[:, plan.phi[0][on]], atol=5e-6) and bool(on.any())
     assert hatcl.certify(model, x, strict=True).exact
+
+
+@pytest.mark.parametrize("name", ["grouped", "llama"])
+def test_a_forked_task_starts_from_one_of_before_a_growth(built, name):
+    model, x = built(name)
+    hatcl.grow(model, 2.0 if name == "llama" else 1.5, example_inputs=x)
+    plan = fork(model, 2, 1, [0, 1])
+    want = moved(model, plan, x)
+    assert begin(model, 2, plan, [0, 1]) > 0
+    got = features_under(model, [x], 2)
+    assert torch.allclose(got, want, atol=5e-6 * float(want.abs().max()), rtol=0)  # as without a growth
+    assert hatcl.certify(model, x, strict=True).exact
+
+
+def test_twin_without_the_sources_norms_in_the_size_of_now_it_does_not(built, monkeypatch):
+    model, x = built("grouped")
+    hatcl.grow(model, 1.5, example_inputs=x)
+    monkeypatch.setattr(transplanting, "_of_its_own", lambda *_: ())
+    plan = fork(model, 2, 1, [0, 1])
+    want = moved(model, plan, x)
+    begin(model, 2, plan, [0, 1])
+    assert not torch.allclose(features_under(model, [x], 2), want, atol=1e-3)
