@@ -27,7 +27,7 @@ from ._console import Bar, out, percent, say
 
 SKILLS, OVERLAP = "skills.png", "overlap.png"
 SHOWN = {
-    "average accuracy": "average_accuracy",
+    "average score": "average_accuracy",
     "forgetting": "forgetting",
     "FWT": "forward_transfer",
     "BWT": "backward_transfer",
