@@ -20,7 +20,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,9 @@ def writing(path: Path, then: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise IntegrityError(f"{path}: could not be written ({error}); is the disk full? {then}".rstrip()) from error
+        other = isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError))
+        remedy = "something else has that name; name another place." if other else f"is the disk full? {then}"
+        raise IntegrityError(f"{path}: could not be written ({error}); {remedy}".rstrip()) from error
 
 
 def read_torch(path: Path) -> Any:
@@ -259,6 +261,22 @@ def read_torch(path: Path) -> Any:
             f"{path} cannot be read as tensors and plain values ({first_line}); expected what hatcl wrote. Copy the "
             "run folder again, or start a new run"
         ) from error
+
+
+def keys_of_json(path: Path) -> Collection[str]:
+    """The keys of a JSON file; none where it is not there or cannot be read."""
+    try:
+        return read_json(path).keys() if path.is_file() else ()
+    except IntegrityError:
+        return ()
+
+
+def refuse_run(folder: Path) -> None:
+    """Raises `ConfigError` where a run of hatcl would lose its own config.json."""
+    if {"command", "options"} <= set(keys_of_json(folder / "config.json")):
+        raise ConfigError(
+            f"{folder}: a run of hatcl is there, whose config.json would be replaced; name another folder"
+        )
 
 
 def read_json(path: Path, kind: type = dict) -> Any:

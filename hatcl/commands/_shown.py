@@ -19,6 +19,7 @@ from ..engine import folder as runs
 from ..engine.loop import Progress
 from ..errors import ConfigError
 from ..files import write_files
+from ..hat.lineage import spoken
 from ..report.picture import draw_run
 from ..report.skills import draw_overlap, draw_skills
 from ..report.tables import matrix_table, tasks_table
@@ -27,7 +28,7 @@ from ._console import Bar, out, percent, say
 
 SKILLS, OVERLAP = "skills.png", "overlap.png"
 SHOWN = {
-    "average accuracy": "average_accuracy",
+    "average score": "average_accuracy",
     "forgetting": "forgetting",
     "FWT": "forward_transfer",
     "BWT": "backward_transfer",
@@ -106,18 +107,19 @@ def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
     left, gone = without_forgotten(metrics)
     result = SequenceResult.from_dict(left)
     numbers = [i for i in range(len(metrics["tasks"])) if i not in gone]  # by which every command knows the tasks
-    out.print(matrix_table(result.rows, result.tasks, numbers, result.commonest))
+    if result.tasks:
+        out.print(matrix_table(result.rows, result.tasks, numbers, result.commonest))
     for j, name in zip(numbers, result.tasks, strict=True):
         say(f"task {j}  {name}", "dim")
     finished = len(result.rows) == len(result.tasks) and (run / runs.METRICS).exists()
     if finished and result.tasks:
         out.print(_measures_table(result))
-    else:
+    elif not finished:
         say(f"{len(result.rows)} of {len(result.tasks)} tasks are learned; the run is not finished", "yellow")
     for line in no_better(result, numbers):
         say(line, "yellow")
     if gone:
-        say(f"forgotten since: task {', '.join(map(str, gone))}", "yellow")
+        say(f"forgotten since: {spoken(gone)}", "yellow")
     if any("units_used" in known for known in result.facts):
         scores = [result.rows[i][i] for i in range(len(result.facts))]
         records = [{"score": score, **known} for score, known in zip(scores, result.facts, strict=True)]

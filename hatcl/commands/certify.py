@@ -32,7 +32,7 @@ def certify_command(run: RunArgument, device: Device = "auto") -> Any:
     model = hatcl.from_pretrained(find_model(run)).to(where)
     sealed = hatcl.tasks(model)
     if not sealed:
-        raise ConfigError(f"{run}: no task is sealed yet, so there is nothing to certify")
+        raise ConfigError(f"{run}: no task is sealed, so there is nothing to certify")
     moved, inputs = _compare_with_sealing(run, model, sealed, where)
     certificate = hatcl.certify(model, on_device(inputs, where))
     for task in sealed:

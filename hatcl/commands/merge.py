@@ -14,6 +14,7 @@ import typer
 
 from ..config import known_options
 from ..errors import ConfigError
+from ..files import keys_of_json, refuse_run
 from ..vectors.mergekit import follow_recipe
 from ..vectors.merging.registry import merge_info
 from ..vectors.stream import compose_files
@@ -110,6 +111,7 @@ def merge_command(
     The memory needed is that of one shard and a few tensors. When it was interrupted, the same command goes on where it
     stopped. Of folders of transformers the result is one as well: config, tokenizer and a model card come along.
     """
+    _refuse_hatcl(output)
     size, alone = _bytes("--shard-size", shard_size), base.suffix in RECIPES
     if alone and parts:
         raise ConfigError(f"merge: {base} is a recipe, which names its parts; got {parts[0]} beside it, write it there")
@@ -257,6 +259,13 @@ def _part(text: str, folder: Path = Path()) -> tuple[Path, float]:
         raise ConfigError(
             f"{text}: no such file, and {number!r} is no coefficient; expected PATH or PATH:COEFFICIENT"
         ) from None
+
+
+def _refuse_hatcl(output: Path) -> None:
+    """Raises `ConfigError` where a run would lose its config, or a model with tasks its weights."""
+    refuse_run(output)
+    if {"fingerprint", "map"} <= set(keys_of_json(output / "config.json")):
+        raise ConfigError(f"--output {output}: a model with tasks is there; name another folder")
 
 
 def _bytes(flag: str, text: str) -> int:

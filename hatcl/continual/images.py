@@ -20,7 +20,7 @@ from ..calls import device_of, moved, outputs
 from ..config import Changeable, flag, number, one_of, whole, without_effect
 from ..data.images import FITS, ImageData, Preparation, shifted
 from ..data.photos import Pictured
-from ..engine.problems import MEASURED_BY, problem_named
+from ..engine.problems import CLASSES, MEASURED_BY, problem_named
 from ..errors import ConfigError, SkillError
 from ..lend import Evaluating
 from .options import LearnOptions
@@ -130,14 +130,9 @@ def image_tasks(
             image is used. seed: of the choice.
 
     Raises:
-        ConfigError: an option outside its range; a share that holds out no image; a task of one class.
+        ConfigError: an option outside its range; a share that holds out no image.
     """
     chosen = ImageOptions().changed(options)
-    if single := next((data for data in stream if data.num_classes < 2), None):
-        raise ConfigError(
-            f"task {single.name}: its training labels are all of one class, expected at least 2 classes; give it "
-            "images of another class as well, or leave the task out"
-        )
     first = itertools.accumulate((data.num_classes for data in stream), initial=0)
     parts = [data.on_validation(chosen.validation, seed) if validated else data for data in stream]
     made = [_ImageParts(data, chosen, start if one_head else 0) for data, start in zip(parts, first, strict=False)]
@@ -145,7 +140,7 @@ def image_tasks(
         ContinualTask(
             of.data.name, range(len(of.data.x_train)), of.collate, of.loss, of.score,
             of.score if validated else None, hidden_states, of.outputs, whole_data.digest(),
-            answers=of.data.y_test.tolist(), validation_answers=of.data.y_test.tolist() if validated else (),
+            answers=of.answers(), validation_answers=of.answers() if validated else (),
         )
         for of, whole_data in zip(made, stream, strict=True)
     ]  # fmt: skip
@@ -180,6 +175,10 @@ class _ImageParts:
     def targets(self, y: np.ndarray) -> Tensor:
         """What outputs are compared with."""
         return self.problem.targets(y, self.data.y_train)
+
+    def answers(self) -> list[int]:
+        """The test images' classes; several labels or numbers have no commonest answer to compare a score with."""
+        return self.data.y_test.tolist() if self.data.problem == CLASSES else []
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         logits = self.logits(model, batch[0])

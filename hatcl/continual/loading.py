@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from ..config import Changeable, flag, number, one_of, whole
 from ..data.texts import TextData, read_texts
 from ..errors import ConfigError, nearest
+from ..integrations.peft_models import with_lora
 from .generation import causal_task, seq2seq_task
 from .label_words import label_word_task
 from .tasks import ContinualTask
@@ -166,9 +166,7 @@ def with_adapter(base: nn.Module, options: TextOptions, beside: Sequence[str] = 
             target_modules=list(options.target) or None, use_rslora=options.use_rslora, use_dora=options.use_dora,
             modules_to_save=[*options.modules_to_save, *beside] or None,
         )  # fmt: skip
-        with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-            return peft.get_peft_model(base, lora)
+        return with_lora(base, lora)
     except ValueError as error:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(

@@ -68,7 +68,10 @@ class ImageData:
             check_problem_labels(f"task {self.name!r}: y_{part}", self.problem, y, len(x), self.num_classes)
         if self.problem == CLASSES and self.num_classes < 2:
             only = f" ({self.classes[0]})" if self.classes else ""
-            raise ConfigError(f"task {self.name!r}: has one class{only}; expected at least 2 classes")
+            raise ConfigError(
+                f"task {self.name!r}: has one class{only}; expected at least 2 classes; give it images of "
+                "another class as well, or leave the task out"
+            )
         if self.classes and len(self.classes) != self.num_classes:
             raise ConfigError(f"task {self.name!r}: has {len(self.classes)} names for {self.num_classes} classes")
 

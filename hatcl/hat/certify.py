@@ -181,7 +181,7 @@ def certify(model: nn.Module, inputs: Any, *, strict: bool = False) -> Certifica
     """
     done = tasks(model)
     if not done:
-        raise TaskError("certify: no task is sealed yet, so there is nothing to prove; learn one with hatcl.learn")
+        raise TaskError("certify: no task is sealed, so there is nothing to prove; learn one with hatcl.learn")
     check_structure(model)
     check_sealed(model)
     trial = copy_of(model).eval()

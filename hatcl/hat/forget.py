@@ -64,10 +64,11 @@ class ForgetReport:
         verb = "would erase" if self.dry_run else "erased"
         kept = [t for t in self.descendants if t not in self.forgotten]
         gone = self.forgotten or (self.task,)
+        its = "its" if len(gone) == 1 else "their"
         lineage = f"; {spoken(kept)} started from it and still know what was transplanted" if kept else ""
         return (
-            f"{spoken(gone)}: {verb} {self.total_erased:,} shared elements and {self.own:,} of its own; "
-            f"{self.units_freed:,} units are free again; {self.share_kept:.1%} of its shared elements stay, other "
+            f"{spoken(gone)}: {verb} {self.total_erased:,} shared elements and {self.own:,} of {its} own; "
+            f"{self.units_freed:,} units are free again; {self.share_kept:.1%} of {its} shared elements stay, other "
             f"tasks use them{lineage}"
             + (f"; it takes elements away from {spoken(self.changed)}, not locked" if self.changed else "")
         )

@@ -17,7 +17,7 @@ from torch import distributed, nn
 
 from ..config import HATConfig
 from ..errors import HATError, IntegrityError
-from ..files import parse_json, sha256_of, write_files
+from ..files import parse_json, refuse_run, sha256_of, write_files
 from ..map.units import UnitMap
 from ..shards import gathered_in, sharded_modules
 from ..sources import build_source, library_config
@@ -60,7 +60,7 @@ def save_pretrained(
         card: what the model does not know of itself: names of tasks and classes, scores (see `CardFacts`).
 
     Raises:
-        ConfigError: a fact of a task that the model does not have.
+        ConfigError: a fact of a task that the model does not have; the folder is that of a run.
         IntegrityError: a sealed task changed since it was sealed; the disk is full or not writable. HATError: layers
             put together by hand (save their `state_dict()`; there is no recipe to make the model again).
     """
@@ -81,6 +81,7 @@ def save_pretrained(
         )
     digests.check_sealed(model)
     g, target = gates[0], Path(folder)
+    refuse_run(target)
     own_card = model_card(model, CardFacts.of(card)) if writable(target / CARD) else None
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IGNORED = -100  # torch's `ignore_index`, which transformers' labels hold
+
 
 def recipe_of(inputs: Any) -> dict[str, Any] | None:
     """JSON-able; None where there is something in the inputs of which nothing can be said."""
@@ -45,6 +47,8 @@ def made_by(recipe: Mapping[str, Any], like: Tensor) -> Any:
             numbers = torch.randn(shape, generator=draw, dtype=torch.complex64 if dtype.is_complex else torch.float32)
             return numbers.to(like.device, like.dtype if dtype.is_floating_point else dtype)
         low, high = x.get("low", 1), x.get("high", 1)
+        if low == IGNORED and high >= 0:  # labels, some of which the loss leaves out; between lie no classes
+            low = 0
         if (low, high) in ((0, 1), (1, 1)):  # a mask: of ones, so that every row has something
             return torch.ones(shape, dtype=dtype, device=like.device)
         return torch.randint(low, high + 1, shape, generator=draw, dtype=dtype).to(like.device)

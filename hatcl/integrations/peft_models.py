@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from typing import Any
 
 from torch import nn
@@ -41,5 +42,13 @@ def _remake_lora(source: dict[str, Any]) -> nn.Module:
     given = {k: v for k, v in source["config"].items() if k in fields}
     if given.pop("peft_type", None) != "LORA":
         raise IntegrityError("the adapter is of another kind than LORA; pass base= an instance of the plain module")
-    model: nn.Module = peft.get_peft_model(build_source(source["base"]), peft.LoraConfig(**given), source["adapter"])
-    return model
+    return with_lora(build_source(source["base"]), peft.LoraConfig(**given), source["adapter"])
+
+
+def with_lora(base: nn.Module, lora: Any, name: str = "default") -> Any:
+    """peft's model of a base with an adapter, without the warning of its own question to transformers."""
+    import peft
+
+    with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return peft.get_peft_model(base, lora, name)

@@ -23,7 +23,7 @@ def matrix_table(
         numbers: of the tasks; None = 0, 1, 2, ... commonest: each task's score of always giving the commonest answer.
     """
     numbers = range(len(names)) if numbers is None else numbers
-    table = Table(title="accuracy in % (row: learned, column: tested)", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title="score in % (row: learned, column: tested)", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("after learning")
     for j in numbers:
         table.add_column(f"task {j}", justify="right")

@@ -227,6 +227,19 @@ def test_merge_without_parts(checkpoints, capsys):
     assert code == 2 and "merge: no parts; give at least one PART, or a recipe" in err
 
 
+@pytest.mark.parametrize("known", [{"command": "train", "options": {}}, {"fingerprint": "", "map": {}}])
+def test_a_run_or_a_model_with_tasks_is_not_replaced(checkpoints, tmp_path, capsys, known):
+    output = tmp_path / "taken"
+    output.mkdir()
+    (output / "config.json").write_text(json.dumps(known))
+    args = ("merge", checkpoints / "base.safetensors", checkpoints / "base.safetensors", "--output", output)
+    code, _, err = call(capsys, *args)
+    assert code == 2 and "is there" in err and "name another folder" in err
+    assert [path.name for path in output.iterdir()] == ["config.json"]
+    (output / "config.json").write_text("{}")  # neither: the twin, which is written
+    assert call(capsys, *args)[0] == 0 and len(list(output.iterdir())) > 1
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")

@@ -32,6 +32,14 @@ def test_a_run_that_is_not_finished(run, tmp_path, capsys):
     assert code == 0 and "3 tasks are learned; the run is not finished" in " ".join(out.split()), err
 
 
+def test_a_run_all_of_whose_tasks_are_forgotten_is_finished(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    metrics = json.loads((copy / "metrics.json").read_text())
+    runs.write_json(copy / "metrics.json", {**metrics, "forgotten": [0, 1, 2], "details": {}})
+    code, out, err = call(capsys, "show", copy)
+    assert code == 0 and "forgotten since: tasks 0, 1, 2" in out and "not finished" not in out, err
+
+
 def test_what_is_no_run(tmp_path, capsys):
     code, _, err = call(capsys, "show", tmp_path)
     assert code == 2 and "holds no run of hatcl (no config.json of one); name the folder of a run" in err

@@ -40,7 +40,7 @@ def test_the_end_of_a_run_says_what_counts(run, capsys):
     code, out, _ = call(capsys, "train", "--resume", "--output", run)
     assert code == 0
     shown = " ".join(out.split())
-    for words in ("is finished already", "average accuracy", "forgetting", "row: learned, column: tested"):
+    for words in ("is finished already", "average score", "forgetting", "row: learned, column: tested"):
         assert words in shown
     assert "certificate: exact. The outputs of all 3 sealed tasks are bit-equal to those at sealing" in shown
     assert shown.count("bit-equal") >= 4  # one per task and the certificate's
@@ -148,7 +148,7 @@ def test_a_task_of_one_class_is_refused_before_a_folder_is_made(tmp_path, capsys
     arrays = dict(np.load(path))
     np.savez(path, **{n: a * 0 if n.startswith("y") else a for n, a in arrays.items()})
     code, out, err = call(capsys, "train", *given([path]), "--output", tmp_path / "run")
-    assert code == 2 and "task t0: its training labels are all of one class, expected at least 2 classes" in err
+    assert code == 2 and "task 't0': has one class; expected at least 2 classes; give it images of another" in err
     assert not (tmp_path / "run").exists() and "run folder" not in out
 
 

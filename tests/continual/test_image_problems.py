@@ -107,6 +107,13 @@ def test_labels_and_numbers_are_learned(arrays, problem, measure, method):
     assert result.losses[0][1] < 0.7 * result.losses[0][0]
     assert result.matrix[0, 0] > 0.6  # chance has .5 of the labels, and 0 of the numbers
     assert method != "hat" or result.details["exact"]
+    assert np.isnan(result.commonest).all()  # no answer is the commonest of several labels or of numbers
+
+
+def test_one_number_is_learned(arrays):
+    x, y = arrays
+    (task,) = image_tasks([ImageData("ages", x, y[:, :1] * 1.5, x, y[:, :1] * 1.5, 1, problem="regression")])
+    assert not task.answers and task.collate([0, 1])[1].shape == (2, 1)
 
 
 def test_a_measure_of_another_problem_and_an_unknown_policy(arrays):

@@ -94,7 +94,7 @@ def test_twin_if_less_were_live_the_certificate_would_fail(sealed, monkeypatch):
 
 
 def test_nothing_is_sealed_yet():
-    with pytest.raises(hatcl.TaskError, match="no task is sealed yet, so there is nothing to prove; learn one"):
+    with pytest.raises(hatcl.TaskError, match="no task is sealed, so there is nothing to prove; learn one"):
         hatcl.certify(parts.converted("mlp"), parts.images("mlp"))
 
 

@@ -682,3 +682,11 @@ def test_load_state_dict_says_what_does_not_fit():
     state.pop("1.weight")
     with pytest.raises(RuntimeError, match="Missing key.*1.weight"):
         model.load_state_dict(state)
+
+
+def test_a_run_keeps_its_config(tmp_path):
+    model = hatcl.convert(parts.plain("mlp"), 2, parts.images("mlp", 2))
+    (tmp_path / "config.json").write_text('{"command": "train", "options": {}}')
+    with pytest.raises(hatcl.ConfigError, match="a run of hatcl is there, whose config.json would be replaced; name"):
+        hatcl.save_pretrained(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -45,6 +45,13 @@ def test_integers_stay_in_their_range_and_masks_are_of_ones():
     assert made_by(recipe_of(torch.zeros(2)), LIKE.half()).dtype == torch.float16
 
 
+@pytest.mark.parametrize("labels", [[-100, 4, 9], [-100, -100], [4, 9], [-3, 4]])
+def test_labels_are_classes_or_ignored(labels):
+    made = made_by(recipe_of(torch.tensor(labels * 50)), LIKE)
+    first = 0 if labels[0] == -100 < labels[1] else labels[0]
+    assert first <= made.min() and made.max() <= labels[-1]
+
+
 def test_it_travels_with_the_model_and_holds_no_example(tmp_path):
     x = parts.images("mlp", 2)
     model = parts.pretend(hatcl.convert(parts.plain("mlp"), 2, x), [0])

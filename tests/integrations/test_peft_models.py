@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 peft = pytest.importorskip("peft")
@@ -32,7 +34,9 @@ def test_what_is_loaded_computes_the_same(tmp_path, options):
             optimizer.zero_grad()
             model(**inputs).last_hidden_state.square().mean().backward()
             optimizer.step()
-    again = hatcl.from_pretrained(hatcl.save_pretrained(model, tmp_path / "model"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*is_gradient_checkpointing")
+        again = hatcl.from_pretrained(hatcl.save_pretrained(model, tmp_path / "model"))
     assert type(again).__name__ == type(model).__name__
     for task in (None, 0):
         with torch.no_grad(), hatcl.task(model.eval(), task), hatcl.task(again, task):
