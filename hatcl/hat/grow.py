@@ -96,8 +96,8 @@ def grow(
         example_inputs: what the model's forward takes; default: as for `hatcl.extract_task`.
 
     Raises:
-        ConfigError: a factor below 1, less than a unit, a layer that there is not, no inputs. TaskError: a task is being
-            learned, or it is a copy that is averaged. ConversionError: a named layer cannot grow, which is said.
+        ConfigError: a factor below 1, less than a unit, a layer that there is not, no inputs. TaskError: a task is
+            being learned, or it is a copy that is averaged. ConversionError: a named layer cannot grow, which is said.
             GuardError: an optimizer that is not this model's, or whose state cannot be carried over. HATError: layers
             put together by hand, shards, or DistributedDataParallel. IntegrityError: a sealed task changed. The model
             is as it was in all of these.
