@@ -219,7 +219,7 @@ def test_every_option_that_no_text_can_be_is_known():
     for method in list_merges():
         for p in inspect.signature(merge_info(method).function).parameters.values():
             if p.kind is p.KEYWORD_ONLY and not set(str(p.annotation).split(" | ")) <= texts | {"None"}:
-                assert p.name in IN_PYTHON, (method, p.name)
+                assert p.name in (*IN_PYTHON, "pretrained"), (method, p.name)  # which the command gives: BASE
 
 
 def test_merge_without_parts(checkpoints, capsys):
@@ -262,8 +262,8 @@ def test_a_recipe_of_mergekit(models, tmp_path, monkeypatch, capsys):
     for words in (["--method", "ties"], ["--set", "density=1"], ["--dtype", "float16"], ["--only", "*"], ["--buffers"]):
         code, _, err = call(capsys, "merge", path, "--output", tmp_path / "no", *words)
         assert code == 2 and f"{words[0]}: {path} is a recipe of mergekit, which says it all; write it there" in err
-    code, _, err = call(capsys, "merge", recipe(tmp_path, {**content, "modles": []}), "--output", tmp_path / "no")
-    assert code == 2 and "recipe: no key 'modles'; did you mean 'models'" in err
+    code, _, err = call(capsys, "merge", recipe(tmp_path, {**content, "modelss": []}), "--output", tmp_path / "no")
+    assert code == 2 and "recipe: no key 'modelss'; did you mean 'models'" in err
 
 
 @pytest.mark.parametrize("words", [[], ["--method", "ties", "--set", "density=0.5"], ["--dtype", "bfloat16"]])
