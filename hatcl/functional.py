@@ -129,13 +129,22 @@ def drawn_embedding(units: int, config: HATConfig) -> Tensor:
     if config.init == "normal":
         e = torch.randn(units)
     elif config.init == "sparse":
-        share = 1 / config.num_tasks if config.init_density is None else config.init_density
-        e = size * (torch.randn(units) + float(torch.special.ndtri(torch.tensor(share, dtype=torch.float64))))
+        share = torch.tensor(share_on(config), dtype=torch.float64)
+        e = size * (torch.randn(units) + float(torch.special.ndtri(share)))
     elif config.init == "uniform":
         e = 2 * size * torch.rand(units)
     else:
         e = torch.full((units,), size if config.init == "dense" else config.init_value)
     return e.clamp(-config.clamp, config.clamp)
+
+
+def share_on(config: HATConfig) -> float:
+    """The share of units that `drawn_embedding` switches on, in expectation."""
+    if config.init == "normal":
+        return 0.5
+    if config.init == "sparse":
+        return 1 / config.num_tasks if config.init_density is None else config.init_density
+    return float(config.init_value > 0 if config.init == "constant" else config.init_value != 0)
 
 
 def hard_gate(e: Tensor) -> Tensor:

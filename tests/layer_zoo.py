@@ -73,6 +73,7 @@ for name, middle in {
     "group_norm_no_affine": partial(nn.GroupNorm, 3, affine=False),
     "layer_norm_over_images": lambda c: nn.LayerNorm([c, 8, 8]),
     "timm_batch_norm_act": timm.layers.BatchNormAct2d,
+    "timm_layer_scale_2d": timm.layers.LayerScale2d,
     "timm_frozen_batch_norm_act": timm.layers.FrozenBatchNormAct2d,
     "timm_group_norm_act": lambda c: timm.layers.GroupNormAct(c, num_groups=3),
     "timm_group_norm_1": timm.layers.GroupNorm1,
@@ -114,6 +115,7 @@ for name, norm in {
     "rms_norm_no_affine": partial(nn.RMSNorm, elementwise_affine=False),
     "batch_norm": nn.BatchNorm1d,
     "timm_layer_norm": timm.layers.LayerNorm,
+    "timm_layer_scale": timm.layers.LayerScale,
     "timm_rms_norm": timm.layers.RmsNorm,
 }.items():
     entry(f"mlp_{name}", FLAT, partial(parts.mlp, norm=norm))

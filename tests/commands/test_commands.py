@@ -9,10 +9,12 @@ import re
 import shlex
 import typing
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from command_parts import call, write_tasks
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
@@ -49,6 +51,7 @@ REPORTS = {
     "list": "list 'hat_test_res*'",
     "merge": "merge base.safetensors one.safetensors:0.5 --output merged",
     "methods": "methods",
+    "predict": "predict learned picture.png",
     "show": "show learned",
     "zoo": "zoo",
 }
@@ -79,7 +82,8 @@ def made(tmp_path_factory, drawn_nothing):
         hatcl.TaskVector.between(base.state_dict(), state).save(folder / f"{name}-vector.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for line, output in ((LINES["finetune"], "tuned"), (LINES["train"], "learned")):
+        Image.fromarray(np.load("t0.npz")["x_train"][0]).save("picture.png")
+        for line, output in ((LINES["finetune"], "tuned"), (LINES["train"] + " --router", "learned")):
             with pytest.raises(SystemExit) as done:
                 commands.main([*shlex.split(line), "--output", output, "--json"])
             assert not done.value.code
