@@ -129,7 +129,7 @@ def drawn_embedding(units: int, config: HATConfig) -> Tensor:
     if config.init == "normal":
         e = torch.randn(units)
     elif config.init == "sparse":
-        share = torch.tensor(share_on(config), dtype=torch.float64)
+        share = torch.tensor(share_switched_on(config), dtype=torch.float64)
         e = size * (torch.randn(units) + float(torch.special.ndtri(share)))
     elif config.init == "uniform":
         e = 2 * size * torch.rand(units)
@@ -138,7 +138,7 @@ def drawn_embedding(units: int, config: HATConfig) -> Tensor:
     return e.clamp(-config.clamp, config.clamp)
 
 
-def share_on(config: HATConfig) -> float:
+def share_switched_on(config: HATConfig) -> float:
     """The share of units that `drawn_embedding` switches on, in expectation."""
     if config.init == "normal":
         return 0.5

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CapacityError
-from ..functional import share_on
+from ..functional import share_switched_on
 from ..map.lora import is_factor
 from .binding import ParameterPlan, UnitAxis
 from .gates import Gates, gates_of, groups_of
@@ -163,7 +163,7 @@ def _expected(g: Gates, sealed: Sequence[int]) -> Tensor:
         return g.given[given[0]].float()
     share = torch.zeros(g.num_units, device=g.masks.device)
     if not sealed:
-        return share + share_on(g.config)
+        return share + share_switched_on(g.config)
     for _, start, stop in g.layers:
         if stop > start:
             share[start:stop] = g.masks[list(sealed), start:stop].float().mean()
