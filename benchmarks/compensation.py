@@ -9,12 +9,10 @@ import statistics
 
 import torch
 from common import save
-from torch import nn
-from torch.nn import functional as F
+from digits import accuracy, held_out, learn, mlp
 
 import hatcl
 from hatcl.config import COMPENSATIONS
-from hatcl.data.images import digits_tasks
 
 STEPS, SEEDS = 300, range(3)
 OPTIMIZERS = {
@@ -25,23 +23,12 @@ OPTIMIZERS = {
 
 def run(compensation: str, optimizer: str, seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
-    tasks = [task.on_validation(0.2, seed) for task in digits_tasks()]
-    data = [[torch.from_numpy(v) for v in (t.x_train, t.y_train, t.x_test, t.y_test)] for t in tasks]
-    data = [(a.flatten(1).float() / 255, b, c.flatten(1).float() / 255, d) for a, b, c, d in data]
-    net = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 2))
+    data = held_out(seed)
     config = {"compensation": compensation, "settle": 0.0}
-    model = hatcl.convert(net, len(tasks), data[0][0][:2], config=config)
-    for t, (x, y, _, _) in enumerate(data):
-        made = OPTIMIZERS[optimizer](model)
-        with hatcl.learn(model, t, made, STEPS) as learning:
-            for _ in range(STEPS):
-                at = torch.randint(len(x), (32,))
-                loss = F.cross_entropy(model(x[at]), y[at]) + learning.penalty()
-                made.zero_grad(), loss.backward(), made.step()
-    right = []
-    for t, (_, _, x, y) in enumerate(data):
-        with hatcl.task(model.eval(), t), torch.no_grad():
-            right.append(float((model(x).argmax(1) == y).float().mean()))
+    model = hatcl.convert(mlp(48), len(data), data[0][0][0][:2], config=config)
+    for t, (rows, _) in enumerate(data):
+        learn(model, t, rows, OPTIMIZERS[optimizer](model), STEPS)
+    right = [accuracy(model, t, held) for t, (_, held) in enumerate(data)]
     used = hatcl.describe(model).to_dict()["use"]
     return {"accuracy": statistics.fmean(right), "units": statistics.fmean(used.values())}
 

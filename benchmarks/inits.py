@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from common import save
-from torch import nn
-from torch.nn import functional as F
+from digits import accuracy, held_out, learn, mlp
 
 import hatcl
-from hatcl.data.images import digits_tasks
 
 STEPS, SEEDS, WIDTH = 300, range(3), 12
 INITS, SCHEDULES = ("normal", "dense", "sparse", "uniform"), ("linear", "cosine")
@@ -27,25 +25,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def run(config: dict[str, Any], seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
-    tasks = [task.on_validation(0.2, seed) for task in digits_tasks()]
-    data = [[torch.from_numpy(v) for v in (t.x_train, t.y_train, t.x_test, t.y_test)] for t in tasks]
-    data = [(a.flatten(1).float() / 255, b, c.flatten(1).float() / 255, d) for a, b, c, d in data]
-    net = nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2))
-    model = hatcl.convert(net, len(tasks), data[0][0][:2], config=config)
+    data = held_out(seed)
+    model = hatcl.convert(mlp(WIDTH), len(data), data[0][0][0][:2], config=config)
     right = []
-    for t, (x, y, held_x, held_y) in enumerate(data):
-        made = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for t, (rows, held) in enumerate(data):
         try:
-            with hatcl.learn(model, t, made, STEPS) as learning:
-                for _ in range(STEPS):
-                    at = torch.randint(len(x), (32,))
-                    loss = F.cross_entropy(model(x[at]), y[at]) + learning.penalty()
-                    made.zero_grad(), loss.backward(), made.step()
+            learn(model, t, rows, torch.optim.Adam(model.parameters(), lr=1e-2), STEPS)
         except hatcl.CapacityError:
             right.append(0.5)
             continue
-        with hatcl.task(model.eval(), t), torch.no_grad():
-            right.append(float((model(held_x).argmax(1) == held_y).float().mean()))
+        right.append(accuracy(model, t, held))
         model.train()
     used = hatcl.describe(model).use
     return {

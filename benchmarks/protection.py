@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from common import save
-from torch import nn
-from torch.nn import functional as F
+from digits import accuracy, held_out, learn, mlp
 
 import hatcl
-from hatcl.data.images import digits_tasks
 
 STEPS, SEEDS, WIDTH = 300, range(3), 12
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -25,22 +23,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def run(config: dict[str, Any], seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
-    tasks = [task.on_validation(0.2, seed) for task in digits_tasks()]
-    data = [[torch.from_numpy(v) for v in (t.x_train, t.y_train, t.x_test, t.y_test)] for t in tasks]
-    data = [(a.flatten(1).float() / 255, b, c.flatten(1).float() / 255, d) for a, b, c, d in data]
-    net = nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2))
-    model = hatcl.convert(net, len(tasks), data[0][0][:2], config=config)
-    for t, (x, y, _, _) in enumerate(data):
-        made = torch.optim.Adam(model.parameters(), lr=1e-2)
-        with hatcl.learn(model, t, made, STEPS) as learning:
-            for _ in range(STEPS):
-                at = torch.randint(len(x), (32,))
-                loss = F.cross_entropy(model(x[at]), y[at]) + learning.penalty()
-                made.zero_grad(), loss.backward(), made.step()
-    right = []
-    for t, (_, _, x, y) in enumerate(data):
-        with hatcl.task(model.eval(), t), torch.no_grad():
-            right.append(float((model(x).argmax(1) == y).float().mean()))
+    data = held_out(seed)
+    model = hatcl.convert(mlp(WIDTH), len(data), data[0][0][0][:2], config=config)
+    for t, (rows, _) in enumerate(data):
+        learn(model, t, rows, torch.optim.Adam(model.parameters(), lr=1e-2), STEPS)
+    right = [accuracy(model, t, held) for t, (_, held) in enumerate(data)]
     drift = hatcl.describe(model).drift.values()
     return {
         "accuracy": statistics.fmean(right),

@@ -140,7 +140,7 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
     inputs = example_inputs_of(model) if example_inputs is None else example_inputs
     if any(x.numel() == 0 for x in tensors_of(inputs, "example_inputs")):
         raise ConfigError(f"example_inputs: got {shapes(inputs)}, which holds no example; pass one or more")
-    want = _under_task(model, inputs, task)
+    want = outputs_under(model, inputs, task)
     if not any(bool(x.isfinite().any()) for x in want.values()):
         raise ConfigError(
             f"example_inputs: no output of {type(model).__name__} is finite on them, so nothing could be compared; "
@@ -157,7 +157,7 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
     on = torch.cat([torch.ones(1, dtype=torch.bool), gates[0].masks[task].cpu()])[gates[0].number_from(stage)]
     trial = stirred(model, inputs)
     cutter = Cutter(plain_copy(trial, task), weights_of_task(trial, task), unit_map, seen, on)
-    gated = _under_task(trial, inputs, task)
+    gated = outputs_under(trial, inputs, task)
     source: Any = gates[0].source
     plain, weights = plain_copy(model, task), weights_of_task(model, task)
     own_rows, stirred_values = list(cutter.rows), (cutter.plain, cutter.weights)
@@ -228,7 +228,12 @@ def example_inputs_of(model: nn.Module) -> Any:
     )
 
 
-def _under_task(model: nn.Module, inputs: Any, task: int) -> dict[str, Tensor]:
+def outputs_under(model: nn.Module, inputs: Any, task: int | None) -> dict[str, Tensor]:
+    """What a task gives in evaluation, by name.
+
+    Raises:
+        ConfigError: inputs that the forward does not take.
+    """
     try:
         with torch.no_grad(), Evaluating(model):
             return named_outputs(model, inputs, task)

@@ -16,13 +16,12 @@ from torch import nn
 from ..calls import shapes
 from ..config import number, whole
 from ..errors import ConfigError, ConversionError, HATError, IsolationError, TaskError, nearest
-from ..lend import Evaluating
 from ..map.units import UnitMap
 from ..shards import check_whole
 from . import digests
-from .certify import certify, compare_outputs, named_outputs
+from .certify import certify, compare_outputs
 from .convert import convert, map_of
-from .extract import Misfit, Search, example_inputs_of
+from .extract import Misfit, Search, example_inputs_of, outputs_under
 from .extract_plain import plain_copy
 from .extract_trace import footprint
 from .gates import Gates, gates_of
@@ -181,16 +180,7 @@ def _more_units(gates: Gates, factor: float | Mapping[str, int]) -> dict[str, in
 
 def _said_by(model: nn.Module, inputs: Any) -> dict[int | None, Any]:
     """What task None and every sealed task give in evaluation."""
-    try:
-        with torch.no_grad(), Evaluating(model):
-            return {t: named_outputs(model, inputs, t) for t in (None, *tasks(model))}
-    except HATError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"example_inputs: the model's forward failed on {shapes(inputs)} ({type(error).__name__}: {error}); pass "
-            "what it takes: a tensor, a tuple or a dict"
-        ) from error
+    return {t: outputs_under(model, inputs, t) for t in (None, *tasks(model))}
 
 
 def _shared_elements(unit_map: UnitMap) -> int:
