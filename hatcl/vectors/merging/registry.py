@@ -10,6 +10,8 @@ is all that it takes to be found. `layers.py` gives every method options that di
 from __future__ import annotations
 
 import inspect
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -162,8 +164,23 @@ def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -
         raise ConfigError(
             f"model: got a {type(model).__name__}, expected the pretrained model as a module, which can be run"
         )
+    if "convs" in chosen.options and "convs" not in options:
+        _say_what_is_averaged(chosen.name, vectors[0])
     if not any(differs(value) for value in options.values()):
         return chosen.function(vectors, **options)
     if chosen.needs:
         raise ConfigError(f"layers: {method} works on the whole model; give each option one value")
     return by_layers(vectors, chosen.function, options)
+
+
+def _say_what_is_averaged(method: str, vector: TaskVector) -> None:
+    """Warn where most elements are filters: a method for matrices would be little more than the mean."""
+    kinds = vector.kinds.values()
+    filters = sum(math.prod(k.shape) for k in kinds if len(k.shape) in (3, 4, 5))
+    total = sum(math.prod(k.shape) for k in kinds)
+    if 2 * filters > total:
+        warnings.warn(
+            f"{method} is a method for matrices, and {100 * filters / total:.0f} % of the elements are in filters of "
+            "convolutions, which it averages; pass convs=True to merge them as matrices, or convs=False for the mean",
+            stacklevel=3,
+        )

@@ -160,3 +160,16 @@ def test_a_path_is_no_model_to_run(method, two):
     given = {"model": "base", **({"batches": [[], []]} if "batches" in merge_info(method).options else {})}
     with pytest.raises(ConfigError, match="model: got a str, expected the pretrained model as a module"):
         merge(two, method, **given)
+
+
+@pytest.mark.parametrize("method", [m for m in EVERY if "convs" in merge_info(m).options])
+def test_a_method_for_matrices_says_that_it_averages_filters(method, recwarn):
+    """It gave the mean of a convolutional network's vectors without a word."""
+    filters = [TaskVector({"w": torch.randn(4, 3, 3, 3), "head": torch.randn(2, 4)}) for _ in range(2)]
+    said = f"{method} is a method for matrices, and 93 % of the elements are in filters.* pass convs=True"
+    with pytest.warns(UserWarning, match=said):
+        merge(filters, method)
+    recwarn.clear()
+    merge(filters, method, convs=False)
+    merge([TaskVector({"w": torch.randn(4, 4), "patch": torch.randn(2, 1, 2, 2)}) for _ in range(2)], method)
+    assert not recwarn.list
