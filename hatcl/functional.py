@@ -71,8 +71,7 @@ class _Gate(torch.autograd.Function):
     def forward(
         e: Tensor, scale: Tensor, max_scale: float, clamp: float, hardened: Tensor | None, exact: bool
     ) -> Tensor:
-        gate = threshold(torch.sigmoid(scale * e), SMALLEST_GATE, 0.0)
-        return gate if hardened is None else torch.where(hardened > 0, (e > 0).to(gate.dtype), gate)
+        return gate_value(e, scale, hardened)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -81,15 +80,27 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        e, scale, hardened = ctx.saved_tensors
-        half = torch.sigmoid(e)
-        beyond = torch.relu((scale * e).abs() - ctx.clamp)
-        factor = ctx.max_scale * half * (1 - half) * torch.exp(-beyond)
-        if not ctx.exact:
-            x = (scale * e).float().clamp(max=50.0)  # beyond that 1 - a is 0 anyway
-            factor = factor * ((1 - torch.sigmoid(x)) / torch.sigmoid(-x)).to(factor.dtype)
-        out = grad * (factor if hardened is None else torch.where(hardened > 0, 0.0, factor))
-        return out, None, None, None, None, None
+        slope = gate_slope(*ctx.saved_tensors, ctx.max_scale, ctx.clamp, ctx.exact)
+        return grad * slope, None, None, None, None, None
+
+
+def gate_value(e: Tensor, scale: Tensor, hardened: Tensor | None) -> Tensor:
+    """The value of `soft_gate`."""
+    gate = threshold(torch.sigmoid(scale * e), SMALLEST_GATE, 0.0)
+    return gate if hardened is None else torch.where(hardened > 0, (e > 0).to(gate.dtype), gate)
+
+
+def gate_slope(
+    e: Tensor, scale: Tensor, hardened: Tensor | None, max_scale: float, clamp: float, exact: bool
+) -> Tensor:
+    """The derivative of `soft_gate`, with HAT's compensation in it."""
+    half = torch.sigmoid(e)
+    beyond = torch.relu((scale * e).abs() - clamp)
+    factor = max_scale * half * (1 - half) * torch.exp(-beyond)
+    if not exact:
+        x = (scale * e).float().clamp(max=50.0)  # beyond that 1 - a is 0 anyway
+        factor = factor * ((1 - torch.sigmoid(x)) / torch.sigmoid(-x)).to(factor.dtype)
+    return factor if hardened is None else torch.where(hardened > 0, 0.0, factor)
 
 
 def soft_gate(

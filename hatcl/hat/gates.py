@@ -18,6 +18,7 @@ from ..shards import unsharded
 from . import active
 from .arrays import array_masks
 from .growth import Growth, key_of
+from .soft import SoftGates, kept_gate, soft_key
 
 SLOTS, SLOT_BYTES = 256, 16
 """Size of a task's row in `Gates.digest_table`."""
@@ -161,6 +162,7 @@ class Gates(nn.Module):
         self._default: int | None = None
         self._ever_active = False
         self._taken_by: tuple[Any, Tensor] = (None, torch.zeros(0, dtype=torch.bool))
+        self._soft_now: SoftGates | None = None
         self.register_load_state_dict_post_hook(_loaded)
 
     def forward(self, x: Any) -> Any:
@@ -227,12 +229,34 @@ class Gates(nn.Module):
         """A task's gates of some units, as floats."""
         if isinstance(task, Tensor):
             return self.on(task)[index].to(self.embeddings[0].dtype)
-        e = unsharded(self.embeddings[task])
         if self.is_soft(task):
-            c = self.config
-            a = self._soft(e[index])
-            return a if c.reuse == "all" else torch.where(self._taken(task)[index], 0.0, a)
-        return self.on(task)[index].to(e.dtype)
+            soft = self.soft_gates(task)
+            if soft is None:
+                a = self._soft(unsharded(self.embeddings[task])[index])
+                return a if self.config.reuse == "all" else torch.where(self._taken(task)[index], 0.0, a)
+            if isinstance(index, Tensor):
+                return soft.all.index_select(0, index)
+            return soft.run(slice(*index.indices(self.num_units)))
+        return self.on(task)[index].to(self.embeddings[task].dtype)
+
+    def soft_gates(self, task: int) -> SoftGates | None:
+        """The soft gates of all units, while nothing that they depend on changes; None where none may be kept."""
+        e, c = self.embeddings[task], self.config
+        key = None if self.sharded else soft_key(e, self.scale, task, self.epoch, self.settled)
+        if key is None:
+            return None
+        soft = self._soft_now
+        if soft is None or soft.key != key or soft.made_of[0] is not e or soft.made_of[1] is not c:
+            options = (c.max_scale, c.compensation_clamp, c.compensation == "exact")
+            a = kept_gate(e, self.scale, self._hardened(), options)
+            a = a if c.reuse == "all" else torch.where(self._taken(task), 0.0, a)
+            self._soft_now = soft = SoftGates(key, (e, c), a, [(start, stop) for _, start, stop in self.layers])
+        return soft
+
+    def drop_soft_gates(self) -> None:
+        """The model is about to run: what was written to embeddings so that torch does not know of it (`e.data`) counts
+        from now on."""
+        self._soft_now = None
 
     def _soft(self, e: Tensor) -> Tensor:
         c = self.config
@@ -355,10 +379,11 @@ class Gates(nn.Module):
 
     def used(self, without: int | None = None) -> Tensor:
         """`[U]` bool: units on in any sealed task."""
-        rows = self.sealed.clone()
+        rows = self.sealed
         if without is not None:
+            rows = rows.clone()
             rows[without] = False
-        return self.masks[rows].any(0)
+        return (self.masks & rows[:, None]).any(0)
 
     def seal(self, task: int) -> None:
         self.masks[task] = self.hard(task) & self.within(task)
@@ -429,8 +454,9 @@ class Gates(nn.Module):
         c = self.config
         if self.holding:
             return self.scale.new_zeros(())
-        e = unsharded(self.embeddings[self.learning if self.learning is not None else 0])
-        a = self._soft(e)
+        task = self.learning if self.learning is not None else 0
+        soft = self.soft_gates(task)
+        a = self._soft(unsharded(self.embeddings[task])) if soft is None else soft.all
         bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
         return c.penalty_weight * F.sparsity_penalty(a, self.used(), bounds, c.forgiven or 0.0)
 
@@ -441,6 +467,7 @@ class Gates(nn.Module):
         state = {
             **self.__dict__,
             "_taken_by": (None, torch.zeros(0, dtype=torch.bool)),
+            "_soft_now": None,
             "soft": False,
             "settled": False,
             "holding": False,

@@ -1,0 +1,88 @@
+"""The soft gates of the task that is being learned: those of all units are computed once, and handed out in parts.
+
+A step asks for gates once per parameter. Computed for each by itself they would be most of the operations of a small
+model's step: a sigmoid and its derivative, a slice, and in backward a tensor of all units' zeros for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..errors import GuardError
+
+
+class SoftGates:
+    """One task's soft gates, and what layers made of them, for as long as `key` and `made_of` stay the same.
+
+    Attributes:
+        all: a, `[U]`, in one autograd graph that can be gone through more than once.
+        made_of: the embedding and the config. key: their state, and that of whatever else they depend on.
+    """
+
+    def __init__(self, key: Any, made_of: tuple[Any, ...], all: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
+        self.key, self.made_of, self.all = key, made_of, all
+        cuts = sorted({0, len(all), *(i for pair in bounds for i in pair)})
+        pairs = list(zip(cuts, cuts[1:], strict=False))
+        parts = all.split([stop - start for start, stop in pairs]) if len(pairs) > 1 else (all,)
+        self._runs = dict(zip(pairs, parts, strict=True))
+        self._made: dict[Any, Any] = {}
+
+    def run(self, where: slice) -> Tensor:
+        """The gates of consecutive units."""
+        key = (where.start, where.stop)
+        if key not in self._runs:
+            self._runs[key] = self.all[where]
+        return self._runs[key]
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once. key: begins with an object that lives as long as these gates."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def soft_key(e: Tensor, scale: Tensor, *more: Any) -> Any:
+    """Of what soft gates depend on, so that they are computed anew where any of it has changed; None where nothing may
+    be kept: while a graph is compiled or traced, under `torch.func`, of a tensor that has no version."""
+    if torch.compiler.is_compiling() or type(e) is not nn.Parameter or e.is_inference():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
+        return None
+    grad = torch.is_grad_enabled()
+    return (e._version, e.data_ptr(), e.dtype, scale._version, grad, torch.is_inference_mode_enabled(), *more)
+
+
+class _Kept(torch.autograd.Function):
+    """`functional.soft_gate` with a graph that backward does not free: the forward passes and the backward passes of
+    one step share it. What it is made of must not change until backward, as in any graph."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, scale: Tensor, hardened: Tensor | None, options: tuple[Any, ...]) -> Tensor:
+        ctx.made_of = [(x, x._version) for x in (e, scale, hardened) if x is not None]
+        ctx.arguments = (e, scale, hardened, options)
+        return F.gate_value(e, scale, hardened)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if any(x._version != version for x, version in ctx.made_of):
+            raise GuardError(
+                "backward: the gate embeddings or their scale were changed since the forward, by a step of the "
+                "optimizer, so that their gradients would be those of other gates; call backward before the step"
+            )
+        e, scale, hardened, options = ctx.arguments
+        return grad * F.gate_slope(e, scale, hardened, *options), None, None, None
+
+
+def kept_gate(e: Tensor, scale: Tensor, hardened: Tensor | None, options: tuple[Any, ...]) -> Tensor:
+    """`functional.soft_gate` in a graph that can be gone through more than once.
+
+    Args:
+        options: max_scale, clamp, whether the compensation is exact.
+    """
+    kept: Tensor = _Kept.apply(e, scale, hardened, options)
+    return kept
