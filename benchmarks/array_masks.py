@@ -1,6 +1,6 @@
 """Sixteen tasks in one network by array masks: a quarter of every layer's units each, no weight shared.
 
-    python benchmarks/array_masks.py [--net resnet convnext] [--width 1] [--epochs 10] [--methods array ...]
+    python benchmarks/array_masks.py [--net resnet convnext] [--width 1] [--epochs 10] [--methods array ...] [--bf16]
 
 The tasks: ten of five `cifar100_even` classes, fashion_mnist, notmnist, and cifar10 and mnist in halves. Beside array
 masks the same network with learned ones, and for each task a network of a quarter of the width. All tasks must be
@@ -42,10 +42,7 @@ def make(net: str, width: float, classes: int) -> nn.Module:
     """For images of 32 x 32; its widths are `width` times the usual ones."""
     if net == "resnet":
         channels = tuple(round(n * width) for n in (64, 128, 256, 512))
-        model = timm.create_model("resnet18", num_classes=classes, channels=channels, stem_width=channels[0])
-        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False)
-        model.maxpool = nn.Identity()
-        return model
+        return timm.create_model("resnet18s", num_classes=classes, channels=channels, stem_width=channels[0])
     dims = tuple(round(n * width) for n in (40, 80, 160, 320))
     return timm.create_model("convnext_atto", num_classes=classes, dims=dims, patch_size=1)
 
@@ -82,14 +79,14 @@ def attacked(model: nn.Module, tasks: Sequence[Task], rows: list[dict], forgotte
     }  # fmt: skip
 
 
-def run(net: str, method: str, q: int, width: float, epochs: int, images: int, seed: int) -> dict:
+def run(net: str, method: str, q: int, width: float, epochs: int, images: int, bf16: bool, seed: int) -> dict:
     tasks, began = tasks_of(q * q, images), time.time()
     torch.manual_seed(seed)
     if method == "separate":
         scores = []
         for t, task in enumerate(tasks):
             model = make(net, width / q, task.classes)
-            fit(model, task, adam(model), epochs, 64, seed * 100 + t, flip=True)
+            fit(model, task, adam(model), epochs, 64, seed * 100 + t, flip=True, bf16=bf16)
             scores.append(accuracy(model, task))
             print(f"  task {t} {task.name}: {scores[-1]:.4f}", flush=True)
         return {"accuracy": scores, "average": float(np.mean(scores)), "seconds": time.time() - began}
@@ -98,7 +95,7 @@ def run(net: str, method: str, q: int, width: float, epochs: int, images: int, s
         make(net, width, 10), len(tasks), tasks[0].x[:2], num_classes=[t.classes for t in tasks], config=config
     )
     rows = learn_all(
-        model, tasks, lambda: adam(model), epochs, 64, seed, lambda line: print(line, flush=True), flip=True
+        model, tasks, lambda: adam(model), epochs, 64, seed, lambda line: print(line, flush=True), flip=True, bf16=bf16
     )
     out = {
         "accuracy": [r["hard"] for r in rows], "units": [r["units"] for r in rows],
@@ -117,6 +114,7 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--images", type=int, default=5000, help="at most so many training images a task")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16; tests run in float32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     for net in args.net:
@@ -125,8 +123,8 @@ def main() -> None:
             for method in args.methods:
                 if str(seed) in read(name).get("runs", {}).get(method, {}):
                     continue
-                row = run(net, method, args.q, args.width, args.epochs, args.images, seed)
-                result = read(name)
+                row = run(net, method, args.q, args.width, args.epochs, args.images, args.bf16, seed)
+                result = {**read(name), "images": args.images, "bf16": args.bf16}
                 result.setdefault("runs", {}).setdefault(method, {})[str(seed)] = row
                 save(name, result)
                 print(f"{net} seed {seed} {method}: {row['average']:.4f} {row.get('forgetting')}", flush=True)

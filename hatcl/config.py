@@ -18,7 +18,7 @@ REUSE = ("all", "none")
 COMPENSATIONS = ("exact", "hat")
 PREVIOUS, BEST = "previous", "best"  # the task to start from, beside a number
 MASKS = ("learned", "given")
-PROTECTIONS = ("exact", "adahat")
+PROTECTIONS = ("exact", "adahat", "fg_adahat")
 
 
 HATCL_OPTIONS = {
@@ -97,9 +97,10 @@ class HATConfig:
             `hatcl.convert(masks=...)` or `hatcl.hold_gates` gives it.
         locked: sealed tasks whose elements are frozen while others learn; None = all (HAT-CL's choice of locked tasks).
         protection: how elements that sealed tasks use are protected. `exact`: they are frozen, bit for bit. `adahat`: a
-            later task moves them by degrees, and sealed tasks drift (AdaHAT; see `hatcl.hat.protection`).
-        protection_alpha: alpha of `adahat`, its intensity: larger lets sealed tasks drift more.
-        protection_epsilon: epsilon of `adahat`.
+            later task moves them by degrees, and sealed tasks drift (AdaHAT; see `hatcl.hat.protection`). `fg_adahat`:
+            the less, the more they matter to these (FG-AdaHAT).
+        protection_alpha: alpha of `adahat` and `fg_adahat`, their intensity: larger lets sealed tasks drift more.
+        protection_epsilon: their epsilon.
     """
 
     num_tasks: int = 1

@@ -134,6 +134,11 @@ class ParameterPlan:
     copied: bool = False
     standardised: bool = False
 
+    @property
+    def main(self) -> UnitAxis:
+        """The axis that the parameter writes; else one that it reads."""
+        return next((axis for axis in self.axes if axis.owner), self.axes[0])
+
     def over_units_on(self, value: Tensor, task: int) -> Tensor:
         """A weight whose rows are about to be normalised over all `N` elements that they read, made such that this is
         the normalisation over the `n` of units that are on.

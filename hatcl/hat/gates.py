@@ -87,6 +87,8 @@ class Gates(nn.Module):
             the k-th and is reopened, so that nothing holds what it uses until it is sealed again.
         drift: `[T, 2]`, of a sealed task under `HATConfig.protection="adahat"`: the largest change of an output that a
             later task made, and the smallest share of rows with the same answer.
+        importance: `[T, U]`, under `HATConfig.protection="fg_adahat"` alone: how much a unit matters to a task (see
+            `protection.py`).
         digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
             fixed size for state dicts (see `digests.table_of`).
         learned: the task that is being learned, or was last. learner: the thread that is learning. lock: what it holds
@@ -121,6 +123,7 @@ class Gates(nn.Module):
     lineage: Tensor
     stage_table: Tensor
     growth_key: Tensor
+    importance: Tensor
 
     def __init__(self, units: int, config: HATConfig, layers: Sequence[tuple[str, int, int]] | None = None) -> None:
         super().__init__()
@@ -135,6 +138,8 @@ class Gates(nn.Module):
         self.register_buffer("drift", torch.tensor([0.0, 1.0]).repeat(config.num_tasks, 1))
         self.register_buffer("digest_table", torch.zeros(config.num_tasks, SLOTS, SLOT_BYTES, dtype=torch.uint8))
         self.register_buffer("lineage", torch.zeros(config.num_tasks, config.num_tasks, dtype=torch.uint8))
+        if config.protection == "fg_adahat":
+            self.register_buffer("importance", torch.zeros(config.num_tasks, units))
         self.register_buffer("scale", torch.tensor(float(config.max_scale)), persistent=False)
         self.register_buffer("hardened", torch.tensor(0.0), persistent=False)
         self.key = next(_context_keys)
@@ -360,6 +365,10 @@ class Gates(nn.Module):
                 if torch.equal(self.given[t].cpu(), was):
                     given[t] = now.to(given.device)
         self.masks, self.given = masks, given
+        if "importance" in self._buffers:
+            importance = self.importance.new_zeros(self.num_tasks, units)
+            importance[:, at] = self.importance
+            self.importance = importance
         bounds = growth.bounds.tolist()
         self.layers = [(name, bounds[start], bounds[stop]) for name, start, stop in self.layers]
         self.maps.append(self.unit_map)
@@ -411,6 +420,8 @@ class Gates(nn.Module):
         self.sealed[task] = False
         self.order[task] = -self.order[task] if reopened else 0
         self.digest_table[task] = 0
+        if "importance" in self._buffers:
+            self.importance[task] = 0
         self.digests.pop(task, None)
         self._taken_by = (None, self.masks[task])
         with torch.no_grad():
@@ -441,8 +452,10 @@ class Gates(nn.Module):
         like = self.embeddings[0].detach()
         for _ in range(tasks):
             self.embeddings.append(self.fresh_embedding(self.num_units, like))
-        for name in ("masks", "sealed", "given", "given_until", "order", "lineage", "digest_table"):
-            rows = getattr(self, name)
+        for name in ("masks", "sealed", "given", "given_until", "order", "lineage", "digest_table", "importance"):
+            rows = self._buffers.get(name)
+            if rows is None:
+                continue
             setattr(self, name, torch.cat([rows, rows.new_zeros(tasks, *rows.shape[1:])]))
         self.lineage = nn.functional.pad(self.lineage, (0, tasks))
         self.set_stages([*self.stages, *[len(self.growths)] * tasks])

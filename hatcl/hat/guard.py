@@ -18,7 +18,7 @@ from .gates import Gates, gates_of
 from .grow_apply import OUTGROWN
 from .held import held, live_for, own_buffers, shared_buffers
 from .layers.gated import HATLayer
-from .protection import Before, after_step, before_step, by_degrees, eased
+from .protection import FINE, Attribution, Before, after_step, before_step, by_degrees, eased
 
 
 class Guard(Keeper):
@@ -27,6 +27,7 @@ class Guard(Keeper):
     Args:
         locked: sealed tasks that are held.
         after: called with the number of steps taken, when that has grown.
+        start: steps that are done already.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Guard(Keeper):
         optimizers: Sequence[Any],
         locked: Sequence[int],
         after: Callable[[int], None],
+        start: int = 0,
     ) -> None:
         self.model, self.task, self.after = model, task, after
         reshard(model)
@@ -44,6 +46,8 @@ class Guard(Keeper):
         self._own = {id(e) for e in self.embeddings}
         self._counts: dict[int, int] = {}
         self.steps = 0
+        fine = self.gates[0].config.protection == FINE
+        self.attribution = Attribution(model, task, start) if fine else None
         super().__init__(self._frozen(locked), optimizers)
         self._check(model, optimizers)
 
@@ -148,6 +152,8 @@ class Guard(Keeper):
             self.check_finite(gradients=True)
         pairs = zip(self.gates, self.embeddings, strict=True)
         embeddings = [(g, e, local(e.detach()).clone()) for g, e in pairs if id(e) in ids]
+        if self.attribution is not None and not _skips(optimizer):
+            self.attribution.add()
         return embeddings, before_step(self.eased, ids, self.gates)
 
     @torch.no_grad()

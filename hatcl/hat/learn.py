@@ -18,6 +18,7 @@ from ..config import HATConfig
 from ..errors import HATError, NonFiniteLossError, TaskError
 from ..functional import scale_at
 from ..map.lora import is_factor
+from ..shards import check_whole
 from . import digests
 from .active import is_chosen
 from .distributed import Replicas
@@ -188,13 +189,14 @@ def learn(
     Raises:
         TaskError: no such task, or it is sealed already; inside a `with hatcl.task(...)` block; a state that does not
             fit; gates that it is given and cannot have. GuardError: an optimizer that cannot be guarded. HATError: a
-            module was replaced after conversion. CapacityError: it could learn nothing, sealed tasks hold all.
-            IntegrityError: a sealed task changed since it was sealed.
+            module was replaced after conversion; shards under protection by degrees. CapacityError: it could learn
+            nothing but its head, sealed tasks hold all. IntegrityError: a sealed task changed since it was sealed.
         NonFiniteLossError: the loss became NaN or infinite. ConfigError: `start_from` or `examples` that cannot be.
 
     Warns:
         UserWarning: something else than an optimizer's step wrote to what is frozen (it is put back); another number of
-            steps was taken than `steps`; a layer is left without units.
+            steps was taken than `steps`; a layer is left without units; sealed tasks hold all that the task could
+            share, so that it learns with its own norms and its head.
     """
     task = check_task(model, task, sealed=False)
     if steps < 1 or epochs < 1 or not 0 <= start <= steps:
@@ -210,6 +212,9 @@ def learn(
             f"learn: task {task} cannot be learned inside a `with hatcl.task(...)` block of the same model, which "
             "keeps its own task active; leave the block first"
         )
+    degrees = by_degrees(model)
+    if degrees:
+        check_whole(model, f"learn: protection={gates[0].config.protection!r}", "protect exactly, or do not shard it")
     check_none_reopened(model, f"learn: task {task}", task)
     _check_layers(model)
     check_structure(model)
@@ -225,7 +230,7 @@ def learn(
     optimizers: Sequence[Any] = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     locked = locked_tasks(model)
     with begun(model, task, replicas.of_rank_0(source), locked, optimizers, again=start > 0):
-        guard = Guard(model, task, optimizers, locked, learning._advance)
+        guard = Guard(model, task, optimizers, locked, learning._advance, start)
     learning.guard = guard
     replicas.joined = lambda: guard.relock(guard.locked)
     before = [(g, g.task) for g in gates]
@@ -234,7 +239,7 @@ def learn(
         g.learner, g.lock = threading.get_ident(), guard.lock
         g.model, g.origin = weakref.ref(model), None
     learning._set_scale()
-    drift = Drift(model, guard.locked) if by_degrees(model) else None
+    drift = Drift(model, guard.locked) if degrees else None
     try:
         with _Loads(model, task, guard), replicas, guard:
             yield learning

@@ -1,18 +1,30 @@
-"""Protection by degrees: AdaHAT (Wang et al. 2024, doi 10.1007/978-3-031-70352-2_9), for who prefers learning to
-exactness. Sealed tasks drift, by choice, and how far is measured.
+"""Protection by degrees: AdaHAT (Wang et al. 2024, doi 10.1007/978-3-031-70352-2_9) and FG-AdaHAT (by the same authors'
+implementation, CLArena 1.1.0), for who prefers learning to exactness. Sealed tasks drift, by choice, and how far is
+measured.
 
-An element that I sealed tasks use at both of its ends moves by the share `r / (I + r)` of an optimizer's step, with
+An element of importance I moves by the share `r / (I + r)` of an optimizer's step, with
 
     r = alpha / (epsilon + sparsity)          sparsity = sum a (1 - used) / sum (1 - used)   over the units of its layer
 
-(eq. 8 and 9; a: the gates of the task being learned, the layer is that of the unit which the element writes, or else of
-the one that it reads). An element that no sealed task uses moves as ever.
+(AdaHAT's eq. 8 and 9; a: the gates of the task being learned, the layer is that of the unit which the element writes,
+or else of the one that it reads). Under `adahat` I is the number of sealed tasks that use the element at both of its
+ends. An element that no sealed task uses moves as ever.
+
+Under `fg_adahat` (fine-grained) the tasks do not count alike: I is the sum over sealed tasks that use both ends of the
+smaller of the ends' importances, and r is divided by `t + 10` when the t-th task is learned. A unit's importance to a
+task is, over the steps in which the task was learned,
+
+    mean_k [ a_k (g_k - min g_k) / (max g_k - min g_k) ] + 0.01       g_k = sum |dL/dw|  over the elements that write it
+
+with minimum and maximum over the units of its layer: CLArena's attribution by input gradients ("IG"), its step-wise
+mask, its base values and its importance scheduler `linear_sparsity_reg`. An end that is always on has the importance
+1.01, the largest that there is.
 
 Deviations. AdaHAT multiplies the gradient. Here it is the step, which is the same for SGD without momentum, and
 protects with any other optimizer too: Adam divides a gradient by its own size, and would take a full step however small
-it was made. AdaHAT takes the smaller of the two ends' own counts for I, and so also protects elements whose ends were
-used by different tasks; I is the number of tasks that use both (M4). In float32 a step below a relative 6e-8 of a
-weight is rounded away, so that little moves at alpha = 1e-6, AdaHAT's own.
+it was made. AdaHAT takes the smaller of the two ends' own counts (FG-AdaHAT: of their sums) for I, and so also protects
+elements whose ends were used by different tasks; here a task counts if it uses both (M4). In float32 a step below a
+relative 6e-8 of a weight is rounded away, so that little moves at alpha = 1e-6, AdaHAT's own.
 """
 
 from __future__ import annotations
@@ -31,6 +43,9 @@ from .gates import Gates, gates_of
 from .held import Held, held
 from .tasks import task as active
 
+FINE = "fg_adahat"
+BASE_IMPORTANCE, BASE_TASKS = 0.01, 10.0  # CLArena's b_I and b_L; its b_R is `protection_epsilon`
+
 
 def by_degrees(model: nn.Module) -> bool:
     """May a later task move what a sealed one uses?"""
@@ -39,7 +54,7 @@ def by_degrees(model: nn.Module) -> bool:
 
 @dataclass
 class Eased:
-    """A parameter that moves by degrees. importance: I, `[*shape]`, 0 where the element is free."""
+    """A parameter that moves by degrees. importance: I, `[*shape]`, 0 where no sealed task uses the element."""
 
     held: Held
     importance: Tensor
@@ -48,9 +63,8 @@ class Eased:
         """`[*shape]`: by which share of a step each element moves. rates: of each gates, r per unit, `[U + 1]`."""
         plan, p = self.held.plan, self.held.param
         assert plan is not None
-        axes = sorted(plan.axes, key=lambda axis: not axis.owner)
-        units = axes[0].units
-        r = rates[id(units.gates)][torch.as_tensor(units.numbers, device=p.device)].view(axes[0].shape)
+        units = plan.main.units
+        r = rates[id(units.gates)][torch.as_tensor(units.numbers, device=p.device)].view(plan.main.shape)
         r = r.expand(plan.view).reshape(p.shape)
         return torch.where(self.importance > 0, r / (self.importance + r), 1.0)
 
@@ -62,10 +76,68 @@ def eased(model: nn.Module, locked: Sequence[int]) -> list[Eased]:
         if h.task is None and not h.plain and h.plan is not None and h.plan.axes:
             importance = torch.zeros(h.param.shape, device=h.param.device)
             for t in locked:
-                importance += h.live(t)
+                importance += importance_to(h, t)
             if bool(importance.any()):
                 out.append(Eased(h, importance))
     return out
+
+
+def importance_to(h: Held, task: int) -> Tensor:
+    """`[*shape]`: a shared parameter's part of I that a sealed task gives; 0 where it does not use the element."""
+    assert h.plan is not None
+    if h.plan.axes[0].units.gates.config.protection != FINE:
+        return h.live(task)
+    least: Tensor | None = None
+    for axis in h.plan.axes:
+        gates = axis.units.gates
+        of_units = (gates.importance[task] + BASE_IMPORTANCE) * gates.masks[task]
+        of_all = nn.functional.pad(of_units, (1, 0), value=1 + BASE_IMPORTANCE).to(h.param.device)
+        here = of_all[torch.as_tensor(axis.units.numbers, device=h.param.device)].view(axis.shape)
+        least = here if least is None else torch.minimum(least, here)
+    assert least is not None
+    return least.expand(h.plan.view).reshape(h.param.shape)
+
+
+class Attribution:
+    """Follows how much each unit matters to the task being learned, in `Gates.importance`: the mean over its steps, so
+    that a state saved in between holds all that is needed to go on.
+
+    Args:
+        start: steps that are done already.
+    """
+
+    def __init__(self, model: nn.Module, task: int, start: int) -> None:
+        self.task, self.steps = task, start
+        self.gates = gates_of(model)
+        self.parts = [h for h in held(model) if h.task is None and not h.plain and h.plan is not None and h.plan.axes]
+        for g in self.gates if start == 0 else ():
+            g.importance[task] = 0
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Take in the gradients of which an optimizer is about to step."""
+        sums = {id(g): g.importance.new_zeros(g.num_units + 1) for g in self.gates}
+        for h in self.parts:
+            if h.param.grad is None:
+                continue
+            assert h.plan is not None
+            main = h.plan.main
+            over = [d for d, n in enumerate(main.shape) if n == 1]
+            size = h.param.grad.abs().view(h.plan.view).float()
+            size = size.sum(over) if over else size
+            total = sums[id(main.units.gates)]
+            total.index_add_(0, torch.as_tensor(main.units.numbers, device=total.device), size.flatten().to(total))
+        if not all(bool(torch.isfinite(total).all()) for total in sums.values()):
+            return  # a gradient scaler will skip this step
+        self.steps += 1
+        for g in self.gates:
+            now = sums[id(g)][1:]
+            for _, start, stop in g.layers:
+                if stop > start:
+                    low, high = now[start:stop].aminmax()
+                    now[start:stop] = (now[start:stop] - low) / (high - low).clamp(min=torch.finfo(now.dtype).tiny)
+            mean = g.importance[self.task]
+            mean += (now * g.select(self.task, slice(None)).to(now) - mean) / self.steps
 
 
 @torch.no_grad()
@@ -75,10 +147,11 @@ def rates_of(gates: Gates) -> Tensor:
     assert gates.learning is not None
     a, used = gates.select(gates.learning, slice(None)), gates.used(without=gates.learning)
     sparsity = a.new_zeros(gates.num_units + 1)
+    tasks = int(gates.sealed.sum()) + 1 + BASE_TASKS if c.protection == FINE else 1.0
     for _, start, stop in gates.layers:
         if stop > start:
             sparsity[start + 1 : stop + 1] = sparsity_penalty(a[start:stop], used[start:stop])
-    return c.protection_alpha / (c.protection_epsilon + sparsity)
+    return c.protection_alpha / ((c.protection_epsilon + sparsity) * tasks)
 
 
 Before = list[tuple[Eased, Tensor, Tensor]]  # a parameter, its values before a step, and the shares that it will take

@@ -17,6 +17,7 @@ from ..map.lora import is_factor
 from .binding import ParameterPlan, UnitAxis
 from .gates import Gates, gates_of, groups_of
 from .held import held, live_for
+from .layers.gated import HATLayer
 from .tasks import locked_tasks, tasks
 
 
@@ -68,7 +69,7 @@ def room_of(model: nn.Module) -> Room:
     layer = {(id(g), n): name for name, g, start, stop in groups_of(model) for n in range(start + 1, stop + 1)}
     free, size, found = dict(elements), 0.0, 0.0
     for plan, mask in _free(model, sealed, lambda g: _allowed(g, None)):
-        axis = _main(plan)
+        axis = plan.main
         names = [layer.get((id(axis.units.gates), n), "") for n in axis.units.numbers.tolist()]
         share = torch.ones((), device=mask.device)
         for a in plan.axes:
@@ -86,10 +87,12 @@ def room_of(model: nn.Module) -> Room:
 
 
 def check_room(model: nn.Module, task: int) -> None:
-    """Raise `CapacityError` if a task could learn nothing: of the elements that it may use, sealed tasks hold all.
+    """Raise `CapacityError` if a task could learn nothing but its head: of the elements that it may use, sealed tasks
+    hold all.
 
     Warns:
-        UserWarning: under `reuse="none"` a layer has no unit left, so nothing passes there.
+        UserWarning: under `reuse="none"` a layer has no unit left, so nothing passes there; sealed tasks hold all, and
+            what is left to learn are the task's own norms and its head.
     """
     gates = gates_of(model)
     allowed = {id(g): _allowed(g, task) for g in gates}
@@ -110,14 +113,28 @@ def check_room(model: nn.Module, task: int) -> None:
         shared = True
         if bool(mask.any()):
             return
-    if shared:
-        closed = [name for name, *_ in groups_of(model)]
-        raise CapacityError(
-            f"task {task}: no room left, sealed tasks hold every element of {', '.join(closed[:5])}"
-            f"{' ...' if len(closed) > 5 else ''} that it could learn; forget a task (hatcl.forget_task), grow the "
-            f"network (hatcl.grow), raise HATConfig.penalty_weight (now {gates[0].config.penalty_weight:g}) for "
-            "earlier tasks, or use a wider model"
-        )
+    if not shared:
+        return
+    closed = [name for name, *_ in groups_of(model)]
+    held_by = f"sealed tasks hold every element of {', '.join(closed[:5])}{' ...' if len(closed) > 5 else ''} that it"
+    remedy = (
+        "forget a task (hatcl.forget_task), grow the network (hatcl.grow), raise HATConfig.penalty_weight (now "
+        f"{gates[0].config.penalty_weight:g}) or HATConfig.embedding_lr_scale (now "
+        f"{gates[0].config.embedding_lr_scale:g}) for earlier tasks, or use a wider model"
+    )
+    if gates[0].config.reuse == "none" or not _own_norms(model, task):
+        raise CapacityError(f"task {task}: no room left, {held_by} could learn; {remedy}")
+    warnings.warn(
+        f"task {task}: {held_by} could share, so it learns with its own norms and its head alone, over features that "
+        f"others learned; {remedy}",
+        stacklevel=4,
+    )
+
+
+def _own_norms(model: nn.Module, task: int) -> bool:
+    """Has a task parameters of its own in norms, which scale and move what frozen weights give?"""
+    layers = (m for m in model.modules() if isinstance(m, HATLayer) and m.hat_is_norm and "hat_tasks" in m._modules)
+    return any(p.requires_grad for m in layers for p in m.hat_tasks[task].parameters())
 
 
 def _allowed(g: Gates, task: int | None) -> Tensor:
@@ -148,11 +165,6 @@ def _of_units(axis: UnitAxis, values: Tensor) -> Tensor:
     """Values `[U]` for the entries of an axis; 1 where an entry is always on."""
     numbers = torch.as_tensor(axis.units.numbers, device=values.device)
     return torch.where(numbers == 0, torch.ones((), dtype=values.dtype, device=values.device), values[numbers - 1])
-
-
-def _main(plan: ParameterPlan) -> UnitAxis:
-    """The axis that a parameter writes; else one that it reads."""
-    return next((a for a in plan.axes if a.owner), plan.axes[0])
 
 
 def _expected(g: Gates, sealed: Sequence[int]) -> Tensor:

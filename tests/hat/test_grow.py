@@ -379,14 +379,20 @@ def test_an_averaged_copy_grows_once_it_is_sealed():
     assert torch.equal(parts.logits(ema, 0, x), want)
 
 
-def test_a_model_that_is_protected_by_degrees_grows():
-    model, x = parts.converted("mlp", 2, protection="adahat"), parts.images("mlp")
+@pytest.mark.parametrize("protection", ["adahat", "fg_adahat"])
+def test_a_model_that_is_protected_by_degrees_grows(protection):
+    model, x = parts.converted("mlp", 2, protection=protection), parts.images("mlp")
     parts.train(model, 0, torch.optim.AdamW(model.parameters(), 1e-2), parts.problem(parts.shape_of("mlp"), 0), 4)
-    want = parts.logits(model, 0, x)
+    want, g = parts.logits(model, 0, x), gates_of(model)[0]
+    mattered = g.importance[0, g.masks[0]] if protection == "fg_adahat" else None
     hatcl.grow(model, 1.5)
     assert torch.equal(parts.logits(model, 0, x), want)
+    if mattered is not None:
+        assert bool(mattered.any()) and torch.equal(g.importance[0, g.masks[0]], mattered)
     certificate = hatcl.certify(model, x)
     assert not certificate.exact and certificate.max_abs_diff == {0: 0.0} and "by choice" in str(certificate)
+    parts.train(model, 1, torch.optim.AdamW(model.parameters(), 1e-2), parts.problem(parts.shape_of("mlp"), 1), 2)
+    assert hatcl.tasks(model) == [0, 1]
 
 
 def test_by_degrees_too_a_growth_in_which_tasks_reach_each_other_is_refused(monkeypatch):

@@ -1,4 +1,4 @@
-"""Protection by degrees (AdaHAT): its formula, what it does not touch, and that it is never taken for exact."""
+"""Protection by degrees (AdaHAT, FG-AdaHAT): its formulas, what it does not touch, that it is never called exact."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import hatcl
 from hatcl.hat import guard as guarding
 from hatcl.hat.gates import Gates, gates_of
 from hatcl.hat.held import held
-from hatcl.hat.protection import Eased, eased, rates_of
+from hatcl.hat.protection import Attribution, Eased, eased, importance_to, rates_of
 
 STRONG = {"protection": "adahat", "protection_alpha": 0.1}
+FINE = {"protection": "fg_adahat", "protection_alpha": 0.1}
+KINDS = pytest.mark.parametrize("options", [STRONG, FINE], ids=["adahat", "fg_adahat"])
 
 
 def learn(model, task, steps=3, optimizer=None, **options):
@@ -123,8 +125,9 @@ def test_what_is_a_tasks_own_stays():
     assert all(torch.equal(h.param, own[h.name]) for h in held(model) if h.task == 0)
 
 
-def test_it_is_said_to_be_not_exact_and_the_drift_is_measured():
-    model = sealed(**STRONG)
+@KINDS
+def test_it_is_said_to_be_not_exact_and_the_drift_is_measured(options):
+    model = sealed(**options)
     x, _ = parts.problem(parts.shape_of("mlp"), 1)
     assert hatcl.describe(model).drift == {0: {"moved": 0.0, "same": 1.0}}
     want = parts.logits(model, 0, x)
@@ -137,7 +140,7 @@ def test_it_is_said_to_be_not_exact_and_the_drift_is_measured():
     assert said.to_dict()["drift"][1] == {"moved": 0.0, "same": 1.0}
     certificate = hatcl.certify(model, x)
     assert not certificate.exact and set(certificate.max_abs_diff.values()) == {0.0}
-    assert str(certificate).startswith("NOT exact: by choice: HATConfig.protection is 'adahat'")
+    assert str(certificate).startswith(f"NOT exact: by choice: HATConfig.protection is {options['protection']!r}")
     with pytest.raises(hatcl.IsolationError, match="by choice"):
         hatcl.certify(model, x, strict=True)
 
@@ -150,9 +153,10 @@ def test_exact_protection_has_no_drift():
     assert torch.equal(parts.logits(model, 0, parts.images("mlp")), want)
 
 
-def test_sealed_tasks_are_sealed_as_they_are_now(tmp_path):
+@KINDS
+def test_sealed_tasks_are_sealed_as_they_are_now(options, tmp_path):
     """Digests are taken anew, also where the block is left by an exception and where a model is saved inside it."""
-    model = sealed(**STRONG)
+    model = sealed(**options)
     learn(model, 1)
 
     def stop(step):
@@ -184,8 +188,132 @@ def test_inside_the_block_a_sealed_task_computes_with_what_is_there_now():
 
 
 def test_what_is_not_there_is_refused():
-    with pytest.raises(hatcl.ConfigError, match="protection: got 'fg_adahat', expected one of exact, adahat"):
-        hatcl.HATConfig(protection="fg_adahat")
+    with pytest.raises(hatcl.ConfigError, match="protection: got 'fg', expected one of exact, adahat, fg_adahat"):
+        hatcl.HATConfig(protection="fg")
     for name in ("protection_alpha", "protection_epsilon"):
         with pytest.raises(hatcl.ConfigError, match=f"{name}: got 0, expected a number above 0"):
             hatcl.HATConfig(**{name: 0})
+
+
+# ---- FG-AdaHAT ------------------------------------------------------------------------------------
+
+
+def by_hand(model, task, gradients, gates):
+    """A unit's importance after some steps, written down from the formula for the MLP: its layers are "1" and "4"."""
+    g, steps = gates_of(model)[0], []
+    for grads, a in zip(gradients, gates, strict=True):
+        rows = torch.cat([grads[f"{n}.weight"].abs().sum(1) + grads[f"{n}.bias"].abs() for n in ("1", "4")])
+        for _, start, stop in g.layers:
+            part = rows[start:stop].clone()
+            rows[start:stop] = (part - part.min()) / (part.max() - part.min())
+        steps.append(rows * a)
+    return torch.stack(steps).mean(0)
+
+
+def test_importance_is_the_mean_over_steps_of_scaled_gradients():
+    model = parts.converted("mlp", 3, **FINE)
+    g, gradients, gates, latest = gates_of(model)[0], [], [], {}
+    for h in held(model):
+        if h.task is None and not h.plain:
+            h.param.register_post_accumulate_grad_hook(lambda p, n=h.name: latest.__setitem__(n, p.grad.clone()))
+
+    class Seen(torch.optim.SGD):
+        def step(self, closure=None):
+            gradients.append(dict(latest)), gates.append(g.select(0, slice(None)).detach().clone())
+            return super().step(closure)
+
+    learn(model, 0, 4, Seen(model.parameters(), 0.1))
+    want = by_hand(model, 0, gradients, gates)
+    assert len(gradients) == 4 and 0 < float(want.max()) <= 1
+    # the running mean and the mean of the four: measured 6e-8
+    assert torch.allclose(g.importance[0], want, atol=1e-6)
+    assert not bool(g.importance[1:].any())
+
+
+def test_a_share_is_by_the_smaller_end_of_each_task():
+    model = parts.pretend(parts.converted("mlp", 3, **FINE), [0, 1])
+    g = gates_of(model)[0]
+    g.importance.copy_(torch.rand(g.importance.shape, generator=torch.Generator().manual_seed(0)))
+    parts_ = {e.held.name: e for e in eased(model, [0, 1])}
+    of = (g.importance + 0.01) * g.masks
+    (a, b), (c, d) = ((start, stop) for _, start, stop in g.layers)
+    want = sum(torch.minimum(of[t, c:d, None], of[t, None, a:b]) for t in (0, 1))
+    assert torch.equal(parts_["4.weight"].importance, want)
+    # pixels are always on, so the unit that is written decides
+    assert torch.equal(parts_["1.weight"].importance, of[:2, a:b].sum(0)[:, None].expand(32, 48))
+    assert torch.equal(parts_["4.bias"].importance, of[:2, c:d].sum(0))
+    g.learning = 2
+    r = 0.1 / ((0.1 + 1.0) * (2 + 1 + 10))  # every free unit is taken, by the third task
+    torch.nn.init.constant_(g.embeddings[2], 6.0)
+    assert torch.allclose(rates_of(g)[1:], torch.full((g.num_units,), r))
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_every_unit_of_a_real_network_gets_its_importance(name):
+    """Grouped, shared and one-ended parameters: what a task uses counts, and nothing else."""
+    model = parts.converted(name, 2, **FINE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    parts.train(model, 0, optimizer, parts.problem(parts.shape_of(name), 0), 2)
+    g = gates_of(model)[0]
+    assert bool((g.importance[0] >= 0).all()) and bool((g.importance[0] <= 1).all())
+    for _, start, stop in g.layers:
+        assert stop - start < 2 or float(g.importance[0, start:stop].max()) > 0
+    for h in held(model):
+        if h.task is None and not h.plain and h.plan is not None and h.plan.axes:
+            assert torch.equal(importance_to(h, 0) > 0, h.live(0))
+
+
+def test_the_more_a_unit_matters_the_less_it_moves():
+    """And without importances all that sealed tasks use would move alike: the twin."""
+    moved = []
+    for much in (1.0, 0.0):
+        model = sealed(**FINE)
+        g = gates_of(model)[0]
+        g.importance[0] = much
+        old = {h.name: h.param.detach().clone() for h in held(model)}
+        live = {h.name: h.live(0) for h in held(model)}
+        learn(model, 1, 3)
+        moved.append(
+            sum(
+                float((h.param.detach() - old[h.name])[live[h.name]].abs().sum())
+                for h in held(model)
+                if h.name in ("1.weight", "4.weight")
+            )
+        )
+    assert 0 < 5 * moved[0] < moved[1]
+
+
+def test_importances_go_where_the_model_goes(tmp_path):
+    model = sealed(**FINE)
+    want = gates_of(model)[0].importance.clone()
+    assert bool(want[0].any())
+    hatcl.add_tasks(model, 1)
+    assert torch.equal(gates_of(model)[0].importance[:3], want) and len(gates_of(model)[0].importance) == 4
+    again = hatcl.from_pretrained(hatcl.save_pretrained(model, tmp_path / "saved"), base=parts.plain("mlp"))
+    other = parts.converted("mlp", 4, **FINE)
+    other.load_state_dict(model.state_dict())
+    for m in (again, other, copy.deepcopy(model)):
+        assert torch.equal(gates_of(m)[0].importance, gates_of(model)[0].importance)
+    hatcl.forget_task(model, 0)
+    assert not bool(gates_of(model)[0].importance.any())
+    with pytest.raises(RuntimeError, match="importance"):  # a state that says nothing of them
+        other.load_state_dict({k: v for k, v in other.state_dict().items() if "importance" not in k})
+    assert "importance" not in dict(gates_of(sealed(**STRONG))[0].named_buffers())
+
+
+def test_a_task_that_is_interrupted_goes_on_with_its_mean():
+    model = parts.converted("mlp", 3, **FINE)
+    g = gates_of(model)[0]
+    g.importance[0] = 0.5
+    assert Attribution(model, 0, start=3).steps == 3 and bool((g.importance[0] == 0.5).all())
+    Attribution(model, 0, start=0)
+    assert not bool(g.importance[0].any())
+
+
+def test_gradients_that_a_scaler_throws_away_do_not_count():
+    model = parts.converted("mlp", 3, **FINE)
+    follow = Attribution(model, 0, start=0)
+    for h in follow.parts:
+        h.param.grad = torch.full_like(h.param, float("inf"))
+    follow.add()
+    assert follow.steps == 0 and not bool(gates_of(model)[0].importance.any())

@@ -124,6 +124,39 @@ def test_a_task_that_uses_all_leaves_nothing_unless_it_is_not_held():
     learn(parts.pretend(parts.converted("mlp", locked=()), tasks=[0], share=1.1), 1)
 
 
+def with_norms(num_tasks=3, **options):
+    """The MLP with batch norms, which every task has of its own."""
+    torch.manual_seed(0)
+    return hatcl.convert(parts.mlp(norm=torch.nn.BatchNorm1d), num_tasks, parts.images("mlp", 4), config=options)
+
+
+def test_with_norms_of_its_own_a_task_learns_where_all_is_held():
+    """As HAT-CL does, whose dense start leaves later tasks no other room."""
+    model = parts.pretend(with_norms(), tasks=[0], share=1.1)
+    x = parts.images("mlp")
+    want, weights = parts.logits(model, 0, x), model[4]._parameters["weight"].detach().clone()
+    own = [p.detach().clone() for p in model[5].hat_tasks[1].parameters()]
+    with pytest.warns(UserWarning) as said:
+        losses = learn(model, 1, 30)
+    text = str(said[0].message)
+    assert (
+        "task 1: sealed tasks hold every element of 1, 4 that it could share, so it learns with its own norms" in text
+    )
+    assert "raise HATConfig.penalty_weight (now 0.75) or HATConfig.embedding_lr_scale (now 1) for earlier tasks" in text
+    assert losses[-1] < losses[0] / 2 and hatcl.tasks(model) == [0, 1]
+    assert not any(torch.equal(a, b) for a, b in zip(own, model[5].hat_tasks[1].parameters(), strict=True))
+    assert torch.equal(parts.logits(model, 0, x), want) and torch.equal(model[4]._parameters["weight"], weights)
+
+
+def test_norms_that_are_frozen_and_norms_that_nothing_reaches_leave_no_room():
+    model = parts.pretend(with_norms(), tasks=[0], share=1.1)
+    for layer in (model[2], model[5]):
+        for p in layer.hat_tasks[1].parameters():
+            p.requires_grad_(False)
+    refused(model, 1, "task 1: no room left")
+    refused(parts.pretend(with_norms(reuse="none"), tasks=[0], share=1.1), 1, "task 1: no room left")
+
+
 def test_under_reuse_none_room_is_between_units_that_nobody_uses():
     model = parts.converted("mlp", reuse="none", num_tasks=4)
     hatcl.hold_gates(model, 0, layers(range(8), range(16)))
