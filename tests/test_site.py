@@ -1,0 +1,123 @@
+"""The documentation site: it builds without a warning, and the API reference has every public name with an example."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hatcl
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+for needed in ("mkdocs", "material", "mkdocstrings_handlers"):
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip("the site needs MkDocs; run: pip install -e '.[docs]'", allow_module_level=True)
+
+
+def build(config: Path, into: Path) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--config-file",
+        str(config),
+        "--site-dir",
+        str(into),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    into = tmp_path_factory.mktemp("site")
+    done = build(ROOT / "mkdocs.yml", into)
+    assert done.returncode == 0, done.stderr
+    return into
+
+
+def test_it_builds_without_a_warning(site):
+    assert (site / "index.html").exists() and (site / "api" / "learning" / "index.html").exists()
+    assert (site / "examples" / "certify" / "index.html").exists()
+
+
+def test_links_out_of_the_folder_lead_to_pages_of_the_site(site):
+    home = (site / "index.html").read_text()
+    assert 'href="hat/"' in home and 'href="examples/"' in home and 'href="LICENSE"' in home
+    assert 'href="../examples/own_rule/"' in (site / "architecture" / "index.html").read_text()
+
+
+def test_each_parameter_of_a_docstring_has_its_own_entry(site):
+    page = (site / "api" / "learning" / "index.html").read_text()
+    for name in ("revision", "token", "cache_dir", "local_files_only", "force_download"):
+        assert re.search(rf"<b>{name}</b>|<code>{name}</code>", page), name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[there](nowhere.md)", "'nowhere.md', but the target is not found"),
+        ("[there](#no-heading)", "there is no such anchor"),
+        ("[there](/hat.md)", "absolute link"),
+        ("text", None),
+    ],
+)
+def test_a_link_that_leads_nowhere_fails_the_build(tmp_path, text, said):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# A page\n\n{text}\n")
+    config = f"INHERIT: {ROOT / 'mkdocs.yml'}\ndocs_dir: docs\nhooks: []\nplugins: []\nnav: [index.md]\n"
+    (tmp_path / "mkdocs.yml").write_text(config)
+    done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert (done.returncode == 0) is (said is None), done.stderr
+    assert said is None or said in done.stderr
+
+
+def test_the_reference_has_every_public_name_with_an_example():
+    entries: list[str] = []
+    for page in sorted((DOCS / "api").glob("*.md")):
+        for entry in re.split(r"^::: ", page.read_text(), flags=re.M)[1:]:
+            name = entry.split()[0].removeprefix("hatcl.")
+            entries.append(name)
+            (code,) = re.findall(r"^```py(?:thon)?\n(.*?)^```", entry, flags=re.M | re.S)
+            assert code.strip(), name
+    assert sorted(entries) == sorted(hatcl.__all__)
+
+
+def test_docstrings_are_split_into_entries():
+    spec = importlib.util.spec_from_file_location("docstrings", DOCS / "docstrings.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    text = """Sentence.
+
+    Args:
+        x, y: inputs and
+            labels. seed: of the draws, note: not a name. Whole.
+        rank: of both
+    Raises:
+        ConfigError: a rank. OSError: the disk
+        is full.
+
+    Args: in a sentence stays.
+    """
+    assert made.one_a_line(text, ["x", "y", "seed", "rank"]).rstrip().split("\n") == [
+        "Sentence.",
+        "",
+        "Args:",
+        "    x: inputs and labels.",
+        "    y: inputs and labels.",
+        "    seed: of the draws, note: not a name. Whole.",
+        "    rank: of both",
+        "",
+        "Raises:",
+        "    ConfigError: a rank.",
+        "    OSError: the disk is full.",
+        "",
+        "Args: in a sentence stays.",
+    ]
