@@ -20,7 +20,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 EXTRAS = {
     "sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots", "open_clip": "clip",
-    "onnxruntime": "onnx", "lightning": "lightning", "datasets": "data",
+    "onnxruntime": "onnx", "lightning": "lightning", "datasets": "data", "avalanche": "avalanche",
 }  # fmt: skip
 
 
