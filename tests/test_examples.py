@@ -20,7 +20,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
 EXTRAS = {
     "sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots", "open_clip": "clip",
-    "onnxruntime": "onnx", "lightning": "lightning", "datasets": "data",
+    "onnxruntime": "onnx", "lightning": "lightning", "datasets": "data", "avalanche": "avalanche",
 }  # fmt: skip
 
 

@@ -30,10 +30,11 @@ from .growth import Growth
 from .headers import read_with_header
 from .hub import located, uploaded
 from .tasks import tasks
-from .writers import MARK, Way, check_options, take_over
+from .writers import MARK, Way, check_options, is_mixed, take_over
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 3
 TRIES = 100  # how often a file is read again that was replaced meanwhile
+DEEPER = "deeper"  # in the header: each tensor has a dimension of size 1 in front, which `ModelHubMixin` cannot load
 HEADER = "hatcl"  # under this name the header of the tensors' file has the config
 KEYS = {"format", "config", "source", "map", "tied", "dtypes", "digests", "fingerprint"}
 
@@ -62,12 +63,13 @@ def save_pretrained(
     Raises:
         ConfigError: a fact of a task that the model does not have; the folder is that of a run.
         IntegrityError: a sealed task changed since it was sealed; the disk is full or not writable. HATError: layers
-            put together by hand (save their `state_dict()`; there is no recipe to make the model again).
+            put together by hand (save their `state_dict()`; there is no recipe to make the model again), also around a
+            converted model.
     """
     writes = True
     if isinstance(model, nn.parallel.DistributedDataParallel):
         writes = distributed.get_rank() == 0
-    model = next((m for m in model.modules() if GATES in m._modules), model)  # not what it is wrapped in
+    model = _unwrapped(model)
     if sharded_modules(model):
         writes = distributed.get_rank() == 0
         whole = gathered_in(model, writes, "cpu")
@@ -93,9 +95,12 @@ def save_pretrained(
         else:
             first[key] = name
             tensors[name] = t.detach().contiguous().cpu()
+    mixed = is_mixed(model)
+    if mixed:
+        tensors = {name: t[None] for name, t in tensors.items()}
     text = _signed({
         **library_config(g.source), **MARK,
-        **_converted(g), "inputs": g.takes, "format": FORMAT, "source": g.source, "tied": tied,
+        **_converted(g), **({DEEPER: True} if mixed else {}), "inputs": g.takes, "format": FORMAT, "source": g.source, "tied": tied,
         "dtypes": {name: _name_of(t) for name, t in tensors.items()},
         "digests": {t: g.digests.get(t) or digests.task_digests(model, t) for t in tasks(model)},
     })  # fmt: skip
@@ -233,6 +238,8 @@ def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     now = {"growths": [], **_converted(g)}
     for what, ours in json.loads(json.dumps(now)).items():
         theirs = meta.get(what, [])
+        if what == "config":  # an option that is newer than the file is what it was without it
+            theirs = {**HATConfig().to_dict(), **theirs}
         if theirs != ours:
             differ = (
                 [k for k in {**theirs, **(ours or {})} if ours is None or theirs.get(k) != ours.get(k)]
@@ -244,6 +251,24 @@ def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
                 "differ); convert the same model with the same options, or take hatcl.from_pretrained"
             )
     _load(model, meta, tensors, path)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The converted model, without what it is wrapped in (DistributedDataParallel, torch.compile, a host's module).
+
+    Raises:
+        HATError: the wrapping has parameters of its own, which would be lost.
+    """
+    inner = next((m for m in model.modules() if GATES in m._modules), model)
+    mine = {id(p) for p in inner.parameters()}
+    outside = [name for name, p in model.named_parameters() if id(p) not in mine]
+    if outside:
+        raise HATError(
+            f"save_pretrained: {outside[0]} lies outside of the converted {type(inner).__name__} ({len(outside)} such "
+            "parameters), which alone would be written; save model.state_dict(), and load it into a model that was put "
+            "together alike"
+        )
+    return inner
 
 
 def _converted(gates: Gates) -> dict[str, Any]:
@@ -283,7 +308,8 @@ def _read_model(path: Path, sha256: str | None, tensors: bool = True) -> tuple[d
                 )
             text, stored = read_with_header(path, HEADER, "hatcl.save_pretrained", tensors=tensors)
             if _stamp(path) == before:
-                return _as_written(text, path), stored
+                meta = _as_written(text, path)
+                return meta, {name: t[0] for name, t in stored.items()} if meta.get(DEEPER) else stored
         except IntegrityError:
             if _stamp(path) == before:
                 raise

@@ -43,12 +43,17 @@ class Writer:
 
 def take_over(model: nn.Module, ways: Mapping[str, Way]) -> None:
     """Give a converted model hatcl's ways to write where its class has some of that name. Its parts refuse, and so does
-    a class whose own `from_pretrained` nothing in a folder could keep from making a plain network."""
+    a class of huggingface_hub's mixin, whose own `from_pretrained` has no words for what it cannot read."""
     for m in model.modules():
-        by_name = any(c.__name__ == "ModelHubMixin" for c in type(m).__mro__)
         for name, way in ways.items():
             if callable(getattr(type(m), name, None)):
-                m.__dict__[name] = Writer(_refuse_part if m is not model else _refuse_mixin if by_name else way, m)
+                m.__dict__[name] = Writer(_refuse_part if m is not model else _refuse_mixin if is_mixed(m) else way, m)
+
+
+def is_mixed(model: nn.Module) -> bool:
+    """Has its class huggingface_hub's `ModelHubMixin`? Its `from_pretrained` loads what fits and says nothing of the
+    rest: of a model with tasks it would make a plain network with other numbers."""
+    return any(c.__name__ == "ModelHubMixin" for c in type(model).__mro__)
 
 
 def give_back(model: nn.Module) -> None:
@@ -81,8 +86,8 @@ def _refuse_part(part: nn.Module, *args: Any, **options: Any) -> None:
 def _refuse_mixin(model: nn.Module, *args: Any, **options: Any) -> None:
     name = type(model).__name__
     raise HATError(
-        f"save_pretrained: {name}.from_pretrained, which is huggingface_hub's, would read a plain network with other "
-        f"numbers; write the model with hatcl.save_pretrained or hatcl.push_to_hub, and load it with "
+        f"save_pretrained: {name}.from_pretrained, which is huggingface_hub's, cannot read a model with tasks; write it "
+        f"with hatcl.save_pretrained or hatcl.push_to_hub, and load it with "
         f"hatcl.from_pretrained(..., base={name}(...))"
     )
 

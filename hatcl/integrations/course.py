@@ -52,9 +52,11 @@ class TaskCourse:
         self._block.close()
 
     def leave(self, error: BaseException | None) -> None:
-        """Leave the block; an error leaves the task unsealed and earlier tasks as they were."""
+        """Leave the block: a task that is still being learned is left unsealed, and earlier tasks as they were. error:
+        what came, None where it was caught on the way."""
         self.learning = None
-        self._block.__exit__(None if error is None else type(error), error, None)
+        error = error or TaskError(f"task {self.task} was left before its last step")
+        self._block.__exit__(type(error), error, None)
 
     def check_resumed(self, of: int, remedy: str) -> None:
         """Raises TaskError if a resumed checkpoint is of another task, whose steps would count as this one's."""

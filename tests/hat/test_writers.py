@@ -16,7 +16,9 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 import hatcl
+from hatcl.config import HATConfig
 from hatcl.hat import pretrained, writers
+from hatcl.hat.pretrained import load_pretrained_
 from hatcl.hat.writers import READ_BY_HATCL, give_back, take_over
 
 peft = pytest.importorskip("peft")
@@ -154,12 +156,48 @@ def test_huggingface_hubs_mixin_is_told_what_to_call(tmp_path):
     x = torch.randn(2, 4)
     model = parts.pretend(hatcl.convert(Mixed(), 2, x))
     for act in (model.save_pretrained, model.push_to_hub):
-        with pytest.raises(hatcl.HATError, match="Mixed.from_pretrained, .* would read a plain network"):
+        with pytest.raises(hatcl.HATError, match="Mixed.from_pretrained, .* cannot read a model with tasks"):
             act(tmp_path / "m")
     assert not (tmp_path / "m").exists()
     again = hatcl.from_pretrained(hatcl.save_pretrained(model, tmp_path / "m"), base=Mixed())
     assert torch.equal(parts.logits(again, 1, x), parts.logits(model, 1, x))
-    assert isinstance(Mixed.from_pretrained(tmp_path / "m"), Mixed)  # as the text says; a folder cannot refuse this
+    with pytest.raises(RuntimeError, match="size mismatch for first.weight"):  # and not a network with other numbers
+        Mixed.from_pretrained(tmp_path / "m")
+
+
+def test_twin_without_the_other_shapes_huggingface_hubs_mixin_makes_a_plain_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("hatcl.hat.pretrained.is_mixed", lambda model: False)
+    x = torch.randn(2, 4)
+    model = parts.pretend(hatcl.convert(Mixed(), 2, x))
+    again = Mixed.from_pretrained(hatcl.save_pretrained(model, tmp_path / "m"))
+    assert not torch.equal(again(x), parts.logits(model, 1, x))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["a mask before it", "a layer behind it"])
+def test_what_lies_around_a_converted_model_is_not_lost_in_silence(tmp_path, before):
+    model = hatcl.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), 2, torch.randn(2, 4))
+    whole = nn.Sequential(hatcl.HATMask(4, 2), model) if before else nn.Sequential(model, nn.Linear(3, 3))
+    with pytest.raises(hatcl.HATError, match=r"lies outside of the converted Sequential \(\d such parameters\)"):
+        hatcl.save_pretrained(whole, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    hatcl.save_pretrained(nn.Sequential(nn.Flatten(), model), tmp_path / "m")
+
+
+def test_a_checkpoint_that_is_older_than_an_option_is_loaded(tmp_path, monkeypatch):
+    """An option that is not in the file is what it was without it: its default."""
+    x = torch.randn(2, 4)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = parts.pretend(hatcl.convert(net, 2, x))
+    whole = HATConfig.to_dict
+    with monkeypatch.context() as m:
+        m.setattr(HATConfig, "to_dict", lambda self: {k: v for k, v in whole(self).items() if k != "protection"})
+        hatcl.save_pretrained(model, tmp_path / "old")
+    same = hatcl.convert(net, 2, x)
+    load_pretrained_(same, tmp_path / "old")
+    assert torch.equal(parts.logits(same, 1, x), parts.logits(model, 1, x))
+    other = hatcl.convert(net, 2, x, config={"protection": "adahat"})
+    with pytest.raises(hatcl.IntegrityError, match=r"\(config: protection differ\)"):
+        load_pretrained_(other, tmp_path / "old")
 
 
 def test_a_copy_writes_itself_and_so_does_a_pickled_one(tmp_path):
