@@ -171,7 +171,7 @@ class Experiment(Loaded):
 
     Args:
         name: the procedure's. folder: where heads, checkpoints and coefficients go.
-        tell: is told what is at work, and each epoch's entry of the history of what is learned.
+        tell: is told what is at work, each step, and each epoch's entry of the history of what is learned.
     """
 
     def __init__(
@@ -253,6 +253,8 @@ class Experiment(Loaded):
         def told(at: Progress) -> None:
             if at.doing == "epoch":
                 self.tell(name, {"epoch": at.epoch, **at.measured})
+            elif at.doing == "learning":
+                self.tell(name, {"epoch": at.epoch, "step": at.step, "loss": at.value, **at.measured})
 
         self.stages[name] = procedure(composed, checkpoint=path, on_progress=told, **how)
         return self.stages[name]

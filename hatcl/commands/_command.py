@@ -21,6 +21,7 @@ from typer.core import TyperCommand
 
 from ..engine import folder as runs
 from ..engine.folder import RunFolder
+from ..engine.writers import WRITERS
 from ..errors import ConfigError, IntegrityError, nearest
 from ..files import read_json
 from ._console import print_json, quiet, say
@@ -39,7 +40,7 @@ from ._options import (
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of hatcl.save_pretrained.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 RUNS = Path("runs")
-META = ("output", "resume", "config", "json_")  # options of the command line, not of the run
+META = ("output", "resume", "config", "log", "json_")  # options of the command line, not of the run
 Show = Callable[[Path, dict[str, Any]], None]
 
 
@@ -105,6 +106,7 @@ class Asked:
     Attributes:
         options: all options as config.json holds them; a body may put paths and defaults in their final form.
         given: the names of those that were given, not left at their defaults.
+        log: further writers of what is told while it learns.
     """
 
     command: Command
@@ -112,6 +114,8 @@ class Asked:
     given: set[str]
     output: Path
     resume: bool
+    log: tuple[str, ...] = ()
+    _folder: RunFolder | None = None
 
     def folder(self, free: Collection[str] | None = None) -> RunFolder:
         """The run's folder, after it was found to be free, or to hold this run.
@@ -123,7 +127,13 @@ class Asked:
             ConfigError: it is neither.
         """
         may_differ = self.command.free if free is None else free
-        return RunFolder(self.output, self.command.name, self.options, self.resume, may_differ)
+        self._folder = RunFolder(self.output, self.command.name, self.options, self.resume, may_differ, self.log)
+        return self._folder
+
+    def close(self) -> None:
+        """The command has ended, well or not."""
+        if self._folder is not None:
+            self._folder.close()
 
 
 # --- from a function to a typer command ---
@@ -164,12 +174,15 @@ def typed(it: Command) -> Callable[..., None]:
             if hint is Asked:
                 place = values["output"] or _run_place(it, values, values["resume"])
                 options = {n: stored_value(v) for n, v in asked.items()}
-                arguments[name] = Asked(it, options, given, place, values["resume"])
-        with quiet(values["json_"]), _stoppable(context, arguments):
+                arguments[name] = Asked(it, options, given, place, values["resume"], tuple(values["log"] or ()))
+        asks = [a for a in arguments.values() if isinstance(a, Asked)]
+        with quiet(values["json_"]), _stoppable(context, arguments), contextlib.ExitStack() as stack:
+            for one in asks:
+                stack.callback(one.close)
             answer = it.body(**arguments)
         content, code = (answer.content, answer.code) if isinstance(answer, Answer) else (answer, 0)
         if it.show is not None and not values["json_"]:
-            folder = next(a.output for a in arguments.values() if isinstance(a, Asked))
+            folder = asks[0].output
             it.show(folder, content)
             say(folder, "dim")
         if values["json_"]:
@@ -207,6 +220,14 @@ def _meta(it: Command) -> list[inspect.Parameter]:
                     "--config",
                     help="Options from a YAML or JSON file, such as a run's own config.json; those given on the "
                     "command line count more.",
+                ),
+            ),
+            (
+                "log", list[str] | None,
+                typer.Option(
+                    "--log",
+                    help=f"Where the figures of each step go as well: {', '.join(WRITERS)}; repeatable. The folder has "
+                    "them in metrics.jsonl and metrics.csv.",
                 ),
             ),
         ]  # fmt: skip

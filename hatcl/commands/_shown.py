@@ -77,8 +77,10 @@ class Display:
             self.bar.says(f"{at.stage} {at.task}", completed=sum(self.steps[: at.stage + 1]))
             self._draw(force=True)
             self.bar.line(f"stage {at.stage}, {at.task}: {_stage_line(at)}")
-        elif at.doing == "scoring" and at.stage < 0:
-            self.bar.line(f"before learning, {at.task}: score {at.value:.4f}")
+        elif at.doing == "scoring":
+            self.folder.mark(**{f"score/{at.task}": at.value})
+            if at.stage < 0:
+                self.bar.line(f"before learning, {at.task}: score {at.value:.4f}")
 
     def _draw(self, force: bool = False) -> None:
         """At most ten times a second: drawing must not cost more than learning."""

@@ -98,10 +98,10 @@ def finetune(
             if at.doing != "learning":
                 return
             told = {"loss": at.value, **at.measured}
-            text = ", ".join(f"{name} {value:.4f}" for name, value in told.items())
+            text = ", ".join(f"{name} {told[name]:.4f}" for name in ("loss", "validation") if name in told)
             bar.says(text, completed=at.step, total=at.steps)
             folder.tell(step=at.step, **told)
-            if at.measured:
+            if "validation" in told:
                 bar.line(f"step {at.step}: {text}")
 
         finetune_run(task, learning, folder.path, device=where, on_progress=tell)

@@ -11,9 +11,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-import hatcl
-
 from ..config import one_of, whole
+from ..engine.folder import read_steps
 from ..engine.measures import BINS, Calibration
 from ..errors import ConfigError
 from ..files import write_files
@@ -208,13 +207,17 @@ def graft(
     missing = [w for w in wanted if w not in kept]
     settings = {**scene.settings, "inputs": inputs, "finetuned_head": parts.given}
     steps = sum(learning.steps + 1 if w.by == "learned" else 1 for w in missing) + len(wanted)
-    with folder.claimed(hatcl=hatcl.__version__, inputs=inputs), Bar(steps, "steps") as bar:
+    names = [w.name for w in missing]
+    # the folder gathers grafts of several commands; one that is made again replaces its lines
+    first = 1 + max((line["stage"] for line in read_steps(folder.path) if line["name"] not in names), default=-1)
+    with folder.claimed(inputs=inputs), Bar(steps, "steps") as bar:
 
         def tell(name: str, entry: Mapping[str, float]) -> None:
             keys = [key for key in ("loss", "mask_loss", "validation") if key in entry]
             text = ", ".join(f"{key.replace('_', ' ')} {entry[key]:.4g}" for key in keys)
             bar.says(f"{name}, step {int(entry['step'])}: {text}")
             bar.advance()
+            folder.tell(stage=first + names.index(name), name=name, **entry)
 
         for w in missing:
             bar.says(w.name)

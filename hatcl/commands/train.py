@@ -169,7 +169,7 @@ def _learn(
 ) -> Any:  # fmt: skip
     folder = asked.folder()
     files = [place.file for place in task_places(asked.options["task"]) if place.file is not None]
-    facts: dict[str, Any] = {"hatcl": hatcl.__version__, "inputs": folder.same_inputs(files)}
+    facts: dict[str, Any] = {"inputs": folder.same_inputs(files)}
     wait_for_all()  # before one of them writes
     if folder.finished:
         say(f"{folder.path} is finished already.")

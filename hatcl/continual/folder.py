@@ -31,6 +31,7 @@ from ..engine.folder import METRICS
 from ..engine.state import kept_whole
 from ..errors import ConfigError, IntegrityError, SkillError
 from ..files import complete, replaced_folder
+from ..hat.card import in_markdown
 from ..hat.pretrained import is_converted, load_pretrained_, save_pretrained
 from ..skills.ilora_files import base_digest, tensors_digest
 from ..skills.switch import of_adapters
@@ -129,8 +130,26 @@ def save_model(run: Path, model: nn.Module, metrics: Mapping[str, Any], without:
     card: dict[str, Any] = {"names": {i: n for i, n in enumerate(names) if i not in gone}, "matrix": scores}
     if not gone and "exact" in metrics["details"]:
         card["certificate"] = PROVED[bool(metrics["details"]["exact"])]
+    card["notes"] = _records(run, card["names"])
     with replaced_folder(run / MODEL) as new:
         save_pretrained(model, new, card=card)
+
+
+def _records(run: Path, names: Mapping[int, str]) -> list[str]:
+    """By what each task was learned, for the card."""
+    rows = []
+    for i, name in names.items():
+        path = run / TASKS / task_folder(i, name) / checkpoints.CONFIG
+        made = checkpoints.read_json(path).get("record") if path.exists() else None
+        if made is None:
+            continue
+        commit = f"{made['commit'][:12]}{', with changes' if made['changed'] else ''}" if "commit" in made else "-"
+        versions = ", ".join(f"{library} {number}" for library, number in made["versions"].items())
+        rows.append([str(i), str(made["examples"][name]), str(made["data"][name])[:16] or "-", commit, versions])
+    if not rows:
+        return []
+    table = in_markdown([["task", "training examples", "SHA-256 of its data", "commit", "versions"], *rows])
+    return ["## Record of each task", f"{table}\n\nAll options are in the run's `tasks/*/config.json`."]
 
 
 def find_model(run: Path) -> Path:

@@ -20,6 +20,7 @@ from ..engine.loop import Loop, Progress, Tell, Work
 from ..engine.measures import commonest_share
 from ..engine.options import LoopOptions
 from ..engine.processes import place, wait_for_all
+from ..engine.records import made_with
 from ..engine.schedule import make_optimizer
 from ..engine.state import Modes, Standing, kept_whole, load_optimizer, seed_all, write_all
 from ..errors import ConfigError, SkillError
@@ -378,6 +379,11 @@ class _Run:
             "options": dataclasses.asdict(self.options),
             "base": checkpoints.read_json(folder / checkpoints.CONFIG)["base"],
             "scores": dict(zip(self.result.tasks, self.result.to_dict()["matrix"][index], strict=True)),
+            "record": {
+                "data": {self.tasks[i].name: self.tasks[i].digest for i in self.stages[stage]},
+                "examples": {self.tasks[i].name: len(self.tasks[i].train) for i in self.stages[stage]},
+                **made_with(),
+            },
         }
         checkpoints.write_json(folder / SECONDS, self.result.seconds)
         write_task(folder, task_folder(index, self.tasks[index].name), self.model, self.method, about)

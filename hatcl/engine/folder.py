@@ -1,7 +1,7 @@
 """The folder of a run, the same for every command and for the functions that keep runs.
 
     config.json      the command, its options, digests of the files it read; `--config` reads it back
-    metrics.jsonl    a line per step, where the loop tells
+    metrics.jsonl    a line per step, where the loop tells; metrics.csv the same as a table, when the command ends
     checkpoint/ ...  from where an interrupted run goes on; gone once it is finished
     metrics.json     what came of it, written last: once it is there, the run is finished
 
@@ -12,10 +12,12 @@ content or the new one, complete.
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
+import io
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,13 @@ from ..files import (
     sha256_of,
     write_files,
 )
+from .records import made_with
+from .writers import STORED, Writers, check_writers
 
 CHECKPOINT = "checkpoint"
 CONFIG = "config.json"
 METRICS = "metrics.json"
-STEP_LINES = "metrics.jsonl"
+STEP_LINES, STEP_TABLE = "metrics.jsonl", "metrics.csv"
 LOCK = ".lock"
 PICTURE = "picture.png"
 
@@ -46,6 +50,7 @@ class RunFolder:
     Args:
         command: what writes the run, such as `train` or `atlas add`. options: all of its options, JSON-able.
         resume: may the folder hold a run already? free: options that may differ when a run is resumed.
+        log: further writers that are told each step, see `WRITERS`.
 
     Raises:
         ConfigError: the folder holds something else, or a run of other options; or any run, and `resume` is False.
@@ -56,9 +61,11 @@ class RunFolder:
     options: Mapping[str, Any]
     resume: bool = True
     free: Collection[str] = ()
+    log: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
+        check_writers(self.log)
         self.options = _as_json(self.options)
         stored = stored_config(self.path)
         if stored is None:
@@ -116,11 +123,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with held_by_one(self.path / LOCK):
             try:
-                self.note(**facts)
+                self.note(**facts, made_with=made_with())
                 yield
             except Exception:
                 if fresh:
-                    self._unclaim({CONFIG, STEP_LINES, LOCK, *light})
+                    self._unclaim({CONFIG, STEP_LINES, STEP_TABLE, LOCK, *light})
                 raise
 
     def _unclaim(self, light: Collection[str]) -> None:
@@ -142,14 +149,36 @@ class RunFolder:
                 are numbers.
         """
         path = self.path / STEP_LINES
-        if not self._told and path.exists():
+        if self._lines is None:
             kept = [line for line in read_steps(self.path) if _position(line) < _position(entry)]
             write_files({path: "".join(json.dumps(line) + "\n" for line in kept).encode()})
-        self._told = True
+            self._lines = len(kept)
+        self._lines += 1
         with path.open("a") as f:
             f.write(json.dumps(_json_able(entry), allow_nan=False) + "\n")
+        self.mark(**entry)
 
-    _told: bool = dataclasses.field(default=False, repr=False)
+    def mark(self, **values: Any) -> None:
+        """Tell the writers alone, such as a score, which metrics.json has as well. The number of a step is that of its
+        line in metrics.jsonl."""
+        if not self.log:
+            return
+        at = self._lines or 0
+        if self._writers is None:
+            self._writers = Writers(self.log, self.path, self.options, at)
+            write_json(self.path / STORED, self._writers.ids)
+        self._writers.add(values, at)
+
+    def close(self) -> None:
+        """Close the writers, and write the steps as a table."""
+        if self._lines is not None and (self.path / STEP_LINES).exists():
+            write_steps_table(self.path)
+        if self._writers is not None:
+            self._writers.close()
+            self._writers = None
+
+    _lines: int | None = dataclasses.field(default=None, repr=False)  # of metrics.jsonl, once something was told
+    _writers: Writers | None = dataclasses.field(default=None, repr=False)
 
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write metrics.json, which says that the run is finished, and drop what only an unfinished one needs."""
@@ -246,6 +275,16 @@ def read_steps(run: Path) -> list[dict[str, Any]]:
     return found
 
 
+def write_steps_table(run: Path) -> None:
+    """The lines of metrics.jsonl as metrics.csv: a column for each name, empty where a line does not have it."""
+    lines = read_steps(run)
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(lines)
+    write_files({run / STEP_TABLE: text.getvalue().encode()})
+
+
 def _position(entry: Mapping[str, Any]) -> tuple[float, ...]:
     return tuple(float(entry[k]) for k in ("stage", "task", "epoch", "step") if isinstance(entry.get(k), (int, float)))
 
@@ -265,6 +304,8 @@ def drop_steps(run: Path, stage: int) -> None:
     if (run / STEP_LINES).exists():
         kept = [line for line in read_steps(run) if line.get("stage") != stage]
         write_files({run / STEP_LINES: "".join(json.dumps(line) + "\n" for line in kept).encode()})
+        if (run / STEP_TABLE).exists():
+            write_steps_table(run)
 
 
 # --- JSON ---

@@ -30,7 +30,8 @@ class Progress:
             (a stage is done; `value` is its score).
         task: the task's name. stage: the number of the stage, where there are several; -1 before the first.
         step, steps: this stage's steps, done and in all; None where their number is not known. epoch: epochs done.
-        value: the step's loss, the epoch's mean loss, or the score. measured: further values, by name.
+        value: the step's loss, the epoch's mean loss, or the score. measured: further values, by name; of a step the
+            rate `lr` and `gradient_norm` (before it is clipped), with what the procedure knows of it.
     """
 
     doing: str
@@ -257,7 +258,7 @@ class Loop:
         self.scaler.update()
         self.step, self.taken = self.step + 1, self.taken + len(group)
         self.losses.append(total)
-        measured = work.after_step(self, group)
+        measured = {"lr": self.rate, "gradient_norm": float(norm), **work.after_step(self, group)}
         if self.standing is not None and self.step != self.steps and self.standing.due():
             self.keep()
         self.tell(self._progress("learning", total, measured))

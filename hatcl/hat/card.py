@@ -127,7 +127,7 @@ def _tasks_table(model: nn.Module, facts: CardFacts) -> str:
     told = ", ".join(f"{name} {share}" for name, share in shares.items())
     started: Mapping[int, Sequence[int]] = getattr(described, "lineage", {})  # who carries what was transplanted
     lines = [f"Task {t} carries what was transplanted from {_listed(of)}." for t, of in started.items() if of]
-    return "\n\n".join([_in_markdown(rows), *lines, f"Elements of the network: {told}."])
+    return "\n\n".join([in_markdown(rows), *lines, f"Elements of the network: {told}."])
 
 
 def _listed(done: Sequence[int]) -> str:
@@ -152,7 +152,7 @@ def _matrix_table(facts: CardFacts) -> str:
     rows = [["after learning", *names]]
     for name, scores in zip(names, facts.matrix, strict=True):
         rows.append([name, *("-" if s is None or s != s else f"{100 * s:.1f}" for s in scores)])
-    return f"In percent: a row per task learned, a column per task scored.\n\n{_in_markdown(rows)}"
+    return f"In percent: a row per task learned, a column per task scored.\n\n{in_markdown(rows)}"
 
 
 def _how_to_load(model: nn.Module, name: str, done: Sequence[int]) -> str:
@@ -192,7 +192,8 @@ def _versions() -> list[str]:
     return found
 
 
-def _in_markdown(rows: Sequence[Sequence[str]]) -> str:
+def in_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row is its head."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
 

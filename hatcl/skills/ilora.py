@@ -102,6 +102,7 @@ class ILoRA:
         self.config = config if isinstance(config, ILoRAConfig) else ILoRAConfig.from_dict(config)
         self.model, self.stable, self.on, self.batch_size, self.replay = model, stable, on, batch_size, replay
         self.steps = self.moves = 0
+        self.terms: dict[str, Tensor] = {}  # of the last `loss`, before their weights
         self.memory = Reservoir(self.config.ilora_buffer_size, seed)
         self._hidden_states = hidden_states or hidden_states_of
         self._loss, self.collate = loss or _loss_of, collate
@@ -232,6 +233,7 @@ class ILoRA:
             SkillError: see `consistency`; the memory is empty after the first task; the loss on it is not finite.
             ConfigError: no batch.
         """
+        self.terms = {}
         zero = torch.zeros((), device=device_of(self.model))
         if not self.enabled or not (self.config.consistency_weight or self.replay):
             return zero
@@ -243,11 +245,16 @@ class ILoRA:
         else:
             return zero
         weight = self.config.consistency_weight
-        total = weight * self.consistency(batch) if weight else zero
+        total = zero
+        if weight:
+            apart = self.consistency(batch)
+            self.terms["consistency"] = apart.detach()
+            total = weight * apart
         if not self.replay:
             return total
         again = self._loss(self.model, batch)
         self._check_finite(self.plastic, again)
+        self.terms["replay"] = again.detach()
         return total + self.replay * again
 
     def _check_finite(self, adapter: str, loss: Tensor) -> None:

@@ -119,7 +119,7 @@ FEW = ("few-shot", "base.safetensors", *OTHERS, *MODEL, *QUICK, "--shots", "4", 
 ADAPT = ("adapt", "base.safetensors", *OTHERS, *MODEL, *QUICK)
 EVERY = {"add": ADD, "negate": NEGATE, "few-shot": FEW, "adapt": ADAPT}
 FILES = {"config.json", "metrics.json", "heads.safetensors", "coefficients.safetensors", "coefficients.csv"}
-FILES |= {"coefficients.png", "metrics.jsonl"}
+FILES |= {"coefficients.png", "metrics.jsonl", "metrics.csv"}
 
 
 # --- what a run leaves behind ---
@@ -328,7 +328,13 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(here, tmp_path, 
         stop_after(patch, 1)
         code, _, err = call(capsys, *args, "--output", tmp_path / "cut")
     assert code == 130 and f"stopped. Go on with: hatcl atlas {command[0]} --resume --output {tmp_path / 'cut'}" in err
-    assert left(tmp_path / "cut") == {"config.json", "heads.safetensors", "checkpoint.pt", "metrics.jsonl"}
+    assert left(tmp_path / "cut") == {
+        "config.json",
+        "heads.safetensors",
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "metrics.csv",
+    }
     with monkeypatch.context() as patch:
         seen = stop_after(patch, 99)
         good(capsys, command[0], "--resume", "--output", tmp_path / "cut")  # the options are those of the run

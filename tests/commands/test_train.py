@@ -23,7 +23,7 @@ from hatcl.continual import list_continual_methods
 
 def test_the_run_folder_holds_everything(run):
     names = {path.name for path in run.iterdir()}
-    always = {"model", "metrics.json", "metrics.jsonl", "config.json", "seconds.json", "tasks"}
+    always = {"model", "metrics.json", "metrics.jsonl", "metrics.csv", "config.json", "seconds.json", "tasks"}
     assert always <= names <= always | {"picture.png"}
     metrics = json.loads((run / "metrics.json").read_text())
     details = metrics["details"]
@@ -34,6 +34,22 @@ def test_the_run_folder_holds_everything(run):
     assert config["command"] == "train" and config["options"]["task"][0] == f"t0={run.parent / 't0.npz'}"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(s["stage"], s["step"]) for s in steps] == [(t, step) for t in range(3) for step in range(1, 7)]
+    for known in steps:
+        assert {"loss", "penalty", "scale", "units_on", "gradient_norm", "lr"} <= set(known)
+        assert 0 < known["units_on"] <= 1 and known["gradient_norm"] > 0 and known["lr"] > 0
+    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + len(steps)
+
+
+def test_each_task_has_a_record_in_the_folder_and_on_the_card(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["made_with"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    card = (run / "model" / "README.md").read_text()
+    for t in range(3):
+        made = json.loads((run / "tasks" / f"{t}_t{t}" / "config.json").read_text())["record"]
+        assert made["data"] == {f"t{t}": config["tasks"][t]["digest"]} and made["examples"] == {f"t{t}": 48}
+        assert made["versions"] == config["made_with"]["versions"]
+        assert f"| {t} | 48 | {made['data'][f't{t}'][:16]} |" in card
+    assert "## Record of each task" in card
 
 
 def test_the_end_of_a_run_says_what_counts(run, capsys):

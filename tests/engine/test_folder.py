@@ -7,6 +7,7 @@ import pytest
 from hatcl import files
 from hatcl.engine import folder as checkpoints
 from hatcl.engine.folder import RunFolder, check_same_run, drop_steps, read_steps
+from hatcl.engine.records import made_with
 from hatcl.errors import ConfigError, IntegrityError
 
 
@@ -34,6 +35,7 @@ def test_a_run_from_the_claim_to_its_end(tmp_path):
     with run.claimed(inputs={"a": "0"}):
         assert run.begun and not run.finished
         stored = json.loads((run.path / "config.json").read_text())
+        assert stored.pop("made_with") == made_with()
         assert stored == {"command": "train", "options": OPTIONS, "inputs": {"a": "0"}}
         (run.path / "checkpoint").mkdir()
         assert run.finish({"accuracy": float("nan")}) == {"accuracy": None}
@@ -128,7 +130,7 @@ def test_steps_that_are_done_again_replace_their_lines(tmp_path):
         run.tell(task=task, step=step, loss=1.0)
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write('{"task": 1, "st')  # cut by a kill
-    run._told = False  # as in another process
+    run._lines = None  # as in another process
     run.tell(task=1, step=2, loss=2.0)
     run.tell(task=1, step=3, loss=float("nan"))
     told = [(line["task"], line["step"], line["loss"]) for line in read_steps(tmp_path)]

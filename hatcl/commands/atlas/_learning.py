@@ -9,8 +9,6 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-import hatcl
-
 from ...atlas.experiment import CHECKPOINT, HEADS, ISOTROPIC, Experiment, Writing
 from ...atlas.files import per_block
 from ...atlas.loading import FITTED_HEADS, TEXT, Reading
@@ -105,6 +103,9 @@ def learned(
             if not entry:
                 bar.says(at)
                 return
+            if "step" in entry:
+                folder.tell(name=at, stage=order.index(at), **entry)
+                return
             text = ", ".join(f"{key} {entry[key]:.4g}" for key in ("loss", "score") if key in entry)
             epoch = int(entry["epoch"])
             bar.says(f"{at}: {text}", completed=order.index(at) * learning.epochs + epoch)
@@ -117,7 +118,7 @@ def learned(
         if folder.begun:
             check_inputs(folder.path, read_json(folder.path / CONFIG).get("inputs", {}), run.digests)
         inputs |= run.digests
-        with folder.claimed(light={HEADS}, hatcl=hatcl.__version__, inputs=inputs):
+        with folder.claimed(light={HEADS}, inputs=inputs):
             work(run)
             metrics = run.write()
             try:

@@ -94,7 +94,8 @@ class HardAttention(Method):
 
     def measured(self) -> dict[str, float]:
         loss, penalty = self.steps[-1]
-        return {"loss": loss, "penalty": penalty, "scale": self.course.scale}
+        on = float(self.gates.on(self.stage).float().mean()) if self.gates.num_units else 0.0
+        return {"loss": loss, "penalty": penalty, "scale": self.course.scale, "units_on": on}
 
     def facts(self, model: nn.Module, stage: int) -> dict[str, Any]:
         last = self.steps[-math.ceil(len(self.steps) / 10) :]

@@ -139,6 +139,10 @@ class InterpolatedLoRA(Method):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return batch.loss(model) + self.two.loss([batch])
 
+    def measured(self) -> dict[str, float]:
+        """The two terms of the last batch, before their weights."""
+        return {name: float(term) for name, term in self.two.terms.items()}
+
     def end(self, model: nn.Module, stage: int) -> None:
         self.two.remember((stage, position) for position in range(len(self.tasks[stage].train)))
 
