@@ -113,7 +113,7 @@ def read_model(model: nn.Module, folder: Path) -> None:
         SkillError, IntegrityError: as `read_state` and `hatcl.from_pretrained`.
     """
     if (folder / MODEL).exists():
-        load_pretrained_(model, folder / MODEL)
+        load_pretrained_(model, folder / MODEL, grow=True)
     else:
         read_state(model, folder / STATE)
 

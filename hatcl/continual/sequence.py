@@ -347,7 +347,7 @@ class _Run:
         """Read the newest checkpoint, or a finished run; how many stages are done."""
         at, finished = complete(folder / CHECKPOINT), complete(folder / MODEL)
         if (folder / METRICS).exists() and finished.exists():
-            load_pretrained_(self.model, finished)
+            load_pretrained_(self.model, finished, grow=True)
             self._take(folder / METRICS, checkpoints.read_json(folder / METRICS), folder)
             return len(self.stages)
         if not at.exists():

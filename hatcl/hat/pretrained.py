@@ -225,8 +225,11 @@ def from_pretrained(
     return write_as_hatcl(model).eval()
 
 
-def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str], grow: bool = False) -> None:
     """Load what `save_pretrained` wrote into a model that was converted alike, in place, as a checkpoint is loaded.
+
+    Args:
+        grow: where the file's model has grown since, let this one grow alike first; its optimizers are old then.
 
     Raises:
         IntegrityError: as `from_pretrained`; or the file is of a model that was converted otherwise.
@@ -236,6 +239,9 @@ def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     model = next((m for m in model.modules() if GATES in m._modules), model)
     g = gates_of(model)[0]
     now = {"growths": [], **_converted(g)}
+    since = meta.get("growths", [])[len(g.growths) :] if grow else []
+    if since and {"growths": [], **meta}["growths"][: len(g.growths)] == json.loads(json.dumps(now["growths"])):
+        now["growths"] = meta["growths"]
     for what, ours in json.loads(json.dumps(now)).items():
         theirs = meta.get(what, [])
         if what == "config":  # an option that is newer than the file is what it was without it
@@ -250,6 +256,8 @@ def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
                 f"{path}: its model was converted otherwise than this one ({what}: {', '.join(sorted(differ)[:3])} "
                 "differ); convert the same model with the same options, or take hatcl.from_pretrained"
             )
+    for growth in since:
+        apply_growth(model, Growth.from_json(growth))
     _load(model, meta, tensors, path)
 
 

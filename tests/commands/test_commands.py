@@ -48,6 +48,7 @@ REPORTS = {
     "describe": "describe learned",
     "extract": "extract learned --task 0 --output cut --replace",
     "forget": "forget learned --task 0 --dry-run",
+    "grow": "grow learned --add-tasks 1 --output grown --replace",
     "list": "list 'hat_test_res*'",
     "merge": "merge base.safetensors one.safetensors:0.5 --output merged",
     "methods": "methods",

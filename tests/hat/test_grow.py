@@ -416,6 +416,13 @@ def test_a_checkpoint_goes_into_a_model_that_grew_alike(tmp_path):
         load_pretrained_(other, tmp_path)
         assert gates_of(other)[0].stages == [0, 1, 1]
         assert all(torch.equal(parts.logits(other, t, x), parts.logits(model, t, x)) for t in (None, 0, 1))
+    late = parts.converted("vit", 3)
+    with pytest.raises(hatcl.IntegrityError, match="converted otherwise than this one"):
+        load_pretrained_(late, tmp_path)
+    load_pretrained_(late, tmp_path, grow=True)
+    assert all(torch.equal(parts.logits(late, t, x), parts.logits(model, t, x)) for t in (None, 0, 1))
+    with pytest.raises(hatcl.IntegrityError, match="converted otherwise than this one"):
+        load_pretrained_(parts.converted("vit", 3, init="dense"), tmp_path, grow=True)
     gates_of(model)[0].stage_table[2] = 7
     hatcl.save_pretrained(model, tmp_path)
     with pytest.raises(hatcl.IntegrityError, match=r"stage_table says \[0, 1, 7\], expected for each of 3 tasks"):
