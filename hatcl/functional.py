@@ -80,8 +80,8 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        slope = gate_slope(*ctx.saved_tensors, ctx.max_scale, ctx.clamp, ctx.exact)
-        return grad * slope, None, None, None, None, None
+        e, scale, hardened = ctx.saved_tensors
+        return grad * gate_slope(e, scale, hardened, ctx.max_scale, ctx.clamp, ctx.exact), None, None, None, None, None
 
 
 def gate_value(e: Tensor, scale: Tensor, hardened: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ STORED = "writers.json"
 PROJECT = "hatcl"
 
 
-class Writer(Protocol):
+class LogWriter(Protocol):
     """One place where figures go."""
 
     def add(self, values: Mapping[str, float], step: int) -> None:
@@ -113,7 +113,7 @@ class Writers:
     def __init__(self, names: Sequence[str], run: Path, config: Mapping[str, Any], start: int) -> None:
         stored = run / STORED
         self.ids: dict[str, str] = read_json(stored) if stored.exists() else {}
-        self.every: list[Writer] = []
+        self.every: list[LogWriter] = []
         try:
             for name in names:
                 made = WRITERS[name](run, config, self.ids.get(name), start)
