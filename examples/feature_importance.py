@@ -1,4 +1,4 @@
-"""Which pixels a task looks at: a mask over the inputs, learned per task, and a picture of it in `features.png`."""
+"""Which pixels a task looks at: gates over the inputs, learned per task, and a picture of them in `features.png`."""
 
 import torch
 from matplotlib.figure import Figure
@@ -13,9 +13,8 @@ pixels, tasks, steps = pixels.float() / 16, 3, 150
 config = {"penalty_weight": 1.0, "embedding_lr_scale": 2.0}  # each task is to do with few pixels
 
 torch.manual_seed(0)
-mask = hatcl.HATMask(64, num_tasks=tasks, config=hatcl.HATConfig(**config))
 net = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 2))
-model = nn.Sequential(mask, hatcl.convert(net, tasks, pixels[:2], config=config))
+model = hatcl.convert(net, tasks, pixels[:2], mask_inputs=True, config=config)
 figure = Figure(figsize=(2.2 * tasks, 2.6))
 for t in range(tasks):
     x, y = pixels[digits // 2 == t], digits[digits // 2 == t] % 2  # zeros and ones, twos and threes, ...
@@ -28,10 +27,10 @@ for t in range(tasks):
             optimizer.step()
     with hatcl.task(model.eval(), t), torch.no_grad():
         right = float((model(x).argmax(1) == y).float().mean())
-    print(f"task {t}: {int(mask.gates.masks[t].sum())} of 64 pixels, {right:.1%} of its images")
+    print(f"task {t}: {int(model.features_of(t).sum())} of 64 pixels, {right:.1%} of its images")
     axes = figure.add_subplot(1, tasks, t + 1, title=f"{2 * t} or {2 * t + 1}")
     axes.imshow(x.mean(0).view(8, 8), cmap="Greys")
-    rows, columns = mask.gates.masks[t].view(8, 8).nonzero().T
+    rows, columns = model.features_of(t).view(8, 8).nonzero().T
     axes.scatter(columns, rows, marker="s", color="#d1603d", s=40)
 figure.savefig("features.png")
 print(hatcl.certify(model, pixels[:8], strict=True))

@@ -30,6 +30,7 @@ from .heads import Classes, class_counts, heads_of, widen
 from .layers.gated import HATLayer
 from .layers.norm import kind_of_norm
 from .layers.state import STATES, Watch, classes_kept, copy_of, detached_copy
+from .masked import check_masked, mask_inputs_of
 from .pretrained import write_as_hatcl
 from .registry import layer_for
 from .taken import recipe_of
@@ -46,6 +47,7 @@ def convert(
     num_classes: Classes | Mapping[str, Classes] | None = None,
     config: HATConfig | Mapping[str, Any] | None = None,
     masks: Masks | None = None,
+    mask_inputs: bool = False,
     verify: bool = True,
     unit_map: UnitMap | None = None,
 ) -> nn.Module:
@@ -60,6 +62,10 @@ def convert(
         masks: gates that tasks are given instead of learning them (see `hatcl.hold_gates`): for each task a mapping of
             layers' names, as `hatcl.describe` has them, to `[U]` bool, or a function of (task, layer, units) that gives
             one. The config then says masks="given".
+        mask_inputs: give each input feature a gate, too, so that a task learns which of them it needs. The model comes
+            back inside of a `MaskedInputs`, as its attribute `model`; `made.features_of(task)` says which features a
+            task looks at. Features that the network does not tell apart (the pixels of an image that convolutions
+            read) have one gate in common; for single pixels put a `hatcl.HATMask` in front.
         verify: run the certificate's attack once with random gates before handing the model over (M7).
         unit_map: a map found earlier, instead of tracing.
 
@@ -87,6 +93,8 @@ def convert(
     if hasattr(model, GATES):
         raise ConversionError(f"{type(model).__name__} has an attribute {GATES!r}, where its gates would go; rename it")
     _check_adapters(model)
+    if mask_inputs and example_inputs is not None:
+        model = mask_inputs_of(model, example_inputs, config)
     if unit_map is None and example_inputs is None:
         raise ConversionError(
             "example_inputs: got None; pass an input of the model's forward: a tensor, a tuple or a dict"
@@ -101,6 +109,8 @@ def convert(
         ) from error
     if unit_map is None:
         unit_map = map_of(source, example_inputs)
+    if mask_inputs:
+        check_masked(unit_map)
     if config.array is not None:
         unit_map = with_own_ends(unit_map, source)
         array_masks(unit_map, config.array, 0)  # raises before anything is built

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from ..files import parse_json, write_files
 from ..sources import build_source, can_fit, library_config
 from .extract_cut import Shaping, shaped
 from .headers import read_with_header
+from .masked import behind_mask
 
 log = logging.getLogger(__name__)
 TENSORS, ABOUT, HEADER = "model.safetensors", "extracted.json", "hatcl_extracted"
@@ -72,9 +74,9 @@ def load_extracted(folder: str | os.PathLike[str], base: nn.Module | None = None
     if base is None and about["source"] is None:
         raise IntegrityError(f"{path.parent}: its model class is your own; pass base= an instance of the plain module")
     try:
-        model = shaped(
-            build_source(about["source"]) if base is None else copy.deepcopy(base), Shaping(**about["shaping"])
-        )
+        shapes_of = {name: list(x.shape) for name, x in tensors.items()}
+        plain = build_source(about["source"]) if base is None else behind_mask(copy.deepcopy(base), shapes_of)
+        model = shaped(plain, Shaping(**about["shaping"]))
         for name, other in about["tied"].items():
             tensors[name] = tensors[other]
         there = _every_tensor(model)
@@ -147,7 +149,7 @@ def write_program(folder: str | os.PathLike[str], model: nn.Module, inputs: Any,
     """
     args, kwargs = _as_call(inputs)
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    dims = _batch_dims(kwargs or args, batch)
+    dims = _as_parameters(model, _batch_dims(kwargs or args, batch))
 
     def write(new: Path) -> None:
         try:
@@ -168,6 +170,18 @@ def write_program(folder: str | os.PathLike[str], model: nn.Module, inputs: Any,
     target = Path(folder) / FORMATS[form]
     write_files({target: write})
     return target
+
+
+def _as_parameters(model: nn.Module, dims: Any) -> Any:
+    """As torch.export wants them where the forward's parameters are `*args` or `**kwargs`."""
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL and not isinstance(dims, dict):
+            return {name: tuple(dims)}
+        if parameter.kind is parameter.VAR_KEYWORD and isinstance(dims, dict):
+            return {name: dims}
+        if parameter.kind is not parameter.VAR_POSITIONAL:
+            break
+    return dims
 
 
 def _as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:

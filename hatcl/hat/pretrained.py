@@ -29,6 +29,7 @@ from .grow_apply import apply_growth, take_stages
 from .growth import Growth
 from .headers import read_with_header
 from .hub import located, uploaded
+from .masked import behind_mask
 from .tasks import tasks
 from .writers import MARK, Way, check_options, is_mixed, take_over
 
@@ -209,8 +210,10 @@ def from_pretrained(
     if base is None and meta["source"] is None:
         raise IntegrityError(f"{path.parent}: its model class is your own; pass base= an instance of the plain module")
     try:
-        plain = build_source(meta["source"]) if base is None else copy.deepcopy(base)
-        model = build(plain, UnitMap.from_json(meta["map"]), HATConfig.from_dict(meta["config"]))
+        unit_map = UnitMap.from_json(meta["map"])
+        shapes = {name: entry.shape for name, entry in unit_map.entries.items()}
+        plain = build_source(meta["source"]) if base is None else behind_mask(copy.deepcopy(base), shapes)
+        model = build(plain, unit_map, HATConfig.from_dict(meta["config"]))
         for growth in meta.get("growths", ()):
             apply_growth(model, Growth.from_json(growth))
         _load(model, meta, tensors, path)

@@ -317,3 +317,13 @@ def test_gradients_that_a_scaler_throws_away_do_not_count():
         h.param.grad = torch.full_like(h.param, float("inf"))
     follow.add()
     assert follow.steps == 0 and not bool(gates_of(model)[0].importance.any())
+
+
+@KINDS
+def test_shards_are_refused(options, monkeypatch):
+    model = sealed(**options)
+    monkeypatch.setattr("hatcl.shards.sharded_modules", lambda m: [m])
+    text = "learn: protection='.*': the parameters of Sequential are shards .*; protect exactly, or do not shard it"
+    with pytest.raises(hatcl.HATError, match=text):
+        learn(model, 1)
+    assert hatcl.tasks(model) == [0]

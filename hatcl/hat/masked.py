@@ -1,0 +1,139 @@
+"""A gate for each input feature of a converted model: which of its inputs a task looks at (HAT-CL's masker in front of
+a model)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calls import tensors_of
+from ..config import HATConfig
+from ..errors import ConfigError, ConversionError, TaskError
+from ..map.units import UnitMap
+from ..sources import build_source, can_fit, fitted_source, register_source, source_of
+from .binding import Binding
+from .tasks import check_task
+
+MASK = "masked_inputs"  # the name of the layer in front
+
+
+class InputFeatures(nn.Conv1d):
+    """`y = w * x`, one weight for each feature, which is 1 and does not learn: a depthwise convolution of width 1. Its
+    channels are units of their own on the map, and multiplied by their gates."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features, features, 1, groups=features, bias=False)
+        self.weight.requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        """What forgetting a task gives it, too."""
+        nn.init.ones_(self.weight)
+
+
+class MaskedInputs(nn.Module):
+    """A model behind a gate for each of its input features: what `hatcl.convert(..., mask_inputs=True)` converts. The
+    features are the elements of a row of the first floating-point tensor that the forward takes.
+
+    Args:
+        model: the plain model. features: how many elements a row of its input has.
+    """
+
+    def __init__(self, model: nn.Module, features: int) -> None:
+        super().__init__()
+        self.features = features
+        some = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+        self.masked_inputs = InputFeatures(features).to(some)
+        self.model = model
+        self.training = self.masked_inputs.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own, with its features multiplied by the active task's gates."""
+        names = [*range(len(args)), *kwargs]
+        values = [*args, *kwargs.values()]
+        for i, x in enumerate(values):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                values[i] = self._masked(x)
+                break
+        else:
+            raise ConfigError(
+                f"mask_inputs: none of the inputs {', '.join(map(str, names)) or '()'} is a floating-point tensor, "
+                "whose features could be masked"
+            )
+        return self.model(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+
+    def _masked(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x[0].numel() != self.features:
+            raise ConfigError(
+                f"mask_inputs: got an input of shape {list(x.shape)}, expected rows of {self.features} features, as "
+                "those that the model was converted with"
+            )
+        return self.masked_inputs(x.flatten(1).unsqueeze(2)).view(x.shape)
+
+    def features_of(self, task: int) -> Tensor:
+        """`[features]` bool: which input features a sealed task looks at.
+
+        Raises:
+            TaskError: it is not sealed, or the model is not converted.
+        """
+        hat: Binding | None = self.masked_inputs.__dict__.get("_hat")
+        if hat is None:
+            raise TaskError("features_of: the model is not converted, so no task has learned which features it needs")
+        task = check_task(self, task, sealed=True)
+        return hat.params["weight"].main.units.hard(task).clone()
+
+
+def mask_inputs_of(model: nn.Module, example_inputs: Any, config: HATConfig) -> MaskedInputs:
+    """The model behind gates for its input features.
+
+    Raises:
+        ConfigError: options under which tasks could not look at the same inputs. ConversionError: no floating-point
+            tensor with rows is among the example inputs.
+    """
+    for name, value in (("reuse", "none"), ("masks", "array")):
+        if str(getattr(config, name)).startswith(value):
+            raise ConfigError(
+                f"mask_inputs: got {name}={getattr(config, name)!r}, under which tasks share no units, and so could "
+                "not look at the same input features; leave one of the two out"
+            )
+    x = next((x for x in tensors_of(example_inputs, "inputs") if x.is_floating_point()), None)
+    if x is None or x.dim() < 2:
+        raise ConversionError(
+            "mask_inputs: got no floating-point tensor with rows among the example inputs; where inputs are numbers of "
+            "words, a task needs no gate for each of them. Leave mask_inputs out"
+        )
+    return MaskedInputs(model, x[0].numel())
+
+
+def check_masked(unit_map: UnitMap) -> None:
+    """Raise `ConversionError` where nothing in a network tells its input features apart."""
+    if not any(name == f"{MASK}.weight" for name, *_ in unit_map.layers):
+        raise ConversionError(
+            "mask_inputs: on the map of this model no input feature is a unit (of a model with an adapter, only the "
+            "adapter's pairs are); put hatcl.HATMask in front of the converted model instead"
+        )
+
+
+def behind_mask(plain: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    """A plain model as it was converted: behind a mask if the parameters of these names and shapes have one."""
+    shape = shapes.get(f"{MASK}.weight")
+    return plain if shape is None or isinstance(plain, MaskedInputs) else MaskedInputs(plain, shape[0])
+
+
+def _recognise_masked(model: nn.Module) -> dict[str, Any] | None:
+    inner = source_of(model.model) if isinstance(model, MaskedInputs) else None
+    return None if inner is None else {"features": model.features, "model": inner}
+
+
+def _fit_masked(source: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
+    if not isinstance(model, MaskedInputs) or not can_fit(source["model"]):
+        return None
+    inner = fitted_source(source["model"], model.model)
+    return None if inner is None else {**source, "model": inner}
+
+
+@register_source("masked inputs", _recognise_masked, _fit_masked)
+def _make_masked(source: dict[str, Any]) -> nn.Module:
+    return MaskedInputs(build_source(source["model"]), source["features"])
