@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,7 +15,7 @@ import hatcl
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-for needed in ("mkdocs", "material", "mkdocstrings_handlers"):
+for needed in ("mkdocs", "material", "mkdocstrings_handlers", "jupytext"):
     if importlib.util.find_spec(needed) is None:
         pytest.skip("the site needs MkDocs; run: pip install -e '.[docs]'", allow_module_level=True)
 
@@ -32,6 +33,14 @@ def build(config: Path, into: Path) -> subprocess.CompletedProcess[str]:
         str(into),
     ]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +99,6 @@ def test_the_reference_has_every_public_name_with_an_example():
 
 
 def test_docstrings_are_split_into_entries():
-    spec = importlib.util.spec_from_file_location("docstrings", DOCS / "docstrings.py")
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
     text = """Sentence.
 
     Args:
@@ -106,7 +111,7 @@ def test_docstrings_are_split_into_entries():
 
     Args: in a sentence stays.
     """
-    assert made.one_a_line(text, ["x", "y", "seed", "rank"]).rstrip().split("\n") == [
+    assert script("docstrings").one_a_line(text, ["x", "y", "seed", "rank"]).rstrip().split("\n") == [
         "Sentence.",
         "",
         "Args:",
@@ -121,3 +126,18 @@ def test_docstrings_are_split_into_entries():
         "",
         "Args: in a sentence stays.",
     ]
+
+
+@pytest.mark.parametrize("source", sorted((DOCS / "tutorials").glob("*.py")), ids=lambda path: path.stem)
+def test_a_tutorial_is_what_its_notebook_says(source):
+    """`tests/test_examples.py` runs the page's code, which is the notebook's."""
+    import jupytext
+
+    shown = source.with_suffix(".md").read_text()
+    without = re.sub(r"\n\n```text\n.*?^```$", "", shown, flags=re.M | re.S)
+    assert without == script("notebooks").page(jupytext.read(source), source), "run: python docs/notebooks.py"
+    assert without.count("```python") > 3 and without != shown
+
+
+def test_there_are_five_tutorials():
+    assert len(list((DOCS / "tutorials").glob("*.py"))) == 5
