@@ -13,35 +13,64 @@ from torch import nn
 import hatcl
 
 from ..continual.images import ImageOptions
-from ..continual.routing import EachPrepared, image_router, routing_measures
+from ..continual.loading import TextOptions, part_used
+from ..continual.routing import (
+    EachPrepared,
+    TextLogits,
+    image_examples,
+    image_router,
+    readings,
+    routing_measures,
+    text_examples,
+    text_router,
+)
+from ..continual.tasks import TextReading
 from ..data.images import ImageData
+from ..data.pairs import Chat
+from ..data.texts import TextData
 from ..engine import folder as runs
 from ..errors import ConfigError
 from ..report.routing import draw_routing
 from ._console import out, percent, say
 from ._options import made
+from ._sequence import texts
 from ._shown import draw_into, show_learning
 
 ROUTER, ABOUT, CONFUSION = "router.safetensors", "router.json", "router.png"
 ROUTED = {
     "task found": "task_accuracy",
+    "in one forward": "at_first_sight",
     "by the largest logit": "largest_logit",
     "class-incremental": "class_incremental",
     "task-incremental": "task_incremental",
 }
 
 
-def route(run: Path, model: nn.Module, stream: Sequence[ImageData], options: Mapping[str, Any]) -> None:
+def route(
+    run: Path, model: nn.Module, data: Mapping[str, TextData] | Sequence[ImageData], options: Mapping[str, Any]
+) -> None:
     """Make a finished run's router, and measure it."""
-    of_images: ImageOptions = made(ImageOptions, options)
-    if options["score_on"] == "validation":
-        stream = [data.on_validation(of_images.validation, options["seed"]) for data in stream]
-    say("router: statistics of every task's training images", "dim")
-    router = image_router(model, stream, of_images, {"seed": options["seed"]})
-    found = routing_measures(router, model, stream, of_images)
+    say("router: statistics of every task's training examples", "dim")
+    validated, seed = options["score_on"] == "validation", options["seed"]
+    known: dict[str, Any]
+    if isinstance(data, Mapping):
+        form: TextOptions = made(TextOptions, options)
+        parts = [part_used(of, form, validated=validated, seed=seed) for of in data.values()]
+        sequence = texts(options, data)[1]
+        router = text_router(model, sequence, parts, {"seed": seed})
+        examples = text_examples(sequence, parts)
+        chats = [isinstance(of.train[0][0], Chat) for of in parts]
+        labels = [list(read.labels) for read in readings(sequence)]
+        known = {"tasks": list(data), "labels": labels, "chats": chats}
+    else:
+        of_images: ImageOptions = made(ImageOptions, options)
+        stream = [of.on_validation(of_images.validation, seed) if validated else of for of in data]
+        router = image_router(model, stream, of_images, {"seed": seed})
+        examples = image_examples(stream, of_images.eval_batch_size)
+        known = {"tasks": [of.name for of in stream], "prepared": EachPrepared.of(stream, of_images).to_dict()}
+    found = routing_measures(router, model, examples)
     router.save(run / ROUTER)
-    prepared = EachPrepared.of(stream, of_images).to_dict()
-    runs.write_json(run / ABOUT, {"tasks": [d.name for d in stream], "prepared": prepared, "measured": found})
+    runs.write_json(run / ABOUT, {**known, "measured": found})
 
 
 def about(run: Path) -> dict[str, Any] | None:
@@ -50,7 +79,7 @@ def about(run: Path) -> dict[str, Any] | None:
 
 
 def load_router(run: Path, model: nn.Module) -> hatcl.TaskRouter:
-    """The router of a run, for images as they are stored.
+    """The router of a run, for images as they are stored, or for the tokens of texts.
 
     Raises:
         ConfigError: it has none. IntegrityError: it is damaged.
@@ -58,8 +87,18 @@ def load_router(run: Path, model: nn.Module) -> hatcl.TaskRouter:
     known = about(run)
     if known is None:
         raise ConfigError(f"{run}: has no router; make one with: hatcl train --resume --router --output {run}")
-    prepare = EachPrepared.from_dict(known["prepared"])
-    return hatcl.TaskRouter.load(run / ROUTER, model, prepare=prepare)
+    if "prepared" in known:
+        prepare = EachPrepared.from_dict(known["prepared"])
+        return hatcl.TaskRouter.load(run / ROUTER, model, prepare=prepare)
+    return hatcl.TaskRouter.load(run / ROUTER, model, logits=TextLogits(text_readings(run, known)))
+
+
+def text_readings(run: Path, known: Mapping[str, Any]) -> list[TextReading]:
+    """How the tasks of a run read texts: from its options and labels alone, without its data."""
+    pairs = [[(y, y) for y in labels] or [(y, y) for y in ("text",)] for labels in known["labels"]]
+    stubs = {name: TextData(some, [], []) for name, some in zip(known["tasks"], pairs, strict=True)}
+    uncut = {**runs.stored_config(run)["options"], "train": None, "test": None, "plain": False}  # type: ignore[index]
+    return readings(texts({**uncut, "score_on": "test"}, stubs)[1])
 
 
 def drop_routed(run: Path, model: nn.Module, task: int) -> None:
@@ -91,8 +130,9 @@ def _show_routing(run: Path) -> None:
         say("router: not measured since a task was forgotten", "yellow")
         return
     table = Table(box=box.SIMPLE_HEAD, title="without the task being told, in %", title_justify="left")
-    for name in ROUTED:
+    shown = {name: found[key] for name, key in ROUTED.items() if key in found}
+    for name in shown:
         table.add_column(name, justify="right")
-    table.add_row(*(percent(found[key]) for key in ROUTED.values()))
+    table.add_row(*(percent(share) for share in shown.values()))
     out.print(table)
     draw_into(run / CONFUSION, lambda: draw_routing(found["confusion"], known["tasks"]))

@@ -1,4 +1,4 @@
-"""`hatcl predict`: task and class of images, by a run's router."""
+"""`hatcl predict`: task and class of images or texts, by a run's router."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 import hatcl
 
+from ..config import whole
 from ..continual.folder import find_model
+from ..continual.routing import TextLogits
+from ..continual.tasks import TextReading
+from ..data.pairs import Chat
 from ..errors import IntegrityError
+from ..lend import Evaluating
 from ._command import Device, command
 from ._console import out
 from ._options import usable_device
@@ -24,39 +29,63 @@ from ._routing import about, load_router
 @command("predict")
 def predict_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run of hatcl train --router.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Files of images.")],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUTS", help="Files of images; of a run that learned texts, texts.")
+    ],
     among: Annotated[
         list[int] | None,
         typer.Option(help="A task that comes into question, counted from 0; repeatable. By default all."),
     ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            help="Find the task in one forward, and run so many of the likeliest tasks; by default all are run."
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> list[dict[str, Any]]:
-    """Say to which task and class each image belongs, without being told the task.
+    """Say to which task and class each image or text belongs, without being told the task.
 
     Grey images are taken as grey. Values are those of the files, 0 to 255, so the run's data must have had them too. A
-    class is the label in the task's own data.
+    class is the label in the task's own data. Where a task writes its answers, the answer is written.
     """
-    pictures = [_picture_at(path) for path in images]  # or an error, before anything is printed
+    whole("--top", top, optional=True)
+    known = about(run) or {}
+    of_texts = "labels" in known
+    pictures = [] if of_texts else [_picture_at(Path(path)) for path in inputs]  # or an error, before all else
+    chat = of_texts and all(known["chats"])
+    asked: list[str] = [Chat([("user", x)]) if chat else x for x in inputs]
     where = usable_device(device)
     model = hatcl.from_pretrained(find_model(run)).to(where)
     router = load_router(run, model)
-    names = (about(run) or {})["tasks"]
+    each = router.logits.each if isinstance(router.logits, TextLogits) else []
     answers: list[dict[str, Any]] = []
-    for path, picture in zip(images, pictures, strict=True):
-        p = hatcl.predict(model, picture, router=router, among=among or None)
-        task = int(p.task)
+    for i, said in enumerate(inputs):
+        x = each[0].tokens([asked[i]]) if of_texts else pictures[i]
+        p = hatcl.predict(model, x, router=router, among=among or None, top=top)
+        task, label = int(p.task), int(p.label)
         answers.append({
-            "image": str(path), "task": task, "name": names[task], "label": int(p.label),
+            "text" if of_texts else "image": said, "task": task, "name": known["tasks"][task],
+            "label": _answer_to(model, asked[i], each[task], task, label) if of_texts else label,
             "probability": float(p.probability), "rejected": bool(p.rejected),
         })  # fmt: skip
         _tell(answers[-1])
     return answers
 
 
+def _answer_to(model: nn.Module, text: str, how: TextReading, task: int, label: int) -> str:
+    """The label of a task's class, or what the task writes."""
+    if how.written is None:
+        return how.labels[label]
+    with hatcl.task(model, task), Evaluating(model), torch.no_grad():
+        return how.written(model, [text])[0]
+
+
 def _tell(answer: dict[str, Any]) -> None:
     verdict = "rejected; nearest is " if answer["rejected"] else ""
+    said = answer.get("image") or repr(answer["text"])
     out.print(
-        f"{answer['image']}: {verdict}task {answer['task']} ({answer['name']}), class {answer['label']}, probability "
+        f"{said}: {verdict}task {answer['task']} ({answer['name']}), class {answer['label']}, probability "
         f"{answer['probability']:.3f}",
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip

@@ -102,8 +102,8 @@ def train_command(
         bool,
         typer.Option(
             "--router",
-            help="Images by hat: make a router as well, which finds the task of an image, and measure it; see hatcl "
-            "predict. A finished run gets one with --resume.",
+            help="By hat: make a router as well, which finds the task of an input, and measure it; see hatcl predict. "
+            "A finished run gets one with --resume.",
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of weights, the order of examples, and what else is random.")] = 0,
@@ -136,8 +136,8 @@ def train_command(
     of_texts = isinstance(found, dict)
     one_of("--method", chosen := method or (TEXTS_BY if of_texts else HAT), list(continual.list_continual_methods()))
     asked.options["method"] = chosen
-    if router and (of_texts or chosen != HAT):
-        raise ConfigError("--router: finds the tasks of images that are learned by hat; leave it out")
+    if router and chosen != HAT:
+        raise ConfigError(f"--router: finds tasks that are learned by hat, and the method is {chosen}; leave it out")
     gates = HATConfig.from_dict(asked.options["set_"]) if chosen == HAT else None
     how = continual.make_method(chosen, None if gates else asked.options["set_"])
     if of_texts:
@@ -174,7 +174,6 @@ def _learn(
     if folder.finished:
         say(f"{folder.path} is finished already.")
         if asked.options["router"] and about(folder.path) is None:
-            assert not isinstance(data, dict)  # as was checked
             route(folder.path, hatcl.from_pretrained(find_model(folder.path)).to(device), data, asked.options)
         return _judged(folder.path, folder.metrics)
     if isinstance(data, dict):
@@ -195,7 +194,7 @@ def _learn(
     with folder.claimed(**facts), Display(folder, names, steps) as display:
         display.first = f"{method.name}: {len(tasks)} tasks, run folder {folder.path}"
         continual.learn_sequence(network, tasks, method, options, folder=folder.path, on_progress=display.tell)
-    if asked.options["router"] and not isinstance(data, dict):
+    if asked.options["router"]:
         route(folder.path, network, data, asked.options)
     return _judged(folder.path, folder.metrics)
 

@@ -15,7 +15,7 @@ from ..data.pairs import Chat, Pair, Turns
 from ..data.texts import TextData
 from ..engine.measures import joint_goal_accuracy
 from ..errors import ConfigError
-from .tasks import ContinualTask
+from .tasks import ContinualTask, TextReading
 from .text_scores import TEXT_SCORES
 
 MASKED = -100  # transformers leaves labels of this number out of the loss
@@ -99,6 +99,11 @@ class _Seq2Seq:
         rows = [_ids(self.tokenizer, x)[-self.lengths.max_input :] for x in texts]
         return self._padded(rows, left=False)
 
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What a forward takes that is to read texts and to write nothing: a decoder gets one token."""
+        out = self.inputs(texts)
+        return {**out, "decoder_input_ids": torch.full((len(texts), 1), self.tokenizer.pad_token_id)}
+
     def batch(self, pairs: list[Pair]) -> dict[str, Tensor]:
         out = self.inputs([x for x, _ in pairs])
         rows = [_with_end(self.tokenizer, _ids(self.tokenizer, y), self.lengths.max_output) for _, y in pairs]
@@ -167,6 +172,9 @@ class _Causal(_Seq2Seq):
         whole, before = self.templated((*turns, ("assistant", answer)), open_turn=False), self.templated(turns)
         return whole[len(before) :] if whole.startswith(before) else answer
 
+    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        return self._padded(self.prompts(texts), left=False)  # so that positions do not depend on the longest text
+
     def batch(self, pairs: list[Pair]) -> dict[str, Tensor]:
         before = self.prompts([x for x, _ in pairs])
         after = [self.answer(x, y) for x, y in pairs]
@@ -214,7 +222,7 @@ def _task(name: str, data: TextData, writer: _Seq2Seq, measure: str) -> Continua
     said, held_out = ([y for _, y in pairs] if chosen else [] for pairs in (data.test, data.validation))
     return ContinualTask(
         name, data.train, writer.batch, loss, score_of(data.test, data.turns), validate, shared=True, answers=said,
-        validation_answers=held_out,
+        validation_answers=held_out, reading=TextReading(writer.tokens, written=writer.written),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from ..data.pairs import Pair
 from ..data.texts import TextData
 from ..errors import ConfigError
 from ..skills.hidden import Hidden, hidden_states_of
-from .tasks import ContinualTask
+from .tasks import ContinualTask, TextReading
 
 SCALE = 20.0  # sentence transformers' temperature, with which such encoders were trained
 
@@ -76,6 +76,7 @@ def label_word_task(
         head.hidden,
         answers=[y for _, y in data.test],
         validation_answers=[y for _, y in data.validation],
+        reading=TextReading(read, tuple(words), head.of_output),
     )
 
 
@@ -128,14 +129,19 @@ def pooled(model: nn.Module, tokens: Mapping[str, Tensor], name: str = "") -> Te
     """
     device = next(model.parameters()).device
     tokens = {n: t.to(device) for n, t in tokens.items()}
-    out = getattr(model(**tokens), "last_hidden_state", None)
-    if out is None:
+    out = model(**tokens)
+    if getattr(out, "last_hidden_state", None) is None:
         raise ConfigError(
             f"task {name}: {type(model).__name__} gives no last_hidden_state; label words need a bare encoder "
             "(transformers' AutoModel)"
         )
-    mask = tokens["attention_mask"].unsqueeze(-1).to(out.dtype)
-    return (out * mask).sum(1) / mask.sum(1)
+    return _mean_hidden(tokens, out)
+
+
+def _mean_hidden(tokens: Mapping[str, Tensor], out: Any) -> Tensor:
+    hidden: Tensor = out.last_hidden_state
+    mask = tokens["attention_mask"].unsqueeze(-1).to(hidden)
+    return (hidden * mask).sum(1) / mask.sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +151,9 @@ class _Reader:
     tokenizer: Any
     max_length: int
 
-    def __call__(self, texts: list[str]) -> dict[str, Tensor]:
-        out = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        length = self.max_length
+        out = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         return {n: out[n] for n in ("input_ids", "attention_mask", "token_type_ids") if n in out}
 
 
@@ -159,7 +166,14 @@ class LabelWords:
     place: dict[str, int]
 
     def logits(self, model: nn.Module, tokens: Any) -> Tensor:
-        x = F.normalize(pooled(model, tokens), dim=-1)
+        return self._of_pooled(pooled(model, tokens))
+
+    def of_output(self, tokens: Any, out: Any) -> Tensor:
+        """The logits of what the encoder gave for some tokens."""
+        return self._of_pooled(_mean_hidden(tokens, out))
+
+    def _of_pooled(self, x: Tensor) -> Tensor:
+        x = F.normalize(x, dim=-1)
         return self.scale * x @ self.anchors.to(x).t()
 
     def loss(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:

@@ -219,14 +219,19 @@ def text_tasks(
     tasks = []
     for name, of in data.items():
         whole_data = of if isinstance(of, TextData) else read_texts(of)
-        texts = whole_data.cut(options.train, options.test)
-        texts = texts.on_validation(seed) if validated else texts
-        texts = texts.plain() if options.plain else texts
+        texts = part_used(whole_data, options, validated=validated, seed=seed)
         task = _task_of_form(
             form, name, texts, model, tokenizer, words.get(name), measures.get(name), options, positions
         )
         tasks.append(dataclasses.replace(task, digest=whole_data.digest()))
     return tasks
+
+
+def part_used(data: TextData, options: TextOptions, *, validated: bool, seed: int) -> TextData:
+    """What `text_tasks` learns and scores of some data."""
+    data = data.cut(options.train, options.test)
+    data = data.on_validation(seed) if validated else data
+    return data.plain() if options.plain else data
 
 
 def label_words(specs: tuple[str, ...] | list[str], names: list[str]) -> dict[str, dict[str, str]]:

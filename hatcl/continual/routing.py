@@ -1,20 +1,31 @@
-"""A router for tasks of images that were learned in sequence, and how well it tells them apart."""
+"""Routers for tasks of images and of texts that were learned in sequence, and how well they tell them apart."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..calls import moved
 from ..data.images import ImageData, Images, Preparation
+from ..data.pairs import Pair
+from ..data.texts import TextData
+from ..errors import ConfigError
+from ..hat.features import middle_block
 from ..hat.predict import predict
 from ..hat.router import RouterOptions, TaskRouter
 from ..hat.tasks import tasks
 from .images import ImageOptions
+from .tasks import ContinualTask, TextReading
+
+SHARES = (
+    "task_accuracy", "at_first_sight", "rejected", "task_incremental", "class_incremental", "largest_logit",
+)  # fmt: skip
+TEXTS = 32  # that are read in one forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,34 +75,112 @@ def image_router(
     return made
 
 
+def image_examples(stream: Sequence[ImageData], size: int) -> dict[int, Iterable[Any]]:
+    """The test images of each task, as they are stored, in batches of (images, labels)."""
+    return {t: _unprepared(data.x_test, data.y_test).batches(size) for t, data in enumerate(stream)}
+
+
 def _unprepared(x: Any, y: np.ndarray) -> Images:
     return Images(x, y.astype(np.int64), lambda images: torch.from_numpy(np.ascontiguousarray(images)))
 
 
-def routing_measures(
-    router: TaskRouter, model: nn.Module, stream: Sequence[ImageData], options: ImageOptions
-) -> dict[str, Any]:
-    """How well test images find their task and their class.
+@dataclasses.dataclass(frozen=True)
+class TextLogits:
+    """What each task's own classes get, of what a model without a head gives; one column of zeros for a task that
+    writes its answers.
+
+    Attributes:
+        each: how each task reads texts.
+    """
+
+    each: Sequence[TextReading]
+
+    def __call__(self, task: int, tokens: Any, out: Any) -> Tensor:
+        own = self.each[task].logits
+        return torch.zeros(len(tokens["input_ids"]), 1) if own is None else own(moved(tokens, _device_of(out)), out)
+
+
+def _device_of(out: Any) -> torch.device:
+    found: torch.device = out.last_hidden_state.device
+    return found
+
+
+def readings(sequence: Sequence[ContinualTask]) -> list[TextReading]:
+    """How the tasks of a sequence read texts.
+
+    Raises:
+        ConfigError: one does not say.
+    """
+    for of in sequence:
+        if of.reading is None:
+            raise ConfigError(f"task {of.name}: is none of texts, or made by hand; give ContinualTask(reading=...)")
+    return [of.reading for of in sequence if of.reading is not None]
+
+
+def text_router(
+    model: nn.Module,
+    sequence: Sequence[ContinualTask],
+    data: Sequence[TextData],
+    options: RouterOptions | Mapping[str, Any] | None = None,
+) -> TaskRouter:
+    """A router with the training texts of each sealed task. It reads the mean over tokens of what enters the block in
+    the middle: gates over adapters leave it nearly the same for all tasks, so that one forward finds the task
+    (`hatcl.predict(top=1)`).
+
+    Args:
+        data: of each task in order, what it was learned from.
+
+    Raises:
+        ConfigError: tasks that do not say how they read texts. HATError: a model without a stack of blocks.
+    """
+    each = readings(sequence)
+    made = TaskRouter(model, RouterOptions().changed(options), middle_block(model), logits=TextLogits(each))
+    for t in [t for t in tasks(model) if t < len(data)]:
+        made.add_task(t, _read_texts(each[t], data[t].train))
+    return made
+
+
+def text_examples(sequence: Sequence[ContinualTask], data: Sequence[TextData]) -> dict[int, Iterable[Any]]:
+    """The test texts of each task in batches of (tokens, labels)."""
+    return {t: _read_texts(read, data[t].test) for t, read in enumerate(readings(sequence))}
+
+
+def _read_texts(how: TextReading, pairs: Sequence[Pair]) -> Iterator[tuple[Any, Tensor]]:
+    place = {y: i for i, y in enumerate(how.labels)}
+    for i in range(0, len(pairs), TEXTS):
+        some = pairs[i : i + TEXTS]
+        yield how.tokens([x for x, _ in some]), torch.tensor([place.get(y, 0) for _, y in some])
+
+
+def routing_measures(router: TaskRouter, model: nn.Module, examples: Mapping[int, Iterable[Any]]) -> dict[str, Any]:
+    """How well inputs find their task and their class.
+
+    Args:
+        examples: of each task, batches of (inputs, labels).
 
     Returns:
-        confusion: `[T, T]`, how many images of the row's task were taken for the column's.
-        task_accuracy: share of the images whose task is found. task_incremental: accuracy where the task is told.
-        class_incremental: share of the images whose task and class are both found. largest_logit: task_accuracy of the
-        task with the largest logit. rejected: share of the images that are rejected.
+        confusion: `[T, T]`, how many inputs of the row's task were taken for the column's.
+        task_accuracy: share of the inputs whose task is found; at_first_sight: by one forward alone, as
+        `hatcl.predict(top=1)` does. rejected: share of the inputs that are rejected. Where every task has
+        classes also task_incremental: accuracy where the task is told; class_incremental: share of the inputs whose
+        task and class are both found; largest_logit: task_accuracy of the task with the largest logit.
     """
-    count = len(stream)
+    count = len(examples)
     confusion = np.zeros((count, count), dtype=np.int64)
     told: list[Tensor] = []
+    order = torch.tensor(router.tasks)
     for t in router.tasks:
-        data = stream[t]
-        for x, y in _unprepared(data.x_test, data.y_test).batches(options.eval_batch_size):
-            said = {other: router.seen(model, x, other)[1].float().cpu() for other in router.tasks}
+        for x, y in examples[t]:
+            seen = {other: router.seen(model, x, other) for other in router.tasks}
+            said = {other: z.float().cpu() for other, (_, z) in seen.items()}
             found = predict(model, x, router=router, among=router.tasks)
             task, label = found.task.cpu(), found.label.cpu()
             confusion[t] += np.bincount(task.numpy(), minlength=count)
-            largest = torch.tensor(router.tasks)[torch.stack([z.max(1).values for z in said.values()]).argmax(0)]
-            right = (task == t) & (label == y)
-            told.append(torch.stack([said[t].argmax(1) == y, task == t, right, largest == t, found.rejected.cpu()]))
-    names = ("task_incremental", "task_accuracy", "class_incremental", "largest_logit", "rejected")
+            first = order[router.at_first_sight(seen[router.tasks[0]][0]).argmax(1)]
+            largest = order[torch.stack([z.max(1).values for z in said.values()]).argmax(0)]
+            rows = [task == t, first == t, found.rejected.cpu()]
+            if all(z.shape[1] > 1 for z in said.values()):
+                rows += [said[t].argmax(1) == y, (task == t) & (label == y), largest == t]
+            told.append(torch.stack(rows))
     shares = torch.cat(told, 1).double().mean(1).tolist()
-    return {**dict(zip(names, shares, strict=True)), "confusion": confusion.tolist()}
+    return {**dict(zip(SHARES, shares, strict=False)), "confusion": confusion.tolist()}

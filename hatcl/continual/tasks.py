@@ -17,6 +17,22 @@ SEEN = 16  # training examples that stand for a task which does not say what its
 
 
 @dataclass(frozen=True, eq=False)
+class TextReading:
+    """How texts are read whose task is not known yet, and what a task says to them.
+
+    Attributes:
+        tokens: what the model's forward takes for some texts; the same for all tasks of a sequence.
+        labels: of its classes, in the order of `logits`; empty where the task writes its answers.
+        logits: `[B, C]` of what the model was given and what it gave. written: the answers to some texts.
+    """
+
+    tokens: Callable[[Sequence[str]], Any]
+    labels: tuple[str, ...] = ()
+    logits: Callable[[Any, Any], Tensor] | None = None
+    written: Callable[[nn.Module, Sequence[str]], list[str]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class ContinualTask:
     """One task of a sequence. All tasks of a sequence share one model.
 
@@ -37,6 +53,7 @@ class ContinualTask:
             giving the commonest of them is something to compare a score with.
         shared: do `collate` and `loss` fit the examples of any other such task too (generation: all is in the texts)?
             Then what a run before remembers can be learned again.
+        reading: of tasks of texts, how a router reads them (see `text_router`).
     """
 
     name: str
@@ -51,6 +68,7 @@ class ContinualTask:
     shared: bool = False
     answers: Sequence[Any] = ()
     validation_answers: Sequence[Any] = ()
+    reading: TextReading | None = None
 
     def inputs(self, count: int = 2) -> Any:
         """What the model's forward takes for the first training examples. A collate that draws random numbers draws the

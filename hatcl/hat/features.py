@@ -52,6 +52,25 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def middle_block(model: nn.Module) -> str:
+    """The path of the block in the middle of the longest stack of blocks. What it reads serves to tell tasks apart that
+    are learned on one pretrained base: early blocks say what a text is about, late ones what its task asks of it.
+
+    Raises:
+        HATError: there is no stack of blocks.
+    """
+    root = _root(model) or model
+    stacks = {
+        path: len(m)
+        for path, m in root.named_modules()
+        if isinstance(m, nn.ModuleList) and not path.endswith("hat_tasks")
+    }
+    longest = max(stacks, key=lambda path: stacks[path], default=None)
+    if longest is None:
+        raise HATError(f"{type(root).__name__}: has no stack of blocks (a ModuleList), so none is in the middle")
+    return f"{longest}.{stacks[longest] // 2}"
+
+
 def _is_a_layer(module: nn.Module) -> bool:
     """Does it hold nothing but weights of its own? Of a module with layers in it, what enters the weight is not what
     enters the module."""
@@ -108,8 +127,9 @@ def features_of(model: nn.Module, inputs: Any) -> Tensor:
 def features_and_outputs(model: nn.Module, inputs: Any, features: Features = None) -> tuple[Tensor, Any]:
     """What enters the heads under the active task, `[B, F]`, and what the model gives, from one forward. Where there
     are several positions (`[B, N, F]` of a linear head, `[B, F, H, W]` of a convolution) the features are those of the
-    position whose answer the model gives (a language model's last token), else their mean; of several heads one after
-    the other. A unit that is off is 0 there.
+    position whose answer the model gives (a language model's last token), else their mean, over tokens that are no
+    padding where the inputs have an `attention_mask`; of several heads one after the other. A unit that is off is 0
+    there.
 
     Args:
         features: other features than these, see `Features`.
@@ -136,7 +156,7 @@ def features_and_outputs(model: nn.Module, inputs: Any, features: Features = Non
         if isinstance(modules[path], nn.modules.conv._ConvNd):
             parts[id(read)] = read.flatten(2).mean(2)
         elif read.dim() > 2:
-            parts[id(read)] = _at_the_answer(read.flatten(1, -2), said, out)
+            parts[id(read)] = _at_the_answer(read.flatten(1, -2), said, out, inputs)
         else:
             parts[id(read)] = read
     if not parts:
@@ -147,8 +167,9 @@ def features_and_outputs(model: nn.Module, inputs: Any, features: Features = Non
     return torch.cat(list(parts.values()), 1), out
 
 
-def _at_the_answer(x: Tensor, said: Any, out: Any) -> Tensor:
-    """Of positions `[B, N, F]`, the one where the head says what the model says; else their mean."""
+def _at_the_answer(x: Tensor, said: Any, out: Any, inputs: Any) -> Tensor:
+    """Of positions `[B, N, F]`, the one where the head says what the model says; else the mean of those that are no
+    padding: how far a batch is padded depends on the other examples in it."""
     answer = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     if isinstance(said, Tensor) and isinstance(answer, Tensor) and answer.dim() == 2:
         each = said.flatten(1, -2)
@@ -156,7 +177,11 @@ def _at_the_answer(x: Tensor, said: Any, out: Any) -> Tensor:
             same = (each == answer[:, None]).all(-1)
             if bool(same.any(1).all()):
                 return x[torch.arange(len(x), device=x.device), same.int().argmax(1)]
-    return x.mean(1)
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.shape != x.shape[:2]:
+        return x.mean(1)
+    weight = mask.unsqueeze(-1).to(x)
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def features_under(model: nn.Module, batches: Iterable[Any], task: int | None) -> Tensor:

@@ -84,13 +84,15 @@ class KnownTask:
 
 
 def sealed_digests(model: nn.Module, of_task: int) -> dict[str, str]:
-    """The digests of a task as it was sealed; where a loaded state did not bring them, of what is there."""
+    """The digests of all that a task computes with, as it was sealed; where a loaded state did not bring them, of what
+    is there."""
     return dict(gates_of(model)[0].digests.get(of_task) or task_digests(model, of_task))
 
 
 def changed_digest(was: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Something whose digest is another one, of the same dtype."""
-    for name in {**was, **now}:
+    """Something whose digest is another one, of the same dtype. Embeddings do not count: a sealed task computes with
+    its hard gates, and one that is reopened and sealed as it was gets the same gates from other embeddings."""
+    for name in [name for name in {**was, **now} if not name.rpartition(".embeddings.")[0].endswith("gates")]:
         a, b = was.get(name), now.get(name)
         if a is None or b is None or (a != b and a.split(":")[0] == b.split(":")[0]):
             return name
@@ -164,10 +166,10 @@ class Gathered:
         """What the router keeps.
 
         Raises:
-            TaskError: there are examples of fewer than two classes.
+            TaskError: there are examples of fewer than two classes, of a task that has more than one.
         """
         labels = self.counts.nonzero().flatten().tolist()
-        if len(labels) < 2:
+        if len(labels) < min(2, max(1, len(self.counts))):
             raise TaskError(
                 f"task {self.new}: got {int(self.counts.sum())} examples of {len(labels)} classes, expected some of at "
                 "least two: of one class the ridge has nothing to tell apart"

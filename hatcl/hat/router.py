@@ -73,6 +73,8 @@ class TaskRouter:
         model: the HAT model. It is evaluated in `add_task` alone; `predict` is given the model again.
         options: see `RouterOptions`, or a mapping of what to change.
         features: other features than what the head reads, see `hatcl.hat.features`.
+        logits: where the model's output are no logits: called with a task, inputs and the model's output, gives
+            `[B, C]`. One column says that the task has no classes: the router finds it, and its label is 0.
         prepare: what a task's network takes of an input whose task is unknown: called with a task and inputs. For tasks
             that were learned with different preparations (each with its own mean and spread). None = inputs as they
             are.
@@ -82,8 +84,9 @@ class TaskRouter:
     options: RouterOptions = field(default_factory=RouterOptions)
     features: Features = None
     prepare: Callable[[int, Any], Any] | None = None
+    logits: Callable[[int, Any, Any], Tensor] | None = None
     _known: dict[int, KnownTask] = field(default_factory=dict, init=False, repr=False)
-    _weights: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _weights: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _checked: weakref.WeakKeyDictionary[Any, Any] = field(
         default_factory=weakref.WeakKeyDictionary, init=False, repr=False
     )
@@ -235,7 +238,7 @@ class TaskRouter:
                     f"task {space}: the model does not take these inputs ({type(error).__name__}: {error}); give them "
                     "as its forward takes them: a tensor, a tuple, or a mapping of keywords"
                 ) from error
-        z = tensor_of(out)
+        z = tensor_of(out) if self.logits is None else self.logits(space, taken, out)
         rows = len(z) if rows is None else rows
         if z.dim() != 2 or len(z) != rows or len(h) != rows:
             raise ConfigError(
@@ -262,7 +265,7 @@ class TaskRouter:
             features: `h_t(x)`, `[B, F]`, for each chosen task t. among: the tasks that are asked about; None = all.
         """
         chosen = self.chosen(among)
-        spaces = [lifted(features[a], self._known[a].p) @ w for a, w in zip(chosen, self._solved(chosen), strict=True)]
+        spaces = [lifted(features[a], self._known[a].p) @ self._solved(chosen[i:]) for i, a in enumerate(chosen)]
         counts = [len(self._known[t].labels) for t in chosen]
         total = torch.zeros(len(spaces[0]), len(chosen), dtype=torch.float64)
         evidence = torch.zeros_like(total)
@@ -310,14 +313,24 @@ class TaskRouter:
             self.options = before
         return self.options
 
-    def _solved(self, chosen: Sequence[int]) -> list[Tensor]:
-        """W of each space, `[M + 1, classes of the tasks from there on]`."""
+    def at_first_sight(self, features: Tensor, among: Sequence[int] | None = None) -> Tensor:
+        """`softmax_t l_a(t|x)`, `[B, T]` float64 on the CPU, with a the first of the chosen tasks in the order:
+        all have statistics in its space, so that one forward tells them apart.
+
+        Args:
+            features: `h_a(x)`, `[B, F]`. among: the tasks that are asked about; None = all.
+        """
+        chosen = self.chosen(among)
+        said = self.options.temperature * lifted(features, self._known[chosen[0]].p) @ self._solved(chosen)
+        parts = said.split([len(self._known[t].labels) for t in chosen], 1)
+        return torch.stack([part.logsumexp(1) for part in parts], 1).softmax(1)
+
+    def _solved(self, chosen: Sequence[int]) -> Tensor:
+        """W of the first one's space, `[M + 1, classes of all of them]`."""
         key = tuple(chosen)
         if key not in self._weights:
-            self._weights[key] = [
-                ridge([self._known[b].sums[a] for b in chosen[i:]], sum(self._known[b].examples for b in chosen[i:]))
-                for i, a in enumerate(chosen)
-            ]
+            every = [self._known[b] for b in chosen]
+            self._weights[key] = ridge([known.sums[key[0]] for known in every], sum(known.examples for known in every))
         return self._weights[key]
 
     # ---- the file ------------------------------------------------------------------------------------------------
@@ -337,6 +350,7 @@ class TaskRouter:
             "format": FORMAT, "options": dataclasses.asdict(self.options),
             "features": FUNCTION if callable(self.features) else self.features,
             "prepare": None if self.prepare is None else FUNCTION,
+            "logits": None if self.logits is None else FUNCTION,
             "tasks": [
                 {"task": t, "spaces": list(known.sums), **{name: getattr(known, name) for name in OF_TASK}}
                 for t, known in self._known.items()
@@ -353,11 +367,13 @@ class TaskRouter:
         model: nn.Module,
         features: Features = None,
         prepare: Callable[[int, Any], Any] | None = None,
+        logits: Callable[[int, Any, Any], Tensor] | None = None,
     ) -> TaskRouter:
         """The router that `save` wrote.
 
         Args:
-            model: the model that it is of. features, prepare: the functions that the router was made with, if it was.
+            model: the model that it is of. features, prepare, logits: the functions that the router was made with, if
+                it was.
 
         Raises:
             IntegrityError: the file is missing, damaged or of something else. ConfigError: functions that it was made
@@ -371,13 +387,14 @@ class TaskRouter:
         digest = about.pop("digest", None)
         if about.get("format") != FORMAT or _digest_of_all(tensors, about) != digest:
             raise IntegrityError(f"{path}: its content is not what was saved; the file is damaged, save it again")
-        for name, given in (("features", features), ("prepare", prepare)):
-            if (about[name] == FUNCTION) != callable(given) or (given is not None and not callable(given)):
+        for name, given in (("features", features), ("prepare", prepare), ("logits", logits)):
+            made_with = about.get(name)  # a file of before there was logits= has none
+            if (made_with == FUNCTION) != callable(given) or (given is not None and not callable(given)):
                 raise ConfigError(
-                    f"{path}: the router was made with {name}={about[name]!r}, got {given!r}; give the same function, "
+                    f"{path}: the router was made with {name}={made_with!r}, got {given!r}; give the same function, "
                     "and nothing where it was none"
                 )
-        router = cls(model, RouterOptions().changed(about["options"]), features or about["features"], prepare)
+        router = cls(model, RouterOptions().changed(about["options"]), features or about["features"], prepare, logits)
         for told in about["tasks"]:
             t = told["task"]
             sums = {

@@ -104,7 +104,7 @@ def test_what_does_not_fit(run, routed, tmp_path, capsys):
         (["predict", routed, tmp_path / "none.png"], "none.png cannot be read as an image"),
         (["predict", routed, routed / "config.json"], "config.json cannot be read as an image"),
         (["predict", routed, files[0], "--among", "7"], "task 7 is not in the router, which has [0, 1, 2]"),
-        (["train", "--router", "--method", "sequential", "--output", tmp_path / "x"], "--router: finds the tasks of"),
+        (["train", "--router", "--method", "sequential", "--output", tmp_path / "x"], "--router: finds tasks that are"),
     ]
     for args, text in cases:
         code, _, err = call(capsys, *args)

@@ -224,17 +224,45 @@ def test_a_folder_that_holds_another_run(here, tmp_path, capsys):
     assert "other: holds no run of hatcl" in " ".join(capsys.readouterr().err.split())
 
 
+def _texts_find_their_task(run, capsys, *, written):
+    """`hatcl predict` answers a run's texts with labels, or writes. (The tasks have the same words.)"""
+    found = json.loads((run / "router.json").read_text())
+    measured = found["measured"]
+    assert [sum(row) for row in measured["confusion"]] == [16, 16] and 0 <= measured["at_first_sight"] <= 1
+    assert ("class_incremental" in measured) is not written
+    asked = [x for t in range(2) for x, _ in texts(t, count=2).test[:2]]
+    for more in ([], ["--top", "1"]):
+        assert hatcl("predict", run, *asked, "--device", "cpu", "--json", *more) == 0
+        answers = json.loads(capsys.readouterr().out)
+        for answer, text in zip(answers, asked, strict=True):
+            assert answer["text"] == text and answer["name"] == "ab"[answer["task"]]
+            assert written or answer["label"] in found["labels"][answer["task"]]
+    assert hatcl("predict", run, asked[0], "--top", "0") == 2
+    assert "--top: got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("model", ["bert", "t5", "gpt2"])
 def test_hat_lays_gates_over_the_pairs(here, tmp_path, capsys, model):
     assert (
         run(
-            tmp_path / "run", "--method", "hat", "--set", "init=sparse", "--rank", "8", "--max-output", "4", model=model
+            tmp_path / "run",
+            "--method",
+            "hat",
+            "--set",
+            "init=sparse",
+            "--rank",
+            "8",
+            "--max-output",
+            "4",
+            "--router",
+            model=model,
         )
         == 0
     )
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["backward_transfer"] == 0 and metrics["details"]["exact"] and metrics["details"]["bit_equal"]
     capsys.readouterr()
+    _texts_find_their_task(tmp_path / "run", capsys, written=model != "bert")
     assert hatcl("certify", tmp_path / "run", "--device", "cpu") == 0
     assert "task 1: exact, outputs bit-equal to those at sealing" in capsys.readouterr().out
     assert hatcl("describe", tmp_path / "run") == 0

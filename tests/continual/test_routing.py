@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import continual_parts
 import numpy as np
 import parts
+import pytest
 import timm
 import torch
 
 import hatcl
 from hatcl.continual.images import ImageOptions
-from hatcl.continual.routing import EachPrepared, image_router, routing_measures
+from hatcl.continual.label_words import label_word_task
+from hatcl.continual.routing import (
+    EachPrepared,
+    image_examples,
+    image_router,
+    readings,
+    routing_measures,
+    text_examples,
+    text_router,
+)
+from hatcl.data.texts import TextData
+from hatcl.errors import ConfigError
 
 
 def sealed(stream):
@@ -25,7 +39,7 @@ def test_what_is_measured(three_tasks):
     model = sealed(three_tasks)
     router = image_router(model, three_tasks, options, {"width": 32})
     assert router.tasks == [0, 1, 2] and router.options.width == 32
-    found = routing_measures(router, model, three_tasks, options)
+    found = routing_measures(router, model, image_examples(three_tasks, options.eval_batch_size))
     tests = [len(data.x_test) for data in three_tasks]
     confusion = np.array(found["confusion"])
     assert confusion.sum(1).tolist() == tests
@@ -48,7 +62,7 @@ def test_tasks_that_are_not_sealed_take_no_part(three_tasks):
     hatcl.forget_task(model, 1)
     router = image_router(model, three_tasks, ImageOptions(), {"width": 8})
     assert router.tasks == [0, 2]
-    found = routing_measures(router, model, three_tasks, ImageOptions())
+    found = routing_measures(router, model, image_examples(three_tasks, 256))
     assert np.array(found["confusion"])[1].sum() == np.array(found["confusion"])[:, 1].sum() == 0
 
 
@@ -58,3 +72,28 @@ def test_preparations_are_json(three_tasks):
     assert again == each
     x = torch.from_numpy(three_tasks[1].x_test)
     assert torch.equal(again(1, x), each(1, x)) and again(1, x).shape[-1] == 24
+
+
+def test_texts_find_their_task():
+    """Two tasks whose texts have few words in common; the adapters have not learned anything."""
+    peft = pytest.importorskip("peft")
+    base = continual_parts.bert()
+    encoder = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["query", "value"]))
+    some = [continual_parts.texts(t, ("warm", "cold")) for t in range(2)]
+    of = some[1]  # in place of its words the labels', which the other task's texts do not have
+    some[1] = TextData(
+        *[[(" ".join(y for _ in x.split()), y) for x, y in p] for p in (of.train, of.validation, of.test)]
+    )
+    sequence = [label_word_task(f"{t}", of, base, continual_parts.tokenizer()) for t, of in enumerate(some)]
+    model = parts.pretend(hatcl.convert(encoder, 2, sequence[0].inputs()))
+    router = text_router(model, sequence, some, {"width": 64})
+    found = routing_measures(router, model, text_examples(sequence, some))
+    assert np.array(found["confusion"]).sum(1).tolist() == [len(of.test) for of in some]
+    assert found["task_accuracy"] > 0.9 and found["at_first_sight"] > 0.9
+    scores = []
+    for t, of in enumerate(sequence):
+        with hatcl.task(model, t):
+            scores.append(of.score(model))
+    assert abs(found["task_incremental"] - np.mean(scores)) < 1.5 / 48  # a tie may round otherwise in other batches
+    with pytest.raises(ConfigError, match="task 0: is none of texts, or made by hand; give ContinualTask"):
+        readings([dataclasses.replace(sequence[0], reading=None)])

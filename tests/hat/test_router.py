@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import warnings
 
 import parts
@@ -13,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hatcl
+import hatcl.hat.router as router_module
 from hatcl.errors import ConfigError, IntegrityError
+from hatcl.hat.features import features_and_outputs, middle_block
 from hatcl.hat.gates import gates_of
 from hatcl.hat.known import KnownTask
+from hatcl.hat.ridge import lifted
 from hatcl.hat.router import ROUTER_ENTRY
 from hatcl.vectors.files import read_metadata
 
@@ -60,7 +64,7 @@ def by_definition(router, x):
         later = order[order.index(s) :]
         phi = torch.cat([(router.seen(router.model, x, s)[0].double() @ router._known[s].p.double()).relu(),
                          torch.ones(len(x), 1).double()], 1)  # fmt: skip
-        z = tau * phi @ router._solved(order)[order.index(s)]
+        z = tau * phi @ router._solved(later)
         at = 0
         for b in later:
             size = len(router._known[b].labels)
@@ -80,6 +84,19 @@ def test_the_formulas(model):
     p = asked(router)
     assert torch.allclose(p, by_definition(router, X), atol=1e-12)  # measured 1e-15
     assert float((p.argmax(1) == RIGHT).double().mean()) > 0.9
+
+
+def test_at_first_sight(model):
+    """P by the space of the first of the chosen tasks alone: softmax over t of l_a(t|x)."""
+    router = filled(model, (2, 0, 1))
+    for among, first in ((None, 2), ([0, 1], 0)):
+        chosen, h = router.chosen(among), router.seen(model, X, first)[0]
+        z = router.options.temperature * lifted(h, router._known[first].p) @ router._solved(chosen)
+        parts = z.split([4] * len(chosen), 1)
+        want = torch.stack([part.exp().sum(1) for part in parts], 1) / z.exp().sum(1, keepdim=True)
+        assert torch.allclose(router.at_first_sight(h, among), want, atol=1e-12)  # measured 2e-16
+    right = torch.tensor(router.tasks)[router.at_first_sight(router.seen(model, X, 2)[0]).argmax(1)] == RIGHT
+    assert float(right.double().mean()) > 0.8
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
@@ -164,6 +181,24 @@ def test_a_task_that_was_learned_again_is_named_until_it_is_added_anew(model):
     assert router.tasks == [0, 2, 1]
     assert _bits(router) == _bits(filled(model, (0, 2, 1)))
     assert "task 1: 40 examples of 4 classes; its space tells apart [1]" in str(router)
+
+
+def test_a_task_that_was_reopened_and_sealed_as_it_was_stays(model, monkeypatch):
+    """Its embeddings are others, and no sealed task computes with embeddings."""
+    hatcl.forget_task(model, 1)
+    parts.train(model, 1, torch.optim.SGD(model.parameters(), lr=0.1), task_data(1), steps=2)
+    router = filled(model)
+    want = asked(router)
+    hatcl.reopen_task(model, 1)
+    with pytest.raises(hatcl.TaskError, match="task 1 is in the router and not sealed"):
+        router.check(model, [1])
+    hatcl.seal(model, 1)
+    router.check(model, router.tasks)
+    assert torch.equal(asked(router), want)
+    monkeypatch.setattr("hatcl.hat.router.changed_digest", lambda was, now: None if was == now else "any")
+    router._checked.clear()
+    with pytest.raises(hatcl.TaskError, match="not what it was"):  # the twin: embeddings count
+        router.check(model, [1])
 
 
 def test_the_digest_is_what_notices_it(model):
@@ -256,6 +291,37 @@ def test_inputs_prepared_for_each_task(model, tmp_path):
         hatcl.TaskRouter.load(plain.save(tmp_path / "b.safetensors"), model, prepare=prepare)
     again = hatcl.TaskRouter.load(path, model, prepare=prepare)
     assert torch.equal(asked(again), asked(router)) and not torch.equal(asked(router), asked(plain))
+
+
+def test_logits_of_ones_own(model, tmp_path):
+    """A model whose output are no logits; a task with one class is found, and has nothing else to tell."""
+
+    def logits(task, inputs, out):
+        return out[:, :1] if task == 1 else out.flip(1)
+
+    router, plain = hatcl.TaskRouter(model, OPTIONS, logits=logits), filled(model)
+    for t in range(3):
+        x, y = task_data(t)
+        router.add_task(t, x, y * 0 if t == 1 else y)
+    assert router._known[1].labels == [0] and router._known[0].labels == [0, 1, 2, 3]
+    p, q = (hatcl.predict(model, X, router=r) for r in (router, plain))
+    assert float((p.task == RIGHT).double().mean()) > 0.8 and set(p.label[p.task == 1].tolist()) == {0}
+    same = (p.task == q.task) & (p.task != 1)
+    assert same.any() and torch.equal(p.label[same], 3 - q.label[same])
+    path = router.save(tmp_path / "router.safetensors")
+    with pytest.raises(ConfigError, match="was made with logits='a function', got None; give the same function"):
+        hatcl.TaskRouter.load(path, model)
+    assert torch.equal(asked(hatcl.TaskRouter.load(path, model, logits=logits)), asked(router))
+
+
+def test_a_file_of_before_there_were_logits_is_read(model, tmp_path):
+    router = filled(model, (0, 1))
+    path = router.save(tmp_path / "router.safetensors")
+    tensors, about = load_file(path), json.loads(read_metadata(path)[ROUTER_ENTRY])
+    del about["logits"], about["digest"]
+    about["digest"] = router_module._digest_of_all(tensors, about)
+    save_file(tensors, path, {ROUTER_ENTRY: json.dumps(about)})
+    assert torch.equal(asked(hatcl.TaskRouter.load(path, model)), asked(router))
 
 
 def test_no_example_is_kept(model):
@@ -391,20 +457,55 @@ def test_bfloat16_and_a_model_that_was_cast(model):
         hatcl.predict(half, X.bfloat16(), router=filled(model))
 
 
-@pytest.mark.parametrize("kind", ["SEQ_CLS", None])  # the head is each task's own, or frozen and that of all
-def test_gates_over_adapters(kind):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
-    plain = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, vocab_size=60, num_labels=2))
-    adapted = peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules=["query", "value"], task_type=kind))
-    ids = torch.stack([torch.randint(3 + 20 * t, 18 + 20 * t, (24, 8)) for t in range(2)])
-    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
-    gated = parts.pretend(hatcl.convert(adapted, 2, batches[0]))
-    router = hatcl.TaskRouter(gated, {"width": 64})
+DRAWN = torch.Generator().manual_seed(0)
+TEXTS = torch.stack([torch.randint(3 + 20 * t, 18 + 20 * t, (24, 8), generator=DRAWN) for t in range(2)])
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, vocab_size=60, num_labels=2))
+
+
+def of_texts(plain, **options):
+    """Two tasks whose texts have words of their own, by a model that has not learned anything, and their router."""
+    batches = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in TEXTS]
+    gated = parts.pretend(hatcl.convert(plain, 2, batches[0]))
+    router = hatcl.TaskRouter(gated, {"width": 64}, **options)
     for t, batch in enumerate(batches):
         router.add_task(t, [{**batch, "labels": torch.arange(24) % 2}])
-    found = [asked(router, x=batch).argmax(1) == t for t, batch in enumerate(batches)]
-    assert float(torch.cat(found).double().mean()) > 0.75  # chance 1/2
+    return router, batches
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", None, "plain"])  # with LoRA the head is each task's own, or that of all
+def test_texts(kind):
+    peft = pytest.importorskip("peft")
+    plain = bert()
+    if kind != "plain":
+        plain = peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules=["query", "value"], task_type=kind))
+    router, batches = of_texts(plain)
+    for top in (None, 1):
+        right = [hatcl.predict(router.model, x, router=router, top=top).task == t for t, x in enumerate(batches)]
+        # chance 1/2; the space of one task that has not learned anything, without half of its units, tells less
+        assert float(torch.cat(right).double().mean()) > (0.75 if top is None else 0.6)
+    if kind == "SEQ_CLS":
+        _a_middle_block_reads_no_padding(router.model, batches[0])
+
+
+def _a_middle_block_reads_no_padding(model, batch):
+    """A text's features do not depend on how long the others of its batch are."""
+    path = middle_block(model)
+    assert path.endswith("encoder.layer.1")
+    longer = {name: torch.nn.functional.pad(x, (0, 5)) for name, x in batch.items()}
+    with hatcl.task(model.eval(), 0), torch.no_grad():
+        h, wider = (features_and_outputs(model, x, path)[0] for x in (batch, longer))
+        blind = features_and_outputs(model, {**longer, "attention_mask": longer["attention_mask"] | True}, path)[0]
+    assert torch.allclose(h, wider, atol=1e-5) and not torch.allclose(h, blind, atol=1e-2)  # measured 2e-7
+
+
+def test_a_model_without_blocks_has_none_in_the_middle(model):
+    with pytest.raises(hatcl.HATError, match="has no stack of blocks"):
+        middle_block(model)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
