@@ -86,8 +86,8 @@ def _refuse_part(part: nn.Module, *args: Any, **options: Any) -> None:
 def _refuse_mixin(model: nn.Module, *args: Any, **options: Any) -> None:
     name = type(model).__name__
     raise HATError(
-        f"save_pretrained: {name}.from_pretrained, which is huggingface_hub's, cannot read a model with tasks; write it "
-        f"with hatcl.save_pretrained or hatcl.push_to_hub, and load it with "
+        f"save_pretrained: {name}.from_pretrained, which is huggingface_hub's, cannot read a model with tasks; write "
+        f"it with hatcl.save_pretrained or hatcl.push_to_hub, and load it with "
         f"hatcl.from_pretrained(..., base={name}(...))"
     )
 
