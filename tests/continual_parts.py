@@ -64,6 +64,8 @@ def adapted(base: Any = None, seed: int = 0, **options: Any) -> Any:
 
 def made(method: str, base: Any = None) -> Any:
     """A model that the method can learn with."""
+    if not list_continual_methods()[method].adapted:
+        return bert() if base is None else base
     return gated(base) if method == "hat" else adapted(base)
 
 

@@ -648,6 +648,33 @@ def lightning_two_tasks(rank):
     assert hatcl.tasks(module.model) == [0, 1]
 
 
+@scenario
+def accelerate_two_tasks(rank):
+    """accelerate in two processes, with accumulation: the tasks that both have sealed are the same."""
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader, TensorDataset
+
+    as_torchrun_does(rank)
+    accelerator, said = Accelerator(cpu=True, gradient_accumulation_steps=2), {}
+    model = converted("mlp", rank)
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1))
+    for task in range(2):
+        loader = accelerator.prepare(DataLoader(TensorDataset(*parts.problem(parts.shape_of("mlp"), task, 64)), 8))
+        with hatcl.learn(wrapped, task, optimizer, len(loader)) as learning:
+            model.train()
+            for x, y in (*loader, *loader):
+                with accelerator.accumulate(wrapped):
+                    accelerator.backward(tf.cross_entropy(wrapped(x), y) + learning.penalty())
+                    optimizer.step()
+                    optimizer.zero_grad()
+            assert learning.step == len(loader)
+        assert hatcl.tasks(model) == list(range(task + 1)) and different(model) == []
+        for t in range(task + 1):
+            with torch.no_grad(), hatcl.task(model.eval(), t):
+                now = model(parts.images("mlp"))
+            assert torch.equal(now, said.setdefault(t, now))
+
+
 def main(rank, folder, names):
     faulthandler.dump_traceback_later(float(os.environ.get("HATCL_TEST_TIMEOUT", "100")), exit=True)
     warnings.simplefilter("ignore")

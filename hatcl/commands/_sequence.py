@@ -91,9 +91,10 @@ def tasks_of(options: Mapping[str, Any]) -> list[ContinualTask]:
 
 
 def texts(options: Mapping[str, Any], data: Mapping[str, TextData]) -> tuple[nn.Module, list[ContinualTask]]:
-    """The base model with its new adapter, and the tasks."""
+    """The base model with its new adapter, where the method learns one, and the tasks."""
     form: TextOptions = made(TextOptions, options)
-    adapted, tokenizer, kind = adapted_model(options["model"], form, options["seed"])
+    adapter = list_continual_methods()[options["method"]].adapted
+    adapted, tokenizer, kind = adapted_model(options["model"], form, options["seed"], adapter)
     tasks = text_tasks(
         data, adapted, tokenizer, kind, form, positions_of(adapted),
         validated=options["score_on"] == "validation", seed=options["seed"],

@@ -118,8 +118,9 @@ def train_command(
 
     By hard attention to the task (hat) none is forgotten, not by a bit. Texts are learned with one LoRA adapter; after
     each task its adapter is written in peft's own format, with the scores of its units. Images are learned with a model
-    with gates (hat), with a plain model, or with an adapter (tasl, ilora, olora). Where an option has two defaults, the
-    first one is for images. Without options: five two-class tasks of scikit-learn's digits.
+    with gates (hat), with a plain model, or with an adapter (tasl, ilora, olora). osf adds no adapter to either. Where
+    an option has two defaults, the first one is for images. Without options: five two-class tasks of scikit-learn's
+    digits.
     """
     if benchmark is not None:
         task, text = tasks_of_benchmark(benchmark, task, text)
@@ -142,6 +143,7 @@ def train_command(
     how = continual.make_method(chosen, None if gates else asked.options["set_"])
     if of_texts:
         _none_of(asked.given, {*options_of(ImageOptions), *IMAGES}, "learning texts")
+        _none_of(asked.given, () if how.adapted else LORA, f"learning texts by {chosen}, which adds no adapter")
         own = made(LearnOptions, {**learning, "seed": seed})
         if model is None:
             raise ConfigError("--model: texts need one: a folder of transformers, or a name on its hub")

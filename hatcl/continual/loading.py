@@ -90,11 +90,11 @@ class TextOptions(Changeable):
         number("dropout", self.dropout, 0, 1, without="high", what="a share")
 
 
-def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any, str]:
+def adapted_model(model: str, options: TextOptions, seed: int, adapter: bool = True) -> tuple[Any, Any, str]:
     """The base model with a new adapter, its tokenizer, and the form of its tasks.
 
     Args:
-        model: a folder of transformers, or a name on its hub. seed: of the adapter's start.
+        model: a folder of transformers, or a name on its hub. seed: of the adapter's start. adapter: False = without.
 
     Raises:
         ConfigError: transformers or peft is not installed, or cannot make it.
@@ -137,7 +137,7 @@ def adapted_model(model: str, options: TextOptions, seed: int) -> tuple[Any, Any
     elif options.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(seed)
-    return with_adapter(base, options), tokenizer, form
+    return with_adapter(base, options) if adapter else base, tokenizer, form
 
 
 def with_adapter(base: nn.Module, options: TextOptions, beside: Sequence[str] = ()) -> Any:

@@ -287,7 +287,7 @@ class _Run:
         with self.method.watching(self.replica, loop.optimizer, loop.steps or 0, loop.step):
             loop.run()
         loop.optimizer.zero_grad(set_to_none=True)
-        if not self.options.fresh_optimizer:
+        if not self.options.fresh_optimizer and not self.method.renews:
             self.optimizer, self.scaler = loop.optimizer, loop.scaler
         self.method.end(self.model, stage)
         losses = work.losses

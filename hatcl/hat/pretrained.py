@@ -101,8 +101,8 @@ def save_pretrained(
         tensors = {name: t[None] for name, t in tensors.items()}
     text = _signed({
         **library_config(g.source), **MARK,
-        **_converted(g), **({DEEPER: True} if mixed else {}), "inputs": g.takes, "format": FORMAT, "source": g.source,
-        "tied": tied,
+        **_converted(g), **({DEEPER: True} if mixed else {}), "inputs": g.takes, "format": FORMAT,
+        "source": g.source, "tied": tied,
         "dtypes": {name: _name_of(t) for name, t in tensors.items()},
         "digests": {t: g.digests.get(t) or digests.task_digests(model, t) for t in tasks(model)},
     })  # fmt: skip

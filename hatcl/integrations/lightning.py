@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import callbacks as theirs
 
 from ..config import whole
 from ..errors import ConfigError, TaskError
@@ -40,9 +41,15 @@ class LearnTask(TaskCourse, Callback):
     Attributes:
         learning: what `hatcl.learn` gives, while the task is learned. penalty: the last step's penalty.
 
+    The best checkpoint of a `ModelCheckpoint`, unless it is the last, was written before the task was sealed; load it
+    after training, and seal it:
+
+        module.load_state_dict(torch.load(checkpoint.best_model_path)["state_dict"])
+        hatcl.seal(module.model, 1)
+
     Raises:
-        ConfigError: the number of steps is not known. TaskError: a task that is sealed, and has steps left; a
-            checkpoint of another task. All that `hatcl.learn` raises.
+        ConfigError: the number of steps is not known; a callback that averages weights. TaskError: a task that is
+            sealed, and has steps left; a checkpoint of another task. All that `hatcl.learn` raises.
     """
 
     def __init__(self, task: int, steps: int | None = None) -> None:
@@ -59,6 +66,7 @@ class LearnTask(TaskCourse, Callback):
         self.check_resumed(state_dict["task"], "give ckpt_path one of this task, or leave it out")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_averaging(trainer.callbacks)
         self._total = self._steps(trainer)
         self.begin(pl_module, trainer.optimizers, self._total, trainer.global_step)
 
@@ -101,3 +109,18 @@ class LearnTask(TaskCourse, Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.leave(exception)
+
+
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")  # older Lightning has the second alone
+
+
+def _check_averaging(callbacks: list[Any]) -> None:
+    """Raises ConfigError for what writes an average over the model once the task is sealed."""
+    kinds = tuple(kind for name in AVERAGING if (kind := getattr(theirs, name, None)) is not None)
+    for callback in callbacks:
+        if isinstance(callback, kinds):
+            raise ConfigError(
+                f"{type(callback).__name__}: puts averaged weights in the model's place after training, where every "
+                "task is sealed, and averages of what sealed tasks use may round; average a copy of your own "
+                "(timm's ModelEmaV3(module.model), updated in on_train_batch_end) and call hatcl.seal(ema.module)"
+            )

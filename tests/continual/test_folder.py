@@ -21,6 +21,7 @@ from continual_parts import (  # noqa: E402
     text_tasks,
     tokenizer,
 )
+from safetensors.torch import load_file  # noqa: E402
 
 import hatcl  # noqa: E402
 from hatcl.continual import folder as kept  # noqa: E402
@@ -39,7 +40,7 @@ def _states(model, task=None):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_task_leaves_its_adapter_in_pefts_format(method, tmp_path):
+def test_each_task_leaves_what_it_learned_in_pefts_format(method, tmp_path):
     tasks = text_tasks(bert())
     model, result = run(method, tmp_path / "run", tasks=tasks)
     folders = sorted((tmp_path / "run" / "tasks").iterdir())
@@ -50,6 +51,9 @@ def test_each_task_leaves_its_adapter_in_pefts_format(method, tmp_path):
     last = folders[-1]
     if method == "ilora":  # scored is the stable one
         loaded = peft.PeftModel.from_pretrained(bert(), last / "adapter" / "stable")
+    elif method == "osf":  # which adds no adapter: the weights that it changed
+        loaded = bert()
+        assert not loaded.load_state_dict(load_file(last / "adapter" / "weights.safetensors"), strict=False)[1]
     else:  # with olora the sum of all
         loaded = peft.PeftModel.from_pretrained(bert(), last / "adapter")
     loaded.eval()

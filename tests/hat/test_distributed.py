@@ -24,7 +24,11 @@ FSDP = [
     "fsdp_transformer", "fsdp_conv", "fsdp_root_only", "fsdp_is_one_process_with_all_batches",
     "fsdp_mixed_precision", "fsdp_twin_without_guard", "fsdp_refusals", "fsdp_skills", "fsdp_given",
 ]  # fmt: skip
-TRAINERS = {"transformers": "trainer_two_tasks", "lightning": "lightning_two_tasks"}
+TRAINERS = {
+    "transformers": "trainer_two_tasks",
+    "lightning": "lightning_two_tasks",
+    "accelerate": "accelerate_two_tasks",
+}
 SLOW = ["ddp_compiled", "ddp_of_compiled"]
 SECONDS = 120
 

@@ -17,8 +17,9 @@ from hatcl.functional import same_bits
 
 pytest.importorskip("lightning")
 
-from lightning.pytorch import LightningModule, Trainer  # noqa: E402
+from lightning.pytorch import LightningModule, Trainer, callbacks  # noqa: E402
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
+from timm.utils import ModelEmaV3  # noqa: E402
 
 from hatcl.integrations.lightning import LearnTask  # noqa: E402
 
@@ -104,6 +105,67 @@ def with_task_0():
 def test_two_tasks(tmp_path, options):
     model, want = with_task_0()
     fit(Module(model), 1, tmp_path, **options)
+    assert hatcl.tasks(model) == [0, 1] and same_bits(said(model, 0), want) and hatcl.certify(model, X).exact
+
+
+AVERAGES = {
+    "EMAWeightAveraging": lambda kind: kind(decay=0.9),
+    "WeightAveraging": lambda kind: kind(),
+    "StochasticWeightAveraging": lambda kind: kind(1e-2, swa_epoch_start=1),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_averages_that_would_be_written_over_sealed_tasks_are_refused(tmp_path, name):
+    kind = getattr(callbacks, name, None)
+    if kind is None:
+        pytest.skip(f"this Lightning has no {name}")
+    model, want = with_task_0()
+    with pytest.raises(hatcl.ConfigError, match=f"{name}: puts averaged weights .* hatcl.seal"):
+        fit(Module(model), 1, tmp_path, [AVERAGES[name](kind)])
+    assert hatcl.tasks(model) == [0] and same_bits(said(model, 0), want)
+
+
+def test_twin_without_the_refusal_an_average_moves_what_is_sealed(tmp_path, monkeypatch):
+    if not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no EMAWeightAveraging")
+    monkeypatch.setattr("hatcl.integrations.lightning.AVERAGING", ())
+    model, want = with_task_0()
+    fit(Module(model), 1, tmp_path, [callbacks.EMAWeightAveraging(decay=0.9)])
+    assert not same_bits(said(model, 0), want)
+
+
+class Ema(Callback):
+    """As the refusal says."""
+
+    def on_train_start(self, trainer, module):
+        self.ema = ModelEmaV3(module.model, decay=0.9)
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.ema.update(module.model)
+
+
+def test_an_averaged_copy_of_ones_own(tmp_path):
+    model, want = with_task_0()
+    averaged = Ema()
+    fit(Module(model), 1, tmp_path, [averaged])
+    copied = averaged.ema.module
+    hatcl.seal(copied)
+    assert same_bits(said(copied, 0), want) and same_bits(said(model, 0), want) and hatcl.certify(copied, X).exact
+
+
+def test_the_best_checkpoint_is_loaded_and_sealed(tmp_path):
+    model, want = with_task_0()
+    module = Module(model)
+    ups = iter([3.0, 1.0, 2.0])
+    seen = lambda: 9.0 if module.trainer.sanity_checking else next(ups)  # noqa: E731
+    module.validation_step = lambda batch, batch_idx: module.log("up", seen())
+    best = ModelCheckpoint(tmp_path, filename="best", monitor="up", mode="min")
+    fit(module, 1, tmp_path, [best])
+    state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    assert best.best_model_score == 1 and not state["model.hat_gates.sealed"][1]
+    module.load_state_dict(state)
+    hatcl.seal(model, 1)
     assert hatcl.tasks(model) == [0, 1] and same_bits(said(model, 0), want) and hatcl.certify(model, X).exact
 
 

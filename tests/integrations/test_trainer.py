@@ -290,12 +290,12 @@ def test_what_is_refused(tmp_path):
     model = converted()
     with pytest.raises(hatcl.TaskError, match="the model has tasks 0 to 2"):
         HATTrainer(model=model, args=arguments(tmp_path), task=3)
-    args = arguments(tmp_path)
-    args.deepspeed = "zero.json"
-    with pytest.raises(
-        hatcl.ConfigError, match="DeepSpeed: this Trainer would shard the model.*DistributedDataParallel"
-    ):
-        HATCallback(0).on_train_begin(args, None, None)
+    for option, value, name in (("deepspeed", "zero.json", "DeepSpeed"), ("fsdp", "full_shard", "FSDP")):
+        args = arguments(tmp_path)
+        setattr(args, option, value)
+        words = f"{name}: this Trainer would shard the model.*DistributedDataParallel"
+        with pytest.raises(hatcl.ConfigError, match=words):
+            HATCallback(0).on_train_begin(args, None, None)
 
 
 def test_a_checkpoint_of_another_conversion_is_refused(tmp_path):
@@ -339,6 +339,15 @@ def test_the_callback_learns_and_resumes(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-6"))
     assert hatcl.certify(resumed, BATCH).exact
     assert all(same_bits(said(resumed, t), said(model, t)) for t in (0, 1))
+
+
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, {"bf16": True}], ids=lambda o: next(iter(o)))
+def test_the_callback_in_what_a_trainer_offers(tmp_path, options):
+    model, want = with_task_0()
+    callback, trainer = with_callback(model, 1, tmp_path, save_strategy="no", **options)
+    with callback:
+        trainer.train()
+    assert hatcl.tasks(model) == [0, 1] and same_bits(said(model, 0), want) and hatcl.certify(model, BATCH).exact
 
 
 def test_the_callback_seals_the_best_checkpoint(tmp_path):

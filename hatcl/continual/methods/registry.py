@@ -70,6 +70,8 @@ class Method:
         together: can several processes learn as one, with the model in `DistributedDataParallel`?
         lora: what `hatcl train` gives it to learn images with: `none` = the whole model; a LoRA adapter `with_head`,
             which is trained as well, or `alone`.
+        adapted: does it learn texts with a LoRA adapter on the model, or else with the model's own weights?
+        renews: are the parameters of each task other ones, so that each has an optimizer of its own?
         learning: how the run trains; `learn_sequence` sets it before `start`.
     """
 
@@ -78,6 +80,8 @@ class Method:
     ahead: ClassVar[bool] = True
     together: ClassVar[bool] = False
     lora: ClassVar[str] = "none"
+    adapted: ClassVar[bool] = True
+    renews: ClassVar[bool] = False
     learning: LearnOptions = LearnOptions()
 
     @dataclass(frozen=True)

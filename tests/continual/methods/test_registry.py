@@ -15,7 +15,7 @@ METHODS = list_continual_methods()
 
 
 def test_the_methods_that_there_are():
-    assert sorted(METHODS) == ["graft", "hat", "ilora", "joint", "olora", "replay", "sequential", "tasl"]
+    assert sorted(METHODS) == ["graft", "hat", "ilora", "joint", "olora", "osf", "replay", "sequential", "tasl"]
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -1,0 +1,102 @@
+"""OSF: each task changes the directions of the weights that matter least (Nayak et al. 2025, arXiv 2504.07097)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...config import number
+from ...errors import SkillError
+from ...integrations.peft_osf import keep_orthogonal, merge_weights, split_weights
+from ...skills.tensors import adapters_of
+from ..tasks import ContinualTask
+from .registry import Batch, Method, continual_method
+
+
+@continual_method("osf", paper="Nayak et al. 2025, arXiv 2504.07097")
+class OSF(Method):
+    """Orthogonal Subspace Fine-tuning, as peft has it: no adapter is added and the linear layers' own weights learn.
+    Before each task every weight is split by its singular values, `W = U_high S_high V_high + U_low S_low V_low`; the
+    task learns the low part, kept orthogonal to the high one, so that `U_high^T W V_high^T = S_high` stays. After the
+    task the parts are one weight again, which the next task splits anew.
+
+    Everything else is frozen, but for an image model's head. A task's folder has the weights as the task left them. The
+    parameters are new for each task, and so is the optimizer, whatever `fresh_optimizer` says.
+
+    Deviations: peft's constant share for all layers in place of the paper's, which goes by each layer's importance
+    (eq. 5 and 6); after each step the factors are projected, not the gradients alone, since Adam's step leaves the
+    space that its gradient lies in.
+    """
+
+    adapted, renews = False, True
+
+    @dataclass(frozen=True)
+    class Options:
+        """Args:
+        preserved: share of each weight's directions that the first task may not change (peft's default: half).
+            preserved_last: of the last one; the tasks between go up evenly. None = as the first.
+        """
+
+        preserved: float = 0.5
+        preserved_last: float | None = None
+
+        def __post_init__(self) -> None:
+            for name in ("preserved", "preserved_last"):
+                if getattr(self, name) is not None or name == "preserved":
+                    number(name, getattr(self, name), 0, 1, without="both", what="a share")
+
+    def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
+        if adapters_of(model):
+            raise SkillError("osf: learns the model's own weights, and the model has a LoRA adapter; give it without")
+        self.count = len(tasks)
+        self.head = _head_of(model)
+        self.names = [
+            name
+            for name, m in model.named_modules()
+            if type(m) is nn.Linear and m not in (*self.head, *_tied(model)) and min(m.weight.shape) > 1
+        ]
+        if not self.names:
+            raise SkillError(
+                f"osf: {type(model).__name__} has no nn.Linear but its head, whose weight could be split; take a model "
+                "that is made of such layers, as most transformers are, or another method"
+            )
+        self._train(model, [model.get_submodule(name).weight for name in self.names])
+
+    def _train(self, model: nn.Module, weights: Sequence[Any]) -> None:
+        """Between tasks the weights themselves count as trained, so that a checkpoint has them."""
+        model.requires_grad_(False)
+        for p in (*weights, *(p for m in self.head for p in m.parameters())):
+            p.requires_grad_(True)
+
+    def begin(self, model: nn.Module, stage: int) -> None:
+        o = self.options
+        last = o.preserved if o.preserved_last is None else o.preserved_last
+        share = o.preserved + (last - o.preserved) * stage / max(self.count - 1, 1)
+        split_weights(model, self.names, share)
+        for p in (p for m in self.head for p in m.parameters()):
+            p.requires_grad_(True)
+
+    def after_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        keep_orthogonal(model)
+
+    def end(self, model: nn.Module, stage: int) -> None:
+        merge_weights(model)
+        self._train(model, [model.get_submodule(name).weight for name in self.names])
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+
+def _head_of(model: Any) -> list[nn.Module]:
+    """timm's classifier, which each task learns in full."""
+    name = getattr(model, "pretrained_cfg", {}).get("classifier")
+    return [model.get_submodule(name)] if isinstance(name, str) else []
+
+
+def _tied(model: Any) -> list[nn.Module]:
+    """The layer that says the next word, whose weight most models share with the embeddings."""
+    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [] if found is None else [found]
