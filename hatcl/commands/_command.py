@@ -21,9 +21,10 @@ from typer.core import TyperCommand
 
 from ..engine import folder as runs
 from ..engine.folder import RunFolder
-from ..engine.writers import WRITERS
+from ..engine.logs import LOGS
 from ..errors import ConfigError, IntegrityError, nearest
 from ..files import read_json
+from ..report.page import Told
 from ._console import print_json, quiet, say
 from ._options import (
     SPELLED,
@@ -42,6 +43,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a 
 RUNS = Path("runs")
 META = ("output", "resume", "config", "log", "json_")  # options of the command line, not of the run
 Show = Callable[[Path, dict[str, Any]], None]
+Page = Callable[[Path, dict[str, Any]], Told]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Command:
     Attributes:
         name: words after `hatcl`. body: the function. show: of a command that writes a run, prints what came of it.
         free: options that may differ when its run is resumed. place: where its runs go if --output is not given; it is
-            told the options.
+            told the options. page: of a command that writes a run, what its page says.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Command:
     show: Show | None = None
     free: frozenset[str] = frozenset()
     place: Callable[[Mapping[str, Any]], Path | None] | None = None
+    page: Page | None = None
 
     @property
     def writes_run(self) -> bool:
@@ -83,6 +86,7 @@ def command(
     show: Show | None = None,
     free: Collection[str] = ("device",),
     place: Callable[[Mapping[str, Any]], Path | None] | None = None,
+    page: Page | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function the command `hatcl NAME`; see `Command`.
 
@@ -93,7 +97,7 @@ def command(
     def add(body: Callable[..., Any]) -> Callable[..., Any]:
         if name in COMMANDS:
             raise ConfigError(f"command: {name!r} is taken by {COMMANDS[name].body.__qualname__}")
-        COMMANDS[name] = Command(name, body, show, frozenset(free), place)
+        COMMANDS[name] = Command(name, body, show, frozenset(free), place, page)
         return body
 
     return add
@@ -226,7 +230,7 @@ def _meta(it: Command) -> list[inspect.Parameter]:
                 "log", list[str] | None,
                 typer.Option(
                     "--log",
-                    help=f"Where the figures of each step go as well: {', '.join(WRITERS)}; repeatable. The folder has "
+                    help=f"Where the figures of each step go as well: {', '.join(LOGS)}; repeatable. The folder has "
                     "them in metrics.jsonl and metrics.csv.",
                 ),
             ),

@@ -127,11 +127,16 @@ def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
         records = [{"score": score, **known} for score, known in zip(scores, result.facts, strict=True)]
         out.print(tasks_table(result.tasks, records, numbers=numbers))
         if result.details:
-            say(_certificate_line(result, numbers))
+            say(certificate_line(result, numbers))
         draw_into(run / runs.PICTURE, lambda: draw_run(result.to_dict(), numbers))
     show_skills(run, SHARE)
+    say(f"{seconds_of(run):.0f} s", "dim")
+
+
+def seconds_of(run: Path) -> float:
+    """How long a run has learned and scored."""
     seconds = runs.read_json(run / kept.SECONDS, list) if (run / kept.SECONDS).exists() else []
-    say(f"{sum(sum(stage.values()) for stage in seconds):.0f} s", "dim")
+    return float(sum(sum(stage.values()) for stage in seconds))
 
 
 def no_better(result: SequenceResult, numbers: Sequence[int]) -> list[str]:
@@ -156,6 +161,8 @@ def without_forgotten(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[
         details["layers"] = [
             {**x, "used": {str(k): x["used"][str(i)] for k, i in enumerate(stay)}} for x in details["layers"]
         ]
+    if "overlap" in details:
+        details["overlap"] = [[details["overlap"][i][j] for j in stay] for i in stay]
     left = {
         **metrics,
         "tasks": [metrics["tasks"][i] for i in stay],
@@ -177,7 +184,8 @@ def _measures_table(result: SequenceResult) -> Table:
     return table
 
 
-def _certificate_line(result: SequenceResult, numbers: Sequence[int]) -> Text:
+def certificate_line(result: SequenceResult, numbers: Sequence[int]) -> Text:
+    """What the certificate of a run says."""
     if not result.facts:
         return Text("no task is left", style="yellow")
     moved = [str(t) for t, known in zip(numbers, result.facts, strict=False) if not known["bit_equal"]]

@@ -17,6 +17,7 @@ from ..finetuning.run import described_by
 from ._command import Asked, Device, command
 from ._console import Bar, out, percent, say
 from ._options import usable_device
+from ._pages import finetune_page
 
 
 def show_finetuned(run: Path, metrics: dict[str, Any]) -> None:
@@ -47,7 +48,7 @@ def show_finetuned(run: Path, metrics: dict[str, Any]) -> None:
     say(f"{metrics['seconds']:.0f} s. Go on with: hatcl graft {run}", "dim")
 
 
-@command("finetune", show=show_finetuned)
+@command("finetune", show=show_finetuned, page=finetune_page)
 def finetune(
     asked: Asked,
     model: Annotated[

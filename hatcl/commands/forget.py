@@ -14,6 +14,7 @@ from ..continual.result import SequenceResult
 from ..engine import folder as runs
 from ..engine.state import kept_whole
 from ..errors import ConfigError
+from ..report.page import REPORT
 from ._command import RunArgument, command
 from ._console import say
 from ._routing import drop_routed
@@ -51,7 +52,8 @@ def forget_command(
         for gone in report.forgotten:
             drop_routed(run, model, gone)
             kept.drop_task(run, gone)
-        (run / runs.PICTURE).unlink(missing_ok=True)  # it shows the task; hatcl show draws one of the others
+        for shown in (runs.PICTURE, REPORT):  # they show the task; hatcl show makes those of the others
+            (run / shown).unlink(missing_ok=True)
     elif not dry_run:
         hatcl.save_pretrained(model, folder)
     say(str(report))

@@ -38,6 +38,7 @@ from ..report.picture import short
 from ._command import Asked, Device, command
 from ._console import Bar, out, percent, say
 from ._options import absolute_path, usable_device
+from ._pages import graft_page
 
 GRAFTS, RELIABILITY, CURVE = "grafts", "reliability.png", "curve.png"
 SPARSITY = 1e-4  # the paper's headline: 0.01 % of the weights
@@ -81,7 +82,10 @@ def show_grafts(run: Path, metrics: dict[str, Any]) -> None:
         say(f"no picture: {error}", "yellow")
 
 
-@command("graft", show=show_grafts, place=lambda options: Path(options["run"]) / GRAFTS if options.get("run") else None)
+@command(
+    "graft", show=show_grafts, page=graft_page,
+    place=lambda options: Path(options["run"]) / GRAFTS if options.get("run") else None,
+)  # fmt: skip
 def graft(
     asked: Asked,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run of hatcl finetune.")],

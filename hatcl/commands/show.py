@@ -1,19 +1,24 @@
-"""`hatcl show`: what came of a run."""
+"""`hatcl show`: what came of a run, or of several beside each other."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
+from rich.table import Table
 
 from ..config import number
 from ..continual.folder import STATE
 from ..engine import folder as runs
 from ..errors import ConfigError
-from ..files import complete, read_json
+from ..files import complete, read_json, write_files
+from ..report.page import REPORT, Told, differing, one_page, page_of_several
+from ..report.picture import short
 from ._command import COMMANDS, command
-from ._console import say
+from ._console import out, say
 from ._shown import SHARE, show_skills
 
 ALSO = {"learn_sequence": "train"}  # what writes runs without a command -> the command that shows them
@@ -21,11 +26,43 @@ ALSO = {"learn_sequence": "train"}  # what writes runs without a command -> the 
 
 @command("show")
 def show_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    run: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folder of a run; several are compared.")],
     share: Annotated[float, typer.Option(help="Share of the units that count as a task's skill.")] = SHARE,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"Where the page goes, an .html file; by default {REPORT} in the folder of the one run. Several runs "
+            "have none by default."
+        ),
+    ] = None,
 ) -> dict[str, Any]:
-    """Show a run of any command, finished or not: its scores and measures, and its pictures."""
+    """Show a run of any command, finished or not: its scores and measures, its pictures, and a page with all of them.
+
+    The page is one HTML file that needs no network. Of several runs, figures and options that differ stand beside each
+    other.
+    """
     number("--share", share, 0, 1, without="both", what="a share")
+    if output is not None and output.suffix != ".html":
+        raise ConfigError(f"--output: got {output}, expected a file that ends in .html")
+    twice = next((r for i, r in enumerate(run) if r in run[:i]), None)
+    if twice is not None:
+        raise ConfigError(f"{twice}: is named twice; name each run once")
+    found = {one: _run_of(one) for one in run}
+    if len(run) > 1:
+        return _compared(found, output)
+    where, (name, metrics) = next(iter(found.items()))
+    COMMANDS[name].show(where, metrics)  # type: ignore[misc]
+    if share != SHARE:
+        show_skills(where, share)
+    told = _page_of(where, name, metrics)
+    page = output or where / REPORT
+    write_files({page: one_page(where, where.resolve().name, told.top, told.parts)})
+    say(page, "dim")
+    return metrics
+
+
+def _run_of(run: Path) -> tuple[str, dict[str, Any]]:
+    """The command that shows a run, and what came of the run so far."""
     if not run.exists():
         raise ConfigError(f"{run}: there is no such folder; name the folder of a run")
     name = _command_of(run)
@@ -33,12 +70,40 @@ def show_command(
         saved = (run / STATE).exists()
         more = f"; it holds a model, which hatcl describe {run} shows" if saved else "; name the folder of a run"
         raise ConfigError(f"{run}: holds no run of hatcl (no {runs.CONFIG} of one){more}")
-    metrics = _so_far(run, name)
-    COMMANDS[name].show(run, metrics)  # type: ignore[misc]
-    if share != SHARE:
-        show_skills(run, share)
-    say(run, "dim")
-    return metrics
+    return name, _so_far(run, name)
+
+
+def _page_of(run: Path, name: str, metrics: dict[str, Any]) -> Told:
+    page = COMMANDS[name].page
+    return Told("", [], {}) if page is None else page(run, metrics)
+
+
+def _compared(found: Mapping[Path, tuple[str, dict[str, Any]]], output: Path | None) -> dict[str, Any]:
+    """Several runs: a table, and a page where it is asked for."""
+    pages = {str(run): _page_of(run, name, metrics) for run, (name, metrics) in found.items()}
+    figures = {str(run): {"command": name, **pages[str(run)].figures} for run, (name, _) in found.items()}
+    options = {str(run): (runs.stored_config(run) or {})["options"] for run in found}
+    keys = list(dict.fromkeys(key for told in figures.values() for key in told))
+    out.print(_beside("", figures, [[key, *(told.get(key, "·") for told in figures.values())] for key in keys]))
+    other = differing(options)
+    if other:
+        out.print(
+            _beside("options that differ", figures, [[k, *(short(str(v), 24) for v in vs)] for k, vs in other.items()])
+        )
+    if output is not None:
+        write_files({output: page_of_several(figures, options, {run: told.parts for run, told in pages.items()})})
+        say(output, "dim")
+    return {str(run): metrics for run, (_, metrics) in found.items()}
+
+
+def _beside(title: str, runs_told: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
+    table.add_column("")
+    for run in runs_told:
+        table.add_column(short(run, 24), justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _command_of(run: Path) -> str:

@@ -30,6 +30,7 @@ from ._benchmark import FromBenchmark, tasks_of_benchmark
 from ._command import Answer, Asked, Device, command
 from ._console import out, quiet, say
 from ._options import Either, absolute_path, made, options_of, spelled, usable_device
+from ._pages import learning_page
 from ._routing import about, route, show_run
 from ._sequence import HAT, gated, image_model, images, model_name, read_tasks, task_places, texts
 from ._shown import Display
@@ -47,7 +48,7 @@ IMAGES = (
 )  # beside the fields of ImageOptions
 
 
-@command("train", show=show_run, free={*FREE, "router"})
+@command("train", show=show_run, page=learning_page, free={*FREE, "router"})
 def train_command(
     asked: Asked,
     task: Annotated[

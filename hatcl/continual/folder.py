@@ -310,6 +310,9 @@ def drop_task(run: Path, task: int) -> None:
             content[name] = None if left is None else getattr(measures, name)(left)
         for layer in details["layers"]:
             layer["used"].pop(str(task), None)
+            layer.pop("free", None)  # more than there were; hatcl describe counts them
+        for i, row in enumerate(details.get("overlap", [])):
+            row[:] = [None if task in (i, j) else value for j, value in enumerate(row)]
         details["max_abs_diff"].pop(str(task), None)
     if task < len(names):
         shutil.rmtree(run / TASKS / task_folder(task, names[task]), ignore_errors=True)

@@ -32,8 +32,8 @@ from ..files import (
     sha256_of,
     write_files,
 )
+from .logs import STORED, Logs, check_logs
 from .records import made_with
-from .writers import STORED, Writers, check_writers
 
 CHECKPOINT = "checkpoint"
 CONFIG = "config.json"
@@ -50,7 +50,7 @@ class RunFolder:
     Args:
         command: what writes the run, such as `train` or `atlas add`. options: all of its options, JSON-able.
         resume: may the folder hold a run already? free: options that may differ when a run is resumed.
-        log: further writers that are told each step, see `WRITERS`.
+        log: further writers that are told each step, see `LOGS`.
 
     Raises:
         ConfigError: the folder holds something else, or a run of other options; or any run, and `resume` is False.
@@ -65,7 +65,7 @@ class RunFolder:
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
-        check_writers(self.log)
+        check_logs(self.log)
         self.options = _as_json(self.options)
         stored = stored_config(self.path)
         if stored is None:
@@ -164,21 +164,21 @@ class RunFolder:
         if not self.log:
             return
         at = self._lines or 0
-        if self._writers is None:
-            self._writers = Writers(self.log, self.path, self.options, at)
-            write_json(self.path / STORED, self._writers.ids)
-        self._writers.add(values, at)
+        if self._logs is None:
+            self._logs = Logs(self.log, self.path, self.options, at)
+            write_json(self.path / STORED, self._logs.ids)
+        self._logs.add(values, at)
 
     def close(self) -> None:
         """Close the writers, and write the steps as a table."""
         if self._lines is not None and (self.path / STEP_LINES).exists():
             write_steps_table(self.path)
-        if self._writers is not None:
-            self._writers.close()
-            self._writers = None
+        if self._logs is not None:
+            self._logs.close()
+            self._logs = None
 
     _lines: int | None = dataclasses.field(default=None, repr=False)  # of metrics.jsonl, once something was told
-    _writers: Writers | None = dataclasses.field(default=None, repr=False)
+    _logs: Logs | None = dataclasses.field(default=None, repr=False)
 
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write metrics.json, which says that the run is finished, and drop what only an unfinished one needs."""

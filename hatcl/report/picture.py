@@ -159,9 +159,12 @@ def _used(layer: Mapping[str, Any], task: int) -> int:
     return int(used.get(task, used.get(str(task), 0)))
 
 
-def short(name: str) -> str:
-    """At most 16 letters of a name."""
-    return name if len(name) <= 16 else name[:15] + "…"
+def short(name: str, most: int = 16) -> str:
+    """At most so many letters of a name: its beginning and its end, since the names of one run often begin alike."""
+    if len(name) <= most:
+        return name
+    tail = (most - 1) // 2
+    return f"{name[: most - 1 - tail]}…{name[-tail:]}"
 
 
 def dress(axes: Axes, title: str) -> None:

@@ -45,7 +45,7 @@ def draw_skills(scores: Mapping[str, SkillScores], of: str = "rank") -> bytes:
     every = _same_units(scores, "scores")
     places = places_of(every[0].labels)
     layers, kinds = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
-    grids = [_grid(_heights(s, of), places, layers, kinds) for s in every]
+    grids = [_grid(heights_of(s, of), places, layers, kinds) for s in every]
     left, width = 0.085 * max(len(_tail(k)) for k in kinds), max(1.9, 0.24 * len(layers))
     across = max(1, min(len(grids), 3, int((WIDEST - left) // width)))
     down = -(-len(grids) // across)
@@ -155,7 +155,7 @@ def _place_of(parts: list[str], last: bool) -> LayerPlace:
     return LayerPlace(".".join(parts[:cut]), ".".join(parts[cut:]) or parts[-1])
 
 
-def _heights(scores: SkillScores, of: str) -> np.ndarray:
+def heights_of(scores: SkillScores, of: str) -> np.ndarray:
     """Per group, between 0 and 1; equal scores have the mean of their ranks."""
     if of == "score":
         return scores.normalised().values.double().numpy()

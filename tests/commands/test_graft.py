@@ -214,6 +214,7 @@ def test_the_same_command_goes_on_after_an_interruption(here, tmp_path, capsys, 
     assert f"Go on with: hatcl graft --resume --output {killed}" in said(capsys)[1]
     assert sorted(p.name for p in killed.iterdir()) == [
         "config.json", "learned_0.01", "learned_0.1", "magnitude_0.01", "magnitude_0.1",
+        "metrics.csv", "metrics.jsonl",
     ]  # fmt: skip
     with monkeypatch.context() as m:
         m.setattr(finetuning_grafts, "learn_graft", None)  # what is there is not made again

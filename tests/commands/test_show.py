@@ -78,3 +78,62 @@ def test_a_task_that_learned_nothing_is_said(run, tmp_path, capsys):
     (copy / "metrics.json").write_text(json.dumps(metrics))
     code, out, _ = call(capsys, "show", copy)
     assert code == 0 and "commonest" not in out
+
+
+def test_the_page_of_a_run(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    code, out, err = call(capsys, "show", copy)
+    assert code == 0 and str(copy / "report.html") in out.replace("\n", ""), err
+    text = (copy / "report.html").read_text()
+    for title in ("Scores", "Learning", "Certificate", "Units by layer", "Overlap of tasks", "Configuration"):
+        assert f"<h2>{title}</h2>" in text
+    for words in ("share of units on", "scale of the gates", "norm of the gradient", ">free<", "all 3 sealed tasks"):
+        assert words in text
+    assert f"hatcl forget {copy} --task 0 --dry-run" in text
+    metrics = json.loads((copy / "metrics.json").read_text())
+    shared, layers = metrics["details"]["overlap"], metrics["details"]["layers"]
+    for t in range(3):
+        assert shared[t][t] == metrics["facts"][t]["units_used"] == sum(x["used"][str(t)] for x in layers)
+        assert all(shared[t][s] == shared[s][t] <= shared[t][t] for s in range(3))
+    assert call(capsys, "forget", copy, "--task", "1")[0] == 0
+    assert not (copy / "report.html").exists()  # it had the task
+    assert call(capsys, "show", copy, "--output", tmp_path / "other.html")[0] == 0
+    after = (tmp_path / "other.html").read_text()
+    assert "t2" in after and "t1" not in after.partition("Configuration")[0] and ">free<" not in after
+    assert not (copy / "report.html").exists() and "forgotten since: task 1" in after
+
+
+def test_the_page_of_a_run_that_is_not_finished(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    metrics = json.loads((copy / "metrics.json").read_text())
+    (copy / "metrics.json").unlink()
+    (copy / "checkpoint").mkdir()
+    left = {"details": {}, "matrix": metrics["matrix"][:1], "facts": metrics["facts"][:1]}
+    runs.write_json(copy / "checkpoint" / "progress.json", {"result": {**metrics, **left}})
+    assert call(capsys, "show", copy)[0] == 0
+    text = (copy / "report.html").read_text()
+    assert "1 of 3 tasks are learned; the run is not finished" in text
+    assert f"hatcl train --resume --output {copy}" in text and "<h2>Certificate</h2>" not in text
+
+
+def test_several_runs_beside_each_other(run, tmp_path, capsys):
+    one, two = (shutil.copytree(run, tmp_path / name) for name in ("one", "two"))
+    config = json.loads((two / "config.json").read_text())
+    runs.write_json(two / "config.json", {**config, "options": {**config["options"], "lr": 0.5}})
+    code, out, err = call(capsys, "show", one, two)
+    shown = " ".join(out.split())
+    assert code == 0 and "average score %" in shown and "options that differ" in shown and "0.5" in shown, err
+    assert not (one / "report.html").exists()
+    code, out, _ = call(capsys, "show", one, two, "--output", tmp_path / "both.html", "--json")
+    metrics = json.loads((one / "metrics.json").read_text())
+    assert code == 0 and json.loads(out) == {str(one): metrics, str(two): metrics}
+    text = (tmp_path / "both.html").read_text()
+    assert (
+        f"<h2>{one}: Scores</h2>" in text
+        and f"<h2>{two}: Scores</h2>" in text
+        and "<h2>Options that differ</h2>" in text
+    )
+    code, _, err = call(capsys, "show", one, one)
+    assert code == 2 and "is named twice; name each run once" in err
+    code, _, err = call(capsys, "show", one, "--output", tmp_path / "page.txt")
+    assert code == 2 and "expected a file that ends in .html" in err

@@ -137,7 +137,7 @@ def test_run_show_and_going_on(here, tmp_path, capsys, monkeypatch):
     assert "1 of 2 tasks are learned" in capsys.readouterr().out
     assert hatcl("train", "--resume", "--output", killed) == 0
     a, b = files(whole), files(killed)
-    assert a.pop("seconds.json") and b.pop("seconds.json")
+    assert a.pop("seconds.json") and b.pop("seconds.json") and b.pop("report.html")
     assert a == b
     capsys.readouterr()
     assert hatcl("show", str(whole), "--share", "0.5") == 0

@@ -98,8 +98,14 @@ def test_cells_by_hand():
 
 def test_heights_by_hand():
     scores = SkillScores("block", {f"p{i}": (1,) for i in range(5)}, torch.tensor([8.0, 0.0, 2.0, 2.0, 4.0]))
-    assert module._heights(scores, "score").tolist() == [1.0, 0.0, 0.25, 0.25, 0.5]
-    assert module._heights(scores, "rank").tolist() == [1.0, 0.0, 0.375, 0.375, 0.75]  # two share ranks 1 and 2 of 0..4
+    assert module.heights_of(scores, "score").tolist() == [1.0, 0.0, 0.25, 0.25, 0.5]
+    assert module.heights_of(scores, "rank").tolist() == [
+        1.0,
+        0.0,
+        0.375,
+        0.375,
+        0.75,
+    ]  # two share ranks 1 and 2 of 0..4
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

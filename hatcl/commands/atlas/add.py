@@ -10,10 +10,11 @@ from ...atlas.experiment import Experiment, Writing
 from ...atlas.loading import Reading
 from ...config import one_of
 from .._command import Asked, command
+from .._pages import atlas_page
 from ._learning import STARTS, Base, TaskSpecs, WarmStart, learned, show_learned, task_specs
 
 
-@command("atlas add", show=show_learned)
+@command("atlas add", show=show_learned, page=atlas_page)
 def add_command(
     asked: Asked, base: Base, task: TaskSpecs, warm_start: WarmStart = "zero",
     *, reading: Reading, writing: Writing, learning: atlas.AtlasOptions = addition.ADDITION,

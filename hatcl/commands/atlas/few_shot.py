@@ -15,10 +15,11 @@ from ...atlas.loading import FITTED_HEADS, Reading
 from ...config import one_of, whole
 from ...errors import ConfigError
 from .._command import Asked, command
+from .._pages import atlas_page
 from ._learning import TASK, Base, DataFile, Vectors, learned, show_learned, vector_paths
 
 
-@command("atlas few-shot", show=show_learned)
+@command("atlas few-shot", show=show_learned, page=atlas_page)
 def few_shot_command(
     asked: Asked, base: Base, vector: Vectors, data: DataFile,
     shots: Annotated[

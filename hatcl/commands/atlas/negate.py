@@ -13,10 +13,11 @@ from ...atlas.loading import Reading
 from ...config import number, one_of
 from ...errors import ConfigError
 from .._command import Asked, command
+from .._pages import atlas_page
 from ._learning import STARTS, Base, WarmStart, learned, show_learned, task_specs
 
 
-@command("atlas negate", show=show_learned)
+@command("atlas negate", show=show_learned, page=atlas_page)
 def negate_command(
     asked: Asked, base: Base,
     target: Annotated[

@@ -116,12 +116,14 @@ class HardAttention(Method):
             known["bit_equal"] = known["outputs_sha256_end"] == known["outputs_sha256"]
         certificate = certify(model, moved(self.tasks[0].inputs(PROBED), device_of(model)))
         described = describe(model).to_dict()
+        gates, done = gates_of(model), range(len(facts))
         return {
             "exact": certificate.exact,
             "bit_equal": all(known["bit_equal"] for known in facts),
             "max_abs_diff": {str(t): float(diff) for t, diff in certificate.max_abs_diff.items()},
             "units": described["units"],
             "layers": described["layers"],
+            "overlap": [[sum(int((g.masks[i] & g.masks[j]).sum()) for g in gates) for j in done] for i in done],
         }
 
     def scoring(self, model: nn.Module, index: int) -> contextlib.AbstractContextManager[nn.Module]:

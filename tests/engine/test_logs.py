@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from hatcl.engine.folder import RunFolder, drop_steps
-from hatcl.engine.writers import WRITERS, check_writers
+from hatcl.engine.logs import LOGS, check_logs
 from hatcl.errors import ConfigError
 
 
@@ -83,7 +83,7 @@ def test_the_others_are_called_as_they_are_meant_to(tmp_path, fake, name):
 def test_what_cannot_be_written_to_is_said_before_a_folder_is_made(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="--log: got 'tensorbord', expected .*did you mean 'tensorboard'"):
         RunFolder(tmp_path / "run", "train", {}, log=["tensorbord"])
-    for name in WRITERS:
+    for name in LOGS:
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ConfigError, match=f"--log: {name} is not installed; run: pip install {name}"):
             RunFolder(tmp_path / "run", "train", {}, log=[name])
@@ -92,7 +92,7 @@ def test_what_cannot_be_written_to_is_said_before_a_folder_is_made(tmp_path, mon
 
 def test_a_writer_named_twice(fake):
     with pytest.raises(ConfigError, match="--log: got wandb twice, expected each once"):
-        check_writers(["wandb", "wandb"])
+        check_logs(["wandb", "wandb"])
 
 
 def test_the_steps_as_a_table(tmp_path):

@@ -5,7 +5,7 @@
     mlflow         a run of MLflow's active experiment; MLFLOW_TRACKING_URI and the others are its own
 
 A writer is made when there is something to write, and closed when the command ends. A resumed run goes on in the same
-run of wandb or mlflow, whose name the folder keeps in `writers.json`.
+run of wandb or mlflow, whose name the folder keeps in `logs.json`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ..config import one_of
 from ..errors import ConfigError
 from ..files import read_json
 
-STORED = "writers.json"
+STORED = "logs.json"
 PROJECT = "hatcl"
 
 
-class LogWriter(Protocol):
+class Log(Protocol):
     """One place where figures go."""
 
     def add(self, values: Mapping[str, float], step: int) -> None:
@@ -83,40 +83,40 @@ class _Mlflow:
         self.mlflow.end_run()
 
 
-WRITERS: dict[str, Callable[[Path, Mapping[str, Any], str | None, int], Any]] = {
+LOGS: dict[str, Callable[[Path, Mapping[str, Any], str | None, int], Any]] = {
     "tensorboard": _Tensorboard,
     "wandb": _Wandb,
     "mlflow": _Mlflow,
 }
 
 
-def check_writers(names: Sequence[str]) -> None:
+def check_logs(names: Sequence[str]) -> None:
     """Are there such writers, and are their packages installed?
 
     Raises:
         ConfigError: an unknown one, one named twice, or one whose package is missing.
     """
     for i, name in enumerate(names):
-        one_of("--log", name, list(WRITERS))
+        one_of("--log", name, list(LOGS))
         if name in names[:i]:
             raise ConfigError(f"--log: got {name} twice, expected each once")
         _imported(name, name)  # each is called like its package
 
 
-class Writers:
+class Logs:
     """Several writers as one. Values that are not finite are left out: not every writer takes them.
 
     Args:
-        names: of `WRITERS`. run: the run's folder. config: its options. start: the number of the first step to come.
+        names: of `LOGS`. run: the run's folder. config: its options. start: the number of the first step to come.
     """
 
     def __init__(self, names: Sequence[str], run: Path, config: Mapping[str, Any], start: int) -> None:
         stored = run / STORED
         self.ids: dict[str, str] = read_json(stored) if stored.exists() else {}
-        self.every: list[LogWriter] = []
+        self.every: list[Log] = []
         try:
             for name in names:
-                made = WRITERS[name](run, config, self.ids.get(name), start)
+                made = LOGS[name](run, config, self.ids.get(name), start)
                 self.every.append(made)
                 if made.id:
                     self.ids[name] = made.id
