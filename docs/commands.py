@@ -55,7 +55,10 @@ def page() -> str:
     root = typer.main.get_command(commands.app())
     found = list(leaves(root, "hatcl"))
     contents = [f"- [{path}](#{path.replace(' ', '-')})" for path, _ in found]
-    head = "Written by `python docs/commands.py` from the commands themselves; `hatcl COMMAND --help` prints the same."
+    head = (
+        "Written by `python docs/commands.py` from the commands themselves; `hatcl COMMAND --help` prints the same. "
+        "`hatcl --version --verbose` prints what a bug report needs."
+    )
     return "\n\n".join(["# Commands", head, "\n".join(contents), *(section(*one) for one in found)]) + "\n"
 
 

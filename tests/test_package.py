@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import hatcl
 
@@ -22,7 +23,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 def test_versions_agree():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    assert hatcl.__version__ == setup["metadata"]["version"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert hatcl.__version__ == setup["metadata"]["version"] == cited["version"]
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -12,10 +12,11 @@ import typer
 
 import hatcl
 
-from ..errors import HATError
+from ..errors import ConfigError, HATError
 from ._command import COMMANDS, Answer, Asked, Command, Stopped, command, reads_files, typed, words
 from ._console import Bar, err, fail, out, say
 from ._options import Either
+from ._version import environment
 
 __all__ = ["COMMANDS", "Answer", "Asked", "Bar", "Command", "Either", "command", "err", "main", "out", "say"]
 GROUPS: dict[str, str] = {}  # folders of commands, with what they say of themselves
@@ -65,7 +66,13 @@ def import_all(path: Sequence[str], package: str) -> None:
                 import_all(found.__path__, found.__name__)
 
 
-def _print_version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _print_version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With --version: also what a bug report needs.")] = False,
+) -> None:
+    if verbose and not version:
+        raise ConfigError("--verbose belongs to --version: hatcl --version --verbose")
     if version:
-        out.print(hatcl.__version__)
+        lines = [f"{name}: {value}" for name, value in environment().items()] if verbose else [hatcl.__version__]
+        out.print("\n".join(lines), highlight=False, soft_wrap=True)
         raise typer.Exit

@@ -1,0 +1,42 @@
+"""What `hatcl --version` prints, and with `--verbose` what a bug report needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+import hatcl
+
+LIBRARIES = (
+    "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "lightning", "open_clip_torch", "safetensors",
+    "numpy", "scikit-learn", "datasets", "onnx", "onnxruntime",
+)  # fmt: skip
+
+
+def version_of(library: str) -> str:
+    """A library's version, without importing it."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> str:
+    """What torch can compute on here."""
+    found = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return ", ".join([f"cpu ({torch.get_num_threads()} threads)", *found])
+
+
+def environment() -> dict[str, str]:
+    """Versions, platform and devices; no name of a user, a machine or a folder."""
+    return {
+        "hatcl": hatcl.__version__,
+        "python": platform.python_version(),
+        **{library: version_of(library) for library in LIBRARIES},
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "devices": devices(),
+    }
