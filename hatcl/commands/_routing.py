@@ -81,15 +81,25 @@ def about(run: Path) -> dict[str, Any] | None:
     return runs.read_json(run / ABOUT) if (run / ABOUT).exists() else None
 
 
+def routed(run: Path) -> dict[str, Any]:
+    """What a run's router.json says.
+
+    Raises:
+        ConfigError: it has no router.
+    """
+    known = about(run)
+    if known is None:
+        raise ConfigError(f"{run}: has no router; make one with: hatcl train --resume --router --output {run}")
+    return known
+
+
 def load_router(run: Path, model: nn.Module) -> hatcl.TaskRouter:
     """The router of a run, for images as they are stored, or for the tokens of texts.
 
     Raises:
         ConfigError: it has none. IntegrityError: it is damaged.
     """
-    known = about(run)
-    if known is None:
-        raise ConfigError(f"{run}: has no router; make one with: hatcl train --resume --router --output {run}")
+    known = routed(run)
     if "prepared" in known:
         prepare = EachPrepared.from_dict(known["prepared"])
         own = OwnClasses(known["classes"]) if known.get("classes") else None
