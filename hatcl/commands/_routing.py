@@ -16,6 +16,7 @@ from ..continual.images import ImageOptions
 from ..continual.loading import TextOptions, part_used
 from ..continual.routing import (
     EachPrepared,
+    OwnClasses,
     TextLogits,
     image_examples,
     image_router,
@@ -67,7 +68,9 @@ def route(
         stream = [of.on_validation(of_images.validation, seed) if validated else of for of in data]
         router = image_router(model, stream, of_images, {"seed": seed})
         examples = image_examples(stream, of_images.eval_batch_size)
-        known = {"tasks": [of.name for of in stream], "prepared": EachPrepared.of(stream, of_images).to_dict()}
+        counts = [of.num_classes for of in stream] if of_images.rotate else None
+        prepared = EachPrepared.of(stream, of_images).to_dict()
+        known = {"tasks": [of.name for of in stream], "prepared": prepared, "classes": counts}
     found = routing_measures(router, model, examples)
     router.save(run / ROUTER)
     runs.write_json(run / ABOUT, {**known, "measured": found})
@@ -78,18 +81,29 @@ def about(run: Path) -> dict[str, Any] | None:
     return runs.read_json(run / ABOUT) if (run / ABOUT).exists() else None
 
 
+def routed(run: Path) -> dict[str, Any]:
+    """What a run's router.json says.
+
+    Raises:
+        ConfigError: it has no router.
+    """
+    known = about(run)
+    if known is None:
+        raise ConfigError(f"{run}: has no router; make one with: hatcl train --resume --router --output {run}")
+    return known
+
+
 def load_router(run: Path, model: nn.Module) -> hatcl.TaskRouter:
     """The router of a run, for images as they are stored, or for the tokens of texts.
 
     Raises:
         ConfigError: it has none. IntegrityError: it is damaged.
     """
-    known = about(run)
-    if known is None:
-        raise ConfigError(f"{run}: has no router; make one with: hatcl train --resume --router --output {run}")
+    known = routed(run)
     if "prepared" in known:
         prepare = EachPrepared.from_dict(known["prepared"])
-        return hatcl.TaskRouter.load(run / ROUTER, model, prepare=prepare)
+        own = OwnClasses(known["classes"]) if known.get("classes") else None
+        return hatcl.TaskRouter.load(run / ROUTER, model, prepare=prepare, logits=own)
     return hatcl.TaskRouter.load(run / ROUTER, model, logits=TextLogits(text_readings(run, known)))
 
 

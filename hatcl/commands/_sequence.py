@@ -12,7 +12,7 @@ from torch import nn
 import hatcl
 
 from ..config import HATConfig
-from ..continual.images import ImageOptions, image_tasks
+from ..continual.images import ROTATIONS, ImageOptions, image_tasks
 from ..continual.loading import TextOptions, adapted_model, text_tasks, with_adapter
 from ..continual.methods import list_continual_methods
 from ..continual.tasks import ContinualTask
@@ -127,7 +127,8 @@ def image_model(options: Mapping[str, Any], stream: Sequence[ImageData], tasks: 
     """
     name, method = options["model"], list_continual_methods()[options["method"]]
     _check_name(name, method.name)
-    classes = [data.num_classes for data in stream]
+    times = ROTATIONS if made(ImageOptions, options).rotate else 1
+    classes = [times * data.num_classes for data in stream]
     more: dict[str, Any] = {"num_classes": sum(classes)}
     if method.name == HAT:
         config = HATConfig.from_dict({"num_tasks": len(stream), **options["set_"]})

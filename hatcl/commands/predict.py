@@ -23,7 +23,7 @@ from ..lend import Evaluating
 from ._command import Device, command
 from ._console import out
 from ._options import usable_device
-from ._routing import about, load_router
+from ._routing import load_router, routed
 
 
 @command("predict")
@@ -50,7 +50,7 @@ def predict_command(
     class is the label in the task's own data. Where a task writes its answers, the answer is written.
     """
     whole("--top", top, optional=True)
-    known = about(run) or {}
+    known = routed(run)
     of_texts = "labels" in known
     pictures = [] if of_texts else [_picture_at(Path(path)) for path in inputs]  # or an error, before all else
     chat = of_texts and all(known["chats"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..calls import device_of, moved, outputs
 from ..config import Changeable, flag, number, one_of, whole, without_effect
-from ..data.images import FITS, ImageData, Preparation, shifted
+from ..data.images import FITS, ImageData, Preparation, rotated, shifted
 from ..data.photos import Pictured
 from ..engine.problems import CLASSES, MEASURED_BY, problem_named
 from ..errors import ConfigError, SkillError
@@ -27,6 +27,7 @@ from .options import LearnOptions
 from .tasks import ContinualTask
 
 CROPPED = "crop"
+ROTATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class ImageOptions(Changeable):
         flip: mirror training images with probability 1/2.
         crop: shift training images by up to this many pixels.
         augment: with fit=crop, one of timm's policies for training images, such as rand-m9-mstd0.5 or augmix-m5-w4.
+        rotate: learn each training image of classes in its four rotations, as classes of their own (see
+            `hatcl.data.images.rotated`), by hat, so that a router finds the task of an image more often. A step takes
+            four times as long, and the model's heads are four times as wide.
         eval_batch_size: images per batch of scoring; another size may round differently.
         validation: share of the training images that is held out (of each class, where there are classes) where scores
             are to be of validation images and the data brings none.
@@ -68,6 +72,7 @@ class ImageOptions(Changeable):
     fit: str = "resize"
     flip: bool = False
     crop: int = 0
+    rotate: bool = False
     augment: str | None = None
     eval_batch_size: int = 256
     validation: float = 0.2
@@ -77,6 +82,7 @@ class ImageOptions(Changeable):
         one_of("fit", self.fit, (*FITS, CROPPED))
         whole("size", self.size, 0)
         flag("flip", self.flip)
+        flag("rotate", self.rotate)
         whole("crop", self.crop, 0)
         whole("eval_batch_size", self.eval_batch_size)
         number("validation", self.validation, 0, 1, without="both", what="a share")
@@ -133,6 +139,12 @@ def image_tasks(
         ConfigError: an option outside its range; a share that holds out no image.
     """
     chosen = ImageOptions().changed(options)
+    if chosen.rotate and (one_head or any(data.problem != CLASSES for data in stream)):
+        raise ConfigError(
+            "rotate: got True for "
+            + ("a head that all tasks share" if one_head else "images that have no classes, one each")
+            + "; it is for tasks of classes with a head each (hat); leave it out"
+        )
     first = itertools.accumulate((data.num_classes for data in stream), initial=0)
     parts = [data.on_validation(chosen.validation, seed) if validated else data for data in stream]
     made = [_ImageParts(data, chosen, start if one_head else 0) for data, start in zip(parts, first, strict=False)]
@@ -170,7 +182,8 @@ class _ImageParts:
             x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
         if o.crop:
             x = shifted(x, torch.randint(2 * o.crop + 1, (len(x), 2)), o.crop)
-        return x, self.targets(self.data.y_train[ids])
+        y = self.targets(self.data.y_train[ids])
+        return rotated(x, y, self.data.num_classes) if o.rotate else (x, y)
 
     def targets(self, y: np.ndarray) -> Tensor:
         """What outputs are compared with."""
@@ -181,22 +194,23 @@ class _ImageParts:
         return self.data.y_test.tolist() if self.data.problem == CLASSES else []
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        logits = self.logits(model, batch[0])
+        logits = self.logits(model, batch[0], ROTATIONS if self.options.rotate else 1)
         return self.problem.loss(logits, batch[1].to(logits.device))
 
-    def logits(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Those of the task's classes.
+    def logits(self, model: nn.Module, x: Tensor, times: int = 1) -> Tensor:
+        """Those of the task's classes, or of so many times as many.
 
         Raises:
             ConfigError: the model's head has fewer classes.
         """
-        every = outputs(model, x)
-        if every.shape[-1] < self.classes.stop:
+        every, stop = outputs(model, x), self.classes.start + times * self.data.num_classes
+        if every.shape[-1] < stop:
             raise ConfigError(
-                f"task {self.data.name}: its classes end at {self.classes.stop}, and the model's head has "
-                f"{every.shape[-1]}; give a model without gates num_classes= the sum over all tasks"
+                f"task {self.data.name}: its classes end at {stop}, and the model's head has {every.shape[-1]}; give a "
+                "model without gates num_classes= the sum over all tasks, and one that learns with rotate four times "
+                "the classes"
             )
-        return every[:, self.classes]
+        return every[:, self.classes.start : stop]
 
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> Tensor:

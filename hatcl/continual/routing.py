@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..calls import moved
+from ..calls import moved, tensor_of
 from ..data.images import ImageData, Images, Preparation
 from ..data.pairs import Pair
 from ..data.texts import TextData
@@ -57,6 +57,20 @@ class EachPrepared:
         return self.each[task](images.numpy())
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnClasses:
+    """The logits of a task's classes, of heads that have more (see `ImageOptions.rotate`).
+
+    Attributes:
+        counts: how many classes each task has.
+    """
+
+    counts: Sequence[int]
+
+    def __call__(self, task: int, images: Any, out: Any) -> Tensor:
+        return tensor_of(out)[:, : self.counts[task]]
+
+
 def image_router(
     model: nn.Module,
     stream: Sequence[ImageData],
@@ -68,7 +82,8 @@ def image_router(
     Args:
         stream: what the tasks were made of, in order; with validation images, what was left to learn from.
     """
-    made = TaskRouter(model, RouterOptions().changed(router), prepare=EachPrepared.of(stream, options))
+    own = OwnClasses([data.num_classes for data in stream]) if options.rotate else None
+    made = TaskRouter(model, RouterOptions().changed(router), prepare=EachPrepared.of(stream, options), logits=own)
     for t in [t for t in tasks(model) if t < len(stream)]:
         data = stream[t]
         made.add_task(t, _unprepared(data.x_train, data.y_train).batches(options.eval_batch_size))

@@ -343,6 +343,33 @@ def shifted(x: Tensor, offsets: Tensor, crop: int) -> Tensor:
     return torch.stack([image[:, top : top + height, left : left + width] for image, (top, left) in places])
 
 
+def rotated(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Images in their four rotations, each of which is a class of its own: a network that tells the rotations of one
+    class apart tells other tasks' images from its own better (CSI, arXiv 2007.08176; with hard attention CLOM, arXiv
+    2203.09450). It needs a head of four times the classes, of which the first ones answer:
+
+        x, y = rotated(x, y, classes)
+        loss = F.cross_entropy(model(x), y) + learning.penalty()
+        ...
+        model(x)[:, :classes]   # of images as they are
+
+    Args:
+        x: `[N, C, H, H]`. y: `[N]`, classes from 0. classes: how many the task has.
+
+    Returns:
+        `[4 N, C, H, H]`, all images as they are, then turned by 90, 180 and 270 degrees; `[4 N]`, y + classes * turns.
+
+    Raises:
+        ConfigError: images that are not square.
+    """
+    if x.shape[-2] != x.shape[-1]:
+        raise ConfigError(
+            f"rotate: got images of {list(x.shape[-2:])}, which a quarter turn makes another size; bring them to a "
+            "square size"
+        )
+    return torch.cat([x.rot90(k, (-2, -1)) for k in range(4)]), torch.cat([y + classes * k for k in range(4)])
+
+
 @dataclass(frozen=True, eq=False)
 class Images:
     """Images and labels of one part of a task. Its length is their number; item i is (image, label).

@@ -231,7 +231,7 @@ def _texts_find_their_task(run, capsys, *, written):
     assert [sum(row) for row in measured["confusion"]] == [16, 16] and 0 <= measured["at_first_sight"] <= 1
     assert ("class_incremental" in measured) is not written
     asked = [x for t in range(2) for x, _ in texts(t, count=2).test[:2]]
-    for more in ([], ["--top", "1"]):
+    for more in [["--top", "1"]] if written else ([], ["--top", "1"]):
         assert hatcl("predict", run, *asked, "--device", "cpu", "--json", *more) == 0
         answers = json.loads(capsys.readouterr().out)
         for answer, text in zip(answers, asked, strict=True):

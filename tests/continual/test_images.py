@@ -21,6 +21,7 @@ from hatcl.continual import (
     list_continual_methods,
 )
 from hatcl.continual.methods.hat import outputs_digest
+from hatcl.continual.routing import image_examples, image_router, routing_measures
 from hatcl.engine import folder as runs
 from hatcl.errors import ConfigError, IntegrityError, NonFiniteLossError, SkillError
 
@@ -271,9 +272,47 @@ def test_augmentation_follows_the_seed_and_leaves_the_labels(stream):
     assert torch.equal(plain.inputs(2), plain.collate([0, 1])[0]) and torch.equal(moved.inputs(2), moved.inputs(2))
 
 
+def test_rotations_are_classes_of_their_own_while_learning(stream):
+    some = stream[:2]
+    torch.manual_seed(0)
+    widths = [4 * data.num_classes for data in some]
+    model = timm.create_model(DENSE, num_tasks=2, num_classes=widths)
+    tasks = image_tasks(some, {"rotate": True})
+    x, y = tasks[0].collate([0, 1, 2])
+    plain, labels = image_tasks(some)[0].collate([0, 1, 2])
+    assert torch.equal(x[:3], plain) and torch.equal(x[3:6], plain.rot90(1, (2, 3)))
+    assert y.tolist() == [c + 2 * k for k in range(4) for c in labels.tolist()]
+    result = learn_sequence(model, tasks, "hat", OPTIONS.changed({"epochs": 1}))
+    assert result.details["exact"] and result.details["bit_equal"]
+    options = ImageOptions(rotate=True)
+    router = image_router(model, some, options, {"width": 16})
+    found = routing_measures(router, model, image_examples(some, 256))
+    assert abs(found["task_incremental"] - np.mean([result.matrix[1, t] for t in range(2)])) < 1e-6  # equal counts
+    images = torch.from_numpy(some[1].x_test)
+    p = hatcl.predict(model, images, router=router)  # the answer is a class of the data, none of a rotation
+    assert all(int(c) < some[t].num_classes for t, c in zip(p.task.tolist(), p.label.tolist(), strict=True))
+    blind = image_router(model, some, ImageOptions(), {"width": 16})  # the twin: it takes the whole head
+    assert blind.seen(model, images, 1)[1].shape[1] == widths[1]
+    assert router.seen(model, images, 1)[1].shape[1] == some[1].num_classes
+
+
+def test_rotations_that_do_not_fit(stream):
+    for more, text in (
+        ({"one_head": True}, "rotate: got True for a head that all tasks share; it is for tasks of classes with"),
+        ({}, "task blobs0: its classes end at 8, and the model's head has 2; .* with rotate four times the classes"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            learn_sequence(new_model(stream), image_tasks(stream, {"rotate": True}, **more), "hat", OPTIONS)
+    y = {f"y_{part}": getattr(stream[0], f"y_{part}")[:, None] + 0.5 for part in ("train", "test")}
+    numbers = dataclasses.replace(stream[0], problem="regression", num_classes=1, **y)
+    with pytest.raises(ConfigError, match="rotate: got True for images that have no classes, one each"):
+        image_tasks([numbers], {"rotate": True})
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
+        ({"rotate": 4}, "rotate: got 4, expected True or False"),
         ({"fit": "pads"}, "fit: got 'pads'.*did you mean 'pad'"),
         ({"flip": "no"}, "flip: got 'no', expected True or False"),
         ({"crop": -1}, "crop: got -1, expected an integer of at least 0"),

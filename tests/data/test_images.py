@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hatcl.data import images as stream
-from hatcl.data.images import ImageData, Images, Preparation
+from hatcl.data.images import ImageData, Images, Preparation, rotated
 from hatcl.errors import ConfigError, IntegrityError
 
 DATA = Path(os.environ.get("HATCL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -206,3 +206,11 @@ def test_options_are_chosen_on_images_that_are_held_out(three_tasks):
         task.on_validation(0.01)
     with pytest.raises(ConfigError, match="validation: got 1.0, expected a share"):
         task.on_validation(1.0)
+
+
+def test_rotated_images_are_square():
+    x, y = rotated(torch.arange(8.0).view(2, 1, 2, 2), torch.tensor([0, 1]), 3)
+    assert x.shape == (8, 1, 2, 2) and y.tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert x[2].flatten().tolist() == [1, 3, 0, 2] and torch.equal(x[6].rot90(1, (1, 2)), x[0])
+    with pytest.raises(ConfigError, match=r"rotate: got images of \[2, 3\], which a quarter turn makes another size"):
+        rotated(torch.zeros(1, 1, 2, 3), torch.tensor([0]), 2)
