@@ -5,6 +5,7 @@ Not imported by `import hatcl`, which works without Lightning: `from hatcl.integ
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +13,7 @@ from lightning.pytorch import callbacks as theirs
 
 from ..config import whole
 from ..errors import ConfigError, TaskError
+from ..hat.tasks import task as active_task
 from .course import TaskCourse
 
 
@@ -28,11 +30,18 @@ class LearnTask(TaskCourse, Callback):
     It enters `hatcl.learn` when training begins, with the number of steps that the `Trainer` takes and those that a
     resumed run (`fit(..., ckpt_path=...)`) has done, and seals the task after the last step, before a `ModelCheckpoint`
     saves that step. The gradient of HAT's penalty is added once per optimizer step, before gradients are clipped, so
-    that it does not grow with `accumulate_grad_batches`; your `training_step` returns the task's own loss. An error
-    seals nothing and leaves earlier tasks as they were. Automatic and manual optimization both work.
+    that it does not grow with `accumulate_grad_batches`; your `training_step` returns the task's own loss. `validate`,
+    `test` and `predict` of a `Trainer` with this callback are under its task. An error seals nothing and leaves earlier
+    tasks as they were. Automatic and manual optimization both work.
 
     In several processes use `strategy="ddp_find_unused_parameters_true"`: Lightning wraps your whole module, and other
     tasks' gates get no gradient.
+
+    The best checkpoint of a `ModelCheckpoint`, unless it is the last, was written before the task was sealed; load it
+    after training, and seal it:
+
+        module.load_state_dict(torch.load(checkpoint.best_model_path)["state_dict"])
+        hatcl.seal(module.model, 1)
 
     Args:
         task: the index of the task that is learned. steps: optimizer steps in all; None takes the `Trainer`'s own
@@ -40,12 +49,6 @@ class LearnTask(TaskCourse, Callback):
 
     Attributes:
         learning: what `hatcl.learn` gives, while the task is learned. penalty: the last step's penalty.
-
-    The best checkpoint of a `ModelCheckpoint`, unless it is the last, was written before the task was sealed; load it
-    after training, and seal it:
-
-        module.load_state_dict(torch.load(checkpoint.best_model_path)["state_dict"])
-        hatcl.seal(module.model, 1)
 
     Raises:
         ConfigError: the number of steps is not known; a callback that averages weights. TaskError: a task that is
@@ -56,6 +59,7 @@ class LearnTask(TaskCourse, Callback):
         super().__init__(task)
         self.steps = whole("steps", steps, optional=True)
         self._total = 0
+        self._evaluation = contextlib.ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
         """A checkpoint says which task it is of."""
@@ -107,7 +111,20 @@ class LearnTask(TaskCourse, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seal()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluation is under this task once it is sealed; while it is learned, under its hard gates as they would be
+        sealed now. Lightning's check of the first batches comes before there is either."""
+        if self.learning is None and not trainer.sanity_checking:
+            self._evaluation.enter_context(active_task(pl_module, self.task))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluation.close()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._evaluation.close()
         self.leave(exception)
 
 

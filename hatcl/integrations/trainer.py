@@ -37,7 +37,8 @@ class HATCallback(TaskCourse, TrainerCallback):
             trainer.train()
 
     Of a model of transformers or peft the `Trainer`'s checkpoints are what `hatcl.from_pretrained` reads. Of another
-    module they hold its state alone, which is loaded into a model that was converted alike.
+    module they hold its state alone, which is loaded into a model that was converted alike. A plain `Trainer` evaluates
+    under the task that the model was given last: put `trainer.evaluate()` into `with hatcl.task(model, 1)`.
 
     Args:
         task: the index of the task that is learned. loads_best: whether the Trainer can load a checkpoint that hatcl

@@ -183,6 +183,20 @@ def test_what_lies_around_a_converted_model_is_not_lost_in_silence(tmp_path, bef
     hatcl.save_pretrained(nn.Sequential(nn.Flatten(), model), tmp_path / "m")
 
 
+def test_a_mask_before_a_converted_model_is_kept_by_the_state_as_the_refusal_says():
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(16, 4)
+    whole, again = (nn.Sequential(hatcl.HATMask(4, 2), hatcl.convert(net, 2, x)) for _ in range(2))
+    optimizer = torch.optim.AdamW(whole.parameters(), 1e-2)
+    with hatcl.learn(whole, 0, optimizer, 20) as learning:
+        for _ in range(20):
+            optimizer.zero_grad()
+            (whole(x).pow(2).mean() + learning.penalty()).backward()
+            optimizer.step()
+    again.load_state_dict(whole.state_dict())
+    assert hatcl.tasks(again) == [0] and torch.equal(parts.logits(again, 0, x), parts.logits(whole, 0, x))
+    assert hatcl.certify(again, x).exact
+
+
 def test_a_checkpoint_that_is_older_than_an_option_is_loaded(tmp_path, monkeypatch):
     """An option that is not in the file is what it was without it: its default."""
     x = torch.randn(2, 4)

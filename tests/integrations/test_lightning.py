@@ -108,6 +108,28 @@ def test_two_tasks(tmp_path, options):
     assert hatcl.tasks(model) == [0, 1] and same_bits(said(model, 0), want) and hatcl.certify(model, X).exact
 
 
+def test_evaluation_is_of_the_callbacks_own_task(tmp_path):
+    model, want = with_task_0()
+    module = Module(model)
+    fit(module, 1, tmp_path)
+    module.predict_step = lambda batch, batch_idx: model(batch[0])
+
+    def evaluating(task):
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        return Trainer(accelerator="cpu", callbacks=[LearnTask(task)], **quiet)
+
+    loaders = [DataLoader(TensorDataset(X, labels(t)), 32) for t in (0, 1)]
+    for task in (1, 0, 1):  # whatever task is the model's own
+        (said_now,) = evaluating(task).predict(module, loaders[task])
+        assert same_bits(said_now, want if task == 0 else said(model, 1))
+    (first,) = evaluating(0).validate(module, loaders[0], verbose=False)
+    assert first["loss"] == pytest.approx(float(tf.cross_entropy(want, labels(0))), rel=1e-5)
+    with pytest.raises(hatcl.TaskError, match="task 2 is not sealed"):
+        evaluating(2).validate(module, loaders[0], verbose=False)
+    with hatcl.task(model, 1):  # nothing of an evaluation stays behind
+        assert same_bits(model(X).detach(), said(model, 1))
+
+
 AVERAGES = {
     "EMAWeightAveraging": lambda kind: kind(decay=0.9),
     "WeightAveraging": lambda kind: kind(),

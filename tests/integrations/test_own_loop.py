@@ -108,5 +108,5 @@ def test_the_best_state_is_put_back_and_sealed():
 
 def test_copies_in_threads_are_refused():
     """`nn.DataParallel` asks every module for a copy, on devices that a test may not have."""
-    with pytest.raises(hatcl.TaskError, match="torch.nn.DataParallel runs copies .* DistributedDataParallel"):
+    with pytest.raises(hatcl.TaskError, match="torch.nn.DataParallel runs copies .*DistributedDataParallel"):
         [module._replicate_for_data_parallel() for module in made().modules()]
