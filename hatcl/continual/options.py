@@ -35,7 +35,6 @@ class LearnOptions(LoopOptions):
         ConfigError: a value outside its range, see also `LoopOptions`.
     """
 
-    lr: float = 3e-4
     epochs: int | None = None
     schedule: str = "cosine"
     warmup: float = 0.1

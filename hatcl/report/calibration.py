@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ACROSS = 4  # panels in a row
+STEP_ASIDE = 1.07  # by which the lines of two rules stand beside each other, on a logarithmic axis
 OVER, UNDER = "#d1603d", "#4f9d69"
 
 
@@ -93,7 +94,7 @@ def draw_graft_curve(
 
     Args:
         rows: `by`, `sparsity` and the measure of each graft; of several with one rule and sparsity (seeds) the mean is
-            drawn, and a band from the lowest to the highest.
+            drawn, and a bar from the lowest to the highest.
         pretrained, finetuned: the measure of the two models, drawn across. measure: the key, and the axis's name.
 
     Raises:
@@ -109,14 +110,21 @@ def draw_graft_curve(
             raise ConfigError(f"rows: got {what} in {dict(row)}, expected by, a sparsity above 0 and {measure}")
     figure = new_figure(7.2, 4.2)
     axes = figure.add_subplot()
-    for i, rule in enumerate(dict.fromkeys(row["by"] for row in rows)):
+    rules = list(dict.fromkeys(row["by"] for row in rows))
+    for i, rule in enumerate(rules):
         own = [row for row in rows if row["by"] == rule]
         places = sorted({row["sparsity"] for row in own})
         values = [[100 * row[measure] for row in own if row["sparsity"] == at] for at in places]
         colour = LINES[i % len(LINES)]
-        axes.plot(places, [sum(v) / len(v) for v in values], color=colour, marker="o", markersize=4, label=short(rule))
-        if any(len(v) > 1 for v in values):
-            axes.fill_between(places, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)
+        if any(len(v) > 1 for v in values):  # a bar at each place, since bands of several lines hide each other
+            beside = [at * STEP_ASIDE ** (i - (len(rules) - 1) / 2) for at in places]
+            axes.vlines(
+                beside, [min(v) for v in values], [max(v) for v in values], color=colour, linewidth=1.5, alpha=0.7
+            )
+            places = beside
+        axes.plot(
+            places, [sum(v) / len(v) for v in values], color=colour, marker="o", markersize=4, label=short(rule, 24)
+        )
     for name, value, style in (("fine-tuned", finetuned, "-"), ("pretrained", pretrained, "--")):
         axes.axhline(100 * value, color=MUTED, linewidth=1, linestyle=style, zorder=0, label=name)
     axes.set_xscale("log")

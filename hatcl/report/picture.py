@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED = "#1b2733", "#5d6975"
+MOST_NAMES = 40  # of layers, to be readable below a panel
 BAR, FREE, SHADES = "#3a7ca5", "#edf1f4", "Blues"
 
 
@@ -31,18 +32,19 @@ def draw_run(metrics: Mapping[str, Any], numbers: Sequence[int] | None = None) -
     facts, names = metrics["facts"], metrics["tasks"][: len(metrics["facts"])]
     count, layers = len(names), metrics["details"].get("layers", [])  # none before a run's end
     shown = [str(t) for t in (range(count) if numbers is None else numbers[:count])]
+    labels = [f"{i}  {short(name)}" for i, name in zip(shown, names, strict=True)]
     side = max(3.2, 0.44 * count)
     heights = [side]
     if layers:  # none where every parameter is the tasks' own
-        heights.append(0.9 + 0.16 * count)
-    figure = new_figure(2 * side + 3.0, sum(heights) + 1.9)
+        heights.append(1.9 + 0.2 * count)
+    figure = new_figure(2 * side + 4.6, sum(heights) + 1.9)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[1.15, 1])
     rows = [[np.nan if v is None else v for v in row[:count]] for row in metrics["matrix"]]
-    _draw_matrix(figure.add_subplot(grid[0, 0]), rows, names, shown)
+    _draw_matrix(figure.add_subplot(grid[0, 0]), rows, labels, shown)
     used = [known["units_used"] for known in facts]
-    _draw_use(figure.add_subplot(grid[0, 1]), used, facts[0]["units"], shown)
+    _draw_use(figure.add_subplot(grid[0, 1]), used, facts[0]["units"], labels)
     if layers:
-        _draw_layers(figure.add_subplot(grid[1, :]), layers, shown)
+        _draw_layers(figure.add_subplot(grid[1, :]), layers, labels)
     figure.suptitle(_headline(metrics), x=0.015, ha="left", color=INK, fontsize=13, fontweight="bold")
     return png(figure)
 
@@ -75,7 +77,7 @@ def png(figure: Figure) -> bytes:
 
 def _headline(metrics: Mapping[str, Any]) -> str:
     words = [
-        f"{name.replace('_', ' ')} {100 * metrics[name]:.1f} %"
+        f"{name.replace('_', ' ').replace('accuracy', 'score')} {100 * metrics[name]:.1f} %"
         for name in ("average_accuracy", "forgetting")
         if metrics.get(name) is not None
     ]
@@ -84,28 +86,33 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     return "   ".join(words)
 
 
-def _draw_matrix(axes: Axes, rows: Sequence[Sequence[float]], names: Sequence[str], numbers: Sequence[str]) -> None:
-    count = len(names)
+def _draw_matrix(axes: Axes, rows: Sequence[Sequence[float]], labels: Sequence[str], numbers: Sequence[str]) -> None:
+    count = len(labels)
     values = np.full((count, count), np.nan)
     for i, row in enumerate(rows):
         values[i, : len(row)] = row
     low = min(0.5, float(np.nanmin(values)))
     # the ends of the colour map stay unused: the lowest accuracy is still seen, the highest still readable
-    axes.imshow(values, cmap=SHADES, vmin=low - 0.1, vmax=1.25, aspect="equal")
+    image = axes.imshow(values, cmap=SHADES, vmin=low - 0.1, vmax=1.25, aspect="equal")
     for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
         dark = values[i, j] > low + 0.6 * (1 - low)
         axes.text(
             j, i, f"{100 * values[i, j]:.1f}", ha="center", va="center", color="white" if dark else INK, fontsize=9
         )
     axes.set_xticks(range(count), numbers)
-    axes.set_yticks(range(count), [f"{short(name)}  {i}" for i, name in zip(numbers, names, strict=True)])
+    axes.set_yticks(range(count), labels)
     axes.set_xlabel("task tested", color=MUTED)
     axes.set_ylabel("after learning", color=MUTED)
     separate(axes, count, count)
-    dress(axes, "Accuracy in %")
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.04, aspect=24)
+    bar.ax.set_ylim(low, 1)
+    bar.outline.set_visible(False)
+    bar.set_ticks([low, (low + 1) / 2, 1], labels=[f"{100 * v:.0f}" for v in (low, (low + 1) / 2, 1)])
+    bar.ax.tick_params(length=0, colors=MUTED)
+    dress(axes, "Score in %")
 
 
-def _draw_use(axes: Axes, used: Sequence[int], units: int, numbers: Sequence[str]) -> None:
+def _draw_use(axes: Axes, used: Sequence[int], units: int, labels: Sequence[str]) -> None:
     units = max(1, units)
     places = range(len(used))
     axes.barh(places, [units] * len(used), color=FREE, height=0.66)
@@ -121,23 +128,21 @@ def _draw_use(axes: Axes, used: Sequence[int], units: int, numbers: Sequence[str
             color="white" if inside else INK,
             fontsize=9,
         )
-    axes.set_yticks(places, numbers)
+    axes.set_yticks(places, labels)
     axes.set_ylim(len(used) - 0.5, -0.5)
     axes.set_xlim(0, units)
     axes.set_xticks([])
     axes.set_xlabel(f"units on, of {units}", color=MUTED)
-    axes.set_ylabel("task", color=MUTED)
     dress(axes, "Units used")
 
 
-def _draw_layers(axes: Axes, layers: Sequence[Mapping[str, Any]], numbers: Sequence[str]) -> None:
-    count = len(numbers)
+def _draw_layers(axes: Axes, layers: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
+    count = len(labels)
     shares = np.array([[_used(layer, t) / max(1, layer["units"]) for layer in layers] for t in range(count)])
     image = axes.imshow(shares, cmap=SHADES, vmin=0.0, vmax=1.0, aspect="auto")
-    axes.set_yticks(range(count), numbers)
-    axes.set_xticks([])
-    axes.set_xlabel(f"{layers[0]['name']}  to  {layers[-1]['name']}", color=MUTED)
-    axes.set_ylabel("task", color=MUTED)
+    axes.set_yticks(range(count), labels)
+    named = range(0, len(layers), -(-len(layers) // MOST_NAMES))
+    axes.set_xticks(named, [short(layers[i]["name"], 24) for i in named], rotation=90, fontsize=8)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.012, fraction=0.03)
     bar.outline.set_visible(False)
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +16,10 @@ from ..errors import ConfigError
 from ..map.lora import factor_in
 from ..skills.scores import Skill, SkillScores, check_same_groups, skill_overlap
 from .heatmap import MOST_NUMBERS
-from .picture import FREE, INK, MUTED, SHADES, dress, new_figure, png, separate, short
+from .picture import FREE, INK, MOST_NAMES, MUTED, SHADES, dress, new_figure, png, separate, short
 
 OF = ("rank", "score")
-MOST_NAMES = 40  # of layers, to be readable below a panel
+MOST_ASIDE = 1  # modules that are told in a title
 NARROWEST, WIDEST = 7.0, 16.0  # inches, for the title and for the page
 NUMBERED = re.compile(r"[^.]+\.\d+\.")
 
@@ -44,11 +45,13 @@ def draw_skills(scores: Mapping[str, SkillScores], of: str = "rank") -> bytes:
     one_of("of", of, OF)
     every = _same_units(scores, "scores")
     places = places_of(every[0].labels)
-    layers, kinds = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
+    alone = _alone(places)
+    in_grid = [p for p in places if p not in alone]
+    layers, kinds = (list(dict.fromkeys(names)) for names in zip(*in_grid, strict=True))
     grids = [_grid(heights_of(s, of), places, layers, kinds) for s in every]
     left, width = 0.085 * max(len(_tail(k)) for k in kinds), max(1.9, 0.24 * len(layers))
-    across = max(1, min(len(grids), 3, int((WIDEST - left) // width)))
-    down = -(-len(grids) // across)
+    down = -(-len(grids) // max(1, min(len(grids), 3, int((WIDEST - left) // width))))
+    across = -(-len(grids) // down)  # as many in each row as can be
     names = _short_layers(layers)
     shown = range(0, len(layers), -(-len(layers) // MOST_NAMES))
     below = 0.075 * max(map(len, names)) + 0.35
@@ -61,7 +64,9 @@ def draw_skills(scores: Mapping[str, SkillScores], of: str = "rank") -> bytes:
             continue
         axes.set_facecolor(FREE)
         image = axes.imshow(np.ma.masked_invalid(grids[place]), cmap=SHADES, vmin=0.0, vmax=1.0, aspect="auto")
-        dress(axes, short(list(scores)[place]))
+        heights = heights_of(every[place], of)
+        aside = [f"{p.layer} {p.kind} {_mean_at(heights, places, p):.2f}" for p in alone]
+        dress(axes, "   ".join([short(list(scores)[place]), *([f"({', '.join(aside)})"] if aside else [])]))
         separate(axes, len(layers), len(kinds))
         axes.set_yticks(range(len(kinds)), [_tail(k) for k in kinds], fontsize=8)
         turned = 0 if max(map(len, names)) <= 2 else 90
@@ -138,6 +143,19 @@ def places_of(labels: Sequence[str]) -> list[LayerPlace]:
     return plain if len(set(plain)) == len(set(places)) else places
 
 
+def _alone(places: Sequence[LayerPlace]) -> list[LayerPlace]:
+    """Modules that are the only one of their layer and of their kind, such as a pooler: each would have an empty row
+    and an empty column in a grid. None, where nothing else is left, or they are too many to be told in a title."""
+    found = list(dict.fromkeys(places))
+    counted = [Counter(p[side] for p in found) for side in (0, 1)]
+    alone = [p for p in found if all(counted[side][p[side]] == 1 for side in (0, 1))]
+    return alone if len(alone) < min(len(found), MOST_ASIDE + 1) else []
+
+
+def _mean_at(heights: np.ndarray, places: Sequence[LayerPlace], at: LayerPlace) -> float:
+    return float(np.mean([height for height, place in zip(heights, places, strict=True) if place == at]))
+
+
 def _path(label: str) -> list[str]:
     """Of the module that a group belongs to: without the rank, the factor, and the parameter's own name."""
     parts = label.split("[")[0].split(".")
@@ -168,8 +186,9 @@ def _grid(heights: np.ndarray, places: Sequence[LayerPlace], layers: list[str], 
     """Mean height `[kinds, layers]`, NaN where there is no such module."""
     total, count = (np.zeros((len(kinds), len(layers))) for _ in range(2))
     row, column = ({name: i for i, name in enumerate(names)} for names in (kinds, layers))
-    at = ([row[p.kind] for p in places], [column[p.layer] for p in places])
-    np.add.at(total, at, heights)
+    inside = [i for i, p in enumerate(places) if p.kind in row and p.layer in column]
+    at = ([row[places[i].kind] for i in inside], [column[places[i].layer] for i in inside])
+    np.add.at(total, at, heights[inside])
     np.add.at(count, at, 1)
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from hatcl.errors import ConfigError
-from hatcl.report.picture import draw_run
+from hatcl.report import picture
+from hatcl.report.picture import draw_run, short
 
 
 def run_of(count: int, layers: int = 4) -> dict:
@@ -55,3 +56,22 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ConfigError, match=r"pip install 'hatcl\[plots\]'"):
         draw_run(run_of(2))
+
+
+def test_names_are_cut_in_the_middle():
+    assert short("CIFAR100 classes 0-9") == "CIFAR100…ses 0-9" and len(short("CIFAR100 classes 0-9")) == 16
+    names = [f"CIFAR100 classes {k}-{k + 9}" for k in range(0, 100, 10)]
+    assert len({short(name) for name in names}) == 10 and short("a" * 16) == "a" * 16
+    assert short("abcdefgh", 5) == "ab…gh"
+
+
+def test_panels_have_names_of_tasks_and_layers_and_a_colour_bar(monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(picture, "png", lambda figure: figures.append(figure) or b"")
+    draw_run(run_of(3, 60), [0, 2, 3])
+    axes = figures[0].axes
+    labels = [[t.get_text() for t in a.get_yticklabels()] for a in axes]
+    assert labels.count(["0  a task w… name 0", "2  a task w… name 1", "3  a task w… name 2"]) == 3
+    layers = [t.get_text() for a in axes for t in a.get_xticklabels() if t.get_text().startswith("layer")]
+    assert layers == [f"layer{k}" for k in range(0, 60, 2)] and len(axes) == 5  # with two colour bars

@@ -174,3 +174,19 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     for draw in (lambda: draw_skills({"a": scores}), lambda: draw_overlap({"a": localize(scores)})):
         with pytest.raises(ConfigError, match=r"pip install 'hatcl\[plots\]'"):
             draw()
+
+
+def test_a_module_that_stands_alone_has_no_empty_row_and_column(monkeypatch):
+    pytest.importorskip("matplotlib")
+    labels = [f"encoder.{k}.{kind}.weight" for k in range(3) for kind in ("a.query", "b.value")] + [
+        "pooler.dense.weight"
+    ]
+    scores = SkillScores("block", dict.fromkeys(labels, (1,)), torch.arange(7.0))
+    figures = []
+    monkeypatch.setattr(module, "png", lambda figure: figures.append(figure) or b"")
+    draw_skills({name: scores for name in "abcd"})
+    panels = [a for a in figures[0].axes if a.get_title(loc="left")]
+    assert len(panels) == 4 and all(a.axison for a in figures[0].axes)  # two rows of two: no hole
+    assert panels[0].get_title(loc="left") == "a   (pooler dense 1.00)"
+    assert [t.get_text() for t in panels[0].get_yticklabels()] == ["a.query", "b.value"]
+    assert all(not image.get_array().mask.any() for a in panels for image in a.images)
