@@ -29,11 +29,12 @@ DATA = {"cifar10": 5, "cifar100_even": 10}
 INITS, SCHEDULES = ("normal", "dense", "sparse", "uniform"), ("linear", "cosine")
 HATCL = {"init": "dense", "schedule": "cosine", "penalty": "layer", "max_scale": 100.0}
 SETTINGS: dict[str, dict[str, Any]] = {
-    **{f"adam, {i}, {s}": {"init": i, "schedule": s} for i, s in itertools.product(INITS, SCHEDULES)},
+    "adam, normal, linear": {},
     "adam, hat": {"compensation": "hat"},
     "sgd, exact": {},
     "sgd, hat": {"compensation": "hat"},
     "adam, hat-cl": HATCL,
+    **{f"adam, {i}, {s}": {"init": i, "schedule": s} for i, s in itertools.product(INITS, SCHEDULES)},
     "adam, hat-cl, 20": {**HATCL, "embedding_lr_scale": 20.0},
 }
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    for seed, data, name in itertools.product(range(args.seeds), DATA, SETTINGS):
+    for name, data, seed in itertools.product(SETTINGS, DATA, range(args.seeds)):
         found = read("inits_images")
         runs = found.setdefault("runs", {}).setdefault(data, {}).setdefault(name, {})
         if str(seed) not in runs:

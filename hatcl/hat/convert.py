@@ -93,12 +93,12 @@ def convert(
     if hasattr(model, GATES):
         raise ConversionError(f"{type(model).__name__} has an attribute {GATES!r}, where its gates would go; rename it")
     _check_adapters(model)
-    if mask_inputs and example_inputs is not None:
-        model = mask_inputs_of(model, example_inputs, config)
-    if unit_map is None and example_inputs is None:
+    if (unit_map is None or mask_inputs) and example_inputs is None:
         raise ConversionError(
             "example_inputs: got None; pass an input of the model's forward: a tensor, a tuple or a dict"
         )
+    if mask_inputs:
+        model = mask_inputs_of(model, example_inputs, config)
     widths = class_counts(num_classes, config.num_tasks)
     try:
         source = copy_of(model)

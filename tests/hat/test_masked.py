@@ -169,6 +169,8 @@ def test_bad_input(every):
             hatcl.convert(plain, 2, x, mask_inputs=True, config=config)
     with pytest.raises(hatcl.ConversionError, match="mask_inputs: got no floating-point tensor with rows"):
         hatcl.convert(nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 2)), 1, torch.arange(4), mask_inputs=True)
+    with pytest.raises(hatcl.ConversionError, match="example_inputs: got None"):
+        hatcl.convert(plain, 1, mask_inputs=True, unit_map=gates_of(fresh)[0].unit_map)
     with pytest.raises(hatcl.ConversionError, match="on the map of this model no input feature is a unit"):
         hatcl.convert(_Lora(), 1, torch.randn(2, 6), mask_inputs=True)
     with pytest.raises(hatcl.ConfigError, match=r"got an input of shape \[8, 3, 4, 5\], expected rows of 48 features"):
