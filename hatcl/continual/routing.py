@@ -75,7 +75,7 @@ def routing_measures(
 
     Returns:
         confusion: `[T, T]`, how many images of the row's task were taken for the column's.
-        task_accuracy: share of the images whose task is found. task_incremental: accuracy where the task is told.
+        task_accuracy: share of the images whose task is found. task_incremental: accuracy where the task is given.
         class_incremental: share of the images whose task and class are both found. largest_logit: task_accuracy of the
         task with the largest logit. rejected: share of the images that are rejected.
     """
