@@ -139,5 +139,6 @@ def test_a_tutorial_is_what_its_notebook_says(source):
     assert without.count("```python") > 3 and without != shown
 
 
-def test_there_are_five_tutorials():
+def test_there_are_five_tutorials_and_twenty_questions():
     assert len(list((DOCS / "tutorials").glob("*.py"))) == 5
+    assert len(re.findall(r"^\*\*", (DOCS / "faq.md").read_text(), flags=re.M)) == 20

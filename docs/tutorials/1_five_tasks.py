@@ -122,8 +122,8 @@ assert certificate.exact
 # %% [markdown]
 # ## Forgetting on purpose
 #
-# `dry_run=True` says what would be erased. What another task uses as well has to stay, and the report says how much
-# that is.
+# `dry_run=True` says what would be erased. Elements that another task uses as well have to stay, and the report says
+# how many these are.
 
 # %%
 print(hatcl.forget_task(model, 1, dry_run=True))

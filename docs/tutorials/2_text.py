@@ -75,7 +75,7 @@ for task in tasks:
 # - **tasl** notes while it trains which pairs of the adapter a task needs, and then merges the adapter of before with the one
 #   of now, pair by pair. It keeps no example.
 # - **ilora** lets a second adapter follow slowly and pulls the first one towards it on a small memory of old examples.
-# - **hat** gives every pair of the adapter a gate per task. What a sealed task uses does not move by a bit, and you have to
+# - **hat** gives every pair of the adapter a gate per task. The parts that a sealed task uses do not move by a bit, and you have to
 #   say which task a text belongs to.
 
 # %%

@@ -70,7 +70,7 @@ print(hatcl.certify(model, images[:32], strict=True))
 # %% [markdown]
 # ## One task as a network of its own
 #
-# A sealed task uses some of the units. `hatcl.extract_task` cuts the network down to these. What comes out is an
+# A sealed task uses some of the units. `hatcl.extract_task` cuts the network down to these. The result is an
 # ordinary module: train it further, compile it, quantise it.
 
 # %%

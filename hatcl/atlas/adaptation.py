@@ -56,7 +56,7 @@ def adapt(
 
     The trusted set is that of the authors' released script (github fredzzhang/atlas, src/learn_ufm.py), which ranks all
     examples for each class; an example that two classes rank is in it once. The batches, q, t and that it is estimated
-    anew in each epoch are those of the earlier one (src/learn_coef.py at 03ca31e), which ranks those that are put into
+    again in each epoch are those of the earlier one (src/learn_coef.py at 03ca31e), which ranks those that are put into
     the class by their confidence, and drops what does not fill a batch. The released one takes p / 2 for the root of p
     and holds t at 0.99; by a slip it trusts all examples, with the labels it gave them before the first epoch, so that
     its loss is cross-entropy on these. Both choose the epoch by true labels.

@@ -115,7 +115,7 @@ def sum_of_losses(composer: Composed, tasks: Sequence[AtlasTask], parts: Sequenc
 def started(
     composer: Composed, select: Select, warm_start: Tensor | str | None, scales: Sequence[float]
 ) -> Tensor | None:
-    """The coefficients that `warm_start` speaks of. The composer keeps its own."""
+    """The coefficients that `warm_start` stands for. The composer keeps its own."""
     if not isinstance(warm_start, str):
         return warm_start
     if warm_start != "search":

@@ -19,7 +19,7 @@ from .options import Options
 
 class TipAdapter(nn.Module):
     """`logits + alpha exp(-beta (1 - W f)) Y` (Zhang et al. 2022, arXiv 2207.09519, eq. 4 and 6): a cache of the shots'
-    features beside a classifier.
+    features next to a classifier.
 
     Args:
         features: of the shots, `[M, d]`: the first W, made unit length. labels: `[M]`, which give Y `[M, C]`.

@@ -171,7 +171,7 @@ class Experiment(Loaded):
 
     Args:
         name: the procedure's. folder: where heads, checkpoints and coefficients go.
-        tell: is told what is at work, each step, and each epoch's entry of the history of what is learned.
+        tell: gets what is at work, each step, and each epoch's entry of the history of what is learned.
     """
 
     def __init__(

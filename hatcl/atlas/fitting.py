@@ -33,7 +33,7 @@ class Fitted:
     """What was learned. The composer holds the coefficients already.
 
     Attributes:
-        coefficients: the best ones, `[T, G]`. others: what was learned beside them, by name.
+        coefficients: the best ones, `[T, G]`. others: what was learned besides them, by name.
         epoch: after which they were reached; 0 = the start, -1 = all zero, the pretrained model.
         score: theirs, by which they were chosen; NaN where nothing was measured and the last ones are kept.
         pretrained, start: what was measured with all coefficients zero, and at the start.
@@ -74,7 +74,7 @@ def fit(
             model (all coefficients zero), the start, and after every epoch, so that what is kept is at least as good as
             both. None keeps the last coefficients.
         warm_start: where to start, `[T]`, `[T, 1]` or `[T, G]`; None = the coefficients as they are.
-        others: parameters to learn beside the coefficients, with their learning rates; not decayed.
+        others: parameters to learn besides the coefficients, with their learning rates; not decayed.
         checkpoint: a file, replaced in one go after every epoch, and within one after so many seconds. If it is there,
             learning resumes from it and ends with the same bits as without the interruption.
         on_progress: called after each step, and after each epoch with its entry of the history as `measured`.

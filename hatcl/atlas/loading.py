@@ -44,7 +44,7 @@ class Reading:
 
     Args:
         base: the pretrained checkpoint: a safetensors file, a folder of shards, or a state dict of torch.save (.pt).
-        model: timm's name of the model that BASE is of, such as vit_base_patch32_224; open_clip:NAME, such as
+        model: timm's name of the model that BASE belongs to, such as vit_base_patch32_224; open_clip:NAME, such as
             open_clip:ViT-B-32-quickgelu; or a folder of transformers' CLIPModel.
         model_kwargs: for the model, such as img_size=64; repeatable.
         head: frozen heads on the base's features of the training images: trained (logistic regression), prototypes
@@ -52,7 +52,7 @@ class Reading:
             .safetensors file with [NAME.]weight and [NAME.]bias or [NAME.]scale.
         class_names: with text, NAME=FILE: the task's classes, one per line in the order of its labels (the only task of
             few-shot and adapt is called task), or NAME=DATASET, one with names known to hatcl, such as gtsrb or
-            imagenet. By default those of the data set that the images are of; repeatable.
+            imagenet. By default those of the data set that the images belong to; repeatable.
         templates: with text, NAME=FILE: the task's prompts, one per line with {} for the class, or NAME=DATASET. By
             default those of the data set, else "a photo of a {}."; repeatable.
         text_from: with text, where the text tower is where BASE has none: another checkpoint, or a tag of open_clip's
@@ -114,7 +114,7 @@ class Pretrained:
 
     Args:
         model: gives embeddings; its parameters are what task vectors change.
-        classifiers: modules that no task vector is of.
+        classifiers: modules that no task vector covers.
         cfg: what it was trained on: `input_size`, `mean` and `std`.
         transform: an image's size, or None for the model's -> what makes a PIL image the model's input, its own way.
         named: names of a checkpoint's tensors -> those of the model's parameters; None: they are the same.
@@ -163,7 +163,7 @@ def load_pretrained(reading: Reading) -> Pretrained:
     """The model that `reading` names, with BASE's weights.
 
     Raises:
-        ConfigError: no such model, or options that it does not take. VectorError: BASE is of another model.
+        ConfigError: no such model, or options that it does not take. VectorError: BASE belongs to another model.
         IntegrityError: a file that cannot be read.
     """
     stored = named_tensors(reading.base)
@@ -188,7 +188,7 @@ def _fits(model: nn.Module, stored: Mapping[str, Tensor], reading: Reading) -> N
 
 
 def _timm(reading: Reading, stored: Mapping[str, Tensor]) -> Pretrained:
-    """The timm model, and the names of its classifiers, which no task vector is of."""
+    """The timm model, and the names of its classifiers, which no task vector covers."""
     name = reading.model
     if not timm.is_model(name) or name.startswith(PREFIX):
         near = nearest(name.split(".")[0], timm.list_models())

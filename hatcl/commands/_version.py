@@ -9,7 +9,7 @@ import torch
 
 import hatcl
 
-LIBRARIES = (
+REPORTED = (
     "torch", "torchvision", "timm", "transformers", "peft", "accelerate", "lightning", "open_clip_torch", "safetensors",
     "numpy", "scikit-learn", "datasets", "onnx", "onnxruntime",
 )  # fmt: skip
@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
     return {
         "hatcl": hatcl.__version__,
         "python": platform.python_version(),
-        **{library: version_of(library) for library in LIBRARIES},
+        **{library: version_of(library) for library in REPORTED},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "devices": devices(),
     }

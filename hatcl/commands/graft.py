@@ -184,7 +184,7 @@ def graft(
     The table has the pretrained and the fine-tuned model and each graft: accuracy, F1, the share of the fine-tuning
     gain that is kept, agreement with the fine-tuned model, expected calibration error, and accuracy on other data.
     Choosing uses the run's training examples (with --choose score its validation examples as well); test examples
-    are only reported. A graft that is there already is not made again, so that the same command goes on after an
+    are only reported. A graft that is there already is not made again, so that the same command continues after an
     interruption.
     """
     for name, value in (("--test", test), ("--bins", bins), ("--batch-size", batch_size)):

@@ -108,7 +108,7 @@ def merge_command(
 ) -> dict[str, Any]:
     """Add what fine-tuning changed to a checkpoint: BASE + sum of COEFFICIENT * (PART - BASE), file to file.
 
-    The memory needed is that of one shard and a few tensors. When it was interrupted, the same command goes on where it
+    The memory needed is that of one shard and a few tensors. When it was interrupted, the same command resumes where it
     stopped. Of folders of transformers the result is one as well: config, tokenizer and a model card come along.
     """
     _refuse_hatcl(output)

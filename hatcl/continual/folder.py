@@ -1,4 +1,4 @@
-"""A run's folder: what each task leaves behind, and from where an interrupted run goes on.
+"""A run's folder: what each task leaves behind, and from where an interrupted run resumes.
 
     config.json       what is learned and how: command, options, method, tasks, digest of the base model
     tasks/0_NAME/     adapter/ (peft's own format), scores.safetensors and .csv, cumulative.*, config.json
@@ -9,7 +9,7 @@
     metrics.json      the matrix and its measures, once the run is finished
     seconds.json      where the time went
 
-Everything is written beside its target and renamed. Only `seconds.json` differs between two runs of the same seed.
+Everything is written next to its target and renamed. Only `seconds.json` differs between two runs of the same seed.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def read_state(model: nn.Module, path: Path) -> None:
 
 
 def write_model(model: nn.Module, folder: Path) -> None:
-    """What a run goes on from: a model with gates that is trained whole as `hatcl.save_pretrained` writes it, so that
+    """What a run continues from: a model with gates that is trained whole as `hatcl.save_pretrained` writes it, so that
     every command can look at it; of others, whose base may be large, what learning changes."""
     if is_converted(model) and not adapters_of(model):
         save_pretrained(model, folder / MODEL)

@@ -22,7 +22,7 @@ class LearnOptions(LoopOptions):
     Args:
         epochs: passes over a task's examples. None = one (for images 12), or as many as it takes for 100 steps where
             the examples are few.
-        batch_size: the most examples per batch; the batches of an epoch are of nearly equal size.
+        batch_size: the most examples per batch; the batches of an epoch have nearly equal size.
         fresh_optimizer: make a new optimizer for each task, instead of one for all.
         evaluate: after each task, score the tasks learned so far and the `next` one, which is what the measures need,
             or `all`.

@@ -177,7 +177,7 @@ def routing_measures(router: TaskRouter, model: nn.Module, examples: Mapping[int
         confusion: `[T, T]`, how many inputs of the row's task were taken for the column's.
         task_accuracy: share of the inputs whose task is found; at_first_sight: by one forward alone, as
         `hatcl.predict(top=1)` does. rejected: share of the inputs that are rejected. Where every task has
-        classes also task_incremental: accuracy where the task is told; class_incremental: share of the inputs whose
+        classes also task_incremental: accuracy where the task is given; class_incremental: share of the inputs whose
         task and class are both found; largest_logit: task_accuracy of the task with the largest logit.
     """
     count = len(examples)

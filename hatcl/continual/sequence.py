@@ -125,7 +125,7 @@ class _Stage(Work):
         return self.model if options.weight_decay else self.parameters
 
     def batches(self, epoch: int) -> list[Batch]:
-        """Every example once; the batches of a stage's tasks are shuffled together. They are of nearly equal size: a
+        """Every example once; the batches of a stage's tasks are shuffled together. They have nearly equal size: a
         last batch of one example would break batch norms."""
         size, found = self.run.options.batch_size, list[Batch]()
         for i in self.indices:

@@ -23,7 +23,7 @@ def images_of(records: Records, name: str, problem: str = "auto", seed: int = 0)
     are not whole, a regression. Several columns for the label are one number, or 0 or 1, each.
 
     Args:
-        problem: what the labels are of; `auto` = what those of training look like. seed: of the cut of a table in one
+        problem: what the labels mean; `auto` = what those of training look like. seed: of the cut of a table in one
             piece.
 
     Raises:

@@ -117,7 +117,7 @@ class ImageData:
                 yield part, getattr(self, f"x_{part}"), y
 
     def of_classes(self, chosen: Sequence[int], name: str) -> ImageData:
-        """The task of some of the classes, which are numbered anew in this order.
+        """The task of some of the classes, which are renumbered in this order.
 
         Raises:
             ConfigError: it is no classification, or a part has no image of them.
@@ -135,7 +135,7 @@ class ImageData:
 
     def digest(self) -> str:
         """sha256 over the arrays and labels, and of photos over their names and sizes (the images are not read); a
-        resumed run compares it to know that it goes on with the same data."""
+        resumed run compares it to know that it continues with the same data."""
         out = hashlib.sha256()
         for part, x, y in self.parts():
             if isinstance(x, Photos):
@@ -182,7 +182,7 @@ def npz_task(path: str | Path, problem: str = CLASSES) -> ImageData:
     classes are remapped to 0, 1, ... in ascending order.
 
     Args:
-        problem: what the labels are of; `auto` = what they look like.
+        problem: what the labels mean; `auto` = what they look like.
 
     Raises:
         ConfigError: no such file, another kind of file, or an array is missing.
@@ -257,7 +257,7 @@ def labelled_images(name: str, arrays: Mapping[str, Any], problem: str = CLASSES
     """A task of arrays as they came; labels of classes become the ranks of the labels met in training.
 
     Args:
-        problem: what the labels are of; `auto` = what those of training look like.
+        problem: what the labels mean; `auto` = what those of training look like.
 
     Raises:
         ConfigError: labels that are not the problem's, or that training lacks.
@@ -410,7 +410,7 @@ def k_shot_images(images: Images, k: int, seed: int = 0) -> tuple[Images, Images
 
 
 class ImageBatches:
-    """(inputs, labels) in batches, in order or in one drawn anew for each pass from torch's global generator, which
+    """(inputs, labels) in batches, in order or in one drawn again for each pass from torch's global generator, which
     `fit` seeds and keeps in its checkpoint."""
 
     def __init__(self, images: Images, size: int, shuffle: bool) -> None:

@@ -428,10 +428,10 @@ def read_folder(folder: Path) -> Records:
 
 
 def read_beside(path: Path) -> Any:
-    """What is in a file; of a table that is called train with the parts that lie beside it.
+    """What is in a file; of a table that is called train with the parts that lie next to it.
 
     Raises:
-        ConfigError: such a table has no other part beside it. What `read_file` raises.
+        ConfigError: such a table has no other part next to it. What `read_file` raises.
     """
     found = read_file(path)
     alone = isinstance(found, Records) and WHOLE in found.parts

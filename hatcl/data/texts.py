@@ -1,4 +1,4 @@
-"""Text tasks as files: pairs of an input and an output, with what scoring needs beside.
+"""Text tasks as files: pairs of an input and an output, and what scoring needs besides.
 
 Read are tables of records (`records.py`; `pairs.py` has the columns), and JSON files, also as .gz, of these forms (the
 public benchmarks' own):
@@ -8,7 +8,7 @@ public benchmarks' own):
     {seeds: {13: {train, dev}, ...}, test: [[text, label], ...]}    16 shots per class (LM-BFF)
     {all: [[text, label], ...]}                                     one list, cut in three by a seed
     [{prompt, answer}, ...], or {Definition, Instances}             a train.json, with eval or dev and test.json
-                                                                    beside it, as TRACE and O-LoRA have it
+                                                                    next to it, as TRACE and O-LoRA have it
 
 A row of three is also how pairs of sentences are given, `[text, text2, label]`: its input is the two lines, and knows
 both (`Sentences`). Tables as GLUE and others publish them are read in `published.py`.

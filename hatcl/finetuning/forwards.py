@@ -13,7 +13,7 @@ from ..continual.label_words import LabelWords
 from ..errors import ConfigError
 
 HEAD = "head"  # the name of a new head
-# beside nn.Embedding: modules and parameters that are the input's, with what stands in them (BERT's norm)
+# besides nn.Embedding: modules and parameters that are the input's, with what stands in them (BERT's norm)
 INPUT = ("embeddings", "patch_embed", "pos_embed", "cls_token", "reg_token", "dist_token")
 
 

@@ -159,7 +159,7 @@ class GraftMaker:
         return Graft.load(at / GRAFT)
 
     def keep(self, folder: Path, wanted: Wanted, tell: GraftTold) -> Graft:
-        """Make the graft and write its folder, all or nothing; `tell` is told of each step of learning."""
+        """Make the graft and write its folder, all or nothing; `tell` is called at each step."""
         graft = self.make(wanted, tell)
         with replaced_folder(folder / wanted.name) as new:
             graft.save(new / GRAFT)
@@ -212,7 +212,7 @@ class GraftMaker:
         return total + (task.score(model, "validation") if len(task.validation) else 0.0)
 
     def about(self, wanted: Wanted) -> dict[str, Any]:
-        """How it was made, to be kept beside it and compared."""
+        """How it was made, to be kept next to it and compared."""
         made: dict[str, Any] = {"graft": dataclasses.asdict(wanted), "inputs": self.inputs}
         if self.file is not None and wanted.by in (FROM_FILE, "learned"):
             made["mask"] = {"file": self.file.name, "sha256": sha256_of(self.file)}
@@ -287,7 +287,7 @@ class Scene:
         return self._row(self._of(name))
 
     def graft(self, graft: Graft) -> dict[str, Any]:
-        """The row of a graft, without what is told from other rows."""
+        """The row of a graft, without what only other rows tell."""
         with graft.applied(self.run.pretrained):
             said = self._predicted(self.run.pretrained)
         row = self._row(said)
@@ -367,5 +367,5 @@ def with_gain(row: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -
 
 
 def inputs_of(folder: Path) -> dict[str, str]:
-    """The digests of what a run's grafts are of."""
+    """The digests of what a run's grafts belong to."""
     return {name: sha256_of(folder / name) for name in (PRETRAINED, FINETUNED)}

@@ -114,7 +114,7 @@ def _text_model(name: str, loads: str) -> tuple[nn.Module, Any]:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without progress bars and reports of what a checkpoint has beside the model."""
+    """Without progress bars and reports of what a checkpoint has besides the model."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

@@ -328,6 +328,6 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _without_end(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Without what ends a sequence or parts it from another: a causal model goes on from there."""
+    """Without what ends a sequence or parts it from another: a causal model continues from there."""
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
     return [i for i in ids if i not in ends]

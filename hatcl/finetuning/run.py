@@ -1,4 +1,4 @@
-"""Fine-tuning as a run with a folder, which `hatcl graft` goes on from.
+"""Fine-tuning as a run with a folder, which `hatcl graft` continues from.
 
     config.json               the options, the inputs' digests; at the end, how the plain model is made again, and what
                               was trained
@@ -7,7 +7,7 @@
     tokenizer/                of a text model
     metrics.json              scores, history, counts; it is written last
 
-Until it is finished the folder has at most `checkpoint/` besides, from which the same call goes on. A finished run
+Until it is finished the folder has at most `checkpoint/` besides, from which the same call resumes. A finished run
 needs the data file still, but neither the model's folder nor its hub.
 """
 
@@ -80,7 +80,7 @@ def finetune_run(
     Args:
         options: what to fine-tune on what, or a task made in memory (`load_run` then needs it again).
         folder: where the run is kept; a finished run of the same options and inputs is read instead, one that was
-            killed goes on, and ends with the same bits.
+            killed resumes, and ends with the same bits.
         device: where to compute; both models stay there. on_progress: see `finetune_`. seconds: between two
             checkpoints.
 
@@ -188,7 +188,7 @@ def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: to
     return Run(task, task.model, finetuned, learning, tuple(config["trained"]), read_json(path / METRICS), options)
 
 
-# --- what a run is of ---
+# --- what a run consists of ---
 
 
 def input_files(options: TaskOptions) -> list[Path]:

@@ -41,7 +41,7 @@ class Graft:
     the CPU, as indices: its memory goes with its size k, not with the model's.
 
     Attributes:
-        shapes: of all tensors that took part, also of those with no element in it, so that shares are of N.
+        shapes: of all tensors that took part, also of those with no element in it, so that shares refer to N.
         indices: name -> flat indices in row order, `[k_name]`, ascending; int32 where they fit.
         values: name -> the values there, in their own dtype; None = bits alone, which cannot be applied.
         base: name -> digest of the pretrained model's tensor, of those that are changed; None = not known.
@@ -401,7 +401,7 @@ def union(grafts: Sequence[Graft], overlap: str = "equal") -> Graft:
             in float64 and rounded once. `first`: that of the first graft which has it.
 
     Raises:
-        GraftError: no graft; grafts over other tensors or made for other bases; bits alone beside values; with `equal`,
+        GraftError: no graft; grafts over other tensors or made for other bases; bits alone among values; with `equal`,
             values that differ. ConfigError: an unknown `overlap`.
     """
     one_of("overlap", overlap, OVERLAPS)

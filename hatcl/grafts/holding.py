@@ -59,7 +59,7 @@ def hold(model: nn.Module, grafts: Graft | Sequence[Graft], optimizer: Any) -> I
 
 
 def _held(model: nn.Module, grafts: Sequence[Graft]) -> dict[str, tuple[list[nn.Parameter], Tensor]]:
-    """Name -> the parameters that are this tensor (several where they share memory), and flat indices beside it."""
+    """Name -> the parameters that are this tensor (several where they share memory), and flat indices next to it."""
     if not isinstance(model, nn.Module):
         raise GraftError(f"hold: got {type(model).__name__}, expected a module")
     tied = tied_names(model)

@@ -80,7 +80,7 @@ def learn_graft(
     The model computes in evaluation mode: without dropout, with running statistics. The pretrained model is lent: its
     elements take fine-tuned values while learning, and whatever happens, its bits, gradients, modes and what of it
     requires gradients are as before at the end. The fine-tuned one is only read. With hard gamma and plain SGD that
-    takes, beside the two models, one float per candidate, up to five numbers per element of the graft, and no more: a
+    takes, besides the two models, one float per candidate, up to five numbers per element of the graft, and no more: a
     gradient is used as soon as it arrives, and freed.
 
     Args:

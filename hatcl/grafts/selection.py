@@ -74,7 +74,7 @@ def select_graft(
             better: what a grain of the map expands, such as TaSL's importance; or `GraftScores`.
         per_layer: `int(sparsity * n)` of each tensor's n elements instead.
         grain: `element`, or another grain of the map: then whole groups, in the order of their mean score, each that
-            still fits into what is left of k. Elements that the grain does not speak of stay out; of `unit` those
+            still fits into what is left of k. Elements that the grain does not cover stay out; of `unit` those
             that no unit owns do, too.
         unit_map: of the model, for the grain `unit`. seed: of `random`, and of the grain `partition:K`; any whole
             number from 0.

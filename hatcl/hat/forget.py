@@ -1,4 +1,4 @@
-"""Forgetting: what only one task used is drawn anew, everything else stays bit for bit (M8)."""
+"""Forgetting: what only one task used is drawn again, everything else stays bit for bit (M8)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def forget_task(
     dry_run: bool = False,
     descendants: str = "keep",
 ) -> ForgetReport:
-    """Forget a sealed task: every element live for it and for no other sealed task is drawn anew by its layer's own
+    """Forget a sealed task: every element live for it and for no other sealed task is drawn again by its layer's own
     initialiser (by zeros, where it is the factor of a LoRA pair that peft starts at zero), its gates, copies and head
     are dropped, and its index is free to be learned again. Every other task stays bit-identical. If the task is the
     default, the plain model becomes it. Nothing of the task is left in the model: what was kept of it for speed and all

@@ -91,7 +91,7 @@ def grow(
             each named layer gets, by the names that `hatcl.describe` shows: `{"layer1.0.conv1": 16}` (rounded up to
             whole rows; what is one unit with these grows along).
         optimizer: one, or a list of those that hold the model's parameters: the new parameters take the places of the
-            old ones, with their moments, which are zero for new elements. Without it build the optimizer anew.
+            old ones, with their moments, which are zero for new elements. Without it build a new optimizer.
         example_inputs: what the model's forward takes; default: as for `hatcl.extract_task`.
 
     Raises:

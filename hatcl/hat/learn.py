@@ -172,7 +172,7 @@ def learn(
     Args:
         model: a HAT model, or what wraps it (DistributedDataParallel, `torch.compile`, peft).
         task: the index of a task that is not sealed.
-        optimizer: the optimizer, or a list of all that are stepped. Built once for all tasks or anew for each.
+        optimizer: the optimizer, or a list of all that are stepped. Built once for all tasks, or one for each.
         steps: optimizer steps in all, over which the scale is annealed. Of several optimizers the one that steps most
             counts; steps that a gradient scaler skips do not.
         epochs: annealing cycles within them (HAT anneals once per epoch), unless `HATConfig.cycles` says otherwise.
@@ -182,7 +182,7 @@ def learn(
             `HATConfig.start_from` says. The task gets most of the source's units and others in place of the rest, into
             which the source's weights are copied (see `hat/transplant.py`), and keeps these gates. `hatcl.describe`
             shows who started from whom, and `hatcl.forget_task` says it. The first task of all starts from none. With
-            `start` above 0 a task goes on with what it has; so does, unless `start_from` is given here, one that has
+            `start` above 0 a task continues with what it has; so does, unless `start_from` is given here, one that has
             something to go on with (it was started from another and left by an exception, or it is reopened).
         examples: of the new task, which "best" needs: (inputs, labels), or batches of them.
 

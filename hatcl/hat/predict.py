@@ -49,7 +49,7 @@ def predict(
     without gradients; its modes and its active task are as before.
 
     Args:
-        model: the HAT model that the router is of, or a copy of it. x: B rows: a tensor, a tuple (positional) or a
+        model: the HAT model of the router, or a copy of it. x: B rows: a tensor, a tuple (positional) or a
             mapping (keywords).
         among: the tasks that come into question; None = all. The answer is bit for bit that of a router with these
             alone: with `among=range(k)` the one that it gave after task k - 1 was added. Over more tasks it may be

@@ -50,7 +50,7 @@ class ReopenReport:
 
 
 def reopen_task(model: nn.Module, task: int) -> ReopenReport:
-    """Open a sealed task again, in place, to learn it on: `hatcl.learn(model, task, ...)` then goes on from its
+    """Open a sealed task again, in place, to learn it on: `hatcl.learn(model, task, ...)` then continues from its
     weights, its head, its norms and its units, and seals what comes of it. The task may take further units. Elements
     that other sealed tasks share with it stay frozen, and those tasks stay bit-equal.
 

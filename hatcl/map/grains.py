@@ -100,7 +100,7 @@ def make_grain(name: str, shapes: Shapes, unit_map: UnitMap | None = None, seed:
         unit_map: the map, for `unit`. seed: of the random parts, for `partition:K`.
 
     Raises:
-        ConfigError: an unknown grain, or nothing in `shapes` that it could speak of.
+        ConfigError: an unknown grain, or nothing in `shapes` that it could group.
     """
     sized = {n: tuple(int(i) for i in s) for n, s in shapes.items()}
     kind, colon, arg = name.partition(":")

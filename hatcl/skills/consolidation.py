@@ -46,7 +46,7 @@ class ConsolidateOptions(Changeable):
         threshold: in place of the share: the score, scaled to 0..1, above which a group is important.
 
     Raises:
-        ConfigError: a value outside its range, or one that has no effect in this mode or beside a threshold.
+        ConfigError: a value outside its range, or one that has no effect in this mode or with a threshold.
     """
 
     mode: str = "cases"
@@ -102,7 +102,7 @@ def consolidate(
 
     `average="product"`: of each pair of factors the best of its rank to `B_p diag(w_p) A_p + B_c diag(w_c) A_c`, turned
     to be nearest to what `factors` gives, so that pair r stays as much as can be the pair that the scores of earlier
-    tasks speak of (`best_factors`). Where every pair is taken whole from one of the two, they stay bit for bit. One
+    tasks cover (`best_factors`). Where every pair is taken whole from one of the two, they stay bit for bit. One
     product needs one weight per pair: where A and B have scores and so weights of their own (grains `matrix` and
     `block`), it is the mean of the two. The scaling `alpha / r` that peft multiplies in is the same for both adapters
     and cancels; it cannot be seen in the tensors, so adapters of another `lora_alpha` must be scaled first. A tensor

@@ -27,7 +27,7 @@ class Hidden:
 
 def hidden_states_of(model: Any, batch: Any) -> list[Hidden]:
     """The hidden states of a transformers model with what is padding: `attention_mask` for encoders and decoders alone;
-    beside an encoder, `decoder_attention_mask` or else the labels that are not masked (-100).
+    next to an encoder, `decoder_attention_mask` or else the labels that are not masked (-100).
 
     Raises:
         SkillError: a batch that is no mapping, or a model that does not give hidden states.

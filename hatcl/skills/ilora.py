@@ -1,4 +1,4 @@
-"""I-LoRA: a plastic adapter that learns, and beside it a stable one that follows slowly (Ren et al. 2024, arXiv
+"""I-LoRA: a plastic adapter that learns, and next to it a stable one that follows slowly (Ren et al. 2024, arXiv
 2402.18865)."""
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class ILoRA:
         ilora.remember(examples)
         ilora.save("runs/first")
 
-    The stable adapter also follows what peft trains in full beside the adapter (classifiers in `modules_to_save`).
+    The stable adapter also follows what peft trains in full besides the adapter (classifiers in `modules_to_save`).
 
     Args:
         model: a peft model with LoRA on any base. config: `ILoRAConfig`, or a mapping of its options; None = the
             defaults.
         adapter: the plastic one; default: the active one, which it must be while learning.
-        stable: the name of the other one. It is added as a copy; if the model has one of that name, that goes on.
+        stable: the name of the other one. It is added as a copy; if the model has one of that name, that one continues.
         hidden_states: for models whose `forward(**batch, output_hidden_states=True)` does not give them (timm): called
             with the model and a batch, gives one tensor per layer, or one `Hidden` per stack of layers. For tensors
             alone the batch's `attention_mask` says what is padding, if it has one.
@@ -69,7 +69,7 @@ class ILoRA:
         collate: makes a batch of a list of remembered examples; default: torch's (an `ILoRATrainer`'s own).
         on: where `loss` takes its examples from: `memory`, or the current `batch`.
         replay: weight of the task's own loss on the examples of the memory, which `loss` then adds. The authors' code
-            has the mean of both losses, beside the consistency: `replay=1` and twice the `consistency_weight`, over 2.
+            has the mean of both losses, besides the consistency: `replay=1` and twice the `consistency_weight`, over 2.
         batch_size: how many examples are drawn from the memory at a time.
         seed: of the memory.
 

@@ -35,7 +35,7 @@ class ILoRAConfig:
         previous_task_model: the folder where the task before was saved; the adapters and the memory go on from there.
         current_task_id: the name of the task: the folder inside the one it is saved in.
         prev_task_id: the name of the task before: its folder inside `previous_task_model`. Where there is no
-            `previous_task_model`, the stable adapter goes on as it is in the model, or comes from `ema_adapter_path`.
+            `previous_task_model`, the stable adapter continues as it is in the model, or comes from `ema_adapter_path`.
 
     Raises:
         ConfigError: a value outside its range, or one that has no effect with the others.

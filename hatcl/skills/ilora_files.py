@@ -1,11 +1,11 @@
-"""What I-LoRA leaves behind after a task, and how the next one goes on from it.
+"""What I-LoRA leaves behind after a task, and how the next one continues from it.
 
 adapter/        the plastic adapter, in peft's own format
 ema_adapter/    the stable one, likewise (elsewhere with `ema_adapter_path`, not at all without `save_ema_adapter`)
 memory.pt       the memory
 ilora.json      options, counts, where the adapters are, digests of the stable one and of the base model
 
-In a run of `learn_sequence` each task's folder has the last two beside `adapter/`, which holds both adapters.
+In a run of `learn_sequence` each task's folder has the last two next to `adapter/`, which holds both adapters.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ OTHER = {**PARTNER, **{b: a for a, b in PARTNER.items()}}
 
 
 def factor_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """The names of each LoRA pair's A and B, by path segment. What is no factor (full tensors, a bias trained beside B)
+    """The names of each LoRA pair's A and B, by path segment. What is no factor (full tensors, a bias trained with B)
     is left out.
 
     Raises:

@@ -51,7 +51,7 @@ class SkillScorer:
         importance: which s. beta1, beta2: how much of I and U stays at each step.
 
     Raises:
-        ConfigError: an option outside its range, or a grain that finds nothing to speak of.
+        ConfigError: an option outside its range, or a grain that finds nothing to group.
         SkillError: the adapter is not there, or there is nothing to train.
 
     Of a sharded model (`fully_shard`), `scores()`, `element_scores()` and `state_dict()` gather: all processes must

@@ -51,7 +51,7 @@ class SkillScores(_Groups):
     """How important each group of some tensors is.
 
     Attributes:
-        grain: `lora_pair`, `matrix` or `block`. shapes: of the tensors that it speaks of.
+        grain: `lora_pair`, `matrix` or `block`. shapes: of the tensors that it covers.
         values: one finite number per group, `[G]`, on the CPU: float64 as `SkillScorer` measures them (the scores of a
             pair are products of four small numbers, which float32 turns to zero), else float32.
 
@@ -86,7 +86,7 @@ class SkillScores(_Groups):
         return [{"label": a, "score": b} for a, b in zip(self.labels, self.values.tolist(), strict=True)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `.safetensors` file, and beside it the same as a `.csv` table (label, score). Each takes its place
+        """Write a `.safetensors` file, and next to it the same as a `.csv` table (label, score). Each takes its place
         when both are on disk.
 
         Raises:
@@ -154,7 +154,7 @@ class Skill(_Groups):
         return tuple(label for label, on in zip(self.labels, self.on.tolist(), strict=True) if on)
 
     def expand(self) -> dict[str, Tensor]:
-        """The skill as bool tensors that broadcast over the tensors it speaks of."""
+        """The skill as bool tensors that broadcast over the tensors it covers."""
         return self._parts.expand(self.on)
 
 
@@ -225,7 +225,7 @@ def skill_overlap(a: Skill, b: Skill) -> float:
 
 
 def check_same_groups(a: _Groups, b: _Groups, what: tuple[str, str]) -> None:
-    """Raise `SkillError` unless two speak of the same groups.
+    """Raise `SkillError` unless two cover the same groups.
 
     Args:
         what: how to call the two.
@@ -246,7 +246,7 @@ def check_same_groups(a: _Groups, b: _Groups, what: tuple[str, str]) -> None:
 
 
 def _checked_grain(of: _Groups, vector: Tensor) -> Grain:
-    """The grain of scores or a skill, whose shapes it narrows to those that it speaks of."""
+    """The grain of scores or a skill, whose shapes it narrows to those that it covers."""
     one_of("grain", of.grain, SKILL_GRAINS)
     parts = make_grain(of.grain, of.shapes)
     if vector.shape != (parts.size,):

@@ -1,4 +1,4 @@
-"""Two adapters in one model: one more beside the trained one, and computing with it while nothing else notices."""
+"""Two adapters in one model: one more besides the trained one, and computing with it while nothing else notices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import SkillError, nearest
 from ..map.lora import factor_in, merged_layer
 from .tensors import skill_tensors
 
-# what peft holds per adapter beside A and B: DoRA's magnitudes, heads that are trained in full, single tokens
+# what peft holds per adapter next to A and B: DoRA's magnitudes, heads that are trained in full, single tokens
 OTHERS = ("lora_magnitude_vector", "modules_to_save", "trainable_tokens_delta")
 
 
@@ -51,7 +51,7 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def adapter_buffers(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """The buffers of what is trained in full beside one adapter, named likewise."""
+    """The buffers of what is trained in full besides one adapter, named likewise."""
     return {own: b for n, b in model.named_buffers() if (own := _own(n, adapter)) is not None}
 
 
@@ -96,7 +96,7 @@ def add_copy(model: Any, source: str, name: str) -> None:
     `requires_grad` and its mode, and no random number is drawn.
 
     Raises:
-        SkillError: the source is not there, or is of a kind that a model can hold only once, by its option.
+        SkillError: the source is not there, or belongs to a kind that a model can hold only once, by its option.
     """
     if source not in model.peft_config:
         known = list(model.peft_config)

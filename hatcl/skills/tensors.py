@@ -43,7 +43,7 @@ def skill_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, nn.
         adapter: which one; default: the active one.
 
     Raises:
-        SkillError: the adapter is not there, or there is nothing to train; or its factors are of stacked experts, so
+        SkillError: the adapter is not there, or there is nothing to train; or its factors belong to stacked experts, so
             that row r of A and column r of B are no pair (`no_pairs`).
     """
     names = adapters_of(model)

@@ -88,7 +88,7 @@ def _counts(args: Any, model: nn.Module) -> bool:
 
 
 class _Follow(TrainerCallback):
-    """The moving average after each step, and I-LoRA's state beside each checkpoint."""
+    """The moving average after each step, and I-LoRA's state next to each checkpoint."""
 
     def __init__(self, trainer: ILoRATrainer) -> None:
         self.trainer = trainer

@@ -58,7 +58,7 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Full:
-    """A tensor that was trained in full beside the pairs, or a copy that peft saved with them.
+    """A tensor that was trained in full besides the pairs, or a copy that peft saved with them.
 
     Attributes:
         read: gives it. start: what it was before, where the adapter's own model tells.
@@ -98,7 +98,7 @@ def lora_deltas(
     """What the active LoRA adapter adds, under the base model's names.
 
     Args:
-        base: the base's parameters, for modules that were trained in full beside the adapter (`modules_to_save`).
+        base: the base's parameters, for modules that were trained in full besides the adapter (`modules_to_save`).
         pretrained: where they are from. A module's layers tell how they hold their weights, and which share one.
         embeddings: see `paired`, for tables with added tokens.
 
@@ -300,7 +300,7 @@ def _of_folder(folder: Path, base: Mapping[str, Tensor] | None, pretrained: Any)
             f"{folder}: its keys are of {len(adapters)} adapters ({', '.join(sorted(adapters))}); save one of them by "
             "model.save_pretrained(folder, selected_adapters=[name])"
         )
-    # copies of targeted embeddings, which peft saves beside the pairs without having trained them, and counters
+    # copies of targeted embeddings, which peft saves next to the pairs without having trained them, and counters
     full = {n: key for n, key in full.items() if n.replace(".base_layer", "") not in keys}
     full = {n: key for n, key in full.items() if n.rpartition(".")[2] not in RUNNING or n in (base or {})}
     lost = [key for pair in keys.values() for key in pair if key not in stored]

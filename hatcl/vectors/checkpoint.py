@@ -1,4 +1,4 @@
-"""What lies beside the weights in a folder of transformers: config, generation config, tokenizer, model card. A merge
+"""What lies next to the weights in a folder of transformers: config, generation config, tokenizer, model card. A merge
 writes them, so that `from_pretrained` loads its result."""
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def complete_folder(
     models: Sequence[str] = (),
     recipe: str = "",
 ) -> None:
-    """Write what belongs beside the weights in `out`. Does nothing where the base is no folder of transformers.
+    """Write what belongs next to the weights in `out`. Does nothing where the base is no folder of transformers.
 
     Args:
         base: where the generation config comes from. config: the result's; an empty one says that it is no such folder.

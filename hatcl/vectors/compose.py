@@ -54,7 +54,7 @@ def compose(
 
     Coefficients start at zero: the composer is the model. With one vector's at 1 it has that fine-tuned model's
     parameters, bit for bit without gradients and from `merge`; while learning they are rounded once per vector. What
-    the vectors or the grain do not speak of stays as it is in the model; so do buffers (running statistics), also where
+    the vectors or the grain do not cover stays as it is in the model; so do buffers (running statistics), also where
     a vector has them.
 
     Args:

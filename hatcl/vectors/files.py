@@ -1,5 +1,5 @@
 """Writing named tensors as safetensors, one shard in memory at a time. A write that was interrupted never looks
-complete: shards gather in a hidden folder, move beside their place when all are there, and the index comes last."""
+complete: shards gather in a hidden folder, move next to their place when all are there, and the index comes last."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_tensors(
             when it is written, and so is a single file.
         kinds: what there is to write. make: gives what is stored for a name (which may be more than one tensor).
         metadata: text for the files' headers; `format: pt`, as transformers wants it, where none is given.
-        recipe: what the tensors are made of. A write that was interrupted goes on where the recipe is the same.
+        recipe: what the tensors are made of. A write that was interrupted resumes where the recipe is the same.
         progress: told the bytes that each tensor settles.
 
     Raises:

@@ -84,7 +84,7 @@ def refuse_all_of(found: Mapping[str, str], what: str) -> None:
 
 def quantised_in(source: TensorSource) -> dict[str, str]:
     """Name -> what it is, of all quantised weights: tensors in 8 bits (int8, uint8, float8) of two or more dimensions,
-    integers with a scale beside them, and tensors that carry their own scale. Counters, indices and causal masks
+    integers with a scale next to them, and tensors that carry their own scale. Counters, indices and causal masks
     `[1, 1, n, n]` are none. Nothing is read."""
     tensors = named_tensors(source)
     kinds = kinds_of(tensors)

@@ -49,7 +49,7 @@ def compose_files(
     Where the base is a folder of transformers and `out` a folder, its config and generation config, a tokenizer and a
     model card are written too, so that `from_pretrained` loads the result.
 
-    A write that was interrupted goes on where it stopped if it is called again with the same files and options.
+    A write that was interrupted resumes where it stopped if it is called again with the same files and options.
 
     Args:
         base: the pretrained checkpoint: a safetensors file, or a folder with one or with shards.

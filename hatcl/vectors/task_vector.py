@@ -120,7 +120,7 @@ def named_as_in(tied: Mapping[str, str], vector: TaskVector) -> TaskVector:
 def composed(
     model: TensorSource, terms: Sequence[tuple[float, TaskVector]], *, check: bool = True
 ) -> Mapping[str, Tensor]:
-    """All tensors of a source, `theta + tau` with `tau = sum_i c_i tau_i` where the vectors speak of them (`combined`,
+    """All tensors of a source, `theta + tau` with `tau = sum_i c_i tau_i` where the vectors cover them (`combined`,
     `TaskVector.apply_to`): at once for what is in memory, when asked for from files.
 
     Raises:
@@ -577,7 +577,7 @@ def _each(
     """`fn(name, *tensors)` for every name, at once or, if lazy, when asked for.
 
     Args:
-        at_least: what the results are promoted to beside the sides' own dtypes.
+        at_least: what the results are promoted to besides the sides' own dtypes.
     """
     if lazy:
         of = [_kinds(s) for s in sides]

@@ -157,7 +157,7 @@ def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def find_file(path: Path) -> Path:
     """The file, or the index of shards, that a path (of either, or of a folder) means: in a folder its index, else
-    `model.safetensors`, whatever lies beside it, else the one file of its kind, else `pytorch_model.bin` or its index,
+    `model.safetensors`, whatever lies next to it, else the one file of its kind, else `pytorch_model.bin` or its index,
     else the fine-tuned weights of a run of `hatcl finetune`.
 
     Raises:

@@ -54,7 +54,7 @@ class LoRAReport:
 def write_lora(
     vector: Mapping[str, Tensor], digests: Mapping[str, str] | None, rank: int, base: nn.Module, folder: Path
 ) -> LoRAReport:
-    """What `TaskVector.to_lora` says. `digests` are of the tensors that the vector was taken from."""
+    """What `TaskVector.to_lora` says. `digests` belong to the tensors that the vector was taken from."""
     rank = whole("rank", rank)
     if not isinstance(base, nn.Module):
         raise VectorError(
@@ -109,7 +109,7 @@ def write_lora(
 
 
 def _paired_layers(base: nn.Module) -> dict[str, nn.Module]:
-    """Name of a weight -> the layer that peft puts a pair beside. Not of weights that other layers hold as well (a tied
+    """Name of a weight -> the layer that peft gives a pair. Not of weights that other layers hold as well (a tied
     head): the pair would change one of them only; nor inside `nn.MultiheadAttention`, which does not call its own."""
     holders = Counter(id(p) for m in base.modules() for p in m.parameters(recurse=False))
     inside = {id(m) for a in base.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}

@@ -27,7 +27,7 @@ device, are in `benchmarks/results/timm_names.json`.
 
 *known* is the share of the parameters' elements of which both owner and reader are on the map (the image and a head's
 classes count: they are always on); the rest is frozen by one end or copied per task. *trace* and *forward* are seconds
-of processor time on one thread, the trace beside one plain forward. *cut out* is the share of the elements that a task
+of processor time on one thread, the trace next to one plain forward. *cut out* is the share of the elements that a task
 with about half of the units keeps as a model of its own, a quarter at best where both ends of a weight are units; a
 star says that a part stays at full width since sizes stand in the model's code (`-`: proved before this was tried).
 

@@ -27,7 +27,7 @@ def prove_all(
     """Prove models one after another and write each row into `results` as soon as it is there.
 
     Args:
-        results: a JSON file. Models that it holds are yielded as they are, so that an interrupted run goes on.
+        results: a JSON file. Models that it holds are yielded as they are, so that an interrupted run resumes.
         seconds, memory_gb: what one model may take; more is a failure of this model.
         again: also the models that `results` holds.
     """

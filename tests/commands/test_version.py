@@ -11,7 +11,7 @@ import torch
 
 import hatcl
 from hatcl.commands import main
-from hatcl.commands._version import LIBRARIES, environment, version_of
+from hatcl.commands._version import REPORTED, environment, version_of
 
 
 def said(capsys, *line):
@@ -31,7 +31,7 @@ def test_a_bug_report_has_the_versions_the_platform_and_the_devices(capsys):
     assert code == 0 and lines == environment()
     assert lines["hatcl"] == hatcl.__version__ and lines["python"] == platform.python_version()
     assert lines["torch"] == importlib.metadata.version("torch") and lines["timm"] != "not installed"
-    assert lines["devices"].startswith("cpu (") and set(LIBRARIES) < lines.keys()
+    assert lines["devices"].startswith("cpu (") and set(REPORTED) < lines.keys()
     assert platform.node() not in told.out and getpass.getuser() not in told.out.replace("torch", "")
 
 

@@ -142,7 +142,7 @@ class Grafts(Method):
 
 
 class _Batches:
-    """A task's examples in their order, batched anew for every pass."""
+    """A task's examples in their order, batched again for every pass."""
 
     def __init__(self, task: ContinualTask, size: int) -> None:
         self.task, self.size = task, size

@@ -32,7 +32,7 @@ COUNTS = "counts.json"
 class InterpolatedLoRA(Method):
     """The loss of a batch, plus `replay` times that of examples of earlier tasks, plus `consistency_weight` times the
     mean squared error between the plastic and the stable adapter's hidden states of those; after each step
-    `stable = ema_alpha * stable + (1 - ema_alpha) * plastic`. The plastic adapter goes on from task to task, and stays
+    `stable = ema_alpha * stable + (1 - ema_alpha) * plastic`. The plastic adapter passes from task to task, and stays
     the active one; what is scored is the stable one: `model.set_adapter("stable")` gives the scores reported.
 
     The authors' code has the mean of the two losses; up to the weight of the consistency that is `replay=1`. Examples
@@ -40,7 +40,7 @@ class InterpolatedLoRA(Method):
     `Replay`: a task's examples enter when it is finished.
 
     All twelve options of `ILoRAConfig` are this method's too. `use_ilora=False` is plain training. Each task's folder
-    is also one that `ILoRA.load` reads, unless `save_ema_adapter=False`: a run over the next task goes on from it by
+    is also one that `ILoRA.load` reads, unless `save_ema_adapter=False`: a run over the next task continues from it by
     `previous_task_model` (the run's folder, or the task's) and `prev_task_id` (the task's name). `current_task_id`
     is the task's own name where none is given.
     """

@@ -34,7 +34,7 @@ class OLoRA(Method):
         orthogonality * sum_{i<t} sum |A_i A_t^T|  +  l2 * sum (||A_t||_F + ||B_t||_F)
 
     over all adapted layers, as in the paper's code. After a task its adapter is kept as `olora_0`, `olora_1`, ... and
-    the adapter that is trained starts anew, by peft's own initialisation.
+    the adapter that is trained starts again, by peft's own initialisation.
 
     A task's folder has in `adapter/` one adapter that is the model as it was scored, the sum of all so far: their
     factors side by side, `A = [A_0; A_1; ...]`, `B = [B_0, B_1, ...]`, of so many times the rank, with the same
@@ -81,7 +81,7 @@ class OLoRA(Method):
 
     @torch.no_grad()
     def _keep(self, model: Any) -> None:
-        """Move the learned adapter to a frozen one, and start it anew."""
+        """Move the learned adapter to a frozen one, and start it again."""
         config = model.peft_config[self.adapter]
         kept = f"olora_{len(self.earlier)}"
         model.add_adapter(kept, config)
@@ -119,7 +119,7 @@ class OLoRA(Method):
         return self.earlier or [self.adapter]
 
     def write(self, model: Any, folder: Path) -> None:
-        """The sum, over what peft wrote for one adapter; and beside the earlier ones this task's own."""
+        """The sum, over what peft wrote for one adapter; and besides the earlier ones this task's own."""
         count = len(self.earlier) + 1
         ours = skill_tensors(model, self.adapter)
         every = [*(skill_tensors(model, name) for name in self.earlier), ours]

@@ -160,7 +160,7 @@ class Method:
         """Further files of a finished task's folder, which holds its adapters already."""
 
     def save(self, folder: Path) -> None:
-        """What the next stage needs beside the model."""
+        """What the next stage needs besides the model."""
 
     def load(self, folder: Path, model: nn.Module) -> None:
         """Read what `save` wrote. It comes after `start` and before the model's tensors are read."""
@@ -207,7 +207,7 @@ def make_method(method: str | Method, options: Mapping[str, Any] | None = None) 
     """A method by its name, with options changed; or the method itself.
 
     Raises:
-        ConfigError: an unknown name or option, with the nearest one; options beside a method that has its own.
+        ConfigError: an unknown name or option, with the nearest one; options together with a method that has its own.
     """
     if isinstance(method, Method):
         if options:

@@ -30,7 +30,7 @@ class TaSL(Method):
     the adapter before and after the task by the scores of both, and take the task's scores into the memory
     `C_k = N(0.3 N(I_k) + 0.7 N(C_{k-1}))`. The first task is not consolidated. No example of an earlier task is needed.
 
-    What is trained beside A and B (heads in `modules_to_save`, DoRA's magnitudes, biases) has no score: it is averaged
+    What is trained besides A and B (heads in `modules_to_save`, DoRA's magnitudes, biases) has no score: it is averaged
     as what is important to neither. (TaSL's code has nothing of that kind.)
     """
 

@@ -1,4 +1,4 @@
-"""A causal language model goes on with a label's word."""
+"""A causal language model continues with a label's word."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def image_task(
     name: str | None = None,
     measure: str | None = None,
 ) -> FinetuneTask:
-    """A task of images for a timm model or any other whose last layer is linear; that layer is made anew for the task's
+    """A task of images for a timm model or any other whose last layer is linear; that layer is replaced for the task's
     classes, on a copy of the model.
 
     Args:

@@ -20,7 +20,7 @@ NOT_ZERO = {"logsumexp", "argmax", "argmin", "all"}  # of zeros
     "logsumexp", "prod", "argmax", "argmin", "any", "all", "median",
 )  # fmt: skip
 def reduce(call: Call, coupling: Coupling) -> Shadow:
-    """A unit goes on where a reduction runs within it. Branches that are added share their channels, one unit each."""
+    """A unit stays where a reduction runs within it. Branches that are added share their channels, one unit each."""
     s = call.shadows[0]
     if s is None:
         return Shadow()

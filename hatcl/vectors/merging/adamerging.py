@@ -47,7 +47,7 @@ def adamerging(
     task; labels in them are not looked at.
 
     In the authors' code (github EnnengYang/AdaMerging, main_layer_wise_adamerging.py) a layer is a tensor as well. A
-    step there takes two batches of 16 of each task, drawn anew: pass shuffled batches of 32 for the same. It clamps the
+    step there has two batches of 16 of each task, drawn again: pass shuffled batches of 32 for the same. It clamps the
     coefficients that the model sees to 0 to 1 and lets the parameter move on, where no gradient brings it back; here
     the coefficients themselves are kept within 0 to 1, and return.
 

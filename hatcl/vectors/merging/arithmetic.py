@@ -42,7 +42,7 @@ def arithmetic(
         scales: the grid, default 0, 0.05, ..., 1. model: the base.
 
     Raises:
-        ConfigError: `scale` beside `evaluate`, or `scales` or `model` without it; no scales; a score that is no finite
+        ConfigError: `scale` with `evaluate`, or `scales` or `model` without it; no scales; a score that is no finite
             number.
     """
     flag("normalise", normalise)

@@ -111,7 +111,7 @@ def rescaling(how: str, choices: Sequence[str] = RESCALES) -> str:
 
 
 def own_logits(model: Any, inputs: Any, task: int = 0) -> Tensor:
-    """What a model says to inputs, whichever task they are of: the `Forward` that methods take by default."""
+    """What a model says to inputs, whichever task they belong to: the `Forward` that methods take by default."""
     return outputs(model, inputs)
 
 

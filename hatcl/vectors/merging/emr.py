@@ -41,7 +41,7 @@ def emr_parts(vectors: Sequence[TaskVector]) -> list[tuple[float, TaskVector]]:
         m_t = 1[tau_t * tau > 0],   lambda_t = sum |tau_t| / sum |m_t * tau|
 
     `lambda_t * (m_t * tau)` is the task's own vector. As a graft (`hatcl.grafts.task_grafts`) it is a bit per element
-    and one number beside the one tau. Reads every tensor once. The sums are over all elements, as in the paper; the
+    and one number besides the one tau. Reads every tensor once. The sums are over all elements, as in the paper; the
     authors' code sums the means of the tensors, so that a bias counts as much as a matrix.
     """
     kinds = vectors[0]._map(lambda _, d, *others: d, *vectors[1:]).kinds

@@ -64,7 +64,7 @@ def fisher(
 
     Raises:
         ConfigError: not one of these per vector, weights that are not positive, or a floor that is not.
-        VectorError: a diagonal that lacks a tensor that others have, is of another shape, negative, or not finite.
+        VectorError: a diagonal that lacks a tensor that others have, has another shape, is negative or not finite.
     """
     least = number("floor", floor, 0)
     each = per_vector("weights", weights, vectors, "weight") if weights is not None else [1.0] * len(vectors)

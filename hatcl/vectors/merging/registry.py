@@ -116,7 +116,7 @@ def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -
     """One task vector of many, without training. `docs/merging.md` says which method to take and what each needs.
 
     Vectors that are read from files stay there with methods that need no data: the result makes a tensor when it is
-    asked for (each time anew; `in_memory()` keeps them).
+    asked for (computed again each time; `in_memory()` keeps them).
 
     Args:
         vectors: of one model. method: one of `list_merges()`, or one of `ALIASES`. options: the method's own. One that

@@ -46,7 +46,7 @@ def tall_masks(vectors: Sequence[TaskVector], threshold: float | Sequence[float]
 
         m_t = 1[ |tau_t| > threshold * |sum_s tau_s - tau_t| ]
 
-    As a graft (`hatcl.grafts.task_grafts`) it is a bit per element beside the one sum. The inequality is strict, as in
+    As a graft (`hatcl.grafts.task_grafts`) it is a bit per element besides the one sum. The inequality is strict, as in
     the authors' code, so that what no task has changed is in no mask (the paper's text has `>=`).
 
     Args:
@@ -68,5 +68,5 @@ def tall_masks(vectors: Sequence[TaskVector], threshold: float | Sequence[float]
 
 
 def tall_mask(tau: Tensor, total: Tensor, threshold: float) -> Tensor:
-    """Bool: where a task's update is large beside what the others add to it."""
+    """Bool: where a task's update is large compared with what the others add to it."""
     return tau.double().abs() > threshold * (total - tau).abs()
