@@ -186,7 +186,19 @@ def sparsity_penalty(
     return (over / room.clamp(min=1.0)).mean()
 
 
-def centre(x: Tensor, gate: Tensor, dim: int, over: tuple[int, ...], share: float | None = None) -> Tensor:
+def centring(gate: Tensor) -> Tensor:
+    """`a * U / sum a`: what a mean over all U units is multiplied with, to be the mean over those that are on."""
+    return gate * (len(gate) / gate.sum().clamp(min=SMALLEST_GATE))
+
+
+def centre(
+    x: Tensor,
+    gate: Tensor,
+    dim: int,
+    over: tuple[int, ...],
+    share: float | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
     """Take away the mean over the units that are on: `x - a * (sum x / sum a)`.
 
     `x` already carries the gate (it is `a` times a value), so `sum x / sum a` is the gated mean of the value, and off
@@ -195,7 +207,8 @@ def centre(x: Tensor, gate: Tensor, dim: int, over: tuple[int, ...], share: floa
 
     Args:
         dim: the dimension of the units. over: the dimensions that the mean is taken over, `dim` among them.
-        share: the share of units that are on, where gates are hard and it is known: two passes over x, no more.
+        share: the share of units that are on, where gates are hard and it is known.
+        weight: `centring(gate)`, where it is at hand.
     """
     if x.dtype in (torch.float16, torch.bfloat16):  # a mean of eight bits would not centre
         return centre(x.float(), gate.float(), dim, over, share).to(x.dtype)
@@ -203,39 +216,30 @@ def centre(x: Tensor, gate: Tensor, dim: int, over: tuple[int, ...], share: floa
     shape[dim] = -1
     if share is not None:
         return torch.addcmul(x, x.mean(over, keepdim=True), gate.view(shape), value=-1 / share)
-    if torch.is_grad_enabled() and dim % x.dim() == x.dim() - 1 and len(over) == 1:
-        return _Centre.apply(x, gate)[0]
-    others = math.prod(x.shape[d] for d in over) // x.shape[dim]
-    mean = x.sum(over, keepdim=True) / (gate.sum() * others).clamp(min=SMALLEST_GATE)
-    return torch.addcmul(x, mean, gate.view(shape), value=-1)
+    weight = centring(gate) if weight is None else weight
+    last = dim % x.dim() == x.dim() - 1 and len(over) == 1
+    if last and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        out: Tensor = _Centre.apply(x, weight)
+        return out
+    return torch.addcmul(x, x.mean(over, keepdim=True), weight.view(shape), value=-1)
 
 
 class _Centre(torch.autograd.Function):
-    """`centre` along the last dimension, with a derivative that passes over x-sized memory three times instead of
-    seven."""
-
-    generate_vmap_rule = True
+    """`x - weight * mean x` along the last dimension, with a derivative that passes over x-sized memory three times
+    instead of seven."""
 
     @staticmethod
-    def forward(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total = gate.sum().clamp(min=SMALLEST_GATE)
-        mean = x.sum(-1, keepdim=True) / total
-        return torch.addcmul(x, mean, gate, value=-1), mean, total
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        ctx.save_for_backward(weight, mean)
+        return torch.addcmul(x, mean, weight, value=-1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _, gate = inputs
-        _, mean, total = output
-        ctx.mark_non_differentiable(mean, total)
-        ctx.save_for_backward(gate, mean, total)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        gate, mean, total = ctx.saved_tensors
-        to_mean = torch.mv(grad.reshape(-1, grad.shape[-1]), gate.to(grad.dtype)).view(mean.shape) / total
-        rows = mean.reshape(-1)
-        to_gate = (to_mean.reshape(-1) @ rows) - torch.mv(grad.reshape(-1, grad.shape[-1]).t(), rows)
-        return grad - to_mean, to_gate
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weight, mean = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        to_mean = torch.mv(rows, weight.to(grad.dtype)) / -grad.shape[-1]
+        return grad + to_mean.view(mean.shape), -torch.mv(rows.t(), mean.reshape(-1))
 
 
 def hashed(x: Tensor) -> Tensor:

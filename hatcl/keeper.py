@@ -19,6 +19,8 @@ from .functional import INTEGERS, local, same_bits
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 SHORTEST_RUN = 4
 """From how many elements on a run is written faster than by a mask."""
+SMALL_MASK = 1 << 14
+"""Up to how many elements a mask is kept as wide as the parameter is, and is written faster. Of more, memory counts."""
 
 
 @dataclass
@@ -28,14 +30,16 @@ class Kept:
 
     A mask is kept in one of two forms, which are written several times faster. One that is the same along the last
     dimensions, as that of a convolution is over its kernel, becomes indices, each of `run` elements one after the
-    other. Any other becomes int8 in the order of the parameter's memory, 0 where an element stays and -1 (all bits)
-    where it is free."""
+    other. Any other becomes integers in the order of the parameter's memory, 0 where an element stays and -1 (all bits)
+    where it is free: `masked` then."""
 
     param: nn.Parameter
     which: Tensor | None
     name: str = ""
     run: int = 1
+    masked: bool = False
     old: Tensor = field(default_factory=lambda: torch.zeros(0))
+    _views: tuple[Any, Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         mask = self.which
@@ -50,7 +54,25 @@ class Kept:
             heads = mask.reshape(*mask.shape[:last], -1)[..., 0]
             self.which, self.run = heads.flatten().nonzero().flatten(), run
         else:
-            self.which = torch.empty_like(p, dtype=torch.int8).copy_(mask).sub_(1)
+            kind = INTEGERS[p.element_size()] if p.numel() <= SMALL_MASK else torch.int8
+            self.which, self.masked = torch.empty_like(p, dtype=kind).copy_(mask).sub_(1), True
+
+    def take(self) -> None:
+        """What stays is what is there now."""
+        self.old, self._views = taken(self), None
+
+    def put(self) -> None:
+        """Write the kept values to where they belong."""
+        if not self.masked:
+            put_back(self.param, self)
+            return
+        p = local(self.param)
+        where, views = (p.data_ptr(), p.dtype, p.device), self._views
+        if views is None or views[0] != where:  # a cast, or other memory
+            x = p.detach()
+            self._views = views = (where, _bits(x), _bits(self.old.to(x)))
+        assert self.which is not None
+        views[1].bitwise_and_(self.which).bitwise_or_(views[2])
 
 
 @dataclass
@@ -131,7 +153,7 @@ class Keeper:
     def hold(self) -> None:
         """Take the values of now as those that stay."""
         for k in self.kept:
-            k.old = taken(k)
+            k.take()
             if k.param.requires_grad:
                 self._hooks.append(k.param.register_post_accumulate_grad_hook(_zero(k)))
         self._known, self._stored = {}, {}
@@ -222,8 +244,7 @@ class Keeper:
             return
         step = self._running[at]
         del self._running[at:]
-        for k in self._mine(optimizer)[0]:
-            put_back(k.param, k)
+        put_all_back(self._mine(optimizer)[0])
         self._sync(optimizer)
         if done:
             for outer in self._running:
@@ -298,7 +319,7 @@ class StoredWeights:
     def begin_again(self) -> None:
         """The elements were given other values on purpose: what is stored of them becomes these, their moments 0."""
         for k in self._kept:
-            k.old = taken(k)
+            k.take()
         self.put_back()
         for k in self._kept:
             for key, x in _state_of(self._optimizer, k.param).items():
@@ -408,7 +429,7 @@ def _bits(x: Tensor) -> Tensor:
 
 def _mask(x: Tensor, k: Kept) -> Tensor:
     assert k.which is not None
-    if k.which.dtype == torch.int8:
+    if k.masked:
         return k.which == 0
     runs = torch.zeros(x.numel() // k.run, dtype=torch.bool, device=x.device).index_fill_(0, k.which, True)
     return runs.repeat_interleave(k.run).view(x.shape)
@@ -427,7 +448,7 @@ def _at(x: Tensor, k: Kept) -> tuple[Tensor, Any]:
 @torch.no_grad()
 def _clear(x: Tensor, k: Kept) -> None:
     assert k.which is not None
-    if k.which.dtype == torch.int8:
+    if k.masked:
         _bits(x).bitwise_and_(k.which)
         return
     view, at = _at(x, k)
@@ -443,10 +464,21 @@ def taken(k: Kept) -> Tensor:
     x = local(k.param.detach())
     if k.which is None:
         return x.clone()
-    if k.which.dtype == torch.int8:
+    if k.masked:
         return _bits(x).bitwise_and(~k.which).view(x.dtype)
     view, at = _at(x, k)
     return view[at]
+
+
+@torch.no_grad()
+def put_all_back(kept: Sequence[Kept]) -> None:
+    """Write the kept values of many parameters: those that are kept whole at once."""
+    whole = [k for k in kept if k.which is None]
+    if whole:
+        torch._foreach_copy_([local(k.param.detach()) for k in whole], [k.old for k in whole])
+    for k in kept:
+        if k.which is not None:
+            k.put()
 
 
 @torch.no_grad()
@@ -456,7 +488,7 @@ def put_back(p: Tensor, k: Kept) -> None:
     if k.which is None:
         x.copy_(k.old)
         return
-    if k.which.dtype == torch.int8:
+    if k.masked:
         _bits(x).bitwise_and_(k.which).bitwise_or_(_bits(k.old.to(x)))
         return
     view, at = _at(x, k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +26,7 @@ class Units:
         first = int(self.numbers[0]) if n else 0
         run = first > 0 and bool((self.numbers == np.arange(first, first + n)).all())
         self.run = slice(first - 1, first - 1 + n) if run else None
-        self._share: tuple[Any, float] = (None, 1.0)
-        self._fixed: tuple[Any, Tensor] = (None, torch.zeros(0))
-        self._fixed_on: tuple[Any, Tensor] = (None, torch.zeros(0))
+        self._known: tuple[Any, dict[Any, Any]] = (None, {})
         always = self.numbers == 0
         self._index: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
         if not run:
@@ -39,12 +38,10 @@ class Units:
 
     def clear(self) -> None:
         """Drop what was kept of any task."""
-        self._fixed = self._fixed_on = (None, torch.zeros(0))
-        self._share = (None, 1.0)
+        self._known = (None, {})
 
     def __getstate__(self) -> dict[str, Any]:
-        none = (None, torch.zeros(0))
-        return {**self.__dict__, "_fixed": none, "_fixed_on": none}
+        return {**self.__dict__, "_known": (None, {})}
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         if device not in self._index:
@@ -58,27 +55,35 @@ class Units:
         task = gates.task
         return None if task is None else self.gate_of(task)
 
+    def once(self, task: Any, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` makes of a task's gates of these units: once for a sealed task, once a step while the gates are
+        soft."""
+        gates = self.gates
+        if isinstance(task, Tensor) or torch.compiler.is_compiling():
+            return make()
+        if gates.is_open(task):
+            soft = gates.soft_gates(task) if gates.is_soft(task) else None
+            return make() if soft is None else soft.once((self, key), make)
+        now, known = (task, gates.epoch), self._known  # another thread may replace it meanwhile
+        if known[0] != now:
+            self._known = known = (now, {})
+        if key not in known[1]:
+            with torch.inference_mode(False):
+                known[1][key] = make()
+        return known[1][key]
+
     def gate_of(self, task: int) -> Tensor:
         """A task's gate per entry, `[n]`."""
-        gates = self.gates
-        if gates.is_open(task) or torch.compiler.is_compiling():
-            return self._select(task)
-        key, fixed = (task, gates.epoch), self._fixed  # another thread may replace it meanwhile
-        if fixed[0] != key:
-            with torch.inference_mode(False):
-                self._fixed = fixed = (key, self._select(task))
-        return fixed[1]
+        gate: Tensor = self.once(task, "gate", lambda: self._select(task))
+        return gate
 
     def on(self, task: int) -> Tensor:
         """A task's hard gate per entry, `[n]` bool; a constant for a sealed task."""
         gates = self.gates
-        if gates.is_open(task) or torch.compiler.is_compiling():
+        if gates.is_open(task):
             return self._of(gates.on(task))
-        key, fixed = (task, gates.epoch), self._fixed_on
-        if fixed[0] != key:
-            with torch.inference_mode(False):
-                self._fixed_on = fixed = (key, self._of(gates.masks[task]))
-        return fixed[1]
+        on: Tensor = self.once(task, "on", lambda: self._of(gates.on(task)))
+        return on
 
     def _select(self, task: int) -> Tensor:
         if self.run is not None:
@@ -91,17 +96,18 @@ class Units:
         """The share of entries that a task has on, never quite zero."""
         if torch.compiler.is_compiling():
             return self._share_of_sealed(task, self.gates.sealings.get(task, 0))
-        key, share = (task, self.gates.epoch), self._share
-        if share[0] != key or self.gates.is_open(task):
-            on = self.on(task)
-            self._share = share = (key, max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE))
-        return share[1]
+        if self.gates.is_open(task):
+            return self._share_of(self.on(task))
+        share: float = self.once(task, "share", lambda: self._share_of(self.on(task)))
+        return share
+
+    def _share_of(self, on: Tensor) -> float:
+        return max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE)
 
     @torch.compiler.assume_constant_result
     def _share_of_sealed(self, task: int, sealings: int) -> float:
         """A constant of a compiled graph, until the task is sealed again."""
-        on = self._of(self.gates.masks[task])
-        return max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE)
+        return self._share_of(self._of(self.gates.masks[task]))
 
     def hard(self, task: int) -> Tensor:
         """A task's hard gate per entry as sealed, or as sealing would make it now, `[n]` bool."""
@@ -222,6 +228,22 @@ class Binding:
         """What a tensor of now was before the network grew."""
         spread = self.spreads.get(name)
         return x if spread is None else spread.of_before(x)
+
+    def key_of_kept(self, raw: Tensor, task: Any, held: bool = False) -> Any:
+        """On what a sealed task's constant depends. held: what is written to `raw` now is undone."""
+        return (task, self.gates.epoch, None if held else raw._version, raw.data_ptr(), raw.dtype)
+
+    def kept(self, name: str, raw: Tensor, task: Any) -> Tensor | None:
+        """The constant that a sealed task has of a parameter or buffer, if it is kept and nothing changed: most reads
+        in evaluation, so they take the shortest way."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        hit, gates = self.cache.get(name), self.gates
+        if hit is None:
+            return None
+        if gates.lock is not None or gates.sharded or hit[1]._version != hit[2]:
+            return None
+        return hit[1] if hit[0] == self.key_of_kept(raw, task) and not gates.is_open(task) else None
 
     def plain_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter of the layer itself. What every task has a copy of stays as it was converted."""

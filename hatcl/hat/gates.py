@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -168,6 +168,7 @@ class Gates(nn.Module):
         self._ever_active = False
         self._taken_by: tuple[Any, Tensor] = (None, torch.zeros(0, dtype=torch.bool))
         self._soft_now: SoftGates | None = None
+        self._made: dict[str, tuple[Any, Any]] = {}
         self.register_load_state_dict_post_hook(_loaded)
 
     def forward(self, x: Any) -> Any:
@@ -246,14 +247,15 @@ class Gates(nn.Module):
 
     def soft_gates(self, task: int) -> SoftGates | None:
         """The soft gates of all units, while nothing that they depend on changes; None where none may be kept."""
-        e, c = self.embeddings[task], self.config
-        key = None if self.sharded else soft_key(e, self.scale, task, self.epoch, self.settled)
+        every: Any = self._modules["embeddings"]  # a list of parameters looks its length up each time
+        e, c, scale = every._parameters[str(task)], self.config, self.scale
+        key = None if self.sharded else soft_key(e, scale, task, self.epoch, self.settled)
         if key is None:
             return None
         soft = self._soft_now
         if soft is None or soft.key != key or soft.made_of[0] is not e or soft.made_of[1] is not c:
             options = (c.max_scale, c.compensation_clamp, c.compensation == "exact")
-            a = kept_gate(e, self.scale, self._hardened(), options)
+            a = kept_gate(e, scale, self._hardened(), options)
             a = a if c.reuse == "all" else torch.where(self._taken(task), 0.0, a)
             self._soft_now = soft = SoftGates(key, (e, c), a, [(start, stop) for _, start, stop in self.layers])
         return soft
@@ -276,7 +278,21 @@ class Gates(nn.Module):
 
     def is_given(self, task: int) -> bool:
         """Is a task held to given gates for all of its steps?"""
-        return float(self.given_until[task]) >= 1
+        return self.given_share(task) >= 1
+
+    def given_share(self, task: int) -> float:
+        """For which share of its steps a task is held to given gates."""
+        shares: list[float] = self._kept("shares", (self.given_until,), self.given_until.tolist)
+        return shares[task]
+
+    def _kept(self, name: str, made_of: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gives, kept until these buffers are written to, or others take their place."""
+        if torch.compiler.is_compiling() or any(x.is_inference() for x in made_of):
+            return make()
+        key, kept = [(x, x._version) for x in made_of], self._made.get(name)
+        if kept is None or any(a is not b or i != j for (a, i), (b, j) in zip(key, kept[0], strict=True)):
+            self._made[name] = kept = (key, make())
+        return kept[1]
 
     def _hardened(self) -> Tensor | None:
         """What a graph asks whether gates are hard by now; outside of one, None says that they are not."""
@@ -471,7 +487,8 @@ class Gates(nn.Module):
         soft = self.soft_gates(task)
         a = self._soft(unsharded(self.embeddings[task])) if soft is None else soft.all
         bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
-        return c.penalty_weight * F.sparsity_penalty(a, self.used(), bounds, c.forgiven or 0.0)
+        used = self._kept("used", (self.masks, self.sealed), self.used)
+        return c.penalty_weight * F.sparsity_penalty(a, used, bounds, c.forgiven or 0.0)
 
     # ---- torch's own -------------------------------------------------------------------------------------------
 
@@ -481,6 +498,7 @@ class Gates(nn.Module):
             **self.__dict__,
             "_taken_by": (None, torch.zeros(0, dtype=torch.bool)),
             "_soft_now": None,
+            "_made": {},
             "soft": False,
             "settled": False,
             "holding": False,

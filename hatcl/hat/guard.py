@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import GuardError, HATError, NonFiniteLossError
 from ..functional import local, same_bits
-from ..keeper import Keeper, Kept, StoredWeights, check_optimizers, put_back, taken
+from ..keeper import Keeper, Kept, StoredWeights, check_optimizers, put_back
 from ..shards import part_of, reshard, unsharded
 from .digests import SEALED_BY
 from .gates import Gates, gates_of
@@ -171,7 +172,6 @@ class Guard(Keeper):
             if innermost and c.embedding_lr_scale != 1.0:
                 now.copy_(was + c.embedding_lr_scale * (now - was))
             now.clamp_(-c.clamp, c.clamp)
-        self.check_finite()
         if innermost and not _skips(optimizer):
             self._counts[id(optimizer)] = self._counts.get(id(optimizer), 0) + 1
             if self._counts[id(optimizer)] > self.steps:  # the one of several optimizers that steps most
@@ -205,19 +205,22 @@ class Guard(Keeper):
             if h.task == self.task or (h.task is None and not h.plain)
         ]
         for k in every:
-            k.old = taken(k)
+            k.take()
         for o in self.stepped.values():
             ids = {id(p) for group in o.param_groups for p in group["params"]}
             StoredWeights(o, [k for k in every if id(k.param) in ids]).put_back()
 
     def check_finite(self, gradients: bool = False) -> None:
         """A loss that is not finite reaches every embedding's gradient, or where gates are given that of every head, so
-        it is seen before any weight takes the step."""
+        it is seen before any weight takes the step. It is the one look of a step at a number, which waits for a device:
+        what the step itself makes of the embeddings is seen in the next, or on leaving."""
         seen: Sequence[Tensor] = self.embeddings
         if self.gates[0].holding:
             seen = [p for p in self.own_params if p.grad is not None] or [p for _, p in self.shared]
-        values = [x for x in ((p.grad if gradients else p) for p in seen) if x is not None and x.numel()]
-        if values and not bool(torch.stack([torch.isfinite(unsharded(x)).all() for x in values]).all()):
+        values = [*seen, *(p.grad for p in seen if gradients and p.grad is not None)]
+        values = [unsharded(x.detach()) for x in values if x.numel()]
+        sizes = torch._foreach_norm(values, math.inf) if values else ()
+        if sizes and not math.isfinite(float(sizes[0] if len(sizes) == 1 else torch.stack(sizes).max())):
             raise NonFiniteLossError(
                 f"task {self.task}: its {'own weights' if self.gates[0].holding else 'gate embeddings'} or their "
                 "gradients are no longer finite, so the loss was NaN or infinite. Nothing was sealed and earlier tasks "

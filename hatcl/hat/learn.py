@@ -68,7 +68,7 @@ class Learning:
     def penalty(self) -> Tensor:
         """The sparsity penalty, `config.penalty_weight` times HAT's eq. 5; add it to the loss."""
         total = [g.penalty() for g in self.gates if g.num_units]
-        return torch.stack(total).mean() if total else torch.zeros(())
+        return torch.stack(total).mean() if len(total) > 1 else total[0] if total else torch.zeros(())
 
     @contextlib.contextmanager
     def soft(self) -> Iterator[None]:
@@ -91,7 +91,7 @@ class Learning:
 
     def _set_scale(self) -> None:
         cycles = self.config.cycles or self.epochs
-        held = math.ceil(self.steps * float(self.gates[0].given_until[self.task]))  # steps in which no gate is learned
+        held = math.ceil(self.steps * self.gates[0].given_share(self.task))  # steps in which no gate is learned
         length = max(-(-(self.steps - held) // cycles), 1)
         at = max(min(self.step, self.steps - 1) - held, 0)
         c = self.config

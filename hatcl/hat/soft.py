@@ -49,12 +49,12 @@ class SoftGates:
 def soft_key(e: Tensor, scale: Tensor, *more: Any) -> Any:
     """Of what soft gates depend on, so that they are computed anew where any of it has changed; None where nothing may
     be kept: while a graph is compiled or traced, under `torch.func`, of a tensor that has no version."""
-    if torch.compiler.is_compiling() or type(e) is not nn.Parameter or e.is_inference():
+    if type(e) is not nn.Parameter or torch.compiler.is_compiling() or e.is_inference():
         return None
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return None
-    grad = torch.is_grad_enabled()
-    return (e._version, e.data_ptr(), e.dtype, scale._version, grad, torch.is_inference_mode_enabled(), *more)
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return (e._version, e.data_ptr(), e.dtype, scale._version, grad, inference, *more)
 
 
 class _Kept(torch.autograd.Function):

@@ -313,9 +313,7 @@ def test_no_cache_and_no_gradient_keeps_what_was_erased():
         for p in h.params.values()
         for a in p.axes
     }
-    assert all(u._fixed[0] is None and u._fixed_on[0] is None for u in units.values()) and not torch.equal(
-        model.hat_gates.masks[1], gates[0]
-    )
+    assert all(u._known[0] is None for u in units.values()) and not torch.equal(model.hat_gates.masks[1], gates[0])
 
 
 def test_twin_with_caches_left_it_can_be_read(monkeypatch):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as tf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hatcl
 from hatcl.hat.digests import task_digests
-from hatcl.hat.gates import gates_of
+from hatcl.hat.gates import Gates, gates_of
 from hatcl.hat.held import held, own_buffers
 
 
@@ -448,3 +449,56 @@ def test_hat_cls_recipe_leaves_room_if_embeddings_can_move():
     for t in (1, 2):
         parts.train(model, t, torch.optim.Adam(model.parameters(), 1e-3), parts.problem(parts.shape_of("mlp"), t), 40)
     assert hatcl.certify(model, x[0], strict=True).exact
+
+
+class Waits(TorchDispatchMode):
+    """Operations after which Python knows a number of a tensor, for which it waits for the device."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        indices = [i for a in args if isinstance(a, (list, tuple)) for i in a if isinstance(i, torch.Tensor)]
+        by_mask = name.startswith("index") and any(i.dtype == torch.bool for i in indices)
+        if name in self.NAMES or by_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def waits(name, reuse):
+    """What the third step of a second task waits for, in forward with penalty, backward, and the optimizer's step."""
+    model = parts.converted(name, reuse=reuse)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    x, y = parts.problem(parts.shape_of(name))
+    parts.train(model, 0, optimizer, (x, y), 3)
+    with hatcl.learn(model, 1, optimizer, steps=30) as learning:
+        for _ in range(3):
+            found = []
+            optimizer.zero_grad()
+            with Waits() as seen:
+                loss = tf.cross_entropy(model(x), y) + learning.penalty()
+            found.append(seen.seen)
+            with Waits() as seen:
+                loss.backward()
+            found.append(seen.seen)
+            with Waits() as seen:
+                optimizer.step()
+            found.append(seen.seen)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:task")
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+@pytest.mark.parametrize("reuse", ["all", "none"])
+def test_a_step_waits_for_the_device_once(name, reuse):
+    assert waits(name, reuse) == [[], [], ["_local_scalar_dense"]]
+
+
+@pytest.mark.filterwarnings("ignore:task")
+def test_twin_of_waiting_once(monkeypatch):
+    monkeypatch.setattr(Gates, "given_share", lambda self, task: float(self.given_until[task]))
+    assert waits("mlp", "all") != [[], [], ["_local_scalar_dense"]]

@@ -44,7 +44,8 @@ def task_parameter(name: str) -> property:
             return raw if plan.copied or not hat.formers else hat.under(None).placed(name, raw)
         if plan.copied:
             raw = self._hat_own("_parameters", name, task)
-        return self._hat_folded(name, raw, task)
+        kept = hat.kept(name, raw, task)
+        return self._hat_folded(name, raw, task) if kept is None else kept
 
     return property(get)
 
@@ -64,6 +65,8 @@ def task_buffer(name: str) -> property:
         value = self._hat_own("_buffers", name, task, buffers[name])
         if hat.gates.is_open(task):
             return value
+        if not self.training and (kept := hat.kept(name, value, task)) is not None:
+            return kept
         written = self.training or name in hat.buffers  # by the forward itself
         return value.clone() if written else self._hat_constant(name, value, task, value.clone)
 
@@ -290,6 +293,8 @@ class HATLayer:
         live elements, and zeros."""
         hat: Binding = self._hat.under(task)
         plan, gates = hat.params[name], hat.gates
+        if not hat.formers and gates.is_soft(task) and not torch.compiler.is_compiling():  # the way of every step
+            return self._hat_by_folds(name, raw, plan, task) if plan.fold or plan.standardised else raw
         if not plan.axes and not plan.standardised and not plan.copied:
             return raw
         changing = torch.is_grad_enabled() or gates.is_open(task) or torch.compiler.is_compiling()
@@ -319,15 +324,24 @@ class HATLayer:
         return (self.hat_direct or owned) and self._hat.output is None and not plan.standardised
 
     def _hat_by_folds(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
-        raw = raw if plan.copied else self._hat.under(task).placed(name, raw)
-        value = raw.view(plan.view) if raw.numel() == math.prod(plan.view) else raw
+        if self._hat.formers and not plan.copied:
+            raw = self._hat.under(task).placed(name, raw)
+        same = raw.shape == plan.view
+        value = raw if same or raw.numel() != math.prod(plan.view) else raw.view(plan.view)
         if plan.standardised:
             value = plan.over_units_on(value, task)
         for i in plan.fold:
-            axis = plan.axes[i]
-            gate = axis.units.gate_of(task)
-            value = value * self.hat_fold_gate(name, gate).to(value.dtype).view(axis.shape)
-        return value.view(raw.shape)
+            value = value * self._hat_factor(name, plan.axes[i], task, value.dtype)
+        return value if same else value.view(raw.shape)
+
+    def _hat_factor(self, name: str, axis: UnitAxis, task: int, dtype: torch.dtype) -> Tensor:
+        """What a parameter is multiplied with along an axis, in its shape and type."""
+
+        def make() -> Tensor:
+            return self.hat_fold_gate(name, axis.units.gate_of(task)).to(dtype).view(axis.shape)
+
+        factor: Tensor = axis.units.once(task, (self.hat_fold_key(name), axis.shape, dtype), make)
+        return factor
 
     def _hat_cut(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
         """Zero, not a product with zero, where the task is off: `0 * inf` is no zero, and `0 * -1` is -0. Where zeros
@@ -343,9 +357,7 @@ class HATLayer:
             value = plan.over_units_on(value, task)
         if type(self).hat_fold_gate is not HATLayer.hat_fold_gate:
             for i in plan.fold:
-                axis = plan.axes[i]
-                gate = self.hat_fold_gate(name, axis.units.gate_of(task))
-                value = value * gate.to(value.dtype).view(axis.shape)
+                value = value * self._hat_factor(name, plan.axes[i], task, value.dtype)
         return _where_on(folded, task, value, 0.0).view(raw.shape)
 
     def _hat_constant(self, name: str, raw: Tensor, task: int, make: Callable[[], Tensor]) -> Tensor:
@@ -357,8 +369,7 @@ class HATLayer:
         # while another task is learned it is held: what an optimizer does to it meanwhile is undone after the step
         c = hat.gates.config
         held = hat.gates.lock is not None and c.locked is None and c.protection == "exact"
-        version = None if held else raw._version
-        key = (task, hat.gates.epoch, version, raw.data_ptr(), raw.dtype)
+        key = hat.key_of_kept(raw, task, held)
         hit = hat.cache.get(name)  # one read: another thread may replace it
         if hit is not None and hit[0] == key:
             if hit[1]._version == hit[2]:
@@ -377,6 +388,10 @@ class HATLayer:
     def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
         """By what a parameter is multiplied where its gate is `gate`."""
         return gate
+
+    def hat_fold_key(self, name: str) -> Any:
+        """Layers with the same gate and the same key have the same `hat_fold_gate`; None: the gate itself."""
+        return None if type(self).hat_fold_gate is HATLayer.hat_fold_gate else (self, name)
 
     def _hat_gate_output(self, out: Tensor) -> Tensor:
         hat: Binding | None = self.__dict__.get("_hat")

@@ -121,6 +121,9 @@ class _OverUnits(_Norm):
     def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
         return gate if name == "bias" else (gate != 0) * share_on(gate).sqrt()
 
+    def hat_fold_key(self, name: str) -> Any:
+        return None if name == "bias" else _OverUnits
+
     @property
     def eps(self) -> Any:
         """The plain eps, times n / U where a sealed task is active."""
@@ -154,8 +157,13 @@ class _OverUnits(_Norm):
         if hat.dirty:
             x = multiply(x, units, dim)
         if self.hat_centred:
-            share = None if self._hat_plain_eps(hat, task) else units.share(task)
-            x = F.centre(x, gate, dim, self._hat_dims() if len(self._hat_dims()) > 1 else (dim,), share)
+            over = self._hat_dims() if len(self._hat_dims()) > 1 else (dim,)
+            if self._hat_plain_eps(hat, task):
+                x = F.centre(
+                    x, gate, dim, over, weight=units.once(task, ("centring", gate.dtype), lambda: F.centring(gate))
+                )
+            else:
+                x = F.centre(x, gate, dim, over, units.share(task))
         if isinstance(task, Tensor):
             x = x / share_on(gate).sqrt()  # which scales eps by n / U
         out = super().forward(x)  # type: ignore[misc]
@@ -202,22 +210,30 @@ class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
     def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
         return gate if name == "bias" else (gate != 0) * self._hat_per_group(gate)
 
+    def hat_fold_key(self, name: str) -> Any:
+        return None if name == "bias" else (TaskIndexedGroupNorm, self.num_groups)
+
+    def _hat_centring(self, gate: Tensor) -> Tensor:
+        """`[groups, units of a group]`: `a * U_g / n_g`, by which the mean over a group's U_g units is multiplied."""
+        by_group = gate.view(self.num_groups, -1)
+        return by_group * (by_group.shape[1] / by_group.sum(1, keepdim=True).clamp(min=F.SMALLEST_GATE))
+
     def forward(self, x: Tensor) -> Tensor:
         hat = self._hat_active
         if hat is None or hat.norm is None:
             return self._hat_gate_output(super().forward(x))
-        gate = hat.norm[1].gate()
-        assert gate is not None
-        gate = gate.to(x.dtype)
+        units, task = hat.norm[1], hat.gates.task
+        assert task is not None
+        gate = units.gate_of(task).to(x.dtype)
         if hat.dirty:
-            x = multiply(x, hat.norm[1], 1)
-        groups = x.unflatten(1, (self.num_groups, -1))
-        by_group = gate.view(self.num_groups, -1)
-        space = groups[0, 0, 0].numel()
-        mean = groups.flatten(2).sum(2) / (by_group.sum(1) * space).clamp(min=F.SMALLEST_GATE)
-        mean = mean.view(*mean.shape, *[1] * (groups.dim() - 2))
-        centred = (groups - mean * by_group.view(1, *by_group.shape, *[1] * (groups.dim() - 3))).view(x.shape)
-        out = super().forward(centred / along(self._hat_per_group(gate), x, 1))
+            x = multiply(x, units, 1)
+        kept = (self.num_groups, gate.dtype)
+        weight = units.once(task, ("centring", kept), lambda: self._hat_centring(gate))
+        groups = x.reshape(x.shape[0], *weight.shape, -1)
+        mean = groups.mean((2, 3), keepdim=True)
+        centred = torch.addcmul(groups, mean, weight.view(1, *weight.shape, 1), value=-1).view(x.shape)
+        spread = units.once(task, ("spread", kept), lambda: self._hat_per_group(gate))
+        out = super().forward(centred / along(spread, x, 1))
         return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, 1)
 
 
