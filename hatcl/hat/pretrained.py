@@ -29,12 +29,14 @@ from .grow_apply import apply_growth, take_stages
 from .growth import Growth
 from .headers import read_with_header
 from .hub import located, uploaded
+from .layers.mask import HATMask
 from .tasks import tasks
 from .writers import MARK, Way, check_options, is_mixed, take_over
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 3
 TRIES = 100  # how often a file is read again that was replaced meanwhile
 DEEPER = "deeper"  # in the header: each tensor has a dimension of size 1 in front, which `ModelHubMixin` cannot load
+INNER = "inner"  # in the header: where the converted model is in what was saved, if masks stand around it
 HEADER = "hatcl"  # under this name the header of the tensors' file has the config
 KEYS = {"format", "config", "source", "map", "tied", "dtypes", "digests", "fingerprint"}
 
@@ -69,22 +71,22 @@ def save_pretrained(
     writes = True
     if isinstance(model, nn.parallel.DistributedDataParallel):
         writes = distributed.get_rank() == 0
-    model = _unwrapped(model)
+    model, inner = _unwrapped(model)
     if sharded_modules(model):
         writes = distributed.get_rank() == 0
         whole = gathered_in(model, writes, "cpu")
         model = model if whole is None else whole
     if not writes:
         return Path(folder)
-    gates = gates_of(model)
+    gates = gates_of(model.get_submodule(inner))
     if len(gates) != 1 or gates[0].unit_map is None:
         raise HATError(
             "save_pretrained: this model was put together by hand, not converted; save model.state_dict() instead"
         )
     digests.check_sealed(model)
-    g, target = gates[0], Path(folder)
+    g, known, target = gates[0], gates_of(model)[0].digests, Path(folder)
     refuse_run(target)
-    own_card = model_card(model, CardFacts.of(card)) if writable(target / CARD) else None
+    own_card = model_card(model.get_submodule(inner), CardFacts.of(card)) if writable(target / CARD) else None
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[int, int, torch.Size], str] = {}
@@ -100,10 +102,10 @@ def save_pretrained(
         tensors = {name: t[None] for name, t in tensors.items()}
     text = _signed({
         **library_config(g.source), **MARK,
-        **_converted(g), **({DEEPER: True} if mixed else {}), "inputs": g.takes, "format": FORMAT,
-        "source": g.source, "tied": tied,
+        **_converted(g), **({DEEPER: True} if mixed else {}), **({INNER: inner} if inner else {}),
+        "inputs": g.takes, "format": FORMAT, "source": g.source, "tied": tied,
         "dtypes": {name: _name_of(t) for name, t in tensors.items()},
-        "digests": {t: g.digests.get(t) or digests.task_digests(model, t) for t in tasks(model)},
+        "digests": {t: known.get(t) or digests.task_digests(model, t) for t in tasks(model)},
     })  # fmt: skip
     header = {HEADER: text}  # one entry: safetensors writes several in any order
     files: dict[Path, Any] = {target / WEIGHTS: lambda new: save_file(tensors, new, header)}
@@ -206,13 +208,22 @@ def from_pretrained(
     ) / WEIGHTS  # fmt: skip
     meta, tensors = _read_model(path, sha256)
     _check_copy(path.parent / CONFIG)
+    inner = meta.get(INNER, "")
+    if inner and base is None:
+        raise IntegrityError(
+            f"{path.parent}: its model stands behind a HATMask; pass base= the plain module with such a mask around it"
+        )
     if base is None and meta["source"] is None:
         raise IntegrityError(f"{path.parent}: its model class is your own; pass base= an instance of the plain module")
     try:
         plain = build_source(meta["source"]) if base is None else copy.deepcopy(base)
-        model = build(plain, UnitMap.from_json(meta["map"]), HATConfig.from_dict(meta["config"]))
+        made = build(plain.get_submodule(inner), UnitMap.from_json(meta["map"]), HATConfig.from_dict(meta["config"]))
         for growth in meta.get("growths", ()):
-            apply_growth(model, Growth.from_json(growth))
+            apply_growth(made, Growth.from_json(growth))
+        model = made
+        if inner:
+            plain.set_submodule(inner, made)
+            model = plain
         _load(model, meta, tensors, path)
     except HATError:
         raise
@@ -221,9 +232,10 @@ def from_pretrained(
             f"{path.parent}: it does not make a model ({type(error).__name__}: {error}); it was edited or damaged, or "
             "base= is another model than the one that was converted"
         ) from error
-    gates = gates_of(model)[0]
+    gates = gates_of(made)[0]
     gates.source, gates.takes = meta["source"], meta.get("inputs")
-    return write_as_hatcl(model).eval()
+    write_as_hatcl(made)
+    return model.eval()
 
 
 def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -234,9 +246,13 @@ def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     path = Path(folder) / WEIGHTS
     meta, tensors = _read_model(path, None)
-    model = next((m for m in model.modules() if GATES in m._modules), model)
-    g = gates_of(model)[0]
-    now = {"growths": [], **_converted(g)}
+    model, inner = _unwrapped(model)
+    now = {"growths": [], **_converted(gates_of(model.get_submodule(inner))[0])}
+    if inner != meta.get(INNER, ""):
+        raise IntegrityError(
+            f"{path}: its model has {'a' if INNER in meta else 'no'} HATMask before it, and this one "
+            f"{'has one' if inner else 'has none'}; put the model together as it was"
+        )
     for what, ours in json.loads(json.dumps(now)).items():
         theirs = meta.get(what, [])
         if what == "config":  # an option that is newer than the file is what it was without it
@@ -254,22 +270,31 @@ def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _load(model, meta, tensors, path)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The converted model, without what it is wrapped in (DistributedDataParallel, torch.compile, a host's module).
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """The converted model, without what it is wrapped in (DistributedDataParallel, torch.compile, a host's module), and
+    ""; or, where a `HATMask` stands before it, all that the two are in, and the converted model's path there.
 
     Raises:
-        HATError: the wrapping has parameters of its own, which would be lost.
+        HATError: other parameters around it, which would be lost; a mask before a model that has grown.
     """
-    inner = next((m for m in model.modules() if GATES in m._modules), model)
-    mine = {id(p) for p in inner.parameters()}
-    outside = [name for name, p in model.named_parameters() if id(p) not in mine]
-    if outside:
+    converted = next((m for m in model.modules() if GATES in m._modules), model)
+    mine = {id(p) for p in converted.parameters()}
+    outside = {name: p for name, p in model.named_parameters() if id(p) not in mine}
+    masks = {id(p) for m in model.modules() if isinstance(m, HATMask) for p in m.parameters()}
+    foreign = [name for name, p in outside.items() if id(p) not in masks]
+    if foreign:
         raise HATError(
-            f"save_pretrained: {outside[0]} lies outside of the converted {type(inner).__name__} ({len(outside)} such "
-            "parameters), which alone would be written; save model.state_dict(), and load it into a model that was put "
-            "together alike"
+            f"save_pretrained: {foreign[0]} lies outside of the converted {type(converted).__name__} ({len(foreign)} "
+            "such parameters), which alone would be written; save model.state_dict(), and load it into a model that "
+            "was put together alike"
         )
-    return inner
+    if not outside:
+        return converted, ""
+    if gates_of(converted)[0].growths:
+        raise HATError("save_pretrained: a HATMask before a model that has grown; save model.state_dict() instead")
+    while "_orig_mod" in model._modules or isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.get_submodule("_orig_mod" if "_orig_mod" in model._modules else "module")
+    return model, next(path for path, m in model.named_modules() if m is converted)
 
 
 def _converted(gates: Gates) -> dict[str, Any]:

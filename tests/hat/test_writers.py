@@ -173,28 +173,55 @@ def test_twin_without_the_other_shapes_huggingface_hubs_mixin_makes_a_plain_netw
     assert not torch.equal(again(x), parts.logits(model, 1, x))
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["a mask before it", "a layer behind it"])
-def test_what_lies_around_a_converted_model_is_not_lost_in_silence(tmp_path, before):
+def test_what_lies_around_a_converted_model_is_not_lost_in_silence(tmp_path):
     model = hatcl.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), 2, torch.randn(2, 4))
-    whole = nn.Sequential(hatcl.HATMask(4, 2), model) if before else nn.Sequential(model, nn.Linear(3, 3))
-    with pytest.raises(hatcl.HATError, match=r"lies outside of the converted Sequential \(\d such parameters\)"):
-        hatcl.save_pretrained(whole, tmp_path / "m")
+    with pytest.raises(
+        hatcl.HATError, match=r"1.weight lies outside of the converted Sequential \(2 such parameters\)"
+    ):
+        hatcl.save_pretrained(nn.Sequential(model, nn.Linear(3, 3)), tmp_path / "m")
     assert not (tmp_path / "m").exists()
     hatcl.save_pretrained(nn.Sequential(nn.Flatten(), model), tmp_path / "m")
 
 
-def test_a_mask_before_a_converted_model_is_kept_by_the_state_as_the_refusal_says():
-    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(16, 4)
-    whole, again = (nn.Sequential(hatcl.HATMask(4, 2), hatcl.convert(net, 2, x)) for _ in range(2))
-    optimizer = torch.optim.AdamW(whole.parameters(), 1e-2)
-    with hatcl.learn(whole, 0, optimizer, 20) as learning:
-        for _ in range(20):
-            optimizer.zero_grad()
-            (whole(x).pow(2).mean() + learning.penalty()).backward()
-            optimizer.step()
-    again.load_state_dict(whole.state_dict())
-    assert hatcl.tasks(again) == [0] and torch.equal(parts.logits(again, 0, x), parts.logits(whole, 0, x))
-    assert hatcl.certify(again, x).exact
+def learned_behind_a_mask(x):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    whole = nn.Sequential(nn.Flatten(), hatcl.HATMask(4, 3), hatcl.convert(net, 3, x))
+    for task in range(2):
+        optimizer = torch.optim.AdamW(whole.parameters(), 1e-2)
+        with hatcl.learn(whole, task, optimizer, 20) as learning:
+            for _ in range(20):
+                optimizer.zero_grad()
+                (whole(x).pow(2).mean() + learning.penalty()).backward()
+                optimizer.step()
+    return net, whole
+
+
+def test_a_mask_before_a_converted_model_is_saved_with_it(tmp_path):
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    net, whole = learned_behind_a_mask(x)
+    assert not whole[1].gates.masks[0].all()  # the mask takes part in what is said
+    hatcl.save_pretrained(whole, tmp_path / "m")
+    again = hatcl.from_pretrained(tmp_path / "m", base=nn.Sequential(nn.Flatten(), hatcl.HATMask(4, 3), net))
+    same = nn.Sequential(nn.Flatten(), hatcl.HATMask(4, 3), hatcl.convert(net, 3, x))
+    load_pretrained_(same, tmp_path / "m")
+    for other in (again, same):
+        assert hatcl.tasks(other) == [0, 1] and hatcl.certify(other, x).exact
+        assert all(torch.equal(parts.logits(other, t, x), parts.logits(whole, t, x)) for t in (0, 1))
+    with pytest.raises(
+        hatcl.IntegrityError, match="stands behind a HATMask; pass base= the plain module with such a mask"
+    ):
+        hatcl.from_pretrained(tmp_path / "m")
+    with pytest.raises(hatcl.IntegrityError, match="its model has a HATMask before it, and this one has none"):
+        load_pretrained_(hatcl.convert(net, 3, x), tmp_path / "m")
+
+
+def test_a_mask_that_was_tampered_with_is_noticed(tmp_path):
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    net, whole = learned_behind_a_mask(x)
+    with torch.no_grad():
+        whole[1].gates.masks[0, 0] ^= True
+    with pytest.raises(hatcl.IntegrityError, match="task 0"):
+        hatcl.save_pretrained(whole, tmp_path / "m")
 
 
 def test_a_checkpoint_that_is_older_than_an_option_is_loaded(tmp_path, monkeypatch):

@@ -20,6 +20,9 @@ class HATMask(HATLayer, nn.Module):
         model = nn.Sequential(nn.Flatten(), mask, hatcl.convert(net, 5, x.flatten(1)))
         mask.gates.masks[0]  # [784] bool, once task 0 is sealed
 
+    `hatcl.save_pretrained(model, folder)` writes both, and `hatcl.from_pretrained(folder, base=...)` reads them into
+    `nn.Sequential(nn.Flatten(), hatcl.HATMask(784, 5), net)`.
+
     It has no parameters but its embeddings. A layer made with `reads=mask` knows what it reads, so that later tasks may
     change its weights of features that no sealed task looks at; a converted model takes all of its inputs as always on.
 
