@@ -37,6 +37,7 @@ class ContinualTask:
             giving the commonest of them is something to compare a score with.
         shared: do `collate` and `loss` fit the examples of any other such task too (generation: all is in the texts)?
             Then what a run before remembers can be learned again.
+        measure: what `score` is called, where it is no share of right answers: r2, pearson, ...
     """
 
     name: str
@@ -51,6 +52,7 @@ class ContinualTask:
     shared: bool = False
     answers: Sequence[Any] = ()
     validation_answers: Sequence[Any] = ()
+    measure: str = ""
 
     def inputs(self, count: int = 2) -> Any:
         """What the model's forward takes for the first training examples. A collate that draws random numbers draws the
