@@ -413,7 +413,7 @@ def picture(path: str) -> None:
         "largest, SGD": ("sgd", "largest"),
         "random, SGD": ("sgd", "random"),
         "learned, AdamW": ("adamw", "learned"),
-        "largest, with L1": ("adamw_l1", "largest"),
+        "largest, AdamW with L1": ("adamw_l1", "largest"),
         "largest, AdamW": ("adamw", "largest"),
     }
     rows = []

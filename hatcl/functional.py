@@ -1,5 +1,5 @@
 """Pure tensor maths of hard attention to the task. Serra et al. 2018, arXiv 1801.01423 (HAT); arXiv 2307.09653
-(HAT-CL).
+(HAT-CL). At the end, how a score reads.
 
 Shapes: `U` units, `T` tasks.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -283,3 +283,20 @@ def content_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of named tensors: of their names, shapes and bits."""
     rows = "\n".join(f"{n} {list(tensors[n].shape)} {digest_of(tensors[n])}" for n in sorted(tensors))
     return hashlib.sha256(rows.encode()).hexdigest()
+
+
+NO_SHARES = ("r2", "pearson", "mcc")  # measures that are no share of some examples, and can be below 0
+
+
+def score_text(value: float | None, measure: str = "") -> str:
+    """A score as people read it: in percent, or as it is where the measure is none of shares; a dot for what was not
+    measured."""
+    if value is None or math.isnan(value):
+        return "·"
+    return f"{value:.3f}" if measure in NO_SHARES else f"{100 * value:.1f}"
+
+
+def score_unit(measures: Iterable[str]) -> str:
+    """What scores by these measures are told in."""
+    own = sorted({measure for measure in measures if measure in NO_SHARES})
+    return f"by {' and '.join(own)}" if own else "in %"

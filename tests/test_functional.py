@@ -239,3 +239,9 @@ def test_centring_in_half_precision_is_that_of_float32_rounded(dtype, seed):
     x = torch.randn(4, 64).to(dtype)
     gate = (torch.rand(64) > 0.5).to(dtype)
     assert torch.equal(F.centre(x, gate, -1, (-1,)), F.centre(x.float(), gate.float(), -1, (-1,)).to(dtype))
+
+
+def test_how_scores_read():
+    assert [F.score_text(v) for v in (0.5, 1.0, float("nan"), None)] == ["50.0", "100.0", "·", "·"]
+    assert F.score_text(-0.25, "r2") == "-0.250" and F.score_text(0.5, "micro_f1") == "50.0"
+    assert F.score_unit(["", "accuracy"]) == "in %" and F.score_unit(["r2", "", "pearson"]) == "by pearson and r2"

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..continual.result import SequenceResult
 from ..engine import folder as runs
+from ..functional import NO_SHARES, score_text, score_unit
 from ..hat.lineage import spoken
 from ..report.html import paragraph
 from ..report.page import (
@@ -43,7 +44,8 @@ def learning_page(run: Path, metrics: dict[str, Any]) -> Told:
             "hatcl extract {run} --task 0 --output small",
         ]  # fmt: skip
     figures = {"method": result.method, "tasks": str(len(result.tasks))}
-    figures |= {f"{name} %": percent(left.get(key)) for name, key in SHOWN.items()}
+    own = next((m for m in result.scored_by if m in NO_SHARES), "")
+    figures |= {f"{name} {'' if own else '%'}".strip(): score_text(left.get(key), own) for name, key in SHOWN.items()}
     figures["seconds"] = f"{seconds_of(run):.0f}"
     top = learning_top(left) + "".join(paragraph(note, "bad") for note in notes)
     return Told(top, parts + made_parts(run, [line.format(run=run) for line in go_on]), figures)
@@ -53,7 +55,8 @@ def finetune_page(run: Path, metrics: dict[str, Any]) -> Told:
     """Of `hatcl finetune`."""
     score, measure = metrics["score"], metrics["measure"]
     figures = {"task": metrics["task"], "measure": measure}
-    figures |= {f"{n} {part} %": percent(v) for n, by in score.items() for part, v in by.items()}
+    unit = score_unit([measure])
+    figures |= {f"{n} {part}, {unit}": score_text(v, measure) for n, by in score.items() for part, v in by.items()}
     figures["seconds"] = f"{metrics['seconds']:.0f}"
     return Told("", finetune_parts(run, metrics) + made_parts(run, [f"hatcl graft {run}"]), figures)
 

@@ -19,12 +19,13 @@ from ..engine import folder as runs
 from ..engine.loop import Progress
 from ..errors import ConfigError
 from ..files import write_files
+from ..functional import NO_SHARES, score_text, score_unit
 from ..hat.lineage import spoken
 from ..report.picture import draw_run
 from ..report.skills import draw_overlap, draw_skills
 from ..report.tables import matrix_table, tasks_table
 from ..skills.scores import SkillScores, localize
-from ._console import Bar, out, percent, say
+from ._console import Bar, out, say
 
 SKILLS, OVERLAP = "skills.png", "overlap.png"
 SHOWN = {
@@ -42,10 +43,14 @@ class Display:
 
     Args:
         folder: whose metrics.jsonl gets a line per step. names: of the stages. steps: of each stage.
+        scored_by: the measures of their scores.
     """
 
-    def __init__(self, folder: runs.RunFolder, names: Sequence[str], steps: Sequence[int]) -> None:
+    def __init__(
+        self, folder: runs.RunFolder, names: Sequence[str], steps: Sequence[int], scored_by: Sequence[str] = ()
+    ) -> None:
         self.folder, self.names, self.steps = folder, list(names), list(steps)
+        self.scored_by = list(scored_by)
         self.bar = Bar(sum(steps), "steps", "starting")
         self.live = Live(console=out, auto_refresh=False, transient=True)
         self.done: list[dict[str, float]] = []
@@ -86,7 +91,7 @@ class Display:
         """At most ten times a second: drawing must not cost more than learning."""
         now = time.monotonic()
         if self.live.is_started and (force or now - self.drawn > 0.1):
-            table = tasks_table(self.names, self.done, running=self.running)
+            table = tasks_table(self.names, self.done, running=self.running, scored_by=self.scored_by)
             self.live.update(Group(table, self.bar.progress), refresh=True)
             self.drawn = now
 
@@ -110,7 +115,7 @@ def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
     result = SequenceResult.from_dict(left)
     numbers = [i for i in range(len(metrics["tasks"])) if i not in gone]  # by which every command knows the tasks
     if result.tasks:
-        out.print(matrix_table(result.rows, result.tasks, numbers, result.commonest))
+        out.print(matrix_table(result.rows, result.tasks, numbers, result.commonest, result.scored_by))
     for j, name in zip(numbers, result.tasks, strict=True):
         say(f"task {j}  {name}", "dim")
     finished = len(result.rows) == len(result.tasks) and (run / runs.METRICS).exists()
@@ -125,7 +130,7 @@ def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
     if any("units_used" in known for known in result.facts):
         scores = [result.rows[i][i] for i in range(len(result.facts))]
         records = [{"score": score, **known} for score, known in zip(scores, result.facts, strict=True)]
-        out.print(tasks_table(result.tasks, records, numbers=numbers))
+        out.print(tasks_table(result.tasks, records, numbers=numbers, scored_by=result.scored_by))
         if result.details:
             say(certificate_line(result, numbers))
         draw_into(run / runs.PICTURE, lambda: draw_run(result.to_dict(), numbers))
@@ -172,15 +177,17 @@ def without_forgotten(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[
         "facts": [metrics["facts"][i] for i in done] if gone else metrics["facts"],
         "commonest": [metrics["commonest"][i] for i in stay] if metrics.get("commonest") else [],
         "details": details,
+        "scored_by": [metrics["scored_by"][i] for i in stay] if metrics.get("scored_by") else [],
     }
     return left, gone
 
 
 def _measures_table(result: SequenceResult) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=f"{result.method}, in %", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=f"{result.method}, {score_unit(result.scored_by)}", title_justify="left")
     for name in SHOWN:
         table.add_column(name, justify="right")
-    table.add_row(*(percent(result.measures[measure]) for measure in SHOWN.values()))
+    own = next((measure for measure in result.scored_by if measure in NO_SHARES), "")
+    table.add_row(*(score_text(result.measures[measure], own) for measure in SHOWN.values()))
     return table
 
 

@@ -14,30 +14,35 @@ from ..engine.loop import Progress
 from ..errors import ConfigError
 from ..finetuning import FinetuneOptions, TaskOptions, finetune_run, list_finetune_modes
 from ..finetuning.run import described_by
+from ..functional import score_text, score_unit
 from ._command import Asked, Device, command
-from ._console import Bar, out, percent, say
+from ._console import Bar, out, say
 from ._options import usable_device
 from ._pages import finetune_page
 
 
 def show_finetuned(run: Path, metrics: dict[str, Any]) -> None:
     """Print the scores of both models, and how much has moved."""
-    table = Table(title=f"{metrics['task']}: {metrics['measure']} in %", box=box.SIMPLE_HEAD, title_justify="left")
+    measure = metrics["measure"]
+    table = Table(
+        title=f"{metrics['task']}: {measure} {score_unit([measure])}", box=box.SIMPLE_HEAD, title_justify="left"
+    )
     table.add_column("")
     for column in ("validation", "test"):
         table.add_column(column, justify="right")
     told = {**metrics["score"], "commonest": metrics.get("commonest", {})}
     titles = {"pretrained": "pretrained", "finetuned": "fine-tuned", "commonest": "always the commonest answer"}
     for key, title in titles.items():
-        table.add_row(title, *[percent(told[key].get(part)) for part in ("validation", "test")])
+        table.add_row(title, *[score_text(told[key].get(part), measure) for part in ("validation", "test")])
     out.print(table)
     part = "test" if "test" in told["finetuned"] else "validation"
     score, guess = told["finetuned"].get(part), told["commonest"].get(part)
+    unit = " %" if score_unit([measure]) == "in %" else ""
     if score is not None and guess is not None and score <= guess:
         say(
-            f"{percent(score)} % on the {part} examples is no better than always giving the commonest answer "
-            f"({percent(guess)} %), so nothing shows that the task was learned; try more steps (--max-steps), another "
-            "rate (--lr), or more examples",
+            f"{score_text(score, measure)}{unit} on the {part} examples is no better than always giving the commonest "
+            f"answer ({score_text(guess, measure)}{unit}), so nothing shows that the task was "
+            "learned; try more steps (--max-steps), another rate (--lr), or more examples",
             "yellow",
         )
     moved, examples = metrics["trained"], metrics["examples"]

@@ -194,7 +194,8 @@ def _learn(
     stages = method.stages(len(tasks))
     steps = [options.steps_of(sum(-(-len(tasks[i].train) // options.batch_size) for i in some)) or 0 for some in stages]
     names = [tasks[some[0]].name if len(some) == 1 else "all" for some in stages]
-    with folder.claimed(**facts), Display(folder, names, steps) as display:
+    scored_by = [tasks[some[-1]].measure for some in stages]
+    with folder.claimed(**facts), Display(folder, names, steps, scored_by) as display:
         display.first = f"{method.name}: {len(tasks)} tasks, run folder {folder.path}"
         continual.learn_sequence(network, tasks, method, options, folder=folder.path, on_progress=display.tell)
     if asked.options["router"]:

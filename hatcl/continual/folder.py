@@ -128,6 +128,7 @@ def save_model(run: Path, model: nn.Module, metrics: Mapping[str, Any], without:
     names, rows = metrics["tasks"], metrics["matrix"]
     scores = [[None if {i, j} & gone else score for j, score in enumerate(row)] for i, row in enumerate(rows)]
     card: dict[str, Any] = {"names": {i: n for i, n in enumerate(names) if i not in gone}, "matrix": scores}
+    card["measures"] = metrics.get("scored_by", [])
     if not gone and "exact" in metrics["details"]:
         card["certificate"] = PROVED[bool(metrics["details"]["exact"])]
     card["notes"] = _records(run, card["names"])

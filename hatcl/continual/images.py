@@ -153,6 +153,7 @@ def image_tasks(
             of.data.name, range(len(of.data.x_train)), of.collate, of.loss, of.score,
             of.score if validated else None, hidden_states, of.outputs, whole_data.digest(),
             answers=of.answers(), validation_answers=of.answers() if validated else (),
+            measure=chosen.measured_by or next(iter(of.problem.measures)),
         )
         for of, whole_data in zip(made, stream, strict=True)
     ]  # fmt: skip

@@ -32,6 +32,7 @@ class SequenceResult:
         facts: what the method tells of each stage (`Method.facts`). details: and of the whole (`Method.finish`); empty
             until the run is finished.
         commonest: each task's score of always giving the commonest answer, NaN where that means nothing.
+        scored_by: the measure of each task's score, empty where it is not named.
     """
 
     method: str
@@ -43,6 +44,7 @@ class SequenceResult:
     facts: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     commonest: list[float] = field(default_factory=list)
+    scored_by: list[str] = field(default_factory=list)
 
     @property
     def matrix(self) -> np.ndarray:
@@ -96,6 +98,7 @@ class SequenceResult:
             "facts": self.facts,
             "details": self.details,
             "commonest": [_known(v) for v in self.commonest],
+            "scored_by": self.scored_by,
             **({n: _known(v) for n, v in self.measures.items()} if len(self.rows) == len(self.tasks) else {}),
         }
 
@@ -115,6 +118,7 @@ class SequenceResult:
             facts=[dict(stage) for stage in content["facts"]],
             details=dict(content["details"]),
             commonest=read(content.get("commonest", [])),
+            scored_by=list(content.get("scored_by", [])),
         )
 
 

@@ -193,7 +193,7 @@ class _Run:
         self.moments: dict[str, Any] = {}  # the state of one optimizer for all tasks, and of its scaler
         self.result = SequenceResult(method.name, [t.name for t in tasks], commonest=[
             commonest_share(t.validation_answers if options.score_on == "validation" else t.answers) for t in tasks
-        ])  # fmt: skip
+        ], scored_by=[t.measure for t in tasks])  # fmt: skip
 
     def go(self) -> SequenceResult:
         if not any(p.requires_grad for p in self.model.parameters()):

@@ -54,6 +54,7 @@ class ContinualTask:
         shared: do `collate` and `loss` fit the examples of any other such task too (generation: all is in the texts)?
             Then what a run before remembers can be learned again.
         reading: of tasks of texts, how a router reads them (see `text_router`).
+        measure: what `score` is called, where it is no share of right answers: r2, pearson, ...
     """
 
     name: str
@@ -69,6 +70,7 @@ class ContinualTask:
     answers: Sequence[Any] = ()
     validation_answers: Sequence[Any] = ()
     reading: TextReading | None = None
+    measure: str = ""
 
     def inputs(self, count: int = 2) -> Any:
         """What the model's forward takes for the first training examples. A collate that draws random numbers draws the

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import HATConfig, known_options
 from ..errors import ConfigError
+from ..functional import score_text, score_unit
 from .describe import describe
 from .gates import gates_of
 from .tasks import tasks
@@ -30,6 +31,7 @@ class CardFacts:
     Args:
         names: of the tasks, by their numbers. classes: task -> the names of its classes.
         matrix: `matrix[i][j]` is the score of task j, from 0 to 1, after task i was learned; None = not measured.
+        measures: what each task is scored by, where it is no share of right answers.
         certificate: what proved that the tasks are isolated, in one sentence.
         notes: more paragraphs, in Markdown.
 
@@ -40,6 +42,7 @@ class CardFacts:
     names: Mapping[int, str] = dataclasses.field(default_factory=dict)
     classes: Mapping[int, Sequence[str]] = dataclasses.field(default_factory=dict)
     matrix: Sequence[Sequence[float | None]] = ()
+    measures: Sequence[str] = ()
     certificate: str = ""
     notes: Sequence[str] = ()
 
@@ -151,8 +154,10 @@ def _matrix_table(facts: CardFacts) -> str:
     names = [_escaped(facts.names.get(t, f"task {t}")) for t in range(len(facts.matrix))]
     rows = [["after learning", *names]]
     for name, scores in zip(names, facts.matrix, strict=True):
-        rows.append([name, *("-" if s is None or s != s else f"{100 * s:.1f}" for s in scores)])
-    return f"In percent: a row per task learned, a column per task scored.\n\n{in_markdown(rows)}"
+        by = [*facts.measures, *[""] * (len(scores) - len(facts.measures))]
+        rows.append([name, *(score_text(s, m).replace("·", "-") for s, m in zip(scores, by, strict=True))])
+    told = f"Scores {score_unit(facts.measures)}: a row per task learned, a column per task scored."
+    return f"{told}\n\n{in_markdown(rows)}"
 
 
 def _how_to_load(model: nn.Module, name: str, done: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from .picture import short
 
+MOST_LETTERS = 44  # of a row's name
 MOST_POINTS = 240  # of a line; more cannot be seen
 WIDE, HIGH = 440, 250  # of a chart, in units of its text, so that it can be read on a phone
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40
@@ -127,7 +128,7 @@ def _shaded(value: float | None, text: str, low: float, high: float) -> str:
 
 
 def _name_of_row(name: object) -> str:
-    shown = short(str(name), 28)
+    shown = short(str(name), MOST_LETTERS)
     title = f' title="{escaped(name)}"' if shown != str(name) else ""
     return f'<th scope="row"{title}>{escaped(shown)}</th>'
 

@@ -14,6 +14,7 @@ from ..continual.folder import TASKS
 from ..continual.result import SequenceResult
 from ..engine import folder as runs
 from ..engine.measures import Calibration
+from ..functional import NO_SHARES, score_text, score_unit
 from ..skills.scores import SkillScores, localize, skill_overlap
 from .html import (
     Part,
@@ -66,9 +67,12 @@ def learning_parts(run: Path, metrics: Mapping[str, Any], numbers: Sequence[int]
     heads = [str(i) for i in numbers]
     values = [[*row, *[math.nan] * (len(named) - len(row))] for row in result.rows]
     foot = [["always the commonest answer", *percents(result.commonest)]] if result.commonest else []
+    by = [*result.scored_by, *[""] * (len(named) - len(result.scored_by))]
+    texts = [[score_text(v, m) for v, m in zip(row, by, strict=True)] for row in values]
     matrix = shades(
-        named[: len(values)], heads, values, [percents(row) for row in values],
-        "Score in %: a row for each task learned, a column for each task tested.", corner="after learning", foot=foot,
+        named[: len(values)], heads, values, texts,
+        f"Score {score_unit(by)}: a row for each task learned, a column for each task tested.",
+        corner="after learning", foot=foot, ends=("0", "1") if score_unit(by) != "in %" else ("0 %", "100 %"),
     )  # fmt: skip
     parts = [Part("Scores", matrix if values else ""), Part("Learning", _curves(run, named, numbers))]
     details = metrics["details"]
@@ -88,7 +92,8 @@ def learning_top(metrics: Mapping[str, Any]) -> str:
         (v, n)
         for v, n in ((metrics.get("average_accuracy"), "average score"), (metrics.get("forgetting"), "forgetting"))
     ]
-    shown = [(f"{100 * v:.1f} %", n) for v, n in told if v is not None]
+    own = next((m for m in metrics.get("scored_by", []) if m in NO_SHARES), "")
+    shown = [(score_text(v, own) + ("" if own else " %"), n) for v, n in told if v is not None]
     shown.append((f"{len(metrics['matrix'])} of {len(metrics['tasks'])}", "tasks learned"))
     if "exact" in metrics["details"]:
         shown.append(("exact" if metrics["details"]["exact"] else "NOT exact", "certificate"))
@@ -177,7 +182,8 @@ def finetune_parts(run: Path, metrics: Mapping[str, Any]) -> list[Part]:
     told = {**metrics["score"], "commonest": metrics.get("commonest", {})}
     names = {"pretrained": "pretrained", "finetuned": "fine-tuned", "commonest": "always the commonest answer"}
     rows = [
-        [title, *percents([told[key].get(part) for part in ("validation", "test")])] for key, title in names.items()
+        [title, *(score_text(told[key].get(part), metrics["measure"]) for part in ("validation", "test"))]
+        for key, title in names.items()
     ]
     moved = metrics["trained"]
     history = metrics["history"]
@@ -187,7 +193,7 @@ def finetune_parts(run: Path, metrics: Mapping[str, Any]) -> list[Part]:
     return [
         Part(
             "Scores",
-            rows_table(["", "validation", "test"], rows, f"{metrics['measure']} in %")
+            rows_table(["", "validation", "test"], rows, f"{metrics['measure']} {score_unit([metrics['measure']])}")
             + paragraph(f"{moved['changed']:,} of {moved['elements']:,} trained elements changed.", "muted"),
         ),
         Part(

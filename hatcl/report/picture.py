@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError
+from ..functional import NO_SHARES, score_text, score_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +41,8 @@ def draw_run(metrics: Mapping[str, Any], numbers: Sequence[int] | None = None) -
     figure = new_figure(2 * side + 4.6, sum(heights) + 1.9)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[1.15, 1])
     rows = [[np.nan if v is None else v for v in row[:count]] for row in metrics["matrix"]]
-    _draw_matrix(figure.add_subplot(grid[0, 0]), rows, labels, shown)
+    by = [*metrics.get("scored_by", ()), *[""] * count][:count]
+    _draw_matrix(figure.add_subplot(grid[0, 0]), rows, labels, shown, by)
     used = [known["units_used"] for known in facts]
     _draw_use(figure.add_subplot(grid[0, 1]), used, facts[0]["units"], labels)
     if layers:
@@ -76,8 +78,9 @@ def png(figure: Figure) -> bytes:
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:
+    own = next((m for m in metrics.get("scored_by", ()) if m in NO_SHARES), "")
     words = [
-        f"{name.replace('_', ' ').replace('accuracy', 'score')} {100 * metrics[name]:.1f} %"
+        f"{name.replace('_', ' ').replace('accuracy', 'score')} {score_text(metrics[name], own)}{'' if own else ' %'}"
         for name in ("average_accuracy", "forgetting")
         if metrics.get(name) is not None
     ]
@@ -86,7 +89,9 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     return "   ".join(words)
 
 
-def _draw_matrix(axes: Axes, rows: Sequence[Sequence[float]], labels: Sequence[str], numbers: Sequence[str]) -> None:
+def _draw_matrix(
+    axes: Axes, rows: Sequence[Sequence[float]], labels: Sequence[str], numbers: Sequence[str], by: Sequence[str]
+) -> None:
     count = len(labels)
     values = np.full((count, count), np.nan)
     for i, row in enumerate(rows):
@@ -97,7 +102,7 @@ def _draw_matrix(axes: Axes, rows: Sequence[Sequence[float]], labels: Sequence[s
     for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
         dark = values[i, j] > low + 0.6 * (1 - low)
         axes.text(
-            j, i, f"{100 * values[i, j]:.1f}", ha="center", va="center", color="white" if dark else INK, fontsize=9
+            j, i, score_text(values[i, j], by[j]), ha="center", va="center", color="white" if dark else INK, fontsize=9
         )
     axes.set_xticks(range(count), numbers)
     axes.set_yticks(range(count), labels)
@@ -107,9 +112,12 @@ def _draw_matrix(axes: Axes, rows: Sequence[Sequence[float]], labels: Sequence[s
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.04, aspect=24)
     bar.ax.set_ylim(low, 1)
     bar.outline.set_visible(False)
-    bar.set_ticks([low, (low + 1) / 2, 1], labels=[f"{100 * v:.0f}" for v in (low, (low + 1) / 2, 1)])
+    bar.set_ticks(
+        [low, (low + 1) / 2, 1],
+        labels=[score_text(v, next(iter(set(by) & set(NO_SHARES)), "")) for v in (low, (low + 1) / 2, 1)],
+    )
     bar.ax.tick_params(length=0, colors=MUTED)
-    dress(axes, "Score in %")
+    dress(axes, f"Score {score_unit(by)}")
 
 
 def _draw_use(axes: Axes, used: Sequence[int], units: int, labels: Sequence[str]) -> None:

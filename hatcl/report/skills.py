@@ -45,7 +45,7 @@ def draw_skills(scores: Mapping[str, SkillScores], of: str = "rank") -> bytes:
     one_of("of", of, OF)
     every = _same_units(scores, "scores")
     places = places_of(every[0].labels)
-    alone = _alone(places)
+    alone = _lonely(places)
     in_grid = [p for p in places if p not in alone]
     layers, kinds = (list(dict.fromkeys(names)) for names in zip(*in_grid, strict=True))
     grids = [_grid(heights_of(s, of), places, layers, kinds) for s in every]
@@ -143,7 +143,7 @@ def places_of(labels: Sequence[str]) -> list[LayerPlace]:
     return plain if len(set(plain)) == len(set(places)) else places
 
 
-def _alone(places: Sequence[LayerPlace]) -> list[LayerPlace]:
+def _lonely(places: Sequence[LayerPlace]) -> list[LayerPlace]:
     """Modules that are the only one of their layer and of their kind, such as a pooler: each would have an empty row
     and an empty column in a grid. None, where nothing else is left, or they are too many to be told in a title."""
     found = list(dict.fromkeys(places))

@@ -10,27 +10,34 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ..functional import score_text, score_unit
+
 
 def matrix_table(
     rows: Sequence[Sequence[float]],
     names: Sequence[str],
     numbers: Sequence[int] | None = None,
     commonest: Sequence[float] = (),
+    scored_by: Sequence[str] = (),
 ) -> Table:
-    """The accuracy matrix: a row per task learned, a column per task tested, in percent; NaN was not measured.
+    """The accuracy matrix: a row per task learned, a column per task tested; NaN was not measured.
 
     Args:
         numbers: of the tasks; None = 0, 1, 2, ... commonest: each task's score of always giving the commonest answer.
+        scored_by: the tasks' measures.
     """
     numbers = range(len(names)) if numbers is None else numbers
-    table = Table(title="score in % (row: learned, column: tested)", box=box.SIMPLE_HEAD, title_justify="left")
+    by = [*scored_by, *[""] * (len(names) - len(scored_by))]
+    table = Table(
+        title=f"score {score_unit(by)} (row: learned, column: tested)", box=box.SIMPLE_HEAD, title_justify="left"
+    )
     table.add_column("after learning")
     for j in numbers:
         table.add_column(f"task {j}", justify="right")
     for i, row in enumerate(rows):
         cells = [
-            Text("·", style="dim") if math.isnan(value) else Text(f"{100 * value:.1f}", style=_shade(value))
-            for value in row
+            Text("·", style="dim") if math.isnan(value) else Text(score_text(value, measure), style=_shade(value))
+            for value, measure in zip(row, by, strict=False)
         ]
         cells += [Text("·", style="dim")] * (len(names) - len(row))
         table.add_row(f"{numbers[i]} {names[i]}", *cells)
@@ -47,6 +54,7 @@ def tasks_table(
     *,
     running: Mapping[str, Any] | None = None,
     numbers: Sequence[int] | None = None,
+    scored_by: Sequence[str] = (),
 ) -> Table:
     """One line per stage: its loss and score, and under hard attention the penalty, the scores with soft and hard
     gates, the units used, and whether its outputs moved since sealing.
@@ -54,18 +62,20 @@ def tasks_table(
     Args:
         records: what is known of the stages that are done: `score`, `loss`, and `Method.facts` of `hat`.
         running: `loss`, for `hat` also `penalty` and `scale`, of the stage that is being learned.
-        numbers: of the stages; None = 0, 1, 2, ...
+        numbers: of the stages; None = 0, 1, 2, ... scored_by: the measures of their scores.
     """
     numbers = range(len(names)) if numbers is None else numbers
+    by = [*scored_by, *[""] * (len(names) - len(scored_by))]
     gates = any("penalty" in known for known in (*records, running or {}))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # fits 80 columns
     table.add_column("task", no_wrap=True, overflow="ellipsis", max_width=24)
-    columns = ("loss", "penalty", "scale", "soft %", "hard %", "units", "outputs") if gates else ("loss", "score")
+    kinds = ("soft %", "hard %") if score_unit(by) == "in %" else ("soft", "hard")
+    columns = ("loss", "penalty", "scale", *kinds, "units", "outputs") if gates else ("loss", "score")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for t, name in enumerate(names):
         if t < len(records):
-            cells, style = (_gates_cells if gates else _plain_cells)(records[t]), ""
+            cells, style = _gates_cells(records[t], by[t]) if gates else _plain_cells(records[t]), ""
         elif t == len(records) and running is not None:
             shown = ("loss:.3f", "penalty:.3f", "scale:.1f") if gates else ("loss:.3f",)
             cells, style = [f"{{{key}}}".format(**running) for key in shown], "bold"
@@ -79,14 +89,14 @@ def _plain_cells(known: Mapping[str, Any]) -> list[str | Text]:
     return [f"{known['loss']:.3f}", f"{known['score']:.4f}"]
 
 
-def _gates_cells(known: Mapping[str, Any]) -> list[str | Text]:
+def _gates_cells(known: Mapping[str, Any], measure: str) -> list[str | Text]:
     used, units = known["units_used"], known["units"]
     return [
         f"{known['loss']:.3f}",
         f"{known['penalty']:.3f}",
         "sealed",
-        f"{100 * known['soft_score']:.1f}",
-        f"{100 * known['score']:.1f}",
+        score_text(known["soft_score"], measure),
+        score_text(known["score"], measure),
         f"{used:.0f} ({100 * used / units:.0f}%)" if units else f"{used:.0f}",
         _moved_text(known.get("bit_equal")),
     ]

@@ -22,6 +22,7 @@ from hatcl.data.pairs import Sentences  # noqa: E402
 from hatcl.data.published import PUBLISHED_TASKS  # noqa: E402
 from hatcl.data.texts import read_texts  # noqa: E402
 from hatcl.finetuning import label_tokens, load_run  # noqa: E402
+from hatcl.functional import score_unit  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DATA = Path(os.environ.get("HATCL_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -72,7 +73,7 @@ def test_every_published_task_on_a_model_like_roberta(task, here, capsys):
         "--output", output.name,
     )  # fmt: skip
     assert code == 0, err
-    assert f"{task.measure} in %" in out
+    assert f"{task.measure} {score_unit([task.measure])}" in out
     run = load_run(output)
     assert run.metrics["measure"] == task.measure == run.task.measure
     assert run.metrics["examples"]["train"] == run.metrics["examples"]["validation"] == 2 * len(task.words)

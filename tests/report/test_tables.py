@@ -55,3 +55,13 @@ def test_units_per_layer():
     shown = text(units_table({"layers": layers, "units": 24, "use": {0: 3, 1: 16}}))
     assert "conv1" in shown and "task 1" in shown
     assert [line.split() for line in shown.splitlines() if line.strip().startswith("all")] == [["all", "24", "3", "16"]]
+
+
+def test_scores_that_are_no_shares_are_told_as_they_are():
+    by = ["r2", "accuracy"]
+    shown = text(matrix_table([[-0.25], [-0.25, 0.5]], ["a", "b"], scored_by=by))
+    assert "-0.250" in shown and "50.0" in shown and "-25.0" not in shown and "score by r2" in shown
+    known = {"loss": 1.0, "penalty": 0.1, "soft_score": 0.875, "score": 0.5, "units_used": 1, "units": 2}
+    shown = text(tasks_table(["a"], [known], scored_by=["r2"]))
+    assert "0.875" in shown and "0.500" in shown and "%" not in shown.replace("(50%)", "")
+    assert "score in %" in text(matrix_table([[0.5]], ["a"], scored_by=["micro_f1"]))
