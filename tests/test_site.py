@@ -56,6 +56,18 @@ def test_it_builds_without_a_warning(site):
     assert (site / "examples" / "certify" / "index.html").exists()
 
 
+def loose(html: str) -> list[str]:
+    """Rows and list items that stand in a paragraph: a blank line is missing before them, or stands within a table."""
+    article = re.sub(r"<pre.*?</pre>", "", html, flags=re.S)
+    return re.findall(r"<p>[^<]*\n(?:- |\d+\. |\| )[^\n]*|<p>\| [^\n]*", article)
+
+
+def test_tables_and_lists_are_whole(site):
+    found = {path.parent.name: rows for path in site.rglob("index.html") if (rows := loose(path.read_text()))}
+    assert not found
+    assert loose("<p>text\n- item</p>") and loose("<p>| a | b |</p>") and not loose("<p>|x| is clamped</p>")
+
+
 def test_links_out_of_the_folder_lead_to_pages_of_the_site(site):
     home = (site / "index.html").read_text()
     assert 'href="hat/"' in home and 'href="examples/"' in home and 'href="LICENSE"' in home
