@@ -278,7 +278,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         raise HATError(
             f"save_pretrained: {outside[0]} lies outside of the converted {type(inner).__name__} ({len(outside)} such "
             "parameters), which alone would be written; save model.state_dict(), and load it into a model that was put "
-            "together alike"
+            "together alike (a mask of the inputs belongs to the model by hatcl.convert(..., mask_inputs=True))"
         )
     return inner
 
