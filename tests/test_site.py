@@ -43,41 +43,29 @@ def script(name: str) -> ModuleType:
     return made
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    into = tmp_path_factory.mktemp("site")
-    done = build(ROOT / "mkdocs.yml", into)
-    assert done.returncode == 0, done.stderr
-    return into
-
-
-def test_it_builds_without_a_warning(site):
-    assert (site / "index.html").exists() and (site / "api" / "learning" / "index.html").exists()
-    assert (site / "examples" / "certify" / "index.html").exists()
-
-
 def loose(html: str) -> list[str]:
     """Rows and list items that stand in a paragraph: a blank line is missing before them, or stands within a table."""
     article = re.sub(r"<pre.*?</pre>", "", html, flags=re.S)
     return re.findall(r"<p>[^<]*\n(?:- |\d+\. |\| )[^\n]*|<p>\| [^\n]*", article)
 
 
-def test_tables_and_lists_are_whole(site):
-    found = {path.parent.name: rows for path in site.rglob("index.html") if (rows := loose(path.read_text()))}
-    assert not found
-    assert loose("<p>text\n- item</p>") and loose("<p>| a | b |</p>") and not loose("<p>|x| is clamped</p>")
-
-
-def test_links_out_of_the_folder_lead_to_pages_of_the_site(site):
-    home = (site / "index.html").read_text()
-    assert 'href="hat/"' in home and 'href="examples/"' in home and 'href="LICENSE"' in home
-    assert 'href="../examples/own_rule/"' in (site / "architecture" / "index.html").read_text()
-
-
-def test_each_parameter_of_a_docstring_has_its_own_entry(site):
-    page = (site / "api" / "learning" / "index.html").read_text()
+def test_it_builds_without_a_warning_and_is_whole(tmp_path):
+    """One test, so that the site is built once, also where tests run in several processes."""
+    done = build(ROOT / "mkdocs.yml", tmp_path)
+    assert done.returncode == 0, done.stderr
+    pages = {path.parent.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("index.html")}
+    assert {"api/learning", "examples/certify", "tutorials/1_five_tasks", "changelog"} <= pages.keys()
+    assert not {page: rows for page, html in pages.items() if (rows := loose(html))}
+    # links out of the folder lead to pages of the site
+    assert all(f'href="{there}"' in pages["."] for there in ("hat/", "examples/", "LICENSE"))
+    assert 'href="../examples/own_rule/"' in pages["architecture"]
+    # each parameter of a docstring has its own entry
     for name in ("revision", "token", "cache_dir", "local_files_only", "force_download"):
-        assert re.search(rf"<b>{name}</b>|<code>{name}</code>", page), name
+        assert re.search(rf"<b>{name}</b>|<code>{name}</code>", pages["api/learning"]), name
+
+
+def test_loose_rows_and_items_are_seen():
+    assert loose("<p>text\n- item</p>") and loose("<p>| a | b |</p>") and not loose("<p>|x| is clamped</p>")
 
 
 @pytest.mark.parametrize(
