@@ -31,7 +31,7 @@ from hatcl.hat.gates import gates_of
 
 CASES = {"resnet18": (32, 64), "vit_tiny_patch16_224": (224, 8)}
 NAMES = [*SMALL, *(pytest.param(name, id=f"large {name}") for name in LARGE)]
-SECONDS = 6  # of pairs, for each model
+SECONDS = 3  # of pairs, for each model
 LIMITS = {"train": 1.25, "eval": 1.05, "memory": 1.2}
 LIMITED = ("resnet18, 32 px, batch 64", "vit_tiny_patch16_224, 224 px, batch 8")  # others are measured
 

@@ -56,14 +56,11 @@ class Units:
         return None if task is None else self.gate_of(task)
 
     def once(self, task: Any, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` makes of a task's gates of these units: once for a sealed task, once a step while the gates are
-        soft."""
+        """What `make` makes of a task's gates of these units: once for a sealed task. While gates are
+        learned it is made at each call: its graph is freed by the first backward through it."""
         gates = self.gates
-        if isinstance(task, Tensor) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or gates.is_open(task):
             return make()
-        if gates.is_open(task):
-            soft = gates.soft_gates(task) if gates.is_soft(task) else None
-            return make() if soft is None else soft.once((self, key), make)
         now, known = (task, gates.epoch), self._known  # another thread may replace it meanwhile
         if known[0] != now:
             self._known = known = (now, {})
@@ -80,8 +77,6 @@ class Units:
     def on(self, task: int) -> Tensor:
         """A task's hard gate per entry, `[n]` bool; a constant for a sealed task."""
         gates = self.gates
-        if gates.is_open(task):
-            return self._of(gates.on(task))
         on: Tensor = self.once(task, "on", lambda: self._of(gates.on(task)))
         return on
 
@@ -96,8 +91,6 @@ class Units:
         """The share of entries that a task has on, never quite zero."""
         if torch.compiler.is_compiling():
             return self._share_of_sealed(task, self.gates.sealings.get(task, 0))
-        if self.gates.is_open(task):
-            return self._share_of(self.on(task))
         share: float = self.once(task, "share", lambda: self._share_of(self.on(task)))
         return share
 

@@ -255,8 +255,7 @@ class Gates(nn.Module):
         soft = self._soft_now
         if soft is None or soft.key != key or soft.made_of[0] is not e or soft.made_of[1] is not c:
             options = (c.max_scale, c.compensation_clamp, c.compensation == "exact")
-            a = kept_gate(e, scale, self._hardened(), options)
-            a = a if c.reuse == "all" else torch.where(self._taken(task), 0.0, a)
+            a = kept_gate(e, scale, self._hardened(), None if c.reuse == "all" else self._taken(task), options)
             self._soft_now = soft = SoftGates(key, (e, c), a, [(start, stop) for _, start, stop in self.layers])
         return soft
 

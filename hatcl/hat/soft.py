@@ -6,7 +6,7 @@ model's step: a sigmoid and its derivative, a slice, and in backward a tensor of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..errors import GuardError
 
 
 class SoftGates:
-    """One task's soft gates, and what layers made of them, for as long as `key` and `made_of` stay the same.
+    """One task's soft gates, for as long as `key` and `made_of` stay the same.
 
     Attributes:
         all: a, `[U]`, in one autograd graph that can be gone through more than once.
@@ -30,7 +30,6 @@ class SoftGates:
         pairs = list(zip(cuts, cuts[1:], strict=False))
         parts = all.split([stop - start for start, stop in pairs]) if len(pairs) > 1 else (all,)
         self._runs = dict(zip(pairs, parts, strict=True))
-        self._made: dict[Any, Any] = {}
 
     def run(self, where: slice) -> Tensor:
         """The gates of consecutive units."""
@@ -38,12 +37,6 @@ class SoftGates:
         if key not in self._runs:
             self._runs[key] = self.all[where]
         return self._runs[key]
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made once. key: begins with an object that lives as long as these gates."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
 
 
 def soft_key(e: Tensor, scale: Tensor, *more: Any) -> Any:
@@ -62,27 +55,33 @@ class _Kept(torch.autograd.Function):
     one step share it. What it is made of must not change until backward, as in any graph."""
 
     @staticmethod
-    def forward(ctx: Any, e: Tensor, scale: Tensor, hardened: Tensor | None, options: tuple[Any, ...]) -> Tensor:
+    def forward(
+        ctx: Any, e: Tensor, scale: Tensor, hardened: Tensor | None, taken: Tensor | None, options: tuple[Any, ...]
+    ) -> Tensor:
         ctx.made_of = [(x, x._version) for x in (e, scale, hardened) if x is not None]
-        ctx.arguments = (e, scale, hardened, options)
-        return F.gate_value(e, scale, hardened)
+        ctx.arguments = (e, scale, hardened, taken, options)
+        gate = F.gate_value(e, scale, hardened)
+        return gate if taken is None else torch.where(taken, 0.0, gate)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         if any(x._version != version for x, version in ctx.made_of):
             raise GuardError(
                 "backward: the gate embeddings or their scale were changed since the forward, by a step of the "
                 "optimizer, so that their gradients would be those of other gates; call backward before the step"
             )
-        e, scale, hardened, options = ctx.arguments
-        return grad * F.gate_slope(e, scale, hardened, *options), None, None, None
+        e, scale, hardened, taken, options = ctx.arguments
+        slope = F.gate_slope(e, scale, hardened, *options)
+        return grad * (slope if taken is None else torch.where(taken, 0.0, slope)), None, None, None, None
 
 
-def kept_gate(e: Tensor, scale: Tensor, hardened: Tensor | None, options: tuple[Any, ...]) -> Tensor:
+def kept_gate(
+    e: Tensor, scale: Tensor, hardened: Tensor | None, taken: Tensor | None, options: tuple[Any, ...]
+) -> Tensor:
     """`functional.soft_gate` in a graph that can be gone through more than once.
 
     Args:
-        options: max_scale, clamp, whether the compensation is exact.
+        taken: bool, units whose gate is 0. options: max_scale, clamp, whether the compensation is exact.
     """
-    kept: Tensor = _Kept.apply(e, scale, hardened, options)
+    kept: Tensor = _Kept.apply(e, scale, hardened, taken, options)
     return kept

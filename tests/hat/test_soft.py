@@ -118,6 +118,21 @@ def test_several_forwards_and_backwards_of_one_step_share_them(made):
         optimizer.step()
 
 
+@pytest.mark.parametrize("reuse", ["all", "none"])
+def test_a_part_of_the_model_is_gone_through_twice_in_a_step(made, reuse):
+    """As with timm's `forward_features`, which no hook of the model sees."""
+    model = copy.deepcopy(made).train()
+    gates = gates_of(model)[0]
+    gates.config = gates.config.replace(reuse=reuse)
+    gates.masks[1, ::3], gates.sealed[1] = True, True
+    gates._changed([1])
+    optimizer, block = learning(model)
+    with block:
+        for _ in range(2):
+            model.norm(model.bn(model.stem(X)).flatten(2).transpose(1, 2)).square().sum().backward()
+        optimizer.step()
+
+
 def test_a_backward_after_the_step_is_refused(made):
     model = copy.deepcopy(made).train()
     optimizer, block = learning(model)
