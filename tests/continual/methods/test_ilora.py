@@ -84,6 +84,18 @@ def test_the_stable_adapter_follows_each_step():
             assert torch.allclose(after[half + k], expected, atol=1e-6)  # weights of size 1 in float32
 
 
+def test_its_terms_are_told_of_each_step():
+    base = bert()
+    tasks, model = text_tasks(base, 2), adapted(base)
+    told = []
+    options = {"ema_alpha": 0.75, "consistency_weight": 2.0}
+    learn_sequence(model, tasks, "ilora", QUICK, method_options=options, on_progress=told.append)
+    steps = {t: [at.measured for at in told if at.doing == "learning" and at.stage == t] for t in (0, 1)}
+    assert not any({"consistency", "replay"} & set(known) for known in steps[0])  # the memory is empty
+    assert all(known["consistency"] > 0 and known["replay"] > 0 for known in steps[1]) and len(steps[1]) == 4
+    assert all({"lr", "gradient_norm"} <= set(known) for every in steps.values() for known in every)
+
+
 def test_hidden_states_that_nobody_knows_how_to_get():
     method, model, tasks = started(on="batch", replay=0.0)
     task = dataclasses.replace(tasks[0], hidden=None)
