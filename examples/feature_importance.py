@@ -10,11 +10,11 @@ import hatcl
 
 pixels, digits = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
 pixels, tasks, steps = pixels.float() / 16, 3, 150
-config = {"penalty_weight": 1.0, "embedding_lr_scale": 2.0}  # each task is to do with few pixels
+few = {"penalty_weight": 1.0, "embedding_lr_scale": 2.0, "compensation": "exact"}  # each task is to do with few pixels
 
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 2))
-model = hatcl.convert(net, tasks, pixels[:2], mask_inputs=True, config=config)
+model = hatcl.convert(net, tasks, pixels[:2], mask_inputs=True, config=few)
 figure = Figure(figsize=(2.2 * tasks, 2.6))
 for t in range(tasks):
     x, y = pixels[digits // 2 == t], digits[digits // 2 == t] % 2  # zeros and ones, twos and threes, ...

@@ -78,8 +78,8 @@ class HATConfig:
             that weights and statistics fit what sealing gives (not in HAT; 0 turns it off).
         max_scale: s_max of HAT's eq. 3 and 4.
         clamp: embeddings are kept within +-`clamp` after every step (HAT: 6).
-        compensation: what the gradient compensation computes: `exact`, or `hat`, which stops where float32 rounds the
-            gate to 1 (see `hatcl.functional.soft_gate`).
+        compensation: what the gradient compensation computes: `hat`, which stops where float32 rounds the gate to 1, as
+            in HAT's own code, or `exact`, the closed form (see `hatcl.functional.soft_gate`).
         compensation_clamp: |s * e| is clamped to this in the gradient compensation (HAT: 50).
         embedding_lr_scale: an embedding's step is this many times what the optimizer makes of it.
         penalty_weight: weight of the sparsity penalty (HAT: 0.75).
@@ -113,7 +113,7 @@ class HATConfig:
     settle: float = 0.1
     max_scale: float = 400.0
     clamp: float = 6.0
-    compensation: str = "exact"
+    compensation: str = "hat"
     compensation_clamp: float = 50.0
     embedding_lr_scale: float = 1.0
     penalty_weight: float = 0.75
