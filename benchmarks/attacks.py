@@ -1097,7 +1097,7 @@ def stored(t: Target, folder: Path) -> Path:
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object], sign: bool = True) -> None:
     """Write a saved model's file again with other tensors and another header, signed like the true one."""
-    from hatcl.hat.pretrained import HEADER, _signed
+    from hatcl.hat.saving.pretrained import HEADER, _signed
 
     with safe_open(file, "pt") as f:
         meta = json.loads(f.metadata()[HEADER])
@@ -1190,7 +1190,7 @@ def truncated(t: Target, file: Path) -> None:
 
 @file_attack("a header of 100,000 nested lists")
 def deep(t: Target, file: Path) -> None:
-    from hatcl.hat.pretrained import HEADER
+    from hatcl.hat.saving.pretrained import HEADER
 
     save_file(load_file(file), file, {HEADER: "[" * 100_000 + "]" * 100_000})
 

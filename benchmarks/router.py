@@ -35,7 +35,7 @@ from torch import Tensor
 import hatcl
 from hatcl.data.images import rotated
 from hatcl.hat.features import features_under
-from hatcl.hat.ridge import Sums, lifted, projection, ridge
+from hatcl.hat.routing.ridge import Sums, lifted, projection, ridge
 
 NAME = "router"
 PARTS = {"cifar100_even": 10, "cifar10": 5}

@@ -24,12 +24,11 @@ from .hat.certify import Certificate, certify
 from .hat.convert import convert
 from .hat.copies import seal
 from .hat.describe import Description, describe
-from .hat.extract import Extracted, ExtractReport, extract_task
-from .hat.extract_files import load_extracted
+from .hat.extraction.extract import Extracted, ExtractReport, extract_task
+from .hat.extraction.files import load_extracted
 from .hat.forget import ForgetReport, forget_task
 from .hat.given import hold_gates, masks_of
-from .hat.grow import GrowReport, grow
-from .hat.known import RouterOptions
+from .hat.growth.grow import GrowReport, grow
 from .hat.layers import (
     HATConv1d,
     HATConv2d,
@@ -54,11 +53,12 @@ from .hat.layers import (
     TaskIndexedRMSNorm,
 )
 from .hat.learn import Learning, learn
-from .hat.predict import Prediction, predict
-from .hat.pretrained import from_pretrained, push_to_hub, save_pretrained
 from .hat.registry import register_layer
 from .hat.reopen import ReopenReport, reopen_task
-from .hat.router import TaskRouter
+from .hat.routing.known import RouterOptions
+from .hat.routing.predict import Prediction, predict
+from .hat.routing.router import TaskRouter
+from .hat.saving.pretrained import from_pretrained, push_to_hub, save_pretrained
 from .hat.tasks import set_task, task, tasks
 from .hat.together import forward
 from .integrations.timm_names import install, list_models

@@ -562,8 +562,8 @@ def test_every_writer_gives_its_files_the_mode_of_new_files(tmp_path):
     import hatcl
     from hatcl.continual import folder as runs
     from hatcl.engine.folder import write_json
-    from hatcl.hat.extract_cut import Shaping
-    from hatcl.hat.extract_files import write_extracted
+    from hatcl.hat.extraction.cut import Shaping
+    from hatcl.hat.extraction.files import write_extracted
 
     before = os.umask(0o022)
     try:

@@ -16,7 +16,7 @@ from ..continual.folder import find_model
 from ..engine import folder as runs
 from ..errors import ConfigError
 from ..files import read_json
-from ..hat.extract_files import ABOUT, FORMATS
+from ..hat.extraction.files import ABOUT, FORMATS
 from ._command import RunArgument, command
 from ._console import say
 

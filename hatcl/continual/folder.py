@@ -31,8 +31,8 @@ from ..engine.folder import METRICS
 from ..engine.state import kept_whole
 from ..errors import ConfigError, IntegrityError, SkillError
 from ..files import complete, replaced_folder
-from ..hat.card import in_markdown
-from ..hat.pretrained import is_converted, load_pretrained_, save_pretrained
+from ..hat.saving.card import in_markdown
+from ..hat.saving.pretrained import is_converted, load_pretrained_, save_pretrained
 from ..skills.ilora_files import base_digest, tensors_digest
 from ..skills.switch import of_adapters
 from ..skills.tensors import adapters_of, skill_tensors

@@ -16,8 +16,8 @@ from ..data.pairs import Pair
 from ..data.texts import TextData
 from ..errors import ConfigError
 from ..hat.features import middle_block
-from ..hat.predict import predict
-from ..hat.router import RouterOptions, TaskRouter
+from ..hat.routing.predict import predict
+from ..hat.routing.router import RouterOptions, TaskRouter
 from ..hat.tasks import tasks
 from .images import ImageOptions
 from .tasks import ContinualTask, TextReading

@@ -25,7 +25,7 @@ from ..engine.schedule import make_optimizer
 from ..engine.state import Modes, Standing, kept_whole, load_optimizer, seed_all, write_all
 from ..errors import ConfigError, SkillError
 from ..files import complete, read_torch, replaced_folder
-from ..hat.pretrained import is_converted, load_pretrained_
+from ..hat.saving.pretrained import is_converted, load_pretrained_
 from ..skills.tensors import adapters_of, skill_tensors
 from .folder import (
     CHECKPOINT,

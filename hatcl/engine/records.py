@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..hat.card import LIBRARIES
+from ..hat.saving.card import LIBRARIES
 
 
 def made_with(where: Path | None = None) -> dict[str, Any]:

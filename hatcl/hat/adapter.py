@@ -14,8 +14,8 @@ from ..errors import TaskError
 from ..map.lora import is_factor
 from .gates import gates_of
 from .held import held
+from .saving.writers import given_back
 from .tasks import check_task, task
-from .writers import given_back
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..map.units import Entry, Factor, UnitMap
-from .growth import Growth
+from .growth.grown import Growth
 from .registry import layer_for
 
 ONE_END = "it has a unit at one end only, which tasks share under array masks"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .gates import Gates
-from .growth import Spread
+from .growth.grown import Spread
 
 
 class Units:

@@ -31,9 +31,9 @@ from .layers.gated import HATLayer
 from .layers.norm import kind_of_norm
 from .layers.state import STATES, Watch, classes_kept, copy_of, detached_copy
 from .masked import check_masked, mask_inputs_of
-from .pretrained import write_as_hatcl
 from .registry import layer_for
-from .taken import recipe_of
+from .saving.pretrained import write_as_hatcl
+from .saving.taken import recipe_of
 from .verify import check_plain, verified
 
 log = logging.getLogger(__name__)

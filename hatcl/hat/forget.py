@@ -16,7 +16,7 @@ from ..shards import check_whole
 from .active import is_chosen
 from .digests import check_sealed, record
 from .gates import gates_of
-from .grow_apply import brought_up
+from .growth.apply import brought_up
 from .held import held, live_for
 from .layers.gated import HATLayer
 from .layers.state import forget_states

@@ -17,7 +17,7 @@ from ..errors import TaskError
 from ..shards import unsharded
 from . import active
 from .arrays import array_masks
-from .growth import Growth, key_of
+from .growth.grown import Growth, key_of
 from .soft import SoftGates, kept_gate, soft_key
 
 SLOTS, SLOT_BYTES = 256, 16

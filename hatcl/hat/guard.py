@@ -16,7 +16,7 @@ from ..keeper import Keeper, Kept, StoredWeights, check_optimizers, put_back
 from ..shards import part_of, reshard, unsharded
 from .digests import SEALED_BY
 from .gates import Gates, gates_of
-from .grow_apply import OUTGROWN
+from .growth.apply import OUTGROWN
 from .held import held, live_for, own_buffers, shared_buffers
 from .layers.gated import HATLayer
 from .protection import FINE, Attribution, Before, after_step, before_step, by_degrees, eased

@@ -26,10 +26,10 @@ from ..errors import ConfigError, IntegrityError
 from ..files import read_json
 from ..hat.convert import convert
 from ..hat.gates import gates_of
-from ..hat.hub import located
 from ..hat.layers import HATLayer
-from ..hat.pretrained import CONFIG, from_pretrained
 from ..hat.registry import register_layer
+from ..hat.saving.hub import located
+from ..hat.saving.pretrained import CONFIG, from_pretrained
 from ..sources import register_source
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 
 from ..errors import ConfigError, TaskError
-from ..hat.pretrained import load_pretrained_, save_pretrained
+from ..hat.saving.pretrained import load_pretrained_, save_pretrained
 from ..hat.tasks import check_task, tasks
 from ..hat.tasks import task as active_task
 from .course import TaskCourse

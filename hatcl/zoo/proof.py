@@ -23,10 +23,10 @@ from ..config import HATConfig
 from ..hat.certify import certify, largest_gap
 from ..hat.convert import convert, map_of
 from ..hat.describe import describe
-from ..hat.extract import ExtractReport, extract_task
+from ..hat.extraction.extract import ExtractReport, extract_task
 from ..hat.gates import gates_of
 from ..hat.learn import learn
-from ..hat.pretrained import from_pretrained, read_config, save_pretrained
+from ..hat.saving.pretrained import from_pretrained, read_config, save_pretrained
 from ..hat.tasks import task as active
 
 # about half of each task's units off, and they stay so: a few steps do not turn an embedding of 6 around

@@ -11,8 +11,9 @@ import pytest
 
 import hatcl
 from hatcl import keeper
-from hatcl.hat import active, build, digests, guard, pretrained
+from hatcl.hat import active, build, digests, guard
 from hatcl.hat.binding import Binding
+from hatcl.hat.saving import pretrained
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 

@@ -17,7 +17,7 @@ from timm.models import _registry
 
 import hatcl
 from hatcl.hat.gates import gates_of
-from hatcl.hat.pretrained import WEIGHTS
+from hatcl.hat.saving.pretrained import WEIGHTS
 from hatcl.integrations import timm_names
 from hatcl.sources import build_source
 

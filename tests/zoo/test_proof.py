@@ -14,8 +14,9 @@ from torch import nn
 
 import hatcl
 from hatcl.errors import ConversionError
-from hatcl.hat import digests, extract, guard
+from hatcl.hat import digests, guard
 from hatcl.hat.convert import map_of
+from hatcl.hat.extraction import extract
 from hatcl.hat.layers import HATLinear
 from hatcl.vectors.files import read_metadata
 from hatcl.zoo import catalog, proof

@@ -1,0 +1,1 @@
+"""A task as an ordinary smaller model."""

@@ -1,0 +1,1 @@
+"""More units for a network that is full."""

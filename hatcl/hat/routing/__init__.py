@@ -1,0 +1,1 @@
+"""Which task an input belongs to, and what it is."""

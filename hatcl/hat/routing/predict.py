@@ -1,0 +1,103 @@
+"""Prediction without being told the task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ...calls import device_of
+from ...config import whole
+from ...errors import TaskError
+from ..tasks import tasks
+from .router import TaskRouter
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What `predict` says of a batch of B examples.
+
+    Attributes:
+        task, label: `[B]` int64: the task, and the class in the numbers of its own head. probability: `[B]`, of both
+            together. rejected: `[B]` bool: no task has the probability `RouterOptions.threshold`. Task and label are
+            then those that would have been answered.
+        tasks: the tasks that were asked about. task_probability: `[B, T]`, of each of them.
+    """
+
+    task: Tensor
+    label: Tensor
+    probability: Tensor
+    rejected: Tensor
+    tasks: list[int]
+    task_probability: Tensor
+
+
+def predict(
+    model: nn.Module, x: Any, *, router: TaskRouter, among: Sequence[int] | None = None, top: int | None = None
+) -> Prediction:
+    """Task and class of each row of a batch, for models whose user cannot say which task an input belongs to:
+
+        argmax over t, c of P(t|x) softmax(z_t(x))_c,  rejected where max_t P(t|x) < theta
+
+    with P from the router (see `TaskRouter`) and z_t the logits under task t. It takes a forward per task. With `top`
+    it takes one for P, from the space of the task alone that was added first (`TaskRouter.at_first_sight`), and for
+    each row one for each of its `top` likeliest tasks, among which the answer is. The model is lent in evaluation mode,
+    without gradients; its modes and its active task are as before.
+
+    Args:
+        model: the HAT model of the router, or a copy of it. x: B rows: a tensor, a tuple (positional) or a
+            mapping (keywords).
+        among: the tasks that come into question; None = all. The answer is bit for bit that of a router with these
+            alone: with `among=range(k)` the one that it gave after task k - 1 was added. Over more tasks it may be
+            another one.
+        top: how many tasks of each row are run; None = all, with evidence from the spaces of all. Rows that are run
+            together round as a batch of their own, so the last bits of `probability` depend on it. For gates over
+            adapters, where `features` of an early block serve all tasks (see `hatcl.hat.features.middle_block`).
+
+    Raises:
+        TaskError: a sealed task that is not in the router, or a task in the router that is not what it was (it was
+            forgotten, or learned again). ConfigError: inputs that the model does not take; a `top` below 1.
+
+    Warns:
+        UserWarning: the model computes in another dtype than when a task was added.
+    """
+    if among is None and (missing := [t for t in tasks(model) if t not in router.tasks]):
+        raise TaskError(
+            f"predict: task {missing[0]} is sealed and not in the router, which has {router.tasks}, so it could never "
+            f"be the answer; call router.add_task({missing[0]}, ...), or say among which tasks: among={router.tasks}"
+        )
+    chosen = router.chosen(among)
+    router.check(model, chosen)
+    whole("top", top, optional=True)
+    joint: list[Tensor]
+    if top is None:
+        seen = {t: router.seen(model, x, t) for t in chosen}
+        p = router.probabilities({t: h for t, (h, _) in seen.items()}, chosen)
+        joint = [p[:, i : i + 1] * z.cpu().double().softmax(1) for i, (_, z) in enumerate(seen.values())]
+    else:
+        p = router.at_first_sight(router.seen(model, x, chosen[0])[0], chosen)
+        best = p.topk(min(top, len(chosen)), 1).indices
+        joint = [_of_its_rows(model, x, router, t, p[:, i], (best == i).any(1)) for i, t in enumerate(chosen)]
+    task = torch.cat([torch.full((part.shape[1],), t) for t, part in zip(chosen, joint, strict=True)])
+    label = torch.cat([torch.arange(part.shape[1]) for part in joint])
+    probability, at = torch.cat(joint, 1).max(1)
+    rejected = p.max(1).values < router.options.threshold
+    where = device_of(model)
+    return Prediction(
+        task[at].to(where), label[at].to(where), probability.float().to(where), rejected.to(where), chosen,
+        p.float().to(where),
+    )  # fmt: skip
+
+
+def _of_its_rows(model: nn.Module, x: Any, router: TaskRouter, task: int, p: Tensor, asked: Tensor) -> Tensor:
+    """`P(t|x) softmax(z_t(x))`, `[B, C]`, of the rows in which a task is run; 0 for others."""
+    rows = asked.nonzero().flatten()
+    if not len(rows):
+        return p.new_zeros(len(p), 1)
+    here = tree_map(lambda v: v[rows.to(v.device)] if isinstance(v, Tensor) else v, x)
+    z = router.seen(model, here, task, len(rows))[1].cpu().double().softmax(1)
+    return p.new_zeros(len(p), z.shape[1]).index_copy_(0, rows, p[rows, None] * z)

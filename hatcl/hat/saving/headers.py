@@ -1,0 +1,70 @@
+"""A safetensors file whose header says what its tensors are: one file, so that one rename is one state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...errors import IntegrityError
+
+READERS = {"hatcl": "hatcl.from_pretrained", "hatcl_extracted": "hatcl.load_extracted"}  # by the entry of the header
+
+
+def read_with_header(path: Path, entry: str, writer: str, *, tensors: bool = True) -> tuple[str, dict[str, Tensor]]:
+    """The text under `entry` of a file's header, and the file's tensors.
+
+    Args:
+        writer: what writes such files, for the error to name. tensors: False = the header alone.
+
+    Raises:
+        IntegrityError: the file is missing, a pickle, truncated, damaged, or of something else.
+    """
+    try:
+        with safe_open(path, "pt") as f:
+            header, names = f.metadata() or {}, list(f.keys())
+            stored = {name: f.get_tensor(name) for name in names} if tensors else {}
+    except FileNotFoundError:
+        raise IntegrityError(f"{path}: no such file; expected a folder written by {writer}{_deeper(path)}") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if _is_pickle(path):
+            raise IntegrityError(
+                f"{path}: a pickle (torch.save), expected a safetensors file; hatcl does not load pickles"
+            ) from None
+        raise IntegrityError(
+            f"{path}: not readable as safetensors ({error}); the file is truncated or damaged. Copy it again from "
+            "where it came"
+        ) from error
+    if entry not in header:
+        reader = next((read for other, read in READERS.items() if other in header), None)
+        of_states = any(".hat_tasks." in f".{name}" or "hat_gates." in name for name in names)
+        hint = f". {reader} reads it" if reader else _state_alone(path) if of_states else ""
+        raise IntegrityError(
+            f"{path}: its header says nothing of {'hatcl' if entry == 'hatcl' else 'an extracted task'}; expected what "
+            f"{writer} wrote, as it wrote it{hint}"
+        )
+    return header[entry], stored
+
+
+def _deeper(path: Path) -> str:
+    """Where a folder has such a file deeper inside: a run, or a Trainer's output folder."""
+    found = sorted(p.parent.name for p in path.parent.glob(f"*/{path.name}"))
+    return f". There is one in {', '.join(found[-3:])}: give that folder" if found else ""
+
+
+def _state_alone(path: Path) -> str:
+    return (
+        ". It holds the state of a converted model, without what makes the model again: convert the same model with "
+        f"the same options, and give it model.load_state_dict(safetensors.torch.load_file({str(path)!r}))"
+    )
+
+
+def _is_pickle(path: Path) -> bool:
+    try:
+        with open(path, "rb") as f:
+            start = f.read(8)
+    except OSError:
+        return False
+    # safetensors starts with its header's length in eight bytes, of which the last are zero
+    return start[:2] == b"PK" or (len(start) == 8 and start[0] == 0x80 and start[4:] != bytes(4))
