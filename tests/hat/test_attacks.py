@@ -48,7 +48,10 @@ def test_nothing_is_broken_elsewhere(attacks, model):
 
 
 TWINS = {
-    "a step that moves everything": [(keeper, "put_back", lambda *args: None)],
+    "a step that moves everything": [
+        (keeper, "put_all_back", lambda kept: None),
+        (keeper, "put_back", lambda *args: None),
+    ],
     "p -= lr * g": [(guard.Guard, "put_back", lambda self: [])],
     "schedule-free": [(keeper.StoredWeights, "put_back", lambda self: None)],
     "a state that brings sealed tasks": [
