@@ -298,7 +298,7 @@ def made_parts(run: Path, go_on: Sequence[str]) -> list[Part]:
         Part(
             "Configuration", folded("All options", body) + (folded("Versions, commit and data", more) if more else "")
         ),
-        Part("Commands to go on", command_lines(go_on)),
+        Part("Next commands", command_lines(go_on)),
     ]
 
 
