@@ -272,7 +272,7 @@ COMMON = {"mean": {}, "ties": {}, "dare_ties": {}}
 NETWORKS = {
     "convnext": Network(
         ["mnist", "fashion_mnist", "notmnist", "cifar10"], convnext, images, epochs=3, lr=5e-4,
-        parts=("addition", "negation", "partitions", "adaptation"),
+        parts=("addition", "negation", "partitions", "adaptation"), convs=True,
         merges={**COMMON, "breadcrumbs": {}, "magmax": {}},
     ),
     "resnet20": Network(
