@@ -161,6 +161,44 @@ def test_the_first_floating_point_tensor_is_masked_also_by_its_name():
     assert on.shape == (6,)
 
 
+class _TwoRows(nn.Module):
+    """Two inputs of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x, z):
+        return self.head(torch.relu(self.a(x) + self.b(z)))
+
+
+def test_which_input_is_masked_does_not_depend_on_the_order_of_a_call():
+    x, z = torch.randn(4, 6), torch.randn(4, 6)
+    model = parts.pretend(hatcl.convert(_TwoRows(), 1, {"z": z, "x": x}, mask_inputs=True), share=0.5).eval()
+    on = model.features_of(0)
+    assert 0 < int(on.sum()) < 6
+    with torch.no_grad(), hatcl.task(model, 0):
+        want = model(x, z)
+        for got in (model(x=x, z=z), model(z=z, x=x), model(x, z=z), model(z=z, x=x * on)):
+            assert torch.equal(got, want)
+        assert not torch.equal(model(z=z * on, x=x), want)
+
+
+def test_inputs_keep_their_layout(every):
+    """And so are computed with as in the plain model: a convolution rounds otherwise in another layout. A batch may
+    have no rows."""
+    plain, model, _ = every["resnet"]
+    x = parts.images("resnet")
+    seen = []
+    hook = model.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].stride()))
+    odd = torch.empty_strided(x.shape, (x[0].numel(), 1, *[s * x.shape[1] for s in x[0, 0].stride()])).copy_(x)
+    with torch.no_grad():
+        for y in (x, x.to(memory_format=torch.channels_last), odd, x.transpose(2, 3).contiguous().transpose(2, 3)):
+            assert torch.equal(model.eval()(y), plain.eval()(y)) and seen.pop() == y.stride()
+        assert len(model(x[:0])) == 0
+    hook.remove()
+
+
 def test_bad_input(every):
     plain, fresh, model = every["mlp"]
     x = parts.images("mlp")
