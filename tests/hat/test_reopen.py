@@ -15,6 +15,7 @@ from hatcl.hat import forget as forgetting
 from hatcl.hat import learn as learning_
 from hatcl.hat.digests import task_digests
 from hatcl.hat.gates import gates_of
+from hatcl.hat.layers.gated import HATLayer
 
 
 def sealed(name="mlp", tasks=2, **options):
@@ -310,6 +311,14 @@ def test_after_a_growth_it_begins_as_what_was_sealed_with_the_sizes_of_then(name
     """In a ViT, heads grow, and attention divides by their width."""
     model, x = sealed(name), parts.images(name)
     want = [parts.logits(model, t, x) for t in (0, 1)]
+
+    def sizes():
+        """Of the parameters that the active task computes with."""
+        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, HATLayer)]
+        return {(n, p): getattr(m, p).shape for n, m in layers for p in m._parameters if getattr(m, p) is not None}
+
+    with hatcl.task(model, 0):
+        then, seen = sizes(), []
     hatcl.grow(model, 1.5, example_inputs=x[:2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     hatcl.reopen_task(model, 0)
@@ -319,7 +328,9 @@ def test_after_a_growth_it_begins_as_what_was_sealed_with_the_sizes_of_then(name
         hatcl.seal(each, 0)
         assert all(torch.equal(parts.logits(each, t, x), want[t]) for t in (0, 1))
     hatcl.reopen_task(model, 0)
-    losses = parts.train(model, 0, optimizer, parts.problem(parts.shape_of(name), 0), 6)
+    problem = parts.problem(parts.shape_of(name), 0)
+    losses = parts.train(model, 0, optimizer, problem, 6, inside=lambda step: seen.append(sizes()))
+    assert seen == [then] * 6  # also while its gates are soft
     assert losses[-1] < losses[0] and torch.equal(parts.logits(model, 1, x), want[1])
     g = gates_of(model)[0]
     assert g.stages == [0, 0, 2] and not bool((g.masks[0] & ~g.within(0)).any())

@@ -227,7 +227,7 @@ def test_a_hat_state_dict_with_holes_is_not_taken_for_a_plain_one():
         ),
         (
             {"mask_inputs": True},
-            r"hat_test_resnet: mask_inputs=True is not for hat_ names; call hatcl.convert\(timm.create_model\('test_res",
+            "hat_test_resnet: mask_inputs=True is not for hat_ names; call hatcl.convert(timm.create_model('test_res",
         ),
         (
             {"scriptable": True},
