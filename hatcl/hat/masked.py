@@ -62,8 +62,8 @@ class MaskedInputs(nn.Module):
         else:
             names = [*map(str, range(len(args))), *kwargs]
             raise ConfigError(
-                f"mask_inputs: none of the inputs {', '.join(names) or '()'} is a floating-point tensor, whose features "
-                "could be masked"
+                f"mask_inputs: none of the inputs {', '.join(names) or '()'} is a floating-point tensor, whose "
+                "features could be masked"
             )
         return self.model(*args, **kwargs)
 
@@ -76,7 +76,8 @@ class MaskedInputs(nn.Module):
         y: Tensor = self.masked_inputs(x.flatten(1).unsqueeze(2)).view(x.shape)
         if x.is_contiguous():
             return y
-        order = sorted(range(x.dim()), key=lambda d: -x.stride(d))  # the layout decides how the model computes
+        strides = x.stride()
+        order = sorted(range(x.dim()), key=lambda d: -strides[d])  # the layout decides how the model computes
         return y.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
 
     def features_of(self, task: int) -> Tensor:

@@ -52,8 +52,8 @@ class HATCallback(TaskCourse, TrainerCallback):
 
     Raises:
         ConfigError: training under DeepSpeed or FSDP; `load_best_model_at_end` for a model of peft, which only
-            `HATTrainer` can load; a model behind a mask of its inputs in another Trainer. TaskError: a resumed task that is sealed, and has steps left; a
-            checkpoint of another task. All that `hatcl.learn` raises.
+            `HATTrainer` can load; a model behind a mask of its inputs in another Trainer. TaskError: a resumed task
+            that is sealed, and has steps left; a checkpoint of another task. All that `hatcl.learn` raises.
     """
 
     def __init__(self, task: int, knows_hatcl: bool = False) -> None:

@@ -117,6 +117,27 @@ def test_forgetting_and_extracting(every, name, tmp_path):
     assert hatcl.grow(model, 1.5).left.keys() == {MASK} and torch.equal(parts.logits(model, 1, x), want)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_every_verb_one_after_the_other_where_inputs_come_flat(norm):
+    """The number of features is then one that a cut or a growth takes for a number of units."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 12)
+    plain = nn.Sequential(nn.Linear(12, 8), norm(8), nn.ReLU(), nn.Linear(8, 3))
+    model = parts.pretend(hatcl.convert(plain, 3, x, mask_inputs=True, verify=False), [0, 1], share=0.6)
+    optimizer, data = torch.optim.AdamW(model.parameters(), 1e-2), (x, torch.arange(6) % 3)
+    before = [parts.logits(model, t, x) for t in (0, 1)]
+    hatcl.grow(model, 1.5, optimizer=optimizer, example_inputs=x)
+    parts.train(model, 2, optimizer, data, 2)
+    made = hatcl.extract_task(model, 0, x)
+    assert list(made.report.full) == ["MaskedInputs"] and made.report.kept < made.report.total
+    hatcl.reopen_task(model, 1)
+    parts.train(model, 1, optimizer, data, 2)
+    assert torch.equal(parts.logits(model, 0, x), before[0])
+    want = parts.logits(model, 1, x)
+    hatcl.forget_task(model, 0)
+    assert torch.equal(parts.logits(model, 1, x), want) and hatcl.certify(model, x).exact and ones(model)
+
+
 def test_files(every, tmp_path):
     plain, _, model = every["mlp"]
     again = hatcl.from_pretrained(hatcl.save_pretrained(model, tmp_path / "own"), base=plain)
