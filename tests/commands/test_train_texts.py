@@ -17,6 +17,7 @@ from hatcl.commands._routing import load_router  # noqa: E402
 from hatcl.continual import learn_sequence  # noqa: E402
 from hatcl.data.benchmarks import BENCHMARKS  # noqa: E402
 from hatcl.files import write_files  # noqa: E402
+from hatcl.hat.saving.pretrained import from_pretrained  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = ["--batch-size", "8", "--lr", "0.02", "--rank", "2", "--device", "cpu"]
@@ -296,7 +297,8 @@ def test_hat_lays_gates_over_the_pairs(here, tmp_path, capsys, model):
         (here / "bert").rename(here / "away")  # forgetting needs no base model
         forgot = hatcl("forget", tmp_path / "run", "--task", "0")
         (here / "away").rename(here / "bert")
-        assert forgot == 0 and load_router(tmp_path / "run", None, asked=False).tasks == [1]
+        model = from_pretrained(tmp_path / "run" / "model")
+        assert forgot == 0 and load_router(tmp_path / "run", model, asked=False).tasks == [1]
         assert hatcl("show", tmp_path / "run") == 0 and "forgotten since: task 0" in capsys.readouterr().out
         assert [p.name for p in (tmp_path / "run" / "tasks").iterdir()] == ["1_b"]
         assert hatcl("certify", tmp_path / "run", "--device", "cpu") == 0
