@@ -324,6 +324,22 @@ def test_a_task_that_is_interrupted_goes_on_with_its_mean():
     assert not bool(g.importance[0].any())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_importances_are_of_float32_whatever_the_model_is_of(dtype):
+    """Sums of gradients would be infinite in float16 and no step would count; a mean of bfloat16 soon stands still."""
+    model = parts.converted("mlp", 3, **FINE).to(dtype)
+    g, follow = gates_of(model)[0], Attribution(model, 0, start=0)
+    for h in follow.parts:
+        h.param.grad = torch.full_like(h.param, 2e4)
+        h.param.grad[: len(h.param) // 2] *= 0.5
+    g.importance[0] = 0.5
+    for taken in range(2, 301):
+        follow.add([torch.ones(g.num_units)], taken)
+    # (0.5 + 299) / 300: measured 2e-6
+    assert torch.allclose(g.importance[0], torch.tensor(299.5 / 300), atol=1e-5) and g.importance.dtype == torch.float32
+    assert follow.of_step() is not None
+
+
 def test_gradients_that_a_scaler_throws_away_do_not_count():
     model = parts.converted("mlp", 3, **FINE)
     follow = Attribution(model, 0, start=0)
