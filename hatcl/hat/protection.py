@@ -17,8 +17,9 @@ task is, over the steps in which the task was learned,
     mean_k [ a_k (g_k - min g_k) / (max g_k - min g_k) ] + 0.01       g_k = sum |dL/dw|  over the elements that write it
 
 with minimum and maximum over the units of its layer: CLArena's attribution by input gradients ("IG"), its step-wise
-mask, its base values and its importance scheduler `linear_sparsity_reg`. An end that is always on has the importance
-1.01, the largest that there is.
+mask, its base values and its importance scheduler `linear_sparsity_reg`. An end that is always on, or that nothing
+writes that learns (a layer that is frozen, an input behind a mask), has the importance 1.01, the largest that there is,
+so that the other end decides.
 
 Deviations. AdaHAT multiplies the gradient. Here it is the step, which is the same for SGD without momentum, and
 protects with any other optimizer too: Adam divides a gradient by its own size, and would take a full step however small
@@ -110,6 +111,9 @@ class Attribution:
         self.task, self.start = task, start
         self.gates = gates_of(model)
         self.parts = [h for h in held(model) if h.task is None and not h.plain and h.plan is not None and h.plan.axes]
+        self.fixed = {id(g): torch.ones(g.num_units + 1, dtype=torch.bool, device=g.masks.device) for g in self.gates}
+        for main in (h.plan.main for h in self.parts if h.plan is not None and h.param.requires_grad):
+            self.fixed[id(main.units.gates)][main.units.numbers] = False
         for g in self.gates if start == 0 else ():
             g.importance[task] = 0
 
@@ -137,6 +141,7 @@ class Attribution:
                 if stop > start:
                     low, high = now[start:stop].aminmax()
                     now[start:stop] = (now[start:stop] - low) / (high - low).clamp(min=torch.finfo(now.dtype).tiny)
+            now[self.fixed[id(g)][1:]] = 1
             now *= g.select(self.task, slice(None)).to(now)
         return [total[1:] for total in sums]
 

@@ -296,6 +296,26 @@ def test_the_more_a_unit_matters_the_less_it_moves():
     assert 0 < 5 * moved[0] < moved[1]
 
 
+@pytest.mark.parametrize("behind", ["a mask", "a frozen layer"])
+def test_where_nothing_writes_a_unit_that_learns_the_other_end_decides(behind):
+    """Without a gradient its importance would be the least, and with it that of every weight that reads it."""
+    plain = parts.plain("mlp")
+    plain[1].requires_grad_(behind == "a mask")
+    model = hatcl.convert(plain, 2, parts.images("mlp", 2), mask_inputs=behind == "a mask", config=FINE, verify=False)
+    learn(model, 0)
+    g = gates_of(model)[0]
+    name, start, stop = g.layers[0]
+    assert name == ("masked_inputs" if behind == "a mask" else "1")
+    on = g.masks[0, start:stop]
+    assert bool((g.importance[0, start:stop][on] > 0.5).all())  # the mean of its gates
+    reads = next(h for h in held(model) if h.name == ("model.1.weight" if behind == "a mask" else "4.weight"))
+    _, first, last = g.layers[1]
+    writer = (g.importance[0] + 0.01)[first:last, None] * g.masks[0, first:last, None]
+    found = importance_to(reads, 0)
+    some = (found > 0) & (writer < 0.5)
+    assert bool(some.any()) and torch.equal(found[some], writer.expand_as(found)[some])
+
+
 def test_importances_go_where_the_model_goes(tmp_path):
     model = sealed(**FINE)
     want = gates_of(model)[0].importance.clone()
