@@ -219,27 +219,35 @@ def centre(
     weight = centring(gate) if weight is None else weight
     last = dim % x.dim() == x.dim() - 1 and len(over) == 1
     if last and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        out: Tensor = _Centre.apply(x, weight)
+        out: Tensor = _Centre.apply(x, weight)[0]
         return out
     return torch.addcmul(x, x.mean(over, keepdim=True), weight.view(shape), value=-1)
 
 
 class _Centre(torch.autograd.Function):
     """`x - weight * mean x` along the last dimension, with a derivative that passes over x-sized memory three times
-    instead of seven."""
+    instead of seven. The mean is an output, too: only so does a second derivative see that it depends on x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         mean = x.mean(-1, keepdim=True)
         ctx.save_for_backward(weight, mean)
-        return torch.addcmul(x, mean, weight, value=-1)
+        ctx.set_materialize_grads(False)
+        return torch.addcmul(x, mean, weight, value=-1), mean
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor | None, of_mean: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         weight, mean = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        to_mean = torch.mv(rows, weight.to(grad.dtype)) / -grad.shape[-1]
-        return grad + to_mean.view(mean.shape), -torch.mv(rows.t(), mean.reshape(-1))
+        to_x, to_weight, to_mean = grad, None, of_mean
+        if grad is not None:
+            rows = grad.reshape(-1, grad.shape[-1])
+            through = -torch.mv(rows, weight.to(grad.dtype)).view(mean.shape)
+            to_mean = through if of_mean is None else through + of_mean
+            to_weight = -torch.mv(rows.t(), mean.reshape(-1))
+        if to_mean is not None:
+            to_mean = to_mean / len(weight)
+            to_x = to_mean.expand(*mean.shape[:-1], len(weight)) if grad is None else grad + to_mean
+        return to_x, to_weight
 
 
 def hashed(x: Tensor) -> Tensor:

@@ -229,7 +229,8 @@ def test_the_derivative_of_centring(shape):
     torch.manual_seed(1)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     gate = torch.rand(5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, a: F.centre(x, a, -1, (-1,)), (x, gate))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):  # the second, too: a penalty of gradients
+        assert check(lambda x, a: F.centre(x, a, -1, (-1,)), (x, gate))
 
 
 @settings(max_examples=20)

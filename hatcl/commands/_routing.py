@@ -12,6 +12,7 @@ from torch import nn
 
 import hatcl
 
+from ..continual.folder import base_of
 from ..continual.images import ImageOptions
 from ..continual.loading import TextOptions, part_used
 from ..continual.routing import (
@@ -24,13 +25,14 @@ from ..continual.routing import (
     routing_measures,
     text_examples,
     text_router,
+    tokens_digest,
 )
-from ..continual.tasks import TextReading
+from ..continual.tasks import ContinualTask, TextReading
 from ..data.images import ImageData
 from ..data.pairs import Chat
 from ..data.texts import TextData
 from ..engine import folder as runs
-from ..errors import ConfigError
+from ..errors import ConfigError, IntegrityError
 from ..report.routing import draw_routing
 from ._console import out, percent, say
 from ._options import made
@@ -38,6 +40,7 @@ from ._sequence import texts
 from ._shown import draw_into, show_learning
 
 ROUTER, ABOUT, CONFUSION = "router.safetensors", "router.json", "router.png"
+READ_BY = {"base": "a base model", "tokens": "a tokenizer"}
 ROUTED = {
     "task found": "task_accuracy",
     "in one forward": "at_first_sight",
@@ -57,12 +60,12 @@ def route(
     if isinstance(data, Mapping):
         form: TextOptions = made(TextOptions, options)
         parts = [part_used(of, form, validated=validated, seed=seed) for of in data.values()]
-        sequence = texts(options, data)[1]
+        base, sequence = texts(options, data)
         router = text_router(model, sequence, parts, {"seed": seed})
         examples = text_examples(sequence, parts)
         chats = [isinstance(of.train[0][0], Chat) for of in parts]
         labels = [list(read.labels) for read in readings(sequence)]
-        known = {"tasks": list(data), "labels": labels, "chats": chats}
+        known = {"tasks": list(data), "labels": labels, "chats": chats, **_read_by(base, sequence, all(chats))}
     else:
         of_images: ImageOptions = made(ImageOptions, options)
         stream = [of.on_validation(of_images.validation, seed) if validated else of for of in data]
@@ -93,26 +96,41 @@ def routed(run: Path) -> dict[str, Any]:
     return known
 
 
-def load_router(run: Path, model: nn.Module) -> hatcl.TaskRouter:
+def load_router(run: Path, model: nn.Module, asked: bool = True) -> hatcl.TaskRouter:
     """The router of a run, for images as they are stored, or for the tokens of texts.
 
+    Args:
+        asked: whether it is to tell tasks, for which texts need the base model and its tokenizer.
+
     Raises:
-        ConfigError: it has none. IntegrityError: it is damaged.
+        ConfigError: it has none. IntegrityError: it is damaged; the base model or its tokenizer is another one.
     """
     known = routed(run)
     if "prepared" in known:
         prepare = EachPrepared.from_dict(known["prepared"])
         own = OwnClasses(known["classes"]) if known.get("classes") else None
         return hatcl.TaskRouter.load(run / ROUTER, model, prepare=prepare, logits=own)
-    return hatcl.TaskRouter.load(run / ROUTER, model, logits=TextLogits(text_readings(run, known)))
+    return hatcl.TaskRouter.load(run / ROUTER, model, logits=TextLogits(text_readings(run, known) if asked else []))
 
 
 def text_readings(run: Path, known: Mapping[str, Any]) -> list[TextReading]:
     """How the tasks of a run read texts: from its options and labels alone, without its data."""
     pairs = [[(y, y) for y in labels] or [(y, y) for y in ("text",)] for labels in known["labels"]]
     stubs = {name: TextData(some, [], []) for name, some in zip(known["tasks"], pairs, strict=True)}
-    uncut = {**runs.stored_config(run)["options"], "train": None, "test": None, "plain": False}  # type: ignore[index]
-    return readings(texts({**uncut, "score_on": "test"}, stubs)[1])
+    options: dict[str, Any] = runs.stored_config(run)["options"]  # type: ignore[index]
+    base, sequence = texts({**options, "train": None, "test": None, "plain": False, "score_on": "test"}, stubs)
+    for what, digest in _read_by(base, sequence, all(known["chats"])).items():
+        if known[what] != digest:
+            raise IntegrityError(
+                f"{run}: its router was made with {READ_BY[what]} that is no longer the one at {options['model']}, so "
+                "that texts would be read as others; put back what was there"
+            )
+    return readings(sequence)
+
+
+def _read_by(base: nn.Module, sequence: Sequence[ContinualTask], chat: bool) -> dict[str, str]:
+    """Digests of that by which texts are read, which is no part of a run."""
+    return {"base": base_of(base), "tokens": tokens_digest(readings(sequence), chat)}
 
 
 def drop_routed(run: Path, model: nn.Module, task: int) -> None:
@@ -120,7 +138,7 @@ def drop_routed(run: Path, model: nn.Module, task: int) -> None:
     known = about(run)
     if known is None:
         return
-    router = load_router(run, model)
+    router = load_router(run, model, asked=False)
     if task in router.tasks:
         router.remove_task(task)
         router.save(run / ROUTER)

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..report.page import REPORT
 from ._command import RunArgument, command
 from ._console import say
-from ._routing import drop_routed
+from ._routing import about, drop_routed, load_router
 
 
 @command("forget")
@@ -46,6 +46,8 @@ def forget_command(
             SequenceResult.from_dict(runs.read_json(run / runs.METRICS))
         runs.tidy(run)  # no older copy may keep what is to be forgotten
     model = hatcl.from_pretrained(folder)
+    if of_a_run and not dry_run and about(run) is not None:
+        load_router(run, model, asked=False)  # or an error, before anything is erased
     report = hatcl.forget_task(model, task, dry_run=dry_run, descendants=descendants)
     if of_a_run and not dry_run:
         kept.save_model(run, model, runs.read_json(run / runs.METRICS), without=report.forgotten)

@@ -64,6 +64,8 @@ def grow_command(
     if num_classes and add_tasks is None:
         raise ConfigError("--num-classes: is of the tasks that --add-tasks makes room for; add it, or leave this out")
     how = _new_units(layer) if layer else FACTOR if factor is None and add_tasks is None else factor
+    if output is not None and (run / runs.CONFIG).exists() and run.resolve() in output.resolve().parents:
+        raise ConfigError(f"--output {output}: lies in {run}, which is to stay as it is; name another folder")
     if output is not None and (output / runs.CONFIG).exists():
         if "command" in runs.read_json(output / runs.CONFIG):
             raise ConfigError(f"--output {output}: a run is there; name another folder")

@@ -56,8 +56,9 @@ class ImageOptions(Changeable):
         crop: shift training images by up to this many pixels.
         augment: with fit=crop, one of timm's policies for training images, such as rand-m9-mstd0.5 or augmix-m5-w4.
         rotate: learn each training image of classes in its four rotations, as classes of their own (see
-            `hatcl.data.images.rotated`), by hat, so that a router finds the task of an image more often. A step takes
-            four times as long, and the model's heads are four times as wide.
+            `hatcl.data.images.rotated`), by hat. It is meant to let a router find the task of an image more often, but
+            did not where it was measured (docs/predict.md). A step takes four times as long, and the model's heads are
+            four times as wide.
         eval_batch_size: images per batch of scoring; another size may round differently.
         validation: share of the training images that is held out (of each class, where there are classes) where scores
             are to be of validation images and the data brings none.

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..calls import moved, tensor_of
 from ..data.images import ImageData, Images, Preparation
-from ..data.pairs import Pair
+from ..data.pairs import Chat, Pair
 from ..data.texts import TextData
 from ..errors import ConfigError
+from ..functional import content_digest
 from ..hat.features import middle_block
 from ..hat.routing.predict import predict
 from ..hat.routing.router import RouterOptions, TaskRouter
@@ -26,6 +27,10 @@ SHARES = (
     "task_accuracy", "at_first_sight", "rejected", "task_incremental", "class_incremental", "largest_logit",
 )  # fmt: skip
 TEXTS = 32  # that are read in one forward
+PROBES = (
+    "The quick brown fox jumps over the lazy dog; is 9 > 8.0 - 7 and 65 % of 4,321 near 2,800?",
+    "Zwölf Boxkämpfer: déjà vu! «Съешь ещё» 我能吞下玻璃 \n\t@user #tag http://a.b/c?d=e&f",
+)  # whose tokens tell tokenizers apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +135,15 @@ def readings(sequence: Sequence[ContinualTask]) -> list[TextReading]:
         if of.reading is None:
             raise ConfigError(f"task {of.name}: is none of texts, or made by hand; give ContinualTask(reading=...)")
     return [of.reading for of in sequence if of.reading is not None]
+
+
+def tokens_digest(each: Sequence[TextReading], chat: bool = False) -> str:
+    """A digest of the tokens that some texts and the labels become: by tokenizer, prompts and lengths."""
+    read: dict[str, Tensor] = {}
+    for i, how in enumerate(each):
+        some: list[str] = [Chat([("user", x)]) if chat else x for x in (*PROBES, *how.labels)]
+        read |= {f"{i} {name}": x for name, x in how.tokens(some).items() if isinstance(x, Tensor)}
+    return content_digest(read)
 
 
 def text_router(

@@ -345,8 +345,8 @@ def shifted(x: Tensor, offsets: Tensor, crop: int) -> Tensor:
 
 def rotated(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Images in their four rotations, each of which is a class of its own: a network that tells the rotations of one
-    class apart tells other tasks' images from its own better (CSI, arXiv 2007.08176; with hard attention CLOM, arXiv
-    2203.09450). It needs a head of four times the classes, of which the first ones answer:
+    class apart is to tell other tasks' images from its own better (CSI, arXiv 2007.08176; with hard attention CLOM,
+    arXiv 2203.09450). It needs a head of four times the classes, of which the first ones answer:
 
         x, y = rotated(x, y, classes)
         loss = F.cross_entropy(model(x), y) + learning.penalty()
@@ -360,8 +360,12 @@ def rotated(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         `[4 N, C, H, H]`, all images as they are, then turned by 90, 180 and 270 degrees; `[4 N]`, y + classes * turns.
 
     Raises:
-        ConfigError: images that are not square.
+        ConfigError: images that are not square; a label that is no class, and would be another's rotation.
     """
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ConfigError(
+            f"rotate: got labels from {int(y.min())} to {int(y.max())}, expected classes 0 to {classes - 1}"
+        )
     if x.shape[-2] != x.shape[-1]:
         raise ConfigError(
             f"rotate: got images of {list(x.shape[-2:])}, which a quarter turn makes another size; bring them to a "

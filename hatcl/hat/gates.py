@@ -527,11 +527,11 @@ class Gates(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gates:
-        kept = {name: self._buffers[name] for name in ("scale", "hardened")}
+        kept = {name: self._buffers.get(name) for name in ("scale", "hardened", "importance")}
         super()._apply(fn, recurse)
-        for name, x in kept.items():  # s keeps float32: bfloat16 has too few steps for its annealing
-            assert x is not None
-            self._buffers[name] = x.to(self.masks.device)
+        for name, x in kept.items():  # in float32: bfloat16 has too few steps for an annealing or a running mean
+            if x is not None:
+                self._buffers[name] = x.to(self.masks.device)
         self.epoch += 1
         return self
 

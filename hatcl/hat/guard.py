@@ -147,21 +147,22 @@ class Guard(Keeper):
     def concerns(self, p: Tensor) -> bool:
         return id(p) in self._own
 
-    def before_step(self, optimizer: Any) -> tuple[list[tuple[Gates, nn.Parameter, Tensor]], Before]:
+    def before_step(self, optimizer: Any) -> tuple[list[tuple[Gates, nn.Parameter, Tensor]], Before, Any]:
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not _skips(optimizer):  # fused optimizers skip a step by themselves under a scaler
             self.check_finite(gradients=True)
         pairs = zip(self.gates, self.embeddings, strict=True)
         embeddings = [(g, e, local(e.detach()).clone()) for g, e in pairs if id(e) in ids]
-        if self.attribution is not None and not _skips(optimizer):
-            self.attribution.add()
-        return embeddings, before_step(self.eased, ids, self.gates)
+        of_step = None
+        if self.attribution is not None and self._counts.get(id(optimizer), 0) == self.steps:  # it is one that counts
+            of_step = self.attribution.of_step()
+        return embeddings, before_step(self.eased, ids, self.gates), of_step
 
     @torch.no_grad()
     def after_step(self, optimizer: Any, state: Any, innermost: bool) -> None:
         """What a step makes of the embeddings is scaled and clamped, or undone where the gates are hard. Elements that
         are protected by degrees take their share of the step that they were to take."""
-        embeddings, values = state
+        embeddings, values, of_step = state
         if innermost:
             after_step(values)
         for g, e, was in embeddings:
@@ -176,6 +177,8 @@ class Guard(Keeper):
             self._counts[id(optimizer)] = self._counts.get(id(optimizer), 0) + 1
             if self._counts[id(optimizer)] > self.steps:  # the one of several optimizers that steps most
                 self.steps += 1
+                if self.attribution is not None:
+                    self.attribution.add(of_step, self.steps)
                 self.after(self.steps)
 
     # ---- on leaving ------------------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@ a model)."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calls import tensors_of
 from ..config import HATConfig
 from ..errors import ConfigError, ConversionError, TaskError
 from ..map.units import UnitMap
@@ -35,7 +36,8 @@ class InputFeatures(nn.Conv1d):
 
 class MaskedInputs(nn.Module):
     """A model behind a gate for each of its input features: what `hatcl.convert(..., mask_inputs=True)` converts. The
-    features are the elements of a row of the first floating-point tensor that the forward takes.
+    features are the elements of a row of the first floating-point tensor that the model's forward takes, in the order
+    of its parameters, whatever the order in which a call names them.
 
     Args:
         model: the plain model. features: how many elements a row of its input has.
@@ -47,30 +49,36 @@ class MaskedInputs(nn.Module):
         some = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
         self.masked_inputs = InputFeatures(features).to(some)
         self.model = model
+        self._order = tuple(inspect.signature(model.forward).parameters)
         self.training = self.masked_inputs.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own, with its features multiplied by the active task's gates."""
-        names = [*range(len(args)), *kwargs]
-        values = [*args, *kwargs.values()]
-        for i, x in enumerate(values):
-            if isinstance(x, Tensor) and x.is_floating_point():
-                values[i] = self._masked(x)
-                break
+        key = _masked_key(self._order, args, kwargs)
+        if isinstance(key, int):
+            args = (*args[:key], self._masked(args[key]), *args[key + 1 :])
+        elif key is not None:
+            kwargs = {**kwargs, key: self._masked(kwargs[key])}
         else:
+            names = [*map(str, range(len(args))), *kwargs]
             raise ConfigError(
-                f"mask_inputs: none of the inputs {', '.join(map(str, names)) or '()'} is a floating-point tensor, "
-                "whose features could be masked"
+                f"mask_inputs: none of the inputs {', '.join(names) or '()'} is a floating-point tensor, whose "
+                "features could be masked"
             )
-        return self.model(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+        return self.model(*args, **kwargs)
 
     def _masked(self, x: Tensor) -> Tensor:
-        if x.dim() < 2 or x[0].numel() != self.features:
+        if x.dim() < 2 or math.prod(x.shape[1:]) != self.features:
             raise ConfigError(
                 f"mask_inputs: got an input of shape {list(x.shape)}, expected rows of {self.features} features, as "
                 "those that the model was converted with"
             )
-        return self.masked_inputs(x.flatten(1).unsqueeze(2)).view(x.shape)
+        y: Tensor = self.masked_inputs(x.flatten(1).unsqueeze(2)).view(x.shape)
+        if x.is_contiguous():
+            return y
+        strides = x.stride()
+        order = sorted(range(x.dim()), key=lambda d: -strides[d])  # the layout decides how the model computes
+        return y.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
 
     def features_of(self, task: int) -> Tensor:
         """`[features]` bool: which input features a sealed task looks at.
@@ -83,6 +91,13 @@ class MaskedInputs(nn.Module):
             raise TaskError("features_of: the model is not converted, so no task has learned which features it needs")
         task = check_task(self, task, sealed=True)
         return hat.params["weight"].main.units.hard(task).clone()
+
+
+def _masked_key(order: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
+    """The place or the name of the input that is masked."""
+    named = sorted(kwargs, key=lambda name: order.index(name) if name in order else len(order))
+    values: list[tuple[int | str, Any]] = [*enumerate(args), *((name, kwargs[name]) for name in named)]
+    return next((k for k, x in values if isinstance(x, Tensor) and x.is_floating_point()), None)
 
 
 def mask_inputs_of(model: nn.Module, example_inputs: Any, config: HATConfig) -> MaskedInputs:
@@ -98,13 +113,17 @@ def mask_inputs_of(model: nn.Module, example_inputs: Any, config: HATConfig) -> 
                 f"mask_inputs: got {name}={getattr(config, name)!r}, under which tasks share no units, and so could "
                 "not look at the same input features; leave one of the two out"
             )
-    x = next((x for x in tensors_of(example_inputs, "inputs") if x.is_floating_point()), None)
+    order = tuple(inspect.signature(model.forward).parameters)
+    named = example_inputs if isinstance(example_inputs, Mapping) else {}
+    placed = example_inputs if isinstance(example_inputs, (list, tuple)) else () if named else (example_inputs,)
+    key = _masked_key(order, placed, named)
+    x = None if key is None else named[key] if isinstance(key, str) else placed[key]
     if x is None or x.dim() < 2:
         raise ConversionError(
             "mask_inputs: got no floating-point tensor with rows among the example inputs; where inputs are numbers of "
             "words, a task needs no gate for each of them. Leave mask_inputs out"
         )
-    return MaskedInputs(model, x[0].numel())
+    return MaskedInputs(model, math.prod(x.shape[1:]))
 
 
 def check_masked(unit_map: UnitMap) -> None:

@@ -17,8 +17,9 @@ task is, over the steps in which the task was learned,
     mean_k [ a_k (g_k - min g_k) / (max g_k - min g_k) ] + 0.01       g_k = sum |dL/dw|  over the elements that write it
 
 with minimum and maximum over the units of its layer: CLArena's attribution by input gradients ("IG"), its step-wise
-mask, its base values and its importance scheduler `linear_sparsity_reg`. An end that is always on has the importance
-1.01, the largest that there is.
+mask, its base values and its importance scheduler `linear_sparsity_reg`. An end that is always on, or that nothing
+writes that learns (a layer that is frozen, an input behind a mask), has the importance 1.01, the largest that there is,
+so that the other end decides.
 
 Deviations. AdaHAT multiplies the gradient. Here it is the step, which is the same for SGD without momentum, and
 protects with any other optimizer too: Adam divides a gradient by its own size, and would take a full step however small
@@ -107,16 +108,21 @@ class Attribution:
     """
 
     def __init__(self, model: nn.Module, task: int, start: int) -> None:
-        self.task, self.steps = task, start
+        self.task, self.start = task, start
         self.gates = gates_of(model)
         self.parts = [h for h in held(model) if h.task is None and not h.plain and h.plan is not None and h.plan.axes]
+        self.fixed = {id(g): torch.ones(g.num_units + 1, dtype=torch.bool, device=g.masks.device) for g in self.gates}
+        for main in (h.plan.main for h in self.parts if h.plan is not None and h.param.requires_grad):
+            self.fixed[id(main.units.gates)][main.units.numbers] = False
         for g in self.gates if start == 0 else ():
             g.importance[task] = 0
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Take in the gradients of which an optimizer is about to step."""
-        sums = {id(g): g.importance.new_zeros(g.num_units + 1) for g in self.gates}
+    def of_step(self) -> list[Tensor] | None:
+        """How much each unit matters by the gradients that are there now, `[U]` for each gates; None where they are not
+        finite, so that a gradient scaler will skip the step."""
+        sums = [g.importance.new_zeros(g.num_units + 1) for g in self.gates]
+        of_gates = {id(g): total for g, total in zip(self.gates, sums, strict=True)}
         for h in self.parts:
             if h.param.grad is None:
                 continue
@@ -125,19 +131,26 @@ class Attribution:
             over = [d for d, n in enumerate(main.shape) if n == 1]
             size = h.param.grad.abs().view(h.plan.view).float()
             size = size.sum(over) if over else size
-            total = sums[id(main.units.gates)]
+            total = of_gates[id(main.units.gates)]
             total.index_add_(0, torch.as_tensor(main.units.numbers, device=total.device), size.flatten().to(total))
-        if not all(bool(torch.isfinite(total).all()) for total in sums.values()):
-            return  # a gradient scaler will skip this step
-        self.steps += 1
-        for g in self.gates:
-            now = sums[id(g)][1:]
+        if not all(bool(torch.isfinite(total).all()) for total in sums):
+            return None
+        for g, total in zip(self.gates, sums, strict=True):
+            now = total[1:]
             for _, start, stop in g.layers:
                 if stop > start:
                     low, high = now[start:stop].aminmax()
                     now[start:stop] = (now[start:stop] - low) / (high - low).clamp(min=torch.finfo(now.dtype).tiny)
+            now[self.fixed[id(g)][1:]] = 1
+            now *= g.select(self.task, slice(None)).to(now)
+        return [total[1:] for total in sums]
+
+    def add(self, of_step: list[Tensor] | None, taken: int) -> None:
+        """Take in a step, the `taken`-th in this block. Of several optimizers the one that steps most counts, as for
+        the scale; each of them is asked before it steps, and its parameters' gradients are still there."""
+        for g, now in zip(self.gates, of_step or (), strict=bool(of_step)):
             mean = g.importance[self.task]
-            mean += (now * g.select(self.task, slice(None)).to(now) - mean) / self.steps
+            mean += (now - mean) / (self.start + taken)
 
 
 @torch.no_grad()

@@ -40,8 +40,8 @@ class SoftGates:
 
 
 def soft_key(e: Tensor, scale: Tensor, *more: Any) -> Any:
-    """Of what soft gates depend on, so that they are computed anew where any of it has changed; None where nothing may
-    be kept: while a graph is compiled or traced, under `torch.func`, of a tensor that has no version."""
+    """All that soft gates depend on: where any of it has changed, they are computed again. None where nothing may be
+    kept: while a graph is compiled or traced, under `torch.func`, of a tensor that has no version."""
     if type(e) is not nn.Parameter or torch.compiler.is_compiling() or e.is_inference():
         return None
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
@@ -68,7 +68,8 @@ class _Kept(torch.autograd.Function):
         if any(x._version != version for x, version in ctx.made_of):
             raise GuardError(
                 "backward: the gate embeddings or their scale were changed since the forward, by a step of the "
-                "optimizer, so that their gradients would be those of other gates; call backward before the step"
+                "optimizer or a state that was loaded, so that their gradients would be those of other gates; call "
+                "backward before the step"
             )
         e, scale, hardened, taken, options = ctx.arguments
         slope = F.gate_slope(e, scale, hardened, *options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,13 +42,12 @@ def forward(model: nn.Module, x: Any, tasks: Tensor | Sequence[int], *, fused: b
             `fused`, a model that cannot compute several tasks at once.
     """
     ids = [int(t) for t in tasks] if _is_flat(tasks) else None
-    rows = {len(t) if t.dim() else None for t in tree_flatten(x)[0] if isinstance(t, Tensor)}
+    rows = rows_of(x)
     if not ids or rows != {len(ids)}:
         came = f"shape {list(tasks.shape)}" if isinstance(tasks, Tensor) else f"{len(tasks)} of them"
-        found = ", ".join("no rows" if n is None else str(n) for n in sorted(rows, key=str)) or "no tensor"
         raise TaskError(
-            f"tasks: got {came}, and inputs with {found} rows; pass one integer per row, and inputs of which every "
-            "tensor has a row per example"
+            f"tasks: got {came}, and inputs with {said_rows(rows)} rows; pass one integer per row, and inputs of which "
+            "every tensor has a row per example"
         )
     groups = {t: torch.tensor([i for i, own in enumerate(ids) if own == t]) for t in dict.fromkeys(ids)}
     for t in groups:
@@ -69,13 +68,29 @@ def forward(model: nn.Module, x: Any, tasks: Tensor | Sequence[int], *, fused: b
     return tree_unflatten(merged, form) if len(merged) != 1 or not isinstance(out, Tensor) else merged[0]
 
 
-def _picked(x: Any, at: Tensor) -> Any:
-    return tree_map(lambda v: v[at.to(v.device)] if isinstance(v, Tensor) else v, x)
+def rows_of(x: Any) -> set[int | None]:
+    """How many rows the tensors of a batch have; None where one has none."""
+    return {len(v) if v.dim() else None for v in tree_flatten(_plain(x))[0] if isinstance(v, Tensor)}
+
+
+def said_rows(rows: set[int | None]) -> str:
+    """What `rows_of` found, for an error."""
+    return ", ".join("no rows" if n is None else str(n) for n in sorted(rows, key=str)) or "no tensor"
+
+
+def picked(x: Any, at: Tensor) -> Any:
+    """Some rows of a batch of which every tensor has a row per example."""
+    return tree_map(lambda v: v[at.to(v.device)] if isinstance(v, Tensor) else v, _plain(x))
+
+
+def _plain(x: Any) -> Any:
+    """A mapping as a dict: torch looks into no other, such as a tokenizer's `BatchEncoding`."""
+    return dict(x) if isinstance(x, Mapping) else x
 
 
 def _of_task(model: nn.Module, x: Any, t: int, at: Tensor) -> Any:
     with task(model, t):
-        return call(model, _picked(x, at))
+        return call(model, picked(x, at))
 
 
 def _fused(model: nn.Module, x: Any, groups: dict[int, Tensor]) -> Iterator[Any]:
@@ -96,7 +111,7 @@ def _fused(model: nn.Module, x: Any, groups: dict[int, Tensor]) -> Iterator[Any]
     most = max(map(len, groups.values()))
     padded = torch.stack([torch.cat([at, at[:1].expand(most - len(at))]) for at in groups.values()])
     ids = torch.tensor(list(groups), device=gates[0].masks.device)
-    flat, form = tree_flatten(_picked(x, padded))
+    flat, form = tree_flatten(picked(x, padded))
     is_tensor = [isinstance(v, Tensor) for v in flat]
     kept: list[Any] = []
 

@@ -166,6 +166,7 @@ def create_hat_model(
         return _load_saved(place, {**own, **options})
     for refused, instead in (
         ("features_only", "convert timm.create_model(..., features_only=True) with hatcl.convert"),
+        ("mask_inputs", f"call hatcl.convert(timm.create_model({name!r}, ...), ..., mask_inputs=True)"),
     ):
         if options.get(refused):
             raise ConfigError(f"{PREFIX}{name}: {refused}=True is not for hat_ names; {instead}")

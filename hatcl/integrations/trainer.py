@@ -6,6 +6,7 @@ Not imported by `import hatcl`, which works without transformers: `from hatcl.in
 from __future__ import annotations
 
 import contextlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
+from transformers.utils import can_return_loss, find_labels
 
 from ..errors import ConfigError, TaskError
+from ..hat.masked import MaskedInputs
 from ..hat.saving.pretrained import load_pretrained_, save_pretrained
 from ..hat.tasks import check_task, tasks
 from ..hat.tasks import task as active_task
@@ -41,21 +44,21 @@ class HATCallback(TaskCourse, TrainerCallback):
     under the task that the model was given last: put `trainer.evaluate()` into `with hatcl.task(model, 1)`.
 
     Args:
-        task: the index of the task that is learned. loads_best: whether the Trainer can load a checkpoint that hatcl
-            wrote of a model of peft, as `HATTrainer` can.
+        task: the index of the task that is learned. knows_hatcl: whether the Trainer is `HATTrainer`, which can load a
+            checkpoint that hatcl wrote of a model of peft, and looks behind a mask of the inputs.
 
     Attributes:
         learning: what `hatcl.learn` gives, while the task is learned. penalty: the last step's penalty.
 
     Raises:
         ConfigError: training under DeepSpeed or FSDP; `load_best_model_at_end` for a model of peft, which only
-            `HATTrainer` can load. TaskError: a resumed task that is sealed, and has steps left; a
-            checkpoint of another task. All that `hatcl.learn` raises.
+            `HATTrainer` can load; a model behind a mask of its inputs in another Trainer. TaskError: a resumed task
+            that is sealed, and has steps left; a checkpoint of another task. All that `hatcl.learn` raises.
     """
 
-    def __init__(self, task: int, loads_best: bool = False) -> None:
+    def __init__(self, task: int, knows_hatcl: bool = False) -> None:
         super().__init__(task)
-        self.loads_best = loads_best
+        self.knows_hatcl = knows_hatcl
 
     def __enter__(self) -> HATCallback:
         return self
@@ -70,9 +73,18 @@ class HATCallback(TaskCourse, TrainerCallback):
         of = self.task if kept is None else kept["args"]["task"]
         self.check_resumed(of, "give each task an output_dir of its own, or leave out resume_from_checkpoint")
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(kwargs.get("model"), MaskedInputs) and not self.knows_hatcl:
+            raise ConfigError(
+                "mask_inputs: this Trainer asks a model's forward for the names of its inputs and labels, and the "
+                "forward in front of the model has none, so it would drop the inputs and scale the loss as for another "
+                "model; use HATTrainer"
+            )
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _check_host(args)
-        if args.load_best_model_at_end and not self.loads_best and hasattr(kwargs["model"], "peft_config"):
+        self.on_init_end(args, state, control, **kwargs)
+        if args.load_best_model_at_end and not self.knows_hatcl and hasattr(kwargs["model"], "peft_config"):
             raise ConfigError(
                 "load_best_model_at_end: of a model of peft this Trainer would look for an adapter alone, and go on "
                 "with the last step's; use HATTrainer"
@@ -123,8 +135,19 @@ class HATTrainer(Trainer):
     def __init__(self, *args: Any, task: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _check_host(self.args)
-        self.hat = HATCallback(task if self.model is None else check_task(self.model, task), loads_best=True)
+        if isinstance(self.model, MaskedInputs):
+            self._look_behind(self.model.model)
+        self.hat = HATCallback(task if self.model is None else check_task(self.model, task), knows_hatcl=True)
         self.add_callback(self.hat)
+
+    def _look_behind(self, model: torch.nn.Module) -> None:
+        """Take from the model behind a mask of its inputs what `Trainer` takes from a model's forward."""
+        names = inspect.signature(model.forward).parameters
+        self.label_names = find_labels(type(model)) if self.args.label_names is None else self.args.label_names
+        self.can_return_loss = can_return_loss(type(model))
+        self._signature_columns = [*names, "label", "label_ids", *self.label_names]
+        by_name = any(p.kind is p.VAR_KEYWORD for p in names.values())
+        self.model_accepts_loss_kwargs = getattr(model, "accepts_loss_kwargs", by_name)
 
     @property
     def task(self) -> int:

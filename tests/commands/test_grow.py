@@ -88,6 +88,7 @@ def test_bad_input(copied, run, tmp_path, capsys):
         (["--add-tasks", "0"], "count: got 0, expected at least 1"),
         (["--add-tasks", "2", "--num-classes", "1", "--num-classes", "2", "--num-classes", "3"], "got 3 numbers for 2"),
         (["--output", str(run)], "a run is there; name another folder"),
+        (["--output", str(copied / "model"), "--replace"], "which is to stay as it is; name another folder"),
     ):
         code, _, err = call(capsys, "grow", copied, *args)
         assert code == 2 and text in err, err

@@ -9,12 +9,15 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from continual_parts import bert, causal_lm, files, texts, tokenizer, vocabulary, write_texts  # noqa: E402
+from safetensors.torch import load_file, save  # noqa: E402
 
 from hatcl import commands as cli  # noqa: E402
 from hatcl.commands import train as _train  # noqa: E402, F401
+from hatcl.commands._routing import load_router  # noqa: E402
 from hatcl.continual import learn_sequence  # noqa: E402
 from hatcl.data.benchmarks import BENCHMARKS  # noqa: E402
 from hatcl.files import write_files  # noqa: E402
+from hatcl.hat.saving.pretrained import from_pretrained  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = ["--batch-size", "8", "--lr", "0.02", "--rank", "2", "--device", "cpu"]
@@ -241,6 +244,29 @@ def _texts_find_their_task(run, capsys, *, written):
     assert "--top: got 0" in capsys.readouterr().err
 
 
+def _another_base_is_refused(base, run, capsys):
+    """With a tokenizer that numbers words otherwise, or with other embeddings, the answers would be of other texts."""
+    vocabulary = json.loads((base / "tokenizer.json").read_text())
+    words = vocabulary["model"]["vocab"]
+    some = {w: i for w, i in words.items() if i > 5}
+    vocabulary["model"]["vocab"] = words | dict(zip(some, reversed(some.values()), strict=True))
+    weights = load_file(base / "model.safetensors")
+    weights = {name: x + 1 if "word_embeddings" in name else x for name, x in weights.items()}
+    for name, content, text in (
+        ("tokenizer.json", json.dumps(vocabulary).encode(), "made with a tokenizer that is no longer"),
+        ("model.safetensors", save(weights, {"format": "pt"}), "made with a base model that is no longer"),
+    ):
+        was = (base / name).read_bytes()
+        (base / name).write_bytes(content)
+        try:
+            assert hatcl("predict", run, "w1 w2", "--device", "cpu") == 2
+            assert f"its router was {text}" in " ".join(capsys.readouterr().err.split())
+        finally:
+            (base / name).write_bytes(was)
+    assert hatcl("predict", run, "w1 w2", "--device", "cpu") == 0
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("model", ["bert", "t5", "gpt2"])
 def test_hat_lays_gates_over_the_pairs(here, tmp_path, capsys, model):
     assert (
@@ -267,7 +293,12 @@ def test_hat_lays_gates_over_the_pairs(here, tmp_path, capsys, model):
     assert "task 1: exact, outputs bit-equal to those at sealing" in capsys.readouterr().out
     assert hatcl("describe", tmp_path / "run") == 0
     if model == "bert":
-        assert hatcl("forget", tmp_path / "run", "--task", "0") == 0
+        _another_base_is_refused(here / "bert", tmp_path / "run", capsys)
+        (here / "bert").rename(here / "away")  # forgetting needs no base model
+        forgot = hatcl("forget", tmp_path / "run", "--task", "0")
+        (here / "away").rename(here / "bert")
+        model = from_pretrained(tmp_path / "run" / "model")
+        assert forgot == 0 and load_router(tmp_path / "run", model, asked=False).tasks == [1]
         assert hatcl("show", tmp_path / "run") == 0 and "forgotten since: task 0" in capsys.readouterr().out
         assert [p.name for p in (tmp_path / "run" / "tasks").iterdir()] == ["1_b"]
         assert hatcl("certify", tmp_path / "run", "--device", "cpu") == 0

@@ -214,3 +214,7 @@ def test_rotated_images_are_square():
     assert x[2].flatten().tolist() == [1, 3, 0, 2] and torch.equal(x[6].rot90(1, (1, 2)), x[0])
     with pytest.raises(ConfigError, match=r"rotate: got images of \[2, 3\], which a quarter turn makes another size"):
         rotated(torch.zeros(1, 1, 2, 3), torch.tensor([0]), 2)
+    for label in (-1, 2):
+        with pytest.raises(ConfigError, match=f"rotate: got labels from {min(label, 0)} to .* expected classes 0 to 1"):
+            rotated(torch.zeros(2, 1, 2, 2), torch.tensor([0, label]), 2)
+    assert [len(part) for part in rotated(torch.zeros(0, 1, 2, 2), torch.zeros(0, dtype=torch.long), 2)] == [0, 0]

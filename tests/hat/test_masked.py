@@ -117,6 +117,27 @@ def test_forgetting_and_extracting(every, name, tmp_path):
     assert hatcl.grow(model, 1.5).left.keys() == {MASK} and torch.equal(parts.logits(model, 1, x), want)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_every_verb_one_after_the_other_where_inputs_come_flat(norm):
+    """The number of features is then one that a cut or a growth takes for a number of units."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 12)
+    plain = nn.Sequential(nn.Linear(12, 8), norm(8), nn.ReLU(), nn.Linear(8, 3))
+    model = parts.pretend(hatcl.convert(plain, 3, x, mask_inputs=True, verify=False), [0, 1], share=0.6)
+    optimizer, data = torch.optim.AdamW(model.parameters(), 1e-2), (x, torch.arange(6) % 3)
+    before = [parts.logits(model, t, x) for t in (0, 1)]
+    hatcl.grow(model, 1.5, optimizer=optimizer, example_inputs=x)
+    parts.train(model, 2, optimizer, data, 2)
+    made = hatcl.extract_task(model, 0, x)
+    assert list(made.report.full) == ["MaskedInputs"] and made.report.kept < made.report.total
+    hatcl.reopen_task(model, 1)
+    parts.train(model, 1, optimizer, data, 2)
+    assert torch.equal(parts.logits(model, 0, x), before[0])
+    want = parts.logits(model, 1, x)
+    hatcl.forget_task(model, 0)
+    assert torch.equal(parts.logits(model, 1, x), want) and hatcl.certify(model, x).exact and ones(model)
+
+
 def test_files(every, tmp_path):
     plain, _, model = every["mlp"]
     again = hatcl.from_pretrained(hatcl.save_pretrained(model, tmp_path / "own"), base=plain)
@@ -159,6 +180,44 @@ def test_the_first_floating_point_tensor_is_masked_also_by_its_name():
         want = model(**inputs)
         assert torch.equal(model(inputs["ids"], inputs["features"] * on), want)
     assert on.shape == (6,)
+
+
+class _TwoRows(nn.Module):
+    """Two inputs of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x, z):
+        return self.head(torch.relu(self.a(x) + self.b(z)))
+
+
+def test_which_input_is_masked_does_not_depend_on_the_order_of_a_call():
+    x, z = torch.randn(4, 6), torch.randn(4, 6)
+    model = parts.pretend(hatcl.convert(_TwoRows(), 1, {"z": z, "x": x}, mask_inputs=True), share=0.5).eval()
+    on = model.features_of(0)
+    assert 0 < int(on.sum()) < 6
+    with torch.no_grad(), hatcl.task(model, 0):
+        want = model(x, z)
+        for got in (model(x=x, z=z), model(z=z, x=x), model(x, z=z), model(z=z, x=x * on)):
+            assert torch.equal(got, want)
+        assert not torch.equal(model(z=z * on, x=x), want)
+
+
+def test_inputs_keep_their_layout(every):
+    """And so are computed with as in the plain model: a convolution rounds otherwise in another layout. A batch may
+    have no rows."""
+    plain, model, _ = every["resnet"]
+    x = parts.images("resnet")
+    seen = []
+    hook = model.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].stride()))
+    odd = torch.empty_strided(x.shape, (x[0].numel(), 1, *[s * x.shape[1] for s in x[0, 0].stride()])).copy_(x)
+    with torch.no_grad():
+        for y in (x, x.to(memory_format=torch.channels_last), odd, x.transpose(2, 3).contiguous().transpose(2, 3)):
+            assert torch.equal(model.eval()(y), plain.eval()(y)) and seen.pop() == y.stride()
+        assert len(model(x[:0])) == 0
+    hook.remove()
 
 
 def test_bad_input(every):

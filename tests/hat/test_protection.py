@@ -210,7 +210,9 @@ def by_hand(model, task, gradients, gates):
     return torch.stack(steps).mean(0)
 
 
-def test_importance_is_the_mean_over_steps_of_scaled_gradients():
+@pytest.mark.parametrize("several", [False, True], ids=["one optimizer", "two of them"])
+def test_importance_is_the_mean_over_steps_of_scaled_gradients(several):
+    """The second of two optimizers takes no step of its own: it finds the gradients that the first left."""
     model = parts.converted("mlp", 3, **FINE)
     g, gradients, gates, latest = gates_of(model)[0], [], [], {}
     for h in held(model):
@@ -222,7 +224,18 @@ def test_importance_is_the_mean_over_steps_of_scaled_gradients():
             gradients.append(dict(latest)), gates.append(g.select(0, slice(None)).detach().clone())
             return super().step(closure)
 
-    learn(model, 0, 4, Seen(model.parameters(), 0.1))
+    if several:
+        *some, last = model.parameters()
+        first, second = Seen([last], 0.1), torch.optim.SGD(some, 0.1)
+        with hatcl.learn(model, 0, [first, second], steps=4):
+            for _ in range(4):
+                x, y = parts.problem(parts.shape_of("mlp"), 0)
+                torch.nn.functional.cross_entropy(model(x), y).backward()
+                first.step()
+                model.zero_grad()
+                second.step()
+    else:
+        learn(model, 0, 4, Seen(model.parameters(), 0.1))
     want = by_hand(model, 0, gradients, gates)
     assert len(gradients) == 4 and 0 < float(want.max()) <= 1
     # the running mean and the mean of the four: measured 6e-8
@@ -283,6 +296,26 @@ def test_the_more_a_unit_matters_the_less_it_moves():
     assert 0 < 5 * moved[0] < moved[1]
 
 
+@pytest.mark.parametrize("behind", ["a mask", "a frozen layer"])
+def test_where_nothing_writes_a_unit_that_learns_the_other_end_decides(behind):
+    """Without a gradient its importance would be the least, and with it that of every weight that reads it."""
+    plain = parts.plain("mlp")
+    plain[1].requires_grad_(behind == "a mask")
+    model = hatcl.convert(plain, 2, parts.images("mlp", 2), mask_inputs=behind == "a mask", config=FINE, verify=False)
+    learn(model, 0)
+    g = gates_of(model)[0]
+    name, start, stop = g.layers[0]
+    assert name == ("masked_inputs" if behind == "a mask" else "1")
+    on = g.masks[0, start:stop]
+    assert bool((g.importance[0, start:stop][on] > 0.5).all())  # the mean of its gates
+    reads = next(h for h in held(model) if h.name == ("model.1.weight" if behind == "a mask" else "4.weight"))
+    _, first, last = g.layers[1]
+    writer = (g.importance[0] + 0.01)[first:last, None] * g.masks[0, first:last, None]
+    found = importance_to(reads, 0)
+    some = (found > 0) & (writer < 0.5)
+    assert bool(some.any()) and torch.equal(found[some], writer.expand_as(found)[some])
+
+
 def test_importances_go_where_the_model_goes(tmp_path):
     model = sealed(**FINE)
     want = gates_of(model)[0].importance.clone()
@@ -305,9 +338,26 @@ def test_a_task_that_is_interrupted_goes_on_with_its_mean():
     model = parts.converted("mlp", 3, **FINE)
     g = gates_of(model)[0]
     g.importance[0] = 0.5
-    assert Attribution(model, 0, start=3).steps == 3 and bool((g.importance[0] == 0.5).all())
+    Attribution(model, 0, start=3).add([torch.full((g.num_units,), 0.9)], 1)
+    assert torch.allclose(g.importance[0], torch.tensor(0.6))
     Attribution(model, 0, start=0)
     assert not bool(g.importance[0].any())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_importances_are_of_float32_whatever_the_model_is_of(dtype):
+    """Sums of gradients would be infinite in float16 and no step would count; a mean of bfloat16 soon stands still."""
+    model = parts.converted("mlp", 3, **FINE).to(dtype)
+    g, follow = gates_of(model)[0], Attribution(model, 0, start=0)
+    for h in follow.parts:
+        h.param.grad = torch.full_like(h.param, 2e4)
+        h.param.grad[: len(h.param) // 2] *= 0.5
+    g.importance[0] = 0.5
+    for taken in range(2, 301):
+        follow.add([torch.ones(g.num_units)], taken)
+    # (0.5 + 299) / 300: measured 2e-6
+    assert torch.allclose(g.importance[0], torch.tensor(299.5 / 300), atol=1e-5) and g.importance.dtype == torch.float32
+    assert follow.of_step() is not None
 
 
 def test_gradients_that_a_scaler_throws_away_do_not_count():
@@ -315,8 +365,8 @@ def test_gradients_that_a_scaler_throws_away_do_not_count():
     follow = Attribution(model, 0, start=0)
     for h in follow.parts:
         h.param.grad = torch.full_like(h.param, float("inf"))
-    follow.add()
-    assert follow.steps == 0 and not bool(gates_of(model)[0].importance.any())
+    follow.add(follow.of_step(), 1)
+    assert follow.of_step() is None and not bool(gates_of(model)[0].importance.any())
 
 
 @KINDS

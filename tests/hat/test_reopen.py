@@ -8,6 +8,7 @@ import functools
 import parts
 import pytest
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hatcl
@@ -324,6 +325,20 @@ def test_after_a_growth_it_begins_as_what_was_sealed_with_the_sizes_of_then(name
     g = gates_of(model)[0]
     assert g.stages == [0, 0, 2] and not bool((g.masks[0] & ~g.within(0)).any())
     assert hatcl.certify(model, x, strict=True).exact
+
+
+def test_after_a_growth_a_batch_norm_learns_with_the_channels_of_then():
+    """Its convolution is not gated itself, and so is the one that could hand out its channels of now."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+    data = torch.randn(6, 3, 4, 4), torch.arange(6) % 3
+    model = parts.pretend(hatcl.convert(plain, 2, data[0], verify=False), [0, 1], share=0.6)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    want = parts.logits(model, 0, data[0])
+    hatcl.grow(model, 1.5, optimizer=optimizer, example_inputs=data[0])
+    hatcl.reopen_task(model, 1)
+    parts.train(model, 1, optimizer, data, 2)
+    assert torch.equal(parts.logits(model, 0, data[0]), want) and hatcl.certify(model, data[0]).exact
 
 
 def test_twin_with_the_sizes_of_now_it_is_another(monkeypatch):

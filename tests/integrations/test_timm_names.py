@@ -226,6 +226,10 @@ def test_a_hat_state_dict_with_holes_is_not_taken_for_a_plain_one():
             "hat_test_resnet: features_only=True is not for hat_ names; convert timm.create_model",
         ),
         (
+            {"mask_inputs": True},
+            "hat_test_resnet: mask_inputs=True is not for hat_ names; call hatcl.convert(timm.create_model('test_res",
+        ),
+        (
             {"scriptable": True},
             "hat_test_resnet: scriptable=True cannot work, tasks are chosen at run time; use torch.comp",
         ),

@@ -286,6 +286,35 @@ def test_penalty_and_scale_are_logged(tmp_path):
     assert lines[0]["scale"] < lines[1]["scale"]
 
 
+class Pictures(Words):
+    """Noise, of which one pixel tells the label."""
+
+    def __getitem__(self, i):
+        x = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i))
+        return {"pixel_values": x, "labels": int(x[0, 0, 0] > 0)}
+
+
+def test_behind_a_mask_of_its_inputs_a_model_is_read_as_without_it(tmp_path):
+    """A Trainer asks the forward for the names of inputs and labels, and for how the loss is scaled."""
+    size = {**SIZES, "image_size": 8, "patch_size": 4}
+    plain = transformers.ViTForImageClassification(transformers.ViTConfig(**size))
+    read = []
+    for mask in (True, False):
+        model = hatcl.convert(plain, 1, {"pixel_values": torch.randn(2, 3, 8, 8)}, mask_inputs=mask, verify=False)
+        trainer = HATTrainer(
+            model=model, args=arguments(tmp_path / str(mask), max_steps=2), task=0,
+            train_dataset=Pictures(0), eval_dataset=Pictures(0),
+        )  # fmt: skip
+        trainer.train()
+        assert "eval_loss" in trainer.evaluate() and hatcl.tasks(model) == [0]
+        columns = {*trainer._signature_columns}
+        read.append((columns, trainer.label_names, trainer.can_return_loss, trainer.model_accepts_loss_kwargs))
+        if mask:
+            with pytest.raises(hatcl.ConfigError, match="mask_inputs: this Trainer asks a model's forward .* HATTrain"):
+                transformers.Trainer(model, arguments(tmp_path), callbacks=[HATCallback(0)])
+    assert read[0] == read[1]
+
+
 def test_what_is_refused(tmp_path):
     model = converted()
     with pytest.raises(hatcl.TaskError, match="the model has tasks 0 to 2"):

@@ -299,7 +299,7 @@ class Search:
             if not self._hold(where):
                 break
             if self.held.any():
-                full.setdefault(where, why)
+                full.setdefault(where or type(self.model).__name__, why)
         raise ConversionError(
             f"{where or type(self.model).__name__}: the network cut down to task {self.task} does not agree with the "
             f"model, also at full width: {why}; please report the model"
@@ -310,9 +310,7 @@ class Search:
         made, _ = self.cutter.cut(keep)
         try:
             got = self._run_followed(made, stack)
-        except HATError:
-            raise
-        except Exception as error:
+        except Exception as error:  # the same inputs went through the whole model, so it is the cut's, whatever it is
             log.debug("a forward that was cut fails", exc_info=True)
             text = str(error).splitlines()[0][:120] if str(error) else ""
             why = f"its forward has sizes of its own ({type(error).__name__}: {text})"

@@ -293,7 +293,7 @@ class HATLayer:
         live elements, and zeros."""
         hat: Binding = self._hat.under(task)
         plan, gates = hat.params[name], hat.gates
-        if not hat.formers and gates.is_soft(task) and not torch.compiler.is_compiling():  # the way of every step
+        if not self._hat.formers and gates.is_soft(task) and not torch.compiler.is_compiling():  # the way of every step
             return self._hat_by_folds(name, raw, plan, task) if plan.fold or plan.standardised else raw
         if not plan.axes and not plan.standardised and not plan.copied:
             return raw

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ...calls import device_of
 from ...config import whole
-from ...errors import TaskError
+from ...errors import ConfigError, TaskError
 from ..tasks import tasks
+from ..together import picked, rows_of, said_rows
 from .router import TaskRouter
 
 
@@ -60,7 +60,8 @@ def predict(
 
     Raises:
         TaskError: a sealed task that is not in the router, or a task in the router that is not what it was (it was
-            forgotten, or learned again). ConfigError: inputs that the model does not take; a `top` below 1.
+            forgotten, or learned again). ConfigError: inputs that the model does not take, or whose rows `top` cannot
+            tell apart; a `top` below 1.
 
     Warns:
         UserWarning: the model computes in another dtype than when a task was added.
@@ -79,6 +80,12 @@ def predict(
         p = router.probabilities({t: h for t, (h, _) in seen.items()}, chosen)
         joint = [p[:, i : i + 1] * z.cpu().double().softmax(1) for i, (_, z) in enumerate(seen.values())]
     else:
+        rows = rows_of(x)
+        if len(rows) != 1 or None in rows:
+            raise ConfigError(
+                f"top: got inputs with {said_rows(rows)} rows, expected tensors that all have a row per example, since "
+                "each row is run under its own tasks; leave top out"
+            )
         p = router.at_first_sight(router.seen(model, x, chosen[0])[0], chosen)
         best = p.topk(min(top, len(chosen)), 1).indices
         joint = [_of_its_rows(model, x, router, t, p[:, i], (best == i).any(1)) for i, t in enumerate(chosen)]
@@ -98,6 +105,5 @@ def _of_its_rows(model: nn.Module, x: Any, router: TaskRouter, task: int, p: Ten
     rows = asked.nonzero().flatten()
     if not len(rows):
         return p.new_zeros(len(p), 1)
-    here = tree_map(lambda v: v[rows.to(v.device)] if isinstance(v, Tensor) else v, x)
-    z = router.seen(model, here, task, len(rows))[1].cpu().double().softmax(1)
+    z = router.seen(model, picked(x, rows), task, len(rows))[1].cpu().double().softmax(1)
     return p.new_zeros(len(p), z.shape[1]).index_copy_(0, rows, p[rows, None] * z)

@@ -14,10 +14,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import hatcl
-from hatcl.hat import grow as growing
 from hatcl.hat.binding import Binding
 from hatcl.hat.certify import Certificate
 from hatcl.hat.gates import gates_of
+from hatcl.hat.growth import grow as growing
 from hatcl.hat.saving.pretrained import load_pretrained_
 
 GROWS = ["batch_norm2d", "grouped2d", "depthwise1d", "group_norm", "mlp_layer_norm_no_affine", "timm_squeeze_excite"]

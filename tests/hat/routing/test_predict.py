@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 
 import parts
@@ -29,6 +30,17 @@ def learned(name="mlp", tasks=3):
         parts.train(model, t, torch.optim.Adam(model.parameters(), lr=1e-2), data(t, shape), steps=15)
         router.add_task(t, *data(t, shape))
     return model, router
+
+
+class _Shared(nn.Module):
+    """A model whose second input is the same for all rows."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y):
+        return self.model(x + y)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +98,23 @@ def test_only_the_likeliest_tasks_are_run(sealed, top):
 def test_a_number_of_tasks_that_does_not_fit(sealed):
     with pytest.raises(ConfigError, match="top: got 0"):
         hatcl.predict(sealed[0], X, router=sealed[1], top=0)
+
+
+def test_rows_of_what_a_tokenizer_gives_are_told_apart(sealed):
+    """A `BatchEncoding` is a `UserDict`, into which torch does not look."""
+    model, router = sealed
+    want = hatcl.predict(model, X, router=router, top=1)
+    got = hatcl.predict(model, UserDict(input=X), router=router, top=1)
+    assert len(set(want.task.tolist())) == 3 and torch.equal(got.probability, want.probability)
+    rows = hatcl.forward(model, X, want.task)
+    again = hatcl.forward(model, UserDict(input=X), want.task)
+    assert all(torch.equal(a, b) for a, b in zip(rows, again, strict=True))
+
+
+def test_an_input_that_all_rows_share_is_no_batch(sealed):
+    model, router = sealed
+    with pytest.raises(ConfigError, match="top: got inputs with 1, 144 rows, expected tensors that all have a row per"):
+        hatcl.predict(_Shared(model), (X, torch.zeros(1)), router=router, top=1)
 
 
 def test_a_model_that_is_learning_answers_too(sealed):
