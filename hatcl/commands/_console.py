@@ -20,9 +20,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-PRINTED = {"highlight": False, "markup": False, "emoji": False}  # names of tasks and folders are printed as they are
-out = Console(**PRINTED)
-err = Console(stderr=True, **PRINTED)
+# names of tasks and folders are printed as they are
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def say(text: object, style: str | None = None) -> None:
