@@ -292,7 +292,7 @@ def read_steps(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last one that a kill has cut is left out."""
     path = run / STEP_LINES
     found: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
