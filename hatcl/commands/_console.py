@@ -20,8 +20,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# names of tasks and folders are printed as they are
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def say(text: object, style: str | None = None) -> None:
@@ -78,10 +79,10 @@ class Bar:
     """
 
     def __init__(self, total: int | None, unit: str, text: str = "reading") -> None:
-        counted = [DownloadColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
+        counted = [DownloadColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit, markup=False)]
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), *counted, TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=out, disable=out.quiet or not out.is_terminal,
+            TextColumn("{task.description}", markup=False), BarColumn(), *counted, TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=out, disable=out.quiet or not out.is_terminal,
         )  # fmt: skip
         self.bar = self.progress.add_task(text, total=total)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,22 @@ def learning_page(run: Path, metrics: dict[str, Any]) -> Told:
     if not finished:
         notes.append(f"{len(result.rows)} of {len(result.tasks)} tasks are learned; the run is not finished")
     parts = learning_parts(run, left, numbers, proved.removeprefix("certificate: "))
-    go_on = ["hatcl show {run}"]
-    if not finished:
-        go_on = ["hatcl train --resume --output {run}"]
-    elif (run / "model").exists():
-        go_on = [
-            "hatcl describe {run}", "hatcl certify {run}", "hatcl forget {run} --task 0 --dry-run",
-            "hatcl extract {run} --task 0 --output small",
-        ]  # fmt: skip
+    here = shlex.quote(str(run))
+    go_on = [f"hatcl show {here}"]
+    if not finished and (runs.stored_config(run) or {}).get("command") == "train":  # learn_sequence is no command
+        go_on = [f"hatcl train --resume --output {here}"]
+    elif finished and (run / "model").exists():
+        go_on = [f"hatcl describe {here}", f"hatcl certify {here}"]
+        for t in numbers[:1]:
+            go_on += [
+                f"hatcl forget {here} --task {t} --dry-run", f"hatcl extract {here} --task {t} --output small",
+            ]  # fmt: skip
     figures = {"method": result.method, "tasks": str(len(result.tasks))}
     own = next((m for m in result.scored_by if m in NO_SHARES), "")
     figures |= {f"{name} {'' if own else '%'}".strip(): score_text(left.get(key), own) for name, key in SHOWN.items()}
     figures["seconds"] = f"{seconds_of(run):.0f}"
     top = learning_top(left) + "".join(paragraph(note, "bad") for note in notes)
-    return Told(top, parts + made_parts(run, [line.format(run=run) for line in go_on]), figures)
+    return Told(top, parts + made_parts(run, go_on), figures)
 
 
 def finetune_page(run: Path, metrics: dict[str, Any]) -> Told:
@@ -58,7 +61,7 @@ def finetune_page(run: Path, metrics: dict[str, Any]) -> Told:
     unit = score_unit([measure])
     figures |= {f"{n} {part}, {unit}": score_text(v, measure) for n, by in score.items() for part, v in by.items()}
     figures["seconds"] = f"{metrics['seconds']:.0f}"
-    return Told("", finetune_parts(run, metrics) + made_parts(run, [f"hatcl graft {run}"]), figures)
+    return Told("", finetune_parts(run, metrics) + made_parts(run, [f"hatcl graft {shlex.quote(str(run))}"]), figures)
 
 
 def graft_page(run: Path, metrics: dict[str, Any]) -> Told:
@@ -66,7 +69,8 @@ def graft_page(run: Path, metrics: dict[str, Any]) -> Told:
     figures = {f"{name} %": percent(metrics[name]["accuracy"]) for name in ("pretrained", "finetuned")}
     figures |= {f"{row['by']} {row['sparsity']:g} %": percent(row["accuracy"]) for row in metrics["grafts"]}
     tuned = (runs.stored_config(run) or {"options": {}})["options"].get("run", "RUN")
-    go_on = [f"hatcl graft {tuned} --sparsity 0.001 --by magnitude --resume --output {run}"]
+    words = ("hatcl", "graft", str(tuned), "--sparsity", "0.001", "--by", "magnitude", "--resume", "--output", str(run))
+    go_on = [shlex.join(words)]
     return Told("", graft_parts(run, metrics) + made_parts(run, go_on), figures)
 
 
@@ -78,4 +82,4 @@ def atlas_page(run: Path, metrics: dict[str, Any]) -> Told:
     figures = {"procedure": metrics["procedure"]}
     figures |= {f"composed, {task} %": percent(by.get("test")) for task, by in last.items()}
     figures["seconds"] = f"{metrics['seconds']:.0f}"
-    return Told("", atlas_parts(run, metrics, rows) + made_parts(run, [f"hatcl show {run}"]), figures)
+    return Told("", atlas_parts(run, metrics, rows) + made_parts(run, [f"hatcl show {shlex.quote(str(run))}"]), figures)

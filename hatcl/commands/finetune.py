@@ -73,7 +73,8 @@ def finetune(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Texts: .json or .json.gz with train, dev and test lists of [text, label] or [text, text2, label], "
+            help="Texts: .json or .json.gz with train, dev and test lists of \\[text, label] or "
+            "\\[text, text2, label], "
             "or with --task a folder of .tsv or .csv; images: .npz with x_train, y_train, x_test, "
             "y_test. Without it --task is read from the hub, by the package datasets.",
         ),

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ..config import one_of, whole
-from ..engine.folder import read_steps
+from ..engine.folder import drop_steps, read_steps
 from ..engine.measures import BINS, Calibration
 from ..errors import ConfigError
 from ..files import write_files
@@ -212,9 +212,11 @@ def graft(
     settings = {**scene.settings, "inputs": inputs, "finetuned_head": parts.given}
     steps = sum(learning.steps + 1 if w.by == "learned" else 1 for w in missing) + len(wanted)
     names = [w.name for w in missing]
-    # the folder gathers grafts of several commands; one that is made again replaces its lines
-    first = 1 + max((line["stage"] for line in read_steps(folder.path) if line["name"] not in names), default=-1)
+    told = {line["name"]: line["stage"] for line in read_steps(folder.path)}  # of the grafts of all commands
+    first = 1 + max((stage for name, stage in told.items() if name not in names), default=-1)
     with folder.claimed(inputs=inputs), Bar(steps, "steps") as bar:
+        for stage in (told[name] for name in names if name in told):  # one that is made again replaces its lines
+            drop_steps(folder.path, stage)
 
         def tell(name: str, entry: Mapping[str, float]) -> None:
             keys = [key for key in ("loss", "mask_loss", "validation") if key in entry]

@@ -38,8 +38,8 @@ def show_command(
 ) -> dict[str, Any]:
     """Show a run of any command, finished or not: its scores and measures, its pictures, and a page with all of them.
 
-    The page is one HTML file that needs no network. Of several runs, figures and options that differ stand beside each
-    other.
+    The page is one HTML file that needs no network. Of several runs, figures and options that differ are shown side by
+    side.
     """
     number("--share", share, 0, 1, without="both", what="a share")
     if output is not None and output.suffix != ".html":
@@ -121,6 +121,8 @@ def _so_far(run: Path, name: str) -> dict[str, Any]:
         return found
     progress = complete(run / runs.CHECKPOINT) / "progress.json"
     if not progress.exists():
-        raise ConfigError(f"{run}: has nothing to show yet; go on with: hatcl {name} --resume --output {run}")
+        command = (runs.stored_config(run) or {})["command"]
+        go_on = f"with: hatcl {name} --resume --output {run}" if command == name else f"by calling {command} once more"
+        raise ConfigError(f"{run}: has nothing to show yet; go on {go_on}")
     so_far: dict[str, Any] = read_json(progress)["result"]
     return so_far

@@ -275,6 +275,16 @@ class _Run:
         self._tell_stage(stage)
 
     def _learn(self, stage: int) -> None:
+        try:
+            losses = self._steps(stage)
+        except BaseException:
+            self.method.leave(self.model)
+            raise
+        tenth = -(-len(losses) // 10)
+        self.result.losses.append([sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth])
+
+    def _steps(self, stage: int) -> list[float]:
+        """Learn a stage; the losses of its steps."""
         self.method.begin(self.model, stage)
         standing = None
         if self.writes is not None and self.processes == 1 and self.method.state() is not None:
@@ -290,9 +300,7 @@ class _Run:
         if not self.options.fresh_optimizer and not self.method.renews:
             self.optimizer, self.scaler = loop.optimizer, loop.scaler
         self.method.end(self.model, stage)
-        losses = work.losses
-        tenth = -(-len(losses) // 10)
-        self.result.losses.append([sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth])
+        return work.losses
 
     def _kept_optimizer(self, work: _Stage) -> torch.optim.Optimizer | None:
         """The optimizer of the stages before, where there is one for all; also after an interruption."""

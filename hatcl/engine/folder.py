@@ -53,7 +53,8 @@ class RunFolder:
         log: further writers that are told each step, see `LOGS`.
 
     Raises:
-        ConfigError: the folder holds something else, or a run of other options; or any run, and `resume` is False.
+        ConfigError: the folder holds something else, a run of other options, or an unfinished one of another version;
+            or any run, and `resume` is False.
     """
 
     path: Path
@@ -79,7 +80,20 @@ class RunFolder:
             raise ConfigError(
                 f"--output: {self.path} already holds a run; add --resume to go on with it, or name another folder"
             )
-        check_same_run(self.path, stored["options"], self.options, self.free)
+        other = _other_version(stored)
+        if other and not self.finished:
+            raise ConfigError(
+                f"{self.path}: was started by {other}, and is not finished; resume it with that version, or name "
+                "another folder (--output)"
+            )
+        try:
+            check_same_run(self.path, stored["options"], self.options, self.free)
+        except ConfigError as error:
+            if other:
+                raise ConfigError(
+                    f"{self.path}: was made by {other}, with other options ({error}); hatcl show {self.path} reads it"
+                ) from error
+            raise
 
     @property
     def begun(self) -> bool:
@@ -209,6 +223,15 @@ def stored_config(path: Path) -> dict[str, Any] | None:
     return stored
 
 
+def _other_version(stored: Mapping[str, Any]) -> str:
+    """The version that a run was started with, if it is not this one: it may have other defaults and other steps, so
+    that what it left cannot be continued to the same end."""
+    was = stored.get("made_with", {}).get("versions", {}).get("hatcl")
+    if was == made_with()["versions"].get("hatcl"):
+        return ""
+    return f"hatcl {was}" if was else "an earlier hatcl"
+
+
 def check_same_run(
     where: object, stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
 ) -> None:
@@ -269,7 +292,7 @@ def read_steps(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; a last one that a kill has cut is left out."""
     path = run / STEP_LINES
     found: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found

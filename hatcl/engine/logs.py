@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,7 +78,7 @@ class _Mlflow:
             self.id = str(self.mlflow.start_run(run_id=known).info.run_id)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        self.mlflow.log_metrics(dict(values), step=step)
+        self.mlflow.log_metrics({_as_mlflow_names(name): value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         self.mlflow.end_run()
@@ -140,6 +141,12 @@ class Logs:
             for writer in self.every:
                 stack.callback(writer.close)
         self.every = []
+
+
+def _as_mlflow_names(name: str) -> str:
+    """A name as MLflow takes it: of letters, digits and few signs, without empty parts and `..`, not too long."""
+    parts = re.sub(r"[^\w.\- :/]", "_", name).split("/")
+    return "/".join(part if part.strip(".") else "_" for part in parts)[:250]
 
 
 def _imported(module: str, package: str) -> Any:

@@ -87,6 +87,12 @@ class HATPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
                 f"HATPlugin: task {course.task} has {len(strategy.dataloader)} batches and {strategy.train_epochs} "
                 "epochs, so there is nothing to learn; give both at least one"
             )
+        if course.task in tasks(strategy.model):
+            raise TaskError(
+                f"HATPlugin: experience {strategy.experience.current_experience} has the task label {course.task}, and "
+                f"that task is sealed; each task is one experience. Where all experiences have one label, {LABELLED}; "
+                f"hatcl.reopen_task(model, {course.task}) opens a task to learn it on"
+            )
         course.begin(strategy.model, strategy.optimizer, steps, 0)
         self.course = course
 

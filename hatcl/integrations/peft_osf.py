@@ -27,7 +27,8 @@ def split_weights(model: nn.Module, names: Sequence[str], preserved: float) -> N
     peft.inject_adapter_in_model(config, model, ADAPTER)
 
 
-def _split_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def split_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """OSF's layers in a model, by name."""
     for name, module in model.named_modules():
         if hasattr(module, "osf_svd_params"):
             yield name, module
@@ -38,7 +39,7 @@ def keep_orthogonal(model: nn.Module) -> None:
     """Take out of the trained factors what has come into the directions of the high part: `U_low -= U_high U_high^T
     U_low`, and so for V. peft projects the gradients, which is not enough where an optimizer scales a step element by
     element, as Adam does."""
-    for _, layer in _split_layers(model):
+    for _, layer in split_layers(model):
         factors = layer.osf_svd_params[ADAPTER]
         high, low = layer._osf_U_high, layer._osf_U_low_init[ADAPTER]
         factors["U_low"].copy_(_without_span(factors["U_low"], high[ADAPTER] if ADAPTER in high else None, low))
@@ -54,7 +55,7 @@ def _without_span(x: Tensor, high: Tensor | None, low: Tensor) -> Tensor:
 
 def merge_weights(model: nn.Module) -> None:
     """Write what was learned into the weights, and put the linear layers back. They all require a gradient then."""
-    for name, layer in list(_split_layers(model)):
+    for name, layer in list(split_layers(model)):
         layer.merge(safe_merge=False, adapter_names=[ADAPTER])
         base = layer.get_base_layer()
         base.weight.requires_grad_(True)

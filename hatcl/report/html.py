@@ -155,9 +155,13 @@ def chart(
     """A line chart as SVG; empty where no line has a point.
 
     Args:
-        lines: points by name. across: what runs along the horizontal axis. log: its scale. dots: mark the points.
+        lines: points by name. across: what runs along the horizontal axis. log: its scale, which has
+            no place for points at 0 and below. dots: mark the points.
     """
-    kept = {name: _thinned([p for p in points if all(map(math.isfinite, p))]) for name, points in lines.items()}
+    kept = {
+        name: _thinned([p for p in points if all(map(math.isfinite, p)) and (p[0] > 0 or not log)])
+        for name, points in lines.items()
+    }
     kept = {name: points for name, points in kept.items() if points}
     if not kept:
         return ""

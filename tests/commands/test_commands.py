@@ -15,6 +15,7 @@ import torch
 import yaml
 from command_parts import call, write_tasks
 from PIL import Image
+from rich.text import Text
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
@@ -150,6 +151,7 @@ def test_help_is_complete_and_in_plain_english(name, capsys):
         if p.name != "help":
             assert getattr(p, "help", None) and len(p.help) > 5, p.name
             assert not re.search(r"\b(goes on with it|anew|beside)\b|`", p.help), p.help
+            assert Text.from_markup(p.help).plain == p.help.replace("\\[", "["), "rich reads [text] as a mark"
     code, out, _ = call(capsys, *name.split(), "--help")
     assert code == 0 and f"hatcl {name}" in " ".join(out.split())
 

@@ -29,6 +29,7 @@ from finetuning_parts import (  # noqa: E402
 from hatcl import commands as cli  # noqa: E402
 from hatcl.commands import graft as cli_graft  # noqa: E402
 from hatcl.continual import TextData  # noqa: E402
+from hatcl.engine.folder import read_steps  # noqa: E402
 from hatcl.engine.measures import predictions_of  # noqa: E402
 from hatcl.finetuning import grafts as finetuning_grafts  # noqa: E402
 from hatcl.finetuning import load_run  # noqa: E402
@@ -225,6 +226,16 @@ def test_the_same_command_goes_on_after_an_interruption(here, tmp_path, capsys, 
         m.setattr(finetuning_grafts.Scene, "_predicted", None)  # nor measured again
         assert graft("run", *more, "--resume", "--output", killed) == 0
     assert files(killed) == b
+
+
+def test_a_graft_that_is_made_again_replaces_its_lines(here, tmp_path):
+    line = ["run", "--sparsity", "0.1", "--sparsity", "0.01", "--steps", "2", "--output", tmp_path / "g"]
+    assert graft(*line) == 0
+    names = [line["name"] for line in read_steps(tmp_path / "g")]
+    shutil.rmtree(tmp_path / "g" / "learned_0.1")
+    assert graft(*line, "--resume") == 0
+    again = [line["name"] for line in read_steps(tmp_path / "g")]
+    assert sorted(again) == sorted(names) and again != names and set(names) == {"learned_0.1", "learned_0.01"}
 
 
 def test_other_measures_of_the_same_grafts(here, tmp_path):

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import html
 import json
+import shlex
 import shutil
 
 import pytest
 from command_parts import call
+from rich.errors import MarkupError
 
+from hatcl.commands import _console
 from hatcl.engine import folder as runs
 
 
@@ -137,3 +141,56 @@ def test_several_runs_beside_each_other(run, tmp_path, capsys):
     assert code == 2 and "is named twice; name each run once" in err
     code, _, err = call(capsys, "show", one, "--output", tmp_path / "page.txt")
     assert code == 2 and "expected a file that ends in .html" in err
+
+
+HOSTILE = ["[/x] $\\foo$ :smile:", "<script>alert('\"')</script>", "a [red]name " + "with many words " * 20]
+
+
+@pytest.fixture
+def hostile(run, tmp_path):
+    """The run, with names of tasks that a terminal, a picture and a page could take for something else."""
+    pytest.importorskip("matplotlib")
+    copy = shutil.copytree(run, tmp_path / "a run [/b] of '$\\x$'")
+    metrics = json.loads((copy / "metrics.json").read_text())
+    runs.write_json(copy / "metrics.json", {**metrics, "tasks": HOSTILE})
+    return copy
+
+
+def test_names_are_shown_as_they_are(hostile, capsys):
+    code, out, err = call(capsys, "show", hostile)
+    assert code == 0 and HOSTILE[0] in out and f"task 2  {HOSTILE[2]}" in out and str(hostile) in out, err
+    text = (hostile / "report.html").read_text()
+    assert "<script" not in text and "&lt;script&gt;alert(&#x27;&quot;&#x27;)&lt;/script&gt;" in text
+    line = next(line for line in html.unescape(text).splitlines() if line.startswith("hatcl certify"))
+    assert shlex.split(line) == ["hatcl", "certify", str(hostile)]
+    assert call(capsys, "show", hostile, hostile.parent / "." / hostile.name / "")[0] == 2  # named twice
+    other = shutil.copytree(hostile, hostile.with_name("[b]"))
+    code, out, err = call(capsys, "show", hostile, other)
+    assert code == 0 and str(other)[-11:] in out, err
+
+
+def test_twin_markup_takes_names_for_styles(hostile, capsys, monkeypatch):
+    monkeypatch.setattr(_console.out, "_markup", True)
+    with pytest.raises(MarkupError):
+        call(capsys, "show", hostile)
+
+
+def test_the_commands_of_a_page_name_a_task_that_is_left(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    metrics = json.loads((copy / "metrics.json").read_text())
+    runs.write_json(copy / "metrics.json", {**metrics, "forgotten": [0]})
+    assert call(capsys, "show", copy)[0] == 0
+    text = (copy / "report.html").read_text()
+    assert f"hatcl forget {copy} --task 1 --dry-run" in text and "--task 0" not in text
+    runs.write_json(copy / "metrics.json", {**metrics, "forgotten": [0, 1, 2]})
+    assert call(capsys, "show", copy)[0] == 0
+    assert "hatcl forget" not in (copy / "report.html").read_text()
+
+
+def test_how_a_run_of_the_function_is_resumed(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((copy / "config.json").read_text())
+    runs.write_json(copy / "config.json", {**config, "command": "learn_sequence"})
+    (copy / "metrics.json").unlink()
+    code, _, err = call(capsys, "show", copy)
+    assert code == 2 and "has nothing to show yet; go on by calling learn_sequence once more" in err

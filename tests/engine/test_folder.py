@@ -87,6 +87,24 @@ def test_a_folder_of_another_run_is_refused(tmp_path, changes, text):
     assert RunFolder(tmp_path / "run", "train", {**OPTIONS, "device": "cuda"}, free={"device"}).begun
 
 
+@pytest.mark.parametrize("was", ["0.0.1", None])
+def test_an_unfinished_run_of_another_version_is_refused(tmp_path, was):
+    run = RunFolder(tmp_path / "run", "train", OPTIONS)
+    with run.claimed():
+        stored = json.loads((run.path / "config.json").read_text())
+    made = {} if was is None else {"made_with": {"versions": {"hatcl": was}}}  # earlier ones did not note it
+    checkpoints.write_json(run.path / "config.json", {**stored, "made_with": {}, **made})
+    text = "was started by hatcl 0.0.1, and" if was else "was started by an earlier hatcl, and"
+    with pytest.raises(ConfigError, match=f"{text} is not finished; resume it with that version"):
+        RunFolder(run.path, "train", OPTIONS)
+    checkpoints.write_json(run.path / "metrics.json", {})
+    assert RunFolder(run.path, "train", OPTIONS).finished  # its results can be read
+    with pytest.raises(
+        ConfigError, match=r"was made by .*with other options \(.*new=nothing.*\); hatcl show .* reads it"
+    ):
+        RunFolder(run.path, "train", {**OPTIONS, "new": 1})
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "notes").mkdir()

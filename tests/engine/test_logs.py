@@ -108,3 +108,15 @@ def test_the_steps_as_a_table(tmp_path):
     assert rows[1] == {"stage": "1", "step": "1", "name": "c", "loss": "", "penalty": "2.0"}
     drop_steps(tmp_path, 1)  # a task that is forgotten
     assert (tmp_path / "metrics.csv").read_text().splitlines()[1:] == ['0,1,"a, b",0.5']
+
+
+@pytest.mark.parametrize(("task", "told"), [
+    ("SST-2 (v1) [x]", "score/SST-2 _v1_ _x_"), ("a//b/../é:c.d", "score/a/_/b/_/é:c.d"),
+    ("x" * 300, "score/" + "x" * 244),
+])  # fmt: skip
+def test_names_that_mlflow_would_refuse(tmp_path, fake, task, told):
+    run = RunFolder(tmp_path / "run", "train", {}, log=["mlflow"])
+    with run.claimed():
+        run.mark(**{f"score/{task}": 0.5})
+        run.close()
+    assert [args for called, args, _ in fake if called == "mlflow.log_metrics"] == [({told: 0.5},)]

@@ -68,6 +68,7 @@ def test_a_chart_is_inside_of_its_frame():
     assert drawn.count("<circle") == 1  # a line of one point is a dot
     assert re.findall(r">(\d+)</text>", drawn)[-4:] == ["1", "10", "100", "1000"]
     assert chart({"a": [], "b": [(1, math.nan)]}, "t", "x") == ""
+    assert chart({"a": [(0, 1.0)]}, "t", "x", log=True) == ""  # an empty graft has sparsity 0
 
 
 def test_long_lines_are_thinned_to_their_means():

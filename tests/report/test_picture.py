@@ -75,3 +75,22 @@ def test_panels_have_names_of_tasks_and_layers_and_a_colour_bar(monkeypatch):
     assert labels.count(["0  a task w… name 0", "2  a task w… name 1", "3  a task w… name 2"]) == 3
     layers = [t.get_text() for a in axes for t in a.get_xticklabels() if t.get_text().startswith("layer")]
     assert layers == [f"layer{k}" for k in range(0, 60, 2)] and len(axes) == 5  # with two colour bars
+
+
+def test_names_are_drawn_letter_by_letter():
+    pytest.importorskip("matplotlib")
+    run = run_of(2)
+    drawn = []
+    for name in ("a$x_2$b", "a$\\foo$b"):  # a formula, and one that cannot be read
+        run["tasks"][0] = run["details"]["layers"][0]["name"] = name
+        drawn.append(draw_run(run))
+    assert drawn[0] != drawn[1]
+
+
+def test_twin_names_as_formulas(monkeypatch):
+    text = pytest.importorskip("matplotlib.text")
+    run = run_of(2)
+    run["tasks"][0] = "a$\\foo$b"
+    monkeypatch.setattr(text.Text, "set_parse_math", lambda self, _: setattr(self, "_parse_math", True))
+    with pytest.raises(ValueError, match="Unknown symbol"):
+        draw_run(run)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...config import number
 from ...errors import SkillError
-from ...integrations.peft_osf import keep_orthogonal, merge_weights, split_weights
+from ...integrations.peft_osf import keep_orthogonal, merge_weights, split_layers, split_weights
 from ...skills.tensors import adapters_of
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -49,8 +49,9 @@ class OSF(Method):
                     number(name, getattr(self, name), 0, 1, without="both", what="a share")
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
-        if adapters_of(model):
-            raise SkillError("osf: learns the model's own weights, and the model has a LoRA adapter; give it without")
+        if adapters_of(model) or any(True for _ in split_layers(model)):
+            kind = "a LoRA adapter" if adapters_of(model) else "OSF layers of peft's own"
+            raise SkillError(f"osf: learns the model's own weights, and the model has {kind}; give it without")
         self.count = len(tasks)
         self.head = _head_of(model)
         self.names = [
@@ -85,6 +86,10 @@ class OSF(Method):
     def end(self, model: nn.Module, stage: int) -> None:
         merge_weights(model)
         self._train(model, [model.get_submodule(name).weight for name in self.names])
+
+    def leave(self, model: nn.Module) -> None:
+        """What was learned until then is in the weights, as with a method that adds nothing."""
+        self.end(model, -1)
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -131,6 +131,9 @@ class Method:
     def end(self, model: nn.Module, stage: int) -> None:
         """After a stage's steps; the model is scored and saved as this leaves it."""
 
+    def leave(self, model: nn.Module) -> None:
+        """After an error between `begin` and `end`: take out what `begin` has put into the model."""
+
     def facts(self, model: nn.Module, stage: int) -> dict[str, Any]:
         """What is known of the stage that has just ended besides its scores, JSON-able."""
         return {}

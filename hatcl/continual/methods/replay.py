@@ -1,4 +1,4 @@
-"""Experience replay: earlier tasks' examples are learned again besides the current ones."""
+"""Experience replay: earlier tasks' examples are learned again together with the current ones."""
 
 from __future__ import annotations
 

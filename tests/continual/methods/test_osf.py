@@ -112,6 +112,10 @@ def test_a_layer_that_shares_the_embeddings_is_left_alone():
     "model, text",
     [
         (adapted, "osf: learns the model's own weights, and the model has a LoRA adapter"),
+        (
+            lambda: peft.get_peft_model(bert(), peft.OSFConfig(target_modules=["query"])),
+            "osf: learns the model's own weights, and the model has OSF layers of peft's own",
+        ),
         (lambda: nn.Conv1d(1, 2, 3), "osf: Conv1d has no nn.Linear but its head"),
     ],
 )
@@ -123,6 +127,37 @@ def test_what_is_refused(model, text):
     assert same(before, state(model))
     with pytest.raises(ConfigError, match="preserved: got 1, expected a share between 0 and 1, without these"):
         osf.OSF({"preserved": 1})
+
+
+def interrupted():
+    """A network whose second step raised, and what its modules were called before."""
+    model, steps = plain(), []
+    names = [name for name, _ in model.named_modules()]
+
+    def tell(at):
+        steps.append(at.doing)
+        if steps.count("learning") == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn_sequence(model, [vector_task("a", 0)], "osf", QUICK, on_progress=tell)
+    return model, names
+
+
+def test_an_error_leaves_an_ordinary_model():
+    model, names = interrupted()
+    assert [name for name, _ in model.named_modules()] == names and not hasattr(model, "peft_config")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"0.weight", "3.weight"}
+    assert any(not torch.equal(t, before) for t, before in zip(model.parameters(), plain().parameters(), strict=True))
+    learn_sequence(model, [vector_task("a", 0)], "osf", QUICK)  # and it can be learned again
+
+
+def test_twin_an_error_would_leave_the_split_layers(monkeypatch):
+    monkeypatch.setattr(osf.OSF, "leave", lambda self, model: None)
+    model, names = interrupted()
+    assert [name for name, _ in model.named_modules()] != names
+    with pytest.raises(SkillError, match="has OSF layers of peft's own"):
+        learn_sequence(model, [vector_task("a", 0)], "osf", QUICK)
 
 
 @pytest.mark.parametrize("fresh", [True, False])
