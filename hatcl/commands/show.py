@@ -38,8 +38,8 @@ def show_command(
 ) -> dict[str, Any]:
     """Show a run of any command, finished or not: its scores and measures, its pictures, and a page with all of them.
 
-    The page is one HTML file that needs no network. Of several runs, figures and options that differ stand beside each
-    other.
+    The page is one HTML file that needs no network. Of several runs, figures and options that differ are shown side by
+    side.
     """
     number("--share", share, 0, 1, without="both", what="a share")
     if output is not None and output.suffix != ".html":
