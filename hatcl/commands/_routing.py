@@ -40,7 +40,7 @@ from ._sequence import texts
 from ._shown import draw_into, show_learning
 
 ROUTER, ABOUT, CONFUSION = "router.safetensors", "router.json", "router.png"
-READ_BY = {"base": "a base model", "tokens": "a tokenizer"}
+READ_WITH = {"base": "a base model", "tokens": "a tokenizer"}
 ROUTED = {
     "task found": "task_accuracy",
     "in one forward": "at_first_sight",
@@ -65,7 +65,7 @@ def route(
         examples = text_examples(sequence, parts)
         chats = [isinstance(of.train[0][0], Chat) for of in parts]
         labels = [list(read.labels) for read in readings(sequence)]
-        known = {"tasks": list(data), "labels": labels, "chats": chats, **_read_by(base, sequence, all(chats))}
+        known = {"tasks": list(data), "labels": labels, "chats": chats, **_read_with(base, sequence, all(chats))}
     else:
         of_images: ImageOptions = made(ImageOptions, options)
         stream = [of.on_validation(of_images.validation, seed) if validated else of for of in data]
@@ -119,16 +119,16 @@ def text_readings(run: Path, known: Mapping[str, Any]) -> list[TextReading]:
     stubs = {name: TextData(some, [], []) for name, some in zip(known["tasks"], pairs, strict=True)}
     options: dict[str, Any] = runs.stored_config(run)["options"]  # type: ignore[index]
     base, sequence = texts({**options, "train": None, "test": None, "plain": False, "score_on": "test"}, stubs)
-    for what, digest in _read_by(base, sequence, all(known["chats"])).items():
+    for what, digest in _read_with(base, sequence, all(known["chats"])).items():
         if known[what] != digest:
             raise IntegrityError(
-                f"{run}: its router was made with {READ_BY[what]} that is no longer the one at {options['model']}, so "
+                f"{run}: its router was made with {READ_WITH[what]} that is no longer the one at {options['model']}, so "
                 "that texts would be read as others; put back what was there"
             )
     return readings(sequence)
 
 
-def _read_by(base: nn.Module, sequence: Sequence[ContinualTask], chat: bool) -> dict[str, str]:
+def _read_with(base: nn.Module, sequence: Sequence[ContinualTask], chat: bool) -> dict[str, str]:
     """Digests of that by which texts are read, which is no part of a run."""
     return {"base": base_of(base), "tokens": tokens_digest(readings(sequence), chat)}
 

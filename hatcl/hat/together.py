@@ -42,7 +42,7 @@ def forward(model: nn.Module, x: Any, tasks: Tensor | Sequence[int], *, fused: b
             `fused`, a model that cannot compute several tasks at once.
     """
     ids = [int(t) for t in tasks] if _is_flat(tasks) else None
-    rows = rows_of(x)
+    rows = row_counts(x)
     if not ids or rows != {len(ids)}:
         came = f"shape {list(tasks.shape)}" if isinstance(tasks, Tensor) else f"{len(tasks)} of them"
         raise TaskError(
@@ -68,22 +68,22 @@ def forward(model: nn.Module, x: Any, tasks: Tensor | Sequence[int], *, fused: b
     return tree_unflatten(merged, form) if len(merged) != 1 or not isinstance(out, Tensor) else merged[0]
 
 
-def rows_of(x: Any) -> set[int | None]:
+def row_counts(x: Any) -> set[int | None]:
     """How many rows the tensors of a batch have; None where one has none."""
-    return {len(v) if v.dim() else None for v in tree_flatten(_plain(x))[0] if isinstance(v, Tensor)}
+    return {len(v) if v.dim() else None for v in tree_flatten(_as_dict(x))[0] if isinstance(v, Tensor)}
 
 
 def said_rows(rows: set[int | None]) -> str:
-    """What `rows_of` found, for an error."""
+    """What `row_counts` found, for an error."""
     return ", ".join("no rows" if n is None else str(n) for n in sorted(rows, key=str)) or "no tensor"
 
 
 def picked(x: Any, at: Tensor) -> Any:
     """Some rows of a batch of which every tensor has a row per example."""
-    return tree_map(lambda v: v[at.to(v.device)] if isinstance(v, Tensor) else v, _plain(x))
+    return tree_map(lambda v: v[at.to(v.device)] if isinstance(v, Tensor) else v, _as_dict(x))
 
 
-def _plain(x: Any) -> Any:
+def _as_dict(x: Any) -> Any:
     """A mapping as a dict: torch looks into no other, such as a tokenizer's `BatchEncoding`."""
     return dict(x) if isinstance(x, Mapping) else x
 

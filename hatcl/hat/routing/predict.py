@@ -13,7 +13,7 @@ from ...calls import device_of
 from ...config import whole
 from ...errors import ConfigError, TaskError
 from ..tasks import tasks
-from ..together import picked, rows_of, said_rows
+from ..together import picked, row_counts, said_rows
 from .router import TaskRouter
 
 
@@ -80,7 +80,7 @@ def predict(
         p = router.probabilities({t: h for t, (h, _) in seen.items()}, chosen)
         joint = [p[:, i : i + 1] * z.cpu().double().softmax(1) for i, (_, z) in enumerate(seen.values())]
     else:
-        rows = rows_of(x)
+        rows = row_counts(x)
         if len(rows) != 1 or None in rows:
             raise ConfigError(
                 f"top: got inputs with {said_rows(rows)} rows, expected tensors that all have a row per example, since "
