@@ -307,4 +307,4 @@ def test_a_name_that_is_taken():
 
 
 def test_names_of_options_that_stay_out_of_config():
-    assert set(META) == {"output", "resume", "config", "json_"} and not set(SPELLED) & set(SPELLED.values())
+    assert set(META) == {"output", "resume", "config", "log", "json_"} and not set(SPELLED) & set(SPELLED.values())
