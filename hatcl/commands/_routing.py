@@ -122,8 +122,8 @@ def text_readings(run: Path, known: Mapping[str, Any]) -> list[TextReading]:
     for what, digest in _read_with(base, sequence, all(known["chats"])).items():
         if known[what] != digest:
             raise IntegrityError(
-                f"{run}: its router was made with {READ_WITH[what]} that is no longer the one at {options['model']}, so "
-                "that texts would be read as others; put back what was there"
+                f"{run}: its router was made with {READ_WITH[what]} that is no longer the one at {options['model']}, "
+                "so that texts would be read as others; put back what was there"
             )
     return readings(sequence)
 
