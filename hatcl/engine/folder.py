@@ -185,11 +185,11 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the writers, and write the steps as a table."""
+        logs, self._logs = self._logs, None
+        if logs is not None:
+            logs.close()
         if self._lines is not None and (self.path / STEP_LINES).exists():
             write_steps_table(self.path)
-        if self._logs is not None:
-            self._logs.close()
-            self._logs = None
 
     _lines: int | None = dataclasses.field(default=None, repr=False)  # of metrics.jsonl, once something was told
     _logs: Logs | None = dataclasses.field(default=None, repr=False)

@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from hatcl.engine import folder
 from hatcl.engine.folder import RunFolder, drop_steps
 from hatcl.engine.logs import LOGS, check_logs
 from hatcl.errors import ConfigError
@@ -120,3 +121,16 @@ def test_names_that_mlflow_would_refuse(tmp_path, fake, task, told):
         run.mark(**{f"score/{task}": 0.5})
         run.close()
     assert [args for called, args, _ in fake if called == "mlflow.log_metrics"] == [({told: 0.5},)]
+
+
+def test_a_table_that_cannot_be_written_leaves_no_writer_open(tmp_path, fake, monkeypatch):
+    def full(path):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(folder, "write_steps_table", full)
+    run = RunFolder(tmp_path / "run", "train", {}, log=["wandb"])
+    with run.claimed():
+        run.tell(step=1, loss=0.5)
+    with pytest.raises(OSError, match="the disk is full"):
+        run.close()
+    assert fake[-1][0] == "wandb.finish"
