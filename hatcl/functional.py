@@ -304,6 +304,11 @@ def score_text(value: float | None, measure: str = "") -> str:
     return f"{value:.3f}" if measure in NO_SHARES else f"{100 * value:.1f}"
 
 
+def own_measure(measures: Iterable[str]) -> str:
+    """The first of these measures that is none of shares; nothing where all are."""
+    return next((measure for measure in measures if measure in NO_SHARES), "")
+
+
 def score_unit(measures: Iterable[str]) -> str:
     """What scores by these measures are told in."""
     own = sorted({measure for measure in measures if measure in NO_SHARES})

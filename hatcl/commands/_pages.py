@@ -9,7 +9,7 @@ from typing import Any
 
 from ..continual.result import SequenceResult
 from ..engine import folder as runs
-from ..functional import NO_SHARES, score_text, score_unit
+from ..functional import own_measure, score_text, score_unit
 from ..hat.lineage import spoken
 from ..report.html import paragraph
 from ..report.page import (
@@ -47,7 +47,7 @@ def learning_page(run: Path, metrics: dict[str, Any]) -> Told:
                 f"hatcl forget {here} --task {t} --dry-run", f"hatcl extract {here} --task {t} --output small",
             ]  # fmt: skip
     figures = {"method": result.method, "tasks": str(len(result.tasks))}
-    own = next((m for m in result.scored_by if m in NO_SHARES), "")
+    own = own_measure(result.scored_by)
     figures |= {f"{name} {'' if own else '%'}".strip(): score_text(left.get(key), own) for name, key in SHOWN.items()}
     figures["seconds"] = f"{seconds_of(run):.0f}"
     top = learning_top(left) + "".join(paragraph(note, "bad") for note in notes)

@@ -115,7 +115,7 @@ def load_router(run: Path, model: nn.Module, asked: bool = True) -> hatcl.TaskRo
 
 def text_readings(run: Path, known: Mapping[str, Any]) -> list[TextReading]:
     """How the tasks of a run read texts: from its options and labels alone, without its data."""
-    pairs = [[(y, y) for y in labels] or [(y, y) for y in ("text",)] for labels in known["labels"]]
+    pairs = [[(y, y) for y in labels] or [("text", "text")] for labels in known["labels"]]
     stubs = {name: TextData(some, [], []) for name, some in zip(known["tasks"], pairs, strict=True)}
     options: dict[str, Any] = runs.stored_config(run)["options"]  # type: ignore[index]
     base, sequence = texts({**options, "train": None, "test": None, "plain": False, "score_on": "test"}, stubs)

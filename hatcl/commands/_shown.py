@@ -19,7 +19,7 @@ from ..engine import folder as runs
 from ..engine.loop import Progress
 from ..errors import ConfigError
 from ..files import write_files
-from ..functional import NO_SHARES, score_text, score_unit
+from ..functional import own_measure, score_text, score_unit
 from ..hat.lineage import spoken
 from ..report.picture import draw_run
 from ..report.skills import draw_overlap, draw_skills
@@ -186,7 +186,7 @@ def _measures_table(result: SequenceResult) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=f"{result.method}, {score_unit(result.scored_by)}", title_justify="left")
     for name in SHOWN:
         table.add_column(name, justify="right")
-    own = next((measure for measure in result.scored_by if measure in NO_SHARES), "")
+    own = own_measure(result.scored_by)
     table.add_row(*(score_text(result.measures[measure], own) for measure in SHOWN.values()))
     return table
 

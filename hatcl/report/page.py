@@ -14,7 +14,7 @@ from ..continual.folder import TASKS
 from ..continual.result import SequenceResult
 from ..engine import folder as runs
 from ..engine.measures import Calibration
-from ..functional import NO_SHARES, score_text, score_unit
+from ..functional import own_measure, score_text, score_unit
 from ..skills.scores import SkillScores, localize, skill_overlap
 from .html import (
     Part,
@@ -88,11 +88,8 @@ def learning_parts(run: Path, metrics: Mapping[str, Any], numbers: Sequence[int]
 
 def learning_top(metrics: Mapping[str, Any]) -> str:
     """The figures of a run of `hatcl train` that count."""
-    told = [
-        (v, n)
-        for v, n in ((metrics.get("average_accuracy"), "average score"), (metrics.get("forgetting"), "forgetting"))
-    ]
-    own = next((m for m in metrics.get("scored_by", []) if m in NO_SHARES), "")
+    told = [(metrics.get("average_accuracy"), "average score"), (metrics.get("forgetting"), "forgetting")]
+    own = own_measure(metrics.get("scored_by", []))
     shown = [(score_text(v, own) + ("" if own else " %"), n) for v, n in told if v is not None]
     shown.append((f"{len(metrics['matrix'])} of {len(metrics['tasks'])}", "tasks learned"))
     if "exact" in metrics["details"]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError
-from ..functional import NO_SHARES, score_text, score_unit
+from ..functional import own_measure, score_text, score_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +85,7 @@ def png(figure: Figure) -> bytes:
 
 
 def _headline(metrics: Mapping[str, Any]) -> str:
-    own = next((m for m in metrics.get("scored_by", ()) if m in NO_SHARES), "")
+    own = own_measure(metrics.get("scored_by", ()))
     words = [
         f"{name.replace('_', ' ').replace('accuracy', 'score')} {score_text(metrics[name], own)}{'' if own else ' %'}"
         for name in ("average_accuracy", "forgetting")
@@ -121,7 +121,7 @@ def _draw_matrix(
     bar.outline.set_visible(False)
     bar.set_ticks(
         [low, (low + 1) / 2, 1],
-        labels=[score_text(v, next(iter(set(by) & set(NO_SHARES)), "")) for v in (low, (low + 1) / 2, 1)],
+        labels=[score_text(v, own_measure(by)) for v in (low, (low + 1) / 2, 1)],
     )
     bar.ax.tick_params(length=0, colors=MUTED)
     dress(axes, f"Score {score_unit(by)}")

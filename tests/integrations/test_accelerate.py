@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import torch
-from torch import nn
+from host_parts import STEPS, X, made, said
 from torch.nn import functional as tf
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,21 +17,6 @@ pytest.importorskip("accelerate")
 
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
-
-X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
-STEPS = 12
-
-
-@functools.cache
-def made():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.BatchNorm1d(24), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3))
-    return hatcl.convert(net, 3, X[:2])
-
-
-def said(model, task):
-    with hatcl.task(model.eval(), task), torch.no_grad():
-        return model(X).clone()
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +48,7 @@ def train(accelerator, model, optimizer, loader, task, done=0, until=STEPS):
 
 def prepared(task, **options):
     accelerator = Accelerator(cpu=True, **options)
-    model = copy.deepcopy(made())
+    model = copy.deepcopy(made(3))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
     y = (X[:, task] > 0).long() + (X[:, task + 1] > 0).long()
     loader = DataLoader(TensorDataset(X, y), 8, shuffle=True)

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 
 import pytest
 import torch
-from torch import nn
+from host_parts import STEPS, X, made, said
 from torch.nn import functional as tf
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hatcl
 from hatcl.functional import same_bits
-
-X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
-STEPS = 12
-
-
-@functools.cache
-def made():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.BatchNorm1d(24), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3))
-    return hatcl.convert(net, 2, X[:2])
-
-
-def said(model, task):
-    with hatcl.task(model.eval(), task), torch.no_grad():
-        return model(X).clone()
 
 
 def optimizer_of(model):
@@ -55,7 +39,7 @@ def train(model, task, optimizer, start=0, accumulate=1, bf16=False, seen=None, 
 
 
 def with_task_0():
-    model = copy.deepcopy(made())
+    model = copy.deepcopy(made(2))
     train(model, 0, optimizer_of(model))
     return model, said(model, 0)
 
@@ -76,7 +60,7 @@ def test_an_interrupted_task_is_resumed_with_the_same_bits():
             kept.extend(copy.deepcopy([model.state_dict(), optimizer.state_dict()]))
 
     train(model, 1, optimizer, seen=keep)
-    again = copy.deepcopy(made())
+    again = copy.deepcopy(made(2))
     other = optimizer_of(again)
     again.load_state_dict(kept[0])
     other.load_state_dict(kept[1])
@@ -109,4 +93,4 @@ def test_the_best_state_is_put_back_and_sealed():
 def test_copies_in_threads_are_refused():
     """`nn.DataParallel` asks every module for a copy, on devices that a test may not have."""
     with pytest.raises(hatcl.TaskError, match="torch.nn.DataParallel runs copies .*DistributedDataParallel"):
-        [module._replicate_for_data_parallel() for module in made().modules()]
+        [module._replicate_for_data_parallel() for module in made(2).modules()]

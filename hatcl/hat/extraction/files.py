@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...calls import shapes
-from ...errors import ConfigError, ConversionError, HATError, IntegrityError
+from ...errors import ConfigError, ConversionError, IntegrityError
 from ...files import parse_json, write_files
 from ...sources import build_source, can_fit, library_config
 from ..masked import behind_mask
-from ..saving.headers import read_with_header
+from ..saving.headers import making_model, read_with_header
 from .cut import Shaping, shaped
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def load_extracted(folder: str | os.PathLike[str], base: nn.Module | None = None
     about, tensors = _read(path)
     if base is None and about["source"] is None:
         raise IntegrityError(f"{path.parent}: its model class is your own; pass base= an instance of the plain module")
-    try:
+    with making_model(path.parent):
         shapes_of = {name: list(x.shape) for name, x in tensors.items()}
         plain = build_source(about["source"]) if base is None else behind_mask(copy.deepcopy(base), shapes_of)
         model = shaped(plain, Shaping(**about["shaping"]))
@@ -96,13 +96,6 @@ def load_extracted(folder: str | os.PathLike[str], base: nn.Module | None = None
                 made.setdefault(first, nn.Parameter(value, first not in about["fixed"]))
                 module._parameters[leaf] = made[first]
         return shaped(model, Shaping()).eval()
-    except HATError:
-        raise
-    except Exception as error:
-        raise IntegrityError(
-            f"{path.parent}: it does not make a model ({type(error).__name__}: {error}); it was edited or damaged, or "
-            "base= is another model than the one that was converted"
-        ) from error
 
 
 def _every_tensor(model: nn.Module) -> dict[str, Tensor]:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import IntegrityError
+from ...errors import HATError, IntegrityError
 
 READERS = {"hatcl": "hatcl.from_pretrained", "hatcl_extracted": "hatcl.load_extracted"}  # by the entry of the header
+
+
+@contextlib.contextmanager
+def making_model(folder: Path) -> Iterator[None]:
+    """Whatever fails inside but with an error of hatcl's own is an `IntegrityError` of the folder that is read."""
+    try:
+        yield
+    except HATError:
+        raise
+    except Exception as error:
+        raise IntegrityError(
+            f"{folder}: it does not make a model ({type(error).__name__}: {error}); it was edited or damaged, or base= "
+            "is another model than the one that was converted"
+        ) from error
 
 
 def read_with_header(path: Path, entry: str, writer: str, *, tensors: bool = True) -> tuple[str, dict[str, Tensor]]:

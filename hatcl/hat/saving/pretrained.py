@@ -29,7 +29,7 @@ from ..growth.grown import Growth
 from ..masked import behind_mask
 from ..tasks import tasks
 from .card import CARD, CardFacts, model_card, writable
-from .headers import read_with_header
+from .headers import making_model, read_with_header
 from .hub import located, uploaded
 from .writers import MARK, Way, check_options, is_mixed, take_over
 
@@ -209,7 +209,7 @@ def from_pretrained(
     _check_copy(path.parent / CONFIG)
     if base is None and meta["source"] is None:
         raise IntegrityError(f"{path.parent}: its model class is your own; pass base= an instance of the plain module")
-    try:
+    with making_model(path.parent):
         unit_map = UnitMap.from_json(meta["map"])
         shapes = {name: entry.shape for name, entry in unit_map.entries.items()}
         plain = build_source(meta["source"]) if base is None else behind_mask(copy.deepcopy(base), shapes)
@@ -217,13 +217,6 @@ def from_pretrained(
         for growth in meta.get("growths", ()):
             apply_growth(model, Growth.from_json(growth))
         _load(model, meta, tensors, path)
-    except HATError:
-        raise
-    except Exception as error:
-        raise IntegrityError(
-            f"{path.parent}: it does not make a model ({type(error).__name__}: {error}); it was edited or damaged, or "
-            "base= is another model than the one that was converted"
-        ) from error
     gates = gates_of(model)[0]
     gates.source, gates.takes = meta["source"], meta.get("inputs")
     return write_as_hatcl(model).eval()
