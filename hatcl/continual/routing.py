@@ -17,7 +17,7 @@ from ..data.texts import TextData
 from ..errors import ConfigError
 from ..functional import content_digest
 from ..hat.features import middle_block
-from ..hat.routing.predict import predict
+from ..hat.routing.predict import answer_of
 from ..hat.routing.router import RouterOptions, TaskRouter
 from ..hat.tasks import tasks
 from .images import ImageOptions
@@ -198,16 +198,17 @@ def routing_measures(router: TaskRouter, model: nn.Module, examples: Mapping[int
     confusion = np.zeros((count, count), dtype=np.int64)
     told: list[Tensor] = []
     order = torch.tensor(router.tasks)
+    router.check(model, router.tasks)
     for t in router.tasks:
         for x, y in examples[t]:
             seen = {other: router.seen(model, x, other) for other in router.tasks}
             said = {other: z.float().cpu() for other, (_, z) in seen.items()}
-            found = predict(model, x, router=router, among=router.tasks)
-            task, label = found.task.cpu(), found.label.cpu()
+            found = answer_of(router, seen, torch.device("cpu"))
+            task, label = found.task, found.label
             confusion[t] += np.bincount(task.numpy(), minlength=count)
             first = order[router.at_first_sight(seen[router.tasks[0]][0]).argmax(1)]
             largest = order[torch.stack([z.max(1).values for z in said.values()]).argmax(0)]
-            rows = [task == t, first == t, found.rejected.cpu()]
+            rows = [task == t, first == t, found.rejected]
             if all(z.shape[1] > 1 for z in said.values()):
                 rows += [said[t].argmax(1) == y, (task == t) & (label == y), largest == t]
             told.append(torch.stack(rows))

@@ -166,7 +166,6 @@ class Gates(nn.Module):
         self.model: weakref.ref[nn.Module] | None = None
         self._default: int | None = None
         self._ever_active = False
-        self._taken_by: tuple[Any, Tensor] = (None, torch.zeros(0, dtype=torch.bool))
         self._soft_now: SoftGates | None = None
         self._made: dict[str, tuple[Any, Any]] = {}
         self.register_load_state_dict_post_hook(_loaded)
@@ -317,12 +316,8 @@ class Gates(nn.Module):
 
     def _taken(self, task: int) -> Tensor:
         """`[U]` bool: units that other sealed tasks use."""
-        if torch.compiler.is_compiling():
-            return self.used(without=task)
-        key, taken = (task, self.epoch), self._taken_by
-        if taken[0] != key:
-            self._taken_by = taken = (key, self.used(without=task))
-        return taken[1]
+        taken: Tensor = self._kept(f"taken from {task}", (self.masks, self.sealed), lambda: self.used(without=task))
+        return taken
 
     # ---- growth ------------------------------------------------------------------------------------------------
 
@@ -389,7 +384,6 @@ class Gates(nn.Module):
         self.maps.append(self.unit_map)
         self.growths.append(growth)
         self.unit_map = grown_map
-        self._taken_by = (None, self.masks[0])
         self.origin = None  # it is averaged with no model any more
         self.set_stages(self.stages)
         self._changed(range(self.num_tasks))
@@ -438,7 +432,6 @@ class Gates(nn.Module):
         if "importance" in self._buffers:
             self.importance[task] = 0
         self.digests.pop(task, None)
-        self._taken_by = (None, self.masks[task])
         with torch.no_grad():
             e = self.embedding_of(self.given[task] if held else on) if held or reopened else None
             self.embeddings[task].copy_(self.fresh_embedding(self.num_units) if e is None else e)
@@ -495,7 +488,6 @@ class Gates(nn.Module):
         """A copy or a pickle is not being learned, also where it was made inside a `hatcl.learn` block."""
         state = {
             **self.__dict__,
-            "_taken_by": (None, torch.zeros(0, dtype=torch.bool)),
             "_soft_now": None,
             "_made": {},
             "soft": False,

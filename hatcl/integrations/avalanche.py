@@ -13,10 +13,10 @@ import torch
 from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
 from avalanche.benchmarks.utils import DataAttribute, TaskAwareClassificationDataset, TaskLabels
 from avalanche.core import SupervisedPlugin
-from torch import distributed
 from torch.utils.data import TensorDataset
 
 from ..data.images import ImageData, Preparation
+from ..engine.processes import place
 from ..errors import ConfigError, TaskError
 from ..hat.distributed import ddp_of
 from ..hat.learn import Learning
@@ -163,10 +163,10 @@ def _task_of(experience: Any) -> int:
 
 
 def _check_processes(model: torch.nn.Module) -> None:
-    started = distributed.is_available() and distributed.is_initialized()
-    if started and distributed.get_world_size() > 1 and ddp_of(model) is None:
+    _, count = place()
+    if count > 1 and ddp_of(model) is None:
         raise ConfigError(
-            f"HATPlugin: {distributed.get_world_size()} processes, and Avalanche gives each its share of the batches "
+            f"HATPlugin: {count} processes, and Avalanche gives each its share of the batches "
             "without averaging gradients, so their models would drift apart; give the strategy the model in "
             "torch.nn.parallel.DistributedDataParallel"
         )

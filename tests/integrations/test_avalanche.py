@@ -341,6 +341,7 @@ def test_what_is_refused(host, monkeypatch):
         strategy.train(host.stream()[0])
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     with pytest.raises(hatcl.ConfigError, match="2 processes, and Avalanche gives .*DistributedDataParallel"):
         host.plugin().before_training_exp(strategy)
     monkeypatch.undo()

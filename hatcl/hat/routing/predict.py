@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,26 +74,44 @@ def predict(
     chosen = router.chosen(among)
     router.check(model, chosen)
     whole("top", top, optional=True)
-    joint: list[Tensor]
+    where = device_of(model)
     if top is None:
-        seen = {t: router.seen(model, x, t) for t in chosen}
-        p = router.probabilities({t: h for t, (h, _) in seen.items()}, chosen)
-        joint = [p[:, i : i + 1] * z.cpu().double().softmax(1) for i, (_, z) in enumerate(seen.values())]
-    else:
-        rows = row_counts(x)
-        if len(rows) != 1 or None in rows:
-            raise ConfigError(
-                f"top: got inputs with {said_rows(rows)} rows, expected tensors that all have a row per example, since "
-                "each row is run under its own tasks; leave top out"
-            )
-        p = router.at_first_sight(router.seen(model, x, chosen[0])[0], chosen)
-        best = p.topk(min(top, len(chosen)), 1).indices
-        joint = [_of_its_rows(model, x, router, t, p[:, i], (best == i).any(1)) for i, t in enumerate(chosen)]
+        return answer_of(router, {t: router.seen(model, x, t) for t in chosen}, where)
+    rows = row_counts(x)
+    if len(rows) != 1 or None in rows:
+        raise ConfigError(
+            f"top: got inputs with {said_rows(rows)} rows, expected tensors that all have a row per example, since "
+            "each row is run under its own tasks; leave top out"
+        )
+    p = router.at_first_sight(router.seen(model, x, chosen[0])[0], chosen)
+    best = p.topk(min(top, len(chosen)), 1).indices
+    joint = [_of_its_rows(model, x, router, t, p[:, i], (best == i).any(1)) for i, t in enumerate(chosen)]
+    return _largest(router, chosen, p, joint, where)
+
+
+def answer_of(router: TaskRouter, seen: Mapping[int, tuple[Tensor, Tensor]], where: torch.device) -> Prediction:
+    """The answer from the forwards of all tasks that come into question.
+
+    Args:
+        seen: task -> what `TaskRouter.seen` gave, in the router's order. where: the device of the answer.
+    """
+    p = router.probabilities({t: h for t, (h, _) in seen.items()}, list(seen))
+    joint = [p[:, i : i + 1] * z.cpu().double().softmax(1) for i, (_, z) in enumerate(seen.values())]
+    return _largest(router, list(seen), p, joint, where)
+
+
+def _largest(
+    router: TaskRouter, chosen: list[int], p: Tensor, joint: list[Tensor], where: torch.device
+) -> Prediction:
+    """The task and class of the largest `P(t|x) softmax(z_t(x))_c`.
+
+    Args:
+        p: P, `[B, T]`. joint: of each chosen task, `[B, C]`.
+    """
     task = torch.cat([torch.full((part.shape[1],), t) for t, part in zip(chosen, joint, strict=True)])
     label = torch.cat([torch.arange(part.shape[1]) for part in joint])
     probability, at = torch.cat(joint, 1).max(1)
     rejected = p.max(1).values < router.options.threshold
-    where = device_of(model)
     return Prediction(
         task[at].to(where), label[at].to(where), probability.float().to(where), rejected.to(where), chosen,
         p.float().to(where),
