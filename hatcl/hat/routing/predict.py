@@ -100,9 +100,7 @@ def answer_of(router: TaskRouter, seen: Mapping[int, tuple[Tensor, Tensor]], whe
     return _largest(router, list(seen), p, joint, where)
 
 
-def _largest(
-    router: TaskRouter, chosen: list[int], p: Tensor, joint: list[Tensor], where: torch.device
-) -> Prediction:
+def _largest(router: TaskRouter, chosen: list[int], p: Tensor, joint: list[Tensor], where: torch.device) -> Prediction:
     """The task and class of the largest `P(t|x) softmax(z_t(x))_c`.
 
     Args:
