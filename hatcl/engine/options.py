@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..config import Changeable, flag, number, one_of, whole
@@ -37,7 +38,7 @@ class LoopOptions(Changeable):
     """
 
     optimizer: str = "adamw"
-    lr: float = 1e-3
+    lr: float | None = 1e-3
     momentum: float | None = None
     weight_decay: float = 0.0
     max_steps: int | None = None
@@ -52,7 +53,8 @@ class LoopOptions(Changeable):
 
     def __post_init__(self) -> None:
         _known_optimizer(self.optimizer)
-        number("lr", self.lr, 0, without="low")
+        if self.lr is not None or type(self).lr is not None:
+            number("lr", self.lr, 0, without="low")
         for name in ("momentum", "warmup"):
             if name != "momentum" or self.momentum is not None:
                 number(name, getattr(self, name), 0, 1, without="high", what="a share")
@@ -61,6 +63,11 @@ class LoopOptions(Changeable):
         if self.momentum and not _takes_momentum(self.optimizer):
             raise ConfigError(
                 f"momentum: got {self.momentum!r} for {self.optimizer}, which has none; leave it out, or take sgd"
+            )
+        if self.lr is None and self.optimizer not in self.rates():
+            raise ConfigError(
+                f"lr: got none, and no rate is known for optimizer={self.optimizer!r}, only for "
+                f"{' and '.join(self.rates())}; give one (--lr)"
             )
         whole("max_steps", self.max_steps, optional=True)
         whole("epochs", self.epochs, optional=type(self).epochs is None)
@@ -74,6 +81,16 @@ class LoopOptions(Changeable):
     def schedules(cls) -> tuple[str, ...]:
         """The names that `schedule` may have."""
         return RATE_SCHEDULES
+
+    @classmethod
+    def rates(cls) -> Mapping[str, float]:
+        """optimizer -> the rate that it has where `lr` is None."""
+        return {}
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate, as it is used."""
+        return self.rates()[self.optimizer] if self.lr is None else self.lr
 
     @property
     def course(self) -> str:

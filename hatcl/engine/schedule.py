@@ -30,10 +30,10 @@ def make_optimizer(
     if options.momentum is not None:
         name, more = "momentum" if name == "sgd" else name, {"momentum": options.momentum}  # timm's sgd is Nesterov's
     try:
-        return create_optimizer_v2(trained, opt=name, lr=options.lr, weight_decay=options.weight_decay, **more)
+        return create_optimizer_v2(trained, opt=name, lr=options.rate, weight_decay=options.weight_decay, **more)
     except (ValueError, AssertionError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"optimizer: timm makes no {options.optimizer!r} with lr={options.lr:g}, weight_decay="
+            f"optimizer: timm makes no {options.optimizer!r} with lr={options.rate:g}, weight_decay="
             f"{options.weight_decay:g} ({error}); timm.optim.list_optimizers() names those that it has"
         ) from error
 

@@ -2,7 +2,7 @@
 grafts are found in.
 
     run = finetune_run(TaskOptions("prompt", "roberta-base", "sst-2.json.gz", k=16, words={"0": "terrible", ...}),
-                       FinetuneOptions(lr=1e-3), "runs/sst2")
+                       FinetuneOptions(max_steps=500), "runs/sst2")
 """
 
 from ..data.images import k_shot_images

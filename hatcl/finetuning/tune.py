@@ -145,7 +145,7 @@ class _Tuning(Work):
         self.best: tuple[float, dict[str, Tensor], int] | None = None
 
     def trained(self, options: LoopOptions) -> list[dict[str, Any]]:
-        """Decay is not of biases and norms: of what has one dimension."""
+        """Weight decay skips parameters of one dimension (biases and norms)."""
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": options.weight_decay},
             {"params": [p for p in self.parameters if p.dim() <= 1], "weight_decay": 0.0},

@@ -12,9 +12,9 @@ from hatcl.errors import ConfigError
 from hatcl.finetuning import FinetuneOptions, TaskOptions
 
 
-def test_the_defaults_are_the_published_ones():
+def test_the_defaults_are_the_published_ones_but_for_the_rate():
     options = FinetuneOptions()
-    assert (options.optimizer, options.lr, options.momentum) == ("sgd", 1e-3, 0.0)
+    assert (options.optimizer, options.rate, options.momentum) == ("sgd", 1e-2, 0.0)
     assert options.fix_embeddings and options.fix_head is None and options.dropout
     assert options.steps(32) == 1000 and options.evaluate_every == 100
 
@@ -35,6 +35,18 @@ def test_rates_by_hand(options, rates):
     optimizer = make_optimizer([torch.nn.Parameter(torch.zeros(1))], chosen)
     schedule = Schedule(optimizer, chosen, [2.0])
     assert [schedule.set(i, 4) for i in range(4)] == pytest.approx(rates, abs=1e-12)
+
+
+def test_a_rate_that_is_not_given_is_the_optimizers():
+    assert FinetuneOptions().changed({"optimizer": "adamw"}).rate == 2e-4
+    assert FinetuneOptions(optimizer="lamb", lr=0.1).rate == 0.1
+    for name in ("sgd", "adamw"):
+        options = FinetuneOptions(optimizer=name)
+        made = make_optimizer([torch.nn.Parameter(torch.zeros(1))], options)
+        assert made.param_groups[0]["lr"] == options.rate
+    known = "optimizer='lamb', only for sgd and adamw; give one"
+    with pytest.raises(ConfigError, match=f"lr: got none, and no rate is known for {known}"):
+        FinetuneOptions(optimizer="lamb")
 
 
 def test_steps():

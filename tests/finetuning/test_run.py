@@ -419,7 +419,7 @@ def test_an_in_memory_prompt_task_has_its_tokenizer_kept(tmp_path):
 
 LONGER = {
     "dropout": ("prompt", {"lr": 0.05}),
-    "momentum": ("labels", {"momentum": 0.9, "evaluate_every": 3}),
+    "momentum": ("labels", {"lr": 1e-3, "momentum": 0.9, "evaluate_every": 3}),
     "adamw and l1": ("finetune", {"optimizer": "adamw", "lr": 1e-3, "l1": 1e-2, "warmup": 0.5}),
 }
 
