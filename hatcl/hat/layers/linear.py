@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.nn import functional as tf
 
 from ..binding import Binding
@@ -35,10 +35,11 @@ class HATLinear(HATLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         hat: Binding | None = self.__dict__.get("_hat")
-        soft = hat is not None and torch.is_grad_enabled() and hat.gates.is_soft(hat.gates.task)
-        plan = hat.params.get("weight") if hat is not None and soft else None
+        if hat is None or not is_grad_enabled() or not hat.gates.is_soft(hat.gates.task):
+            return self._hat_gate_output(super().forward(x))
+        plan = hat.params.get("weight")
         raw: Any = self._parameters.get("weight")  # a parametrized one is not there
-        if hat is not None and plan is not None and x.numel() < raw.shape[1] ** 2:
+        if plan is not None and x.numel() < raw.shape[1] ** 2:
             if not plan.copied and type(self) is HATLinear:
                 fold = [plan.axes[i] for i in plan.fold]
                 if len(fold) == 1 and fold[0].owner and hat.output is None:
