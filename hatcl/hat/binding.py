@@ -263,16 +263,23 @@ class Binding:
         hit = kept.get(name)
         if hit is None:
             return None
-        value, version, constant, place, raw, raw_version, alias, address = hit
+        value, version, constant, place, name, raw, raw_version, alias, address = hit
         same = place.get(name) is raw and raw._version == raw_version and raw.data_ptr() == address
         return value if same and value._version == version and self.cache.get(name) is constant else None
 
-    def read(self, name: str, place: dict[str, Any], kept: dict[Any, Any] | None, make: Callable[[], Tensor]) -> Tensor:
+    def read(
+        self,
+        name: str,
+        place: dict[str, Any],
+        kept: dict[Any, Any] | None,
+        make: Callable[[], Tensor],
+        key: str = "",
+    ) -> Tensor:
         """What `make` makes of the tensor `name` of a module, to be `seen` again.
 
         Args:
             place: the dictionary that it is in, so that another tensor in its place is noticed. kept: what `of_now`
-                gave before it was asked which task is active.
+                gave before it was asked which task is active. key: under which name it is `seen`; by default its own.
         """
         raw = place[name]
         if kept is None or type(raw) not in _PLAIN or raw.is_inference():
@@ -281,7 +288,8 @@ class Binding:
         value = make()
         if type(value) in _PLAIN and not value.is_inference():
             # the alias keeps the memory, or other values might come to stand at the same address
-            kept[name] = (value, value._version, self.cache.get(name), place, raw, version, raw.detach(), address)
+            constant, alias = self.cache.get(name), raw.detach()
+            kept[key or name] = (value, value._version, constant, place, name, raw, version, alias, address)
         return value
 
     def plain_shape(self, name: str) -> tuple[int, ...]:

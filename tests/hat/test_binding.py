@@ -13,12 +13,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import hatcl
 from hatcl.functional import same_bits
 from hatcl.hat.binding import Binding, Units
 from hatcl.hat.gates import Gates
+from hatcl.hat.layers.linear import LOOKED_UP, TABLE
 
 
 def gates(units=50, **options):
@@ -194,8 +195,11 @@ CHANGES = {  # of which the gates know
 def changed(pickled, change):
     """What a model says after a change, at once and where nothing is kept, and what it said before."""
     model = pickle.loads(pickled)
-    before = said(model), said(model)
-    assert same_bits(*before) and "weight" in model.fc._hat.now[2] and "running_mean" in model.bn._hat.now[2]
+    before = [said(model) for _ in range(4)]  # the last ones by a table that is gated
+    assert all(same_bits(before[0], x) for x in before)
+    assert (
+        "weight" in model.fc._hat.now[2] and "running_mean" in model.bn._hat.now[2] and TABLE in model.words._hat.now[2]
+    )
     change(model)
     now = said(model)
     return now, anew(model), before[0]
@@ -218,19 +222,13 @@ def test_twin_without_the_check_it_is_stale(pickled, name, monkeypatch):
     assert not same_bits(now, want)
 
 
-def test_twin_of_memory_that_is_used_again(pickled, monkeypatch):
-    """Without the alias that keeps it, other values stand at the address of those that are gone."""
-    read = Binding.read
-
-    def without_alias(self, name, place, kept, make):
-        value = read(self, name, place, kept, make)
-        if kept is not None and name in kept:
-            kept[name] = (*kept[name][:6], None, kept[name][7])
-        return value
-
-    monkeypatch.setattr(Binding, "read", without_alias)
-    now, want, _ = changed(pickled, swapped_twice)
-    assert not same_bits(now, want)
+def test_memory_is_kept_as_long_as_its_address_is_asked_for(pickled):
+    """Or other values might come to stand where those were that are gone."""
+    model = pickle.loads(pickled)
+    said(model)
+    raw, hat = model.fc._parameters["weight"], model.fc._hat
+    aliases = [x for hit in (hat.now[2]["weight"], hat.cache["weight"]) for x in hit if isinstance(x, Tensor)]
+    assert sum(x is not raw and x.data_ptr() == raw.data_ptr() for x in aliases) == 2
 
 
 def test_a_sealed_task_has_the_bits_of_gradients_and_of_threads(pickled):
@@ -323,3 +321,18 @@ def test_derivatives_pass_a_forward_without_gradients(pickled):
     with hatcl.task(model, 0):
         _, want = torch.func.jvp(model, (IMAGES,), (direction,))
     assert torch.allclose(slope, want, atol=1e-5) and bool((slope != 0).any())
+
+
+def test_a_table_is_gated_when_as_many_rows_were_looked_up(pickled):
+    model = pickle.loads(pickled)
+    ids = torch.arange(4)
+    with torch.no_grad(), hatcl.task(model, 0):
+        first, second = model.words(ids), model.words(ids)
+        kept = model.words._hat.now[2]
+        assert kept[LOOKED_UP] == 8 and TABLE not in kept
+        third, fourth = model.words(ids), model.words(input=ids)
+        assert kept[LOOKED_UP] == 12 and TABLE in kept
+        on = model.words._hat.output[1].on(0)
+        assert bool(on.any()) and not bool(on.all()) and bool((third[:, ~on] == 0).all())
+        assert all(same_bits(first, x) for x in (second, third, fourth))
+        assert not bool((model.words.weight[:, ~on] == 0).all())  # who reads the table itself sees all of it

@@ -13,6 +13,8 @@ from ..binding import Binding
 from ..registry import register_layer
 from .gated import HATLayer, multiply, task_parameter
 
+TABLE, LOOKED_UP = "weight, gated", "rows looked up"
+
 
 @register_layer(nn.Linear)
 class HATLinear(HATLayer, nn.Linear):
@@ -75,7 +77,8 @@ class TaskIndexedParameter(HATLayer, nn.Module):
 
 @register_layer(nn.Embedding)
 class HATEmbedding(HATLayer, nn.Embedding):
-    """`y = a * W[i]`: the gate multiplies the rows that were looked up, not the whole table.
+    """`y = a * W[i]`: the gate multiplies the rows that were looked up. In evaluation of a sealed task it multiplies
+    the whole table, once, after as many rows were looked up as it has.
 
     Shapes: i integers of any shape `S`, y `[*S, dim]`, gate `[dim]`.
     """
@@ -97,7 +100,12 @@ class HATEmbedding(HATLayer, nn.Embedding):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.max_norm is None or self._hat_active is None:
-            return self._hat_gate_output(super().forward(*args, **kwargs))
+            plain: Any = super().forward
+            if plain.__func__ is nn.Embedding.forward:
+                index = args[0] if args else kwargs["input"]
+                if (gated := self._hat_gated_table(index)) is not None:
+                    return tf.embedding(index, gated)
+            return self._hat_gate_output(plain(*args, **kwargs))
         index = args[0] if args else kwargs["input"]
         # torch would scale the table's rows in place, for all tasks: here what was looked up, over units that are on
         table = self.weight
@@ -105,3 +113,18 @@ class HATEmbedding(HATLayer, nn.Embedding):
         rows = self._hat_gate_output(rows)
         size = rows.detach().norm(self.norm_type, -1, keepdim=True)
         return rows * torch.where(size > self.max_norm, self.max_norm / (size + 1e-7), 1.0)
+
+    def _hat_gated_table(self, index: Tensor) -> Tensor | None:
+        """The rows of a sealed task; None as long as it costs less to multiply those that are looked up."""
+        hat: Binding | None = self.__dict__.get("_hat")
+        kept = None if hat is None or hat.output is None else hat.of_now()
+        if hat is None or kept is None:
+            return None
+        table = hat.seen(TABLE, kept)
+        if table is None:
+            kept[LOOKED_UP] = kept.get(LOOKED_UP, 0) + index.numel()
+            params = self.__dict__["_parameters"]
+            if kept[LOOKED_UP] < self.num_embeddings or "weight" not in params:
+                return None
+            table = hat.read("weight", params, kept, lambda: self._hat_gate_output(self.weight), TABLE)
+        return table

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from timm.layers import norm as timm_norm
 from torch import Tensor, nn
+from torch.nn.functional import threshold
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -216,20 +217,25 @@ class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
     that of its n_g units; the weight takes the scale back.
     """
 
-    def _hat_per_group(self, gate: Tensor) -> Tensor:
-        share = gate.view(self.num_groups, -1).mean(1, keepdim=True).clamp(min=F.SMALLEST_GATE)
-        return share.sqrt().expand(-1, gate.numel() // self.num_groups).reshape(-1)
+    def _hat_by_group(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """`[groups, units of a group]`: the gate, and `[groups, 1]`: n_g / U_g, never quite zero."""
+        by_group = gate.view(self.num_groups, -1)
+        return by_group, threshold(by_group.mean(1, keepdim=True), F.SMALLEST_GATE, F.SMALLEST_GATE)
 
     def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
-        return gate if name == "bias" else (gate != 0) * self._hat_per_group(gate)
+        if name == "bias":
+            return gate
+        by_group, share = self._hat_by_group(gate)
+        return ((by_group != 0) * share.sqrt()).view(-1)
 
     def hat_fold_key(self, name: str) -> Any:
         return None if name == "bias" else (TaskIndexedGroupNorm, self.num_groups)
 
-    def _hat_centring(self, gate: Tensor) -> Tensor:
-        """`[groups, units of a group]`: `a * U_g / n_g`, by which the mean over a group's U_g units is multiplied."""
-        by_group = gate.view(self.num_groups, -1)
-        return by_group * (by_group.shape[1] / by_group.sum(1, keepdim=True).clamp(min=F.SMALLEST_GATE))
+    def _hat_centring(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """`[1, groups, units of a group, 1]`: `a U_g / n_g`, by which the mean over a group's U_g units is multiplied,
+        and `[1, groups, 1, 1]`: `sqrt(U_g / n_g)`, by which the input is."""
+        by_group, share = self._hat_by_group(gate)
+        return (by_group / share)[None, ..., None], share.rsqrt()[None, ..., None]
 
     def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Step, _Step]:
         """What is done with an input of so many dimensions before the plain norm, and with what that gives."""
@@ -241,17 +247,12 @@ class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
         gate = units.gate_of(task).to(dtype)
         clean = gating(units, 1, ndim, dtype) if hat.dirty else unchanged
         kept = (self.num_groups, dtype)
-        weight = units.once(task, ("centring", kept), lambda: self._hat_centring(gate)).view(1, self.num_groups, -1, 1)
-        shape = [1] * ndim
-        shape[1] = -1
-        narrow = units.once(task, ("narrow", kept), lambda: 1 / self._hat_per_group(gate)).view(shape)
+        weight, spread = units.once(task, ("centring", kept), lambda: self._hat_centring(gate))
 
         def before(x: Tensor) -> Tensor:
-            x = clean(x)
-            groups = x.reshape(x.shape[0], *weight.shape[1:3], -1)
-            mean = groups.mean((2, 3), keepdim=True)
-            centred = torch.addcmul(groups, mean, weight, value=-1).view(x.shape)
-            return centred * narrow if torch.is_grad_enabled() else centred.mul_(narrow)
+            groups = clean(x).reshape(x.shape[0], *weight.shape[1:3], -1) * spread
+            mean = groups.mean((2, 3), keepdim=True) * weight
+            return (groups - mean if torch.is_grad_enabled() else groups.sub_(mean)).view(x.shape)
 
         def after(out: Tensor) -> Tensor:
             return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, 1)
