@@ -75,6 +75,20 @@ class TaskIndexedParameter(HATLayer, nn.Module):
         return self.weight
 
 
+class _ScaledRows(torch.autograd.Function):
+    """Rows scaled as torch scales those of a table with `max_norm`, which it does before autograd looks."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+        flat = rows.reshape(-1, rows.shape[-1]).clone()
+        torch.embedding_renorm_(flat, torch.arange(len(flat), device=flat.device), max_norm, norm_type)
+        return flat.view(rows.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
 @register_layer(nn.Embedding)
 class HATEmbedding(HATLayer, nn.Embedding):
     """`y = a * W[i]`: the gate multiplies the rows that were looked up. In evaluation of a sealed task it multiplies
@@ -99,7 +113,7 @@ class HATEmbedding(HATLayer, nn.Embedding):
         self._hat.output, plan.fold = (-1, plan.axes[0].units), ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.max_norm is None or self._hat_active is None:
+        if self.max_norm is None or self._hat_active is None or self.__dict__.get("_hat") is None:
             plain: Any = super().forward
             if plain.__func__ is nn.Embedding.forward:
                 index = args[0] if args else kwargs["input"]
@@ -110,6 +124,9 @@ class HATEmbedding(HATLayer, nn.Embedding):
         # torch would scale the table's rows in place, for all tasks: here what was looked up, over units that are on
         table = self.weight
         rows = tf.embedding(index, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+        if self._hat_active is None:
+            scaled: Tensor = _ScaledRows.apply(rows, self.max_norm, self.norm_type)
+            return scaled
         rows = self._hat_gate_output(rows)
         size = rows.detach().norm(self.norm_type, -1, keepdim=True)
         return rows * torch.where(size > self.max_norm, self.max_norm / (size + 1e-7), 1.0)
