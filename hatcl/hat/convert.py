@@ -31,6 +31,7 @@ from .layers.gated import HATLayer
 from .layers.norm import kind_of_norm
 from .layers.state import STATES, Watch, classes_kept, copy_of, detached_copy
 from .masked import check_masked, mask_inputs_of
+from .own_copies import with_own_share
 from .registry import layer_for
 from .saving.pretrained import write_as_hatcl
 from .saving.taken import recipe_of
@@ -127,6 +128,8 @@ def convert(
     if config.array is not None:
         unit_map = with_own_ends(unit_map, source)
         array_masks(unit_map, config.array, 0)  # raises before anything is built
+    if config.own_share:
+        unit_map = with_own_share(unit_map, source, config.own_share)
     heads = heads_of(source, unit_map, widths)
     with restored_on_failure(made) as plain:
 
