@@ -67,10 +67,11 @@ class OSF(Method):
                 f"osf: {type(model).__name__} has no nn.Linear but its head, whose weight could be split; take a model "
                 "that is made of such layers, as most transformers are, or another method"
             )
-        self._check_calls(model, tasks[:1])
+        for task in tasks[:1]:
+            self._check_calls(model, task)
         self._train(model, [model.get_submodule(name).weight for name in self.names])
 
-    def _check_calls(self, model: nn.Module, tasks: Sequence[ContinualTask]) -> None:
+    def _check_calls(self, model: nn.Module, task: ContinualTask) -> None:
         """Raises where the model reads the weight of a layer that it does not call, as BEiT does with its `qkv`: OSF's
         layer learns in its own forward, so nothing would be learned there."""
         layers = {name: model.get_submodule(name) for name in self.names}
@@ -79,12 +80,12 @@ class OSF(Method):
         weights: list[Any] = [m.weight for m in layers.values()]
         try:
             with seeded(device=device_of(model)), lent(model, weights), torch.enable_grad():
-                losses = [t.loss(model, t.collate([t.train[i] for i in range(min(2, len(t.train)))])) for t in tasks]
-                grads = torch.autograd.grad(sum(losses), weights, allow_unused=True) if losses else ()
+                loss = task.loss(model, task.collate([task.train[i] for i in range(min(2, len(task.train)))]))
+                grads = torch.autograd.grad(loss, weights, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
-        read = [n for n, g in zip(self.names, grads, strict=False) if g is not None and n not in called]
+        read = [n for n, g in zip(self.names, grads, strict=True) if g is not None and n not in called]
         if read:
             raise SkillError(
                 f"osf: {type(model).__name__} reads the weights of {read[0]} ({len(read)} such layers) without calling "
