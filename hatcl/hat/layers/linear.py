@@ -113,7 +113,7 @@ class HATEmbedding(HATLayer, nn.Embedding):
         self._hat.output, plan.fold = (-1, plan.axes[0].units), ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.max_norm is None or self._hat_active is None or self.__dict__.get("_hat") is None:
+        if self.max_norm is None or self.__dict__.get("_hat") is None:
             plain: Any = super().forward
             if plain.__func__ is nn.Embedding.forward:
                 index = args[0] if args else kwargs["input"]
@@ -143,5 +143,6 @@ class HATEmbedding(HATLayer, nn.Embedding):
             params = self.__dict__["_parameters"]
             if kept[LOOKED_UP] < self.num_embeddings or "weight" not in params:
                 return None
-            table = hat.read("weight", params, kept, lambda: self._hat_gate_output(self.weight), TABLE)
+            with torch.inference_mode(False), torch.no_grad():  # of an inference tensor no write would be noticed
+                table = hat.read("weight", params, kept, lambda: self._hat_gate_output(self.weight), TABLE)
         return table
