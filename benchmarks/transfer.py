@@ -1,11 +1,11 @@
 """Forward transfer: ten tasks of five classes of CIFAR-100, one after another, in a small ResNet of four blocks.
 
-    python benchmarks/transfer.py [--rows default previous best separate sequential] [--seeds 0 1 2] [--validate]
+    python benchmarks/transfer.py [--rows default previous separate ...] [--lr 3e-3] [--width 32] [--validate]
 
 Accuracy of each task right after it was learned, which for hatcl is also what it stays. `separate` trains a network for
 each task, `sequential` one network with a head per task and nothing held (it forgets: the average at the end is told
-too). All rows have the same network, loop and steps: Adam 1e-3 anew per task, batch 64, flips, the rate falls to zero
-along each task. `--validate` holds out a fifth of each class's training images and scores on those: settings were
+too). All rows have the same network, loop and steps: Adam (`--lr`) anew per task, batch 64, flips, the rate falls to
+zero along each task. `--validate` holds out a fifth of each class's training images and scores on those: settings were
 chosen there. Resumes by row and seed.
 """
 
@@ -31,6 +31,8 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "previous": {"start_from": "previous"},
     "best": {"start_from": "best"},
     "previous_half": {"start_from": "previous", "start_hold": 0.5},
+    "previous_array": {"start_from": "previous", "masks": "array:4"},
+    "previous_own": {"start_from": "previous", "own_share": 0.1},
     "separate": None,
     "sequential": None,
 }
@@ -66,8 +68,8 @@ def held_out(task: Task) -> Task:
     return task
 
 
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=1e-3)
+def adam(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=rate)
 
 
 def run(row: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def run(row: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     if row == "separate":
         for t, task in enumerate(tasks):
             model = network(args.width, classes)
-            fit(model, task, adam(model), args.epochs, BATCH, seed * 100 + t, **options)
+            fit(model, task, adam(model, args.lr), args.epochs, BATCH, seed * 100 + t, **options)
             out["accuracy"].append(accuracy(model, task))
     elif row == "sequential":
         model = network(args.width, classes * PARTS)
@@ -92,13 +94,13 @@ def run(row: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             return float((head(t)(logits(model, tasks[t].x_test)).argmax(1) == tasks[t].y_test).float().mean())
 
         for t, task in enumerate(tasks):
-            fit(model, task, adam(model), args.epochs, BATCH, seed * 100 + t, head=head(t), **options)
+            fit(model, task, adam(model, args.lr), args.epochs, BATCH, seed * 100 + t, head=head(t), **options)
             out["accuracy"].append(score(t))
         out["at the end"] = [score(t) for t in range(PARTS)]
     else:
         config = {**(ROWS[row] or {}), **dict(args.hat)}
         model = hatcl.convert(network(args.width, classes), PARTS, tasks[0].x[:2], config=config)
-        rows = list(_learned(model, tasks, args.epochs, seed, options))
+        rows = list(_learned(model, tasks, args, seed, options))
         out["accuracy"] = [r["hard"] for r in rows]
         out |= {"units": [r["units"] for r in rows], "lineage": hatcl.describe(model).lineage}
         out["bit_equal"] = all(bit_equal(model, tasks, rows))
@@ -107,10 +109,10 @@ def run(row: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _learned(
-    model: nn.Module, tasks: list[Task], epochs: int, seed: int, options: dict[str, Any]
+    model: nn.Module, tasks: list[Task], args: argparse.Namespace, seed: int, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     for t, task in enumerate(tasks):
-        optimizer, examples = adam(model), (task.x, task.y)
+        epochs, optimizer, examples = args.epochs, adam(model, args.lr), (task.x, task.y)
         with hatcl.learn(model, t, optimizer, epochs * task.steps(BATCH), epochs, examples=examples) as learning:
             fit(model, task, optimizer, epochs, BATCH, seed * 100 + t, extra=learning.penalty, **options)
         kept = logits(model, task.x_test)
@@ -124,13 +126,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3, help="Adam's rate at the start of each task")
     parser.add_argument("--validate", action="store_true", help="score on held-out training images")
     parser.add_argument("--hat", nargs="*", default=[], type=_option, help="options of HATConfig, key=value")
     args = parser.parse_args()
     name = f"transfer_{'validation' if args.validate else 'test'}"
     for seed in args.seeds:
         for row in args.rows:
-            settings = {"width": args.width, "epochs": args.epochs, **dict(args.hat if ROWS[row] is not None else [])}
+            settings = {"width": args.width, "epochs": args.epochs, **({"lr": args.lr} if args.lr != 1e-3 else {})}
+            settings |= dict(args.hat if ROWS[row] is not None else [])
             key = " ".join([row, *(f"{k}={v}" for k, v in settings.items())])
             if str(seed) in read(name).get("runs", {}).get(key, {}):
                 continue

@@ -88,6 +88,8 @@ class HATConfig:
         forgiven: share of a layer's units that the penalty forgives; None = none, HAT-CL's quota is 1 / num_tasks.
         reuse: which units of sealed tasks a new task may use. `all`: any, their elements frozen (HAT). `none`: only
             units that no sealed task uses, so that no two tasks share anything and forgetting one erases all of it.
+        own_share: share of the weights of which every task has its own copy, the smallest parameters first (see
+            `hat/own_copies.py`): 0 = one network for all tasks, 1 = a network for each, which can start from another's.
         start_from: the sealed task that a new one starts from (see `hatcl.learn`): its number, `previous`, `best`; None
             = from none.
         start_hold: share of a task's steps for which a task that starts from another keeps the gates that it starts
@@ -120,6 +122,7 @@ class HATConfig:
     penalty: str = "global"
     forgiven: float | None = None
     reuse: str = "all"
+    own_share: float = 0.0
     start_from: int | str | None = None
     start_hold: float = 1.0
     masks: str = "learned"
@@ -153,6 +156,7 @@ class HATConfig:
                 number(name, getattr(self, name), 0, 1, what="a share")
         number("above_one", self.above_one, 0, 1, without="low", what="a share")
         whole("cycles", self.cycles, optional=True)
+        number("own_share", self.own_share, 0, 1, what="a share")
         number("start_hold", self.start_hold, 0, 1, without="low", what="a share")
         if check_start(self.start_from) is not None and self.reuse == "none":
             raise ConfigError(

@@ -269,6 +269,11 @@ def bits_of(x: Tensor) -> Tensor:
     return x.view(INTEGERS[x.element_size()]) if x.is_floating_point() or x.is_complex() else x
 
 
+def bits_where(on: Tensor, dtype: torch.dtype) -> Tensor:
+    """What leaves of the bits of numbers of a type all where `on`, and none elsewhere."""
+    return on.to(INTEGERS[dtype.itemsize]).neg_()
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Have two tensors the same type, shape and bits?"""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits_of(a), bits_of(b))

@@ -31,7 +31,8 @@ class Kept:
     A mask is kept in one of two forms, which are written several times faster. One that is the same along the last
     dimensions, as that of a convolution is over its kernel, becomes indices, each of `run` elements one after the
     other. Any other becomes integers in the order of the parameter's memory, 0 where an element stays and -1 (all bits)
-    where it is free: `masked` then."""
+    where it is free: `masked` then. Of one that is the same along other dimensions, as that of an embedding is for all
+    rows, these integers are there once."""
 
     param: nn.Parameter
     which: Tensor | None
@@ -50,7 +51,10 @@ class Kept:
             last -= 1
             run *= mask.shape[last]
         p = local(self.param.detach())
-        if (run >= SHORTEST_RUN and p.is_contiguous()) or p.element_size() not in INTEGERS:
+        part = _repeated(mask, p)
+        if part is not None:
+            self.which, self.masked = part.to(INTEGERS[p.element_size()]).sub_(1), True
+        elif (run >= SHORTEST_RUN and p.is_contiguous()) or p.element_size() not in INTEGERS:
             heads = mask.reshape(*mask.shape[:last], -1)[..., 0]
             self.which, self.run = heads.flatten().nonzero().flatten(), run
         else:
@@ -422,6 +426,18 @@ def _zero(k: Kept) -> Callable[[Tensor], None]:
     return hook
 
 
+def _repeated(mask: Tensor, p: Tensor) -> Tensor | None:
+    """The part of a mask of which the rest are repetitions, where it lies along the parameter's memory: then it is as
+    fast as one of all elements. None otherwise."""
+    again = [d for d in range(mask.dim()) if mask.stride(d) == 0 and mask.shape[d] > 1]
+    nearest = min((d for d in range(p.dim()) if p.shape[d] > 1), key=p.stride, default=None)
+    if not again or nearest is None or nearest in again or p.element_size() not in INTEGERS:
+        return None
+    for d in again:
+        mask = mask.narrow(d, 0, 1)
+    return mask
+
+
 def _bits(x: Tensor) -> Tensor:
     """The same memory as integers."""
     return x.view(INTEGERS[x.element_size()])
@@ -430,7 +446,7 @@ def _bits(x: Tensor) -> Tensor:
 def _mask(x: Tensor, k: Kept) -> Tensor:
     assert k.which is not None
     if k.masked:
-        return k.which == 0
+        return (k.which == 0).expand(x.shape)
     runs = torch.zeros(x.numel() // k.run, dtype=torch.bool, device=x.device).index_fill_(0, k.which, True)
     return runs.repeat_interleave(k.run).view(x.shape)
 

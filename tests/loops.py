@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +88,14 @@ class Case:
         raise NotImplementedError
 
 
+@functools.cache
+def gated_resnet() -> nn.Module:
+    """Made once: converting takes longer than most runs."""
+    torch.manual_seed(0)
+    made: nn.Module = timm.create_model("hat_test_resnet", num_tasks=2, num_classes=[3, 3], drop_rate=0.2)
+    return made
+
+
 class Images(Case):
     files = (
         "learning_1.pt", "checkpoint/model/model.safetensors", "checkpoint/progress.json", "checkpoint/optimizer.pt",
@@ -93,8 +103,9 @@ class Images(Case):
     undone = False
 
     def make(self) -> nn.Module:
+        made = copy.deepcopy(gated_resnet())
         torch.manual_seed(0)
-        return timm.create_model("hat_test_resnet", num_tasks=2, num_classes=[3, 3], drop_rate=0.2)
+        return made
 
     @property
     def body(self) -> nn.Module:

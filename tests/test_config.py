@@ -49,6 +49,7 @@ valid = st.fixed_dictionaries(
         "reuse": st.sampled_from(REUSE),
         "masks": st.sampled_from([*MASKS, "array:10"]),
         "start_from": st.none() | st.sampled_from(["previous", "best"]) | st.integers(0, 9),
+        "own_share": st.floats(0, 1),
         "start_hold": st.floats(0.1, 1),
         "protection": st.sampled_from(PROTECTIONS),
         "protection_alpha": st.floats(1e-9, 10),

@@ -73,7 +73,6 @@ RAISED: dict[tuple[str | None, str], str] = {
     ("zoo/proof.py", "ProofFailed"): "a finding about a model, which the zoo catches and writes down",
 }
 FILES = house.files(PACKAGE)
-by_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
@@ -92,39 +91,46 @@ def test_every_file_has_a_floor():
     assert not unknown, f"give these a floor in tests/test_floors.py and docs/architecture.md: {unknown}"
 
 
-@by_file
-def test_imports_go_down(path):
-    here = room_of(path)
+def named(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def test_imports_go_down():
     wrong = []
-    for line, name in imports(path):
-        parts = name.split(".")
-        if parts[0] != "hatcl":
-            continue
-        there = parts[1] if len(parts) > 1 and parts[1] in ROOMS else "__init__"
-        own_room = there == here and (PACKAGE / here).is_dir()
-        if not own_room and ROOMS.index(there) >= ROOMS.index(here):
-            wrong.append(f"line {line}: {here} imports {name}, which does not stand below or before it")
+    for path in FILES:
+        here = room_of(path)
+        for line, name in imports(path):
+            parts = name.split(".")
+            if parts[0] != "hatcl":
+                continue
+            there = parts[1] if len(parts) > 1 and parts[1] in ROOMS else "__init__"
+            own_room = there == here and (PACKAGE / here).is_dir()
+            if not own_room and ROOMS.index(there) >= ROOMS.index(here):
+                wrong.append(f"{named(path)}:{line}: {here} imports {name}, which does not stand below or before it")
     assert not wrong, "\n".join(wrong)
 
 
-@by_file
-def test_guests_stay_in_their_rooms(path):
-    here = path.relative_to(PACKAGE).as_posix()
+def test_guests_stay_in_their_rooms():
     wrong = []
-    for line, name in imports(path):
-        rooms = GUESTS.get(name.split(".")[0])
-        if rooms is not None and not any(here == room or here.startswith(room + "/") for room in rooms):
-            wrong.append(f"line {line}: {name} belongs to {', '.join(rooms)}")
+    for path in FILES:
+        here = named(path)
+        for line, name in imports(path):
+            rooms = GUESTS.get(name.split(".")[0])
+            if rooms is not None and not any(here == room or here.startswith(room + "/") for room in rooms):
+                wrong.append(f"{here}:{line}: {name} belongs to {', '.join(rooms)}")
     assert not wrong, "\n".join(wrong)
 
 
-@by_file
-def test_the_library_does_not_print(path):
-    if room_of(path) in ("commands", "__main__"):
-        return
-    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    lines = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
-    assert not lines, f"prints on lines {lines}; use logging"
+def test_the_library_does_not_print():
+    calls = [
+        (path, node)
+        for path in FILES
+        if room_of(path) not in ("commands", "__main__")
+        for node in ast.walk(house.tree(path))
+        if isinstance(node, ast.Call)
+    ]
+    lines = [f"{named(p)}:{c.lineno}" for p, c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+    assert not lines, f"these print: {lines}; use logging"
 
 
 def test_files_of_a_room_stand_in_order():
@@ -172,14 +178,18 @@ def kinds_of_hat_error() -> set[str]:
 
 
 def allowed(path: Path, name: str) -> tuple[str | None, str] | None:
-    here = path.relative_to(PACKAGE).as_posix()
+    here = named(path)
     return next((key for key in RAISED if key[1] == name and here.startswith(key[0] or "")), None)
 
 
-@by_file
-def test_errors_are_of_hatcls_kinds(path):
+def test_errors_are_of_hatcls_kinds():
     kinds = kinds_of_hat_error()
-    wrong = [f"line {n}: {name}" for n, name in raised(path) if name not in kinds and allowed(path, name) is None]
+    wrong = [
+        f"{named(path)}:{n}: {name}"
+        for path in FILES
+        for n, name in raised(path)
+        if name not in kinds and allowed(path, name) is None
+    ]
     assert not wrong, "\n".join([*wrong, "raise a kind of HATError, with its cause and remedy"])
 
 

@@ -511,6 +511,9 @@ SHAPES = {
     "filters": ((4, 3, 3, 3), (4, 1, 1, 1)),
     "small kernel": ((4, 3, 2, 1), (4, 3, 1, 1)),
     "vector": ((7,), (7,)),
+    "table": ((6, 5), (1, 5)),
+    "read alone": ((4, 3, 3, 3), (1, 3, 1, 1)),
+    "last": ((4, 3, 2, 5), (1, 1, 1, 5)),
 }
 
 
@@ -537,6 +540,12 @@ def test_every_form_of_a_mask_keeps_the_same_elements(shape, order, dtype):
         assert same_bits(put, want)
         keeper._clear(put := other.clone(memory_format=torch.preserve_format), k)
         assert same_bits(put, torch.where(mask, torch.zeros((), dtype=dtype), other))
+
+
+def test_a_mask_of_a_table_is_one_row():
+    table = nn.Embedding(50, 6)
+    k = keeper.Kept(table.weight, (torch.rand(6) < 0.5).expand(50, 6))
+    assert k.masked and k.which.shape == (1, 6) and k.which.dtype == torch.int32
 
 
 def test_a_mask_of_a_convolution_costs_what_it_keeps():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from rich.table import Table
 from ..config import number
 from ..continual.folder import STATE
 from ..engine import folder as runs
+from ..engine.state import kept_whole
 from ..errors import ConfigError
 from ..files import complete, read_json, write_files
 from ..report.page import REPORT, Told, differing, one_page, page_of_several
@@ -51,7 +53,8 @@ def show_command(
     if len(run) > 1:
         return _compared(found, output)
     where, (name, metrics) = next(iter(found.items()))
-    COMMANDS[name].show(where, metrics)  # type: ignore[misc]
+    with _understood(where):
+        COMMANDS[name].show(where, metrics)  # type: ignore[misc]
     if share != SHARE:
         show_skills(where, share)
     told = _page_of(where, name, metrics)
@@ -75,7 +78,13 @@ def _run_of(run: Path) -> tuple[str, dict[str, Any]]:
 
 def _page_of(run: Path, name: str, metrics: dict[str, Any]) -> Told:
     page = COMMANDS[name].page
-    return Told("", [], {}) if page is None else page(run, metrics)
+    with _understood(run):
+        return Told("", [], {}) if page is None else page(run, metrics)
+
+
+def _understood(run: Path) -> contextlib.AbstractContextManager[None]:
+    """Around the use of what a folder says, which may be another program's, or a half copy."""
+    return kept_whole(f"{run}: what it says of the run", "to show it", "Copy the whole folder of the run again")
 
 
 def _compared(found: Mapping[Path, tuple[str, dict[str, Any]]], output: Path | None) -> dict[str, Any]:
@@ -124,5 +133,6 @@ def _so_far(run: Path, name: str) -> dict[str, Any]:
         command = (runs.stored_config(run) or {})["command"]
         go_on = f"with: hatcl {name} --resume --output {run}" if command == name else f"by calling {command} once more"
         raise ConfigError(f"{run}: has nothing to show yet; go on {go_on}")
-    so_far: dict[str, Any] = read_json(progress)["result"]
+    with _understood(run):
+        so_far: dict[str, Any] = read_json(progress)["result"]
     return so_far

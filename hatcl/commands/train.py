@@ -20,9 +20,11 @@ from ..continual.folder import find_model
 from ..continual.images import ImageLearning, ImageOptions
 from ..continual.loading import LORA, TextOptions
 from ..continual.options import FREE, LearnOptions
+from ..continual.routing import check_routable
 from ..data.images import ImageData
 from ..data.places import DataOptions, TaskPlace
 from ..data.texts import TextData
+from ..engine import folder as runs
 from ..engine.processes import place, wait_for_all
 from ..engine.schedule import make_optimizer
 from ..errors import ConfigError
@@ -140,6 +142,8 @@ def train_command(
     asked.options["method"] = chosen
     if router and chosen != HAT:
         raise ConfigError(f"--router: finds tasks that are learned by hat, and the method is {chosen}; leave it out")
+    if router and not isinstance(found, dict):
+        check_routable(found)
     gates = HATConfig.from_dict(asked.options["set_"]) if chosen == HAT else None
     how = continual.make_method(chosen, None if gates else asked.options["set_"])
     if of_texts:
@@ -170,6 +174,7 @@ def _learn(
     asked: Asked, data: dict[str, TextData] | list[ImageData], options: LearnOptions, method: continual.Method,
     gates: HATConfig | None, device: str,
 ) -> Any:  # fmt: skip
+    _check_no_more_tasks(asked)
     folder = asked.folder()
     files = [place.file for place in task_places(asked.options["task"]) if place.file is not None]
     facts: dict[str, Any] = {"inputs": folder.same_inputs(files)}
@@ -201,6 +206,21 @@ def _learn(
     if asked.options["router"]:
         route(folder.path, network, data, asked.options)
     return _judged(folder.path, folder.metrics)
+
+
+def _check_no_more_tasks(asked: Asked) -> None:
+    """Raises where a finished run is given its tasks and more: it ends with a certificate of those that it had."""
+    run, now = asked.output, asked.options["task"]
+    if not (run / runs.METRICS).exists() or not (run / runs.CONFIG).exists():
+        return
+    was = (runs.stored_config(run) or {})["options"].get("task") or []
+    if was and len(now) > len(was) and now[: len(was)] == was:
+        raise ConfigError(
+            f"--task: the run in {run} is finished with {len(was)} tasks, and now came {len(now)}; it learns no more "
+            f"here. Learn the new ones in Python, model = hatcl.from_pretrained('{find_model(run)}') and hatcl.learn("
+            f"model, {len(was)}, ...), after hatcl grow --add-tasks {len(now) - len(was)} where there is no room; or "
+            "learn all of them in another folder (--output)"
+        )
 
 
 @contextlib.contextmanager

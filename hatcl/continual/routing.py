@@ -14,6 +14,7 @@ from ..calls import moved, tensor_of
 from ..data.images import ImageData, Images, Preparation
 from ..data.pairs import Chat, Pair
 from ..data.texts import TextData
+from ..engine.problems import CLASSES
 from ..errors import ConfigError
 from ..functional import content_digest
 from ..hat.features import middle_block
@@ -76,6 +77,16 @@ class OwnClasses:
         return tensor_of(out)[:, : self.counts[task]]
 
 
+def check_routable(stream: Sequence[ImageData]) -> None:
+    """Raises `ConfigError` where a task is no classification: a router tells tasks apart by what their classes say."""
+    other = next((data for data in stream if data.problem != CLASSES), None)
+    if other is not None:
+        raise ConfigError(
+            f"router: task {other.name!r} is a {other.problem}, and a router finds tasks of one class per example; "
+            "learn without --router, and say with hatcl.task(model, t) which task an input belongs to"
+        )
+
+
 def image_router(
     model: nn.Module,
     stream: Sequence[ImageData],
@@ -86,7 +97,11 @@ def image_router(
 
     Args:
         stream: what the tasks were made of, in order; with validation images, what was left to learn from.
+
+    Raises:
+        ConfigError: a task is no classification.
     """
+    check_routable(stream)
     own = OwnClasses([data.num_classes for data in stream]) if options.rotate else None
     made = TaskRouter(model, RouterOptions().changed(router), prepare=EachPrepared.of(stream, options), logits=own)
     for t in [t for t in tasks(model) if t < len(stream)]:

@@ -140,17 +140,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], w
 
 
 @contextlib.contextmanager
-def kept_whole(where: object) -> Iterator[None]:
-    """Around the use of a file's content: an entry that it lacks, or has of another kind, is an `IntegrityError`."""
+def kept_whole(
+    where: object, needed: str = "to resume", remedy: str = "Copy it again, or remove it to start from the beginning"
+) -> Iterator[None]:
+    """Around the use of a file's content: an entry that it lacks, or has of another kind, is an `IntegrityError`.
+
+    Args:
+        needed: for what the content is needed. remedy: what to do about it.
+    """
     try:
         yield
     except HATError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, FileNotFoundError) as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise IntegrityError(
-            f"{where} lacks a part that is needed to resume, or has another one in its place ({why}); it is damaged, "
-            "edited, or another version of hatcl wrote it. Copy it again, or remove it to start from the beginning"
+            f"{where} lacks a part that is needed {needed}, or has another one in its place ({why}); it is damaged, "
+            f"edited, or another version of hatcl wrote it. {remedy}"
         ) from error
 
 

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from ..errors import TaskError
@@ -27,7 +29,16 @@ class _Choice:
     task: Any
 
 
-_CHOICES: ContextVar[tuple[_Choice, ...]] = ContextVar("hatcl_active_task", default=())
+class Choices(NamedTuple):
+    """What a context chose, the last first. saying: one object for all choices that say the same, of whatever time and
+    thread: by it something that was kept is found again."""
+
+    made: tuple[_Choice, ...]
+    saying: Any
+
+
+_NONE = Choices((), ())
+CHOICES: ContextVar[Choices] = ContextVar("hatcl_active_task", default=_NONE)
 
 
 @contextlib.contextmanager
@@ -35,17 +46,28 @@ def choose(keys: Collection[int], task: Any) -> Iterator[None]:
     """Inside, in this context alone, `task` is active for the gates with these keys: an index, None, or a tensor that
     stands for several (see `hatcl.forward`)."""
     mine = _Choice(frozenset(keys), task)
-    _CHOICES.set((mine, *_CHOICES.get()))
+    _set((mine, *CHOICES.get().made))
     try:
         yield
     finally:
         # not by a token: a generator may be closed in another context than the one that it was started in
-        _CHOICES.set(tuple(c for c in _CHOICES.get() if c is not mine))
+        _set(tuple(c for c in CHOICES.get().made if c is not mine))
+
+
+def _set(choices: tuple[_Choice, ...]) -> None:
+    several = any(isinstance(c.task, Tensor) for c in choices)
+    saying = object() if several else _one(tuple((c.keys, c.task) for c in choices))
+    CHOICES.set(Choices(choices, saying))
+
+
+@lru_cache(maxsize=4096)
+def _one(saying: Any) -> Any:
+    return saying
 
 
 def chosen_task(key: int, default: int | None) -> Any:
     """What this context chose for the gates with this key, else the default."""
-    for choice in _CHOICES.get():
+    for choice in CHOICES.get().made:
         if key in choice.keys:
             return choice.task
     return default
@@ -53,7 +75,7 @@ def chosen_task(key: int, default: int | None) -> Any:
 
 def is_chosen(key: int) -> bool:
     """Did this context choose a task for the gates with this key?"""
-    return any(key in choice.keys for choice in _CHOICES.get())
+    return any(key in choice.keys for choice in CHOICES.get().made)
 
 
 # ---- recomputation: the task of the forward ----------------------------------------------------------------------

@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 from .. import functional as F
+from .active import CHOICES
 from .gates import Gates
 from .growth.grown import Spread
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Units:
@@ -204,7 +208,8 @@ class Binding:
     buffers: tuple[str, ...] = ()
     path: str = ""
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    cache: dict[str, tuple[Any, Tensor, int]] = field(default_factory=dict)
+    cache: dict[str, tuple[Any, Tensor, int, Tensor]] = field(default_factory=dict)
+    now: tuple[Any, Any, dict[Any, Any]] = (None, None, {})
     formers: list[Binding] = field(default_factory=list)
     spreads: dict[str, Spread] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
@@ -223,20 +228,69 @@ class Binding:
         return x if spread is None else spread.of_before(x)
 
     def key_of_kept(self, raw: Tensor, task: Any, held: bool = False) -> Any:
-        """On what a sealed task's constant depends. held: what is written to `raw` now is undone."""
+        """On what a sealed task's constant depends. held: what is written to `raw` now is undone. (The address tells
+        that other memory was put in its place, as long as the memory of before is kept, too.)"""
         return (task, self.gates.epoch, None if held else raw._version, raw.data_ptr(), raw.dtype)
 
-    def kept(self, name: str, raw: Tensor, task: Any) -> Tensor | None:
-        """The constant that a sealed task has of a parameter or buffer, if it is kept and nothing changed: most reads
-        in evaluation, so they take the shortest way."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    def of_now(self) -> dict[Any, Any] | None:
+        """Where to keep what depends on the gates and on the active task alone, in evaluation without gradients:
+        another place as soon as one of them changes. None where a task is open, or may become so unseen.
+
+        Most of what evaluation costs beyond the plain model is asking for this, so it takes the shortest way."""
+        if is_grad_enabled() or is_compiling():
             return None
-        hit, gates = self.cache.get(name), self.gates
+        moment, saying, kept = self.now  # one read: another thread may replace it
+        gates, said = self.gates, CHOICES.get().saying
+        if gates.__dict__["moment"] is moment and said is saying:
+            return kept
+        moment = gates.moment
+        if not gates.is_quiet():
+            return None
+        self.now = (moment, said, kept := {})
+        return kept
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` makes of the gates and the active task alone: once, where that may be kept."""
+        kept = self.of_now()
+        if kept is None:
+            return make()
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
+
+    def seen(self, name: str, kept: dict[Any, Any]) -> Tensor | None:
+        """What a read of a parameter or buffer gave before, if it would give the same now. kept: `of_now`."""
+        hit = kept.get(name)
         if hit is None:
             return None
-        if gates.lock is not None or gates.sharded or hit[1]._version != hit[2]:
-            return None
-        return hit[1] if hit[0] == self.key_of_kept(raw, task) and not gates.is_open(task) else None
+        value, version, constant, place, name, raw, raw_version, alias, address = hit
+        same = place.get(name) is raw and raw._version == raw_version and raw.data_ptr() == address
+        return value if same and value._version == version and self.cache.get(name) is constant else None
+
+    def read(
+        self,
+        name: str,
+        place: dict[str, Any],
+        kept: dict[Any, Any] | None,
+        make: Callable[[], Tensor],
+        key: str = "",
+    ) -> Tensor:
+        """What `make` makes of the tensor `name` of a module, to be `seen` again.
+
+        Args:
+            place: the dictionary that it is in, so that another tensor in its place is noticed. kept: what `of_now`
+                gave before it was asked which task is active. key: under which name it is `seen`; by default its own.
+        """
+        raw = place[name]
+        if kept is None or type(raw) not in _PLAIN or raw.is_inference():
+            return make()
+        version, address = raw._version, raw.data_ptr()
+        value = make()
+        if type(value) in _PLAIN and not value.is_inference():
+            # the alias keeps the memory, or other values might come to stand at the same address
+            constant, alias = self.cache.get(name), raw.detach()
+            kept[key or name] = (value, value._version, constant, place, name, raw, version, alias, address)
+        return value
 
     def plain_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter of the layer itself. What every task has a copy of stays as it was converted."""
@@ -244,11 +298,12 @@ class Binding:
         return (self.at(0) if copied else self).shapes[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": {}}
+        return {**self.__dict__, "cache": {}, "now": (None, None, {})}
 
     def clear(self) -> None:
         """Drop what was kept of any task."""
         self.cache.clear()
+        self.now = (None, None, {})
         for plan in self.params.values():
             for axis in plan.axes:
                 axis.units.clear()

@@ -133,7 +133,8 @@ def _before_forward(model: nn.Module, args: Any) -> None:
     gates = model._modules[GATES]
     if gates is not None and gates.origin is not None:
         refresh_copy(model)
-    gates.sharded = is_sharded(model)  # type: ignore[union-attr]
+    if gates.sharded != (sharded := is_sharded(model)):  # type: ignore[union-attr]
+        gates.sharded = sharded  # type: ignore[union-attr]
     gates.drop_soft_gates()  # type: ignore[union-attr,operator]
     check_forward(model)
 

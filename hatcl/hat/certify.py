@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..calls import OutputError, call, device_of, seeded, values_of
 from ..errors import IsolationError, TaskError
 from ..functional import same_bits
+from .altered import Altered
 from .digests import check_sealed
 from .gates import gates_of
-from .held import check_structure, held, own_buffers
+from .held import Held, check_structure, held, own_buffers
 from .layers.gated import HATLayer
 from .layers.state import copy_of
 from .protection import by_degrees
@@ -30,6 +31,7 @@ MAGNITUDE = {torch.float16: 1e2, torch.bfloat16: 1e3}
 # What differs in bits and not as a number (the sign of a zero, a NaN's payload) differs by the smallest number.
 SMALLEST = 5e-324
 ROWS = 2  # of a batch, where what is proved on all of it is proved once more in another mode
+DRAWN = 1_000_003  # a prime
 RANDOM = (
     "two equal runs of its forward give different outputs ({where}), so it is random, or it keeps state where hatcl "
     "cannot see it. torch's, numpy's and Python's random numbers are seeded for the comparison; others (a generator of "
@@ -73,47 +75,52 @@ class Certificate:
 
 @contextlib.contextmanager
 def attack(
-    model: nn.Module, task: int, only: set[str] | None = None, seed: int = 0, extreme: bool = False
+    model: nn.Module,
+    task: int,
+    only: set[str] | None = None,
+    seed: int = 0,
+    extreme: bool = False,
+    frugal: bool = False,
 ) -> Iterator[int]:
     """Overwrite in place every element that is not live for `task` with large random values; put back on leaving.
 
     Args:
         only: restrict the attack to these shared parameters.
         extreme: among them the largest finite values of the type, of either sign.
+        frugal: keep no copy of large tensors (see `altered.py`). What is zero becomes largest then, and among the
+            others the proportions stay.
 
     Yields how many elements were overwritten.
     """
-    generator = torch.Generator().manual_seed(seed)
-    kept: list[tuple[Tensor, Tensor]] = []
-    count = 0
-    with torch.no_grad():
+    generator, altered, count = torch.Generator().manual_seed(seed), Altered(seed), 0
 
-        def overwrite(x: Tensor, where: Tensor | None) -> int:
-            kept.append((x, x.detach().clone()))
-            new = noise(x, generator, extreme)
-            x.copy_(new if where is None else torch.where(where, new, x))
-            return x.numel() if where is None else int(where.sum())
+    def overwrite(x: Tensor, h: Held | None = None) -> int:
+        where = None if h is None else lambda: ~h.live(task)
+        if frugal:
+            return altered.overwrite(x, where, lambda: noise(x, generator), _magnitude(x.dtype))
+        on, new = None if where is None else where(), noise(x, generator, extreme)
+        altered.replace(x, lambda: new if on is None else torch.where(on, new, x.detach()))
+        return x.numel() if on is None else int(on.count_nonzero())
 
+    try:
         for h in held(model):
             shared = h.task is None and not h.plain
             if only is not None and (not shared or h.name not in only):
                 continue
             if shared:
-                count += overwrite(h.param, ~h.live(task)) if h.plan is not None else 0
+                count += overwrite(h.param, h) if h.plan is not None else 0
             elif h.task != task:
-                count += overwrite(h.param, None)
+                count += overwrite(h.param)
         if only is None:
             for other in range(gates_of(model)[0].num_tasks):
                 if other != task:
                     for _, b in own_buffers(model, other):
-                        count += overwrite(b, None)
+                        count += overwrite(b)
             for b in _plain_buffers(model):
-                count += overwrite(b, None)
-        try:
-            yield count
-        finally:
-            for x, old in kept:
-                x.copy_(old)
+                count += overwrite(b)
+        yield count
+    finally:
+        altered.undo()
 
 
 def noise(like: Tensor, generator: torch.Generator, extreme: bool = False) -> Tensor:
@@ -128,15 +135,30 @@ def noise(like: Tensor, generator: torch.Generator, extreme: bool = False) -> Te
         info = torch.iinfo(dtype)
         low, high = max(info.min, -(2**31)), min(info.max, 2**31 - 1)
         return torch.randint(low, high, shape, generator=generator).to(like)
-    largest = torch.finfo(dtype).max
-    if dtype == torch.float32:  # what bfloat16 autocast makes infinite is no value that a model could have
-        largest = torch.finfo(torch.bfloat16).max
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
-    new = torch.randn(shape, generator=generator, dtype=drawn) * MAGNITUDE.get(dtype, min(1e4, largest**0.5))
+    new = _normal_numbers(like.numel(), generator, drawn).view(shape) * _magnitude(dtype)
     if extreme:  # every third, so that they meet all units whatever the width
         some = new.view(-1)[int(torch.randint(3, (), generator=generator)) :: 3]
-        some.copy_(torch.copysign(torch.tensor(largest, dtype=drawn), some))
+        some.copy_(torch.copysign(torch.tensor(_largest_finite(dtype), dtype=drawn), some))
     return new.to(like)
+
+
+def _normal_numbers(n: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """`[n]` normal numbers. Of more than a million the rest repeats them, at places that no width divides."""
+    if n <= DRAWN:
+        return torch.randn(n, generator=generator, dtype=dtype)
+    return torch.randn(DRAWN, generator=generator, dtype=dtype).repeat(-(-n // DRAWN))[:n]
+
+
+def _largest_finite(dtype: torch.dtype) -> float:
+    # what bfloat16 autocast makes infinite is no value that a float32 model could have
+    return torch.finfo(torch.bfloat16 if dtype == torch.float32 else dtype).max
+
+
+def _magnitude(dtype: torch.dtype) -> float:
+    """The size of an ordinary large value."""
+    floating = dtype.is_floating_point
+    return MAGNITUDE.get(dtype, min(1e4, _largest_finite(dtype) ** 0.5)) if floating else 1.0
 
 
 def _plain_buffers(model: nn.Module) -> Iterator[Tensor]:
@@ -189,11 +211,11 @@ def certify(model: nn.Module, inputs: Any, *, strict: bool = False) -> Certifica
         g.learning = None
     proof = _Proof(trial, done)
     try:
-        few = _few(trial, inputs, done[0])
+        few = few_rows(inputs, lambda x: named_outputs(trial, x, done[0]), model)
         modes = [_Mode("in evaluation", torch.no_grad, inputs)]
         for mode in (_Mode("with gradients", torch.enable_grad, few), *_autocast(model, few)):
             try:
-                proof.run(mode, done[0])
+                proof.known[mode.name, done[0]] = proof.run(mode, done[0])
                 modes.append(mode)
             except OutputError:
                 raise
@@ -202,7 +224,7 @@ def certify(model: nn.Module, inputs: Any, *, strict: bool = False) -> Certifica
                     "%s does not run %s (%s), so nothing is proved of that", type(model).__name__, mode.name, error
                 )
         proof.attack(modes)
-        proof.live(model, few)
+        proof.live(model, modes[0] if few is inputs else _Mode("", torch.no_grad, few))
     except OutputError as error:
         raise IsolationError(f"certify: {type(model).__name__}: {error}") from error
     exact = all(d == 0 for d in proof.diffs.values())
@@ -242,6 +264,7 @@ class _Proof:
         self.trial, self.tasks = trial, tasks
         self.diffs: dict[int, float] = dict.fromkeys(tasks, 0.0)
         self.counts: dict[int, int] = {}
+        self.known: dict[tuple[str, int], dict[str, Tensor]] = {}  # outputs by mode and task, where they are used again
         self.why = ""
 
     def run(self, mode: _Mode, task: int, attacked: bool = False) -> dict[str, Tensor]:
@@ -250,9 +273,10 @@ class _Proof:
 
     def attack(self, modes: list[_Mode]) -> None:
         for t in self.tasks:
-            want = [self.run(mode, t) for mode in modes]
+            want = [self.known.pop((mode.name, t), {}) or self.run(mode, t) for mode in modes]
             with attack(self.trial, t, seed=t, extreme=True) as self.counts[t]:
                 got = [self.run(mode, t, attacked=True) for mode in modes]
+            self.known[modes[0].name, t] = want[0]
             for mode, a, b in zip(modes, want, got, strict=True):
                 if self._note(t, a, b):
                     where = compare_outputs(a, self.run(mode, t))[1]
@@ -263,10 +287,9 @@ class _Proof:
                         "model"
                     )
 
-    def live(self, model: nn.Module, inputs: Any) -> None:
+    def live(self, model: nn.Module, plain: _Mode) -> None:
         """Every task on the model itself, in two orders, beside the copy, which keeps nothing from earlier forwards."""
-        plain = _Mode("", torch.no_grad, inputs)
-        want = {t: self.run(plain, t) for t in self.tasks}
+        want = {t: self.known.get((plain.name, t)) or self.run(plain, t) for t in self.tasks}
         were = [(m, m.training) for m in model.modules()]
         try:
             for m, _ in were:
@@ -278,7 +301,7 @@ class _Proof:
                     for cache, was in kept:
                         cache.update(was)
                 with torch.no_grad():
-                    got = named_outputs(model, inputs, t)
+                    got = named_outputs(model, plain.inputs, t)
                 if self._note(t, want[t], got):
                     where = compare_outputs(want[t], got)[1]
                     self.run(plain, t)
@@ -305,8 +328,8 @@ class _Proof:
         self.why = self.why or why
 
 
-def _few(model: nn.Module, inputs: Any, task: int) -> Any:
-    """The first rows of a batch; all of it, where the model does not run on them."""
+def few_rows(inputs: Any, run: Callable[[Any], Any], what: nn.Module) -> Any:
+    """The first rows of a batch; all of it, where a model does not run on them. run: how it is tried."""
     rows = next((x.shape[0] for x in _input_tensors(inputs) if x.dim()), 0)
 
     def cut(x: Any) -> Any:
@@ -321,11 +344,11 @@ def _few(model: nn.Module, inputs: Any, task: int) -> Any:
     few = cut(inputs)
     try:
         with torch.no_grad():
-            named_outputs(model, few, task)
+            run(few)
     except OutputError:
         raise
     except Exception as error:
-        log.info("%s does not run on %d rows (%s)", type(model).__name__, ROWS, error)
+        log.info("%s does not run on %d rows (%s)", type(what).__name__, ROWS, error)
         return inputs
     return few
 

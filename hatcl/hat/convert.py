@@ -16,7 +16,6 @@ from torch.nn.parameter import is_lazy
 from ..calls import OutputError, call, device_of, seeded, shapes
 from ..config import HATConfig
 from ..errors import ConfigError, ConversionError
-from ..functional import same_bits
 from ..map.lora import is_factor, merged_layer
 from ..map.trace import trace
 from ..map.units import UnitMap, resolve
@@ -24,6 +23,7 @@ from ..shards import check_whole
 from ..sources import source_of
 from .arrays import array_masks, with_own_ends
 from .build import GATES, build
+from .certify import few_rows
 from .gates import Gates, gates_of
 from .given import Masks, hold_all
 from .heads import Classes, class_counts, heads_of, widen
@@ -31,9 +31,11 @@ from .layers.gated import HATLayer
 from .layers.norm import kind_of_norm
 from .layers.state import STATES, Watch, classes_kept, copy_of, detached_copy
 from .masked import check_masked, mask_inputs_of
+from .own_copies import with_own_share
 from .registry import layer_for
 from .saving.pretrained import write_as_hatcl
 from .saving.taken import recipe_of
+from .untouched import parameters_unwritten, restored_on_failure
 from .verify import check_plain, verified
 
 log = logging.getLogger(__name__)
@@ -50,8 +52,12 @@ def convert(
     mask_inputs: bool = False,
     verify: bool = True,
     unit_map: UnitMap | None = None,
+    inplace: bool = False,
 ) -> nn.Module:
     """A HAT model that computes what `model` computes, bit for bit, while no task is active. `model` stays as it was.
+
+    What is verified runs on the result itself, whose parameters are overwritten where they are and put back bit for bit
+    (see `hat/altered.py`), so that above the source there is one copy of the weights, the result, and little more.
 
     Args:
         num_tasks: how many tasks to make room for; default: the config's.
@@ -66,8 +72,15 @@ def convert(
             back inside of a `MaskedInputs`, as its attribute `model`; `made.features_of(task)` says which features a
             task looks at. Features that the network does not tell apart (the pixels of an image that convolutions
             read) have one gate in common; for single pixels put a `hatcl.HATMask` in front.
-        verify: run the certificate's attack once with random gates before handing the model over (M7).
+        verify: run the certificate's attack once with random gates before handing the model over (M7). Compared with
+            the source are evaluation on all of `example_inputs` and training on two rows of them; attacked is a random
+            half of the units on all of them and the other half on two rows; cut down to each half, the model is run on
+            two rows.
         unit_map: a map found earlier, instead of tracing.
+        inplace: convert `model` itself, without a second copy of its weights, and return it. Its parameters stay the
+            same objects, so that an optimizer that holds them still does; give it the tasks' own as well
+            (`optimizer.add_param_group({"params": hatcl.task_parameters(model, task)})`). A failure or an interruption
+            leaves the model as it was, bit for bit. No other thread may use it meanwhile.
 
     Raises:
         ConversionError: the forward fails on the example inputs, or the model cannot be converted; names the module.
@@ -101,7 +114,8 @@ def convert(
         model = mask_inputs_of(model, example_inputs, config)
     widths = class_counts(num_classes, config.num_tasks)
     try:
-        source = copy_of(model)
+        made = model if inplace else copy_of(model)
+        source = copy_of(made, share=True)  # what stays plain
     except Exception as error:
         raise ConversionError(
             f"{_not_copied(model)}: it cannot be copied ({error}), so the model cannot be converted without changing "
@@ -114,20 +128,30 @@ def convert(
     if config.array is not None:
         unit_map = with_own_ends(unit_map, source)
         array_masks(unit_map, config.array, 0)  # raises before anything is built
+    if config.own_share:
+        unit_map = with_own_share(unit_map, source, config.own_share)
     heads = heads_of(source, unit_map, widths)
-    made = build(copy.deepcopy(source), unit_map, config)
-    if any(p.is_meta for p in source.parameters()):
-        log.info("%s is on the meta device: mapped and not verified", type(model).__name__)
-    elif verify and example_inputs is not None:
-        with classes_kept(source):
-            check_plain(made, source, example_inputs)
-            made = verified(made, source, unit_map, config, example_inputs)
-    for head, numbers in heads:
-        widen(made, head, numbers)
-    hold_all(made, masks)
-    gates = gates_of(made)[0]
-    gates.source, gates.takes = source_of(source), recipe_of(example_inputs) if example_inputs is not None else None
-    return write_as_hatcl(made)
+    with restored_on_failure(made) as plain:
+
+        def rebuild() -> None:
+            plain.restore()
+            build(made, unit_map, config)
+
+        build(made, unit_map, config)
+        if any(p.is_meta for p in source.parameters()):
+            log.info("%s is on the meta device: mapped and not verified", type(model).__name__)
+        elif verify and example_inputs is not None:
+            with classes_kept(source):
+                few = few_rows(example_inputs, lambda x: call(copy_of(source, share=True).eval(), x), source)
+                check_plain(made, source, example_inputs, few)
+                verified(made, source, unit_map, example_inputs, few, rebuild)
+        for head, numbers in heads:
+            widen(made, head, numbers)
+        hold_all(made, masks)
+        gates = gates_of(made)[0]
+        gates.source = source_of(source)
+        gates.takes = recipe_of(example_inputs) if example_inputs is not None else None
+        return write_as_hatcl(made)
 
 
 def _check_names(model: nn.Module) -> None:
@@ -215,7 +239,12 @@ def _check_adapters(model: nn.Module) -> None:
 
 
 def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
-    """The map of a plain model (see `hatcl.map`)."""
+    """The map of a plain model (see `hatcl.map`). It is run in evaluation and in training, on copies of all that is no
+    parameter.
+
+    Raises:
+        ConversionError: the forward fails, writes to a parameter, or cannot be followed.
+    """
     names = {id(p): n for n, p in model.named_parameters()}
     copied = [
         names[id(p)]
@@ -223,10 +252,10 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
         for n, p in m._parameters.items()
         if p is not None and n in layer_for(type(m)).hat_copied
     ]
-    trial = copy_of(model)  # a forward may change what the model keeps
+    trial = copy_of(model, share=True)  # a forward may change what the model keeps
     watch = Watch(trial)
     try:
-        with classes_kept(model):
+        with classes_kept(model), parameters_unwritten(trial):
             with seeded(device=device_of(model)):
                 found = trace(trial, example_inputs, norms=lambda m: layer_for(type(m)).hat_is_norm)
             buffers, states = _moving(model, trial, watch, example_inputs)
@@ -261,7 +290,7 @@ def _moving(model: nn.Module, trial: nn.Module, watch: Watch, inputs: Any) -> tu
     `trial`, a copy of the model, has been through, and in training. All buffers, where that fails.
 
     Raises:
-        ConversionError: a forward writes to a parameter, or changes what cannot be copied.
+        ConversionError: a forward changes what cannot be copied.
     """
     watch.look()
     changed = dict(watch.changed)
@@ -270,17 +299,12 @@ def _moving(model: nn.Module, trial: nn.Module, watch: Watch, inputs: Any) -> tu
             call(trial.train(), inputs)
         watch.look()
         changed = watch.changed
+    except ConversionError:
+        raise
     except Exception as error:
         log.info("a training forward failed (%s): each task gets its own copy of every buffer", error)
         every = ((path, n, b) for path, m in model.named_modules() for n, b in m._buffers.items() if b is not None)
         changed |= {(path, n): None for path, n, b in every if b.is_floating_point()}
-    by_torch = {id(m._parameters["weight"]) for m in trial.modules() if getattr(m, "max_norm", None) is not None}
-    for (name, p), was in zip(trial.named_parameters(), model.parameters(), strict=True):
-        if id(p) not in by_torch and not p.is_meta and not same_bits(p.detach(), was.detach()):
-            raise ConversionError(
-                f"{name}: the forward itself writes to this parameter, which would change what sealed tasks use; keep "
-                "what it computes in a variable, or in a buffer"
-            )
     buffers: dict[str, list[str]] = {}
     states: dict[str, list[str]] = {}
     for path, name in changed:

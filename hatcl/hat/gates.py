@@ -20,6 +20,9 @@ from .arrays import array_masks
 from .growth.grown import Growth, key_of
 from .soft import SoftGates, kept_gate, soft_key
 
+_MOMENT = frozenset(
+    ("epoch", "lock", "sharded", "learning", "origin", "training", "cut", "stages", "_default", "_ever_active")
+)
 SLOTS, SLOT_BYTES = 256, 16
 """Size of a task's row in `Gates.digest_table`."""
 
@@ -100,6 +103,8 @@ class Gates(nn.Module):
             nothing made of them is kept.
         hardened: 1 while the task being learned settles, its gates hard already; a tensor, so that a compiled program
             stays the same. settled: the same for Python.
+        moment: another object whenever an attribute changes on which it depends which task is active, what it sees, and
+            whether that may be kept.
         epoch: counts whatever changes gates. sealings: task -> how often its hard gates changed, on which compiled
             graphs depend.
         unit_map: the map the model was converted on (None for layers put together by hand).
@@ -127,6 +132,7 @@ class Gates(nn.Module):
 
     def __init__(self, units: int, config: HATConfig, layers: Sequence[tuple[str, int, int]] | None = None) -> None:
         super().__init__()
+        self.moment = object()
         self.config = config
         self.layers = list(layers) if layers is not None else [("units", 0, units)]
         self.embeddings = nn.ParameterList([self.fresh_embedding(units) for _ in range(config.num_tasks)])
@@ -174,6 +180,12 @@ class Gates(nn.Module):
         """Nothing: where the converted model is an `nn.Sequential`, its gates are one step of it."""
         return x
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get(name, self)
+        super().__setattr__(name, value)
+        if name in _MOMENT and before is not value:
+            self.__dict__["moment"] = object()
+
     # ---- the active task ---------------------------------------------------------------------------------------
 
     @property
@@ -213,6 +225,17 @@ class Gates(nn.Module):
         if isinstance(task, Tensor):
             return True
         return task is not None and (task == self.learning or (self.origin is not None and task == self.origin.task))
+
+    def is_quiet(self) -> bool:
+        """May what the active task sees be kept for as long as `moment` and what was chosen stay the same?"""
+        if self.lock is not None or self.sharded or self.training or not self.cut:
+            return False
+        if (
+            self.origin is not None and self.origin.gates() is not None
+        ):  # averaged with it, it may follow it at any time
+            return False
+        task = self.task
+        return task is None or (isinstance(task, int) and not self.is_open(task))
 
     def is_soft(self, task: int | None) -> bool:
         """Are a task's gates soft now? In evaluation without gradients they are what sealing would give."""
@@ -261,7 +284,8 @@ class Gates(nn.Module):
     def drop_soft_gates(self) -> None:
         """The model is about to run: what was written to embeddings so that torch does not know of it (`e.data`) counts
         from now on."""
-        self._soft_now = None
+        if self._soft_now is not None:
+            self._soft_now = None
 
     def _soft(self, e: Tensor) -> Tensor:
         c = self.config
@@ -494,6 +518,7 @@ class Gates(nn.Module):
             "settled": False,
             "holding": False,
             "sharded": False,
+            "moment": None,
         }
         if self._default == self.learning:
             state["_default"] = None
@@ -501,6 +526,7 @@ class Gates(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.moment = object()
         self.key = next(_context_keys)  # a choice of a context is for one model, not for its copies
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gates:

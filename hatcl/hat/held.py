@@ -92,11 +92,14 @@ def shared_buffers(model: nn.Module, *, unsaved: bool = False) -> Iterator[tuple
 
 
 def live_for(h: Held, tasks: Sequence[int]) -> Tensor | None:
-    """Which elements are live for any of the tasks; None where none is."""
-    mask: Tensor | None = None
-    for t in tasks:
-        mask = h.live(t) if mask is None else mask | h.live(t)
-    return mask
+    """Which elements are live for any of the tasks; None where none is. It is repeated (stride 0) along dimensions that
+    no unit runs along."""
+    if not tasks or h.plan is None:
+        return h.live(tasks[0]) if tasks else None
+    mask = h.plan.live(tasks[0], h.param.device)
+    for t in tasks[1:]:
+        mask = mask | h.plan.live(t, h.param.device)
+    return mask.expand(h.plan.view).reshape(h.param.shape)
 
 
 def shared_path(names: Sequence[str]) -> str:

@@ -114,6 +114,7 @@ class Attribution:
         self.fixed = {id(g): torch.ones(g.num_units + 1, dtype=torch.bool, device=g.masks.device) for g in self.gates}
         for main in (h.plan.main for h in self.parts if h.plan is not None and h.param.requires_grad):
             self.fixed[id(main.units.gates)][main.units.numbers] = False
+        self.numbers: dict[tuple[int, torch.device], Tensor] = {}  # of each part's units, made once
         for g in self.gates if start == 0 else ():
             g.importance[task] = 0
 
@@ -123,7 +124,7 @@ class Attribution:
         finite, so that a gradient scaler will skip the step."""
         sums = [g.importance.new_zeros(g.num_units + 1) for g in self.gates]
         of_gates = {id(g): total for g, total in zip(self.gates, sums, strict=True)}
-        for h in self.parts:
+        for i, h in enumerate(self.parts):
             if h.param.grad is None:
                 continue
             assert h.plan is not None
@@ -132,7 +133,10 @@ class Attribution:
             size = h.param.grad.abs().view(h.plan.view).float()
             size = size.sum(over) if over else size
             total = of_gates[id(main.units.gates)]
-            total.index_add_(0, torch.as_tensor(main.units.numbers, device=total.device), size.flatten().to(total))
+            at = (i, total.device)
+            if at not in self.numbers:
+                self.numbers[at] = torch.as_tensor(main.units.numbers, device=total.device)
+            total.index_add_(0, self.numbers[at], size.flatten().to(total))
         if not all(bool(torch.isfinite(total).all()) for total in sums):
             return None
         for g, total in zip(self.gates, sums, strict=True):

@@ -4,42 +4,46 @@ that is not a task's own may reach what the task computes."""
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..calls import call, device_of, seeded, tensors_of, values_of
-from ..config import HATConfig
 from ..errors import ConversionError
 from ..functional import same_bits
 from ..map.units import UnitMap
-from .build import GATES, build
+from .altered import Altered, is_large
+from .build import GATES
 from .certify import RANDOM, attack, attacked_outputs, compare_outputs, largest_gap, named_outputs
 from .gates import Gates
+from .layers.gated import HATLayer
 from .layers.state import copy_of
 
 log = logging.getLogger(__name__)
 
 
-def check_plain(made: nn.Module, source: nn.Module, inputs: Any) -> None:
-    """Without a task the model must compute what the source does, bit for bit, in evaluation and in training.
+def check_plain(made: nn.Module, source: nn.Module, batch: Any, few: Any) -> None:
+    """Without a task the model must compute what the source does, bit for bit: in evaluation on the whole batch, and in
+    training on few rows of it (on all, where the source cannot train on few).
 
     Raises:
         ConversionError: names the first module whose output differs.
     """
     for training in (False, True):
         mode = "training" if training else "evaluation"
+        inputs = few if training else batch
         try:
             want = _plain_outputs(source, inputs, training)
         except Exception as error:
             if not training:
                 raise
+            if few is not batch:
+                return check_plain(made, source, batch, batch)
             log.info("%s: a training forward failed (%s), so it is not compared", type(source).__name__, error)
             return
         try:
@@ -94,13 +98,20 @@ def _first_that_differs(made: nn.Module, source: nn.Module, inputs: Any, trainin
     return ""
 
 
-def verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HATConfig, inputs: Any) -> nn.Module:
-    """Attack with random gates. A parameter through which the attack gets out becomes a copy per task (M5)."""
+def verified(
+    model: nn.Module, source: nn.Module, unit_map: UnitMap, inputs: Any, few: Any, rebuild: Callable[[], None]
+) -> None:
+    """Attack with random gates, in place (the model is as it was afterwards, bit for bit). A parameter through which
+    the attack gets out becomes a copy per task (M5): `rebuild` makes the model again on the map that says so.
+
+    Args:
+        inputs, few: a batch, and few rows of it (see `_leaks`).
+    """
     blamed: list[str] = []
     for _ in range(8):
-        leaks = _leaks(model, inputs)
+        leaks = _leaks(model, inputs, few)
         if leaks is None:
-            return model
+            return
         if not leaks:
             break
         blamed += leaks
@@ -108,7 +119,7 @@ def verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HAT
             entry = unit_map.entries[name]
             unit_map.entries[name] = dataclasses.replace(entry, copied=True, why="the attack got out through it")
             log.info("%s: reachable by other tasks, so each task gets its own copy", name)
-        model = build(copy.deepcopy(source), unit_map, config)
+        rebuild()
     names = ", ".join(list(dict.fromkeys(blamed))[:5])
     raise ConversionError(
         f"{type(source).__name__}: other tasks reach a task's output through {names} even as "
@@ -118,43 +129,60 @@ def verified(model: nn.Module, source: nn.Module, unit_map: UnitMap, config: HAT
     )
 
 
-def _leaks(model: nn.Module, inputs: Any) -> list[str] | None:
-    """Shared parameters whose non-live elements reach the output under random gates or under their complement, so that
-    every unit is off once (all that are left, where no one does by itself); None where nothing gets out."""
-    trial = stirred(model, inputs)
+def _leaks(model: nn.Module, inputs: Any, few: Any) -> list[str] | None:
+    """Shared parameters whose non-live elements reach the output under random gates (on the whole batch) or under their
+    complement, so that every unit is off once (on few rows of it); all that are left, where no one does by itself; None
+    where nothing gets out. Under both also the cut must compute what the gates do, on few rows.
+
+    The parameters are stirred and attacked where they are, and put back bit for bit, also where this is interrupted.
+    """
+    trial = copy_of(model, share=True).eval()
+    for m in trial.modules():
+        if isinstance(m, HATLayer):  # constants of a whole task would be as large as the model
+            m.register_forward_hook(lambda m, args, out: m._hat.cache.clear())
     gates: Gates = getattr(trial, GATES)
     mask = torch.rand(gates.num_units, generator=torch.Generator().manual_seed(0)) < 0.5
     gates.sealed[0] = True
     names = [n for n, e in gates.unit_map.entries.items() if not e.copied]
     found: dict[str, None] = {}
     exact = True
-    for on in (mask, ~mask):
-        gates.masks[0] = on.to(gates.masks.device)
-        _set_cut(gates, False)  # what the folds of the map alone give: this is what proves the map
-        with torch.no_grad():
-            want = named_outputs(trial, inputs, 0)
-            groups = [names]
-            while groups:
-                group = groups.pop()
-                with attack(trial, 0, only=None if group is names else set(group)):
-                    got = attacked_outputs(trial, inputs, 0)
-                if _same_numbers(want, got):
-                    continue
-                if exact and (where := compare_outputs(want, named_outputs(trial, inputs, 0))[1]):
-                    raise ConversionError(f"{type(model).__name__}: {RANDOM.format(where=where)}")
-                exact = False
-                if len(group) == 1:
-                    found[group[0]] = None
-                elif group:
-                    groups += [group[: len(group) // 2], group[len(group) // 2 :]]
-            _set_cut(gates, True)
-            if exact and not _same_numbers(want, got := named_outputs(trial, inputs, 0)):
-                diff, where = compare_outputs(want, got)
-                raise ConversionError(
-                    f"{type(model).__name__}: cut down to half of its units it computes another {where} (by "
-                    f"{diff:.2g}) than gated to them, so its map is not right; please report the model, or pass "
-                    "verify=False to convert without the guarantee"
-                )
+    altered = Altered(1)
+    try:
+        stir(trial, altered)
+        for on, batch in ((mask, inputs), (~mask, few)):
+            gates.masks[0] = on.to(gates.masks.device)
+            _set_cut(gates, False)  # what the folds of the map alone give: this is what proves the map
+            with torch.no_grad():
+                want = named_outputs(trial, batch, 0)
+                if len(altered) and not _all_finite(want):
+                    log.info("%s overflows with noise on its parameters; attacked as it is", type(model).__name__)
+                    altered.undo()
+                    want = named_outputs(trial, batch, 0)
+                groups = [names]
+                while groups:
+                    group = groups.pop()
+                    with attack(trial, 0, only=None if group is names else set(group), frugal=True):
+                        got = attacked_outputs(trial, batch, 0)
+                    if _same_numbers(want, got):
+                        continue
+                    if exact and (where := compare_outputs(want, named_outputs(trial, batch, 0))[1]):
+                        raise ConversionError(f"{type(model).__name__}: {RANDOM.format(where=where)}")
+                    exact = False
+                    if len(group) == 1:
+                        found[group[0]] = None
+                    elif group:
+                        groups += [group[: len(group) // 2], group[len(group) // 2 :]]
+                want = want if batch is few or not exact else named_outputs(trial, few, 0)
+                _set_cut(gates, True)
+                if exact and not _same_numbers(want, got := named_outputs(trial, few, 0)):
+                    diff, where = compare_outputs(want, got)
+                    raise ConversionError(
+                        f"{type(model).__name__}: cut down to half of its units it computes another {where} (by "
+                        f"{diff:.2g}) than gated to them, so its map is not right; please report the model, or pass "
+                        "verify=False to convert without the guarantee"
+                    )
+    finally:
+        altered.undo()
     return None if exact else list(found) or names
 
 
@@ -168,19 +196,38 @@ def _same_numbers(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> bool
     return want.keys() == got.keys() and all(largest_gap(x + 0, got[path] + 0) == 0 for path, x in want.items())
 
 
-def stirred(model: nn.Module, inputs: Any) -> nn.Module:
-    """A copy with noise on every parameter: biases and scales that start at zero would hide what gets out through
-    them."""
-    trial = copy.deepcopy(model).eval()
+def _all_finite(values: Mapping[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(x).all()) for x in values.values())
+
+
+def stir(model: nn.Module, altered: Altered) -> None:
+    """Noise on every parameter, in place: biases and scales that start at zero would hide what gets out through them.
+    Small ones get normal noise of half their spread; the elements of large ones are multiplied with random factors from
+    1/2 to 2, and their zeros become such noise."""
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in trial.parameters():
-            if (p.is_floating_point() or p.is_complex()) and p.numel():
-                fan_in = p.numel() / p.shape[0] if p.dim() > 1 else 25.0
-                size = max(0.5 * float(p.std()) if p.numel() > 1 else 0.0, 0.5 / math.sqrt(fan_in))
-                dtype = torch.complex64 if p.is_complex() else torch.float32
-                p.add_((torch.randn(p.shape, generator=generator, dtype=dtype) * size).to(p))
-        finite = all(bool(torch.isfinite(x).all()) for x in named_outputs(trial, inputs, None).values())
-    if not finite:
-        log.info("%s overflows with noise on its parameters; attacked with its own values", type(model).__name__)
-    return trial if finite else copy.deepcopy(model).eval()
+    for p in model.parameters():
+        if not (p.is_floating_point() or p.is_complex()) or not p.numel():
+            continue
+        fan_in = p.numel() / p.shape[0] if p.dim() > 1 else 25.0
+        dtype = torch.complex64 if p.is_complex() else torch.float32
+
+        def drawn(like: Tensor, size: float, dtype: torch.dtype = dtype) -> Tensor:
+            return (torch.randn(like.shape, generator=generator, dtype=dtype) * size).to(like)
+
+        least = 0.5 / math.sqrt(fan_in)
+        if is_large(p):
+            altered.turned_over(p, lambda like, least=least, drawn=drawn: drawn(like, least))  # type: ignore[misc]
+        else:
+            size = max(0.5 * float(p.detach().std()) if p.numel() > 1 else 0.0, least)
+            noisy = p.detach() + drawn(p, size)
+            altered.replace(p, lambda noisy=noisy: noisy)  # type: ignore[misc]
+
+
+def stirred(model: nn.Module, inputs: Any) -> nn.Module:
+    """A copy with noise on every parameter, where the model computes finite values with it."""
+    trial, altered = copy_of(model).eval(), Altered(1)
+    stir(trial, altered)
+    if not _all_finite(named_outputs(trial, inputs, None)):
+        log.info("%s overflows with noise on its parameters; taken with its own values", type(model).__name__)
+        altered.undo()
+    return trial

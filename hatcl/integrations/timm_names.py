@@ -186,7 +186,8 @@ def create_hat_model(
         options["num_classes"] = num_classes
     options = {k: v for k, v in options.items() if v is not None}
     base = timm.create_model(name, **options)
-    model = convert(base, num_tasks, example_input(base, options), config=config, num_classes=widths, verify=verify)
+    x = example_input(base, options)
+    model = convert(base, num_tasks, x, config=config, num_classes=widths, verify=verify, inplace=True)
     if _is_place(name):  # a saved model names no place: what timm found there says which model it is
         name, options = base.pretrained_cfg["architecture"], {**base._model_args, "num_classes": base.num_classes}
     kept = {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str, list, tuple))}

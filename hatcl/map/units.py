@@ -327,7 +327,8 @@ def _places(met: Sequence[tuple[Ints, Ints]], unit_of: Ints, units: int) -> Ints
     for labels, index in met:
         first = np.full(units + 1, np.iinfo(np.int64).max)
         np.minimum.at(first, unit_of[labels], index)
-        places = np.unique(np.stack([places, first[1:]]), axis=1, return_inverse=True)[1].reshape(-1)
+        index = np.unique(first[1:], return_inverse=True)[1]
+        places = np.unique(places * (units + 1) + index, return_inverse=True)[1]  # of pairs numpy would sort bytes
     return places
 
 

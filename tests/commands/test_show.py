@@ -4,12 +4,13 @@ import html
 import json
 import shlex
 import shutil
+from contextlib import nullcontext
 
 import pytest
 from command_parts import call
 from rich.errors import MarkupError
 
-from hatcl.commands import _console
+from hatcl.commands import COMMANDS, _console, app, show
 from hatcl.engine import folder as runs
 
 
@@ -54,6 +55,35 @@ def test_what_is_no_run(tmp_path, capsys):
     assert code == 2 and "nowhere: there is no such folder; name the folder of a run" in err
     code, _, err = call(capsys, "show", tmp_path, "--share", "1")
     assert code == 2 and "--share: got 1.0, expected a share between 0 and 1, without these" in err
+
+
+app()  # finds the commands
+SHOWN = [name for name, it in COMMANDS.items() if it.show is not None]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("metrics", [{"other": 1}, {"tasks": ["a"], "matrix": 3}, {"tasks": 1, "measure": 1}, [1]])
+def test_what_another_program_left_is_one_clean_message(tmp_path, capsys, monkeypatch, name, metrics):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        runs.write_json(tmp_path / place / "config.json", {"command": name, "options": {}})
+        runs.write_json(tmp_path / place / "metrics.json", metrics)
+    for places in (["a"], ["a", "b"]):
+        code, _, err = call(capsys, "show", *(tmp_path / place for place in places))
+        assert code == 2 and err.startswith(f"error: {tmp_path / 'a'}"), err
+        assert ("lacks a part that is needed to show it" in err) == isinstance(metrics, dict)
+        assert "Copy the whole folder of the run again" in err or "Copy it again" in err
+    monkeypatch.setattr(show, "_understood", lambda run: nullcontext())  # twin
+    with pytest.raises((LookupError, TypeError, AttributeError)) if isinstance(metrics, dict) else nullcontext():
+        call(capsys, "show", tmp_path / "a")
+
+
+def test_half_a_checkpoint_is_one_clean_message(tmp_path, capsys):
+    runs.write_json(tmp_path / "config.json", {"command": "train", "options": {}})
+    (tmp_path / "checkpoint").mkdir()
+    runs.write_json(tmp_path / "checkpoint" / "progress.json", {})
+    code, _, err = call(capsys, "show", tmp_path)
+    assert code == 2 and "lacks a part that is needed to show it" in err and "KeyError: 'result'" in err
 
 
 def test_a_saved_model_is_no_run(run, capsys):

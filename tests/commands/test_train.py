@@ -96,6 +96,31 @@ def test_a_finished_or_other_run_is_not_overwritten(run, capsys):
     assert code == 0
 
 
+def test_more_tasks_for_a_finished_run_are_refused_with_the_remedy(run, capsys):
+    tasks = json.loads((run / "config.json").read_text())["options"]["task"]
+    more = [text for task in [*tasks, f"more={tasks[0].partition('=')[2] or tasks[0]}"] for text in ("--task", task)]
+    before = (run / "metrics.json").read_bytes()
+    code, _, err = call(capsys, "train", "--output", run, "--resume", *more, *FAST)
+    assert code == 2 and f"the run in {run} is finished with 3 tasks, and now came 4; it learns no more here" in err
+    assert f"model = hatcl.from_pretrained('{run / 'model'}') and hatcl.learn(model, 3, ...)" in err
+    assert "after hatcl grow --add-tasks 1 where there is no room" in err and "--output" in err
+    assert (run / "metrics.json").read_bytes() == before
+    code, _, err = call(capsys, "train", "--output", run, "--resume", *more[2:], *FAST)  # other tasks, not more
+    assert code == 2 and "was started with task=" in err
+
+
+@pytest.mark.parametrize("problem", ["regression", "multilabel"])
+def test_a_router_of_what_has_no_classes_is_refused_before_anything_is_learned(tmp_path, capsys, problem):
+    (path,) = write_tasks(tmp_path, 1)
+    arrays = dict(np.load(path))
+    as_other = {"regression": lambda y: y + 0.5, "multilabel": lambda y: np.stack([y, 1 - y], 1)}[problem]
+    np.savez(path, **{n: as_other(a) if n.startswith("y") else a for n, a in arrays.items()})
+    line = ["train", *given([path]), "--problem", problem, "--router", "--output", tmp_path / "run", *FAST]
+    code, _, err = call(capsys, *line)
+    assert code == 2 and f"router: task 't0' is a {problem}, and a router finds tasks of one class per example" in err
+    assert "learn without --router" in err and not (tmp_path / "run").exists()
+
+
 # --- other methods than hat ---
 
 PLAIN = ["--epochs", "1", "--batch-size", "16", "--device", "cpu"]

@@ -57,6 +57,16 @@ def test_what_is_measured(three_tasks):
         assert abs(found[name] - count / sum(tests)) <= 1 / sum(tests)
 
 
+def test_a_task_that_is_no_classification_is_refused(three_tasks):
+    numbers = dataclasses.replace(
+        three_tasks[1], y_train=np.float32(three_tasks[1].y_train)[:, None],
+        y_test=np.float32(three_tasks[1].y_test)[:, None],
+        problem="regression", num_classes=1,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="router: task 'blobs1' is a regression, and a router finds tasks of one"):
+        image_router(sealed(three_tasks), [three_tasks[0], numbers], ImageOptions())
+
+
 def test_tasks_that_are_not_sealed_take_no_part(three_tasks):
     model = sealed(three_tasks)
     hatcl.forget_task(model, 1)

@@ -312,7 +312,7 @@ class Line(Work):
 def test_accumulated_batches_are_weighted_by_their_sizes():
     work = Line([1.0, 3.0])
     Loop(work, LoopOptions(optimizer="sgd", momentum=0.0, lr=0.5, epochs=1, accumulate=2)).run()
-    assert float(work.w) == pytest.approx((1 * 1 + 3 * 3) / 4)  # one step to the weighted mean
+    assert float(work.w.detach()) == pytest.approx((1 * 1 + 3 * 3) / 4)  # one step to the weighted mean
 
 
 def test_a_penalty_counts_once_per_step():

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import hatcl
-from hatcl.hat.binding import Units
+from hatcl.functional import same_bits
+from hatcl.hat.binding import Binding, Units
 from hatcl.hat.gates import Gates
+from hatcl.hat.layers.linear import LOOKED_UP, TABLE
 
 
 def gates(units=50, **options):
@@ -49,3 +58,291 @@ def test_what_is_kept_of_a_task_follows_every_change():
     assert units.gate().dtype == torch.float64
     g.unseal(0)
     assert not g.hard(0).equal(other.masks[0])
+
+
+# ---- what evaluation keeps of a task ---------------------------------------------------------------------------------
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+
+
+class Net(nn.Module):
+    """Every kind of read: shared weights, copies, running statistics, norms over units and over groups, a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.group = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.GroupNorm(3, 12)
+        self.conv2, self.ln, self.words = nn.Conv2d(12, 12, 3), nn.LayerNorm(12), nn.Embedding(9, 12)
+        self.fc, self.head = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.group(self.conv2(torch.relu(self.bn(self.conv(x))))))
+        x = self.ln(x.mean((2, 3)) + self.words(torch.arange(len(x)) % 9))
+        return self.head(torch.sigmoid(self.fc(x)))
+
+
+@pytest.fixture(scope="module")
+def pickled():
+    """Two sealed tasks. A copy by pickle follows no model, so that it keeps what it computes with."""
+    torch.manual_seed(0)
+    model = hatcl.convert(Net(), 3, IMAGES, verify=False)
+    for t in (0, 1):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with hatcl.learn(model, t, optimizer, steps=2), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            e = model.hat_gates.embeddings[t]
+            e.data.copy_(torch.where(torch.rand(e.shape) < 0.6, 1.0, -1.0))
+            for _ in range(2):
+                optimizer.zero_grad()
+                model.train()(IMAGES).square().sum().backward()
+                optimizer.step()
+    return pickle.dumps(model.eval())
+
+
+def said(model, task=0):
+    with torch.no_grad(), hatcl.task(model, task):
+        return model(IMAGES).clone()
+
+
+def anew(model, task=0):
+    """The same where nothing was kept."""
+    for m in model.modules():
+        if "_hat" in m.__dict__:
+            m._hat.clear()
+    return said(model, task)
+
+
+def noise(p):
+    return torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(p) * 0.3
+
+
+def written(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(noise(p))
+
+
+def swapped(model):
+    for p in model.parameters():
+        p.data = p.data + noise(p)
+
+
+def swapped_twice(model):
+    """The second time where the first memory was."""
+    for p in model.parameters():
+        was, size = p.data_ptr(), p.detach() + noise(p)
+        p.data = torch.empty(0)
+        for _ in range(50):
+            p.data = size.clone()
+            if p.data_ptr() == was:
+                break
+
+
+def swapped_twice_elsewhere(model):
+    """Where only the constants of the task are kept."""
+    for m in model.modules():
+        if "_hat" in m.__dict__:
+            m._hat.now = (None, None, {})
+    swapped_twice(model)
+
+
+def loaded(model, assign=False):
+    state = {n: x + noise(x) if x.is_floating_point() and "hat_gates" not in n else x
+             for n, x in model.state_dict().items()}  # fmt: skip
+    model.load_state_dict(state, assign=assign)
+
+
+def replaced(model):
+    for m in list(model.modules()):
+        for name, p in list(m._parameters.items()):
+            if p is not None and not isinstance(m, (Gates, nn.ParameterList)):
+                setattr(m, name, nn.Parameter(p.detach() + noise(p)))
+
+
+def buffers_written(model):
+    for b in model.bn.hat_tasks[0]._buffers.values():
+        if b.is_floating_point():
+            b.add_(noise(b).abs())
+
+
+def buffers_replaced(model):
+    own = model.bn.hat_tasks[0]
+    own.running_mean = own.running_mean + 1
+
+
+def other_eps(model):
+    model.ln.eps = 0.3
+
+
+WRITES = {
+    "in place": written, "data": swapped, "data, the same memory": swapped_twice, "other parameters": replaced,
+    "buffers": buffers_written, "other buffers": buffers_replaced, "eps": other_eps,
+}  # fmt: skip
+CHANGES = {  # of which the gates know
+    "data, the same memory, constants": swapped_twice_elsewhere,
+    "load_state_dict": loaded,
+    "load_state_dict assign": lambda m: loaded(m, True),
+    "double": lambda m: m.double().float().half().float(),
+    "forgotten": lambda m: hatcl.forget_task(m, 1),
+    "grown": lambda m: hatcl.grow(m, factor=1.5),
+    "a task more": lambda m: hatcl.add_tasks(m, 1),
+    "another task": lambda m: said(m, 1),
+    "none": lambda m: said(m, None),
+    "default": lambda m: hatcl.set_task(m, 1),
+    "trained": lambda m: said(m.train(), 0) is m.eval(),
+}
+
+
+def changed(pickled, change):
+    """What a model says after a change, at once and where nothing is kept, and what it said before."""
+    model = pickle.loads(pickled)
+    before = [said(model) for _ in range(4)]  # the last ones by a table that is gated
+    assert all(same_bits(before[0], x) for x in before)
+    assert (
+        "weight" in model.fc._hat.now[2] and "running_mean" in model.bn._hat.now[2] and TABLE in model.words._hat.now[2]
+    )
+    change(model)
+    now = said(model)
+    return now, anew(model), before[0]
+
+
+@pytest.mark.parametrize("name", [*WRITES, *CHANGES])
+def test_what_is_kept_in_evaluation_follows_every_change(pickled, name):
+    now, want, before = changed(pickled, {**WRITES, **CHANGES}[name])
+    assert same_bits(now, want)
+    assert name not in WRITES or not same_bits(now, before)
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_twin_without_the_check_it_is_stale(pickled, name, monkeypatch):
+    monkeypatch.setattr(Binding, "seen", lambda self, name, kept: kept[name][0] if name in kept else None)
+    if name == "eps":
+        once = Binding.once
+        monkeypatch.setattr(Binding, "once", lambda self, key, make: once(self, key[:1], make))
+    now, want, _ = changed(pickled, WRITES[name])
+    assert not same_bits(now, want)
+
+
+def test_memory_is_kept_as_long_as_its_address_is_asked_for(pickled):
+    """Or other values might come to stand where those were that are gone."""
+    model = pickle.loads(pickled)
+    said(model)
+    raw, hat = model.fc._parameters["weight"], model.fc._hat
+    aliases = [x for hit in (hat.now[2]["weight"], hat.cache["weight"]) for x in hit if isinstance(x, Tensor)]
+    assert sum(x is not raw and x.data_ptr() == raw.data_ptr() for x in aliases) == 2
+
+
+def test_a_sealed_task_has_the_bits_of_gradients_and_of_threads(pickled):
+    model = pickle.loads(pickled)
+    want = {t: said(model, t) for t in (0, 1, None)}
+    for t in want:
+        with hatcl.task(model, t):
+            assert same_bits(model(IMAGES).detach(), want[t])
+            with torch.inference_mode():
+                for _ in range(4):
+                    assert same_bits(model(IMAGES).clone(), want[t])
+                table = model.words._hat.now[2].get(TABLE)
+                assert t is None or (table is not None and not table[0].is_inference())
+    with ThreadPoolExecutor(3) as pool:
+        tasks = [0, 1, None] * 12
+        for t, got in zip(tasks, pool.map(lambda t: said(model, t), tasks), strict=True):
+            assert same_bits(got, want[t])
+
+
+def test_a_choice_that_comes_again_finds_what_was_kept(pickled):
+    model = pickle.loads(pickled)
+    said(model), said(model)
+    kept = model.fc._hat.now[2]
+    said(model)
+    assert model.fc._hat.now[2] is kept
+    said(model, 1)
+    assert model.fc._hat.now[2] is not kept
+
+
+def test_twin_without_asking_who_chose_another_tasks_values_are_given(pickled, monkeypatch):
+    model = pickle.loads(pickled)
+    want = said(model, 1)
+    said(model)
+    monkeypatch.setattr(Binding, "of_now", lambda self: self.now[2])
+    assert not same_bits(said(model, 1), want)
+
+
+def by_default(model):
+    hatcl.set_task(model, 0)
+    with torch.no_grad():
+        model(IMAGES)
+        hatcl.set_task(model, 1)
+        return model(IMAGES).clone()
+
+
+def test_a_default_that_is_set_is_followed(pickled):
+    assert same_bits(by_default(pickle.loads(pickled)), said(pickle.loads(pickled), 1))
+
+
+def test_twin_without_the_moment_the_default_before_counts(pickled, monkeypatch):
+    monkeypatch.setattr(Gates, "__setattr__", nn.Module.__setattr__)
+    assert not same_bits(by_default(pickle.loads(pickled)), said(pickle.loads(pickled), 1))
+
+
+def test_nothing_is_kept_where_it_may_change(pickled):
+    model = pickle.loads(pickled)
+    gates = model.hat_gates
+    with torch.no_grad(), hatcl.task(model, 0):
+        assert model.fc._hat.of_now() is not None
+        with torch.enable_grad():
+            assert model.fc._hat.of_now() is None
+        gates.train()
+        assert model.fc._hat.of_now() is None
+        gates.eval()
+        gates.lock = threading.Lock()
+        assert model.fc._hat.of_now() is None
+    copied = copy.deepcopy(pickle.loads(pickled))
+    with torch.no_grad(), hatcl.task(copied, 0):
+        assert copied.fc._hat.of_now() is not None  # the model that it was copied from is gone
+    followed = copy.deepcopy(model)
+    with torch.no_grad(), hatcl.task(followed, 0):
+        assert followed.fc._hat.of_now() is None and same_bits(said(followed), said(pickle.loads(pickled)))
+
+
+def test_other_parameters_in_a_functional_call(pickled):
+    model = pickle.loads(pickled)
+    want = said(model)
+    others = {n: p.detach() + noise(p) for n, p in model.named_parameters() if "hat_gates" not in n}
+    with torch.no_grad(), hatcl.task(model, 0):
+        got = torch.func.functional_call(model, others, IMAGES)
+    twin = pickle.loads(pickled)
+    twin.load_state_dict(others, strict=False)
+    assert same_bits(got, said(twin)) and not same_bits(got, want) and same_bits(said(model), want)
+
+
+def test_derivatives_pass_a_forward_without_gradients(pickled):
+    """Forward-mode derivatives of the input, where everything of the task is kept."""
+    model = pickle.loads(pickled)
+    direction = torch.ones_like(IMAGES)
+    with torch.no_grad(), hatcl.task(model, 0):
+        model(IMAGES)
+        _, slope = torch.func.jvp(model, (IMAGES,), (direction,))
+    with hatcl.task(model, 0):
+        _, want = torch.func.jvp(model, (IMAGES,), (direction,))
+    assert torch.allclose(slope, want, atol=1e-5) and bool((slope != 0).any())
+
+
+def test_a_cast_lets_go_of_what_was_kept(pickled):
+    model = pickle.loads(pickled)
+    said(model)
+    model.double()
+    assert all(not m._hat.cache and not m._hat.now[2] for m in model.modules() if "_hat" in m.__dict__)
+
+
+def test_a_table_is_gated_when_as_many_rows_were_looked_up(pickled):
+    model = pickle.loads(pickled)
+    ids = torch.arange(4)
+    with torch.no_grad(), hatcl.task(model, 0):
+        first, second = model.words(ids), model.words(ids)
+        kept = model.words._hat.now[2]
+        assert kept[LOOKED_UP] == 8 and TABLE not in kept
+        third, fourth = model.words(ids), model.words(input=ids)
+        assert kept[LOOKED_UP] == 12 and TABLE in kept
+        on = model.words._hat.output[1].on(0)
+        assert bool(on.any()) and not bool(on.all()) and bool((third[:, ~on] == 0).all())
+        assert all(same_bits(first, x) for x in (second, third, fourth))
+        assert not bool((model.words.weight[:, ~on] == 0).all())  # who reads the table itself sees all of it

@@ -19,7 +19,7 @@ from hatcl.map.coupling import Coupling
 from hatcl.map.rules import pointwise
 from hatcl.zoo.proof import PROOF_CONFIG
 
-EXAMPLES = int(os.environ.get("HATCL_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("HATCL_EXAMPLES", "120"))
 
 
 def hold(spec):

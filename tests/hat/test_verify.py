@@ -91,7 +91,7 @@ def test_a_leak_that_zeros_at_the_start_would_hide_is_found_at_conversion():
 
 
 def test_twin_without_the_stir_it_is_not_found(monkeypatch):
-    monkeypatch.setattr(verify, "stirred", lambda model, inputs: copy.deepcopy(model).eval())
+    monkeypatch.setattr(verify, "stir", lambda *args: None)
     x = parts.images("mlp")
     model = with_a_hole(Hidden(), x)
     assert blamed(model) == set()

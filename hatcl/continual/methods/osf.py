@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from ...calls import device_of, seeded
 from ...config import number
 from ...errors import SkillError
 from ...integrations.peft_osf import keep_orthogonal, merge_weights, split_layers, split_weights
+from ...lend import lent
 from ...skills.tensors import adapters_of
 from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
@@ -64,7 +67,30 @@ class OSF(Method):
                 f"osf: {type(model).__name__} has no nn.Linear but its head, whose weight could be split; take a model "
                 "that is made of such layers, as most transformers are, or another method"
             )
+        for task in tasks[:1]:
+            self._check_calls(model, task)
         self._train(model, [model.get_submodule(name).weight for name in self.names])
+
+    def _check_calls(self, model: nn.Module, task: ContinualTask) -> None:
+        """Raises where the model reads the weight of a layer that it does not call, as BEiT does with its `qkv`: OSF's
+        layer learns in its own forward, so nothing would be learned there."""
+        layers = {name: model.get_submodule(name) for name in self.names}
+        called: set[str] = set()
+        hooks = [m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in layers.items()]
+        weights: list[Any] = [m.weight for m in layers.values()]
+        try:
+            with seeded(device=device_of(model)), lent(model, weights), torch.enable_grad():
+                loss = task.loss(model, task.collate([task.train[i] for i in range(min(2, len(task.train)))]))
+                grads = torch.autograd.grad(loss, weights, allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        read = [n for n, g in zip(self.names, grads, strict=True) if g is not None and n not in called]
+        if read:
+            raise SkillError(
+                f"osf: {type(model).__name__} reads the weights of {read[0]} ({len(read)} such layers) without calling "
+                "the layer, so OSF would learn nothing there; take another method, such as tasl or hat"
+            )
 
     def _train(self, model: nn.Module, weights: Sequence[Any]) -> None:
         """Between tasks the weights themselves count as trained, so that a checkpoint has them."""

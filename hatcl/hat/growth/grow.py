@@ -272,7 +272,7 @@ def _planned(
     expected = grown_map(unit_map, growth)
     known = copy.deepcopy(expected)
     made, _ = grower.cut(counts)
-    convert(made, 1, inputs, unit_map=known)  # attacks it
+    convert(made, 1, inputs, unit_map=known, inplace=True)  # attacks it
     leaks = [n for n, e in known.entries.items() if e.copied and not expected.entries[n].copied]
     if leaks:
         raise ConversionError(

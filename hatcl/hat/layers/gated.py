@@ -16,7 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from ... import functional as F
 from ...config import HATConfig
 from ...errors import ConfigError
 from ...shards import is_shard
@@ -29,11 +31,14 @@ def task_parameter(name: str) -> property:
     """A parameter as the active task sees it."""
 
     def get(self: Any) -> Tensor | None:
+        hat: Binding | None = self.__dict__.get("_hat")
+        kept = None if hat is None else hat.of_now()
+        if hat is not None and kept is not None and (seen := hat.seen(name, kept)) is not None:
+            return seen
         params = self.__dict__["_parameters"]
         if name not in params:
             return _inherited(self, name)
         raw = params[name]
-        hat: Binding | None = self.__dict__.get("_hat")
         if raw is None or hat is None:
             return raw
         plan = hat.params.get(name)
@@ -41,11 +46,13 @@ def task_parameter(name: str) -> property:
             return raw  # nobody computes with a shard: it is `fully_shard` that looks after it
         task = hat.gates.task
         if task is None:
-            return raw if plan.copied or not hat.formers else hat.under(None).placed(name, raw)
+            bare = plan.copied or not hat.formers
+            return hat.read(name, params, kept, lambda: raw if bare else hat.under(None).placed(name, raw))
         if plan.copied:
-            raw = self._hat_own("_parameters", name, task)
-        kept = hat.kept(name, raw, task)
-        return self._hat_folded(name, raw, task) if kept is None else kept
+            if isinstance(task, Tensor):
+                return self._hat_folded(name, self._hat_own("_parameters", name, task), task)
+            params = self._hat_copy(task)._parameters
+        return hat.read(name, params, kept, lambda: self._hat_folded(name, params[name], task))
 
     return property(get)
 
@@ -55,20 +62,23 @@ def task_buffer(name: str) -> property:
     a forward in training mode or a `zero_()`, writes to the task's own."""
 
     def get(self: Any) -> Tensor | None:
+        hat: Binding | None = self.__dict__.get("_hat")
+        kept = None if hat is None or self.training else hat.of_now()
+        if hat is not None and kept is not None and (seen := hat.seen(name, kept)) is not None:
+            return seen
         buffers = self.__dict__["_buffers"]
         if name not in buffers:
             return _inherited(self, name)
-        hat: Binding | None = self.__dict__.get("_hat")
         task = None if hat is None or buffers[name] is None else hat.gates.task
         if hat is None or task is None:
             return buffers[name]
         value = self._hat_own("_buffers", name, task, buffers[name])
         if hat.gates.is_open(task):
             return value
-        if not self.training and (kept := hat.kept(name, value, task)) is not None:
-            return kept
-        written = self.training or name in hat.buffers  # by the forward itself
-        return value.clone() if written else self._hat_constant(name, value, task, value.clone)
+        if self.training or name in hat.buffers:  # the forward itself writes to it
+            return value.clone()
+        place = buffers if value is buffers[name] else self._hat_copy(task)._buffers
+        return hat.read(name, place, kept, lambda: self._hat_constant(name, value, task, value.clone))
 
     return property(get)
 
@@ -222,10 +232,14 @@ class HATLayer:
     def _hat_own(self, kind: str, name: str, task: Any, otherwise: Any = None) -> Any:
         """A task's own parameter or buffer."""
         if not isinstance(task, Tensor):
-            copies = self.__dict__["_modules"]["hat_tasks"]._modules  # a list would look its length up each time
-            return copies[str(task)].__dict__[kind].get(name, otherwise)
+            return self._hat_copy(task).__dict__[kind].get(name, otherwise)
         every = [getattr(own, kind).get(name, otherwise) for own in self.hat_tasks]
         return row(torch.stack(every), task)
+
+    def _hat_copy(self, task: int) -> TaskCopy:
+        copies = self.__dict__["_modules"]["hat_tasks"]._modules  # a list would look its length up each time
+        copy: TaskCopy = copies[str(task)]
+        return copy
 
     def _hat_copied_names(self) -> list[str]:
         return [n for n, p in self._hat.params.items() if p.copied]
@@ -382,7 +396,7 @@ class HATLayer:
         with torch.inference_mode(False), _unmoved(hat.gates):
             # detached at once, or the first forward would take other kernels than those that find it in the cache
             value = make().detach()
-        hat.cache[name] = (key, value, value._version)
+        hat.cache[name] = (key, value, value._version, raw.detach())
         return value
 
     def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
@@ -397,9 +411,13 @@ class HATLayer:
         hat: Binding | None = self.__dict__.get("_hat")
         if hat is None or hat.output is None:
             return out
-        bound = hat.under(hat.gates.task).output
+        gated: Tensor = hat.once(("output", out.dim(), out.dtype), lambda: self._hat_output_gating(out))(out)
+        return gated
+
+    def _hat_output_gating(self, out: Tensor) -> Callable[[Tensor], Tensor]:
+        bound = self._hat.under(self._hat.gates.task).output
         assert bound is not None
-        return multiply(out, bound[1], bound[0])
+        return gating(bound[1], bound[0], out.dim(), out.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Parameter) and name in self.__dict__.get("_parameters", ()):
@@ -414,6 +432,14 @@ class HATLayer:
             super().__setattr__(name, value)
         elif hat.gates.is_open(task := hat.gates.task):  # a sealed task's statistics stay as they are
             self.hat_tasks[task]._buffers[name] = value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """A cast, or a move to another device: what is kept would hold the memory of before."""
+        out = super()._apply(fn, recurse)  # type: ignore[misc]
+        hat: Binding | None = self.__dict__.get("_hat")
+        if hat is not None:
+            hat.clear()
+        return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         source = getattr(type(self), "_hat_source", None)
@@ -447,15 +473,36 @@ def _unmoved(gates: Gates) -> contextlib.AbstractContextManager[Any]:
 
 def multiply(x: Tensor, units: Units, dim: int) -> Tensor:
     """`x` times the active gates along `dim`; exactly zero where a hard gate is off, whatever stood there."""
+    return gating(units, dim, x.dim(), x.dtype)(x)
+
+
+def gating(units: Units, dim: int, ndim: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """What multiplies a tensor of so many dimensions, of this type, with the active gates along `dim`."""
     gates = units.gates
     task = gates.task
     if task is None:
-        return x
-    shape = [1] * x.dim()
+        return unchanged
+    shape = [1] * ndim
     shape[dim] = -1
     if gates.is_soft(task) or not gates.cut:
-        return x * units.gate_of(task).to(x.dtype).view(shape)
-    return torch.where(units.on(task).view(shape), x, 0.0)
+        gate = units.gate_of(task).to(dtype).view(shape)
+        return lambda x: x * gate
+    on = units.on(task).view(shape)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(task, Tensor) or dtype.is_complex:
+        return lambda x: torch.where(on, x, 0.0)
+    bits = units.once(task, ("bits", dtype), lambda: F.bits_where(units.on(task), dtype)).view(shape)
+
+    def by_bits(x: Tensor) -> Tensor:
+        """The same bits as `where`, ten times as fast on a CPU, without derivatives."""
+        if type(x) is not Tensor or forward_ad._current_level >= 0:
+            return torch.where(on, x, 0.0)
+        return x.view(bits.dtype).bitwise_and(bits).view(dtype)
+
+    return by_bits
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def units_of(layer: Any) -> Units:

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.nn import functional as tf
 
 from ..binding import Binding
 from ..registry import register_layer
 from .gated import HATLayer, multiply, task_parameter
+
+TABLE, LOOKED_UP = "weight, gated", "rows looked up"
 
 
 @register_layer(nn.Linear)
@@ -35,10 +37,11 @@ class HATLinear(HATLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         hat: Binding | None = self.__dict__.get("_hat")
-        soft = hat is not None and torch.is_grad_enabled() and hat.gates.is_soft(hat.gates.task)
-        plan = hat.params.get("weight") if hat is not None and soft else None
+        if hat is None or not is_grad_enabled() or not hat.gates.is_soft(hat.gates.task):
+            return self._hat_gate_output(super().forward(x))
+        plan = hat.params.get("weight")
         raw: Any = self._parameters.get("weight")  # a parametrized one is not there
-        if hat is not None and plan is not None and x.numel() < raw.shape[1] ** 2:
+        if plan is not None and x.numel() < raw.shape[1] ** 2:
             if not plan.copied and type(self) is HATLinear:
                 fold = [plan.axes[i] for i in plan.fold]
                 if len(fold) == 1 and fold[0].owner and hat.output is None:
@@ -72,9 +75,24 @@ class TaskIndexedParameter(HATLayer, nn.Module):
         return self.weight
 
 
+class _ScaledRows(torch.autograd.Function):
+    """Rows scaled as torch scales those of a table with `max_norm`, which it does before autograd looks."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+        flat = rows.reshape(-1, rows.shape[-1]).clone()
+        torch.embedding_renorm_(flat, torch.arange(len(flat), device=flat.device), max_norm, norm_type)
+        return flat.view(rows.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
 @register_layer(nn.Embedding)
 class HATEmbedding(HATLayer, nn.Embedding):
-    """`y = a * W[i]`: the gate multiplies the rows that were looked up, not the whole table.
+    """`y = a * W[i]`: the gate multiplies the rows that were looked up. In evaluation of a sealed task it multiplies
+    the whole table, once, after as many rows were looked up as it has.
 
     Shapes: i integers of any shape `S`, y `[*S, dim]`, gate `[dim]`.
     """
@@ -95,12 +113,36 @@ class HATEmbedding(HATLayer, nn.Embedding):
         self._hat.output, plan.fold = (-1, plan.axes[0].units), ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.max_norm is None or self._hat_active is None:
-            return self._hat_gate_output(super().forward(*args, **kwargs))
+        if self.max_norm is None or self.__dict__.get("_hat") is None:
+            plain: Any = super().forward
+            if plain.__func__ is nn.Embedding.forward:
+                index = args[0] if args else kwargs["input"]
+                if (gated := self._hat_gated_table(index)) is not None:
+                    return tf.embedding(index, gated)
+            return self._hat_gate_output(plain(*args, **kwargs))
         index = args[0] if args else kwargs["input"]
         # torch would scale the table's rows in place, for all tasks: here what was looked up, over units that are on
         table = self.weight
         rows = tf.embedding(index, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+        if self._hat_active is None:
+            scaled: Tensor = _ScaledRows.apply(rows, self.max_norm, self.norm_type)
+            return scaled
         rows = self._hat_gate_output(rows)
         size = rows.detach().norm(self.norm_type, -1, keepdim=True)
         return rows * torch.where(size > self.max_norm, self.max_norm / (size + 1e-7), 1.0)
+
+    def _hat_gated_table(self, index: Tensor) -> Tensor | None:
+        """The rows of a sealed task; None as long as it costs less to multiply those that are looked up."""
+        hat: Binding | None = self.__dict__.get("_hat")
+        kept = None if hat is None or hat.output is None else hat.of_now()
+        if hat is None or kept is None:
+            return None
+        table = hat.seen(TABLE, kept)
+        if table is None:
+            kept[LOOKED_UP] = kept.get(LOOKED_UP, 0) + index.numel()
+            params = self.__dict__["_parameters"]
+            if kept[LOOKED_UP] < self.num_embeddings or "weight" not in params:
+                return None
+            with torch.inference_mode(False), torch.no_grad():  # of an inference tensor no write would be noticed
+                table = hat.read("weight", params, kept, lambda: self._hat_gate_output(self.weight), TABLE)
+        return table

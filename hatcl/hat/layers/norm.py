@@ -7,21 +7,23 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from timm.layers import norm as timm_norm
 from torch import Tensor, nn
+from torch.nn.functional import threshold
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ... import functional as F
 from ..binding import Binding
 from ..registry import register_layer
-from .gated import HATLayer, multiply, task_buffer, task_parameter
+from .gated import HATLayer, gating, multiply, task_buffer, task_parameter, unchanged
 
 log = logging.getLogger(__name__)
+_Around = Callable[[Tensor], Tensor]
 
 
 class _Norm(HATLayer):
@@ -33,6 +35,13 @@ class _Norm(HATLayer):
 
     def _hat_has_affine(self) -> bool:
         return self._parameters.get("weight") is not None  # type: ignore[attr-defined]
+
+    def _hat_no_share(self, hat: Binding, task: Any) -> bool:
+        """Soft gates, those of a compiled graph that may be others in the next step, and those of several tasks at once
+        have no share that is known as a number."""
+        if isinstance(task, Tensor):
+            return True
+        return hat.gates.is_soft(task) or (torch.compiler.is_compiling() and hat.gates.is_open(task))
 
 
 class _PerChannel(_Norm):
@@ -58,10 +67,8 @@ class _PerChannel(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)  # type: ignore[misc]
-        hat = self._hat_active
-        if hat is not None and hat.norm is not None and not self._hat_has_affine():
-            out = multiply(out, hat.norm[1], hat.norm[0])
-        return out
+        hat = None if self._hat_has_affine() else self._hat_active
+        return out if hat is None or hat.norm is None else multiply(out, hat.norm[1], hat.norm[0])
 
 
 @register_layer(nn.BatchNorm1d)
@@ -127,47 +134,54 @@ class _OverUnits(_Norm):
     @property
     def eps(self) -> Any:
         """The plain eps, times n / U where a sealed task is active."""
-        plain = self.__dict__["eps"]
-        hat = self._hat_active
-        if plain is None or hat is None or hat.norm is None:
-            return plain
-        task = hat.gates.task
-        return plain if task is None or self._hat_plain_eps(hat, task) else plain * hat.norm[1].share(task)
+        plain, hat = self.__dict__["eps"], self.__dict__.get("_hat")
+        return plain if plain is None or hat is None else hat.once(("eps", plain), lambda: self._hat_eps(plain))
 
     @eps.setter
     def eps(self, value: Any) -> None:
         self.__dict__["eps"] = value
 
-    def _hat_plain_eps(self, hat: Binding, task: int) -> bool:
-        """Soft gates, those of a compiled graph that may be others in the next step, and those of several tasks at once
-        have no share that is known as a number."""
-        if isinstance(task, Tensor):
-            return True
-        return hat.gates.is_soft(task) or (torch.compiler.is_compiling() and hat.gates.is_open(task))
-
-    def forward(self, x: Tensor) -> Tensor:
+    def _hat_eps(self, plain: float) -> float:
         hat = self._hat_active
         if hat is None or hat.norm is None:
-            return self._hat_gate_output(super().forward(x))  # type: ignore[misc]
+            return plain
+        task = hat.gates.task
+        return plain if task is None or self._hat_no_share(hat, task) else plain * hat.norm[1].share(task)
+
+    def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Around, _Around]:
+        """What is done with an input of so many dimensions before the plain norm, and with what that gives."""
+        hat = self._hat_active
+        if hat is None or hat.norm is None:
+            return unchanged, self._hat_gate_output
         dim, units = hat.norm
-        dim = dim if dim < x.dim() else -1  # `torch.vmap` takes leading dimensions away
+        dim = dim if dim < ndim else -1  # `torch.vmap` takes leading dimensions away
         task = hat.gates.task
         assert task is not None
-        gate = units.gate_of(task).to(x.dtype)
-        if hat.dirty:
-            x = multiply(x, units, dim)
-        if self.hat_centred:
-            over = self._hat_dims() if len(self._hat_dims()) > 1 else (dim,)
-            if self._hat_plain_eps(hat, task):
-                x = F.centre(
-                    x, gate, dim, over, weight=units.once(task, ("centring", gate.dtype), lambda: F.centring(gate))
-                )
-            else:
-                x = F.centre(x, gate, dim, over, units.share(task))
-        if isinstance(task, Tensor):
-            x = x / share_on(gate).sqrt()  # which scales eps by n / U
-        out = super().forward(x)  # type: ignore[misc]
-        return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, dim)
+        gate = units.gate_of(task).to(dtype)
+        share = None if self._hat_no_share(hat, task) else units.share(task)
+        clean = gating(units, dim, ndim, dtype) if hat.dirty else unchanged
+        over = self._hat_dims() if len(self._hat_dims()) > 1 else (dim,)
+        weight = units.once(task, ("centring", dtype), lambda: F.centring(gate)) if share is None else None
+
+        def before(x: Tensor) -> Tensor:
+            x = clean(x)
+            if self.hat_centred:
+                x = F.centre(x, gate, dim, over, share, weight)
+            return x / share_on(gate).sqrt() if isinstance(task, Tensor) else x  # which scales eps by n / U
+
+        def after(out: Tensor) -> Tensor:
+            return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, dim)
+
+        # with all units on it is the plain norm
+        return (unchanged if share == 1.0 else before), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        hat: Binding | None = self.__dict__.get("_hat")
+        if hat is None:
+            return super().forward(x)  # type: ignore[misc]
+        before, after = hat.once(("norm", x.dim(), x.dtype), lambda: self._hat_around(x.dim(), x.dtype))
+        out: Tensor = after(super().forward(before(x)))  # type: ignore[misc]
+        return out
 
 
 @register_layer(nn.LayerNorm)
@@ -203,38 +217,56 @@ class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
     that of its n_g units; the weight takes the scale back.
     """
 
-    def _hat_per_group(self, gate: Tensor) -> Tensor:
-        share = gate.view(self.num_groups, -1).mean(1, keepdim=True).clamp(min=F.SMALLEST_GATE)
-        return share.sqrt().expand(-1, gate.numel() // self.num_groups).reshape(-1)
+    def _hat_by_group(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """`[groups, units of a group]`: the gate, and `[groups, 1]`: n_g / U_g, never quite zero."""
+        by_group = gate.view(self.num_groups, -1)
+        return by_group, threshold(by_group.mean(1, keepdim=True), F.SMALLEST_GATE, F.SMALLEST_GATE)
 
     def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
-        return gate if name == "bias" else (gate != 0) * self._hat_per_group(gate)
+        if name == "bias":
+            return gate
+        by_group, share = self._hat_by_group(gate)
+        return ((by_group != 0) * share.sqrt()).view(-1)
 
     def hat_fold_key(self, name: str) -> Any:
         return None if name == "bias" else (TaskIndexedGroupNorm, self.num_groups)
 
-    def _hat_centring(self, gate: Tensor) -> Tensor:
-        """`[groups, units of a group]`: `a * U_g / n_g`, by which the mean over a group's U_g units is multiplied."""
-        by_group = gate.view(self.num_groups, -1)
-        return by_group * (by_group.shape[1] / by_group.sum(1, keepdim=True).clamp(min=F.SMALLEST_GATE))
+    def _hat_centring(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """`[1, groups, units of a group, 1]`: `a U_g / n_g`, by which the mean over a group's U_g units is multiplied,
+        and `[1, groups, 1, 1]`: `sqrt(U_g / n_g)`, by which the input is."""
+        by_group, share = self._hat_by_group(gate)
+        return (by_group / share)[None, ..., None], share.rsqrt()[None, ..., None]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Around, _Around]:
+        """What is done with an input of so many dimensions before the plain norm, and with what that gives."""
         hat = self._hat_active
         if hat is None or hat.norm is None:
-            return self._hat_gate_output(super().forward(x))
+            return unchanged, self._hat_gate_output
         units, task = hat.norm[1], hat.gates.task
         assert task is not None
-        gate = units.gate_of(task).to(x.dtype)
-        if hat.dirty:
-            x = multiply(x, units, 1)
-        kept = (self.num_groups, gate.dtype)
-        weight = units.once(task, ("centring", kept), lambda: self._hat_centring(gate))
-        groups = x.reshape(x.shape[0], *weight.shape, -1)
-        mean = groups.mean((2, 3), keepdim=True)
-        centred = torch.addcmul(groups, mean, weight.view(1, *weight.shape, 1), value=-1).view(x.shape)
-        spread = units.once(task, ("spread", kept), lambda: self._hat_per_group(gate))
-        out = super().forward(centred / along(spread, x, 1))
-        return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, 1)
+        gate = units.gate_of(task).to(dtype)
+        clean = gating(units, 1, ndim, dtype) if hat.dirty else unchanged
+        kept = (self.num_groups, dtype)
+        weight, spread = units.once(task, ("centring", kept), lambda: self._hat_centring(gate))
+
+        def before(x: Tensor) -> Tensor:
+            groups = clean(x).reshape(x.shape[0], *weight.shape[1:3], -1) * spread
+            mean = groups.mean((2, 3), keepdim=True) * weight
+            return (groups - mean if torch.is_grad_enabled() else groups.sub_(mean)).view(x.shape)
+
+        def after(out: Tensor) -> Tensor:
+            return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, 1)
+
+        whole = not self._hat_no_share(hat, task) and units.share(task) == 1.0
+        return (unchanged if whole else before), after  # with all units on it is the plain norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        hat: Binding | None = self.__dict__.get("_hat")
+        if hat is None:
+            return super().forward(x)
+        before, after = hat.once(("norm", x.dim(), x.dtype), lambda: self._hat_around(x.dim(), x.dtype))
+        out: Tensor = after(super().forward(before(x)))
+        return out
 
 
 class _FoundNorm(HATLayer):

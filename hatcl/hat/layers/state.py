@@ -165,8 +165,12 @@ def _same_parts(a: list[tuple[str, Any]], b: list[tuple[str, Any]]) -> bool:
 
 def copy_of(model: nn.Module, share: bool = False) -> nn.Module:
     """A copy of a model, without the autograd graphs of what its last forward left in attributes. share: with the same
-    parameters."""
+    parameters, but for those that a forward writes to (the table of an embedding with `max_norm`)."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share else {}
+    for m in model.modules():
+        if share and getattr(m, "max_norm", None) is not None:
+            for p in m._parameters.values():
+                memo.pop(id(p), None)
     for m in model.modules():
         for name, value in m.__dict__.items():
             if name not in _TORCHS and not name.startswith("_hat") and not isinstance(value, (str, int, float)):
@@ -335,7 +339,7 @@ def _register_buffer(_: str) -> Callable[..., None]:
 
 def _apply(_: str) -> Callable[..., Any]:
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        out = super(HATLayer, self)._apply(fn, recurse)
+        out = HATLayer._apply(self, fn, recurse)
         self.__dict__[STATES].apply(self._hat.path, fn)
         return out
 

@@ -129,6 +129,33 @@ def test_what_is_refused(model, text):
         osf.OSF({"preserved": 1})
 
 
+class ReadsWeights(nn.Module):
+    """Multiplies with the weight of a layer itself, as BEiT does; `spare` is not used at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.qkv, self.spare = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return nn.functional.linear(self.first(x), self.qkv.weight)
+
+
+def test_a_model_that_reads_a_layers_weight_itself_is_refused(monkeypatch):
+    model = ReadsWeights()
+    before, required = state(model), [p.requires_grad for p in model.parameters()]
+    text = (
+        "osf: ReadsWeights reads the weights of qkv .1 such layers. without calling the layer, .* take another method"
+    )
+    with pytest.raises(SkillError, match=text):
+        learn_sequence(model, [vector_task("a", 0)], "osf", QUICK)
+    assert same(before, state(model)) and [p.requires_grad for p in model.parameters()] == required
+    assert all(p.grad is None for p in model.parameters())
+    monkeypatch.setattr(osf.OSF, "_check_calls", lambda *_: None)  # twin: it would have learned all but that
+    learn_sequence(model, [vector_task("a", 0)], "osf", QUICK)
+    far = {n: float((t - before[n]).abs().max()) for n, t in state(model).items() if "weight" in n}
+    assert far["qkv.weight"] < 1e-6 < 1e-3 < far["first.weight"]  # but for the rounding of its parts
+
+
 def interrupted():
     """A network whose second step raised, and what its modules were called before."""
     model, steps = plain(), []

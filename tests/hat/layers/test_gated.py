@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import layer_zoo as zoo
@@ -18,9 +19,17 @@ from hatcl.hat.layers.gated import HATLayer
 from hatcl.hat.registry import layer_for, registered
 
 
-def convert(name, **options):
+@functools.cache
+def _converted(name):
     torch.manual_seed(1)
-    return hatcl.convert(zoo.make(name), 3, zoo.data(name)[0], **options)
+    return hatcl.convert(zoo.make(name), 3, zoo.data(name)[0])
+
+
+def convert(name):
+    """The same model each time: converting it takes longer than most of what is tried on it."""
+    model = copy.deepcopy(_converted(name))
+    torch.manual_seed(1)
+    return model
 
 
 @pytest.fixture(params=zoo.ZOO)
@@ -60,7 +69,7 @@ def test_every_registered_layer_is_in_the_zoo():
 
 
 def test_it_is_what_it_replaces_and_knows_its_parameters(name):
-    source, model = zoo.make(name), convert(name)
+    source, model = zoo.make(name), hatcl.convert(zoo.make(name), 3, zoo.data(name)[0])
     for path, module in source.named_modules():
         made = model.get_submodule(path)
         kind = (

@@ -1,0 +1,55 @@
+"""Parameters that tasks could share and of which every task has its own copy by choice, the smallest first: between one
+network for all tasks and a network for each.
+
+Early layers hold few of a network's weights, and tasks crowd there first: in a layer of 16 units, ten tasks find one
+unit each. A copy has no such limit. No element of it is frozen for another task, all of it is erased with its task, and
+a task that starts from another begins with the copy of its source.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections import Counter
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..map.lora import is_factor
+from ..map.units import Entry, UnitMap
+
+CHOSEN = "own_share: one of the smallest parameters"
+
+
+def with_own_share(unit_map: UnitMap, model: nn.Module, share: float) -> UnitMap:
+    """The map on which the smallest parameters are copied for each task, as many as make up at most `share` of the
+    elements that tasks would share without it. Of equally large ones those that come first; no parameter that several
+    modules hold.
+
+    Raises:
+        ConfigError: a model with LoRA, whose pairs are the units.
+    """
+    if any(map(is_factor, unit_map.entries)):
+        raise ConfigError(
+            f"own_share: got {share:g} in a model with LoRA, whose tasks share pairs, each with both of its factors; "
+            "give the adapter a larger rank, or leave own_share out"
+        )
+    names = {id(p): n for n, p in model.named_parameters()}
+    holders = Counter(names[id(p)] for m in model.modules() for p in m._parameters.values() if p is not None)
+    shared = [e for e in unit_map.entries.values() if e.why == CHOSEN or not e.copied]
+    room = share * sum(map(_how_large, shared))
+    smallest = sorted((e for e in shared if e.factors and holders[e.name] == 1), key=_how_large)
+    sums = itertools.accumulate(map(_how_large, smallest))
+    chosen = {e.name for e, so_far in zip(smallest, sums, strict=True) if so_far <= room}
+    made = copy.copy(unit_map)
+    made.entries = {
+        name: dataclasses.replace(e, copied=True, why=CHOSEN) if name in chosen else e
+        for name, e in unit_map.entries.items()
+    }
+    return made
+
+
+def _how_large(entry: Entry) -> int:
+    return math.prod(entry.shape)
