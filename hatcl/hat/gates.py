@@ -20,7 +20,9 @@ from .arrays import array_masks
 from .growth.grown import Growth, key_of
 from .soft import SoftGates, kept_gate, soft_key
 
-_MOMENT = frozenset(("epoch", "lock", "sharded", "learning", "origin", "training", "cut", "_default", "_ever_active"))
+_MOMENT = frozenset(
+    ("epoch", "lock", "sharded", "learning", "origin", "training", "cut", "stages", "_default", "_ever_active")
+)  # fmt: skip
 SLOTS, SLOT_BYTES = 256, 16
 """Size of a task's row in `Gates.digest_table`."""
 

@@ -433,6 +433,14 @@ class HATLayer:
         elif hat.gates.is_open(task := hat.gates.task):  # a sealed task's statistics stay as they are
             self.hat_tasks[task]._buffers[name] = value
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """A cast, or a move to another device: what is kept would hold the memory of before."""
+        out = super()._apply(fn, recurse)  # type: ignore[misc]
+        hat: Binding | None = self.__dict__.get("_hat")
+        if hat is not None:
+            hat.clear()
+        return out
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         source = getattr(type(self), "_hat_source", None)
         if source is None:

@@ -126,5 +126,6 @@ class HATEmbedding(HATLayer, nn.Embedding):
             params = self.__dict__["_parameters"]
             if kept[LOOKED_UP] < self.num_embeddings or "weight" not in params:
                 return None
-            table = hat.read("weight", params, kept, lambda: self._hat_gate_output(self.weight), TABLE)
+            with torch.inference_mode(False), torch.no_grad():  # of an inference tensor no write would be noticed
+                table = hat.read("weight", params, kept, lambda: self._hat_gate_output(self.weight), TABLE)
         return table

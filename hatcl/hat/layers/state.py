@@ -335,7 +335,7 @@ def _register_buffer(_: str) -> Callable[..., None]:
 
 def _apply(_: str) -> Callable[..., Any]:
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        out = super(HATLayer, self)._apply(fn, recurse)
+        out = HATLayer._apply(self, fn, recurse)
         self.__dict__[STATES].apply(self._hat.path, fn)
         return out
 
