@@ -51,7 +51,7 @@ class Kept:
             last -= 1
             run *= mask.shape[last]
         p = local(self.param.detach())
-        part = _repeated(mask, p)
+        part = _once_of(mask, p)
         if part is not None:
             self.which, self.masked = part.to(INTEGERS[p.element_size()]).sub_(1), True
         elif (run >= SHORTEST_RUN and p.is_contiguous()) or p.element_size() not in INTEGERS:
@@ -426,7 +426,7 @@ def _zero(k: Kept) -> Callable[[Tensor], None]:
     return hook
 
 
-def _repeated(mask: Tensor, p: Tensor) -> Tensor | None:
+def _once_of(mask: Tensor, p: Tensor) -> Tensor | None:
     """The part of a mask of which the rest are repetitions, where it lies along the parameter's memory: then it is as
     fast as one of all elements. None otherwise."""
     again = [d for d in range(mask.dim()) if mask.stride(d) == 0 and mask.shape[d] > 1]

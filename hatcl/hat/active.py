@@ -46,15 +46,15 @@ def choose(keys: Collection[int], task: Any) -> Iterator[None]:
     """Inside, in this context alone, `task` is active for the gates with these keys: an index, None, or a tensor that
     stands for several (see `hatcl.forward`)."""
     mine = _Choice(frozenset(keys), task)
-    _set((mine, *CHOICES.get().made))
+    _replace((mine, *CHOICES.get().made))
     try:
         yield
     finally:
         # not by a token: a generator may be closed in another context than the one that it was started in
-        _set(tuple(c for c in CHOICES.get().made if c is not mine))
+        _replace(tuple(c for c in CHOICES.get().made if c is not mine))
 
 
-def _set(choices: tuple[_Choice, ...]) -> None:
+def _replace(choices: tuple[_Choice, ...]) -> None:
     several = any(isinstance(c.task, Tensor) for c in choices)
     saying = object() if several else _one(tuple((c.keys, c.task) for c in choices))
     CHOICES.set(Choices(choices, saying))

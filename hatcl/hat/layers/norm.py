@@ -23,7 +23,7 @@ from ..registry import register_layer
 from .gated import HATLayer, gating, multiply, task_buffer, task_parameter, unchanged
 
 log = logging.getLogger(__name__)
-_Step = Callable[[Tensor], Tensor]
+_Change = Callable[[Tensor], Tensor]
 
 
 class _Norm(HATLayer):
@@ -148,7 +148,7 @@ class _OverUnits(_Norm):
         task = hat.gates.task
         return plain if task is None or self._hat_no_share(hat, task) else plain * hat.norm[1].share(task)
 
-    def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Step, _Step]:
+    def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Change, _Change]:
         """What is done with an input of so many dimensions before the plain norm, and with what that gives."""
         hat = self._hat_active
         if hat is None or hat.norm is None:
@@ -237,7 +237,7 @@ class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
         by_group, share = self._hat_by_group(gate)
         return (by_group / share)[None, ..., None], share.rsqrt()[None, ..., None]
 
-    def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Step, _Step]:
+    def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Change, _Change]:
         """What is done with an input of so many dimensions before the plain norm, and with what that gives."""
         hat = self._hat_active
         if hat is None or hat.norm is None:
