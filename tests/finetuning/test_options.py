@@ -72,7 +72,10 @@ def test_steps():
         ({"epochs": 0}, "epochs: got 0, expected an integer of at least 1"),
         ({"batch_size": 1.5}, "batch_size: got 1.5"),
         ({"evaluate_every": 0}, "evaluate_every: got 0"),
-        ({"l1": 0.1, "optimizer": "lion"}, "l1: got 0.1 with optimizer='lion'; the pull is known for adamw and sgd"),
+        (
+            {"l1": 0.1, "optimizer": "lion", "lr": 1e-4},
+            "l1: got 0.1 with optimizer='lion'; the pull is known for adamw and sgd",
+        ),
         ({"dropout": "no"}, "dropout: got 'no', expected True or False"),
         ({"fix_head": 1}, "fix_head: got 1, expected True or False"),
         ({"seed": -1}, "seed: got -1, expected an integer of at least 0"),
