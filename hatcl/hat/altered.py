@@ -78,13 +78,13 @@ class Altered:
     def turned_over(self, x: Tensor, zeros: Callable[[Tensor], Tensor]) -> None:
         """Multiply every element of a large tensor with a random factor from 1/2 to 2 that is not 1, by its mantissa;
         what is zero or below all normal numbers is set to values of `zeros`, which gives some of a tensor's shape."""
-        mantissa, exponents = FIELDS[x.dtype][0], _exponents(x)
+        mantissa, exponents, turn = FIELDS[x.dtype][0], _exponents(x), len(self._done)
         most, mask = 1 << (mantissa - 1), (1 << mantissa) - 1
         kept: dict[int, tuple[Tensor, np.ndarray]] = {}
 
         def change(i: int, now: Tensor) -> Tensor:
             bits = bits_of(now)
-            turned = (bits ^ ((self._key(now, i) | most) & mask)).view(now.dtype)
+            turned = (bits ^ ((self._key(now, i, turn) | most) & mask)).view(now.dtype)
             small = (bits & exponents) == 0
             if bool(small.any()):
                 was = bits[small]
@@ -93,7 +93,7 @@ class Altered:
             return turned
 
         def back(i: int, now: Tensor) -> Tensor:
-            bits = bits_of(now) ^ ((self._key(now, i) | most) & mask)
+            bits = bits_of(now) ^ ((self._key(now, i, turn) | most) & mask)
             if i in kept:
                 was, packed = kept[i]
                 small = torch.from_numpy(np.unpackbits(packed, count=now.numel()).astype(bool)).view(now.shape)
@@ -112,7 +112,7 @@ class Altered:
         if shift is None:
             self.replace(x, noise if on is None else lambda: torch.where(on, noise(), x.detach()))
             return number
-        by, highest = shift
+        (by, highest), turn = shift, len(self._done)
         exponents, rest, blocks = _exponents(x), ~_exponents(x), blocks_of(x)
         masks: list[Tensor] = []  # one byte an element, so they are not kept meanwhile
 
@@ -125,13 +125,13 @@ class Altered:
 
         def change(i: int, now: Tensor) -> Tensor:
             bits = bits_of(now)
-            turned = bits ^ (self._key(now, i) & rest)
+            turned = bits ^ (self._key(now, i, turn) & rest)
             shifted = torch.where((bits & exponents) == 0, turned | highest, turned + by)
             return some(i, shifted.view(now.dtype), now)
 
         def back(i: int, now: Tensor) -> Tensor:
             bits = bits_of(now)
-            turned = bits ^ (self._key(now, i) & rest)
+            turned = bits ^ (self._key(now, i, turn) & rest)
             shifted = torch.where((bits & exponents) == highest, turned & rest, turned - by)
             return some(i, shifted.view(now.dtype), now)
 
@@ -164,8 +164,8 @@ class Altered:
         by = highest - 1 - last
         return None if last == (1 << width) - 1 or first + by < 1 else (by << mantissa, highest << mantissa)
 
-    def _key(self, block: Tensor, i: int) -> Tensor:
-        """Random bits for a block, the same each time: a window of what is drawn once."""
+    def _key(self, block: Tensor, i: int, turn: int) -> Tensor:
+        """Random bits for a block in a turn, the same each time: a window of what is drawn once."""
         dtype = INTEGERS[block.element_size()]
         drawn = self._random.get((dtype, block.device))
         if drawn is None or len(drawn) < block.numel() + BLOCK:
@@ -173,7 +173,7 @@ class Altered:
             generator = torch.Generator().manual_seed(self._seed)
             drawn = torch.randint(info.min, info.max, (block.numel() + 2 * BLOCK,), generator=generator, dtype=dtype)
             self._random[dtype, block.device] = drawn = drawn.to(block.device)
-        start = (i * 104_729) % BLOCK
+        start = (i * 104_729 + turn * 7_919) % BLOCK
         return drawn[start : start + block.numel()].view(block.shape)
 
 

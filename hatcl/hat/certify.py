@@ -80,23 +80,25 @@ def attack(
     only: set[str] | None = None,
     seed: int = 0,
     extreme: bool = False,
-    frugal: bool = False,
+    frugal: Altered | None = None,
 ) -> Iterator[int]:
     """Overwrite in place every element that is not live for `task` with large random values; put back on leaving.
 
     Args:
         only: restrict the attack to these shared parameters.
         extreme: among them the largest finite values of the type, of either sign.
-        frugal: keep no copy of large tensors (see `altered.py`). What is zero becomes largest then, and among the
-            others the proportions stay.
+        frugal: keep no copy of large tensors (see `altered.py`), and alter them by this, whose owner undoes what an
+            interruption leaves. What is zero becomes largest then, and among the others the proportions stay.
 
     Yields how many elements were overwritten.
     """
-    generator, altered, count = torch.Generator().manual_seed(seed), Altered(seed), 0
+    generator, count = torch.Generator().manual_seed(seed), 0
+    altered = Altered(seed) if frugal is None else frugal
+    before = len(altered)
 
     def overwrite(x: Tensor, h: Held | None = None) -> int:
         where = None if h is None else lambda: ~h.live(task)
-        if frugal:
+        if frugal is not None:
             return altered.overwrite(x, where, lambda: noise(x, generator), _magnitude(x.dtype))
         on, new = None if where is None else where(), noise(x, generator, extreme)
         altered.replace(x, lambda: new if on is None else torch.where(on, new, x.detach()))
@@ -120,7 +122,7 @@ def attack(
                 count += overwrite(b)
         yield count
     finally:
-        altered.undo()
+        altered.undo(before)
 
 
 def noise(like: Tensor, generator: torch.Generator, extreme: bool = False) -> Tensor:

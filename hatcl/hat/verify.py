@@ -109,7 +109,11 @@ def verified(
     """
     blamed: list[str] = []
     for _ in range(8):
-        leaks = _leaks(model, inputs, few)
+        altered = Altered(1)
+        try:
+            leaks = _leaks(model, inputs, few, altered)
+        finally:
+            altered.undo()  # again: an interruption may have come just before the first time
         if leaks is None:
             return
         if not leaks:
@@ -129,7 +133,7 @@ def verified(
     )
 
 
-def _leaks(model: nn.Module, inputs: Any, few: Any) -> list[str] | None:
+def _leaks(model: nn.Module, inputs: Any, few: Any, altered: Altered) -> list[str] | None:
     """Shared parameters whose non-live elements reach the output under random gates (on the whole batch) or under their
     complement, so that every unit is off once (on few rows of it); all that are left, where no one does by itself; None
     where nothing gets out. Under both also the cut must compute what the gates do, on few rows.
@@ -146,7 +150,6 @@ def _leaks(model: nn.Module, inputs: Any, few: Any) -> list[str] | None:
     names = [n for n, e in gates.unit_map.entries.items() if not e.copied]
     found: dict[str, None] = {}
     exact = True
-    altered = Altered(1)
     try:
         stir(trial, altered)
         for on, batch in ((mask, inputs), (~mask, few)):
@@ -161,7 +164,7 @@ def _leaks(model: nn.Module, inputs: Any, few: Any) -> list[str] | None:
                 groups = [names]
                 while groups:
                     group = groups.pop()
-                    with attack(trial, 0, only=None if group is names else set(group), frugal=True):
+                    with attack(trial, 0, only=None if group is names else set(group), frugal=altered):
                         got = attacked_outputs(trial, batch, 0)
                     if _same_numbers(want, got):
                         continue

@@ -110,11 +110,11 @@ def test_an_interruption_loses_nothing(after, monkeypatch):
     x, plain, calls = odd(torch.float32), Altered._key, [0]
     was, changes = x.clone(), Altered()
 
-    def key(self, block, i):
+    def key(self, block, i, turn):
         calls[0] += 1
         if calls[0] in (after + 1, after + 5):
             raise KeyboardInterrupt
-        return plain(self, block, i)
+        return plain(self, block, i, turn)
 
     monkeypatch.setattr(Altered, "_key", key)
     with pytest.raises(KeyboardInterrupt):
@@ -129,7 +129,7 @@ def test_an_interruption_loses_nothing(after, monkeypatch):
 def test_twin_without_counting_what_was_written_an_interruption_loses_weights(monkeypatch):
     x, plain = odd(torch.float32), Altered._key
     was, changes = x.clone(), Altered()
-    monkeypatch.setattr(Altered, "_key", lambda self, b, i: plain(self, b, i) if i < 4 else 1 / 0)
+    monkeypatch.setattr(Altered, "_key", lambda self, b, i, turn: plain(self, b, i, turn) if i < 4 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         changes.turned_over(x, torch.ones_like)
     monkeypatch.setattr(Altered, "_key", plain)
