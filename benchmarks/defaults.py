@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from common import DATA, read, save
+from grafts import TEXTS
+from pretrained import of_minilm
 
 from hatcl.continual import LearnOptions, learn_sequence
 from hatcl.continual.loading import TextOptions, adapted_model, text_tasks
@@ -32,10 +34,6 @@ NAME = "defaults"
 TASKS = ("sst-2", "agnews")
 EXAMPLES, VALIDATION = 200, 200
 RATES = (3e-4, 1e-3, 3e-3)
-WORDS = {
-    "sst-2": {"0": "negative", "1": "positive"},
-    "agnews": {"0": "world", "1": "sports", "2": "business", "3": "technology"},
-}
 K, STEPS, HELD_OUT = 16, 300, 300
 TUNING = (*(("sgd", rate) for rate in (1e-3, 1e-2, 3e-2)), *(("adamw", rate) for rate in (2e-4, 1e-3)))
 
@@ -56,17 +54,15 @@ def learned_texts(rate: float, seed: int) -> dict[str, Any]:
 
 
 def tuned(optimizer: str, rate: float, seed: int) -> dict[str, Any]:
-    from transformers import AutoModel, AutoTokenizer
-
     out: dict[str, list[float]] = {}
     for name in TASKS:
         data = read_texts(DATA / "text_fewshot16" / f"{name}.json.gz")
         shots = k_shot(data, K, seed)
         order = torch.randperm(len(shots.test), generator=torch.Generator().manual_seed(0))[:HELD_OUT].tolist()
-        model = AutoModel.from_pretrained(minilm_folder(), add_pooling_layer=False).eval()
         task = labels_task(
-            TextData(shots.train, [shots.test[i] for i in order], []), model,
-            AutoTokenizer.from_pretrained(minilm_folder()), words=WORDS[name], max_length=128, name=name,
+            TextData(shots.train, [shots.test[i] for i in order], []),
+            of_minilm("AutoModel", add_pooling_layer=False).eval(), of_minilm("AutoTokenizer"),
+            words=TEXTS[name][1], max_length=128, name=name,
         )  # fmt: skip
         out.setdefault("pretrained", []).append(task.score(task.model, "validation"))
         options = FinetuneOptions(optimizer=optimizer, lr=rate, seed=seed, max_steps=STEPS)

@@ -5,7 +5,7 @@
     python benchmarks/sizes.py --case tasks                      # 100 tasks on one small network
 
 Each row runs in a process of its own. Time is CPU time of one thread, in units of one forward of the plain model in the
-same process (median of three). Memory is the peak of the process above what it held before, in copies of the plain
+same process (median of four). Memory is the peak of the process above what it held before, in copies of the plain
 model's weights: of `convert` the source comes on top (with `inplace=True` it is the source that is converted).
 """
 

@@ -53,8 +53,6 @@ class LoopOptions(Changeable):
 
     def __post_init__(self) -> None:
         _known_optimizer(self.optimizer)
-        if self.lr is not None or type(self).lr is not None:
-            number("lr", self.lr, 0, without="low")
         for name in ("momentum", "warmup"):
             if name != "momentum" or self.momentum is not None:
                 number(name, getattr(self, name), 0, 1, without="high", what="a share")
@@ -64,7 +62,9 @@ class LoopOptions(Changeable):
             raise ConfigError(
                 f"momentum: got {self.momentum!r} for {self.optimizer}, which has none; leave it out, or take sgd"
             )
-        if self.lr is None and self.optimizer not in self.rates():
+        if self.lr is not None or not self.rates():
+            number("lr", self.lr, 0, without="low")
+        elif self.optimizer not in self.rates():
             raise ConfigError(
                 f"lr: got none, and no rate is known for optimizer={self.optimizer!r}, only for "
                 f"{' and '.join(self.rates())}; give one (--lr)"

@@ -21,9 +21,8 @@ BLOCK = 1 << 18  # elements that are altered at once
 FIELDS = {torch.float32: (23, 8), torch.float64: (52, 11), torch.bfloat16: (7, 8), torch.float16: (10, 5)}
 """Type -> the bits of its mantissa and of its exponent."""
 
-Where = (
-    Callable[[], Tensor] | None
-)  # which elements, in the tensor's shape; None: all. Asked again when they are put back
+Where = Callable[[], Tensor] | None
+"""Which elements, in the tensor's shape; None: all. It is asked again when they are put back."""
 
 
 @dataclass
@@ -70,10 +69,10 @@ class Altered:
     def __len__(self) -> int:
         return len(self._done)
 
-    def replace(self, x: Tensor, make: Callable[[], Tensor]) -> None:
-        """Overwrite a tensor with what `make` gives, keeping a copy."""
+    def replace(self, x: Tensor, new: Tensor) -> None:
+        """Overwrite a tensor with another's values, keeping a copy."""
         old = x.detach().clone()
-        self._write(x, [x.detach()], lambda i, now: make(), lambda i, now: old)
+        self._write(x, [x.detach()], lambda i, now: new, lambda i, now: old)
 
     def turned_over(self, x: Tensor, zeros: Callable[[Tensor], Tensor]) -> None:
         """Multiply every element of a large tensor with a random factor from 1/2 to 2 that is not 1, by its mantissa;
@@ -110,7 +109,7 @@ class Altered:
         number = x.numel() if on is None else int(on.count_nonzero())
         shift = self._shift(x, top) if is_large(x) else None
         if shift is None:
-            self.replace(x, noise if on is None else lambda: torch.where(on, noise(), x.detach()))
+            self.replace(x, noise() if on is None else torch.where(on, noise(), x.detach()))
             return number
         (by, highest), turn = shift, len(self._done)
         exponents, rest, blocks = _exponents(x), ~_exponents(x), blocks_of(x)

@@ -14,8 +14,6 @@ over q tasks in a row, and is learned by the first of them.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -34,12 +32,9 @@ EXEMPT = "reads the layer that it writes, so that tasks share some of its elemen
 def with_own_ends(unit_map: UnitMap, model: nn.Module) -> UnitMap:
     """The map for array masks: every task has its own copy of what has a unit at one end only, the stem excepted. What
     reads the layer that it writes is noted."""
-    made = copy.copy(unit_map)
     stem = set(_stem(model))
-    made.entries = {
-        name: dataclasses.replace(e, copied=True, why=ONE_END) if _one_ended(e) and name not in stem else e
-        for name, e in unit_map.entries.items()
-    }
+    own = {name for name, e in unit_map.entries.items() if _one_ended(e) and name not in stem}
+    made = unit_map.with_copies(own, ONE_END)
     made.notes = dict(unit_map.notes)
     for name in exempt(made):
         path, _, leaf = name.rpartition(".")

@@ -255,7 +255,8 @@ class Binding:
         if kept is None:
             return make()
         if key not in kept:
-            kept[key] = make()
+            with torch.inference_mode(False), torch.no_grad():  # outside of inference mode it is asked for as well
+                kept[key] = make()
         return kept[key]
 
     def seen(self, name: str, kept: dict[Any, Any]) -> Tensor | None:

@@ -101,7 +101,7 @@ def attack(
         if frugal is not None:
             return altered.overwrite(x, where, lambda: noise(x, generator), _magnitude(x.dtype))
         on, new = None if where is None else where(), noise(x, generator, extreme)
-        altered.replace(x, lambda: new if on is None else torch.where(on, new, x.detach()))
+        altered.replace(x, new if on is None else torch.where(on, new, x.detach()))
         return x.numel() if on is None else int(on.count_nonzero())
 
     try:

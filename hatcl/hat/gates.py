@@ -230,10 +230,8 @@ class Gates(nn.Module):
         """May what the active task sees be kept for as long as `moment` and what was chosen stay the same?"""
         if self.lock is not None or self.sharded or self.training or not self.cut:
             return False
-        if (
-            self.origin is not None and self.origin.gates() is not None
-        ):  # averaged with it, it may follow it at any time
-            return False
+        if self.origin is not None and self.origin.gates() is not None:
+            return False  # averaged with it, it may follow it at any time
         task = self.task
         return task is None or (isinstance(task, int) and not self.is_open(task))
 

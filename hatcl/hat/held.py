@@ -27,11 +27,15 @@ class Held:
     task: int | None = None
     plain: bool = False
 
-    def live(self, task: int) -> Tensor:
-        """Which elements are live for a task, in the parameter's shape."""
+    def live(self, task: int, *others: int) -> Tensor:
+        """Which elements are live for a task, or for any of several, in the parameter's shape; repeated (stride 0)
+        along dimensions that no unit runs along."""
         if self.plan is None:
             return torch.ones(self.param.shape, dtype=torch.bool, device=self.param.device)
-        return self.plan.live(task, self.param.device).expand(self.plan.view).reshape(self.param.shape)
+        mask = self.plan.live(task, self.param.device)
+        for t in others:
+            mask = mask | self.plan.live(t, self.param.device)
+        return mask.expand(self.plan.view).reshape(self.param.shape)
 
 
 def held(model: nn.Module) -> list[Held]:
@@ -92,14 +96,8 @@ def shared_buffers(model: nn.Module, *, unsaved: bool = False) -> Iterator[tuple
 
 
 def live_for(h: Held, tasks: Sequence[int]) -> Tensor | None:
-    """Which elements are live for any of the tasks; None where none is. It is repeated (stride 0) along dimensions that
-    no unit runs along."""
-    if not tasks or h.plan is None:
-        return h.live(tasks[0]) if tasks else None
-    mask = h.plan.live(tasks[0], h.param.device)
-    for t in tasks[1:]:
-        mask = mask | h.plan.live(t, h.param.device)
-    return mask.expand(h.plan.view).reshape(h.param.shape)
+    """Which elements are live for any of the tasks; None where there are none."""
+    return h.live(*tasks) if tasks else None
 
 
 def shared_path(names: Sequence[str]) -> str:

@@ -8,8 +8,6 @@ a task that starts from another begins with the copy of its source.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -43,12 +41,7 @@ def with_own_share(unit_map: UnitMap, model: nn.Module, share: float) -> UnitMap
     smallest = sorted((e for e in shared if e.factors and holders[e.name] == 1), key=_how_large)
     sums = itertools.accumulate(map(_how_large, smallest))
     chosen = {e.name for e, so_far in zip(smallest, sums, strict=True) if so_far <= room}
-    made = copy.copy(unit_map)
-    made.entries = {
-        name: dataclasses.replace(e, copied=True, why=CHOSEN) if name in chosen else e
-        for name, e in unit_map.entries.items()
-    }
-    return made
+    return unit_map.with_copies(chosen, CHOSEN)
 
 
 def _how_large(entry: Entry) -> int:

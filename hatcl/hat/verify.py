@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -212,18 +213,18 @@ def stir(model: nn.Module, altered: Altered) -> None:
         if not (p.is_floating_point() or p.is_complex()) or not p.numel():
             continue
         fan_in = p.numel() / p.shape[0] if p.dim() > 1 else 25.0
-        dtype = torch.complex64 if p.is_complex() else torch.float32
-
-        def drawn(like: Tensor, size: float, dtype: torch.dtype = dtype) -> Tensor:
-            return (torch.randn(like.shape, generator=generator, dtype=dtype) * size).to(like)
-
         least = 0.5 / math.sqrt(fan_in)
         if is_large(p):
-            altered.turned_over(p, lambda like, least=least, drawn=drawn: drawn(like, least))  # type: ignore[misc]
+            altered.turned_over(p, functools.partial(_normal, generator, least))
         else:
             size = max(0.5 * float(p.detach().std()) if p.numel() > 1 else 0.0, least)
-            noisy = p.detach() + drawn(p, size)
-            altered.replace(p, lambda noisy=noisy: noisy)  # type: ignore[misc]
+            altered.replace(p, p.detach() + _normal(generator, size, p))
+
+
+def _normal(generator: torch.Generator, size: float, like: Tensor) -> Tensor:
+    """Normal noise of a tensor's shape and type."""
+    dtype = torch.complex64 if like.is_complex() else torch.float32
+    return (torch.randn(like.shape, generator=generator, dtype=dtype) * size).to(like)
 
 
 def stirred(model: nn.Module, inputs: Any) -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -129,6 +129,11 @@ class UnitMap:
         image that is read, the classes that a head writes."""
         total = sum(math.prod(e.shape) for e in self.entries.values())
         return sum(math.prod(e.shape) * e.known for e in self.entries.values()) / max(total, 1)
+
+    def with_copies(self, names: Collection[str], why: str) -> UnitMap:
+        """The map on which every task has its own copy of these parameters too."""
+        entries = {name: replace(e, copied=True, why=why) if name in names else e for name, e in self.entries.items()}
+        return replace(self, entries=entries)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able, compact (runs instead of lists); `from_json` reads it back."""

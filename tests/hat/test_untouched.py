@@ -94,6 +94,8 @@ FAILURES = {
     "while blocks are overwritten": (Altered, "_key", 30),
     "between attacks": (verify, "named_outputs", 2),
     "under attack": (verify, "attacked_outputs", 1),
+    "just before the attack is undone": (Altered, "undo", 1),
+    "just before all is undone": (Altered, "undo", 3),
     "afterwards": (converting, "write_as_hatcl", 1),
 }
 

@@ -36,13 +36,6 @@ class _Norm(HATLayer):
     def _hat_has_affine(self) -> bool:
         return self._parameters.get("weight") is not None  # type: ignore[attr-defined]
 
-    def _hat_no_share(self, hat: Binding, task: Any) -> bool:
-        """Soft gates, those of a compiled graph that may be others in the next step, and those of several tasks at once
-        have no share that is known as a number."""
-        if isinstance(task, Tensor):
-            return True
-        return hat.gates.is_soft(task) or (torch.compiler.is_compiling() and hat.gates.is_open(task))
-
 
 class _PerChannel(_Norm):
     """Statistics per channel: nothing crosses units, and the affine parameters carry the gate."""
@@ -111,7 +104,37 @@ class _TaskIndexedInstanceNorm(_PerChannel):
     """Any other instance norm."""
 
 
-class _OverUnits(_Norm):
+class _Crossing(_Norm):
+    """Statistics cross units: something is done before the plain norm, and something after it."""
+
+    def _hat_no_share(self, hat: Binding, task: Any) -> bool:
+        """Soft gates, those of a compiled graph that may be others in the next step, and those of several tasks at once
+        have no share that is known as a number."""
+        if isinstance(task, Tensor):
+            return True
+        return hat.gates.is_soft(task) or (torch.compiler.is_compiling() and hat.gates.is_open(task))
+
+    def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Around, _Around]:
+        """What is done with an input of so many dimensions before the plain norm, and with what that gives."""
+        raise NotImplementedError
+
+    def _hat_after(self, gate: Tensor, dim: int) -> _Around:
+        """The gate along `dim`, where no weight carries it."""
+        if self._hat_has_affine():
+            return unchanged
+        fold = self.hat_fold_gate("weight", gate)
+        return lambda out: out * along(fold, out, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hat: Binding | None = self.__dict__.get("_hat")
+        if hat is None:
+            return super().forward(x)  # type: ignore[misc]
+        before, after = hat.once(("norm", x.dim(), x.dtype), lambda: self._hat_around(x.dim(), x.dtype))
+        out: Tensor = after(super().forward(before(x)))  # type: ignore[misc]
+        return out
+
+
+class _OverUnits(_Crossing):
     """Statistics over units. With `n = sum a` of `U` units on, and the input centred over those units (off units zero),
     the norm over all U differs from the norm over the n by the factor `sqrt(n / U)`, which is folded into the weight,
     and by eps, which is scaled by `n / U` once gates are hard (while they are soft it is left, so that no step waits
@@ -149,7 +172,6 @@ class _OverUnits(_Norm):
         return plain if task is None or self._hat_no_share(hat, task) else plain * hat.norm[1].share(task)
 
     def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Around, _Around]:
-        """What is done with an input of so many dimensions before the plain norm, and with what that gives."""
         hat = self._hat_active
         if hat is None or hat.norm is None:
             return unchanged, self._hat_gate_output
@@ -169,19 +191,8 @@ class _OverUnits(_Norm):
                 x = F.centre(x, gate, dim, over, share, weight)
             return x / share_on(gate).sqrt() if isinstance(task, Tensor) else x  # which scales eps by n / U
 
-        def after(out: Tensor) -> Tensor:
-            return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, dim)
-
         # with all units on it is the plain norm
-        return (unchanged if share == 1.0 else before), after
-
-    def forward(self, x: Tensor) -> Tensor:
-        hat: Binding | None = self.__dict__.get("_hat")
-        if hat is None:
-            return super().forward(x)  # type: ignore[misc]
-        before, after = hat.once(("norm", x.dim(), x.dtype), lambda: self._hat_around(x.dim(), x.dtype))
-        out: Tensor = after(super().forward(before(x)))  # type: ignore[misc]
-        return out
+        return (unchanged if share == 1.0 else before), self._hat_after(gate, dim)
 
 
 @register_layer(nn.LayerNorm)
@@ -210,7 +221,7 @@ class _TaskIndexedRmsNorm(_RootMeanSquare):
 
 
 @register_layer(nn.GroupNorm)
-class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
+class TaskIndexedGroupNorm(_Crossing, nn.GroupNorm):
     """Group norm over the units of each group that are on; per task: weight and bias. Shapes: x `[B, U, ...]`.
 
     The input is centred over the units that are on and scaled by `sqrt(U_g / n_g)`, so that the group's variance is
@@ -238,7 +249,6 @@ class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
         return (by_group / share)[None, ..., None], share.rsqrt()[None, ..., None]
 
     def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Around, _Around]:
-        """What is done with an input of so many dimensions before the plain norm, and with what that gives."""
         hat = self._hat_active
         if hat is None or hat.norm is None:
             return unchanged, self._hat_gate_output
@@ -254,19 +264,9 @@ class TaskIndexedGroupNorm(_Norm, nn.GroupNorm):
             mean = groups.mean((2, 3), keepdim=True) * weight
             return (groups - mean if torch.is_grad_enabled() else groups.sub_(mean)).view(x.shape)
 
-        def after(out: Tensor) -> Tensor:
-            return out if self._hat_has_affine() else out * along(self.hat_fold_gate("weight", gate), out, 1)
-
         whole = not self._hat_no_share(hat, task) and units.share(task) == 1.0
-        return (unchanged if whole else before), after  # with all units on it is the plain norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        hat: Binding | None = self.__dict__.get("_hat")
-        if hat is None:
-            return super().forward(x)
-        before, after = hat.once(("norm", x.dim(), x.dtype), lambda: self._hat_around(x.dim(), x.dtype))
-        out: Tensor = after(super().forward(before(x)))
-        return out
+        # with all units on it is the plain norm
+        return (unchanged if whole else before), self._hat_after(gate, 1)
 
 
 class _FoundNorm(HATLayer):
