@@ -66,6 +66,7 @@ RAISED: dict[tuple[str | None, str], str] = {
     ("data/batches.py", "TypeError"): "what Python's len() raises of an object without a length",
     ("files.py", "IsADirectoryError"): "what the system would raise; an IntegrityError where it is caught",
     ("hat/distributed.py", "failed"): "what this process failed with, once all processes know",
+    ("hat/layers/norm.py", "NotImplementedError"): "a method that each norm has",
     ("hat/layers/state.py", "AttributeError"): "an attribute that is not there",
     ("integrations/timm_names.py", "KeyError"): "a mapping without that key",
     ("skills/trainer.py", "NotImplementedError"): "a method that each subclass has",
