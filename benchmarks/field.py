@@ -1,11 +1,11 @@
 """hatcl beside other methods by one protocol: split CIFAR-10 (five tasks) and ten tasks of five classes of CIFAR-100.
 
     python benchmarks/field.py [--data cifar10 cifar100_even] [--rows default fork ...] [--seeds 0 1 2] [--width 16]
-        [--epochs 10] [--validate]
+        [--epochs 10] [--lr 3e-3] [--validate]
 
-All rows have the four-block ResNet of `transfer.py` and its loop: Adam 1e-3 anew per task, batch 64, flips, the rate
-falls to zero along each task. `default`, `fork` (`start_from="previous"`) and `array` (`masks="array:q"`) are hatcl,
-certified and compared bit for bit; `separate` has a network for each task, `sequential` one with nothing held, `joint`
+All rows have the four-block ResNet of `transfer.py` and its loop: a new Adam for each task, batch 64, flips, the rate
+falls to zero along each task. `default`, `fork` (`start_from="previous"`), `all` (the same with `masks="all",
+own_share=0.3`) and `array` (`masks="array:q"`) are hatcl, certified and compared bit for bit; `separate` has a network for each task, `sequential` one with nothing held, `joint`
 learns all tasks at once. The rows of Avalanche (`ewc`, `si`, `lwf`, `replay` of 200 images) run where its library is
 installed, with a head for each task and the same optimizer, without the falling rate, which its loop has not:
 
@@ -34,7 +34,12 @@ from transfer import BATCH, adam, held_out, network
 import hatcl
 
 PARTS = {"cifar10": 5, "cifar100_even": 10}
-HATCL: dict[str, dict[str, Any]] = {"default": {}, "fork": {"start_from": "previous"}, "array": {"masks": "array:{q}"}}
+HATCL: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fork": {"start_from": "previous"},
+    "all": {"start_from": "previous", "masks": "all", "own_share": 0.3},
+    "array": {"masks": "array:{q}"},
+}
 PLAIN = ("separate", "sequential", "joint")
 # row -> Avalanche's class and its options
 AVALANCHE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,7 +82,7 @@ def of_hatcl(row: str, tasks: list[Task], seed: int, args: argparse.Namespace) -
     config = {name: v.format(q=q) if isinstance(v, str) else v for name, v in HATCL[row].items()}
     model = hatcl.convert(network(args.width, tasks[0].classes), len(tasks), tasks[0].x[:2], config=config)
     options = {"flip": True, "cosine": True}
-    rows = learn_all(model, tasks, lambda: adam(model), args.epochs, BATCH, seed, lambda text: None, **options)
+    rows = learn_all(model, tasks, lambda: adam(model, args.lr), args.epochs, BATCH, seed, lambda text: None, **options)
 
     def heads(t: int, x: Tensor) -> Tensor:
         with hatcl.task(model, t):
@@ -115,10 +120,10 @@ def of_plain(row: str, tasks: list[Task], seed: int, args: argparse.Namespace) -
         y = torch.cat([task.y + classes * t for t, task in enumerate(tasks)])
         every = types.SimpleNamespace(x=torch.cat([t.x for t in tasks]), y=y)
         every.steps, every.batches = (lambda size: -(-len(y) // size)), (lambda *a: Task.batches(every, *a))  # type: ignore[arg-type]
-        fit(models[0], every, adam(models[0]), args.epochs, BATCH, seed, **options)  # type: ignore[arg-type]
+        fit(models[0], every, adam(models[0], args.lr), args.epochs, BATCH, seed, **options)  # type: ignore[arg-type]
     for t, task in enumerate(tasks) if row != "joint" else ():
         model, head = (models[t], None) if row == "separate" else (models[0], part(t))
-        fit(model, task, adam(model), args.epochs, BATCH, seed * 100 + t, head=head, **options)
+        fit(model, task, adam(model, args.lr), args.epochs, BATCH, seed * 100 + t, head=head, **options)
         after.append(told(heads, tasks, t))
     end = [told(heads, tasks, t) for t in range(count)]
     return {"after": after or end, "end": end, "untold": untold(heads, tasks), "MiB": size_of(*models)}
@@ -169,7 +174,7 @@ def of_avalanche(row: str, tasks: list[Task], seed: int, args: argparse.Namespac
     model = as_multitask(Headed(args.width, tasks[0].classes), "classifier")
     kind, options = AVALANCHE[row]
     strategy = getattr(supervised, kind)(
-        model=model, optimizer=adam(model), criterion=nn.CrossEntropyLoss(), train_mb_size=BATCH, eval_mb_size=500,
+        model=model, optimizer=adam(model, args.lr), criterion=nn.CrossEntropyLoss(), train_mb_size=BATCH, eval_mb_size=500,
         train_epochs=args.epochs, evaluator=EvaluationPlugin(loggers=[]), **options,
     )  # fmt: skip
 
@@ -180,7 +185,7 @@ def of_avalanche(row: str, tasks: list[Task], seed: int, args: argparse.Namespac
 
     after = []
     for t, experience in enumerate(made.train_stream):
-        strategy.optimizer = adam(model)
+        strategy.optimizer = adam(model, args.lr)
         strategy.train(experience)
         after.append(told(heads, tasks, t))
     end = [told(heads, tasks, t) for t in range(len(tasks))]
@@ -204,10 +209,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=3e-3, help="Adam's rate at the start of each task")
     parser.add_argument("--validate", action="store_true", help="score on held-out training images")
     args = parser.parse_args()
     title = f"field_{'validation' if args.validate else 'test'}"
-    settings = f"width={args.width} epochs={args.epochs}"
+    settings = f"width={args.width} epochs={args.epochs} lr={args.lr}"
     for seed in args.seeds:
         for name in args.data:
             for row in args.rows:

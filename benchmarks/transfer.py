@@ -33,6 +33,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "previous_half": {"start_from": "previous", "start_hold": 0.5},
     "previous_array": {"start_from": "previous", "masks": "array:4"},
     "previous_own": {"start_from": "previous", "own_share": 0.1},
+    "all": {"start_from": "previous", "masks": "all", "own_share": 0.3},
     "separate": None,
     "sequential": None,
 }

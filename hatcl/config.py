@@ -17,7 +17,8 @@ PENALTIES = ("global", "layer")
 REUSE = ("all", "none")
 COMPENSATIONS = ("exact", "hat")
 PREVIOUS, BEST = "previous", "best"  # the task to start from, beside a number
-MASKS = ("learned", "given")
+HEAD_STARTS = ("auto", "plain", "drawn")
+MASKS = ("learned", "all", "given")
 PROTECTIONS = ("exact", "adahat", "fg_adahat")
 
 
@@ -94,9 +95,15 @@ class HATConfig:
             = from none.
         start_hold: share of a task's steps for which a task that starts from another keeps the gates that it starts
             with; below 1 they are learned from then on.
-        masks: which units a task uses. `learned`: it learns that. `array:q`: a q-th of every layer's, so arranged that
-            q x q tasks share no element with a unit at both ends (see `hat/arrays.py`). `given`: those that
-            `hatcl.convert(masks=...)` or `hatcl.hold_gates` gives it.
+        heads: how the copies of a head begin. `plain`: all with the plain model's values. `drawn`: the first task's
+            with these, every other with values that the layer's initialiser draws for it (HAT). Features that tasks
+            share fit the values with which earlier heads began, so a head that begins with the same ones answers for
+            their classes at first. `auto`: drawn where the plain head holds nothing that was learned (see
+            `hatcl.hat.heads.is_untrained`), else plain. A head that does not require gradients stays plain.
+        masks: which units a task uses. `learned`: it learns that. `all`: every unit, so that the first task learns all
+            that is shared, and each task what it has a copy of (see `own_share`). `array:q`: a q-th of every layer's,
+            so arranged that q x q tasks share no element with a unit at both ends (see `hat/arrays.py`). `given`: those
+            that `hatcl.convert(masks=...)` or `hatcl.hold_gates` gives it.
         locked: sealed tasks whose elements are frozen while others learn; None = all (HAT-CL's choice of locked tasks).
         protection: how elements that sealed tasks use are protected. `exact`: they are frozen, bit for bit. `adahat`: a
             later task moves them by degrees, and sealed tasks drift (AdaHAT; see `hatcl.hat.protection`). `fg_adahat`:
@@ -125,6 +132,7 @@ class HATConfig:
     own_share: float = 0.0
     start_from: int | str | None = None
     start_hold: float = 1.0
+    heads: str = "auto"
     masks: str = "learned"
     locked: tuple[int, ...] | None = None
     protection: str = "exact"
@@ -138,6 +146,7 @@ class HATConfig:
         one_of("reuse", self.reuse, REUSE)
         one_of("compensation", self.compensation, COMPENSATIONS)
         one_of("protection", self.protection, PROTECTIONS)
+        one_of("heads", self.heads, HEAD_STARTS)
         whole("num_tasks", self.num_tasks)
         self._check_masks()
         number("init_value", self.init_value)
@@ -178,6 +187,12 @@ class HATConfig:
             raise ConfigError(
                 f"masks: got {self.masks!r}, expected {', '.join(MASKS)} or array:q with q from 2, such as array:3"
             )
+        if q is None and self.masks != "all":
+            return
+        if self.reuse != "all":
+            raise ConfigError(
+                f"reuse: got {self.reuse!r} with masks={self.masks!r}, whose tasks share units; take reuse='all'"
+            )
         if q is None:
             return
         if q < 2:
@@ -187,11 +202,6 @@ class HATConfig:
             raise ConfigError(
                 f"num_tasks: got {self.num_tasks}, masks={self.masks!r} has room for {q} x {q} = {q * q} tasks; take "
                 f"array:{enough}, with which each is narrower, or fewer tasks"
-            )
-        if self.reuse != "all":
-            raise ConfigError(
-                f"reuse: got {self.reuse!r} with masks={self.masks!r}, whose tasks share units, and no elements; take "
-                "reuse='all'"
             )
 
     @classmethod

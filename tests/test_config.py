@@ -58,7 +58,8 @@ valid = st.fixed_dictionaries(
     },
 ).filter(
     lambda options: (
-        options.get("reuse") != "none" or (options.get("masks") != "array:10" and options.get("start_from") is None)
+        options.get("reuse") != "none"
+        or (options.get("masks") not in ("array:10", "all") and options.get("start_from") is None)
     )
 )
 
@@ -103,9 +104,12 @@ def test_a_misspelled_option_is_told_its_nearest(name):
         ({"schedule": "cos"}, "schedule: got 'cos', expected one of .*; did you mean 'cosine'"),
         ({"penalty": "layers"}, "penalty: got 'layers', .* did you mean 'layer'"),
         ({"reuse": "some"}, "reuse: got 'some', expected one of all, none"),
-        ({"masks": "arrays"}, "masks: got 'arrays', expected learned, given or array:q with q from 2, such as array:3"),
-        ({"masks": "array:q"}, "masks: got 'array:q', expected learned, given or array:q"),
-        ({"masks": 3}, "masks: got 3, expected learned, given or array:q"),
+        (
+            {"masks": "arrays"},
+            "masks: got 'arrays', expected learned, all, given or array:q with q from 2, such as array:3",
+        ),
+        ({"masks": "array:q"}, "masks: got 'array:q', expected learned, all, given or array:q"),
+        ({"masks": 3}, "masks: got 3, expected learned, all, given or array:q"),
         ({"masks": "array:1"}, "masks: got 'array:1', expected at least array:2"),
         (
             {"masks": "array:3", "num_tasks": 10},
@@ -113,7 +117,7 @@ def test_a_misspelled_option_is_told_its_nearest(name):
         ),
         (
             {"masks": "array:3", "reuse": "none"},
-            "reuse: got 'none' with masks='array:3', whose tasks share units, and no",
+            "reuse: got 'none' with masks='array:3', whose tasks share units; take",
         ),
         ({"num_tasks": 0}, "num_tasks: got 0, expected an integer of at least 1"),
         ({"num_tasks": 2.0}, "num_tasks: got 2.0, expected an integer"),

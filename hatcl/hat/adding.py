@@ -14,7 +14,7 @@ from ..shards import check_whole
 from .distributed import leave_out
 from .gates import Gates, gates_of, roots_of
 from .given import hold_all
-from .heads import Classes, class_counts, heads_of, widen
+from .heads import Classes, class_counts, draw_heads, heads_of, widen
 from .held import held
 from .layers.gated import HATLayer
 from .tasks import check_task
@@ -83,6 +83,7 @@ def add_tasks(model: nn.Module, count: int, num_classes: Classes | Mapping[str, 
     hold_all(model)
     for head, numbers in heads:
         widen(root, head, numbers, first)
+    draw_heads(model, range(first, first + count))
     for owner in roots_of(model):
         leave_out(owner)
     new = list(range(first, first + count))

@@ -26,7 +26,7 @@ from .build import GATES, build
 from .certify import few_rows
 from .gates import Gates, gates_of
 from .given import Masks, hold_all
-from .heads import Classes, class_counts, heads_of, widen
+from .heads import Classes, class_counts, draw_heads, heads_of, widen
 from .layers.gated import HATLayer
 from .layers.norm import kind_of_norm
 from .layers.state import STATES, Watch, classes_kept, copy_of, detached_copy
@@ -147,6 +147,7 @@ def convert(
                 verified(made, source, unit_map, example_inputs, few, rebuild)
         for head, numbers in heads:
             widen(made, head, numbers)
+        draw_heads(made, range(1, config.num_tasks))
         hold_all(made, masks)
         gates = gates_of(made)[0]
         gates.source = source_of(source)

@@ -17,6 +17,7 @@ from .active import is_chosen
 from .digests import check_sealed, record
 from .gates import gates_of
 from .growth.apply import brought_up
+from .heads import drawn_heads
 from .held import held, live_for
 from .layers.gated import HATLayer
 from .layers.state import forget_states
@@ -173,6 +174,7 @@ def _draw(model: nn.Module, gone: Sequence[int], plan: dict[int, tuple[str, Tens
     """Tensors, and what takes their place."""
     writes: list[tuple[Tensor, Tensor]] = []
     done: set[int] = set()
+    drawn = drawn_heads(model)
     for module in [m for m in model.modules() if isinstance(m, HATLayer)]:
         mine = {n: p for n, p in module._parameters.items() if p is not None and id(p) in plan and id(p) not in done}
         fresh = module._hat_redrawn() if mine else {}
@@ -185,7 +187,7 @@ def _draw(model: nn.Module, gone: Sequence[int], plan: dict[int, tuple[str, Tens
             old, first = module.hat_tasks[task], module._hat_new_copy()
             start = dict(first.named_parameters())
             for name, p in old.named_parameters():  # in place, as an optimizer may hold p
-                same = p.shape == start[name].shape
+                same = p.shape == start[name].shape and id(module._parameters[name]) not in drawn
                 writes.append((p, (start[name] if same else module._hat_redrawn({name: p.shape})[name]).detach()))
             writes += list(zip(old.buffers(), first.buffers(), strict=True))
     return writes

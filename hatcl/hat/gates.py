@@ -388,14 +388,10 @@ class Gates(nn.Module):
             self.embeddings[t] = new
         masks, given = (self.masks.new_zeros(self.num_tasks, units) for _ in range(2))
         masks[:, at], given[:, at] = self.masks, self.given
-        if self.config.array is not None:  # a task with its part of the array gets its part of what is new
-            plans = (
-                array_masks((self.maps or [self.unit_map])[0], self.config.array, self.num_tasks, growths)
-                for growths in (self.growths, [*self.growths, growth])
-            )
-            for t, (was, now) in enumerate(zip(*plans, strict=True)):
-                if torch.equal(self.given[t].cpu(), was):
-                    given[t] = now.to(given.device)
+        plans = (self.planned(self.growths), self.planned([*self.growths, growth]))
+        for t, (was, now) in enumerate(zip(*plans, strict=True)):  # a task with its part gets its part of what is new
+            if torch.equal(self.given[t].cpu(), was):
+                given[t] = now.to(given.device)
         self.masks, self.given = masks, given
         if "importance" in self._buffers:
             importance = self.importance.new_zeros(self.num_tasks, units)
@@ -431,6 +427,17 @@ class Gates(nn.Module):
         self.order[task] = self.order.abs().max() + 1
         self.drift[task] = self.drift.new_tensor([0.0, 1.0])
         self._changed([task])
+
+    def planned(self, growths: Sequence[Growth]) -> list[Tensor]:
+        """For each task the gates, `[U]` bool, that `config.masks` plans for a network that has grown so; none where it
+        plans none."""
+        if self.config.masks == "all":
+            return [
+                torch.ones(int(growths[-1].bounds[-1]) if growths else self.num_units, dtype=torch.bool)
+            ] * self.num_tasks
+        if self.config.array is None or self.unit_map is None:
+            return []
+        return array_masks((self.maps or [self.unit_map])[0], self.config.array, self.num_tasks, growths)
 
     def _changed(self, tasks: Iterable[int]) -> None:
         """The hard gates of these tasks are others than before: whatever was kept of them is old."""

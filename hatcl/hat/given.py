@@ -12,7 +12,6 @@ from ..config import number
 from ..errors import ConfigError, TaskError, nearest
 from ..map.lora import is_factor
 from ..shards import check_whole
-from .arrays import array_masks
 from .gates import Gates, gates_of, groups_of
 from .tasks import check_task
 
@@ -87,8 +86,8 @@ def given_by(model: nn.Module, masks: Masks) -> Sequence[Mapping[str, Tensor]]:
 
 
 def hold_all(model: nn.Module, masks: Masks | None = None) -> None:
-    """Give all tasks their gates: those that `hatcl.convert` was given, or where the config says so array masks, of
-    which tasks that are sealed, or have theirs, keep what they have.
+    """Give all tasks their gates: those that `hatcl.convert` was given, or those that the config plans. Tasks that are
+    sealed, or have theirs, keep what they have.
 
     Raises:
         TaskError: masks that do not fit; names task and layer.
@@ -101,10 +100,8 @@ def hold_all(model: nn.Module, masks: Masks | None = None) -> None:
                 rows.append(_row_of_each(model, given)[id(g)])
             except TaskError as error:
                 raise TaskError(f"task {t}: {error}") from None
-    elif g.config.array is not None and g.unit_map is not None:
-        rows = array_masks((g.maps or [g.unit_map])[0], g.config.array, g.num_tasks, g.growths)
     else:
-        return
+        rows = g.planned(g.growths)
     for t, row in enumerate(rows):
         if not g.is_given(t) and not bool(g.sealed[t]):
             g.give(t, row.to(g.masks.device))

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from ..calls import seeded
 from ..errors import ConfigError
+from ..functional import digest_of
 from ..map.units import UnitMap
+from .build import GATES
+from .gates import Gates, gates_of
+from .layers.gated import HATLayer
+from .layers.linear import TaskIndexedLinear
 
 HeadParts = list[tuple[str, str, str]]  # path of the module, name there and name in the map of each parameter of a head
 
@@ -99,3 +107,68 @@ def widen(model: nn.Module, head: HeadParts, num_classes: Sequence[int], first: 
                     shape = (n, *own[name].shape[1:])
                     drawn[entry, task] = module._hat_redrawn({name: shape})[name].to(own[name])
                 own[name] = nn.Parameter(drawn[entry, task].clone())
+
+
+def head_ids(model: nn.Module) -> set[int]:
+    """The ids of the plain parameters of heads."""
+    found: set[int] = set()
+    for root in model.modules():
+        gates = root._modules.get(GATES)
+        if isinstance(gates, Gates):
+            named = dict(root.named_parameters())
+            found |= {id(named[e.name]) for e in gates.unit_map.entries.values() if e.head and e.name in named}
+        elif isinstance(root, TaskIndexedLinear):
+            found |= {id(p) for p in root._parameters.values() if p is not None}
+    return found
+
+
+def is_untrained(module: nn.Module) -> bool:
+    """Does a linear layer or a convolution still have what torch's own initialiser drew?
+
+    That is U(-b, b) for weight and bias, `b = 1 / sqrt(fan_in)`, with a mean square of `b^2 / 3`. A step of training
+    moves some of the values that are close to b beyond it, and decay makes the mean square smaller. The mean square of
+    n values has a standard error of `b^2 sqrt(4 / (45 n))`; five of them are allowed. A small layer after a few steps,
+    which has hardly learned anything, may be taken for an untrained one.
+    """
+    plain = getattr(type(module), "_hat_source", (None, type(module)))[1]
+    weight = module._parameters.get("weight")
+    ours = (nn.Linear.reset_parameters, _ConvNd.reset_parameters)
+    if weight is None or getattr(plain, "reset_parameters", None) not in ours:
+        return False
+    values = [p.detach().double() for p in (weight, module._parameters.get("bias")) if p is not None]
+    b = 1 / math.sqrt(max(weight[0].numel(), 1))
+    rounded = b * (1 + torch.finfo(weight.dtype).eps)
+    away = abs(float(values[0].square().mean()) / b**2 - 1 / 3)
+    return all(float(v.abs().max()) <= rounded for v in values) and away <= 5 * math.sqrt(4 / 45 / weight.numel())
+
+
+def drawn_heads(model: nn.Module) -> set[int]:
+    """The ids of the plain parameters of heads that begin with other values for each task (see `HATConfig.heads`)."""
+    config, ids = gates_of(model)[0].config, head_ids(model)
+    found: set[int] = set()
+    for module in [m for m in model.modules() if isinstance(m, HATLayer) and "hat_tasks" in m._modules]:
+        mine = [p for p in module._parameters.values() if p is not None and id(p) in ids and not p.is_meta]
+        if mine and (config.heads == "drawn" or (config.heads == "auto" and is_untrained(module))):
+            found |= {id(p) for p in mine if p.requires_grad}
+    return found
+
+
+def draw_heads(model: nn.Module, tasks: Iterable[int]) -> None:
+    """Give these tasks' copies of heads the values that they begin with, where these are not the plain model's.
+
+    All processes draw the same: the seed comes from the plain model's values, and from the task. Random numbers that
+    the caller draws stay as they are."""
+    heads, drawn = drawn_heads(model), dict[tuple[int, int], Tensor]()
+    for module in [m for m in model.modules() if isinstance(m, HATLayer) and "hat_tasks" in m._modules]:
+        for name, plain in module._parameters.items():
+            if plain is None or id(plain) not in heads:
+                continue
+            for task in tasks:
+                own = module.hat_tasks[task]._parameters.get(name)
+                if own is None or own.shape != plain.shape:  # of another width it was drawn already
+                    continue
+                if (id(plain), task) not in drawn:  # what is one parameter in two modules is drawn once
+                    with seeded(int(digest_of(plain)[-7:], 16) + task, plain.device):
+                        drawn[id(plain), task] = module._hat_redrawn()[name].to(own)
+                with torch.no_grad():
+                    own.copy_(drawn[id(plain), task])

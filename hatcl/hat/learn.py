@@ -316,6 +316,8 @@ def _warn_of(learning: Learning, guard: Guard) -> None:
 def _warn_if_full(model: nn.Module, task: int) -> None:
     """One task has taken everything, and others are to come."""
     gates = gates_of(model)
+    if gates[0].config.masks != "learned":
+        return  # it was not the task that took them
     units = [bool(g.masks[task, a:b].all()) for g in gates for name, a, b in g.layers if b > a and not is_factor(name)]
     if units and all(units) and not bool(gates[0].sealed.all()):
         c = gates[0].config

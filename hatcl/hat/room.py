@@ -18,6 +18,7 @@ from .binding import ParameterPlan, UnitAxis
 from .gates import Gates, gates_of, groups_of
 from .held import held, live_for
 from .layers.gated import HATLayer
+from .own_copies import CHOSEN
 from .tasks import locked_tasks, tasks
 
 
@@ -122,6 +123,8 @@ def check_room(model: nn.Module, task: int) -> None:
         f"{gates[0].config.penalty_weight:g}) or HATConfig.embedding_lr_scale (now "
         f"{gates[0].config.embedding_lr_scale:g}) for earlier tasks, or use a wider model"
     )
+    if any(e.why == CHOSEN for g in gates if g.unit_map is not None for e in g.unit_map.entries.values()):
+        return  # copies of its own, which it can learn
     if gates[0].config.reuse == "none" or not _own_norms(model, task):
         raise CapacityError(f"task {task}: no room left, {held_by} could learn; {remedy}")
     warnings.warn(
@@ -189,7 +192,7 @@ def _tasks_left(
     left = [t for t in range(gates.num_tasks) if t not in sealed]
     if gates.config.array is not None:
         return gates.config.array**2 - len(sealed)
-    if gates.config.masks == "given":
+    if gates.config.masks in ("given", "all"):
         return sum(gates.is_given(t) for t in left)
     if gates.config.reuse == "none":
         units = [

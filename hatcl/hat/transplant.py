@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from ..errors import HATError
 from ..keeper import Kept, StoredWeights, unwrapped
 from .binding import Binding, UnitAxis, Units
-from .build import GATES
-from .gates import Gates, gates_of, groups_of
+from .gates import gates_of, groups_of
 from .given import hold_gates
+from .heads import head_ids
 from .held import Held, held, live_for
 from .layers.gated import HATLayer
-from .layers.linear import TaskIndexedLinear
 from .lineage import has_forked, inherit
 from .tasks import tasks
 
@@ -215,7 +214,7 @@ def transplant(model: nn.Module, task: int, plan: Fork, locked: Sequence[int], o
         if bool(where.any()):
             writes.append((h.param, _through(h.param.detach(), h.plan.view, h.plan.axes, phi), where, h.name))
     count = sum(int(which.sum()) for _, _, which, _ in writes if which is not None)
-    heads = _heads(model)
+    heads = head_ids(model)
     for module in model.modules():
         if isinstance(module, HATLayer) and "hat_tasks" in module._modules:
             writes += _of_its_own(module, task, plan.source, masks, phi, heads)
@@ -299,16 +298,3 @@ def _of_its_own(
             yield b, new, _on_and_moved(per_unit[1], masks, phi)[0], f"{hat.path}.{name}"
         else:
             yield b, value, None, f"{hat.path}.{name}"
-
-
-def _heads(model: nn.Module) -> set[int]:
-    """The ids of the plain parameters of heads."""
-    found: set[int] = set()
-    for root in model.modules():
-        gates = root._modules.get(GATES)
-        if isinstance(gates, Gates):
-            named = dict(root.named_parameters())
-            found |= {id(named[e.name]) for e in gates.unit_map.entries.values() if e.head and e.name in named}
-        elif isinstance(root, TaskIndexedLinear):
-            found |= {id(p) for p in root._parameters.values() if p is not None}
-    return found

@@ -106,7 +106,7 @@ def test_twin_the_cut_of_another_task_is_another_network():
 
 @pytest.mark.parametrize("name", parts.MODELS)
 def test_what_no_unit_owns_is_each_tasks_own_and_starts_from_the_plain_values(name):
-    model = parts.converted(name)
+    model = parts.converted(name, heads="plain")
     entries = gates_of(model)[0].unit_map.entries
     copied = {e.name for e in entries.values() if e.copied}
     assert any(e.head for e in entries.values())

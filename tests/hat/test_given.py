@@ -309,3 +309,66 @@ def test_under_masks_that_are_given_they_are_held_to_the_end():
     with pytest.raises(hatcl.ConfigError, match="until: got 0.5, in a model of masks='array:2'"):
         hatcl.hold_gates(model, 0, masks, until=0.5)
     assert parts.same(parts.snapshot(model), before)
+
+
+# ---- masks="all" -------------------------------------------------------------------------------------------------
+
+ALL = {"masks": "all", "own_share": 0.5, "start_from": "previous"}
+
+
+def learned_with_all(name, count=2, **options):
+    model = parts.converted(name, 4, **{**ALL, **options})
+    torch.manual_seed(0)
+    for t in range(count):
+        parts.train(model, t, adamw(model), parts.problem(parts.shape_of(name), t))
+    return model
+
+
+@pytest.mark.parametrize("name", parts.MODELS)
+def test_every_task_uses_every_unit_and_learns_its_copies(name, recwarn):
+    model, x = learned_with_all(name), parts.images(name, 2)
+    want = [parts.logits(model, t, x) for t in range(2)]
+    shared = {h.name: h.param.detach().clone() for h in held(model) if h.task is None and not h.plain}
+    own = {n: p.detach().clone() for n, p in model.named_parameters() if ".hat_tasks.2." in n}
+    parts.train(model, 2, adamw(model), parts.problem(parts.shape_of(name), 2))
+    assert all(torch.equal(parts.logits(model, t, x), want[t]) for t in range(2))
+    now = dict(model.named_parameters())
+    assert all(
+        torch.equal(now[n], p) for n, p in shared.items() if n in now and gates_of(model)[0].unit_map.entries[n].factors
+    )
+    assert own and not any(torch.equal(now[n], p) for n, p in own.items() if p.dim() > 1)
+    assert all(bool(mask.all()) for t in range(3) for mask in hatcl.masks_of(model, t).values())
+    assert hatcl.certify(model, x, strict=True).exact and hatcl.describe(model).room.tasks_left == 1
+    assert not [w for w in recwarn if "every unit" in str(w.message) or "no room" in str(w.message)]
+
+
+def test_with_all_units_a_network_grows_is_saved_and_forgets(tmp_path):
+    model, x = learned_with_all("mlp"), parts.images("mlp", 2)
+    want = [parts.logits(model, t, x) for t in range(2)]
+    hatcl.grow(model, 1.5)
+    parts.train(model, 2, adamw(model), parts.problem(parts.shape_of("mlp"), 2))
+    assert all(bool(mask.all()) for mask in hatcl.masks_of(model, 2).values())  # those that came as well
+    assert not all(bool(mask.all()) for mask in hatcl.masks_of(model, 1).values())
+    hatcl.save_pretrained(model, tmp_path)
+    again = hatcl.from_pretrained(tmp_path, base=parts.plain("mlp"))
+    hatcl.add_tasks(again, 1)
+    parts.train(again, 4, adamw(again), parts.problem(parts.shape_of("mlp"), 4))
+    hatcl.forget_task(again, 2, descendants="keep")
+    parts.train(again, 2, adamw(again), parts.problem(parts.shape_of("mlp"), 5))
+    assert all(bool(mask.all()) for t in (2, 4) for mask in hatcl.masks_of(again, t).values())
+    for m in (model, again):
+        assert all(torch.equal(parts.logits(m, t, x), want[t]) for t in range(2))
+        assert hatcl.certify(m, x, strict=True).exact
+
+
+def test_without_copies_a_later_task_is_told_that_it_learns_its_norms_and_head_alone():
+    model = learned_with_all("resnet", 1, own_share=0.0)
+    with pytest.warns(UserWarning, match="it learns with its own norms and its head alone"):
+        parts.train(model, 1, adamw(model), parts.problem(parts.shape_of("resnet"), 1))
+
+
+@pytest.mark.parametrize("masks", ["all", "array:2"])
+def test_tasks_that_share_units_by_plan_are_refused_where_they_may_share_none(masks):
+    text = f"reuse: got 'none' with masks='{masks}', whose tasks share units; take reuse='all'"
+    with pytest.raises(hatcl.ConfigError, match=text):
+        hatcl.HATConfig(masks=masks, reuse="none", num_tasks=2)

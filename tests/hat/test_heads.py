@@ -1,4 +1,4 @@
-"""Heads whose width differs per task."""
+"""Heads: their width, and the values with which they begin."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import parts
 import pytest
 import torch
 from head_parts import Scored, TwoHeads
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as tf
 
 import hatcl
+from hatcl.hat import heads
 
 
 @pytest.mark.parametrize("name", parts.MODELS)
@@ -101,3 +104,114 @@ def test_what_is_no_number_of_classes(given):
     text = r"num_classes(\['7'\])?: got .*; expected a whole number of 1 or more, or a list of one per task"
     with pytest.raises(hatcl.ConfigError, match=text):
         hatcl.convert(parts.plain("mlp"), 2, parts.images("mlp"), num_classes=given)
+
+
+# ---- how heads begin ---------------------------------------------------------------------------------------------
+
+
+def head_of(model):
+    (head,) = [
+        m for m in model.modules() if hasattr(m, "hat_tasks") and {id(p) for p in m.parameters(False)} & ids(model)
+    ]
+    return head
+
+
+def ids(model):
+    return heads.head_ids(model)
+
+
+def begins(model):
+    """Per task, does its head begin with the plain model's values?"""
+    head = head_of(model)
+    return [torch.equal(own.weight, head._parameters["weight"]) for own in head.hat_tasks]
+
+
+def trained(net, x):
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        tf.cross_entropy(net(x), torch.arange(len(x)) % parts.CLASSES).backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def test_an_untrained_head_is_drawn_for_each_task_and_a_trained_one_is_kept(name):
+    x, net = parts.images(name), parts.plain(name).eval()
+    torch.manual_seed(0)
+    hatcl.convert(net, 4, x[:2], config={"heads": "plain"})
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = hatcl.convert(net, 4, x[:2])
+    assert torch.equal(torch.get_rng_state(), after)  # what the caller draws next stays
+    assert begins(model) == [True, False, False, False]
+    rows = [own.weight for own in head_of(model).hat_tasks]
+    assert not any(torch.equal(a, b) for i, a in enumerate(rows) for b in rows[:i])
+    again = hatcl.convert(net, 4, x[:2])  # all processes draw the same
+    assert all(torch.equal(a, b.weight) for a, b in zip(rows, head_of(again).hat_tasks, strict=True))
+    assert all(heads.is_untrained(head) for head in (head_of(model), head_of(again)))
+    assert begins(hatcl.convert(trained(net, x), 4, x[:2])) == [True] * 4
+
+
+def test_the_option_says_it_otherwise():
+    x, net = parts.images("mlp"), parts.plain("mlp").eval()
+    assert begins(hatcl.convert(net, 3, x, config={"heads": "plain"})) == [True] * 3
+    assert begins(hatcl.convert(trained(net, x), 3, x, config={"heads": "drawn"})) == [True, False, False]
+    net[-1].requires_grad_(False)
+    assert begins(hatcl.convert(net, 3, x, config={"heads": "drawn"})) == [True] * 3
+    with pytest.raises(hatcl.ConfigError, match="heads: got 'fresh', expected one of auto, plain, drawn"):
+        hatcl.HATConfig(heads="fresh")
+
+
+def test_tasks_that_are_added_or_learned_again_have_heads_of_their_own():
+    model = parts.converted("mlp", 3)
+    hatcl.add_tasks(model, 2)
+    assert begins(model) == [True, False, False, False, False]
+    parts.train(model, 0, torch.optim.SGD(model.parameters(), 0.1), parts.problem(parts.shape_of("mlp")))
+    want = parts.logits(model, 0, parts.images("mlp"))
+    hatcl.forget_task(model, 0)
+    assert begins(model) == [False] * 5
+    parts.train(model, 0, torch.optim.SGD(model.parameters(), 0.1), parts.problem(parts.shape_of("mlp")))
+    assert not torch.equal(parts.logits(model, 0, parts.images("mlp")), want)
+
+
+def test_what_one_parameter_is_in_two_modules_begins_as_one():
+    model = hatcl.convert(Scored(tied=True), 3, torch.randn(4, 8))
+    own = {}
+    for module in model.modules():
+        for name, p in module._parameters.items() if hasattr(module, "hat_tasks") else ():
+            if id(p) in ids(model):
+                own.setdefault(id(p), []).append([c._parameters[name] for c in module.hat_tasks])
+    assert all(
+        len({str(c.tolist()) for c in column}) == 1 for each in own.values() for column in zip(*each, strict=True)
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 96), st.integers(1, 40), st.booleans(), st.sampled_from(["linear", "conv"]), st.integers(0, 999))
+def test_what_torch_drew_is_untrained(read, write, bias, kind, seed):
+    torch.manual_seed(seed)
+    layer = nn.Linear(read, write, bias) if kind == "linear" else nn.Conv2d(read, write, 3, bias=bias)
+    assert heads.is_untrained(layer) and heads.is_untrained(layer.bfloat16())
+
+
+@pytest.mark.parametrize("start", [nn.init.zeros_, nn.init.trunc_normal_, nn.init.xavier_uniform_, nn.init.ones_])
+def test_what_another_initialiser_drew_is_taken_for_trained(start):
+    layer = nn.Linear(64, 10)
+    start(layer.weight)
+    assert not heads.is_untrained(layer)
+    assert not heads.is_untrained(nn.Embedding(4, 4)) and not heads.is_untrained(nn.ReLU())
+
+
+@pytest.mark.parametrize(("size", "classes"), [(32, 10), (64, 10), (512, 100)])
+def test_a_few_steps_of_training_are_seen(size, classes):
+    """Of 60 layers that took ten steps of Adam at 1e-3 none is taken for an untrained one."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        layer, x = nn.Linear(size, classes), torch.randn(64, size)
+        optimizer = torch.optim.Adam(layer.parameters(), 1e-3)
+        for _ in range(10):
+            optimizer.zero_grad()
+            tf.cross_entropy(layer(x), torch.arange(64) % classes).backward()
+            optimizer.step()
+        assert not heads.is_untrained(layer)
