@@ -5,9 +5,10 @@
 
 All rows have the four-block ResNet of `transfer.py` and its loop: a new Adam for each task, batch 64, flips, the rate
 falls to zero along each task. `default`, `fork` (`start_from="previous"`), `all` (the same with `masks="all",
-own_share=0.3`) and `array` (`masks="array:q"`) are hatcl, certified and compared bit for bit; `separate` has a network for each task, `sequential` one with nothing held, `joint`
-learns all tasks at once. The rows of Avalanche (`ewc`, `si`, `lwf`, `replay` of 200 images) run where its library is
-installed, with a head for each task and the same optimizer, without the falling rate, which its loop has not:
+own_share=0.3`) and `array` (`masks="array:q"`) are hatcl, certified and compared bit for bit; `separate` has a network
+for each task, `sequential` one with nothing held, `joint` learns all tasks at once. The rows of Avalanche (`ewc`, `si`,
+`lwf`, `replay` of 200 images) run where its library is installed, with a head for each task and the same optimizer,
+without the falling rate, which its loop has not:
 
     bash benchmarks/field_env.sh FOLDER && FOLDER/bin/python benchmarks/field.py --rows ewc si lwf replay
 
@@ -174,8 +175,8 @@ def of_avalanche(row: str, tasks: list[Task], seed: int, args: argparse.Namespac
     model = as_multitask(Headed(args.width, tasks[0].classes), "classifier")
     kind, options = AVALANCHE[row]
     strategy = getattr(supervised, kind)(
-        model=model, optimizer=adam(model, args.lr), criterion=nn.CrossEntropyLoss(), train_mb_size=BATCH, eval_mb_size=500,
-        train_epochs=args.epochs, evaluator=EvaluationPlugin(loggers=[]), **options,
+        model=model, optimizer=adam(model, args.lr), criterion=nn.CrossEntropyLoss(), train_mb_size=BATCH,
+        eval_mb_size=500, train_epochs=args.epochs, evaluator=EvaluationPlugin(loggers=[]), **options,
     )  # fmt: skip
 
     def heads(t: int, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import hatcl
 from hatcl.config import (
     COMPENSATIONS,
     HATCL_OPTIONS,
+    HEAD_STARTS,
     INITS,
     MASKS,
     PENALTIES,
@@ -51,6 +52,7 @@ valid = st.fixed_dictionaries(
         "start_from": st.none() | st.sampled_from(["previous", "best"]) | st.integers(0, 9),
         "own_share": st.floats(0, 1),
         "start_hold": st.floats(0.1, 1),
+        "heads": st.sampled_from(HEAD_STARTS),
         "protection": st.sampled_from(PROTECTIONS),
         "protection_alpha": st.floats(1e-9, 10),
         "protection_epsilon": st.floats(1e-9, 10),
