@@ -7,8 +7,8 @@ All rows have the four-block ResNet of `transfer.py` and its loop: a new Adam fo
 falls to zero along each task. `default`, `fork` (`start_from="previous"`), `all` (the same with `masks="all",
 own_share=0.3`) and `array` (`masks="array:q"`) are hatcl, certified and compared bit for bit; `separate` has a network
 for each task, `sequential` one with nothing held, `joint` learns all tasks at once. The rows of Avalanche (`ewc`, `si`,
-`lwf`, `replay` of 200 images) run where its library is installed, with a head for each task and the same optimizer,
-without the falling rate, which its loop has not:
+`lwf`, `replay` of 200 images) run where its library is installed, with a head for each task and the same optimizer;
+the rate falls after each epoch. (Avalanche's PackNet does not support batch norms.)
 
     bash benchmarks/field_env.sh FOLDER && FOLDER/bin/python benchmarks/field.py --rows ewc si lwf replay
 
@@ -161,8 +161,9 @@ def of_avalanche(row: str, tasks: list[Task], seed: int, args: argparse.Namespac
     from avalanche.benchmarks.utils.data_attribute import TaskLabels
     from avalanche.models import as_multitask
     from avalanche.training import supervised
-    from avalanche.training.plugins import EvaluationPlugin
+    from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
 
+    falling_rate = torch.optim.lr_scheduler.CosineAnnealingLR
     stream = [
         TaskAwareClassificationDataset(
             [Flipped(task)], data_attributes=[DataAttribute(task.y.tolist(), "targets"), TaskLabels([t] * len(task.y))]
@@ -174,8 +175,10 @@ def of_avalanche(row: str, tasks: list[Task], seed: int, args: argparse.Namespac
         experience.classes_in_this_experience = sorted(experience.classes_in_this_experience)
     model = as_multitask(Headed(args.width, tasks[0].classes), "classifier")
     kind, options = AVALANCHE[row]
+    optimizer = adam(model, args.lr)
+    falling = LRSchedulerPlugin(falling_rate(optimizer, args.epochs), reset_scheduler=False, reset_lr=False)
     strategy = getattr(supervised, kind)(
-        model=model, optimizer=adam(model, args.lr), criterion=nn.CrossEntropyLoss(), train_mb_size=BATCH,
+        model=model, optimizer=optimizer, plugins=[falling], criterion=nn.CrossEntropyLoss(), train_mb_size=BATCH,
         eval_mb_size=500, train_epochs=args.epochs, evaluator=EvaluationPlugin(loggers=[]), **options,
     )  # fmt: skip
 
@@ -187,6 +190,7 @@ def of_avalanche(row: str, tasks: list[Task], seed: int, args: argparse.Namespac
     after = []
     for t, experience in enumerate(made.train_stream):
         strategy.optimizer = adam(model, args.lr)
+        falling.scheduler = falling_rate(strategy.optimizer, args.epochs)
         strategy.train(experience)
         after.append(told(heads, tasks, t))
     end = [told(heads, tasks, t) for t in range(len(tasks))]
