@@ -20,6 +20,7 @@ from .gates import Gates
 from .layers.gated import task_class
 from .layers.state import keep_per_task, state_attributes
 from .registry import layer_for
+from .steps import without_gates
 
 GATES = "hat_gates"
 assert _layers
@@ -117,6 +118,7 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
         m.__class__ = cls
         m._hat_attach(hat, config.num_tasks)  # type: ignore[operator]
     model.add_module(GATES, gates)
+    without_gates(model)
     gates.bound = tuple(hat.path for _, _, hat in plan.classes)
     model.register_forward_pre_hook(_before_forward)
     model.register_load_state_dict_pre_hook(_take_plain_weights)

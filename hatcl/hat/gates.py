@@ -177,7 +177,7 @@ class Gates(nn.Module):
         self.register_load_state_dict_post_hook(_loaded)
 
     def forward(self, x: Any) -> Any:
-        """Nothing: where the converted model is an `nn.Sequential`, its gates are one step of it."""
+        """Nothing: a compiler may take the gates of a converted `nn.Sequential` for one of its steps."""
         return x
 
     def __setattr__(self, name: str, value: Any) -> None:

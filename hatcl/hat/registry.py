@@ -64,3 +64,19 @@ def derive(layer: type, cls: Any, attributes: tuple[tuple[str, Callable[[str], A
     bases: Sequence[type] = (layer,) if issubclass(layer, cls) else (layer, cls)
     body = {**missing, "__module__": cls.__module__, "_hat_source": (layer, cls, attributes)}
     return type(f"HAT{cls.__name__}", tuple(bases), body)
+
+
+class Derived:
+    """What instances of derived classes have in common: they can be copied and pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        source = getattr(type(self), "_hat_source", None)
+        if source is None:
+            return super().__reduce_ex__(protocol)
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # Python 3.10 has none
+        return _rebuild, source, dict(state)
+
+
+def _rebuild(layer: type, cls: type, attributes: tuple) -> nn.Module:
+    made = derive(layer, cls, attributes)
+    return nn.Module.__new__(made)

@@ -14,6 +14,7 @@ from ..distributed import DDP_SKIPS
 from ..gates import gates_of
 from ..layers.gated import HATLayer
 from ..layers.state import STATES, copy_of, detached_copy
+from ..registry import Derived
 from ..saving.writers import give_back
 from ..tasks import task as active
 
@@ -45,6 +46,7 @@ def plain_copy(model: nn.Module, task: int | None, stage: int | None = None) -> 
                     del hooks[key]
     made._modules.pop(GATES, None)
     give_back(made)
+    made.__class__ = _plain_class(type(made))
     made.__dict__.pop(STATES, None)
     made.__dict__.pop(DDP_SKIPS, None)
     for m in made.modules():
@@ -87,9 +89,11 @@ def tidy_up(module: nn.Module) -> None:
 
 
 def _plain_class(cls: type) -> type:
-    """The class that a HAT layer's class was derived from."""
-    source = cls.__dict__.get("_hat_source")
-    return source[1] if source is not None else next(c for c in cls.__mro__ if not issubclass(c, HATLayer))
+    """The class that a HAT class was derived from."""
+    while issubclass(cls, Derived):
+        source = cls.__dict__.get("_hat_source")
+        cls = source[1] if source is not None else next(c for c in cls.__mro__ if not issubclass(c, Derived))
+    return cls
 
 
 def _kept(layer: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ...errors import ConfigError
 from ...shards import is_shard
 from ..binding import Binding, ParameterPlan, TaskCopy, UnitAxis, Units
 from ..gates import Gates, row
-from ..registry import derive, register_layer
+from ..registry import Derived, derive, register_layer
 
 
 def task_parameter(name: str) -> property:
@@ -128,13 +128,8 @@ def task_class(
     return derive(layer, cls, (*((n, task_parameter) for n in names), *((n, task_buffer) for n in buffers), *more))
 
 
-def _rebuild(layer: type, cls: type, attributes: tuple) -> nn.Module:
-    made = derive(layer, cls, attributes)
-    return nn.Module.__new__(made)
-
-
 @register_layer(nn.Module)
-class HATLayer:
+class HATLayer(Derived):
     """Mixin that makes a module task-aware; also what a module gets that merely holds parameters of its own.
 
     By hand: `HATLinear(8, 16, num_tasks=3)` has its own gates over its output units; `reads=layer` names the layer
@@ -440,13 +435,6 @@ class HATLayer:
         if hat is not None:
             hat.clear()
         return out
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        source = getattr(type(self), "_hat_source", None)
-        if source is None:
-            return super().__reduce_ex__(protocol)
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # Python 3.10 has none
-        return _rebuild, source, dict(state)
 
 
 def _drawn(p: Tensor, shape: tuple[int, ...]) -> Tensor:
