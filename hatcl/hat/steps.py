@@ -85,4 +85,4 @@ def without_gates(model: nn.Module) -> None:
     kinds: tuple[Any, ...] = (HATSequential, HATModuleList, HATModuleDict)
     for kind in kinds:
         if isinstance(model, kind.hat_plain) and not isinstance(model, _Container):
-            model.__class__ = derive(kind, type(model), ())
+            model.__class__ = derive(kind, type(model), ())  # type: ignore[arg-type]
