@@ -462,7 +462,14 @@ def _where_on(axes: Sequence[UnitAxis], task: int, value: Tensor, otherwise: flo
     for axis in axes:
         on = axis.units.on(task).view(axis.shape)
         live = on if live is None else live & on
-    return value if live is None else torch.where(live, value, otherwise)
+    if live is None:
+        return value
+    if value.is_contiguous():
+        return torch.where(live, value, otherwise)
+    # `where` lays it out as `live` is, and kernels are chosen by that: other ones than for the folds
+    order = sorted(range(value.dim()), key=lambda d: -value.stride(d))
+    back = sorted(range(value.dim()), key=order.__getitem__)
+    return torch.where(live.permute(order).contiguous(), value.permute(order), otherwise).permute(back)
 
 
 def _unmoved(gates: Gates) -> contextlib.AbstractContextManager[Any]:
