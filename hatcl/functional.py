@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.functional import threshold
 
 from .config import HATConfig
@@ -258,14 +260,27 @@ def hashed(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def is_followed() -> bool:
+    """Is what is computed now more than its numbers: part of a graph that is compiled or traced, of a transform of
+    `torch.func`, of a forward derivative, of a mode such as that of fake tensors? Then nothing of it may be kept, and
+    nothing that was kept may stand for it."""
+    return (
+        is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
+
+
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits_of(x: Tensor) -> Tensor:
     """A tensor's memory as integers, which are equal where every bit is: -0.0 is not 0.0, and a NaN is itself."""
-    x = x.detach()
+    x = x.detach().resolve_conj().resolve_neg()
     if x.dtype == torch.complex128:
-        x = torch.view_as_real(x.resolve_conj())
+        x = torch.view_as_real(x)
     return x.view(INTEGERS[x.element_size()]) if x.is_floating_point() or x.is_complex() else x
 
 

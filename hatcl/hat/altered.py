@@ -27,25 +27,26 @@ Where = Callable[[], Tensor] | None
 
 @dataclass
 class _Altered:
-    """A tensor that is altered block by block. back: from a block's number and content to what was there."""
+    """A tensor that is altered block by block. back: from a block's number and content to what was there. start: how
+    often the tensor had been written to before. written: how many blocks were altered. end: how often the tensor had
+    been written to when the first of them was about to be put back."""
 
     x: Tensor
     blocks: list[Tensor]
     back: Callable[[int, Tensor], Tensor]
     start: int
     written: int | None = None
+    end: int | None = None
 
     def undo(self) -> None:
-        """Put back as many blocks as were written, the last one first; the tensor counts its writes, so that nothing is
-        lost where this is interrupted anywhere."""
+        """Put back as many blocks as were written, the last one first. The tensor itself counts its writes, so that
+        nothing is lost where this is interrupted anywhere, and begun again."""
         if self.written is None:
             self.written = self.x._version - self.start
-        began, count = self.x._version, self.written
-        try:
-            for i in reversed(range(count)):
-                self.blocks[i].copy_(self.back(i, self.blocks[i]))
-        finally:
-            self.written = count - (self.x._version - began)
+        if self.end is None:
+            self.end = self.x._version
+        for i in reversed(range(self.written - (self.x._version - self.end))):
+            self.blocks[i].copy_(self.back(i, self.blocks[i]))
 
 
 class Altered:

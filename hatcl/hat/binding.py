@@ -13,6 +13,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from .. import functional as F
+from ..errors import TaskError
 from .active import CHOICES
 from .gates import Gates
 from .growth.grown import Spread
@@ -63,13 +64,14 @@ class Units:
         """What `make` makes of a task's gates of these units: once for a sealed task. While gates are
         learned it is made at each call: its graph is freed by the first backward through it."""
         gates = self.gates
-        if torch.compiler.is_compiling() or gates.is_open(task):
+        if F.is_followed() or gates.is_open(task):
             return make()
+        gates.look()
         now, known = (task, gates.epoch), self._known  # another thread may replace it meanwhile
         if known[0] != now:
             self._known = known = (now, {})
         if key not in known[1]:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 known[1][key] = make()
         return known[1][key]
 
@@ -99,7 +101,17 @@ class Units:
         return share
 
     def _share_of(self, on: Tensor) -> float:
-        return max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE)
+        try:
+            return max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE)
+        except RuntimeError as error:  # each kind of tracing has its own
+            if type(on) is Tensor and not F.is_followed():
+                raise
+            raise TaskError(
+                "how many units a task has on is a number that a norm over units needs, and it cannot be told where "
+                "gates are traced or several at once (torch.export, make_fx, fake tensors, torch.vmap over states): "
+                f"{type(error).__name__}; hatcl.extract_task(model, task).model is an ordinary module, of which all of "
+                "that is possible"
+            ) from error
 
     @torch.compiler.assume_constant_result
     def _share_of_sealed(self, task: int, sealings: int) -> float:
@@ -192,7 +204,8 @@ def _in_turn(off: Tensor, rows: int) -> Tensor:
 
 @dataclass
 class Binding:
-    """What ties a layer to gates. output: units (and their dimension) that the layer's output is multiplied with.
+    """What ties a layer to gates. others: those of the units that it reads, where they are not the same ones (layers by
+    hand). output: units (and their dimension) that the layer's output is multiplied with.
     norm: units (and their dimension) over which a norm takes its statistics; dirty: its input is not zero where off.
     buffers: those that a training forward writes, of which every task has its own. path: where the module was when it
     was converted. shapes: of its parameters then.
@@ -201,6 +214,7 @@ class Binding:
     one says in addition: spreads: where its tensors are in those of now. sizes: the layer's attributes as they were."""
 
     gates: Gates
+    others: tuple[Gates, ...] = ()
     params: dict[str, ParameterPlan] = field(default_factory=dict)
     output: tuple[int, Units] | None = None
     norm: tuple[int, Units] | None = None
@@ -230,7 +244,11 @@ class Binding:
     def key_of_kept(self, raw: Tensor, task: Any, held: bool = False) -> Any:
         """On what a sealed task's constant depends. held: what is written to `raw` now is undone. (The address tells
         that other memory was put in its place, as long as the memory of before is kept, too.)"""
-        return (task, self.gates.epoch, None if held else raw._version, raw.data_ptr(), raw.dtype)
+        every = (self.gates, *self.others)
+        for g in every:
+            g.look()
+        epochs = [g.epoch for g in every]
+        return (task, epochs, None if held else raw._version, raw.data_ptr(), raw.dtype)
 
     def of_now(self) -> dict[Any, Any] | None:
         """Where to keep what depends on the gates and on the active task alone, in evaluation without gradients:
@@ -241,12 +259,15 @@ class Binding:
             return None
         moment, saying, kept = self.now  # one read: another thread may replace it
         gates, said = self.gates, CHOICES.get().saying
-        if gates.__dict__["moment"] is moment and said is saying:
+        own = gates.__dict__
+        masks, version = own["looked"]
+        same = masks is not None and own["_buffers"]["masks"] is masks and masks._version == version
+        if same and own["moment"] is moment and said is saying:
             return kept
-        moment = gates.moment
-        if not gates.is_quiet():
+        now = gates.look()
+        if self.others or F.is_followed() or not gates.is_quiet():
             return None
-        self.now = (moment, said, kept := {})
+        self.now = (now, said, kept := {})
         return kept
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -255,6 +276,8 @@ class Binding:
         if kept is None:
             return make()
         if key not in kept:
+            if F.is_followed():
+                return make()
             with torch.inference_mode(False), torch.no_grad():  # outside of inference mode it is asked for as well
                 kept[key] = make()
         return kept[key]
@@ -283,7 +306,7 @@ class Binding:
                 gave before it was asked which task is active. key: under which name it is `seen`; by default its own.
         """
         raw = place[name]
-        if kept is None or type(raw) not in _PLAIN or raw.is_inference():
+        if kept is None or type(raw) not in _PLAIN or raw.is_inference() or F.is_followed():
             return make()
         version, address = raw._version, raw.data_ptr()
         value = make()

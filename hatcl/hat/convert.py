@@ -98,6 +98,7 @@ def convert(
         raise ConfigError("masks: the option masks='given' needs hatcl.convert(..., masks=), which gives them")
     _check_modules(model)
     _check_names(model)
+    _check_memory(model, inplace)
     check_whole(model, "convert", "convert the model first, and then call fully_shard on it and its blocks")
     if any(isinstance(m, Gates) for m in model.modules()):
         raise ConversionError(
@@ -212,6 +213,24 @@ def _check_modules(model: nn.Module) -> None:
                     "and saves tensors element by element; hold it as a dense tensor and make it sparse in the forward "
                     "(to_sparse)"
                 )
+
+
+def _check_memory(model: nn.Module, inplace: bool) -> None:
+    """What is overwritten and put back must count its writes, and must have memory of its own for each element."""
+    inside = torch.is_inference_mode_enabled()
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if inside or (inplace and x.is_inference()):
+            where = "" if inside else f"{name}: it was made there, and "
+            raise ConversionError(
+                f"{where}under torch.inference_mode() writes to tensors are not counted, so that the model could not "
+                "be attacked and put back, nor be learned; make and convert it outside (torch.no_grad() is no obstacle)"
+            )
+        if inplace and isinstance(x, nn.Parameter) and any(x.stride(d) == 0 and x.shape[d] > 1 for d in range(x.dim())):
+            raise ConversionError(
+                f"{name}: several of its elements share one memory (it was expanded), so that they cannot be "
+                "overwritten one by one; make it a parameter of its own, nn.Parameter(x.detach().clone()), or leave "
+                "out inplace=True"
+            )
 
 
 def _not_copied(model: nn.Module) -> str:

@@ -105,6 +105,7 @@ class Gates(nn.Module):
             stays the same. settled: the same for Python.
         moment: another object whenever an attribute changes on which it depends which task is active, what it sees, and
             whether that may be kept.
+        looked: the table of hard gates, and its version, that `moment` stands for (see `look`).
         epoch: counts whatever changes gates. sealings: task -> how often its hard gates changed, on which compiled
             graphs depend.
         unit_map: the map the model was converted on (None for layers put together by hand).
@@ -174,6 +175,7 @@ class Gates(nn.Module):
         self._ever_active = False
         self._soft_now: SoftGates | None = None
         self._made: dict[str, tuple[Any, Any]] = {}
+        self.looked: tuple[Tensor | None, int] = (None, 0)
         self.register_load_state_dict_post_hook(_loaded)
 
     def forward(self, x: Any) -> Any:
@@ -235,6 +237,16 @@ class Gates(nn.Module):
         task = self.task
         return task is None or (isinstance(task, int) and not self.is_open(task))
 
+    def look(self) -> Any:
+        """`moment`, after a look at the hard gates: they may have been written to, or others put in their place, past
+        what is said here (a state that is loaded into a model's tensors, `torch.func.functional_call`)."""
+        masks, (looked, version) = self.masks, self.looked
+        if masks is not looked or masks._version != version:
+            # writes to an inference tensor cannot be seen, so that it is another one each time
+            self.looked = (None, 0) if masks.is_inference() else (masks, masks._version)
+            self.epoch += 1
+        return self.moment
+
     def is_soft(self, task: int | None) -> bool:
         """Are a task's gates soft now? In evaluation without gradients they are what sealing would give."""
         if task is None or isinstance(task, Tensor) or task != self.learning or self.holding:
@@ -281,9 +293,10 @@ class Gates(nn.Module):
 
     def drop_soft_gates(self) -> None:
         """The model is about to run: what was written to embeddings so that torch does not know of it (`e.data`) counts
-        from now on."""
+        from now on, as do other hard gates."""
         if self._soft_now is not None:
             self._soft_now = None
+        self.look()
 
     def _soft(self, e: Tensor) -> Tensor:
         c = self.config
@@ -307,7 +320,7 @@ class Gates(nn.Module):
 
     def _kept(self, name: str, made_of: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
         """What `make` gives, kept until these buffers are written to, or others take their place."""
-        if torch.compiler.is_compiling() or any(x.is_inference() for x in made_of):
+        if F.is_followed() or any(x.is_inference() for x in made_of):
             return make()
         key, kept = [(x, x._version) for x in made_of], self._made.get(name)
         if kept is None or any(a is not b or i != j for (a, i), (b, j) in zip(key, kept[0], strict=True)):
@@ -519,6 +532,7 @@ class Gates(nn.Module):
             **self.__dict__,
             "_soft_now": None,
             "_made": {},
+            "looked": (None, 0),
             "soft": False,
             "settled": False,
             "holding": False,
@@ -530,7 +544,7 @@ class Gates(nn.Module):
         return {**state, **dict.fromkeys(("key", "learning", "learned", "learner", "lock", "origin", "model"))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({**state, "looked": (None, 0)})
         self.moment = object()
         self.key = next(_context_keys)  # a choice of a context is for one model, not for its copies
 

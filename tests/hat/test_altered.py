@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+import textwrap
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -124,6 +128,54 @@ def test_an_interruption_loses_nothing(after, monkeypatch):
         finally:
             changes.undo()
     assert same_bits(x, was) and calls[0] > after
+
+
+def undone_but_for_an_interruption(line):
+    """What a tensor is after its change was undone with an interruption at the so many-th line that this runs, what it
+    was, and whether there are so many."""
+    x, changes, ran = odd(torch.float32), Altered(), [0]
+    was = x.clone()
+    changes.turned_over(x, torch.ones_like)
+
+    def trace(frame, event, _):
+        if not frame.f_code.co_filename.endswith("altered.py"):
+            return None
+        ran[0] += event == "line"
+        if event == "line" and ran[0] == line:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    try:
+        sys.settrace(trace)
+        changes.undo()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+        changes.undo()  # as a conversion does
+    return x, was, ran[0] >= line
+
+
+def test_undoing_may_be_interrupted_at_every_line():
+    line, more = 1, True
+    while more:
+        x, was, more = undone_but_for_an_interruption(line)
+        assert same_bits(x, was), line
+        line += 1
+    assert line > 50
+
+
+def test_twin_where_undoing_keeps_its_own_count_a_block_is_put_back_twice(monkeypatch):
+    def undo(self):
+        for i in reversed(range(self.written)):
+            self.blocks[i].copy_(self.back(i, self.blocks[i]))
+            self.written = i
+
+    source = inspect.getsource(undo)  # compiled as if it stood there, so that its lines are interrupted as well
+    exec(compile(textwrap.dedent(source), "altered.py", "exec"), found := {})
+    monkeypatch.setattr(altered._Altered, "undo", found["undo"])
+    assert not all(same_bits(*undone_but_for_an_interruption(line)[:2]) for line in range(1, 60))
 
 
 def test_twin_without_counting_what_was_written_an_interruption_loses_weights(monkeypatch):

@@ -14,11 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hatcl
+from hatcl import functional
 from hatcl.functional import same_bits
 from hatcl.hat.binding import Binding, Units
 from hatcl.hat.gates import Gates
+from hatcl.hat.layers.gated import multiply
 from hatcl.hat.layers.linear import LOOKED_UP, TABLE
 
 
@@ -312,6 +315,175 @@ def test_other_parameters_in_a_functional_call(pickled):
     twin = pickle.loads(pickled)
     twin.load_state_dict(others, strict=False)
     assert same_bits(got, said(twin)) and not same_bits(got, want) and same_bits(said(model), want)
+
+
+@pytest.fixture(scope="module")
+def other(pickled):
+    """A model of the same plan, with other weights and other hard gates."""
+    model = pickle.loads(pickled)
+    written(model)
+    masks = model.hat_gates.masks
+    masks.copy_(masks.roll(1, 1))
+    return pickle.loads(pickle.dumps(model))
+
+
+def called(model, other):
+    with torch.no_grad(), hatcl.task(model, 0):
+        return torch.func.functional_call(model, other.state_dict(), IMAGES)
+
+
+def filled(model, other):
+    state = other.state_dict()
+    for name, x in model.state_dict().items():
+        x.copy_(state[name])
+    return said(model)
+
+
+@pytest.mark.parametrize("put", [called, filled])
+def test_hard_gates_that_come_past_the_gates_are_seen(pickled, other, put):
+    """A whole state in a functional call, or written into a model's tensors; and what was there, once it is back."""
+    model, fresh = pickle.loads(pickled), pickle.loads(pickled)
+    before, want = said(model), said(other)
+    assert same_bits(put(model, other), want) and same_bits(put(fresh, other), want)
+    assert same_bits(said(fresh), want if put is filled else before) and same_bits(said(model), said(fresh))
+
+
+@pytest.mark.parametrize("put", [called, filled])
+def test_twin_without_a_look_at_hard_gates_those_before_count(pickled, other, put, monkeypatch):
+    model, want = pickle.loads(pickled), said(other)
+    monkeypatch.setattr(Gates, "look", lambda self: self.moment)
+    said(model)
+    assert not same_bits(put(model, other), want)
+
+
+def test_a_model_of_inference_tensors_keeps_nothing(pickled, other):
+    """One that was loaded under inference mode: no write to its tensors is seen."""
+    with torch.inference_mode():
+        model = pickle.loads(pickled)
+        assert same_bits(said(model), said(pickle.loads(pickled)))
+        assert same_bits(filled(model, other), said(other)) and same_bits(said(model, 1), said(other, 1))
+    assert same_bits(said(model), said(other)) and same_bits(said(model, None), said(other, None))
+
+
+def slopes(model):
+    """Of the output by every weight, in the direction of ones."""
+    weights = {n: p.detach() for n, p in model.named_parameters() if "hat_gates" not in n}
+    ones = {n: torch.ones_like(p) for n, p in weights.items()}
+    return torch.func.jvp(lambda w: torch.func.functional_call(model, w, (IMAGES,)), (weights,), (ones,))[1]
+
+
+def test_derivatives_by_weights_pass_what_is_kept(pickled):
+    model = pickle.loads(pickled)
+    before = said(model)
+    with hatcl.task(model, 0):
+        want = slopes(model)
+        with torch.no_grad():
+            assert bool((want != 0).any()) and torch.equal(slopes(model), want)
+    assert same_bits(said(model), before)
+
+
+def test_twin_without_asking_who_follows_there_are_none(pickled, monkeypatch):
+    model = pickle.loads(pickled)
+    monkeypatch.setattr(functional, "is_followed", lambda: False)
+    with torch.no_grad(), hatcl.task(model, 0), pytest.raises(RuntimeError, match="storage"):
+        slopes(model)
+
+
+def test_an_ensemble_of_weights_is_one_vmap(pickled):
+    model = pickle.loads(pickled)
+    weights = [
+        {n: p.detach() + i * noise(p) for n, p in model.named_parameters() if "hat_gates" not in n} for i in (0, 1)
+    ]
+    stacked = {n: torch.stack([w[n] for w in weights]) for n in weights[0]}
+    with torch.no_grad(), hatcl.task(model, 0):
+        want = [torch.func.functional_call(model, w, (IMAGES,)) for w in weights]
+        got = torch.vmap(lambda w: torch.func.functional_call(model, w, (IMAGES,)))(stacked)
+    assert torch.allclose(got, torch.stack(want), atol=1e-5)  # 1e-7 measured: vmap multiplies all in one kernel
+    assert same_bits(said(model), want[0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_is_of_the_whole_computation(pickled):
+    """Whatever was kept before: torch traces a second time and compares the two."""
+    model = pickle.loads(pickled)
+    want = said(model)
+    with torch.no_grad(), hatcl.task(model, 0):
+        program = torch.jit.trace(model, IMAGES)
+    assert same_bits(program(IMAGES), want) and same_bits(said(model), want)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_of_fake_tensors_nothing_is_kept(pickled, warm):
+    model, want = pickle.loads(pickled), said(pickle.loads(pickled))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = mode.from_tensor(IMAGES)
+    if warm:
+        said(model)
+    with torch.no_grad(), hatcl.task(model, 0), mode:
+        if warm:
+            assert model(fake).shape == want.shape
+        else:
+            with pytest.raises(hatcl.TaskError, match=r"units a task has on .* DataDep\w+; hatcl.extract_task"):
+                model(fake)
+    assert same_bits(said(model), want)
+
+
+def test_twin_without_asking_for_modes_fake_values_are_kept(pickled, monkeypatch):
+    model = pickle.loads(pickled)
+    monkeypatch.setattr(functional, "is_followed", lambda: False)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), hatcl.task(model, 0):
+        with mode:
+            model.fc(mode.from_tensor(torch.ones(1, 12)))
+        assert type(model.fc.weight) is not Tensor
+
+
+def by_hand():
+    torch.manual_seed(0)
+    first = hatcl.HATLinear(8, 16, num_tasks=2)
+    model = nn.Sequential(first, nn.ReLU(), hatcl.HATLinear(16, 12, num_tasks=2, reads=first))
+    for layer in (model[0], model[2]):
+        layer.gates.embeddings[0].data.copy_(torch.randn(layer.gates.num_units))
+        layer.gates.seal(0)
+    return model.eval()
+
+
+def first_loaded(model):
+    """What it says after its first layer alone has got other hard gates, and what a copy of it says."""
+    x, state = torch.linspace(-1, 1, 40).view(5, 8), model[0].state_dict()
+
+    def say(model):
+        with torch.no_grad(), hatcl.task(model, 0):
+            return model(x)
+
+    before = say(model)
+    model[0].load_state_dict({**state, "gates.masks": ~state["gates.masks"]})
+    now = say(model)
+    assert not same_bits(now, before)
+    return now, say(pickle.loads(pickle.dumps(model)))
+
+
+def test_a_layer_by_hand_follows_the_gates_that_it_reads():
+    now, want = first_loaded(by_hand())
+    assert same_bits(now, want)
+
+
+def test_twin_without_the_others_it_computes_with_those_before():
+    model = by_hand()
+    model[2]._hat.others = ()
+    now, want = first_loaded(model)
+    assert not same_bits(now, want)
+
+
+def test_units_are_cleared_of_a_tensor_that_torch_negates_later(pickled):
+    model = pickle.loads(pickled)
+    later = torch.view_as_complex(torch.randn(4, 9, 2)).conj().imag
+    assert later.is_neg()
+    units = Units(model.hat_gates, np.arange(1, 10))
+    with torch.no_grad(), hatcl.task(model, 0):
+        got, want = multiply(later, units, 1), torch.where(units.on(0), later, 0.0)
+    assert same_bits(got, want) and same_bits(later, later.resolve_neg()) and not bool(units.on(0).all())
 
 
 def test_derivatives_pass_a_forward_without_gradients(pickled):

@@ -156,6 +156,41 @@ def test_a_leak_that_copies_close_is_closed_in_place():
     assert all(same_bits(model.state_dict()[n], v) for n, v in before.items())
 
 
+def transposed():
+    """A model one of whose weights lies in memory as its transpose does."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+    net[2].weight = nn.Parameter(torch.randn(12, 12).t())
+    return net, torch.randn(4, 8)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_weight_keeps_its_layout_under_a_task(inplace):
+    """Kernels are chosen by it, so that otherwise the cut would be 3e-8 from the gates."""
+    net, x = transposed()
+    model = hatcl.convert(net, 2, x, inplace=inplace)
+    weight = parts.pretend(model)[2].weight
+    with hatcl.task(model, 0), torch.no_grad():
+        assert model[2].weight.stride() == weight.stride() == (1, 12)
+    assert hatcl.certify(model, x, strict=True).exact
+
+
+def test_what_cannot_be_overwritten_and_put_back_is_refused_by_its_name():
+    net, x = transposed()
+    net[2].weight = nn.Parameter(torch.randn(1, 12).expand(12, 12))
+    parts.unchanged(
+        net, lambda: hatcl.convert(net, 2, x, inplace=True), hatcl.ConversionError, "2.weight: several of its elements"
+    )
+    assert hatcl.convert(net, 2, x) is not net  # a copy has memory of its own
+    with torch.inference_mode():
+        with pytest.raises(hatcl.ConversionError, match="^under torch.inference_mode.. writes to tensors are not"):
+            hatcl.convert(transposed()[0], 2, x)
+        net[2].weight = nn.Parameter(torch.randn(12, 12))
+    text = "2.weight: it was made there, and under torch.inference_mode.. writes"
+    parts.unchanged(net, lambda: hatcl.convert(net, 2, x, inplace=True), hatcl.ConversionError, text)
+    assert hatcl.convert(net, 2, x) is not net
+
+
 # ---- forwards that write to parameters -------------------------------------------------------------------------
 
 

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ... import functional as F
 from ...config import HATConfig
@@ -187,7 +186,8 @@ class HATLayer(Derived):
         some = source or read
         if some is None:
             self.gates = Gates(0, (config or HATConfig()).replace(num_tasks=num_tasks or 1))
-        hat = Binding(some.gates if some is not None else self.gates)
+        gates = some.gates if some is not None else self.gates
+        hat = Binding(gates, (read.gates,) if read is not None and read.gates is not gates else ())
         for name, p in self._parameters.items():  # type: ignore[attr-defined]
             if p is None:
                 continue
@@ -306,7 +306,7 @@ class HATLayer(Derived):
             return self._hat_by_folds(name, raw, plan, task) if plan.fold or plan.standardised else raw
         if not plan.axes and not plan.standardised and not plan.copied:
             return raw
-        changing = torch.is_grad_enabled() or gates.is_open(task) or torch.compiler.is_compiling()
+        changing = torch.is_grad_enabled() or gates.is_open(task) or F.is_followed()
         soft = not gates.cut or (changing and gates.is_soft(task))
         if not plan.fold and not plan.standardised and (soft or plan.copied or hat.output is not None):
             if name in hat.spreads and not plan.copied:
@@ -373,7 +373,7 @@ class HATLayer(Derived):
         """What `make` gives, kept until the task, its gates or `raw` change. It is handed out itself, so that a write
         to it is noticed and has no effect."""
         hat: Binding = self._hat
-        if torch.compiler.is_compiling() or hat.gates.sharded:
+        if F.is_followed() or hat.gates.sharded or raw.is_inference():  # to such a tensor no write is seen
             return make()
         # while another task is learned it is held: what an optimizer does to it meanwhile is undone after the step
         c = hat.gates.config
@@ -388,7 +388,7 @@ class HATLayer(Derived):
                 "computes with; the write is undone, sealed tasks do not change",
                 stacklevel=4,
             )
-        with torch.inference_mode(False), _unmoved(hat.gates):
+        with torch.inference_mode(False), torch.no_grad(), _unmoved(hat.gates):
             # detached at once, or the first forward would take other kernels than those that find it in the cache
             value = make().detach()
         hat.cache[name] = (key, value, value._version, raw.detach())
@@ -450,7 +450,14 @@ def _where_on(axes: Sequence[UnitAxis], task: int, value: Tensor, otherwise: flo
     for axis in axes:
         on = axis.units.on(task).view(axis.shape)
         live = on if live is None else live & on
-    return value if live is None else torch.where(live, value, otherwise)
+    if live is None:
+        return value
+    if value.is_contiguous():
+        return torch.where(live, value, otherwise)
+    # `where` lays it out as `live` is, and kernels are chosen by that: other ones than for the folds
+    order = sorted(range(value.dim()), key=lambda d: -value.stride(d))
+    back = sorted(range(value.dim()), key=order.__getitem__)
+    return torch.where(live.permute(order).contiguous(), value.permute(order), otherwise).permute(back)
 
 
 def _unmoved(gates: Gates) -> contextlib.AbstractContextManager[Any]:
@@ -476,15 +483,15 @@ def gating(units: Units, dim: int, ndim: int, dtype: torch.dtype) -> Callable[[T
         gate = units.gate_of(task).to(dtype).view(shape)
         return lambda x: x * gate
     on = units.on(task).view(shape)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or isinstance(task, Tensor) or dtype.is_complex:
+    if torch.is_grad_enabled() or F.is_followed() or isinstance(task, Tensor) or dtype.is_complex:
         return lambda x: torch.where(on, x, 0.0)
     bits = units.once(task, ("bits", dtype), lambda: F.bits_where(units.on(task), dtype)).view(shape)
 
     def by_bits(x: Tensor) -> Tensor:
         """The same bits as `where`, ten times as fast on a CPU, without derivatives."""
-        if type(x) is not Tensor or forward_ad._current_level >= 0:
+        if type(x) is not Tensor or F.is_followed():
             return torch.where(on, x, 0.0)
-        return x.view(bits.dtype).bitwise_and(bits).view(dtype)
+        return x.resolve_neg().view(bits.dtype).bitwise_and(bits).view(dtype)
 
     return by_bits
 

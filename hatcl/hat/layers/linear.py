@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.nn import functional as tf
 
+from ...functional import is_followed
 from ..binding import Binding
 from ..registry import register_layer
 from .gated import HATLayer, multiply, task_parameter
@@ -135,7 +136,7 @@ class HATEmbedding(HATLayer, nn.Embedding):
         """The rows of a sealed task; None as long as it costs less to multiply those that are looked up."""
         hat: Binding | None = self.__dict__.get("_hat")
         kept = None if hat is None or hat.output is None else hat.of_now()
-        if hat is None or kept is None:
+        if hat is None or kept is None or is_followed():
             return None
         table = hat.seen(TABLE, kept)
         if table is None:
