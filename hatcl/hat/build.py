@@ -79,8 +79,8 @@ class _Plan:
         hat.shapes[name] = entry.shape
         if entry.shape != tuple(p.shape):
             raise ConversionError(
-                f"{hat.path}.{name}: the map says shape {list(entry.shape)}, it has {list(p.shape)}; "
-                "trace this model anew"
+                f"{f'{hat.path}.{name}'.removeprefix('.')}: the map says shape {list(entry.shape)}, it has "
+                f"{list(p.shape)}; the map is another model's, so trace this one (leave out unit_map=)"
             )
         folds = set(self.unit_map.folds.get((hat.path, entry.name), ()))
         elsewhere = {

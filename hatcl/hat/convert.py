@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..calls import OutputError, call, device_of, seeded, shapes
 from ..config import HATConfig
-from ..errors import ConfigError, ConversionError
+from ..errors import ConfigError, ConversionError, nearest
 from ..map.lora import is_factor, merged_layer
 from ..map.trace import trace
 from ..map.units import UnitMap, resolve
@@ -39,6 +39,8 @@ from .untouched import parameters_unwritten, restored_on_failure
 from .verify import check_plain, verified
 
 log = logging.getLogger(__name__)
+NAMING = ("hat_owner_dims", "hat_reader_dims", "hat_copied", "hat_task_buffers")
+"""Attributes of a layer that name parameters and buffers."""
 
 
 def convert(
@@ -96,6 +98,13 @@ def convert(
         config = config.replace(masks="given")
     elif masks is None and config.masks == "given":
         raise ConfigError("masks: the option masks='given' needs hatcl.convert(..., masks=), which gives them")
+    if not isinstance(model, nn.Module):
+        raise ConversionError(_no_module(model))
+    if "_orig_mod" in model._modules:
+        raise ConversionError(
+            f"{type(model._modules['_orig_mod']).__name__}: it is compiled by torch.compile; convert the module that "
+            "it was made from (its attribute _orig_mod), and compile the converted model"
+        )
     _check_modules(model)
     _check_names(model)
     _check_memory(model, inplace)
@@ -156,6 +165,18 @@ def convert(
         return write_as_hatcl(made)
 
 
+def _no_module(model: Any) -> str:
+    """What to pass instead of something that is no module."""
+    if isinstance(model, str):
+        return (
+            f"model: got the text {model!r}, expected a torch.nn.Module; timm.create_model('hat_{model}', "
+            "num_tasks=...) converts a model of timm by its name, one of transformers is loaded first (from_pretrained)"
+        )
+    if isinstance(model, type):
+        return f"model: got the class {model.__qualname__}, expected an instance of it; pass {model.__qualname__}(...)"
+    return f"model: got {type(model).__name__}, expected a torch.nn.Module; put what it does into its forward"
+
+
 def _check_names(model: nn.Module) -> None:
     """Names that HAT layers use must be free."""
     for path, module in model.named_modules():
@@ -165,6 +186,14 @@ def _check_names(model: nn.Module) -> None:
                     f"{path or type(model).__name__}: it has an attribute {name!r}, which hatcl uses; rename it"
                 )
         layer = layer_for(type(module))
+        for name in [n for said in NAMING for n in vars(layer).get(said, ())]:  # what it inherits may be of others
+            if not hasattr(module, name):
+                has = [*module._parameters, *module._buffers]
+                raise ConversionError(
+                    f"{path or type(model).__name__}: {layer.__name__}, which takes the place of "
+                    f"{type(module).__name__}, names {name!r}, and that has no such parameter or buffer; it has "
+                    + (f"{', '.join(has)}; did you mean {nearest(name, has)!r}?" if has else "none")
+                )
         for name, value in vars(module).items():
             made = {f"{name}_g", f"{name}_v"} <= module._parameters.keys() or f"{name}_mask" in module._buffers
             if isinstance(value, Tensor) and (made or isinstance(getattr(layer, name, None), property)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -172,7 +173,7 @@ class Gates(nn.Module):
         self.origin: Origin | None = None
         self.model: weakref.ref[nn.Module] | None = None
         self._default: int | None = None
-        self._ever_active = False
+        self._ever_active = self._unasked = False
         self._soft_now: SoftGates | None = None
         self._made: dict[str, tuple[Any, Any]] = {}
         self.looked: tuple[Tensor | None, int] = (None, 0)
@@ -198,6 +199,8 @@ class Gates(nn.Module):
         if self.origin is not None:
             self.notice()
         if not self._ever_active:
+            if self._unasked and not self.training:
+                self._say_that_no_task_is_active()
             return None
         return active.of_forward(self.key, active.chosen_task(self.key, self._default), self.training)
 
@@ -205,7 +208,19 @@ class Gates(nn.Module):
     def task(self, task: int | None) -> None:
         """Set the default of all threads."""
         self._default = task
+        self._unasked = False
         self._ever_active |= task is not None
+
+    def _say_that_no_task_is_active(self) -> None:
+        """Once for gates that were loaded with sealed tasks: who forgets to choose one gets numbers of no task."""
+        self._unasked = False
+        sealed = self.sealed.nonzero().flatten().tolist()
+        warnings.warn(
+            f"no task is active, so this is the plain network, whose weights were learned on by the sealed tasks "
+            f"{sealed}: it is none of them. Choose one: with hatcl.task(model, {sealed[0]}): ..., or "
+            f"hatcl.set_task(model, {sealed[0]}). hatcl.set_task(model, None) says that the plain network is meant",
+            stacklevel=2,
+        )
 
     @property
     def default(self) -> int | None:
@@ -592,6 +607,7 @@ class Gates(nn.Module):
 
 
 def _loaded(gates: Gates, _: Any) -> None:
+    gates._unasked = not (gates._ever_active or gates.sealed.is_meta) and bool(gates.sealed.any())
     if gates.origin is not None:
         gates.origin.forget_writes(gates)
 

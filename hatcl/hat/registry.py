@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..errors import ConversionError
+from ..errors import ConfigError, ConversionError, nearest
 
 Layer = TypeVar("Layer", bound=type)
 _LAYERS: dict[tuple[type[nn.Module], str], type] = {}
@@ -24,15 +24,34 @@ def register_layer(*bases: type[nn.Module], kind: str = "") -> Callable[[Layer],
     Args:
         kind: only for instances that the trace found to be of this kind, such as a norm of a class that nobody
             registered (`rms`, `centred`).
+
+    Raises:
+        ConfigError: the decorated class is no HAT layer, or has an attribute `hat_...` that no HAT layer has.
     """
 
     def add(layer: Layer) -> Layer:
+        _check_layer(layer)
         for base in bases:
             _LAYERS[base, kind] = layer
             _resolve.cache_clear()
         return layer
 
     return add
+
+
+def _check_layer(layer: Any) -> None:
+    """A slip in a name would otherwise leave the default in place without a word."""
+    name = getattr(layer, "__qualname__", layer)
+    above = [c for c in getattr(layer, "__mro__", ())[1:] if any(n.startswith("hat_") for n in vars(c))]
+    if not above and _LAYERS:  # the first class that is registered is the base of all others
+        raise ConfigError(f"register_layer: {name} is no HAT layer; derive it from hatcl.HATLayer")
+    known = {n for c in above for n in vars(c) if n.startswith("hat_")}
+    unknown = [n for n in vars(layer) if n.startswith("hat_") and n not in known]
+    if above and unknown:
+        raise ConfigError(
+            f"register_layer: {name} has {unknown[0]!r}, which no HAT layer has; did you mean "
+            f"{nearest(unknown[0], sorted(known))!r}?"
+        )
 
 
 def layer_for(cls: type[nn.Module], kind: str = "") -> type[Any]:

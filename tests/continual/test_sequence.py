@@ -259,6 +259,8 @@ def test_a_loss_that_is_not_finite_keeps_the_tasks_before(tmp_path):
 def test_a_name_that_is_taken():
     with pytest.raises(ConfigError, match="'tasl' is taken by TaSL"):
         continual_method("tasl", paper="")(Spy)
+    with pytest.raises(ConfigError, match="dict is no method; derive it from hatcl.continual.Method"):
+        continual_method("none", paper="")(dict)
 
 
 @pytest.mark.parametrize("kind, passes", [(LearnOptions, 1), (ImageLearning, 12)])

@@ -157,6 +157,26 @@ def test_example_inputs_that_do_not_fit_the_model():
     assert parts.same(before, source.state_dict())
 
 
+class _Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+@pytest.mark.parametrize("given, text", [
+    ("resnet18", r"got the text 'resnet18', .*timm.create_model\('hat_resnet18', num_tasks=...\) converts"),
+    (_Plain, r"got the class _Plain, expected an instance of it; pass _Plain\(...\)"),
+    (len, "got builtin_function_or_method, expected a torch.nn.Module"),
+    (torch.compile(nn.Linear(3, 2), backend="eager"), "Linear: it is compiled by torch.compile;"),
+])  # fmt: skip
+def test_what_is_no_module_to_convert(given, text):
+    with pytest.raises(hatcl.ConversionError, match=text):
+        hatcl.convert(given, 2, torch.randn(2, 3))
+
+
 def test_a_model_that_is_converted_already(model):
     nothing_changes(
         model, lambda: hatcl.convert(model, 2, parts.images("mlp")), hatcl.ConversionError,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import hatcl
+from hatcl.hat import registry
 from hatcl.hat.gates import gates_of
 from hatcl.hat.layers.gated import HATLayer
 from hatcl.hat.registry import layer_for
@@ -98,3 +99,41 @@ def test_the_layer_of_the_example_computes_what_the_cut_network_does():
 def test_what_is_no_module_has_no_layer():
     with pytest.raises(hatcl.ConversionError, match="dict: got a class that is no torch.nn.Module; only modules have"):
         layer_for(dict)
+
+
+def test_a_slip_in_a_layer_is_an_error_where_it_is_registered(monkeypatch):
+    monkeypatch.setattr(registry, "_LAYERS", dict(registry._LAYERS))
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return x * self.weight
+
+    with pytest.raises(hatcl.ConfigError, match="HATOdd has 'hat_ouput_dim', .* did you mean 'hat_output_dim'"):
+
+        @hatcl.register_layer(Scale)
+        class HATOdd(hatcl.HATLayer):
+            hat_ouput_dim = -1
+
+    with pytest.raises(hatcl.ConfigError, match="Unrelated is no HAT layer; derive it from hatcl.HATLayer"):
+
+        @hatcl.register_layer(Scale)
+        class Unrelated(nn.Module):
+            pass
+
+    assert layer_for(Scale) is HATLayer  # neither was registered
+
+    @hatcl.register_layer(Scale)
+    class HATScale(hatcl.HATLayer):
+        hat_output_dim, hat_owner_dims = -1, {"wieght": 0}
+
+    text = "1: HATScale, which takes the place of Scale, names 'wieght', .* it has weight; did you mean 'weight'"
+    net, x = nn.Sequential(nn.Linear(4, 6), Scale(), nn.Linear(6, 2)), torch.randn(3, 4)
+    with pytest.raises(hatcl.ConversionError, match=text):
+        hatcl.convert(net, 2, x)
+    HATScale.hat_owner_dims = {"weight": 0}
+    assert isinstance(hatcl.convert(net, 2, x)[1], HATScale)
+    registry._resolve.cache_clear()

@@ -188,10 +188,15 @@ def continual_method(name: str, *, paper: str) -> Callable[[MethodClass], Method
     """Class decorator: `learn_sequence` finds the method under this name.
 
     Raises:
-        ConfigError: a name that is taken.
+        ConfigError: a name that is taken, or a class that is no `Method`.
     """
 
     def add(kind: MethodClass) -> MethodClass:
+        if not (isinstance(kind, type) and issubclass(kind, Method)):
+            raise ConfigError(
+                f"continual_method: {getattr(kind, '__qualname__', kind)} is no method; derive it from "
+                "hatcl.continual.Method"
+            )
         if name in _METHODS:
             raise ConfigError(f"continual_method: {name!r} is taken by {_METHODS[name].__qualname__}")
         kind.name, kind.paper = name, paper

@@ -21,7 +21,7 @@ from ...errors import ConfigError, ConversionError, IntegrityError
 from ...files import parse_json, write_files
 from ...sources import build_source, can_fit, library_config
 from ..masked import behind_mask
-from ..saving.headers import making_model, read_with_header
+from ..saving.headers import check_base, making_model, read_with_header
 from .cut import Shaping, shaped
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,7 @@ def load_extracted(folder: str | os.PathLike[str], base: nn.Module | None = None
     """
     path = Path(folder) / TENSORS
     about, tensors = _read(path)
-    if base is None and about["source"] is None:
-        raise IntegrityError(f"{path.parent}: its model class is your own; pass base= an instance of the plain module")
+    check_base(base, about["source"], path.parent)
     with making_model(path.parent):
         shapes_of = {name: list(x.shape) for name, x in tensors.items()}
         plain = build_source(about["source"]) if base is None else behind_mask(copy.deepcopy(base), shapes_of)

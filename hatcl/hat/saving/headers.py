@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...errors import HATError, IntegrityError
+from ...errors import ConversionError, HATError, IntegrityError
+from ..gates import Gates
 
 READERS = {"hatcl": "hatcl.from_pretrained", "hatcl_extracted": "hatcl.load_extracted"}  # by the entry of the header
 
@@ -19,6 +21,10 @@ def making_model(folder: Path) -> Iterator[None]:
     """Whatever fails inside but with an error of hatcl's own is an `IntegrityError` of the folder that is read."""
     try:
         yield
+    except ConversionError as error:
+        raise IntegrityError(
+            f"{folder}: base= is another model than the one that was converted, or has other sizes ({error})"
+        ) from error
     except HATError:
         raise
     except Exception as error:
@@ -26,6 +32,29 @@ def making_model(folder: Path) -> Iterator[None]:
             f"{folder}: it does not make a model ({type(error).__name__}: {error}); it was edited or damaged, or base= "
             "is another model than the one that was converted"
         ) from error
+
+
+def check_base(base: Any, source: Any, folder: Path) -> None:
+    """`base` is a plain module, or None where the folder says how its model is made.
+
+    Raises:
+        IntegrityError: it is neither.
+    """
+    if base is None and source is None:
+        raise IntegrityError(
+            f"{folder}: its model class is your own; pass base= an instance of the plain module, made with the same "
+            "arguments as the one that was converted"
+        )
+    if isinstance(base, type):
+        raise IntegrityError(
+            f"{folder}: base= got the class {base.__qualname__}, expected an instance; pass {base.__qualname__}(...)"
+        )
+    if base is not None and not isinstance(base, nn.Module):
+        raise IntegrityError(f"{folder}: base= got {type(base).__name__}, expected the plain module")
+    if base is not None and any(isinstance(m, Gates) for m in base.modules()):
+        raise IntegrityError(
+            f"{folder}: base= got a HAT model, expected the plain module, as it was before hatcl.convert"
+        )
 
 
 def read_with_header(path: Path, entry: str, writer: str, *, tensors: bool = True) -> tuple[str, dict[str, Tensor]]:

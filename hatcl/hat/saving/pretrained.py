@@ -29,7 +29,7 @@ from ..growth.grown import Growth
 from ..masked import behind_mask
 from ..tasks import tasks
 from .card import CARD, CardFacts, model_card, writable
-from .headers import making_model, read_with_header
+from .headers import check_base, making_model, read_with_header
 from .hub import located, uploaded
 from .writers import MARK, Way, check_options, is_mixed, take_over
 
@@ -207,8 +207,7 @@ def from_pretrained(
     ) / WEIGHTS  # fmt: skip
     meta, tensors = _read_model(path, sha256)
     _check_copy(path.parent / CONFIG)
-    if base is None and meta["source"] is None:
-        raise IntegrityError(f"{path.parent}: its model class is your own; pass base= an instance of the plain module")
+    check_base(base, meta["source"], path.parent)
     with making_model(path.parent):
         unit_map = UnitMap.from_json(meta["map"])
         shapes = {name: entry.shape for name, entry in unit_map.entries.items()}

@@ -167,10 +167,17 @@ def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -
     if "convs" in chosen.options and "convs" not in options:
         _say_what_is_averaged(chosen.name, vectors[0])
     if not any(differs(value) for value in options.values()):
-        return chosen.function(vectors, **options)
-    if chosen.needs:
+        merged = chosen.function(vectors, **options)
+    elif chosen.needs:
         raise ConfigError(f"layers: {method} works on the whole model; give each option one value")
-    return by_layers(vectors, chosen.function, options)
+    else:
+        merged = by_layers(vectors, chosen.function, options)
+    if not isinstance(merged, TaskVector):
+        raise VectorError(
+            f"merge: {method} gave a {type(merged).__name__}, expected a TaskVector; make one by arithmetic on the "
+            "vectors that it gets, or by vector.map(function)"
+        )
+    return merged
 
 
 def _say_what_is_averaged(method: str, vector: TaskVector) -> None:

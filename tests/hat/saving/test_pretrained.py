@@ -690,3 +690,45 @@ def test_a_run_keeps_its_config(tmp_path):
     with pytest.raises(hatcl.ConfigError, match="a run of hatcl is there, whose config.json would be replaced; name"):
         hatcl.save_pretrained(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("base, text", [
+    (nn.Sequential, r"base= got the class Sequential, expected an instance; pass Sequential\(...\)"),
+    ("mlp", "base= got str, expected the plain module"),
+    (lambda: parts.converted("mlp"), "base= got a HAT model, expected the plain module, as it was bef"),
+    (lambda: parts.plain("resnet"), "base= is another model than the one that was converted"),
+    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 9)), "base= is another model than the one that was converted"),
+])  # fmt: skip
+@pytest.mark.parametrize("reader", ["from_pretrained", "load_extracted"])
+def test_a_base_that_is_not_the_plain_module(tmp_path, reader, base, text):
+    model = parts.pretend(parts.converted("mlp"))
+    if reader == "load_extracted":
+        hatcl.extract_task(model, 0, parts.images("mlp")).save(tmp_path)
+        text = text if "got" in text else "base"
+    else:
+        hatcl.save_pretrained(model, tmp_path)
+    base = base() if callable(base) and not isinstance(base, type) else base
+    with pytest.raises(hatcl.IntegrityError, match=text):
+        getattr(hatcl, reader)(tmp_path, base=base)
+
+
+def test_a_loaded_model_says_that_no_task_is_active(tmp_path):
+    """The plain network's numbers are no task's, and nothing else would show it."""
+    folder, x = hatcl.save_pretrained(parts.pretend(parts.converted("mlp")), tmp_path), parts.images("mlp")
+    for read in (lambda m: copy.deepcopy(m)(x), lambda m: m(x)):
+        model = load(folder)
+        with pytest.warns(
+            UserWarning, match=r"no task is active, .* the sealed tasks \[0, 1, 2\]: .*hatcl.task\(model, 0"
+        ):
+            read(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)  # it is said once
+        for choose in (lambda m: hatcl.set_task(m, None), lambda m: hatcl.set_task(m, 1)):
+            model = load(folder)
+            choose(model)
+            model(x)
+        model = load(folder)
+        print(hatcl.describe(model), hatcl.certify(model, x), hatcl.extract_task(model, 1, x).report)
+        hatcl.forward(model, x, tasks=[0] * len(x)), hatcl.save_pretrained(model, tmp_path / "again")
+        hatcl.forget_task(model, 2), hatcl.add_tasks(model, 1)

@@ -51,6 +51,9 @@ def test_an_own_method_is_one_decorator(two, unregister):
 
     assert "first" in list_merges()
     assert torch.equal(merge(two, "first", scale=2.0)["w"], torch.full((2, 2), 2.0))
+    merge_method("counted", paper="me")(lambda vectors: len(vectors))
+    with pytest.raises(VectorError, match="merge: counted gave a int, expected a TaskVector; make one by arithmetic"):
+        merge(two, "counted")
     with pytest.raises(ConfigError, match="'first' is taken by .*first"):
         merge_method("first", paper="me")(first)
     with pytest.raises(ConfigError, match="'other' needs 'model', which is no keyword option"):
