@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls import OutputError, call, device_of, seeded, values_of
-from ..errors import IsolationError, TaskError
+from ..calls import OutputError, call, device_of, seeded, shapes, values_of
+from ..errors import HATError, IsolationError, TaskError
 from ..functional import same_bits
 from .altered import Altered
 from .digests import check_sealed
@@ -201,7 +201,7 @@ def certify(model: nn.Module, inputs: Any, *, strict: bool = False) -> Certifica
     Raises:
         IntegrityError: what was sealed is not what is there. IsolationError: not exact, under `strict`; or the forward
             gives something in which there is nothing to compare. TaskError: no task is sealed. HATError: a module was
-            replaced after conversion.
+            replaced after conversion, or the forward fails on `inputs`.
     """
     done = tasks(model)
     if not done:
@@ -215,6 +215,16 @@ def certify(model: nn.Module, inputs: Any, *, strict: bool = False) -> Certifica
     try:
         few = few_rows(inputs, lambda x: named_outputs(trial, x, done[0]), model)
         modes = [_Mode("in evaluation", torch.no_grad, inputs)]
+        try:
+            proof.known[modes[0].name, done[0]] = proof.run(modes[0], done[0])
+        except HATError:
+            raise
+        except Exception as error:
+            raise HATError(
+                f"certify: {type(model).__name__}: its forward failed on inputs = {shapes(inputs)}: "
+                f"{type(error).__name__}: {error}; pass what hatcl.convert gets as example_inputs: a tensor, a tuple "
+                "(positional) or a dict (keywords), without labels that the forward does not take"
+            ) from error
         for mode in (_Mode("with gradients", torch.enable_grad, few), *_autocast(model, few)):
             try:
                 proof.known[mode.name, done[0]] = proof.run(mode, done[0])

@@ -157,6 +157,15 @@ def test_example_inputs_that_do_not_fit_the_model():
     assert parts.same(before, source.state_dict())
 
 
+def test_inputs_of_a_certificate_that_the_forward_does_not_take(model):
+    x = parts.images("mlp")
+    nothing_changes(
+        model, lambda: hatcl.certify(model, (x, torch.zeros(len(x)))), hatcl.HATError,
+        "certify: Sequential: its forward failed on inputs = (float32[",
+        "TypeError: ", "pass what hatcl.convert gets as example_inputs: a tensor, a tuple (positional) or a dict",
+    )  # fmt: skip
+
+
 class _Plain(nn.Module):
     def __init__(self):
         super().__init__()
