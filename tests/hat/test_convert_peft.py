@@ -143,6 +143,9 @@ def test_adapters_that_nothing_could_be_learned_in_are_refused():
 def merged():
     """A model with a sealed task, inputs, what it said, and its adapter merged into its base since then."""
     source, inputs = peft_parts.bert()
+    for name, p in source.named_parameters():
+        if "lora_" in name:  # peft starts one factor of a pair at zero
+            nn.init.normal_(p, std=0.3)
     model = parts.pretend(hatcl.convert(source, 2, inputs, verify=False), [0]).eval()
     with hatcl.task(model, 0), torch.no_grad():
         said = model(**inputs).logits
@@ -162,11 +165,11 @@ def test_a_merged_adapter_is_refused_under_a_task(merged):
         model(**inputs)
         model.unmerge_adapter()
     with hatcl.task(model, 0), torch.no_grad():
-        assert torch.allclose(model(**inputs).logits, said, atol=1e-6)  # W + BA - BA rounds
+        assert torch.allclose(model(**inputs).logits, said, atol=1e-5)  # W + BA - BA rounds
 
 
 def test_twin_without_the_refusal_it_computes_with_all_pairs(merged):
     model, inputs, said = merged
     model._forward_pre_hooks.clear()
     with hatcl.task(model, 0), torch.no_grad():
-        assert not torch.allclose(model(**inputs).logits, said, atol=1e-6)
+        assert not torch.allclose(model(**inputs).logits, said, atol=1e-3)
