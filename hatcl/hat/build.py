@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..config import HATConfig
-from ..errors import ConversionError
+from ..errors import ConversionError, TaskError
+from ..map.lora import is_factor, merged_layer
 from ..map.units import NormInput, UnitMap
 from ..shards import is_sharded
 from . import layers as _layers  # registers the HAT layers
@@ -121,6 +122,8 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
     without_gates(model)
     gates.bound = tuple(hat.path for _, _, hat in plan.classes)
     model.register_forward_pre_hook(_before_forward)
+    if any(map(is_factor, unit_map.entries)):
+        model.register_forward_pre_hook(_not_merged)
     model.register_load_state_dict_pre_hook(_take_plain_weights)
     gates.unit_map = unit_map
     gates.train(model.training)
@@ -139,6 +142,17 @@ def _before_forward(model: nn.Module, args: Any) -> None:
         gates.sharded = sharded  # type: ignore[union-attr]
     gates.drop_soft_gates()  # type: ignore[union-attr,operator]
     check_forward(model)
+
+
+def _not_merged(model: nn.Module, args: Any) -> None:
+    """Under a task no adapter may be merged into its base, where gates do not reach its pairs."""
+    task = None if torch.compiler.is_compiling() else model._modules[GATES].task  # type: ignore[union-attr]
+    layer = None if task is None else merged_layer(model)
+    if layer is not None:
+        raise TaskError(
+            f"{layer}: the adapter is merged into its base, where task {task}'s gates do not reach its pairs; call "
+            "unmerge_adapter() under the task that it was merged under (none: inside `with hatcl.task(model, None)`)"
+        )
 
 
 def _take_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -23,7 +23,8 @@ def is_factor(name: str) -> bool:
 
 def merged_layer(model: nn.Module) -> str | None:
     """The first layer whose adapter is merged into its base."""
-    return next((n for n, m in model.named_modules() if getattr(m, "merged", False) is True), None)
+    may = ((n, m) for n, m in model.named_modules() if "merged" in m.__dict__ or hasattr(type(m), "merged"))
+    return next((n for n, m in may if m.merged is True), None)
 
 
 def no_pairs(model: Any) -> str | None:

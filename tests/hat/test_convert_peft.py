@@ -137,3 +137,39 @@ def test_adapters_that_nothing_could_be_learned_in_are_refused():
         p.requires_grad_("lora_" not in name and p.requires_grad)
     with pytest.raises(hatcl.ConversionError, match="none of its LoRA tensors requires a gradient.*is_trainable=True"):
         hatcl.convert(source, 2, inputs)
+
+
+@pytest.fixture
+def merged():
+    """A model with a sealed task, inputs, what it said, and its adapter merged into its base since then."""
+    source, inputs = peft_parts.bert()
+    for name, p in source.named_parameters():
+        if "lora_" in name:  # peft starts one factor of a pair at zero
+            nn.init.normal_(p, std=0.3)
+    model = parts.pretend(hatcl.convert(source, 2, inputs, verify=False), [0]).eval()
+    with hatcl.task(model, 0), torch.no_grad():
+        said = model(**inputs).logits
+    with hatcl.task(model, None):
+        model.merge_adapter()
+    return model, inputs, said
+
+
+def test_a_merged_adapter_is_refused_under_a_task(merged):
+    model, inputs, said = merged
+    with hatcl.task(model, 0), torch.no_grad():
+        with pytest.raises(
+            hatcl.TaskError, match=r"query: the adapter is merged .* task 0's gates .* unmerge_adapter\(\)"
+        ):
+            model(**inputs)
+    with hatcl.task(model, None), torch.no_grad():
+        model(**inputs)
+        model.unmerge_adapter()
+    with hatcl.task(model, 0), torch.no_grad():
+        assert torch.allclose(model(**inputs).logits, said, atol=1e-5)  # W + BA - BA rounds
+
+
+def test_twin_without_the_refusal_it_computes_with_all_pairs(merged):
+    model, inputs, said = merged
+    model._forward_pre_hooks.clear()
+    with hatcl.task(model, 0), torch.no_grad():
+        assert not torch.allclose(model(**inputs).logits, said, atol=1e-3)

@@ -455,7 +455,8 @@ def _where_on(axes: Sequence[UnitAxis], task: int, value: Tensor, otherwise: flo
     if value.is_contiguous():
         return torch.where(live, value, otherwise)
     # `where` lays it out as `live` is, and kernels are chosen by that: other ones than for the folds
-    order = sorted(range(value.dim()), key=lambda d: -value.stride()[d])
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda d: -strides[d])
     back = sorted(range(value.dim()), key=order.__getitem__)
     return torch.where(live.permute(order).contiguous(), value.permute(order), otherwise).permute(back)
 
