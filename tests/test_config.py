@@ -109,11 +109,11 @@ def test_a_misspelled_option_is_told_its_nearest(name):
         ({"masks": "array:1"}, "masks: got 'array:1', expected at least array:2"),
         (
             {"masks": "array:3", "num_tasks": 10},
-            "num_tasks: got 10, masks='array:3' has room for 3 x 3 = 9 tasks; take arr",
+            "num_tasks: got 10, masks='array:3' has room for 3 x 3 = 9 tasks; use array",
         ),
         (
             {"masks": "array:3", "reuse": "none"},
-            "reuse: got 'none' with masks='array:3', whose tasks share units, and no",
+            "reuse: got 'none' with masks='array:3', whose tasks share units but no",
         ),
         ({"num_tasks": 0}, "num_tasks: got 0, expected an integer of at least 1"),
         ({"num_tasks": 2.0}, "num_tasks: got 2.0, expected an integer"),
