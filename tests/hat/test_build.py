@@ -18,7 +18,9 @@ def test_a_map_found_earlier_needs_no_inputs():
     found = map_of(copy.deepcopy(source), parts.images("vit"))
     model = hatcl.convert(source, 2, unit_map=found)
     assert torch.equal(parts.logits(model, None, parts.images("vit")), source.eval()(parts.images("vit")))
-    with pytest.raises(hatcl.ConversionError, match=r"the map says shape \[.*\], it has \[.*\]; trace this model anew"):
+    with pytest.raises(
+        hatcl.ConversionError, match=r"the map says shape \[.*\], it has \[.*\]; trace this model again"
+    ):
         hatcl.convert(parts.vit(embed_dim=16), 2, unit_map=found)
 
 
