@@ -1,9 +1,9 @@
-"""hatcl beside other methods by one protocol: split CIFAR-10 (five tasks) and ten tasks of five classes of CIFAR-100.
+"""hatcl and other methods under one protocol: split CIFAR-10 (five tasks) and ten tasks of five classes of CIFAR-100.
 
     python benchmarks/field.py [--data cifar10 cifar100_even] [--rows default fork ...] [--seeds 0 1 2] [--width 16]
         [--epochs 10] [--validate]
 
-All rows have the four-block ResNet of `transfer.py` and its loop: Adam 1e-3 anew per task, batch 64, flips, the rate
+All rows have the four-block ResNet of `transfer.py` and its loop: Adam 1e-3 new per task, batch 64, flips, the rate
 falls to zero along each task. `default`, `fork` (`start_from="previous"`) and `array` (`masks="array:q"`) are hatcl,
 certified and compared bit for bit; `separate` has a network for each task, `sequential` one with nothing held, `joint`
 learns all tasks at once. The rows of Avalanche (`ewc`, `si`, `lwf`, `replay` of 200 images) run where its library is
