@@ -2,7 +2,7 @@
 
     python benchmarks/array_masks.py [--net resnet convnext] [--width 1] [--epochs 10] [--methods array ...] [--bf16]
 
-The tasks: ten of five `cifar100_even` classes, fashion_mnist, notmnist, and cifar10 and mnist in halves. Beside array
+The tasks: ten of five `cifar100_even` classes, fashion_mnist, notmnist, and cifar10 and mnist in halves. Besides array
 masks the same network with learned ones, and for each task a network of a quarter of the width. All tasks must be
 bit-equal at the end; then task 5 is forgotten, the others must stay as they are, and an attacker who kept its gates,
 copies and statistics puts them back. Resumes: methods that are in the results are skipped.

@@ -46,7 +46,7 @@ def addition(seed: int, world: World) -> dict[str, Any]:
 
     def row(model: nn.Module) -> dict[str, Any]:
         out = {part: accuracies(model, part) for part in ("validation", "test")}
-        if mixed:  # beside it the same weights with running statistics of their own
+        if mixed:  # and the same weights with running statistics of their own
             renewed = copy.deepcopy(model)
             update_bn(mixed, renewed)
             out["test, statistics renewed"] = accuracies(renewed, "test")

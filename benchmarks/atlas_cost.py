@@ -1,4 +1,4 @@
-"""What learning coefficients costs beside fine-tuning: time per step and in evaluation, and memory.
+"""The cost of learning coefficients compared with fine-tuning: time per step and in evaluation, and memory.
 
     python benchmarks/atlas_cost.py [--model vit_base_patch32_224] [--batch 8] [--rounds 9]
 

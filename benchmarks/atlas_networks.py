@@ -78,16 +78,16 @@ def fitted_head(base: nn.Module, data: Data) -> nn.Module:
 
 @dataclass(frozen=True)
 class Network:
-    """What `atlas.py` needs to know of a network.
+    """The facts about a network that `atlas.py` needs.
 
     Attributes:
         names: of the tasks. make: seed, folder -> the pretrained encoder. data: name, seed -> a task.
         parts: what `atlas.py` measures in it. head: base, task -> the task's frozen head.
         epochs, lr, batch: of fine-tuning. held: in evaluation mode, so that running statistics stay and a vector of
             weights is all that fine-tuning changes.
-        options: of `atlas.add`, beside its seed. scales: of the search. grid: of merging methods.
+        options: for `atlas.add`, in addition to its seed. scales: for the search. grid: for merging methods.
         merges: methods to compare with, and their options. grams: examples per task for RegMean. steps: of AdaMerging.
-        renewed: training examples per task from which running statistics are taken anew; 0 = it has none.
+        renewed: training examples per task from which running statistics are computed again; 0 = it has none.
         convs: are nearly all of its weights filters?
     """
 

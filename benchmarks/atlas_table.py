@@ -1,4 +1,4 @@
-"""What `atlas.py` wrote, as tables: means over the seeds that are there, in percent, with their standard deviations.
+"""The results of `atlas.py` as tables: means over the available seeds, in percent, with their standard deviations.
 
 python benchmarks/atlas_table.py [convnext resnet20 minilm]
 """

@@ -139,7 +139,7 @@ class Target:
         model: nn.Module | None = None,
         promised: int | None = None,
     ) -> None:
-        """The plain loop. step: what is called in place of the optimizer's. promised: the steps that hatcl is told."""
+        """The plain loop. step: called instead of the optimizer's. promised: the number of steps given to hatcl."""
         model = self.model if model is None else model
         optimizer = optimizer or adamw(model)
         with hatcl.learn(model, task, optimizer, steps=promised or steps) as learning:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: real data, plain training loops, and results as JSON beside the machine they came from."""
+"""Shared by the benchmarks: real data, plain training loops, and results as JSON together with their machine."""
 
 from __future__ import annotations
 

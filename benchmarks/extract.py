@@ -1,4 +1,5 @@
-"""A task as a smaller model: time and size at a half, a third and a quarter of the units, beside the plain model.
+"""A task as a smaller model: time and size at a half, a third and a quarter of the units, compared with the plain
+model.
 
     python benchmarks/extract.py [--models resnet50 vit_small_patch16_224 bert] [--rounds 7] [--batch 8]
     python benchmarks/extract.py --zoo ['hf/*' 'test_*'] [--max-params 30e6]

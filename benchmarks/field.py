@@ -1,4 +1,4 @@
-"""hatcl beside other methods by one protocol: split CIFAR-10 (five tasks) and ten tasks of five classes of CIFAR-100.
+"""hatcl and other methods under one protocol: split CIFAR-10 (five tasks) and ten tasks of five classes of CIFAR-100.
 
     python benchmarks/field.py [--data cifar10 cifar100_even] [--rows default fork ...] [--seeds 0 1 2] [--width 16]
         [--epochs 10] [--lr 3e-3] [--validate]

@@ -2,8 +2,8 @@
 
     python benchmarks/four_tasks.py [--epochs 5] [--seed 0]
 
-After the last task all earlier logits must be bit-equal on the whole test sets; the average accuracy is set beside the
-same backbone trained separately on each task with the same budget, and beside plain sequential fine-tuning.
+After the last task all earlier logits must be bit-equal on the whole test sets; the average accuracy is compared with
+the same backbone trained separately on each task with the same budget, and with plain sequential fine-tuning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What learning a graft costs beside fine-tuning a real encoder: time per step, and memory.
+"""The cost of learning a graft compared with fine-tuning a real encoder: time per step, and memory.
 
     python benchmarks/grafts_cost.py [--rounds 30] [--batch 16] [--length 64] [--sparsities 1e-4 1e-3 1e-2 1e-1]
 
@@ -11,9 +11,9 @@ a step costs does not depend on them); embeddings and pooler are fixed. The fine
              backward, moving the logits, choosing the k highest, exchanging elements
     memory   bytes that torch allocates, at their highest, from before `learn_graft` until it has ended, above what the
              same forward and backward allocate by themselves at their highest (each gradient freed on arrival): in
-             float32 numbers per candidate. Beside them there are the two models. `held` is what is alive between steps
+             float32 numbers per candidate. In addition there are the two models. `held` is what is alive between steps
 
-and whether the limits hold: 1.15 in time; in memory one float per candidate, beside the graft itself (which takes 5
+and whether the limits hold: 1.15 in time; in memory one float per candidate, plus the graft itself (which takes 5
 numbers per element: its indices in four masks, and the pretrained values that it displaces) and the model's buffers.
 """
 

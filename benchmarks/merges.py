@@ -1,4 +1,4 @@
-"""Merging methods of the literature beside each other, on the networks and tasks of `atlas.py`.
+"""A comparison of merging methods of the literature, on the networks and tasks of `atlas.py`.
 
     python benchmarks/merges.py [--network minilm] [--seed 0] [--methods iso_c opcm ...]
     python benchmarks/merges.py --table [--network minilm]     # over all seeds, with the rows that atlas.py measured
@@ -115,8 +115,8 @@ def normalised(got: list[float], tuned: list[float]) -> float:
 
 
 def chosen(world: World, candidates: Candidates, tuned: list[float]) -> tuple[str, dict[str, list[float]]]:
-    """The best setting on the validation examples, and what all reach there. Scales go on where an end of the grid is
-    the best."""
+    """The best setting on the validation examples, and what all reach there. The grid of scales is extended where an
+    end of it is the best."""
     seen = {k: accuracies(world, v, "validation") for k, v in candidates.items()}
     while True:
         best = max(seen, key=lambda k: normalised(seen[k], tuned))

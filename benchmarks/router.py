@@ -1,4 +1,4 @@
-"""Prediction without being told the task: which share of images finds its task, and its class, beside other ways.
+"""Prediction without a given task: the share of images whose task and class are found, compared with other ways.
 
     python benchmarks/router.py [--data cifar100_even cifar10] [--seeds 0 1 2] [--epochs 10] [--rotate]
 
@@ -81,7 +81,7 @@ def network(tasks: list[Task], epochs: int, seed: int, rotate: bool) -> tuple[to
 
 
 class Told:
-    """What is known of test images when their tasks are not: features and logits under every task."""
+    """The data on test images whose tasks are unknown: features and logits under every task."""
 
     def __init__(self, router: hatcl.TaskRouter, tasks: list[Task]) -> None:
         self.x = torch.cat([t.x_test for t in tasks])

@@ -1,4 +1,4 @@
-"""What TaSL's scorer and I-LoRA's moving average cost beside plain LoRA fine-tuning of a real encoder.
+"""The cost of TaSL's scorer and I-LoRA's moving average compared with plain LoRA fine-tuning of a real encoder.
 
     python benchmarks/skills_cost.py [--rounds 40] [--batch 16] [--length 64] [--targets query value]
 

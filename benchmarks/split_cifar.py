@@ -2,7 +2,7 @@
 
     python benchmarks/split_cifar.py [--seeds 0 1 2] [--methods hat separate sequential] [--bf16]
 
-Task-incremental accuracy with hard gates beside the same backbone trained separately per task and trained in sequence.
+Task-incremental accuracy with hard gates, compared with the same backbone trained separately per task and in sequence.
 The protocol is HAT-CL's (Adam 1e-3 fresh per task, batch 64, flips). Resumes: runs already in the results are skipped.
 """
 

@@ -1,4 +1,4 @@
-"""hatcl beside Avalanche's own strategies, in Avalanche's loop and by its metrics.
+"""hatcl compared with Avalanche's own strategies, in Avalanche's loop and by its metrics.
 
     pip install avalanche-lib                # in an environment of its own
     python benchmarks/strategies.py          # in 15 minutes on one core: results/strategies.json
@@ -6,7 +6,7 @@
 Five tasks of two classes each, task labels given: scikit-learn's digits (a fifth of each class for the test) and
 CIFAR-10 (500 images a class, 100 for the test). The network is an MLP with two hidden layers of 256 and a head for each
 task, AdamW, batches of 32, 10 epochs. Learning rate and the strategy's own option are chosen by the mean accuracy at
-the end on a validation part, one seed; the table is of the test part, three seeds.
+the end on a validation part, one seed; the table shows the test part, three seeds.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a HAT model costs beside the plain one: training step, evaluation forward, peak memory.
+"""The cost of a HAT model compared with the plain one: training step, evaluation forward, peak memory.
 
     OMP_NUM_THREADS=1 PYTHONPATH=benchmarks pytest benchmarks/test_cost.py --benchmark-only -k "not large"
 
 Steps of both models alternate within one run, in both orders, and ratios are medians over pairs of CPU time, so that a
 busy machine slows both. The second of three tasks is measured: half of the units are a sealed task's, so that a quarter
-of the elements is frozen, and gates are soft. No one flushes denormals. Beside the time stands how many operations a
+of the elements is frozen, and gates are soft. No one flushes denormals. Next to the time is the number of operations a
 step is, which does not depend on the machine.
 """
 

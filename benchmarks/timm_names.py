@@ -2,7 +2,7 @@
 
     python benchmarks/timm_names.py [PATTERN]
 
-Goes on where it was interrupted. Per model: units, share of elements whose owner and reader are known, seconds of
+Resumes after an interruption. Per model: units, share of elements whose owner and reader are known, seconds of
 processor time; or the error. Mapped, not verified: there are no weights to attack (`hatcl zoo` does that).
 """
 

@@ -3,8 +3,8 @@
     python benchmarks/transfer.py [--rows default previous separate ...] [--lr 3e-3] [--width 32] [--validate]
 
 Accuracy of each task right after it was learned, which for hatcl is also what it stays. `separate` trains a network for
-each task, `sequential` one network with a head per task and nothing held (it forgets: the average at the end is told
-too). All rows have the same network, loop and steps: Adam (`--lr`) anew per task, batch 64, flips, the rate falls to
+each task, `sequential` one network with a head per task and nothing held (it forgets: the average at the end is given
+too). All rows have the same network, loop and steps: Adam (`--lr`) new per task, batch 64, flips, the rate falls to
 zero along each task. `--validate` holds out a fifth of each class's training images and scores on those: settings were
 chosen there. Resumes by row and seed.
 """

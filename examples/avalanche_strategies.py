@@ -1,4 +1,4 @@
-"""Avalanche: hatcl as a plugin, beside two strategies of Avalanche's own, on the same five tasks of digits.
+"""Avalanche: hatcl as a plugin, compared with two of Avalanche's own strategies, on the same five tasks of digits.
 
 Needs Avalanche and scikit-learn: pip install -e '.[avalanche,data]'
 """

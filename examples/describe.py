@@ -1,4 +1,4 @@
-"""What the map found: units per layer, how much of the model is shared, what has a copy per task and why."""
+"""The map of a model: units per layer, how much is shared, and which parameters have a copy per task and why."""
 
 import timm
 

@@ -1,7 +1,7 @@
-"""A model on any batch, in the forms that loaders give them, and every value in what it gives.
+"""Run a model on a batch in any form that loaders give, and find every value in its output.
 
-What is proved of a model is proved of what these functions find. So an object that they cannot look into is an error,
-never nothing.
+Proofs about a model cover only the values that these functions find. So an object that they cannot look into is an
+error and is never skipped.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ Head = Callable[[Tensor], Tensor]
 
 
 class OutputError(HATError, TypeError):
-    """A forward gives something in which no value can be found."""
+    """A forward returns something in which no value can be found."""
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
-    """Inputs and labels of a batch: `(inputs, labels)`, inputs alone, or a mapping of keyword arguments, of which
-    `labels` are the labels. None where there are no labels.
+    """Inputs and labels of a batch: `(inputs, labels)`, inputs alone, or a mapping of keyword arguments with an entry
+    `labels`. The labels are None if there are none.
 
     Raises:
-        ConfigError: a tuple or list of none or of more than two.
+        ConfigError: a tuple or list is empty or has more than two entries.
     """
     if isinstance(batch, Mapping):
         return {k: v for k, v in batch.items() if k != "labels"}, batch.get("labels")
@@ -60,7 +60,7 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 def one_by_one(inputs: Any) -> Iterator[Any]:
-    """The examples of a batch's inputs one by one, each as a batch of one."""
+    """Yield the examples of a batch's inputs, each as a batch of one."""
     if isinstance(inputs, Tensor):
         yield from inputs.split(1)
     elif isinstance(inputs, Mapping):
@@ -71,7 +71,7 @@ def one_by_one(inputs: Any) -> Iterator[Any]:
 
 
 def examples_in(batch: Any) -> int:
-    """How many examples a batch of (inputs, labels) or a mapping has; others count as one."""
+    """The number of examples in a batch of (inputs, labels) or a mapping; other batches count as one."""
     inputs, labels = split_batch(batch)
     for part in (labels, *(inputs.values() if isinstance(inputs, Mapping) else (inputs,))):
         if isinstance(part, Tensor) and part.dim() and len(part):
@@ -80,24 +80,24 @@ def examples_in(batch: Any) -> int:
 
 
 def again(batches: Batches, what: str) -> Batches:
-    """The batches, if they can be passed over more than once.
+    """Return the batches, if they can be iterated more than once.
 
     Raises:
-        ConfigError: an iterator, which is used up after one pass.
+        ConfigError: they are an iterator, which is exhausted after one pass.
     """
     if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
         raise ConfigError(
-            f"{what}: got {type(batches).__name__}, expected batches that can be passed over in every epoch; pass a "
+            f"{what}: got {type(batches).__name__}, expected batches that can be iterated in every epoch; pass a "
             "list or a DataLoader"
         )
     return batches
 
 
 def one_pass(batches: Batches, what: str, otherwise: str = "there are none") -> Iterator[Any]:
-    """The batches, once.
+    """Yield the batches once.
 
     Args:
-        otherwise: what the error says where none comes.
+        otherwise: the error's text if there are none.
 
     Raises:
         ConfigError: there are none.
@@ -111,10 +111,10 @@ def one_pass(batches: Batches, what: str, otherwise: str = "there are none") -> 
 
 
 def endless(batches: Batches, what: str) -> Iterator[Any]:
-    """The batches, from the start over when they run out.
+    """Yield the batches, and start again when they run out.
 
     Raises:
-        ConfigError: there are none, or they can be passed over only once.
+        ConfigError: there are none, or they can be iterated only once.
     """
     yield from one_pass(batches, what)
     while True:
@@ -122,9 +122,9 @@ def endless(batches: Batches, what: str) -> Iterator[Any]:
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device; what else is in it stays."""
+    """A batch with its tensors on a device; everything else in it stays as it is."""
     if isinstance(inputs, (Tensor, PackedSequence)):
-        return inputs.to(device, non_blocking=True)  # type: ignore[arg-type]  # PackedSequence says less than it takes
+        return inputs.to(device, non_blocking=True)  # type: ignore[arg-type]  # PackedSequence's hints are narrow
     if isinstance(inputs, Mapping):
         return {k: moved(v, device) for k, v in inputs.items()}
     if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):
@@ -134,7 +134,8 @@ def moved(inputs: Any, device: torch.device) -> Any:
     return inputs
 
 
-# ---- a model on a batch ----------------------------------------------------------------------------------------------
+# ---- running a model on a batch
+# -------------------------------------------------------------------------------------------
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -149,13 +150,13 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def outputs(model: nn.Module, inputs: Any, head: Head | None = None) -> Tensor:
-    """The logits of a batch's inputs, computed where the model is.
+    """The logits of a batch's inputs, computed on the model's device.
 
     Args:
-        head: from what the model gives to logits; None = it gives logits.
+        head: turns the model's output into logits; None = it is logits already.
 
     Raises:
-        ConfigError: the model gives something else than a tensor or an output with `logits`.
+        ConfigError: the model returns something other than a tensor or an output with `logits`.
     """
     first = next(iter(model.parameters()), None)
     out = tensor_of(call(model, inputs if first is None else moved(inputs, first.device)))
@@ -167,8 +168,8 @@ def tensor_of(out: Any) -> Tensor:
     got = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     if not isinstance(got, Tensor):
         raise ConfigError(
-            f"the model gives a {type(out).__name__}, expected logits: a tensor or an output with logits; pass a "
-            "forward= or logits_fn= that gives them where there is one; for embeddings of a timm or transformers model "
+            f"the model gives a {type(out).__name__}, expected logits: a tensor or an output with logits; pass "
+            "forward= or logits_fn= where the function has one; for embeddings of a timm or transformers model "
             "compose hatcl.atlas.encoder(model) and give the task a head"
         )
     return got
@@ -187,37 +188,37 @@ def cross_entropy(model: nn.Module, batch: tuple[Any, Tensor], head: Head | None
 
 
 def check_answers(logits: Tensor, labels: Any) -> None:
-    """Raise `ConfigError` unless these are logits `[B, C]` and labels: `[B]`, or `[B, C]` where they are shares."""
+    """Raise `ConfigError` unless these are logits `[B, C]` and labels: `[B]`, or `[B, C]` if they are shares."""
     if labels is None:
         raise ConfigError("batches: got one without labels, expected (inputs, labels)")
     shares = labels.is_floating_point() and labels.shape == logits.shape
     if logits.dim() != 2 or not (shares or labels.shape == logits.shape[:1]):
         raise ConfigError(
             f"the model gives logits {list(logits.shape)} for labels {list(labels.shape)}, expected [B, C] and [B]: "
-            "one answer per example. A language model answers at every token: pass a head= that takes the answer's, "
+            "one answer per example. A language model answers at every token: pass a head= that picks one token, "
             "such as lambda logits: logits[:, -1], or compose a model for sequence classification"
         )
 
 
-# ---- every value in what it gives ------------------------------------------------------------------------------------
+# ---- every value in an output ------------------------------------------------------------------------------------
 
 
 def tensors_of(out: Any, name: str = "output") -> list[Tensor]:
-    """Every tensor in what a forward gives or takes: in mappings, sequences, sets, dataclasses, named tuples, nodes of
-    torch's pytree, distributions, caches and any other object with attributes, however deep, each object once.
+    """Every tensor in the inputs or outputs of a forward: in mappings, sequences, sets, dataclasses, named tuples,
+    nodes of torch's pytree, distributions, caches and any other object with attributes, however deep, each object once.
 
     Raises:
-        OutputError: a part that cannot be looked into; says which.
+        OutputError: hatcl cannot look into a part, which the text names.
     """
     return [x for _, x in _found(out, name) if isinstance(x, Tensor)]
 
 
 def values_of(out: Any) -> dict[str, Tensor]:
-    """Path -> every value in what a forward gives, as a dense tensor, detached: its tensors, the parts of sparse and
-    nested ones, numpy arrays, and also numbers and texts, which a forward may have computed as well.
+    """Path -> value, for every value in a forward's output, as a detached dense tensor: tensors, the parts of sparse
+    and nested tensors, numpy arrays, and numbers and texts, which a forward may compute as well.
 
     Raises:
-        OutputError: there is no tensor in it, or a part that cannot be looked into; says which.
+        OutputError: there is no tensor in it, or hatcl cannot look into a part, which the text names.
     """
     values: dict[str, Tensor] = {}
     tensors = 0
@@ -229,8 +230,8 @@ def values_of(out: Any) -> dict[str, Tensor]:
             values[path] = _as_tensor(path, x)
     if not tensors:
         raise OutputError(
-            f"its forward gives {_kind(out)}, in which there is no tensor, so there is nothing that could be compared; "
-            "return the tensors that it computes, by themselves or in a tuple, a dict, a dataclass or another object"
+            f"its forward returns {_kind(out)}, which holds no tensor, so there is nothing to compare; return the "
+            "tensors that it computes, alone or in a tuple, a dict, a dataclass or another object"
         )
     return values
 
@@ -248,7 +249,7 @@ def shapes(x: Any) -> str:
 
 @contextlib.contextmanager
 def seeded(seed: int = 0, device: torch.device | None = None) -> Iterator[None]:
-    """Inside, torch, numpy and Python draw the same numbers each time; afterwards they go on as before."""
+    """Inside, torch, numpy and Python draw the same numbers each time; afterwards they continue as before."""
     state = random.getstate(), np.random.get_state()
     devices = [device] if device is not None and device.type not in ("cpu", "meta") else []
     with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
@@ -263,7 +264,7 @@ def seeded(seed: int = 0, device: torch.device | None = None) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model is: where its first parameter or buffer is, else the CPU."""
+    """A model's device: that of its first parameter or buffer, else the CPU."""
     for tensors in (model.parameters(), model.buffers()):
         for x in tensors:
             return x.device
@@ -271,8 +272,8 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def inside(x: Any) -> Iterator[tuple[str, Any]]:
-    """Path and object of everything that an object consists of, itself first, each once. What cannot be looked into,
-    and modules, are not looked into."""
+    """Yield path and object of every part of an object, each once, starting with itself. Modules and objects that hatcl
+    cannot look into are yielded without their parts."""
     seen: dict[int, Any] = {}
     stack: list[tuple[str, Any]] = [("", x)]
     while stack:
@@ -307,9 +308,8 @@ def _kind(x: Any) -> str:
 
 
 def _found(out: Any, name: str = "output") -> Iterator[tuple[str, Any]]:
-    """Path and value of every tensor and every plain value, each object once, in an order that is the same each
-    time."""
-    seen: dict[int, Any] = {}  # holds what it has seen, so that no id is given twice
+    """Yield path and value of every tensor and every plain value, each object once, in a deterministic order."""
+    seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is reused
     stack: list[tuple[str, Any]] = [(name, out)]
     while stack:
         path, x = stack.pop()
@@ -325,12 +325,12 @@ def _found(out: Any, name: str = "output") -> Iterator[tuple[str, Any]]:
 
 
 def _parts(path: str, x: Any) -> list[tuple[str, Any]]:
-    """What an object consists of: its members, and its attributes where those are others."""
+    """The parts of an object: its members, and its attributes unless they are the same objects."""
     members = _members(path, x)
     attributes = attributes_of(x)
     if members is None and attributes is None:
         raise OutputError(
-            f"{path} is {_kind(x)}, and hatcl cannot look into it to compare what is in it; return tensors, or a "
+            f"{path} is {_kind(x)}, whose content hatcl cannot read to compare it; return tensors, or a "
             "tuple, a dict, a dataclass or an object whose attributes hold them"
         )
     known = {id(value) for _, value in members or ()}  # a model output of transformers has each member twice
@@ -339,11 +339,11 @@ def _parts(path: str, x: Any) -> list[tuple[str, Any]]:
 
 
 def _members(path: str, x: Any) -> list[tuple[str, Any]] | None:
-    """What an object of a known kind consists of."""
+    """The members of an object of a known kind."""
     if isinstance(x, nn.Module):
         raise OutputError(
-            f"{path} is a module ({type(x).__name__}); a forward whose output holds a module cannot be compared, as "
-            "everything that the module holds belongs to all tasks; return what it computes"
+            f"{path} is a module ({type(x).__name__}); a forward whose output holds a module cannot be compared, "
+            "because everything that the module holds belongs to all tasks; return what it computes"
         )
     if isinstance(x, Mapping):
         return [(f"{path}[{key!r}]", value) for key, value in x.items()]
@@ -351,7 +351,7 @@ def _members(path: str, x: Any) -> list[tuple[str, Any]] | None:
         return [(f"{path}.{name}", value) for name, value in zip(x._fields, x, strict=True)]
     if isinstance(x, (list, tuple, deque)):
         return [(f"{path}[{i}]", value) for i, value in enumerate(x)]
-    if isinstance(x, (set, frozenset)):  # tensors lie in a set in the order of their addresses
+    if isinstance(x, (set, frozenset)):  # a set orders tensors by their addresses
         return [(f"{path}{{{i}}}", value) for i, value in enumerate(sorted(x, key=_sort_key))]
     if isinstance(x, types.FunctionType):
         cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
@@ -369,15 +369,15 @@ def _members(path: str, x: Any) -> list[tuple[str, Any]] | None:
 
 
 def attributes_of(x: Any) -> dict[str, Any] | None:
-    """The attributes of an object, in `__dict__` and in slots; None where it can have none, as an object that is
-    written in C."""
+    """The attributes of an object, in `__dict__` and in slots; None if it cannot have any, such as an object written in
+    C."""
     slots = [name for cls in type(x).__mro__ for name in _slots(cls)]
     own = getattr(x, "__dict__", None)
     if own is None and not slots and not dataclasses.is_dataclass(x) and not _is_plain(type(x)):
         return None
     found = dict(own or {})
     for name in slots:
-        with contextlib.suppress(AttributeError):  # declared, and not assigned
+        with contextlib.suppress(AttributeError):  # a slot that was declared but not assigned
             found[name] = object.__getattribute__(x, name)
     return found
 
@@ -392,7 +392,7 @@ def _slots(cls: type) -> list[str]:
 
 
 def _is_plain(cls: type) -> bool:
-    """Is a class written in Python, with no slots and no attributes of its own (`__slots__ = ()`)?"""
+    """Whether a class is written in Python and has no slots or attributes of its own (`__slots__ = ()`)."""
     return all("__slots__" in base.__dict__ for base in cls.__mro__[:-1])
 
 
@@ -401,7 +401,7 @@ def _sort_key(x: Any) -> str:
 
 
 def _dense(path: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor as dense ones."""
+    """Yield the dense tensors that a tensor consists of."""
     parts: dict[str, Callable[[], Tensor]]
     if x.is_nested:
         for i, part in enumerate(x.unbind()):
@@ -426,14 +426,14 @@ def _dense(path: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _as_tensor(path: str, x: Any) -> Tensor:
-    """A value that is no tensor as one of the same bits."""
+    """A value that is not a tensor, as a tensor with the same bits."""
     if isinstance(x, torch.Generator):
         return x.get_state()
     if isinstance(x, (np.ndarray, np.generic)):
         array = np.ascontiguousarray(x)
         if array.dtype.hasobject:
             raise OutputError(
-                f"{path} is a numpy array of Python objects, and hatcl cannot look into it; return arrays of numbers"
+                f"{path} is a numpy array of Python objects, which hatcl cannot read; return arrays of numbers"
             )
         kind = str((array.dtype.str, np.shape(x)))
         return torch.frombuffer(bytearray(array.tobytes() + kind.encode()), dtype=torch.uint8)

@@ -16,7 +16,7 @@ SCHEDULES = ("linear", "cosine", "half_cosine", "exponential", "constant")
 PENALTIES = ("global", "layer")
 REUSE = ("all", "none")
 COMPENSATIONS = ("exact", "hat")
-PREVIOUS, BEST = "previous", "best"  # the task to start from, beside a number
+PREVIOUS, BEST = "previous", "best"  # the task to start from, as an alternative to a number
 HEAD_STARTS = ("auto", "plain", "drawn")
 MASKS = ("learned", "all", "given")
 PROTECTIONS = ("exact", "adahat", "fg_adahat")
@@ -37,14 +37,15 @@ HATCL_OPTIONS = {
     "ratio_greater_than_one": "above_one",
     "strat": "schedule",
 }
-"""What HAT-CL's options are called here; "": there is none, nor a need for it (docs/coming_from.md)."""
+"""HAT-CL's options -> their names here; "": hatcl has none and needs none (docs/coming_from.md)."""
 
 
 Class = TypeVar("Class", bound=type)
 
 
 def _answers_hatcl(cls: Class) -> Class:
-    """Have a dataclass raise `ConfigError` for an option that there is not, where Python's own error names none."""
+    """Make a dataclass raise `ConfigError` for an unknown option, with the nearest name, which Python's own error
+    lacks."""
     init = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(init)
@@ -62,53 +63,52 @@ class HATConfig:
     """Options of hard attention to the task (Serra et al. 2018, arXiv 1801.01423; HAT-CL, arXiv 2307.09653).
 
     Args:
-        num_tasks: how many tasks the model has room for; `hatcl.add_tasks` adds more.
-        init: how a task's embeddings start. `normal`: e ~ N(0, 1) (HAT). `dense`: every unit on, e = |`init_value|`
-            (HAT-CL). `sparse`: e ~ |`init_value`| N(Phi^-1(d), 1), so that a share d = `init_density` of the units is
-            on (HAT-CL).
-            `uniform`: e ~ U(0, 2 |`init_value|`) (HAT's compression experiments). `constant`: e = `init_value`, sign
-            included.
-        init_value: the embedding's size where `init` needs one.
+        num_tasks: the number of tasks that the model has room for; `hatcl.add_tasks` adds more.
+        init: the start values of a task's embeddings. `normal`: e ~ N(0, 1) (HAT). `dense`: every unit on, e =
+            |`init_value|` (HAT-CL). `sparse`: e ~ |`init_value`| N(Phi^-1(d), 1), so that a share d = `init_density` of
+            the units is on (HAT-CL). `uniform`: e ~ U(0, 2 |`init_value|`) (HAT's compression experiments). `constant`:
+            e = `init_value`, sign included.
+        init_value: the embedding's size, for the `init` that need one.
         init_density: the share of units that start on under `sparse`; None = 1 / `num_tasks` (HAT-CL).
         schedule: how the scale s goes to `max_scale` over the steps of one cycle (see `hatcl.functional.scale_at`).
             `linear` (HAT), `half_cosine` and `exponential` rise; HAT-CL's `cosine` falls from `max_scale` to 1 first.
         above_one: share of a cycle in which the scale of `exponential` is above 1 (HAT-CL: 0.8).
         cycles: how many times the scale is annealed within one task; None = once per epoch, as in HAT (the `epochs`
             given to `hatcl.learn`).
-        settle: share of a task's last steps that are learned with the gates already hard and the embeddings held, so
-            that weights and statistics fit what sealing gives (not in HAT; 0 turns it off).
+        settle: share of a task's steps, at its end, in which the gates are already hard and the embeddings fixed, so
+        that weights and statistics fit the sealed network (not in HAT; 0 turns it off).
         max_scale: s_max of HAT's eq. 3 and 4.
         clamp: embeddings are kept within +-`clamp` after every step (HAT: 6).
-        compensation: what the gradient compensation computes: `hat`, which stops where float32 rounds the gate to 1, as
-            in HAT's own code, or `exact`, the closed form (see `hatcl.functional.soft_gate`).
+        compensation: how the gradient compensation is computed: `hat`, which stops where float32 rounds the gate to 1,
+        as in HAT's own code, or `exact`, the closed form (see `hatcl.functional.soft_gate`).
         compensation_clamp: |s * e| is clamped to this in the gradient compensation (HAT: 50).
-        embedding_lr_scale: an embedding's step is this many times what the optimizer makes of it.
+        embedding_lr_scale: an embedding's step is the optimizer's step times this.
         penalty_weight: weight of the sparsity penalty (HAT: 0.75).
         penalty: `global` normalises over all units (HAT's eq. 5), `layer` takes the mean of the layers' ratios
             (HAT-CL).
         forgiven: share of a layer's units that the penalty forgives; None = none, HAT-CL's quota is 1 / num_tasks.
         reuse: which units of sealed tasks a new task may use. `all`: any, their elements frozen (HAT). `none`: only
             units that no sealed task uses, so that no two tasks share anything and forgetting one erases all of it.
-        own_share: share of the weights of which every task has its own copy, the smallest parameters first (see
+        own_share: share of the weights that are copied for every task, the smallest parameters first (see
             `hat/own_copies.py`): 0 = one network for all tasks, 1 = a network for each, which can start from another's.
         start_from: the sealed task that a new one starts from (see `hatcl.learn`): its number, `previous`, `best`; None
-            = from none.
-        start_hold: share of a task's steps for which a task that starts from another keeps the gates that it starts
-            with; below 1 they are learned from then on.
+            = no task.
+        start_hold: for a task that starts from another, the share of its steps in which it keeps the gates it started
+            with; after that they are learned.
         heads: how the copies of a head begin. `plain`: all with the plain model's values. `drawn`: the first task's
             with these, every other with values that the layer's initialiser draws for it (HAT). Features that tasks
             share fit the values with which earlier heads began, so a head that begins with the same ones answers for
             their classes at first. `auto`: drawn where the plain head holds nothing that was learned (see
             `hatcl.hat.heads.is_untrained`), else plain. A head that does not require gradients stays plain.
-        masks: which units a task uses. `learned`: it learns that. `all`: every unit, so that the first task learns all
-            that is shared, and each task what it has a copy of (see `own_share`). `array:q`: a q-th of every layer's,
-            so arranged that q x q tasks share no element with a unit at both ends (see `hat/arrays.py`). `given`: those
-            that `hatcl.convert(masks=...)` or `hatcl.hold_gates` gives it.
+        masks: which units a task uses. `learned`: the task learns them. `all`: every unit, so that the first task
+            learns all that is shared, and each task learns its copies (see `own_share`). `array:q`: one q-th of every
+            layer's units, arranged so that q x q tasks share no element with a unit at both ends (see
+            `hat/arrays.py`). `given`: those given by `hatcl.convert(masks=...)` or `hatcl.hold_gates`.
         locked: sealed tasks whose elements are frozen while others learn; None = all (HAT-CL's choice of locked tasks).
         protection: how elements that sealed tasks use are protected. `exact`: they are frozen, bit for bit. `adahat`: a
             later task moves them by degrees, and sealed tasks drift (AdaHAT; see `hatcl.hat.protection`). `fg_adahat`:
-            the less, the more they matter to these (FG-AdaHAT).
-        protection_alpha: alpha of `adahat` and `fg_adahat`, their intensity: larger lets sealed tasks drift more.
+            it moves them less, the more they matter to sealed tasks (FG-AdaHAT).
+        protection_alpha: alpha (the intensity) of `adahat` and `fg_adahat`; larger lets sealed tasks drift more.
         protection_epsilon: their epsilon.
     """
 
@@ -169,15 +169,15 @@ class HATConfig:
         number("start_hold", self.start_hold, 0, 1, without="low", what="a share")
         if check_start(self.start_from) is not None and self.reuse == "none":
             raise ConfigError(
-                f"start_from: got {self.start_from!r} with reuse='none', under which tasks share no unit; a task that "
-                "starts from another shares most of its units with it. Take reuse='all', or leave start_from out"
+                f"start_from: got {self.start_from!r} with reuse='none', where tasks share no unit; but a task that "
+                "starts from another shares most of its units. Use reuse='all', or leave start_from out"
             )
         if self.locked is not None:
             object.__setattr__(self, "locked", tuple(int(t) for t in self.locked))
 
     @property
     def array(self) -> int | None:
-        """q, of array masks."""
+        """q, for array masks."""
         found = re.fullmatch(r"array:([1-9][0-9]{0,3})", self.masks) if isinstance(self.masks, str) else None
         return int(found[1]) if found else None
 
@@ -200,13 +200,13 @@ class HATConfig:
         if self.num_tasks > q * q:
             enough = math.isqrt(self.num_tasks - 1) + 1
             raise ConfigError(
-                f"num_tasks: got {self.num_tasks}, masks={self.masks!r} has room for {q} x {q} = {q * q} tasks; take "
-                f"array:{enough}, with which each is narrower, or fewer tasks"
+                f"num_tasks: got {self.num_tasks}, masks={self.masks!r} has room for {q} x {q} = {q * q} tasks; use "
+                f"array:{enough}, which makes each task narrower, or fewer tasks"
             )
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> HATConfig:
-        """A config from JSON-like options. Raises `ConfigError` on an unknown key and names the one that was meant."""
+        """A config from JSON-like options. Raises `ConfigError` for an unknown key, with the nearest one."""
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -225,13 +225,13 @@ V = TypeVar("V")
 
 
 class Changeable:
-    """What the dataclasses of a procedure's options have in common: it may be given a mapping of what to change."""
+    """Base of the dataclasses of options: a procedure accepts a mapping of the options to change."""
 
     def changed(self: C, options: C | Mapping[str, Any] | None) -> C:
-        """These options with some changed, or others in their place.
+        """These options with some changed, or other options instead.
 
         Raises:
-            ConfigError: an unknown name, with the nearest one.
+            ConfigError: a name is unknown; the text has the nearest one.
         """
         kind = type(self)
         if options is None:
@@ -239,7 +239,7 @@ class Changeable:
         if isinstance(options, kind):
             return options
         if not isinstance(options, Mapping):
-            raise ConfigError(f"options: got {options!r}, expected {kind.__name__} or a mapping of what to change")
+            raise ConfigError(f"options: got {options!r}, expected {kind.__name__} or a mapping of options to change")
         known_options(kind, options)
         return dataclasses.replace(self, **options)  # type: ignore[type-var]
 
@@ -248,7 +248,7 @@ def known_options(cls: type, options: Iterable[str], elsewhere: Mapping[str, str
     """Raise `ConfigError` for an option that the dataclass lacks, with the nearest one.
 
     Args:
-        elsewhere: another library's names, and what they are here ("": nothing).
+        elsewhere: another library's names -> the names here ("": none).
     """
     known = [f.name for f in dataclasses.fields(cls)]
     for key in options:
@@ -259,11 +259,11 @@ def known_options(cls: type, options: Iterable[str], elsewhere: Mapping[str, str
 
 
 def without_effect(options: Any, names: Iterable[str], when: str, remedy: str) -> None:
-    """Raise `ConfigError` for an option that is not at its default where it would have no effect.
+    """Raise `ConfigError` for an option that was changed from its default but would have no effect.
 
     Args:
-        options: a dataclass. names: of the options that have none. when: what takes their effect away.
-        remedy: with what they would have one.
+        options: a dataclass. names: the options without effect. when: the setting that removes their effect. remedy:
+            the setting with which they would have one.
     """
     fields = {f.name: f for f in dataclasses.fields(options)}
     for name in names:
@@ -281,7 +281,7 @@ def one_of(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_start(value: Any) -> int | str | None:
-    """What a task is to start from: a task's number, `previous`, `best`, or None for none.
+    """Check the task that another one starts from: a task's number, `previous`, `best`, or None for none.
 
     Raises:
         ConfigError: something else.
@@ -307,10 +307,10 @@ def number(
     """The value of an option that is a finite number within [low, high].
 
     Args:
-        without: which ends are outside: `low`, `high` or `both`. what: how the error calls it.
+        without: which ends are excluded: `low`, `high` or `both`. what: the error's word for the value.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: it is not such a number.
     """
     wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
     above, below = without in ("low", "both"), without in ("high", "both")
@@ -329,10 +329,10 @@ def number(
 
 
 def whole(name: str, value: V, low: int = 1, *, optional: bool = False) -> V:
-    """The value of an option that is an integer of at least `low` or, where it is optional, None.
+    """The value of an option that is an integer of at least `low`, or None if it is optional.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: it is not such an integer.
     """
     fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
     if not fits and not (optional and value is None):
@@ -343,17 +343,16 @@ def whole(name: str, value: V, low: int = 1, *, optional: bool = False) -> V:
 
 
 def flag(name: str, value: Any) -> None:
-    """Raise `ConfigError` for what is neither True nor False."""
+    """Raise `ConfigError` for a value that is neither True nor False."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name}: got {value!r}, expected True or False")
 
 
 def help_of(cls: type) -> dict[str, str]:
-    """What a dataclass says of each of its fields: `metadata["help"]`, or else its docstring, or that of a class from
-    which it derives.
+    """The description of each field of a dataclass: `metadata["help"]`, else from its docstring or a base class's.
 
     In the docstring a field's text follows `name:` or `name, other:`, at the start of a line or after the end of a
-    sentence, and goes on to the next field or empty line.
+    sentence, and ends at the next field or empty line.
     """
     fields = dataclasses.fields(cls)
     names = "|".join(f.name for f in fields)

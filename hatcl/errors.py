@@ -1,5 +1,5 @@
-"""Every error hatcl raises on purpose. All derive from `HATError`; each message names the module path, what came,
-what was expected and what to do."""
+"""Every error that hatcl raises on purpose. All derive from `HATError`; each message names the module path, the value
+received, the value expected, and what to do."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class HATError(Exception):
 
 
 class ConfigError(HATError, ValueError):
-    """An option that does not exist or a value outside its range."""
+    """An option does not exist, or a value is outside its range."""
 
 
 class ConversionError(HATError, RuntimeError):
-    """A model that cannot be converted; the model is as it was."""
+    """A model cannot be converted; the model is as it was."""
 
 
 class TaskError(HATError, ValueError):
-    """A task index that does not exist, is not sealed yet, or is sealed already."""
+    """A task does not exist, is not sealed yet, or is sealed already."""
 
 
 class CapacityError(HATError, RuntimeError):
@@ -28,15 +28,15 @@ class CapacityError(HATError, RuntimeError):
 
 
 class GuardError(HATError, RuntimeError):
-    """An optimizer that cannot be guarded, or that belongs to another model."""
+    """An optimizer cannot be guarded, or belongs to another model."""
 
 
 class IsolationError(HATError, RuntimeError):
-    """A sealed task's outputs depend on something that is not its own."""
+    """A sealed task's outputs depend on something that does not belong to it."""
 
 
 class IntegrityError(HATError, RuntimeError):
-    """What was sealed is not what is there: a frozen parameter, a file or a checkpoint changed."""
+    """Something that was sealed or stored has changed: a frozen parameter, a file or a checkpoint."""
 
 
 class NonFiniteLossError(HATError, RuntimeError):
@@ -44,17 +44,17 @@ class NonFiniteLossError(HATError, RuntimeError):
 
 
 class VectorError(HATError, ValueError):
-    """Task vectors, checkpoints or coefficients that do not fit each other."""
+    """Task vectors, checkpoints or coefficients do not fit each other."""
 
 
 class SkillError(HATError, ValueError):
-    """Adapters, scores or skills that do not fit each other or the model."""
+    """Adapters, scores or skills do not fit each other or the model."""
 
 
 class GraftError(HATError, ValueError):
-    """Grafts, masks or models that do not fit each other."""
+    """Grafts, masks or models do not fit each other."""
 
 
 def nearest(name: object, choices: Iterable[str]) -> str:
-    """Which of the choices a name that is none of them may have meant, for an error to ask."""
+    """The choice that is nearest to an unknown name, for an error to suggest."""
     return difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.0)[0]

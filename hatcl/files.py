@@ -1,8 +1,8 @@
-"""Files and folders, all or nothing, whoever else writes the same at the same time.
+"""Write files and folders all or nothing, even if others write to the same place at the same time.
 
-Each write gathers in a hidden folder of its own beside its place, `.NAME.MACHINE-PROCESS-RANDOM.new`, is synced to disk
-and then renamed: a reader finds the old content or the new, complete, and of several writers the last one stays. What
-a killed process leaves is removed by the next write of the same name.
+Each write goes to its own hidden folder next to its target, `.NAME.MACHINE-PROCESS-RANDOM.new`, is synced to disk and
+then renamed: a reader finds either the old content or the new, complete, and the last of several writers wins. The next
+write of the same name removes the leftovers of a killed process.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from safetensors import SafetensorError
 from .errors import ConfigError, IntegrityError
 
 TEMPORARY = re.compile(r"\.(?P<of>.+)\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}\.new")
-LONGEST = 24 * 3600  # seconds that a write takes at most, for what other machines left on a shared drive
+LONGEST = 24 * 3600  # seconds: older leftovers of other machines on a shared drive are removed
 _writing: set[str] = set()  # the temporary names in use in this process
 
 
 def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]], *, then: str = "") -> None:
-    """Replace files, once all of them are on disk: an error leaves all as they were.
+    """Replace files once all new contents are on disk: an error leaves all files as they were.
 
-    Each file changes in one step, several files one after another, in their order: a kill between leaves the first
-    new and the last old.
+    Each file changes in one step, several files in their order: a kill in between leaves the first new and the last
+    old.
 
     Args:
-        contents: bytes, or what writes them to the path that it is given. then: see `writing`.
+        contents: bytes, or a function that writes them to the path that it receives. then: see `writing`.
 
     Raises:
         IntegrityError: the disk is full or not writable.
@@ -50,7 +50,7 @@ def write_files(contents: Mapping[Path, bytes | Callable[[Path], object]], *, th
         news: dict[Path, Path] = {}
         for path, content in contents.items():
             with writing(path, then):
-                if path.is_dir():  # or the files before it would be replaced
+                if path.is_dir():  # checked before any file is replaced
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 news[path] = stack.enter_context(_temporary(path, 0o700)) / path.name
@@ -71,7 +71,7 @@ def _fill(new: Path, content: bytes | Callable[[Path], object]) -> None:
             f.write(content)
     if not isinstance(content, bytes):
         content(new)
-        os.chmod(new, mode)  # safetensors puts a file of its own there, which nobody else may read
+        os.chmod(new, mode)  # safetensors writes a new file there that only its owner may read
 
 
 def _mode(f: Any) -> int:
@@ -79,7 +79,7 @@ def _mode(f: Any) -> int:
 
 
 def _as_new_files(folder: Path) -> None:
-    """Give every file in a folder the mode that a new file has: those of safetensors nobody else may read."""
+    """Give every file in a folder the mode of a new file: safetensors writes files that only their owner may read."""
     probe = folder / f"{secrets.token_hex(8)}.mode"
     with open(probe, "xb") as f:
         mode = _mode(f)
@@ -91,13 +91,13 @@ def _as_new_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill; when the block ends normally it takes the place of `target`, whatever that holds.
+    """Yields an empty folder to fill; when the block ends normally, it replaces `target`, whatever that holds.
 
     Two folders cannot trade places in one step, so the old one is moved aside first. After a kill between the two
-    moves there is no `target`; `complete` then answers with the old one, which is kept until the new one is in place.
+    moves there is no `target`; `complete` then returns the old one, which is kept until the new one is in place.
 
     Raises:
-        IntegrityError: the disk is full or not writable. Errors of the block itself come as they are.
+        IntegrityError: the disk is full or not writable. Errors of the block itself are passed on.
     """
     target = Path(os.path.abspath(target))
     with contextlib.ExitStack() as stack:
@@ -120,20 +120,20 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
 
 def complete(target: Path) -> Path:
-    """Where the newest complete content of a folder lies, also after its replacement was interrupted."""
+    """The path of a folder's newest complete content, even if its replacement was interrupted."""
     old = beside(target, "old")
     return old if old.exists() and not target.exists() else target
 
 
 def beside(path: Path, word: str) -> Path:
-    """The hidden name that a folder has on its way out (`old`)."""
-    path = Path(os.path.abspath(path))  # "." and ".." have a name too
+    """The hidden name that a folder gets while it is replaced (`old`)."""
+    path = Path(os.path.abspath(path))  # so that "." and ".." have a name too
     return path.with_name(f".{path.name}.{word}")
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process or thread is in such a block for the same folder. A killed process is in none."""
+    """Wait until no other process or thread is in such a block for the same folder. A kill ends the block."""
     if os.name != "posix":
         yield
         return
@@ -145,17 +145,17 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        with contextlib.suppress(OSError):  # a forked process may have the handle too, and closing is not enough then
+        with contextlib.suppress(OSError):  # closing does not release it if a forked process has the handle too
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
 @contextlib.contextmanager
 def held_by_one(lock: Path) -> Iterator[None]:
-    """No other process or thread is in such a block for the same file. A killed process is in none.
+    """Allow only one process and thread at a time in such a block for the same file. A kill ends the block.
 
     Raises:
-        ConfigError: another one is.
+        ConfigError: another process or thread is in the block.
     """
     if os.name != "posix":
         yield
@@ -168,8 +168,8 @@ def held_by_one(lock: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"{lock.parent}: another process is at work in this folder; wait for its end, stop it, or name another "
-                "folder"
+                f"{lock.parent}: another process is working in this folder; wait until it ends, stop it, or name "
+                "another folder"
             ) from None
         except OSError:  # some network drives cannot lock
             pass
@@ -183,8 +183,8 @@ def held_by_one(lock: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _temporary(target: Path, mode: int = 0o777) -> Iterator[Path]:
-    """A new folder beside the target, that is gone after the block unless it was renamed. Making a folder follows no
-    link, and nobody else knows its name before."""
+    """A new folder next to the target, removed after the block unless it was renamed. Making a folder follows no links,
+    and nobody can guess its name in advance."""
     target = Path(os.path.abspath(target))
     drop_left_overs(target.parent, target.name)
     new = target.with_name(f".{target.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.new")
@@ -199,7 +199,7 @@ def _temporary(target: Path, mode: int = 0o777) -> Iterator[Path]:
 
 
 def drop_left_overs(folder: Path, of: str | None = None) -> None:
-    """Remove what killed writers left in a folder, of one name there or of any. What others are writing stays."""
+    """Remove the leftovers of killed writers in a folder, for one name or for all. Writes in progress stay."""
     for path in folder.glob(".*.new"):
         name = TEMPORARY.fullmatch(path.name)
         if name and of in (None, name["of"]) and _is_left_over(path, name):
@@ -207,25 +207,25 @@ def drop_left_overs(folder: Path, of: str | None = None) -> None:
 
 
 def _is_left_over(path: Path, name: re.Match[str]) -> bool:
-    with contextlib.suppress(OSError):  # somebody else removed it
+    with contextlib.suppress(OSError):  # another process removed it
         if time.time() - path.lstat().st_mtime > LONGEST:
             return True
-    if name["machine"] != _machine() or os.name != "posix":  # elsewhere, asking for a process may end it
+    if name["machine"] != _machine() or os.name != "posix":  # outside POSIX, `os.kill` may end the process
         return False
     if int(name["process"]) == os.getpid():
         return path.name not in _writing
     try:
-        os.kill(int(name["process"]), 0)  # asks whether there is such a process
+        os.kill(int(name["process"]), 0)  # signal 0 only asks whether the process exists
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError):  # somebody else's
+    except (OSError, OverflowError):  # another user's process
         return False
     return False
 
 
 @functools.cache
 def _machine() -> str:
-    """Where this process's number means something: the same for all processes that see each other."""
+    """The scope in which this process's number is unique: the same for all processes that see each other."""
     space = ""
     with contextlib.suppress(OSError):  # Linux: containers number their processes themselves
         space = os.readlink("/proc/self/ns/pid")
@@ -234,16 +234,16 @@ def _machine() -> str:
 
 @contextlib.contextmanager
 def writing(path: Path, then: str = "") -> Iterator[None]:
-    """Raises `IntegrityError` where the block cannot write.
+    """Raise `IntegrityError` if the block cannot write.
 
     Args:
-        path: what is written, for the error to name. then: what the error says at its end.
+        path: the target, named in the error. then: the end of the error's text.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         other = isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError))
-        remedy = "something else has that name; name another place." if other else f"is the disk full? {then}"
+        remedy = "something else has that name; choose another place." if other else f"is the disk full? {then}"
         raise IntegrityError(f"{path}: could not be written ({error}); {remedy}".rstrip()) from error
 
 
@@ -258,13 +258,13 @@ def read_torch(path: Path) -> Any:
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise IntegrityError(
-            f"{path} cannot be read as tensors and plain values ({first_line}); expected what hatcl wrote. Copy the "
-            "run folder again, or start a new run"
+            f"{path} cannot be read as tensors and plain values ({first_line}); expected a file written by hatcl. "
+            "Copy the run folder again, or start a new run"
         ) from error
 
 
 def keys_of_json(path: Path) -> Collection[str]:
-    """The keys of a JSON file; none where it is not there or cannot be read."""
+    """The keys of a JSON file; none if it does not exist or cannot be read."""
     try:
         return read_json(path).keys() if path.is_file() else ()
     except IntegrityError:
@@ -272,18 +272,16 @@ def keys_of_json(path: Path) -> Collection[str]:
 
 
 def refuse_run(folder: Path) -> None:
-    """Raises `ConfigError` where a run of hatcl would lose its own config.json."""
+    """Raise `ConfigError` if writing here would replace the config.json of a run of hatcl."""
     if {"command", "options"} <= set(keys_of_json(folder / "config.json")):
-        raise ConfigError(
-            f"{folder}: a run of hatcl is there, whose config.json would be replaced; name another folder"
-        )
+        raise ConfigError(f"{folder} holds a run of hatcl, whose config.json would be replaced; name another folder")
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The content of a JSON file that anybody may have written.
+    """The content of a JSON file from any source.
 
     Args:
-        kind: what it is to be; `object` for anything.
+        kind: the expected type; `object` for any.
 
     Raises:
         IntegrityError: the file is missing, no JSON, nested too deeply, or of another kind.
@@ -291,28 +289,28 @@ def read_json(path: Path, kind: type = dict) -> Any:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise IntegrityError(f"{path} cannot be read ({error}); is the path right, and the folder whole?") from error
+        raise IntegrityError(f"{path} cannot be read ({error}); is the path right and the folder complete?") from error
     return parse_json(text, path, kind)
 
 
 def parse_json(text: str | bytes, where: object, kind: type = dict) -> Any:
-    """The same of a text.
+    """Parse a JSON text, with the checks of `read_json`.
 
     Args:
-        where: the file that it is from, for the error to name.
+        where: the file that holds it, named in the error.
     """
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise IntegrityError(
-            f"{where} cannot be read as JSON ({why}); it is truncated, damaged or edited. Copy it again from where it "
-            "came, or write it anew"
+            f"{where} cannot be read as JSON ({why}); it is truncated, damaged or edited. Copy it again from its "
+            "source, or write it again"
         ) from error
     if not isinstance(content, kind):
         raise IntegrityError(
-            f"{where} holds JSON of the kind {type(content).__name__}, expected {kind.__name__}; it was edited, or is "
-            "a file of something else. Copy it again from where it came, or write it anew"
+            f"{where} holds a JSON {type(content).__name__}, expected {kind.__name__}; it was edited, or belongs to "
+            "something else. Copy it again from its source, or write it again"
         )
     return content
 
@@ -334,7 +332,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or folder to disk, so that a rename after it is not seen before its content."""
+    """Flush a file or folder to disk, so that a later rename does not become visible before the content."""
     folder = path.is_dir()
     if folder and os.name != "posix":  # only POSIX lets a folder be opened
         return

@@ -1,5 +1,5 @@
 """Pure tensor maths of hard attention to the task. Serra et al. 2018, arXiv 1801.01423 (HAT); arXiv 2307.09653
-(HAT-CL). At the end, how a score reads.
+(HAT-CL). At the end, the format of scores.
 
 Shapes: `U` units, `T` tasks.
 """
@@ -20,14 +20,14 @@ from torch.nn.functional import threshold
 from .config import HATConfig
 
 SMALLEST_GATE = 1e-4
-"""Soft gates that are no larger are exact zeros. A gradient passes two gates and an optimizer squares it: smaller gates
-make denormal floats there, which cost a CPU many times the step. Their embeddings still learn (see `soft_gate`)."""
+"""Soft gates up to this size become exact zeros. A gradient passes two gates and an optimizer squares it, so smaller
+gates would make denormal floats, which slow a CPU's step many times. Their embeddings still learn (see `soft_gate`)."""
 
 HATCL_ABOVE_ONE = 0.8
-"""HAT-CL's ratio of its exponential schedule."""
+"""The ratio of HAT-CL's exponential schedule."""
 
 RATES = ("constant", "linear", "cosine")
-"""How a learning rate changes after its warm-up."""
+"""The courses of a learning rate after the warm-up."""
 
 
 def scale_at(
@@ -38,7 +38,7 @@ def scale_at(
     - linear: `s = 1/s_max + (s_max - 1/s_max) * p` (HAT eq. 3, where b is counted from 1);
     - cosine: `s = max(s_max/2 * (1 + cos(2 pi p)), 1)`, which falls from s_max to 1 and rises again (HAT-CL): weights
       are learned first, then gates, then weights again;
-    - half_cosine: the ends of linear, with `(1 - cos(pi p)) / 2` in place of p;
+    - half_cosine: linear with `(1 - cos(pi p)) / 2` in place of p;
     - exponential: `s = s_max ** ((p - 1 + r) / r)` with r = `above_one`, the share of the cycle in which s is above 1
       (HAT-CL: .8);
     - constant: `s_max`.
@@ -57,7 +57,7 @@ def scale_at(
 
 
 def rate_at(progress: float, lr: float, schedule: str) -> float:
-    """The learning rate at the share `progress` = p of what comes after the warm-up, by one of `RATES`:
+    """The learning rate at the share `progress` = p of the steps after the warm-up, by one of `RATES`:
 
     constant: lr;   linear: lr (1 - p);   cosine: lr (1 + cos(pi p)) / 2
     """
@@ -67,7 +67,7 @@ def rate_at(progress: float, lr: float, schedule: str) -> float:
 
 
 class _Gate(torch.autograd.Function):
-    generate_vmap_rule = True  # a forward may use `torch.func`
+    generate_vmap_rule = True  # so that a forward may use `torch.func`
 
     @staticmethod
     def forward(
@@ -95,7 +95,7 @@ def gate_value(e: Tensor, scale: Tensor, hardened: Tensor | None) -> Tensor:
 def gate_slope(
     e: Tensor, scale: Tensor, hardened: Tensor | None, max_scale: float, clamp: float, exact: bool
 ) -> Tensor:
-    """The derivative of `soft_gate`, with HAT's compensation in it."""
+    """The derivative of `soft_gate`, including HAT's compensation."""
     half = torch.sigmoid(e)
     beyond = torch.relu((scale * e).abs() - clamp)
     factor = max_scale * half * (1 - half) * torch.exp(-beyond)
@@ -118,26 +118,26 @@ def soft_gate(
     HAT (eq. 6) multiplies the gradient q of an embedding by `s_max/s * (cosh(clamp(s e, +-c)) + 1) / (cosh(e) + 1)`.
     As `sigmoid'(x) = 1 / (2 (cosh(x) + 1))`, the product of that factor and the sigmoid's own derivative is
     `s_max * sigmoid'(e) * exp(-max(|s e| - c, 0))` (for |s e| > c up to a relative 1e-21), without the `0 * inf` that
-    the two-step form can meet. `compensation` says which number is computed:
-
-    - `exact`: this one. A gate that is on is pushed as long as s e < c.
-    - `hat`: the one that HAT, HAT-CL and CLArena get in two steps in float32, where `1 - a` is rounded: to 0 above
-      s e = 16.6, so that a gate that is on is pushed no further (at s = 40, e = 1: 0 instead of 78.6). It is this one
-      times `(1 - sigmoid(s e)) / sigmoid(-s e)`, in float32.
+    the two-step form can meet. `compensation` says which number is computed: - `exact`: this one. A gate that is on is
+    pushed as long as s e < c.
+    - `hat`: the one that HAT, HAT-CL and CLArena get in two steps in float32, where `1 - a` is rounded to 0 above s e =
+      16.6, so that a gate that is on is pushed no further (at s = 40, e = 1: 0 instead of 78.6). It is the product
+      above times `(1 - sigmoid(s e)) / sigmoid(-s e)`, in float32.
 
     Args:
         e: embeddings, any shape.
         scale: s, a tensor of no dimensions.
         max_scale: s_max. clamp: c.
-        hardened: a tensor of no dimensions; where it is not 0 the gate is that at infinite scale, and its derivative 0.
+        hardened: a tensor of no dimensions; if it is not 0, the gate is the one at infinite scale and its derivative is
+        0.
         compensation: `exact` or `hat`.
     """
     return _Gate.apply(e, scale, max_scale, clamp, hardened, compensation == "exact")
 
 
 def drawn_embedding(units: int, config: HATConfig) -> Tensor:
-    """`[U]`: where a task's embeddings start, by `config.init` (Serra et al. 2018, section 2.3; dense, sparse: HAT-CL),
-    within +-`config.clamp`."""
+    """The start values of a task's embeddings, `[U]`, by `config.init` (Serra et al. 2018, section 2.3; dense, sparse:
+    HAT-CL), within +-`config.clamp`."""
     size = abs(config.init_value)
     if config.init == "normal":
         e = torch.randn(units)
@@ -152,7 +152,7 @@ def drawn_embedding(units: int, config: HATConfig) -> Tensor:
 
 
 def share_switched_on(config: HATConfig) -> float:
-    """The share of units that `drawn_embedding` switches on, in expectation."""
+    """The expected share of units that `drawn_embedding` switches on."""
     if config.init == "normal":
         return 0.5
     if config.init == "sparse":
@@ -173,7 +173,7 @@ def sparsity_penalty(
     Args:
         gates: a, `[U]`. used: `[U]` bool, the union of the sealed tasks' gates.
         bounds: if given, (start, stop) per layer; the result is the mean of the layers' ratios (HAT-CL).
-        forgiven: share of a layer's units (of all units where `bounds` is None) that may be on without a penalty.
+        forgiven: share of a layer's units (of all units if `bounds` is None) that may be on without a penalty.
     """
     free = (~used).to(gates.dtype)
     cost = gates * free
@@ -189,7 +189,7 @@ def sparsity_penalty(
 
 
 def centring(gate: Tensor) -> Tensor:
-    """`a * U / sum a`: what a mean over all U units is multiplied with, to be the mean over those that are on."""
+    """`a * U / sum a`: the factor that turns a mean over all U units into the mean over those that are on."""
     return gate * (len(gate) / gate.sum().clamp(min=SMALLEST_GATE))
 
 
@@ -201,18 +201,18 @@ def centre(
     share: float | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Take away the mean over the units that are on: `x - a * (sum x / sum a)`.
+    """Subtract the mean over the units that are on: `x - a * (sum x / sum a)`.
 
     `x` already carries the gate (it is `a` times a value), so `sum x / sum a` is the gated mean of the value, and off
     units stay exactly zero. A norm over all units of the result then differs from the norm over the units that are on
-    by the constant factor `sqrt(U / sum a)` alone.
+    only by the constant factor `sqrt(U / sum a)`.
 
     Args:
-        dim: the dimension of the units. over: the dimensions that the mean is taken over, `dim` among them.
-        share: the share of units that are on, where gates are hard and it is known.
-        weight: `centring(gate)`, where it is at hand.
+        dim: the dimension of the units. over: the dimensions of the mean, including `dim`.
+        share: the share of units that are on, if gates are hard and it is known.
+        weight: `centring(gate)`, if it has been computed.
     """
-    if x.dtype in (torch.float16, torch.bfloat16):  # a mean of eight bits would not centre
+    if x.dtype in (torch.float16, torch.bfloat16):  # a mean with eight bits is too coarse to centre
         return centre(x.float(), gate.float(), dim, over, share).to(x.dtype)
     shape = [1] * x.dim()
     shape[dim] = -1
@@ -228,7 +228,7 @@ def centre(
 
 class _Centre(torch.autograd.Function):
     """`x - weight * mean x` along the last dimension, with a derivative that passes over x-sized memory three times
-    instead of seven. The mean is an output, too: only so does a second derivative see that it depends on x."""
+    instead of seven. The mean is an output too: otherwise a second derivative would not see that it depends on x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,7 +253,7 @@ class _Centre(torch.autograd.Function):
 
 
 def hashed(x: Tensor) -> Tensor:
-    """A 32-bit integer finaliser (Wellons' lowbias32) of numbers below 2^32, in int64."""
+    """A 32-bit integer hash (Wellons' lowbias32) of numbers below 2^32, in int64."""
     low = 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
     x = ((x ^ (x >> 15)) * 0x846CA68B) & low
@@ -277,7 +277,8 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits_of(x: Tensor) -> Tensor:
-    """A tensor's memory as integers, which are equal where every bit is: -0.0 is not 0.0, and a NaN is itself."""
+    """A tensor's memory as integers, which are equal exactly if every bit is: -0.0 differs from 0.0, and a NaN equals
+    itself."""
     x = x.detach().resolve_conj().resolve_neg()
     if x.dtype == torch.complex128:
         x = torch.view_as_real(x)
@@ -285,17 +286,17 @@ def bits_of(x: Tensor) -> Tensor:
 
 
 def bits_where(on: Tensor, dtype: torch.dtype) -> Tensor:
-    """What leaves of the bits of numbers of a type all where `on`, and none elsewhere."""
+    """An integer mask for the bits of numbers of a type: all bits where `on`, none elsewhere."""
     return on.to(INTEGERS[dtype.itemsize]).neg_()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Have two tensors the same type, shape and bits?"""
+    """Whether two tensors have the same type, shape and bits."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits_of(a), bits_of(b))
 
 
 def local(x: Tensor) -> Tensor:
-    """What this process holds of a tensor: all of it, or its shard of a `DTensor`."""
+    """The part of a tensor that this process holds: all of it, or its shard of a `DTensor`."""
     part = getattr(x, "_local_tensor", None)
     return x if part is None else part
 
@@ -308,16 +309,16 @@ def digest_of(value: Tensor) -> str:
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors: of their names, shapes and bits."""
+    """SHA-256 of the names, shapes and bits of named tensors."""
     rows = "\n".join(f"{n} {list(tensors[n].shape)} {digest_of(tensors[n])}" for n in sorted(tensors))
     return hashlib.sha256(rows.encode()).hexdigest()
 
 
-NO_SHARES = ("r2", "pearson", "mcc")  # measures that are no share of some examples, and can be below 0
+NO_SHARES = ("r2", "pearson", "mcc")  # measures that are not shares of examples and can be below 0
 
 
 def score_text(value: float | None, measure: str = "") -> str:
-    """A score as people read it: in percent, or as it is where the measure is none of shares; a dot for what was not
+    """A score for people to read: in percent, or as it is if the measure is not a share; a dot if it was not
     measured."""
     if value is None or math.isnan(value):
         return "·"
@@ -325,11 +326,11 @@ def score_text(value: float | None, measure: str = "") -> str:
 
 
 def own_measure(measures: Iterable[str]) -> str:
-    """The first of these measures that is none of shares; nothing where all are."""
+    """The first of these measures that is not a share; empty if all are."""
     return next((measure for measure in measures if measure in NO_SHARES), "")
 
 
 def score_unit(measures: Iterable[str]) -> str:
-    """What scores by these measures are told in."""
+    """The unit in which scores by these measures are shown."""
     own = sorted({measure for measure in measures if measure in NO_SHARES})
     return f"by {' and '.join(own)}" if own else "in %"

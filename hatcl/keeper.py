@@ -62,7 +62,7 @@ class Kept:
             self.which, self.masked = torch.empty_like(p, dtype=kind).copy_(mask).sub_(1), True
 
     def take(self) -> None:
-        """What stays is what is there now."""
+        """Take the current values as those to keep."""
         self.old, self._views = taken(self), None
 
     def put(self) -> None:
@@ -98,8 +98,8 @@ class Keeper:
     - After every step of an optimizer that holds such parameters they are put back, also where the step raised. That
       is so for the optimizers given, and for every other `torch.optim.Optimizer`: one inside another, or one that
       nobody mentioned.
-    - What an optimizer stores of weights beside them (the z of schedule-free methods, Lookahead's slow weights) is put
-      back as well, or it would be written into the parameters later.
+    - Copies of weights that an optimizer stores (the z of schedule-free methods, Lookahead's slow weights) are put back
+      as well; otherwise it would write them into the parameters later.
     - On leaving they are compared with what they were, and put back if anything else wrote to them.
 
     Args:
@@ -256,7 +256,7 @@ class Keeper:
             self.after_step(optimizer, step.state, not step.inner)
 
     def _mine(self, optimizer: Any) -> tuple[list[Kept], bool]:
-        """What is kept of an optimizer's parameters, and whether its steps are watched at all."""
+        """The kept elements of an optimizer's parameters, and whether its steps are watched at all."""
         groups = getattr(optimizer, "param_groups", ())
         count = sum(len(group["params"]) for group in groups)
         known = self._known.get(id(optimizer))
@@ -269,7 +269,7 @@ class Keeper:
             self._known[id(optimizer)] = known
         return known[1:]
 
-    # ---- what optimizers store beside the parameters -----------------------------------------------------------
+    # ---- copies that optimizers store -----------------------------------------------------------
 
     def _zero_moments(self, optimizer: Any) -> None:
         """Or they decay into denormal floats, which cost a CPU more than the step."""

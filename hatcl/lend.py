@@ -1,4 +1,4 @@
-"""A model lent for a while and given back as it was."""
+"""Use a model for a while and return it as it was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Evaluating:
-    """A model in evaluation mode for a while, and after that each module in the mode it was in."""
+    """Puts a model into evaluation mode inside the block, then each module back into its former mode."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -26,8 +26,8 @@ class Evaluating:
 
 @contextlib.contextmanager
 def lent(model: nn.Module, trained: Collection[nn.Parameter], moved: Collection[Tensor] = ()) -> Iterator[None]:
-    """A model to train for a while: inside it is in evaluation mode, only `trained` require gradients, and none has one
-    yet. After it gradients, modes and what requires gradients are as before, and buffers too, but for those in `moved`.
+    """Inside the block, the model is in evaluation mode, only `trained` require gradients, and no gradient is set.
+    Afterwards gradients, modes and `requires_grad` are as before, and so are buffers except those in `moved`.
     """
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     own, moving = {id(p) for p in trained}, {id(b) for b in moved}

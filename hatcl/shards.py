@@ -1,7 +1,7 @@
-"""Models whose parameters are shards: `torch.distributed.fsdp.fully_shard` makes a `DTensor` of each, of which every
-process holds a part. In plain models everything here does nothing, and costs nothing.
+"""Models whose parameters are shards: `torch.distributed.fsdp.fully_shard` makes each a `DTensor`, of which every
+process holds a part. For plain models, everything here does nothing and costs nothing.
 
-What gathers is a collective: all processes must do it together.
+Gathering is a collective operation: all processes must do it together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_shard(x: Tensor) -> bool:
 
 
 def unsharded(x: Tensor) -> Tensor:
-    """All of a tensor, with gradients that are averaged over the processes."""
+    """The whole tensor, with gradients that are averaged over the processes."""
     if getattr(x, "_local_tensor", None) is None:
         return x
     sharded: Any = x
@@ -34,8 +34,7 @@ def unsharded(x: Tensor) -> Tensor:
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of a tensor that is sharded as `like` is, of which every process has all of the values:
-    nothing is sent."""
+    """This process's part of a tensor that is sharded like `like`. Every process has all values, so nothing is sent."""
     if not is_shard(like):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -46,7 +45,7 @@ def part_of(full: Tensor, like: Tensor) -> Tensor:
 
 
 def gathered_part(part: Tensor, like: Tensor) -> Tensor:
-    """All of a tensor that is sharded as `like` is and of which this process holds `part`."""
+    """The whole tensor, sharded like `like`, of which this process holds `part`."""
     if not is_shard(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -59,7 +58,7 @@ def gathered_part(part: Tensor, like: Tensor) -> Tensor:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Was `fully_shard` called on this module?"""
+    """Whether `fully_shard` was called on this module."""
     return hasattr(type(module), "_get_fsdp_state")
 
 
@@ -69,14 +68,15 @@ def sharded_modules(model: nn.Module) -> list[Any]:
 
 
 def reshard(model: nn.Module) -> bool:
-    """Have a model hold its shards again, not what a forward has gathered of them. Is it a sharded one?"""
+    """Make a model hold its shards again instead of the parameters that a forward has gathered. Returns whether it is
+    sharded."""
     found = sharded_modules(model)
     for m in found:
         m.reshard()
     return bool(found)
 
 
-REMEDY = "do it before fully_shard, or with hatcl.gathered(model), a plain copy that has all of them"
+REMEDY = "do it before fully_shard, or with hatcl.gathered(model), a plain copy with whole parameters"
 
 
 def check_whole(model: nn.Module, doing: str, remedy: str = REMEDY) -> None:
@@ -86,22 +86,22 @@ def check_whole(model: nn.Module, doing: str, remedy: str = REMEDY) -> None:
 
 
 def check_precision(model: nn.Module) -> None:
-    """Raise `HATError` where a plain copy would compute in another dtype than the sharded model does."""
+    """Raise `HATError` if a plain copy would compute in another dtype than the sharded model."""
     for m in sharded_modules(model):
         dtype = m._get_fsdp_state()._mp_policy.param_dtype
         if dtype is not None and any(p.dtype != dtype for p in m.parameters()):
             raise HATError(
-                f"fully_shard: this model computes in {str(dtype).removeprefix('torch.')} (mp_policy), in which no "
-                "plain copy of it computes the same, so nothing can be proved by one; certify hatcl.gathered(model), "
-                "which proves it of the parameters' own dtype, and under bfloat16 autocast"
+                f"fully_shard: this model computes in {str(dtype).removeprefix('torch.')} (mp_policy), where a "
+                "plain copy does not compute the same, so a copy proves nothing; certify hatcl.gathered(model), "
+                "which proves it for the parameters' own dtype and under bfloat16 autocast"
             )
 
 
 def gathered(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
-    """A plain copy of a model that was sharded, with all of its parameters. All processes must call it together.
+    """A plain copy of a sharded model, with whole parameters. All processes must call it together.
 
     Args:
-        device: where it is to be; default: where the shards are.
+        device: the copy's device; default: the shards' device.
     """
     made = gathered_in(model, True, device)
     assert made is not None
@@ -109,7 +109,8 @@ def gathered(model: nn.Module, device: torch.device | str | None = None) -> nn.M
 
 
 def gathered_in(model: nn.Module, here: bool, device: torch.device | str | None = None) -> nn.Module | None:
-    """The same in those processes that say `here`; the others take part, hold one parameter at a time, and get None."""
+    """The same in the processes where `here` is true; the others take part, hold one parameter at a time, and get
+    None."""
     found = sharded_modules(model)
     reshard(model)
     memo: dict[int, Any] = {}
@@ -143,12 +144,12 @@ def gathered_in(model: nn.Module, here: bool, device: torch.device | str | None 
             every.clear()
             every.update(before)
     for m in made.modules():
-        if "origin" in m.__dict__:  # of gates: it does not follow a model whose parameters are shards
+        if "origin" in m.__dict__:  # an attribute of gates, which does not follow a model whose parameters are shards
             m.__dict__["origin"] = None
     return made if device is None else made.to(device)
 
 
-_STATE = "__composable_api"  # where `fully_shard` keeps what it knows of a module
+_STATE = "__composable_api"  # the attribute in which `fully_shard` keeps a module's state
 _HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
     "_state_dict_pre_hooks",
@@ -156,7 +157,7 @@ _HOOKS = (
 
 
 def _of_torch(hook: Any) -> bool:
-    """Is this a hook of `fully_shard`?"""
-    hook = getattr(hook, "hook", hook)  # those of loading are wrapped
+    """Whether this is a hook of `fully_shard`."""
+    hook = getattr(hook, "hook", hook)  # hooks of loading are wrapped
     module = getattr(hook, "__module__", "") or ""
     return module.startswith(("torch.distributed.fsdp", "torch.distributed._composable"))

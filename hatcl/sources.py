@@ -1,4 +1,4 @@
-"""How a plain model is made again from what was saved of it."""
+"""Rebuild a plain model from its saved description."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _CONFIGS: dict[str, Describer] = {}
 def register_source(
     kind: str, recognise: Recogniser | None = None, fit: Fitter | None = None, config: Describer | None = None
 ) -> Callable[[SourceMaker], SourceMaker]:
-    """Decorator for a function that makes a plain model again from what was saved of it under `kind`.
+    """Decorator for a function that rebuilds a plain model from the description saved under `kind`.
 
     Args:
-        recognise: says of a plain model what is to be saved of it (JSON-able), or None where it is not of this kind.
-        fit: changes a source so that it makes a model of the sizes of another one, or None where it cannot.
-        config: what the kind's own library looks for in the config.json of a folder.
+        recognise: returns the description to save for a plain model (JSON-able), or None if it is not of this kind.
+        fit: changes a description to the sizes of another model, or returns None if it cannot.
+        config: the entries that the kind's own library looks for in a folder's config.json.
     """
 
     def add(make: SourceMaker) -> SourceMaker:
@@ -42,7 +42,7 @@ def register_source(
 
 
 def source_of(model: nn.Module) -> dict[str, Any] | None:
-    """How to make a plain model again, where some registered source recognises it."""
+    """The description from which a plain model can be rebuilt, if a registered source recognises it."""
     for kind, recognise in _RECOGNISERS.items():
         found = recognise(model)
         if found is not None:
@@ -56,15 +56,15 @@ def build_source(source: dict[str, Any]) -> nn.Module:
 
 
 def can_fit(source: dict[str, Any] | None) -> bool:
-    """Are there sources of this kind for models of other sizes?"""
+    """Whether this kind of source can describe models of other sizes."""
     return source is not None and source["kind"] in _FITTERS
 
 
 def fitted_source(source: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
-    """A source of the same kind that makes a model of just the sizes that `model` has, if there is one."""
+    """A source of the same kind that makes a model with exactly the sizes of `model`, if there is one."""
     return _FITTERS[source["kind"]](source, model)
 
 
 def library_config(source: dict[str, Any] | None) -> dict[str, Any]:
-    """What the library that a source is of looks for in a folder's config.json; nothing where it looks for nothing."""
+    """The entries that a source's library looks for in a folder's config.json; empty if there are none."""
     return _CONFIGS[source["kind"]](source) if source is not None and source["kind"] in _CONFIGS else {}

@@ -151,12 +151,12 @@ def test_model_outputs_and_caches_of_transformers():
 @pytest.mark.parametrize(
     ("out", "text"),
     [
-        (None, "gives None, in which there is no tensor, so there is nothing that could be compared; return the tens"),
-        ({}, "gives a dict, in which there is no tensor"),
-        (3.0, "gives a float, in which there is no tensor"),
-        ("done", "gives a str, in which there is no tensor"),
-        ((x for x in [ONE]), "output is a generator, and hatcl cannot look into it .*; return tensors, or a tuple"),
-        ([map(str, [ONE])], r"output\[0\] is a map, and hatcl cannot look into it"),
+        (None, "returns None, which holds no tensor, so there is nothing to compare; return the tens"),
+        ({}, "returns a dict, which holds no tensor"),
+        (3.0, "returns a float, which holds no tensor"),
+        ("done", "returns a str, which holds no tensor"),
+        ((x for x in [ONE]), "output is a generator, whose content hatcl cannot read .*; return tensors, or a tuple"),
+        ([map(str, [ONE])], r"output\[0\] is a map, whose content hatcl cannot read"),
         ({"a": nn.Linear(2, 2)}, r"output\['a'\] is a module \(Linear\); .*; return what it computes"),
         ([ONE, np.array([ONE], dtype=object)], r"output\[1\] is a numpy array of Python objects"),
     ],
@@ -241,7 +241,7 @@ def test_what_is_in_a_batch_is_moved_and_keeps_its_kind():
 
 
 def test_an_iterator_is_refused():
-    with pytest.raises(ConfigError, match="validation: got list_iterator, expected batches that can be passed over"):
+    with pytest.raises(ConfigError, match="validation: got list_iterator, expected batches that can be iterated"):
         again(iter([1]), "validation")
     with pytest.raises(ConfigError, match="got int"):
         again(3, "batches")

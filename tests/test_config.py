@@ -115,7 +115,7 @@ def test_a_misspelled_option_is_told_its_nearest(name):
         ({"masks": "array:1"}, "masks: got 'array:1', expected at least array:2"),
         (
             {"masks": "array:3", "num_tasks": 10},
-            "num_tasks: got 10, masks='array:3' has room for 3 x 3 = 9 tasks; take arr",
+            "num_tasks: got 10, masks='array:3' has room for 3 x 3 = 9 tasks; use array",
         ),
         (
             {"masks": "array:3", "reuse": "none"},

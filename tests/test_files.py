@@ -611,8 +611,8 @@ def test_twin_safetensors_own_mode(tmp_path, monkeypatch):
     (b"[" * 100_000, list, r"x.json cannot be read as JSON \(it is nested too deeply\); .* Copy it again"),
     (b'{"a":' * 100_000, dict, r"x.json cannot be read as JSON \(it is nested too deeply\)"),
     (b"1" * 10_000, int, r"x.json cannot be read as JSON \(Exceeds the limit"),
-    (b"[1]", dict, "x.json holds JSON of the kind list, expected dict; it was edited, or is a file of something else"),
-    (b"null", dict, "x.json holds JSON of the kind NoneType, expected dict"),
+    (b"[1]", dict, "x.json holds a JSON list, expected dict; it was edited, or belongs to something else"),
+    (b"null", dict, "x.json holds a JSON NoneType, expected dict"),
 ])  # fmt: skip
 def test_json_that_is_none_or_of_another_kind(tmp_path, text, kind, error):
     (tmp_path / "x.json").write_bytes(text)
@@ -629,7 +629,7 @@ def test_json_as_it_is(tmp_path):
 
 
 def test_a_json_file_that_is_not_there(tmp_path):
-    with pytest.raises(IntegrityError, match=r"none.json cannot be read \(.*No such file.*\); is the path right, and"):
+    with pytest.raises(IntegrityError, match=r"none.json cannot be read \(.*No such file.*\); is the path right and"):
         read_json(tmp_path / "none.json")
     with pytest.raises(IntegrityError, match="cannot be read"):
         read_json(tmp_path)

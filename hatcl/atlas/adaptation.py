@@ -39,39 +39,40 @@ def adapt(
     checkpoint: Path_ | None = None,
     on_progress: Tell | None = None,
 ) -> Fitted:
-    """Learn coefficients from examples without labels, by unsupervised FixMatch (UFM). Labels are used nowhere: also
-    the coefficients kept are the last epoch's, chosen by nothing.
+    """Learn coefficients from examples without labels, by unsupervised FixMatch (UFM). No labels are used: the last
+    epoch's coefficients are kept without a choice.
 
-    At the start of each epoch the weak view of every example is classified. Trusted are, for each class, the k of all
-    examples that are likeliest of it, `k = min(N / 10 C, 100)`, with the class that they are put into. A batch is a
-    quarter trusted examples, which repeat, and three quarters others; an epoch passes over the others once. For the
-    strong view x' of an example
+    At the start of each epoch the weak view of every example is classified. For each class, the k examples with the
+    highest probability of it are trusted, `k = min(N / 10 C, 100)`, with this class as their label. A batch has a
+    quarter of trusted examples, which repeat, and three quarters of others; an epoch passes over the others once. For
+    the strong view x' of an example
 
-        trusted:   CE(f(x'), argmax of the class it was put into)
+        trusted:   CE(f(x'), argmax of its assigned class)
         others:    CE(f(x'), q),  q = sqrt(p) / sum sqrt(p),  p the weak view's softmax,  where max q > t
 
-    and the loss is their mean over what counts. The threshold t goes from 0.9 towards 1: `0.9 + 0.1 e / E` in epoch e.
+    and the loss is their mean over the examples that count. The threshold t goes from 0.9 towards 1: `0.9 + 0.1 e / E`
+    in epoch e.
 
     As published: AdamW, cosine from lr 1e-2 without warm-up, weight decay 0.1, clip 1, 10 epochs, batches of 128.
 
     The trusted set is that of the authors' released script (github fredzzhang/atlas, src/learn_ufm.py), which ranks all
-    examples for each class; an example that two classes rank is in it once. The batches, q, t and that it is estimated
-    again in each epoch are those of the earlier one (src/learn_coef.py at 03ca31e), which ranks those that are put into
-    the class by their confidence, and drops what does not fill a batch. The released one takes p / 2 for the root of p
-    and holds t at 0.99; by a slip it trusts all examples, with the labels it gave them before the first epoch, so that
-    its loss is cross-entropy on these. Both choose the epoch by true labels.
+    examples for each class; an example that two classes select appears once. The batches, q, t and the new estimate in
+    each epoch are those of the earlier script (src/learn_coef.py at 03ca31e), which ranks the examples assigned to a
+    class by their confidence and drops incomplete batches. The released one takes p / 2 for the root of p and holds t
+    at 0.99; by mistake it trusts all examples, with labels assigned before the first epoch, so its loss is
+    cross-entropy on these. Both choose the epoch by true labels.
 
     Args:
-        examples: what can be indexed and has a length: a tensor `[N, ...]`, a mapping of such, or a data set. Of items
-            (input, label) the label is dropped unseen.
-        head: from what the model gives to logits; None = it gives logits.
+        examples: a tensor `[N, ...]`, a mapping of tensors, or a data set with indices and a length. Labels in items
+        (input, label) are ignored. head: turns the model's output into logits; None = it is logits already.
         strong: a batch of inputs -> its strong view; None = `random_crops`, for images only.
-        weak: the same for the weak view; None = as they are. per_class: k.
-        objective: `ufm`, or for comparison `entropy`: the mean entropy of the predictions, no views and no trust.
+        weak: the same for the weak view; None = unchanged. per_class: k.
+        objective: `ufm`, or for comparison `entropy`: the mean entropy of the predictions, without views and trusted
+        examples.
         checkpoint, on_progress: see `fit`.
 
     Raises:
-        ConfigError: no examples, no strong view for inputs that are no images, or views for `entropy`.
+        ConfigError: there are no examples, no strong view for inputs that are not images, or views for `entropy`.
         NonFiniteLossError: see `fit`.
     """
     one_of("objective", objective, ADAPTED_BY)
@@ -87,7 +88,7 @@ def adapt(
     chosen = ADAPTATION.changed(options)
     seen = data.take(torch.arange(1))
     if strong is None and objective == "ufm" and not (isinstance(seen, Tensor) and seen.dim() == 4):
-        raise ConfigError("strong: the inputs are no images; pass a function that makes a batch's strong view")
+        raise ConfigError("strong: the inputs are not images; pass a function that makes a batch's strong view")
     stronger: View = strong or random_crops
     weaker: View = weak or (lambda x: x)
     device = composer.coefficients.device
@@ -119,7 +120,7 @@ def adapt(
 
 @dataclass(frozen=True)
 class Step:
-    """A batch: indices, the labels of those that are trusted (-1 for others), the threshold of the epoch."""
+    """A batch: indices, the labels of trusted examples (-1 for others), the epoch's threshold."""
 
     ids: Tensor
     labels: Tensor
@@ -127,7 +128,7 @@ class Step:
 
 
 class Unlabelled:
-    """Unlabelled examples by their index. Raises `ConfigError` where there are none."""
+    """Unlabelled examples by their index. Raises `ConfigError` if there are none."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
@@ -153,13 +154,13 @@ class Unlabelled:
 
 
 def trusted(probabilities: Tensor, per_class: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """For each class the examples, of all, that are likeliest of it.
+    """For each class, the examples with the highest probability of it.
 
     Args:
         probabilities: `[N, C]`. per_class: k; None = `min(N / 10 C, 100)`, at least 1.
 
     Returns:
-        indices of the trusted, the classes that they are put into, indices of the others; both in ascending order.
+        Indices of the trusted examples, their assigned classes, and indices of the others; both in ascending order.
     """
     n, classes = probabilities.shape
     k = max(1, min(n // (10 * classes), 100)) if per_class is None else per_class
@@ -170,8 +171,8 @@ def trusted(probabilities: Tensor, per_class: int | None = None) -> tuple[Tensor
 
 
 def two_streams(ids: Tensor, labels: Tensor, rest: Tensor, batch_size: int, threshold: float) -> list[Step]:
-    """Batches of three quarters `rest`, each once and in random order, and a quarter trusted ones, which repeat. Where
-    all are trusted, batches of these."""
+    """Batches of three quarters `rest`, each once and in random order, and a quarter trusted ones, which repeat. If all
+    are trusted, batches of these."""
     if not len(rest):
         order = torch.randperm(len(ids))
         return [Step(ids[o], labels[o], threshold) for o in order.split(batch_size)]
@@ -202,9 +203,9 @@ def ufm_loss(logits: Tensor, weak: Tensor, labels: Tensor, threshold: float) -> 
 
 
 def random_crops(images: Tensor, smallest: float = 0.5, flip: bool = True) -> Tensor:
-    """A part of each image, of `smallest` to all of its area, at its full size again, half of them mirrored: the strong
-    view of the published code (torchvision's RandomResizedCrop with an area of 0.5 to 1, here with the image's own
-    aspect, for a batch at once).
+    """A random part of each image, with `smallest` to all of its area, resized to the full size; half of them are
+    mirrored: the strong view of the published code (torchvision's RandomResizedCrop with an area of 0.5 to 1, here with
+    the image's own aspect, for a batch at once).
 
     Args:
         images: `[B, channels, height, width]`. flip: False where left and right differ (digits, text).

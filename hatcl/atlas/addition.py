@@ -1,4 +1,4 @@
-"""Addition: one model that does several tasks (Zhang et al. 2024, arXiv 2407.02880)."""
+"""Addition: one model for several tasks (Zhang et al. 2024, arXiv 2407.02880)."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def add(
     batches run one after another in a step, not concatenated, so that they may differ in shape.
 
     Args:
-        tasks: with heads of their own. Their `finetuned` accuracies may be left out where task i is the one of vector
-            i: then that vector alone, at coefficient 1, is the fine-tuned model.
-        options: `AtlasOptions`, or a mapping of what to change.
+        tasks: each with its own head. Their `finetuned` accuracies may be left out if task i belongs to vector i: then
+        that vector alone, at coefficient 1, is the fine-tuned model.
+        options: `AtlasOptions`, or a mapping of the options to change.
         warm_start: coefficients (`[T]`, `[T, 1]` or `[T, G]`), or `search` to start from the best shared scale.
         checkpoint, on_progress: see `fit`.
 
@@ -54,7 +54,7 @@ def add(
         `history` and the rest hold `score`, and per task `<name>` (accuracy) and `<name>/normalised`.
 
     Raises:
-        ConfigError: no tasks, equal names, no fine-tuned accuracy, or another `warm_start`.
+        ConfigError: there are no tasks, names are equal, a fine-tuned accuracy is missing, or `warm_start` is unknown.
         VectorError, NonFiniteLossError: see `fit`.
     """
     chosen = ADDITION.changed(options)
@@ -81,7 +81,7 @@ def mean_normalised(composer: Composed, tasks: Sequence[AtlasTask]) -> Select:
     """
     names = [t.name for t in tasks]
     if not tasks or len(set(names)) < len(names):
-        raise ConfigError(f"tasks: got {names}, expected at least one, each with a name of its own")
+        raise ConfigError(f"tasks: got {names}, expected at least one, each with its own name")
     for t in tasks:
         again(t.chosen_by, f"task {t.name}, validation")
     finetuned = [t.finetuned for t in tasks]
@@ -115,7 +115,7 @@ def sum_of_losses(composer: Composed, tasks: Sequence[AtlasTask], parts: Sequenc
 def started(
     composer: Composed, select: Select, warm_start: Tensor | str | None, scales: Sequence[float]
 ) -> Tensor | None:
-    """The coefficients that `warm_start` stands for. The composer keeps its own."""
+    """The coefficients for `warm_start`. The composer keeps its own."""
     if not isinstance(warm_start, str):
         return warm_start
     if warm_start != "search":

@@ -1,4 +1,4 @@
-"""Classifiers that few-shot features make: Tip-Adapter, learned together with the coefficients, and LP++."""
+"""Classifiers made from few-shot features: Tip-Adapter, learned together with the coefficients, and LP++."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class TipAdapter(nn.Module):
     features next to a classifier.
 
     Args:
-        features: of the shots, `[M, d]`: the first W, made unit length. labels: `[M]`, which give Y `[M, C]`.
-        num_classes: C. alpha, beta: their first values; 2 and 1 in the repository of aTLAS.
+        features: those of the shots, `[M, d]`: the initial W, made unit length. labels: `[M]`, from which Y `[M, C]` is
+            made. num_classes: C. alpha, beta: their initial values; 2 and 1 in the repository of aTLAS.
     """
 
     def __init__(
@@ -70,21 +70,21 @@ def tip_adapter(
     on_progress: Tell | None = None,
 ) -> tuple[Fitted, CachedHead]:
     """Learn coefficients, W, alpha and beta of a `TipAdapter` together, on the cross-entropy of the shots. The cache is
-    made from the shots' features at the start of the coefficients.
+    made from the shots' features under the initial coefficients.
 
-    As in the repository of aTLAS: lr 0.1 for the coefficients, alpha and beta, 1e-3 for W, cosine. Otherwise than
-    there, W, alpha and beta are not decayed (W is data, and decay would shrink it towards nothing), AdamW's eps is
-    its default, and coefficients are not learned alone before (pass those of `few_shot` as `warm_start` for that).
+    As in the repository of aTLAS: lr 0.1 for the coefficients, alpha and beta, 1e-3 for W, cosine. Unlike there, W,
+    alpha and beta are not decayed (W is data, and decay would shrink it to zero), AdamW's eps is its default, and
+    coefficients are not learned first by themselves (pass those of `few_shot` as `warm_start` for that).
 
     Args:
-        composer: over a model that gives embeddings, such as `hatcl.atlas.encoder`. head: from these to logits.
-        keys_lr: of W. alpha, beta: their first values. The rest: see `few_shot`.
+        composer: of a model that returns embeddings, such as `hatcl.atlas.encoder`. head: turns these into logits.
+            keys_lr: the rate of W. alpha, beta: their initial values. The rest: see `few_shot`.
 
     Returns:
-        what was learned, and the head that holds the cache.
+        The result of learning, and the head that holds the cache.
 
     Raises:
-        ConfigError: shots whose head gives fewer classes than their labels; and see `few_shot`.
+        ConfigError: the head has fewer classes than the shots' labels; and see `few_shot`.
     """
     chosen = FEW_SHOT.changed(options)
     again(batches, "batches")
@@ -155,14 +155,14 @@ def lp_plus_plus(
     `N / (4 max_c sum_i (f_i t_c)^2)` for alpha, one plain step in every tenth iteration. Start: `w_c = sum_i y_ic f_i`,
     `alpha = 250 mean_c mean_{i in c} f_i t_c`. The iteration with the best validation accuracy is kept, else the last.
 
-    Otherwise than in its code there is no bias (as in the paper), and alpha's gradient is that of the iteration; there
-    it piles up, as nothing resets it.
+    Unlike its code, there is no bias (as in the paper), and alpha's gradient is that of the iteration; in the code it
+    accumulates, since nothing resets it.
 
     Args:
-        composer: a model that gives embeddings, `[B, d]`. embeddings: t, `[C, d]`, of text or prototypes.
+        composer: a model that returns embeddings, `[B, d]`. embeddings: t, `[C, d]`, from text or prototypes.
 
     Raises:
-        ConfigError: embeddings of another width, or a class without shots.
+        ConfigError: embeddings have another width, or a class has no shots.
     """
     f, y = gather(composer, batches)
     t = F.normalize(embeddings.to(f), dim=-1)
@@ -200,7 +200,7 @@ def gather(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
     """Embeddings `[M, d]` float32 and labels `[M]` of all batches, in evaluation mode.
 
     Raises:
-        ConfigError: no examples, or a model that gives no vector per example.
+        ConfigError: there are no examples, or the model does not return one vector per example.
     """
     with Evaluating(model):
         pairs = [(outputs(model, x).float(), y) for x, y in one_pass(batches, "batches")]

@@ -1,4 +1,4 @@
-"""The names in checkpoints as the repositories of task vectors publish them."""
+"""The names in the checkpoints that the repositories of task vectors publish."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ LINEAR, LINEAR_BASE = "params.", "params0."  # of a linearised encoder: learned,
 
 
 def under_names(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[str, Tensor]:
-    """The tensors in `names`, under the names that these have there; unread where they were."""
+    """The tensors in `names`, under their new names; tensors in files stay unread."""
     old = {new: n for n, new in names.items()}
     kinds = kinds_of(tensors)
     return Lazy({new: kinds[n] for new, n in old.items()}, lambda name: tensors[old[name]])
 
 
 def names_in_linearised(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], where: object) -> dict[str, str]:
-    """The names of a linearised encoder's learned parameters (Ortiz-Jimenez et al. 2023: `model.params.7`), which have
-    none in the file. It also holds what it was expanded around; those are the base's parameters, bit for bit, and so
-    tell the names.
+    """The names of a linearised encoder's learned parameters (Ortiz-Jimenez et al. 2023: `model.params.7`), which the
+    file does not store. It also holds the parameters of the expansion point; these equal the base's parameters bit for
+    bit, which reveals the names.
 
     Returns:
-        its names -> those of the base; empty where it is no linearised encoder.
+        Its names -> those of the base; empty if it is not a linearised encoder.
 
     Raises:
-        VectorError: a parameter that it was expanded around is not the base's, or is more than one of them.
+        VectorError: a parameter of the expansion point is not in the base, or equals more than one of the base's.
     """
     around = [n for n in tensors if LINEAR_BASE in n]
     if not around:
@@ -41,13 +41,15 @@ def names_in_linearised(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor
     for name in around:
         same = by_digest.get(_digest(tensors[name]), [])
         if len(same) > 1:
-            raise VectorError(f"{where}: {name} equals {' and '.join(same[:3])} of the base; its name cannot be told")
+            raise VectorError(
+                f"{where}: {name} equals {' and '.join(same[:3])} of the base; its name cannot be determined"
+            )
         if same:
             out[name.replace(LINEAR_BASE, LINEAR)] = same[0]
     missing = sorted(set(base) - set(out.values()))
     if missing:
         raise VectorError(
-            f"{where}: is a linearised encoder that was expanded around other weights than the base's: {missing[0]} is "
+            f"{where} is a linearised encoder that was expanded around other weights than the base's: {missing[0]} is "
             f"not among them ({len(missing)} such tensors); give the zero-shot encoder that it was made from as BASE"
         )
     return out

@@ -20,17 +20,17 @@ NORMS = (
 def minimise_entropy(
     model: nn.Module, batches: Batches, *, head: Head | None = None, lr: float = 1e-3, epochs: int = 1
 ) -> nn.Module:
-    """A copy of the model, adapted to unlabelled batches: Adam steps on the mean entropy of its predictions, over the
-    scales and shifts of norms alone. Batch norms normalise with the batch's own statistics, also afterwards.
+    """A copy of the model, adapted to unlabelled batches: Adam steps on the mean entropy of its predictions that change
+    only the scales and shifts of norms. Batch norms normalise with the batch's own statistics, also afterwards.
 
     As published: one step per batch, lr 1e-3, no weight decay. Published for batch norms; layer, group and RMS norms
     count as well here, as is usual for transformers.
 
     Args:
-        batches: inputs, or (inputs, labels), whose labels are dropped unseen. epochs: passes over them.
+        batches: inputs, or (inputs, labels), whose labels are ignored. epochs: passes over them.
 
     Raises:
-        ConfigError: a model without norm parameters. NonFiniteLossError: an entropy that is not finite.
+        ConfigError: the model has no norm parameters. NonFiniteLossError: an entropy is not finite.
     """
     out = copy.deepcopy(model).requires_grad_(False)
     out.eval()

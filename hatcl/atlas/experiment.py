@@ -1,4 +1,4 @@
-"""What the `hatcl atlas` commands do around a procedure: read, check, learn, measure, write, go on."""
+"""The steps of the `hatcl atlas` commands around a procedure: read, check, learn, measure, write, resume."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ CHECKPOINT, ISOTROPIC = "checkpoint.pt", "checkpoint-isotropic.pt"
 
 @dataclass(frozen=True)
 class Writing:
-    """What an experiment composes and keeps.
+    """The composition of an experiment and its options.
 
     Args:
-        grain: what shares a coefficient: global, block, qkv, row, unit, partition:K, ...
+        grain: the groups that share a coefficient: global, block, qkv, row, unit, partition:K, ...
         linearised: compose the model's first-order expansion instead of its weights.
         merge: write the composed model, as merged.safetensors, with BASE's classifier, or the text
             tower of a CLIP model.
@@ -65,7 +65,7 @@ class Loaded:
     """A pretrained encoder, task vectors, and tasks with their images and frozen heads.
 
     Args:
-        reading: what is read, and how. seed: of the held-out images and of partitions.
+        reading: the model and the images. seed: seeds the held-out images and partitions.
     """
 
     def __init__(self, reading: Reading, seed: int) -> None:
@@ -113,22 +113,22 @@ class Loaded:
         self.digests = {absolute_images(data[name]): task.digest() for name, task in tasks.items()}
 
     def _try(self, path: str, images: Images) -> None:
-        """Do two images pass through the model?"""
+        """Check that two images pass through the model."""
         x = images.prepare(images.x[:2]).to(self.device)
         try:
             with torch.no_grad():
                 self.width = self.encoder(x).shape[-1]
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"{path}: {self.reading.model} does not take images of {list(x.shape[1:])} "
-                f"({str(error).splitlines()[0]}); bring them to another --size, or give --model-kwargs img_size=..."
+                f"{path}: {self.reading.model} does not accept images of {list(x.shape[1:])} "
+                f"({str(error).splitlines()[0]}); choose another --size, or give --model-kwargs img_size=..."
             ) from error
 
     def fit_heads(self, on: Mapping[str, Images] | None = None, stored: Path | None = None) -> None:
-        """A frozen head for each task, on its training images or on those given; or from a file.
+        """Make a frozen head for each task from its training images or the given ones, or read it from a file.
 
         Args:
-            stored: where they are kept; those that are there are read instead.
+            stored: the file that keeps the heads; existing ones are read instead.
         """
         file = stored if stored is not None and stored.exists() else self.head_file
         for name, parts in self.parts.items():
@@ -167,11 +167,11 @@ class Loaded:
 
 
 class Experiment(Loaded):
-    """One procedure on what is loaded, and the folder where it is kept.
+    """One procedure on loaded data, and its folder.
 
     Args:
-        name: the procedure's. folder: where heads, checkpoints and coefficients go.
-        tell: gets what is at work, each step, and each epoch's entry of the history of what is learned.
+        name: the procedure's name. folder: the place of heads, checkpoints and coefficients. tell: receives the name of
+            the current work, each step, and each epoch's entry of the history.
     """
 
     def __init__(
@@ -192,20 +192,20 @@ class Experiment(Loaded):
 
     def read(self, vectors: Mapping[str, Path], data: Mapping[str, str], *, needs_validation: bool = False) -> None:
         super().read(vectors, data, needs_validation=needs_validation)
-        self.composer = self.compose(self.writing.grain)  # raises where something does not fit
+        self.composer = self.compose(self.writing.grain)  # raises if something does not fit
 
     def fit_heads(self, on: Mapping[str, Images] | None = None, stored: Path | None = None) -> None:
         self.tell("heads", {})
         super().fit_heads(on, stored or self.folder / HEADS)
 
     def atlas_task(self, name: str) -> AtlasTask:
-        """For procedures that learn from the held-out images, as published."""
+        """The task for procedures that learn from the held-out images, as published."""
         held = self.parts[name]["validation"]
         size = self.reading.batch_size
         return AtlasTask(name, held.batches(size, shuffle=True), held.batches(size), head=self.heads[name])
 
     def shots(self, name: str, text: str) -> Images:
-        """`16` of each class, the share `0.1`, or `all` of the training images."""
+        """The shots for a text: `16` of each class, the share `0.1`, or `all` of the training images."""
         images = self.parts[name]["training"]
         if text == "all":
             return images
@@ -219,7 +219,7 @@ class Experiment(Loaded):
         return images.at(ids)
 
     def keep_best(self, budget: int, by: str, few: Images, head: Head) -> None:
-        """Only the most informative of the vectors."""
+        """Keep only the most informative vectors."""
         self.tell("choosing blocks", {})
         found = select_blocks(
             self.encoder, self.vectors, few.batches(self.reading.batch_size), budget, by=by, head=head, seed=self.seed
@@ -230,7 +230,7 @@ class Experiment(Loaded):
         self.composer = self.compose(self.writing.grain)
 
     def learn(self, procedure: Callable[..., Fitted], warm_start: str = "zero") -> None:
-        """Learn coefficients, going on from the folder's checkpoints."""
+        """Learn coefficients, resuming from the folder's checkpoints."""
         how: dict[str, Any] = {}
         if warm_start == "isotropic":
             coarse = self._form(self.compose("global"))
@@ -248,7 +248,7 @@ class Experiment(Loaded):
         self, name: str, procedure: Callable[..., Fitted], composed: Composed, file: str, warm_start: Any = None
     ) -> Fitted:
         path = self.folder / file
-        how = {} if warm_start is None or path.exists() else {"warm_start": warm_start}  # a checkpoint knows better
+        how = {} if warm_start is None or path.exists() else {"warm_start": warm_start}  # a checkpoint overrides it
 
         def told(at: Progress) -> None:
             if at.doing == "epoch":
@@ -288,7 +288,7 @@ class Experiment(Loaded):
             lam.copy_(learned)
 
     def write(self) -> dict[str, Any]:
-        """Write what was learned; the figures of it are returned."""
+        """Write the results of learning and return their figures."""
         write_coefficients(self.folder, self.composer, self.names)
         if self.classifier is not None:
             tensors = {n: t.detach().cpu().contiguous() for n, t in self.classifier.state_dict().items()}

@@ -29,20 +29,20 @@ def few_shot(
     on_progress: Tell | None = None,
 ) -> Fitted:
     """Minimise the cross-entropy on a few labelled examples over the coefficients of other tasks' vectors (leave the
-    target's own out of the composer). The epoch with the best validation accuracy is kept.
+    target's own vector out of the composer). The epoch with the best validation accuracy is kept.
 
     As published: AdamW, cosine from lr 0.1, weight decay 0.1, clip 1, 10 epochs (30 are better for ResNets, says its
-    repository) of at least 10 steps. Parameter-efficient fine-tuning is this over a composer of grain `partition:K`,
-    over all examples; over LoRA vectors just as well.
+    repository) of at least 10 steps. With a composer of grain `partition:K` and all examples this is
+    parameter-efficient fine-tuning, which also works over LoRA vectors.
 
     Args:
-        batches: (inputs, labels), with `sample_shots`. validation: to choose by; None keeps the last epoch's.
-        head: from what the model gives to logits; None = it gives logits.
-        options: `AtlasOptions`, or a mapping of what to change. steps: of an epoch, at least; batches are repeated.
+        batches: (inputs, labels), with `sample_shots`. validation: batches that choose the epoch; None keeps the last
+        epoch's. head: turns the model's output into logits; None = it is logits already. options: `AtlasOptions`, or a
+        mapping of the options to change. steps: the least number per epoch; batches are repeated.
         warm_start, checkpoint, on_progress: see `fit`.
 
     Returns:
-        measured is `score`: the accuracy on validation.
+        The result, which measures `score`: the accuracy on validation.
 
     Raises:
         ConfigError, VectorError, NonFiniteLossError: see `fit`.
@@ -61,7 +61,7 @@ def few_shot(
 
 
 def by_accuracy(model: nn.Module, validation: Batches | None, head: Head | None = None) -> Select | None:
-    """Measures a composer, or what is made of one, by its accuracy; None without batches to measure on."""
+    """A function that measures a composer, or a model made from one, by its accuracy; None without batches."""
     if validation is None:
         return None
     data = again(validation, "validation")
@@ -69,7 +69,7 @@ def by_accuracy(model: nn.Module, validation: Batches | None, head: Head | None 
 
 
 def repeated(batches: Batches, steps: int) -> Batches:
-    """The batches, so often that there are at least `steps`; as they are where they have no length."""
+    """The batches, repeated so that there are at least `steps`; unchanged if they have no length."""
     try:
         return Repeated(batches, steps)
     except TypeError:

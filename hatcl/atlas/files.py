@@ -1,4 +1,4 @@
-"""What the procedures read and write as files: task vectors, frozen heads, learned coefficients."""
+"""The files of the procedures: task vectors, frozen heads, learned coefficients."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from .heads import ClassHead
 
 Named = Callable[[Mapping[str, Any], object], Mapping[str, str]]
 COEFFICIENTS = "coefficients"
-UNIT = 1e-6  # how far rows of length 1 are off in float32: 2.0e-7 at most, of 2000 x 4096
+UNIT = 1e-6  # the error of unit rows in float32: at most 2.0e-7 for 2000 x 4096
 ABOUT = "hatcl.atlas"  # one entry of metadata: safetensors writes several in any order
 
 
 def read_vector(
     path: Path, base: Mapping[str, Tensor] | None, *, without: Sequence[str] = (), named: Named | None = None
 ) -> TaskVector:
-    """A task vector by the path of a saved one, of a fine-tuned checkpoint, or of the folder of a LoRA adapter. It is
-    read when asked for.
+    """A task vector from the path of a saved one, a fine-tuned checkpoint, or the folder of a LoRA adapter. It is read
+    on demand.
 
     Args:
         base: the pretrained parameters; None for saved vectors only.
-        without: modules that are left out, such as classifiers (which may then differ in size).
-        named: the names of a checkpoint's tensors -> those that the base has for them; others are left out.
+        without: modules to leave out, such as classifiers (which may then differ in size). named: the names of a
+            checkpoint's tensors -> the base's names; other tensors are left out.
 
     Raises:
-        ConfigError: a checkpoint without a base. IntegrityError: no such file, or a damaged one.
-        VectorError: tensors that do not fit the base, by name.
+        ConfigError: a checkpoint has no base. IntegrityError: the file is missing or damaged. VectorError: tensors,
+            which the text names, do not fit the base.
     """
     starts = tuple(f"{w}." for w in without)
     ours = None if base is None else pick(base, [n for n in base if not n.startswith(starts)])
     adapter = is_adapter(path)
     saved = not adapter and VECTOR_FORMAT in read_metadata(path)
     if ours is None and not saved:
-        raise ConfigError(f"{path} is no task vector that hatcl saved; give the base it was fine-tuned from (--base)")
+        raise ConfigError(f"{path} is not a task vector saved by hatcl; give the base it was fine-tuned from (--base)")
     try:
         if saved or adapter:
             vector = TaskVector.load(path) if saved else TaskVector.between(ours, path)
@@ -105,10 +105,10 @@ def write_heads(path: Path, heads: Mapping[str, ClassHead]) -> None:
 
 
 def read_head(path: Path, name: str) -> ClassHead:
-    """The head of a task, as `write_heads` wrote it; tensors without a task's name serve every task.
+    """The head of a task in a file of `write_heads`; tensors without a task's name serve every task.
 
     Raises:
-        ConfigError: no weight for the task, or one that is no `[classes, d]`. IntegrityError: a file that is missing or
+        ConfigError: the task has no weight, or it is not `[classes, d]`. IntegrityError: the file is missing or
             damaged.
     """
     tensors = named_tensors(path)
@@ -123,7 +123,7 @@ def read_head(path: Path, name: str) -> ClassHead:
             "expected [classes, d] and [classes]"
         )
     head = ClassHead(weight, bias, float(parts["scale"]) if "scale" in parts else None)
-    if bool(((weight.double().norm(dim=1) - 1).abs() < UNIT).all()):  # scaled to length 1 again they would lose a bit
+    if bool(((weight.double().norm(dim=1) - 1).abs() < UNIT).all()):  # scaling them to length 1 again would lose a bit
         head.load_state_dict({"weight": weight}, strict=False)
     return head
 
@@ -147,7 +147,7 @@ def write_coefficients(folder: Path, composer: Composer, vectors: Sequence[str])
 
 
 def group_names(composer: Composer) -> list[str]:
-    """What each group is called; where the grain has no names, after the first block that it is in: `fc.weight[3]`."""
+    """The name of each group; if the grain has no names, it is derived from the group's first block: `fc.weight[3]`."""
     if composer.labels:
         return list(composer.labels)
     names = [f"group {g}" for g in range(composer.grain.size)]

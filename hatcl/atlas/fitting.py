@@ -30,14 +30,13 @@ Path_ = Union[str, "os.PathLike[str]"]
 
 @dataclass
 class Fitted:
-    """What was learned. The composer holds the coefficients already.
+    """The result of learning. The composer already holds the coefficients.
 
     Attributes:
-        coefficients: the best ones, `[T, G]`. others: what was learned besides them, by name.
-        epoch: after which they were reached; 0 = the start, -1 = all zero, the pretrained model.
-        score: theirs, by which they were chosen; NaN where nothing was measured and the last ones are kept.
-        pretrained, start: what was measured with all coefficients zero, and at the start.
-        history: what was measured after each epoch, with its mean `loss`.
+        coefficients: the best ones, `[T, G]`. others: other learned parameters, by name. epoch: the epoch after which
+            they were reached; 0 = the start, -1 = all zero, the pretrained model. score: their score, which chose them;
+            NaN if nothing was measured and the last ones are kept. pretrained, start: the measurements with all
+            coefficients zero, and at the start. history: the measurements after each epoch, with its mean `loss`.
     """
 
     coefficients: Tensor
@@ -69,20 +68,19 @@ def fit(
 
     Args:
         loss_of_step: a batch -> its mean loss.
-        batches: passed over once per epoch, or a function of the epoch that gives them.
-        select: measures the composer as it is; more `score` is better, `-inf` never kept. Asked for the pretrained
-            model (all coefficients zero), the start, and after every epoch, so that what is kept is at least as good as
-            both. None keeps the last coefficients.
-        warm_start: where to start, `[T]`, `[T, 1]` or `[T, G]`; None = the coefficients as they are.
+        batches: iterated once per epoch, or a function of the epoch that returns them. select: measures the composer in
+        its current state; a higher `score` is better, `-inf` is never kept. It is called for the pretrained model (all
+        coefficients zero), the start, and after every epoch, so that the result is at least as good as both. None keeps
+        the last coefficients. warm_start: the start, `[T]`, `[T, 1]` or `[T, G]`; None = the current coefficients.
         others: parameters to learn besides the coefficients, with their learning rates; not decayed.
-        checkpoint: a file, replaced in one go after every epoch, and within one after so many seconds. If it is there,
-            learning resumes from it and ends with the same bits as without the interruption.
+        checkpoint: a file, replaced atomically after every epoch, and within an epoch after some seconds. If it exists,
+        learning resumes from it and ends with the same bits as without the interruption.
         on_progress: called after each step, and after each epoch with its entry of the history as `measured`.
 
     Raises:
-        ConfigError: batches that cannot be passed over again, or a checkpoint of other options.
-        VectorError: a start of another shape or not finite. IntegrityError: a checkpoint that cannot be read.
-        NonFiniteLossError: a loss or gradient that is not finite. The composer is then as it was before.
+        ConfigError: batches cannot be iterated again, or the checkpoint has other options. VectorError: the start has
+            another shape or is not finite. IntegrityError: the checkpoint cannot be read. NonFiniteLossError: a loss or
+            gradient is not finite. In all cases the composer is as it was before.
     """
     options = options or AtlasOptions()
     start = spread(composer, composer.coefficients.detach() if warm_start is None else warm_start)
@@ -104,11 +102,11 @@ def fit(
 
 
 def spread(composer: Composed, coefficients: Tensor) -> Tensor:
-    """Coefficients per vector, `[T]` or `[T, 1]` (an isotropic composition's), as the composer's own `[T, G]`: the
-    same model at a finer grain. Those of its own shape are copies_of.
+    """Coefficients per vector, `[T]` or `[T, 1]` (an isotropic composition's), as the composer's own `[T, G]`: the same
+    model at a finer grain. Coefficients of its own shape are copied.
 
     Raises:
-        VectorError: another shape, or numbers that are not finite.
+        VectorError: they have another shape, or numbers that are not finite.
     """
     t, g = composer.coefficients.shape
     c = coefficients.detach().to(composer.coefficients)
@@ -247,7 +245,7 @@ class _Fitting(Work):
 
 
 def _examples(batch: Any) -> int:
-    """How many examples a batch of (inputs, labels) has; others count as one."""
+    """The number of examples in a batch of (inputs, labels); other batches count as one."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor) and batch[1].dim():
         return max(len(batch[1]), 1)
     return 1

@@ -23,22 +23,22 @@ POOLS = ("auto", "pooler", "mean", "first", "last")
 
 
 def encoder(model: nn.Module, pool: str = "auto") -> nn.Module:
-    """A copy of a timm or transformers model that gives embeddings `[B, d]` in place of logits. Its parameters keep
+    """A copy of a timm or transformers model that returns embeddings `[B, d]` instead of logits. Its parameters keep
     their names, so that task vectors of the model fit.
 
         composer = hatcl.compose(hatcl.atlas.encoder(model), vectors)
 
     timm: `forward_head(forward_features(x), pre_logits=True)`. transformers, text and vision: the base model's pooled
     output. Parameters of the old head stay in it unused; their coefficients stay zero. A CLIP model of open_clip or
-    transformers: its image tower alone, with the projection, before the embeddings are made unit length.
+    transformers: only its image tower, with the projection, before the embeddings are made unit length.
 
     Args:
-        pool: for transformers. `auto`: the model's own pooler where it has one, else the mean; `pooler`; `mean` over
+        pool: for transformers. `auto`: the model's own pooler if it has one, else the mean; `pooler`; `mean` over
             tokens (those of the attention mask); `first` token; `last` token (of the attention mask).
 
     Raises:
-        ConfigError: another kind of model (give one whose forward returns embeddings to `compose` as it is), or an
-            unknown pool.
+        ConfigError: the model comes from another library (pass a model whose forward returns embeddings directly to
+            `compose`), or the pool is unknown.
     """
     one_of("pool", pool, POOLS)
     if kind_of_clip(model) is not None:
@@ -50,8 +50,8 @@ def encoder(model: nn.Module, pool: str = "auto") -> nn.Module:
         kind = "transformers"
     if not kind:
         raise ConfigError(
-            f"encoder: {type(model).__name__} is no timm, transformers or CLIP model; compose a module whose "
-            "forward gives embeddings [batch, d] as it is"
+            f"encoder: {type(model).__name__} is not a timm, transformers or CLIP model; pass a module whose "
+            "forward returns embeddings [batch, d] directly to compose"
         )
     if kind == "timm" and pool != "auto":
         raise ConfigError(f"pool: got {pool!r} for a timm model, which pools by itself; set it with global_pool=")
@@ -61,7 +61,7 @@ def encoder(model: nn.Module, pool: str = "auto") -> nn.Module:
 
 
 class _Embeds:
-    """Stands in for a model's forward. An object, not a function, so that copies and pickles of the model refer to
+    """Replaces a model's forward. It is an object, not a function, so that copies and pickles of the model refer to
     themselves."""
 
     def __init__(self, model: nn.Module, kind: str, pool: str) -> None:
@@ -79,10 +79,10 @@ class _Embeds:
 
 
 def pooled_output(out: Any, pool: str, mask: Tensor | None = None) -> Tensor:
-    """`[B, d]` of a transformers base model's output.
+    """Pool the output of a transformers base model to `[B, d]`.
 
     Raises:
-        ConfigError: `pooler`, of a model that has none; or an output without hidden states.
+        ConfigError: the model has no pooler for `pooler`, or its output has no hidden states.
     """
     own = getattr(out, "pooler_output", None)
     if own is not None and pool in ("auto", "pooler"):
@@ -109,7 +109,7 @@ class ClassHead(nn.Module):
     """`scale cos(f, w_c)`, as in zero-shot classification with CLIP, or `f w_c + b_c`. Frozen: it has no parameters.
 
     Args:
-        weight: `[C, d]`. bias: `[C]`. scale: of the cosine; None = the plain product.
+        weight: `[C, d]`. bias: `[C]`. scale: the factor of the cosine; None = the plain product.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, scale: float | None = None) -> None:
@@ -133,7 +133,7 @@ def class_embeddings(embeddings: Tensor, *, scale: float = 100.0) -> ClassHead:
         embeddings: t, `[C, d]`. scale: CLIP's is 100.
 
     Raises:
-        ConfigError: another shape, or a class of all zeros.
+        ConfigError: they have another shape, or a class is all zeros.
     """
     if embeddings.dim() != 2 or not bool(embeddings.any(1).all()):
         raise ConfigError(f"embeddings: got {list(embeddings.shape)}, expected [classes, d] without rows of zeros")
@@ -149,11 +149,11 @@ def text_head(
         head = hatcl.atlas.text_head(clip, open_clip.get_tokenizer("ViT-B-32"), ["cat", "dog"])
 
     Args:
-        model: of open_clip, or a `CLIPModel` of transformers. tokenize: texts -> what its text tower takes, a tensor or
-            a mapping. templates: with `{}` where the name goes.
+        model: a model of open_clip, or a `CLIPModel` of transformers. tokenize: texts -> the inputs of its text tower,
+            a tensor or a mapping. templates: with `{}` in the place of the name.
 
     Raises:
-        ConfigError: another kind of model.
+        ConfigError: it is another kind of model.
     """
     embeddings, scale = text_embeddings(model, tokenize, classes, templates)
     return ClassHead(embeddings, scale=scale)
@@ -166,10 +166,10 @@ def prototypes(
     of unit length (Snell et al. 2017, with cosines).
 
     Args:
-        model: that gives embeddings, such as `encoder(model)`. num_classes: None = the largest label + 1.
+        model: a model that returns embeddings, such as `encoder(model)`. num_classes: None = the largest label + 1.
 
     Raises:
-        ConfigError: a class without examples.
+        ConfigError: a class has no examples.
     """
     features, labels = gather(model, batches)
     hot = _hot(labels, num_classes).to(features)
@@ -179,11 +179,11 @@ def prototypes(
 def trained_head(
     model: nn.Module, batches: Batches, num_classes: int | None = None, *, decay: float = 1e-3, iterations: int = 100
 ) -> ClassHead:
-    """A linear head, trained on the model's embeddings as they are: multinomial logistic regression with
+    """A linear head, trained on the model's unchanged embeddings: multinomial logistic regression with
     `decay / 2 ||W||^2`, by L-BFGS over all examples at once (so it is the same every time).
 
     Raises:
-        ConfigError: a class without examples.
+        ConfigError: a class has no examples.
     """
     features, labels = gather(model, batches)
     classes = _hot(labels, num_classes).shape[1]

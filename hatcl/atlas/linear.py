@@ -1,4 +1,4 @@
-"""The linearised composition: a first-order Taylor expansion around theta0 in place of the model."""
+"""The linearised composition: a first-order Taylor expansion around theta0 instead of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..map.grains import Grain
 from ..vectors.block import Block
 from ..vectors.compose import Composer
 
-FUSED = ("flash_attention", "flex_attention")  # of transformers: kernels without a forward-mode derivative
+FUSED = ("flash_attention", "flex_attention")  # kernels of transformers without a forward-mode derivative
 
 
 class Linearised(nn.Module):
@@ -25,16 +25,16 @@ class Linearised(nn.Module):
     arXiv 2305.12827; aTLAS over linearised vectors: Zhang et al. 2024).
 
     The Jacobian is never built: one forward pass in forward mode gives both terms (`torch.func.jvp`). It shares the
-    composer's coefficients and takes its place in every procedure. A composition of it has no merged weights.
+    composer's coefficients and can replace it in every procedure. It has no merged weights.
 
     Fused attention kernels have no forward-mode derivative. `F.scaled_dot_product_attention` is switched to its plain
     kernel and PyTorch's fused transformer layer is switched off while it runs; others are refused.
 
     Args:
-        composer: whose model, vectors and coefficients are used. Running statistics stay as they are.
+        composer: its model, vectors and coefficients are used. Running statistics stay as they are.
 
     Raises:
-        ConfigError: a transformers model set to fused attention of its own.
+        ConfigError: a transformers model is set to its own fused attention.
     """
 
     def __init__(self, composer: Composer) -> None:
@@ -94,7 +94,7 @@ def linearised(composer: Composer) -> Linearised:
 
 
 class _Tangent(torch.autograd.Function):
-    """`sum_i lambda_i tau_i` of one block. The derivative needs the vectors alone, as in `Composer`."""
+    """`sum_i lambda_i tau_i` of one block. The derivative needs only the vectors, as in `Composer`."""
 
     @staticmethod
     def forward(ctx: Any, lam: Tensor, block: Block) -> Tensor:

@@ -1,4 +1,4 @@
-"""The pretrained model of an experiment, of timm or CLIP, and how it takes images, names and prompts."""
+"""The pretrained model of an experiment, from timm or CLIP, and its preparation of images, names and prompts."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ class Reading:
 
     Args:
         base: the pretrained checkpoint: a safetensors file, a folder of shards, or a state dict of torch.save (.pt).
-        model: timm's name of the model that BASE belongs to, such as vit_base_patch32_224; open_clip:NAME, such as
+        model: the timm name of BASE's model, such as vit_base_patch32_224; open_clip:NAME, such as
             open_clip:ViT-B-32-quickgelu; or a folder of transformers' CLIPModel.
-        model_kwargs: for the model, such as img_size=64; repeatable.
+        model_kwargs: arguments of the model, such as img_size=64; repeatable.
         head: frozen heads on the base's features of the training images: trained (logistic regression), prototypes
             (cosines to class means); with a CLIP model text (embeddings of the classes' names in prompts); or a
             .safetensors file with [NAME.]weight and [NAME.]bias or [NAME.]scale.
         class_names: with text, NAME=FILE: the task's classes, one per line in the order of its labels (the only task of
             few-shot and adapt is called task), or NAME=DATASET, one with names known to hatcl, such as gtsrb or
-            imagenet. By default those of the data set that the images belong to; repeatable.
+            imagenet. By default those of the images' data set; repeatable.
         templates: with text, NAME=FILE: the task's prompts, one per line with {} for the class, or NAME=DATASET. By
             default those of the data set, else "a photo of a {}."; repeatable.
-        text_from: with text, where the text tower is where BASE has none: another checkpoint, or a tag of open_clip's
-            pretrained weights, such as openai.
-        validation: share of each class's training images that is held out. Coefficients are chosen by it (add and
-            negate also learn from it), and heads never see it.
-        size: images are brought to this size; 0 keeps their own; by default the model's.
-        fit: how they are brought to this size: crop (the model's own way: the shorter side to this size, then the
-            middle), resize or pad. By default crop for CLIP models and for images that are files, else resize.
+        text_from: with text, the source of the text tower if BASE has none: another checkpoint, or a tag of open_clip's
+        pretrained weights, such as openai.
+        validation: share of each class's training images that is held out. Coefficients are chosen on it (add and
+        negate also learn from it), and heads never see it.
+        size: images are resized to this size; 0 keeps their own; by default the model's. fit: how they are resized:
+        crop (the model's own way: the shorter side to this size, then the middle), resize or pad. By default crop for
+        CLIP models and for images that are files, else resize.
         normalise: by the mean and deviation of data (its training images, as hatcl train does), or model (its own).
             By default model for CLIP models and with crop, else data.
         batch_size: images per batch.
-        check: refuse task vectors that were taken from another base.
+        check: refuse task vectors of another base.
         vector_dtype: keep task vectors in memory as float32, bfloat16 or float16.
         device: where to compute.
 
@@ -110,16 +110,15 @@ class Reading:
 
 @dataclass
 class Pretrained:
-    """A pretrained model, and how it takes what an experiment has.
+    """A pretrained model, and its preparation of an experiment's data.
 
     Args:
-        model: gives embeddings; its parameters are what task vectors change.
-        classifiers: modules that no task vector covers.
-        cfg: what it was trained on: `input_size`, `mean` and `std`.
-        transform: an image's size, or None for the model's -> what makes a PIL image the model's input, its own way.
-        named: names of a checkpoint's tensors -> those of the model's parameters; None: they are the same.
-        rest: what else BASE holds, to be written with a merged model.
-        text_head: classes and templates -> a frozen head; None where the model has no text tower.
+        model: returns embeddings; task vectors change its parameters. classifiers: modules that no task vector covers.
+            cfg: the configuration of its training images: `input_size`, `mean` and `std`. transform: an image's size,
+            or None for the model's -> the model's own function from a PIL image to its input. named: names of a
+            checkpoint's tensors -> those of the model's parameters; None: they are the same. rest: further content of
+            BASE, to be written with a merged model. text_head: classes and templates -> a frozen head; None if the
+            model has no text tower.
     """
 
     model: nn.Module
@@ -131,10 +130,10 @@ class Pretrained:
     text_head: Callable[[Sequence[str], Sequence[str]], ClassHead] | None = None
 
     def preparation(self, reading: Reading, data: ImageData) -> Callable[[Any], Tensor]:
-        """How the images of a task become the model's input.
+        """The function that prepares a task's images as the model's input.
 
         Raises:
-            ConfigError: a way that the model or the images do not allow.
+            ConfigError: the model or the images do not allow these options.
         """
         clip, photos = self.named is not None, data.photos
         fit = reading.fit or (CROP if clip or photos else "resize")
@@ -163,8 +162,8 @@ def load_pretrained(reading: Reading) -> Pretrained:
     """The model that `reading` names, with BASE's weights.
 
     Raises:
-        ConfigError: no such model, or options that it does not take. VectorError: BASE belongs to another model.
-        IntegrityError: a file that cannot be read.
+        ConfigError: there is no such model, or it does not accept the options. VectorError: BASE belongs to another
+            model. IntegrityError: a file cannot be read.
     """
     stored = named_tensors(reading.base)
     if is_clip_name(reading.model):
@@ -222,11 +221,11 @@ def _classifiers(cfg: Any) -> tuple[str, ...]:
 
 
 def _clip(reading: Reading, stored: Mapping[str, Tensor]) -> Pretrained:
-    """The image tower of a CLIP model. The text tower is read only where heads are made of names."""
+    """The image tower of a CLIP model. The text tower is read only if heads are made from names."""
     clip = clip_from_name(reading.model, reading.model_kwargs)
     stored = under_names(stored, tower_names(list(stored), clip.kind, reading.base))
     model = ImageTower(clip.model)
-    # buffers such as position_ids, which older versions stored, are made, not read
+    # buffers such as position_ids, which older versions stored, are recomputed, not read
     state = set(model.state_dict())
     inside = [n for n in stored if n.split(".")[0] in TOWERS[clip.kind] and (n in state or not is_made(n))]
     _fits(model, pick(stored, inside), reading)
@@ -256,7 +255,7 @@ def _clip(reading: Reading, stored: Mapping[str, Tensor]) -> Pretrained:
 
 
 def _load_texts(clip: Clip, inside: set[str], stored: Mapping[str, Tensor], reading: Reading) -> None:
-    """The weights of the text tower, from BASE or, where it lacks some, from `text_from`."""
+    """Load the weights of the text tower from BASE or, if it lacks some, from `text_from`."""
     needed = [n for n in clip.model.state_dict() if n not in inside and not is_made(n)]
     missing = [n for n in needed if n not in stored]
     source, where = stored, str(reading.base)
@@ -273,7 +272,7 @@ def _load_texts(clip: Clip, inside: set[str], stored: Mapping[str, Tensor], read
     elif reading.text_from is not None:
         raise ConfigError(f"text_from: got {reading.text_from!r}, and {reading.base} has a text tower; leave it out")
     wrong = [n for n in needed if n not in source or source[n].shape != clip.model.state_dict()[n].shape]
-    # the encoders that are published keep some of the text tower, half of which may be stored in half precision
+    # the published encoders keep some of the text tower, half of which may be stored in half precision
     other = [n for n in needed if n in source and n in stored and not _same(source[n], stored[n])]
     if wrong or other:
         why = "missing or of another shape" if wrong else f"not that of {reading.base}"
@@ -285,12 +284,12 @@ def _load_texts(clip: Clip, inside: set[str], stored: Mapping[str, Tensor], read
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal but for the rounding of half precision (2^-11 of a number)."""
+    """Whether they are equal up to the rounding of half precision (2^-11 of a number)."""
     return a.shape == b.shape and bool(torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-6))
 
 
 def is_made(name: str) -> bool:
-    """Is it a buffer that models make and only some versions store?"""
+    """Whether it is a buffer that models recompute and only some versions store."""
     return name.rpartition(".")[2] in ("position_ids", "attn_mask", "num_batches_tracked")
 
 
@@ -300,11 +299,11 @@ Prompts = tuple[tuple[str, ...], tuple[str, ...]]  # names of classes, templates
 
 
 def prompts_of(reading: Reading, data: Mapping[str, str], tasks: Mapping[str, Any]) -> dict[str, Prompts]:
-    """The names of each task's classes and its templates: those that were given, those that its images come with, or
-    those of a data set that hatcl knows by the name of the file, the folder or the task.
+    """The names of each task's classes and its templates: the given ones, those of its images, or those of a data set
+    that hatcl recognises by the name of the file, the folder or the task.
 
     Raises:
-        ConfigError: none of these, another number of names than of classes, or a task that there is not.
+        ConfigError: there are none, the numbers of names and classes differ, or a task is unknown.
     """
     for option in ("class_names", "templates"):
         for name in getattr(reading, option):

@@ -15,7 +15,7 @@ def normalised(composed: float, finetuned: float) -> float:
     """`composed / finetuned`: the share of the fine-tuned model's accuracy that is kept (Ilharco et al. 2023).
 
     Raises:
-        ConfigError: a fine-tuned model without any accuracy.
+        ConfigError: the fine-tuned accuracy is not above 0.
     """
     if not finetuned > 0:
         raise ConfigError(f"finetuned: got {finetuned!r}, expected an accuracy above 0")
@@ -23,10 +23,9 @@ def normalised(composed: float, finetuned: float) -> float:
 
 
 def sweep(composer: Composer, scales: Sequence[float], measure: Callable[[], float]) -> Tensor:
-    """What `measure()` says with one vector at a time at each of the scales, all of its groups alike: `[T, S]`.
+    """The values of `measure()` with one vector at a time at each of the scales, the same for all its groups: `[T, S]`.
 
-    With vectors fine-tuned on single classes this is the paper's sweep of class vectors. The coefficients are put
-    back.
+    With vectors fine-tuned on single classes this is the paper's sweep of class vectors. The coefficients are restored.
     """
     before = composer.coefficients.detach().clone()
     out = torch.zeros(len(before), len(scales), dtype=torch.float64)

@@ -34,26 +34,27 @@ def negate(
     on_progress: Tell | None = None,
 ) -> Fitted:
     """Minimise `-CE_target + CE_control` over the coefficients. Of the epochs (and the start) whose control accuracy on
-    validation is at least `keep` times the pretrained model's, the one with the lowest target accuracy is kept; where
-    none is better, the pretrained model (all coefficients zero).
+    validation is at least `keep` times the pretrained model's, the one with the lowest target accuracy is kept; if none
+    is better, the pretrained model (all coefficients zero).
 
     As published: AdamW, weight decay 0.1, clip 1. The paper's repository tunes epochs (2 to 20) and lr (2e-3 to 1e-2)
     for each data set; the defaults here, 10 and 5e-3, are their middle. It also stops at the first epoch that breaks
-    the constraint; here later epochs may come back.
+    the constraint; here later epochs may satisfy it again.
 
     Args:
-        target: the task to unlearn. An epoch is one pass over its batches. control: what must stay; it starts over
-            when it runs out.
+        target: the task to unlearn. An epoch is one pass over its batches. control: the task to keep; its batches start
+        again when they run out.
         keep: the share of the pretrained control accuracy that must remain.
-        options: `AtlasOptions`, or a mapping of what to change.
+        options: `AtlasOptions`, or a mapping of the options to change.
         warm_start: coefficients, or `search` to start from the best shared scale of 0, -0.05, ..., -1.
         checkpoint, on_progress: see `fit`.
 
     Returns:
-        measured are `target` and `control` (accuracies), and `score`: minus the target's, or -inf.
+        The result, which measures `target` and `control` (accuracies), and `score`: minus the target's, or -inf.
 
     Raises:
-        ConfigError: a share outside 0 to 1, or another `warm_start`. VectorError, NonFiniteLossError: see `fit`.
+        ConfigError: the share is outside 0 to 1, or `warm_start` is unknown. VectorError, NonFiniteLossError: see
+            `fit`.
     """
     select = lowest_target(composer, target, control, keep)
     zipped = Zipped([again(t.batches, f"task {t.name}") for t in (target, control)], follow_first=True)
@@ -76,11 +77,10 @@ def negate(
 
 
 def lowest_target(composer: Composed, target: AtlasTask, control: AtlasTask, keep: float) -> Select:
-    """Measures a composer by the rule of `negate`. The pretrained control accuracy is taken at once.
+    """A function that measures a composer by the rule of `negate`. The pretrained control accuracy is measured at once.
 
     Raises:
-        ConfigError: a share outside 0 to 1.
-    """
+        ConfigError: the share is outside 0 to 1."""
     if not 0 <= keep <= 1:
         raise ConfigError(f"keep: got {keep!r}, expected a share of the control accuracy between 0 and 1")
     for t in (target, control):

@@ -14,16 +14,17 @@ from ..errors import ConfigError
 @dataclass(frozen=True)
 class AtlasOptions(LoopOptions):
     """How `fit` learns coefficients. The defaults are those published for addition (Zhang et al. 2024, arXiv
-    2407.02880, and its repository); each procedure says which of them it changes.
+    2407.02880, and its repository); each procedure documents its changes to them.
 
-    Weight decay is on the coefficients alone. Coefficients, vectors and the measuring of accuracy keep their own dtype
-    under `amp`.
+    Weight decay applies only to the coefficients. Under `amp`, coefficients, vectors and measurements of accuracy keep
+    their own dtype.
 
     Args:
-        regulariser: weight of `mean_j ||lambda_:j||_p` (the paper's is 0.5), 0 = off. p: 1 or 2; of the regulariser.
+        regulariser: weight of `mean_j ||lambda_:j||_p` (the paper's is 0.5), 0 = off. p: the regulariser's norm, 1 or
+            2.
 
     Raises:
-        ConfigError: a value outside its range, see also `LoopOptions`.
+        ConfigError: a value is outside its range, see also `LoopOptions`.
     """
 
     weight_decay: float = 0.1

@@ -24,8 +24,8 @@ LEARNED_BY = ("cross_entropy", "entropy")
 
 
 class Predicted(nn.Module):
-    """A composition whose coefficients are `lambda = mean over the batch of (W f(x) + b)`, f the features. W and b are
-    zero at first: the pretrained model.
+    """A composition whose coefficients are `lambda = mean over the batch of (W f(x) + b)`, f the features. W and b
+    start at zero, which is the pretrained model.
 
     Args:
         features: inputs -> `[B, d]`, such as the frozen pretrained encoder. width: d.
@@ -45,7 +45,7 @@ class Predicted(nn.Module):
         return self.composer.coefficients
 
     def predict(self, inputs: Any) -> Tensor:
-        """`[T, G]` for a batch."""
+        """The coefficients `[T, G]` for a batch."""
         with torch.no_grad():
             f = self.features(inputs).float()
         return F.linear(f, self.weight, self.bias).mean(0).view_as(self.composer.coefficients)
@@ -67,18 +67,18 @@ def learn_predictor(
     checkpoint: Path_ | None = None,
     on_progress: Tell | None = None,
 ) -> Predicted:
-    """Learn the linear map of a `Predicted`, by cross-entropy with labels or by the mean entropy without.
+    """Learn the linear map of a `Predicted`, with cross-entropy if there are labels, or with the mean entropy.
 
-    Defaults of the published code: AdamW, cosine from lr 1e-4, weight decay 0.1 on the coefficients (there are none to
-    decay here: the map is not decayed), clip 1, 1 epoch (it takes 1 to 6). It warms up over 500 steps; here there is
-    no warm-up. Its coefficients are per vector; here of any grain.
+    Defaults of the published code: AdamW, cosine from lr 1e-4, weight decay 0.1 on the coefficients (here there is
+    nothing to decay, since the map is not decayed), clip 1, 1 epoch (it takes 1 to 6). It warms up over 500 steps; here
+    there is no warm-up. Its coefficients are per vector; here they have any grain.
 
     Args:
-        features: inputs -> `[B, d]`, of the pretrained model. batches: (inputs, labels), or inputs for `entropy`.
-        validation: to choose the epoch by; None keeps the last.
+        features: inputs -> `[B, d]`, from the pretrained model. batches: (inputs, labels), or inputs for `entropy`.
+        validation: batches that choose the epoch; None keeps the last.
 
     Raises:
-        ConfigError: an unknown objective, or features of another shape.
+        ConfigError: the objective is unknown, or features have another shape.
     """
     one_of("objective", objective, LEARNED_BY)
     chosen = PREDICTION.changed(options)
@@ -108,6 +108,6 @@ def learn_predictor(
 
 
 def with_coefficients(composer: Composed, lam: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The composer's output with other coefficients, which get its gradient."""
+    """The composer's output with other coefficients, through which its gradient flows."""
     name = next(n for n, p in composer.named_parameters() if p is composer.coefficients)
     return torch.func.functional_call(composer, {name: lam}, args, kwargs)

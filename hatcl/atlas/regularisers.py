@@ -1,4 +1,4 @@
-"""What keeps coefficients small, and what says how far apart task vectors are."""
+"""Regularisers that keep coefficients small, and the distance between task vectors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def penalty(coefficients: Tensor, p: int = 1, weight: float = 0.5) -> Tensor:
     """`weight * mean_j ||lambda_:j||_p`: the norm over vectors, averaged over groups (Zhang et al. 2024; weight 0.5).
 
     Args:
-        coefficients: lambda, `[T, G]`. p: 1 makes most of them zero, 2 drops groups as a whole.
+        coefficients: lambda, `[T, G]`. p: 1 makes most of them zero, 2 drops whole groups.
 
     Raises:
-        ConfigError: another p.
+        ConfigError: p is another number.
     """
     if p not in (1, 2):
         raise ConfigError(f"p: got {p!r}, expected 1 or 2")

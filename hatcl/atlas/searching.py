@@ -1,4 +1,4 @@
-"""Coefficients without gradients, and from a coarser grain to a finer one: what a fit can start from."""
+"""Starts for a fit: coefficients found without gradients, and refined from a coarser grain to a finer one."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ SCALES = GRID
 
 @torch.no_grad()
 def search(composer: Composed, select: Select, scales: Sequence[float] = SCALES) -> Fitted:
-    """Task arithmetic: the best of some scales that all vectors share, `theta0 + s sum_i tau_i` (Ilharco et al. 2023,
-    arXiv 2212.04089). The composer holds it then. Of equal scores the first is kept.
+    """Task arithmetic: the best of several scales shared by all vectors, `theta0 + s sum_i tau_i` (Ilharco et al. 2023,
+    arXiv 2212.04089). The composer then holds it. Of equal scores the first is kept.
 
     Args:
-        select: measures the composer as it is; more `score` is better, `-inf` is never kept (as for `fit`).
+        select: measures the composer in its current state; a higher `score` is better, `-inf` is never kept (as for
+        `fit`).
         scales: tried in this order; for negation below 0.
 
     Raises:
-        ConfigError: no scales, or none that may be kept.
+        ConfigError: there are no scales, or none may be kept.
     """
     if not scales:
         raise ConfigError("scales: none; expected at least one number, such as 0.3")
@@ -51,7 +52,7 @@ def search(composer: Composed, select: Select, scales: Sequence[float] = SCALES)
 
 
 def refine(coefficients: Tensor, coarse: Grain, fine: Grain) -> Tensor:
-    """Coefficients of a coarse grain as those of a finer one, for the same composition: `[T, G']`.
+    """Convert coefficients of a coarse grain to a finer one, for the same composition: `[T, G']`.
 
     So `block` starts from `global`, and `partition:20` from `partition:5` (parts are a hash modulo K, so K splits into
     its multiples).
@@ -60,7 +61,7 @@ def refine(coefficients: Tensor, coarse: Grain, fine: Grain) -> Tensor:
         coefficients: `[T, G]`, of `coarse`.
 
     Raises:
-        VectorError: coefficients of another grain, or a group of `fine` that reaches over several of `coarse`.
+        VectorError: the coefficients have another grain, or a group of `fine` spans several of `coarse`.
     """
     if coefficients.dim() != 2 or coefficients.shape[1] != coarse.size:
         raise VectorError(
@@ -74,5 +75,7 @@ def refine(coefficients: Tensor, coarse: Grain, fine: Grain) -> Tensor:
         known = group[into].clone()  # a number as index gives a view
         group[into.reshape(-1)] = of.reshape(-1)
         if bool((group[into] != of).any()) or bool(((known >= 0) & (known != of)).any()):
-            raise VectorError(f"{name}: groups of {fine.name} reach over several of {coarse.name}; it is no refinement")
+            raise VectorError(
+                f"{name}: groups of {fine.name} reach over several of {coarse.name}; it is not a refinement"
+            )
     return coefficients.detach()[:, group.to(coefficients.device).clamp(min=0)].clone()

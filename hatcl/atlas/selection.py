@@ -1,4 +1,4 @@
-"""Which blocks of many task vectors are worth learning coefficients for (Zhang et al. 2024)."""
+"""Select the blocks of many task vectors for which learning coefficients is worthwhile (Zhang et al. 2024)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ WAYS = ("blocks", "vectors", "features", "random")
 
 @dataclass(frozen=True)
 class Selection:
-    """What `select_blocks` chose.
+    """The choice of `select_blocks`.
 
     Attributes:
-        vectors: `budget` task vectors to compose: mixed of the best blocks, or whole ones.
+        vectors: `budget` task vectors to compose: mixed from the best blocks, or whole ones.
         chosen: `[budget, J]`, the vector that each block comes from, best first. blocks: names of the J blocks.
-        scores: `[T, J]`: `|d loss / d lambda_ij|` at 0; empty where they were not needed.
+        scores: `[T, J]`: `|d loss / d lambda_ij|` at 0; empty if they were not needed.
     """
 
     vectors: list[TaskVector]
@@ -56,21 +56,22 @@ def select_blocks(
 
     A block's information is `|d loss / d lambda_ij| = |<d loss / d theta_j, tau_ij>|` at lambda = 0, over all batches.
     The published way loads `budget` vectors at a time and passes over the data for each load. The gradient of theta
-    does not depend on the vectors, so here the data is passed over once and then one block of one vector is in memory
-    at a time: the same numbers with less.
+    does not depend on the vectors, so here the data is read once, and then one block of one vector is in memory at a
+    time: the same numbers with less memory.
 
     Args:
-        vectors: of the target task's other tasks; vectors from files are read block by block and stay in their files.
+        vectors: those of other tasks than the target; vectors from files are read block by block and stay in their
+        files.
         batches: (inputs, labels) of the target task; for `blocks` and `vectors`.
-        budget: how many vectors to make.
-        by: `blocks`: the best `budget` of each block across tasks, mixed; `vectors`: whole vectors by their mean over
-            blocks; `features`: whole vectors whose task's `centroids` `[T, d]` (mean embeddings of the pretrained
-            model) have the largest cosine with the `target`'s `[d]`; `random`: blocks at random, by `seed`.
-        loss: of logits and labels, a mean.
+        budget: the number of vectors to make. by: `blocks`: the best `budget` of each block across tasks, mixed;
+            `vectors`: whole vectors by their mean over blocks; `features`: whole vectors whose task's `centroids` `[T,
+            d]` (mean embeddings of the pretrained model) have the largest cosine with the `target`'s `[d]`; `random`:
+            blocks at random, by `seed`.
+        loss: the mean loss of logits and labels.
 
     Raises:
-        ConfigError: an unknown way, a budget above T, or what the way needs is missing.
-        VectorError: vectors that lack blocks of others, other than adapters' (whose blocks count as zero).
+        ConfigError: `by` is unknown, the budget is above T, or a required argument is missing. VectorError: vectors
+            lack blocks of others (except adapters', whose missing blocks count as zero).
     """
     one_of("by", by, WAYS)
     if not 1 <= budget <= len(vectors):
@@ -111,7 +112,7 @@ def select_blocks(
 
 
 def mixed(vectors: Sequence[TaskVector], origin: dict[str, int]) -> TaskVector:
-    """A vector whose block j is that of vector `origin[j]`, read when asked for."""
+    """A vector whose block j is that of vector `origin[j]`, read on demand."""
     kinds, base = {}, {}
     for name, i in origin.items():
         if name in vectors[i]:
@@ -133,7 +134,7 @@ def _loss_gradient(
     loss: Callable[[Tensor, Tensor], Tensor],
     blocks: tuple[str, ...],
 ) -> dict[str, Tensor]:
-    """`d loss / d theta_j` summed over the batches' mean losses, in evaluation mode. The model is left alone."""
+    """`d loss / d theta_j` summed over the batches' mean losses, in evaluation mode. The model is not changed."""
     work = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = dict(work.named_parameters())
     for name in blocks:

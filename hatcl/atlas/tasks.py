@@ -1,4 +1,4 @@
-"""What the procedures of aTLAS are given: tasks with data and frozen heads, as plain iterables of (inputs, labels)."""
+"""The inputs of aTLAS's procedures: tasks with data and frozen heads, as plain iterables of (inputs, labels)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ class AtlasTask:
     """A task to compose for.
 
     Args:
-        name: what reports call it.
-        batches: (inputs, labels) to learn from, a list or a DataLoader: something that can be passed over again.
-            Inputs are a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
-        validation: (inputs, labels) by which coefficients are chosen; None = `batches`, as published for addition and
-            negation, where both are the validation set.
-        head: from what the model gives to logits, such as `hatcl.atlas.prototypes`; None = the model gives logits.
-        finetuned: validation accuracy of the model that was fine-tuned for the task, for normalised accuracy.
+        name: the name in reports. batches: (inputs, labels) to learn from, a list or a DataLoader, which can be
+            iterated again. Inputs are a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        validation: (inputs, labels) that choose coefficients; None = `batches`, as published for addition and negation,
+            where both are the validation set. head: turns the model's output into logits, such as
+            `hatcl.atlas.prototypes`; None = it is logits already. finetuned: validation accuracy of the task's
+            fine-tuned model, for normalised accuracy.
     """
 
     name: str
@@ -29,5 +28,5 @@ class AtlasTask:
 
     @property
     def chosen_by(self) -> Batches:
-        """The batches of validation."""
+        """The batches that choose coefficients."""
         return self.batches if self.validation is None else self.validation

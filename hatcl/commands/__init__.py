@@ -1,5 +1,5 @@
-"""The `hatcl` command. Each file here whose name starts with no underscore is a command, or a folder of commands, and
-is found by itself: to add one, add a file with a function under `@command("name")`."""
+"""The `hatcl` command. Each file or folder here whose name does not start with an underscore holds commands and is
+found automatically: to add a command, add a file with a function under `@command("name")`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ._options import Either
 from ._version import environment
 
 __all__ = ["COMMANDS", "Answer", "Asked", "Bar", "Command", "Either", "command", "err", "main", "out", "say"]
-GROUPS: dict[str, str] = {}  # folders of commands, with what they say of themselves
+GROUPS: dict[str, str] = {}  # folders of commands -> their help text
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line. Errors that are the user's to mend are shown as one message, with exit code 2."""
+    """Run the command line. Errors that the user can fix are shown as one message, with exit code 2."""
     try:
         app()(args, prog_name="hatcl")
     except Stopped as stopped:
@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def app() -> typer.Typer:
-    """The command line with every command that is registered, those of this folder included."""
+    """The command line with every registered command, including those of this folder."""
     import_all(__path__, __name__)
     options: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
     root = typer.Typer(
@@ -57,7 +57,7 @@ def app() -> typer.Typer:
 
 
 def import_all(path: Sequence[str], package: str) -> None:
-    """Import every module of a folder whose name starts with no underscore, those of its folders too."""
+    """Import every module of a folder and of its subfolders whose name does not start with an underscore."""
     for module in pkgutil.iter_modules(path):
         if not module.name.startswith("_"):
             found = importlib.import_module(f"{package}.{module.name}")
@@ -68,7 +68,9 @@ def import_all(path: Sequence[str], package: str) -> None:
 
 def _print_version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="With --version: also what a bug report needs.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With --version: also print what a bug report needs.")
+    ] = False,
 ) -> None:
     if verbose and not version:
         raise ConfigError("--verbose belongs to --version: hatcl --version --verbose")

@@ -1,4 +1,5 @@
-"""The option `--benchmark` of `hatcl train`: the tasks and measures of a published benchmark, from the user's copy."""
+"""The option `--benchmark` of `hatcl train`: the tasks and measures of a published benchmark, read from the user's
+copy."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from ..data.benchmarks import BENCHMARKS, benchmark_files
 from ..errors import ConfigError
 
 FromBenchmark = Annotated[
-    Optional[str],  # noqa: UP007, UP045 (an alias that Python 3.10 makes at once)
+    Optional[str],  # noqa: UP007, UP045 (Python 3.10 evaluates the alias at once)
     typer.Option(
         "--benchmark",
         metavar="NAME[:ORDER]=FOLDER",
@@ -23,10 +24,10 @@ FromBenchmark = Annotated[
 
 
 def tasks_of_benchmark(asked: str, task: list[str] | None, text: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """What `--task` and the options of texts would be. A measure that was given for a task stays.
+    """The benchmark as the values of `--task` and of the options for texts. A measure given for a task is kept.
 
     Raises:
-        ConfigError: another form, or other tasks as well; what `read_benchmark` raises.
+        ConfigError: the text has another form, or `--task` was given too; also the errors of `read_benchmark`.
     """
     head, equals, folder = asked.partition("=")
     spelled, colon, order = head.partition(":")

@@ -1,8 +1,8 @@
-"""How a function becomes a command: `@command("name")` above it is all that it takes.
+"""How a function becomes a command: put `@command("name")` above it.
 
-The function's parameters are read by typer. A parameter that is a dataclass is spelled out, one option per field; a
-parameter of the kind `Asked` makes a command that writes a run, which then has --output, --resume and --config. The
-function prints through `_console`, and gives back what --json prints.
+typer reads the function's parameters. A parameter that is a dataclass becomes one option per field. A parameter of type
+`Asked` marks a command that writes a run and adds --output, --resume and --config. The function prints through
+`_console` and returns what --json prints.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ from ._options import (
     stored_value,
 )
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of hatcl.save_pretrained.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, or one written by hatcl.save_pretrained.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
 RUNS = Path("runs")
 META = ("output", "resume", "config", "log", "json_")  # options of the command line, not of the run
 Show = Callable[[Path, dict[str, Any]], None]
@@ -51,9 +53,9 @@ class Command:
     """One command.
 
     Attributes:
-        name: words after `hatcl`. body: the function. show: of a command that writes a run, prints what came of it.
-        free: options that may differ when its run is resumed. place: where its runs go if --output is not given; it is
-            told the options. page: of a command that writes a run, what its page says.
+        name: words after `hatcl`. body: the function. show: prints the results of a run, for a command that writes one.
+            free: options that may differ when its run is resumed. place: from the options, the folder of a run if
+            --output is not given. page: the content of a run's page, for a command that writes one.
     """
 
     name: str
@@ -65,13 +67,13 @@ class Command:
 
     @property
     def writes_run(self) -> bool:
-        """Has it --output, --resume and --config?"""
+        """Whether it has --output, --resume and --config."""
         return self.show is not None
 
 
 @dataclasses.dataclass
 class Answer:
-    """What a command gives back that does not end well: `content` for --json, and the exit code."""
+    """The result of a command that ends badly: `content` for --json, and the exit code."""
 
     content: Any
     code: int = 1
@@ -91,7 +93,7 @@ def command(
     """Make a function the command `hatcl NAME`; see `Command`.
 
     Raises:
-        ConfigError: a name that is taken.
+        ConfigError: the name is taken.
     """
 
     def add(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,12 +107,12 @@ def command(
 
 @dataclasses.dataclass
 class Asked:
-    """What the command line asks of a command that writes a run.
+    """The request that the command line makes to a command that writes a run.
 
     Attributes:
-        options: all options as config.json holds them; a body may put paths and defaults in their final form.
-        given: the names of those that were given, not left at their defaults.
-        log: further writers of what is told while it learns.
+        options: all options as config.json holds them; a body may replace paths and defaults by their final form.
+        given: the names of the options that were given rather than left at their defaults.
+        log: further writers that receive the figures of each step.
     """
 
     command: Command
@@ -122,20 +124,20 @@ class Asked:
     _folder: RunFolder | None = None
 
     def folder(self, free: Collection[str] | None = None) -> RunFolder:
-        """The run's folder, after it was found to be free, or to hold this run.
+        """The run's folder, after checking that it is free or holds this run.
 
         Args:
             free: options that may differ when the run is resumed; None = those of the command.
 
         Raises:
-            ConfigError: it is neither.
+            ConfigError: it is neither free nor this run's.
         """
         may_differ = self.command.free if free is None else free
         self._folder = RunFolder(self.output, self.command.name, self.options, self.resume, may_differ, self.log)
         return self._folder
 
     def close(self) -> None:
-        """The command has ended, well or not."""
+        """End the command, whether it succeeded or not."""
         if self._folder is not None:
             self._folder.close()
 
@@ -144,7 +146,7 @@ class Asked:
 
 
 def typed(it: Command) -> Callable[..., None]:
-    """The function that typer reads: every option spelled out."""
+    """The function that typer reads, with one parameter per option."""
     hints = typing.get_type_hints(it.body, include_extras=True)
     groups: dict[str, list[inspect.Parameter]] = {}
     parameters: list[inspect.Parameter] = []
@@ -204,7 +206,7 @@ def typed(it: Command) -> Callable[..., None]:
 
 
 def _meta(it: Command) -> list[inspect.Parameter]:
-    """The options that every command, or every command that writes a run, has."""
+    """The options that every command has, and those of every command that writes a run."""
     found: list[tuple[str, Any, Any]] = []
     if it.writes_run:
         where = "a new one in runs/" if it.place is None else "one inside of what the command reads"
@@ -214,24 +216,24 @@ def _meta(it: Command) -> list[inspect.Parameter]:
                 "resume", bool,
                 typer.Option(
                     "--resume",
-                    help="Go on with the run in --output (by default the newest), or show it if it is finished. "
-                    "Options that are not given are those of the run.",
+                    help="Resume the run in --output (by default the newest), or show it if it is finished. "
+                         "Options that are not given are taken from the run.",
                 ),
             ),
             (
                 "config", Path | None,
                 typer.Option(
                     "--config",
-                    help="Options from a YAML or JSON file, such as a run's own config.json; those given on the "
-                    "command line count more.",
+                    help="Options from a YAML or JSON file, such as a run's own config.json; options given on the "
+                         "command line override them.",
                 ),
             ),
             (
                 "log", list[str] | None,
                 typer.Option(
                     "--log",
-                    help=f"Where the figures of each step go as well: {', '.join(LOGS)}; repeatable. The folder has "
-                    "them in metrics.jsonl and metrics.csv.",
+                    help=f"Also send the figures of each step to {', '.join(LOGS)}; repeatable. The folder always "
+                         "has them in metrics.jsonl and metrics.csv.",
                 ),
             ),
         ]  # fmt: skip
@@ -251,24 +253,24 @@ def _was_given(context: typer.Context, name: str) -> bool:
 
 @contextlib.contextmanager
 def _stoppable(context: typer.Context, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Ctrl-C ends a command with a word on how to go on."""
+    """Ctrl-C ends a command with a message on how to resume."""
     try:
         yield
     except KeyboardInterrupt:
         run = next((a for a in arguments.values() if isinstance(a, Asked)), None)
         again = f"{context.command_path} --resume --output {run.output}" if run else "the same command"
-        raise Stopped(f"stopped. Go on with: {again}") from None
+        raise Stopped(f"stopped. Resume with: {again}") from None
 
 
 class Stopped(Exception):
-    """Somebody pressed Ctrl-C; the text says how to go on."""
+    """The user pressed Ctrl-C; the text says how to resume."""
 
 
 # --- options from files ---
 
 
 def _run_place(it: Command, options: Mapping[str, Any], resume: bool) -> Path:
-    """Where a run goes, or lies, if --output is not given."""
+    """The folder of a new or resumed run if --output is not given."""
     if it.place is not None and (own := it.place(options)) is not None:
         return own
     numbers = sorted(int(path.name) for path in RUNS.glob("*") if path.name.isdigit())
@@ -287,7 +289,7 @@ class ReadsFiles(TyperCommand):
     it: Command
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Look for --config, --resume and --output first, and fill in the defaults that they bring."""
+        """Look for --config, --resume and --output first, and fill in the defaults that they give."""
         if self.it.writes_run and not {"--help", "-h"} & set(args):
             options, rest, _ = self.make_parser(ctx).parse_args(list(args))
             ctx.default_map = {**self._resumed(options), **self._configured(options)}
@@ -315,7 +317,7 @@ class ReadsFiles(TyperCommand):
         found = read_options(path)
         other = found.pop("command", self.it.name)
         if other != self.it.name:
-            raise ConfigError(f"--config: {path} is of hatcl {other}, not of hatcl {self.it.name}")
+            raise ConfigError(f"--config: {path} holds options of hatcl {other}, not of hatcl {self.it.name}")
         return self._checked(found, f"--config: {path}")
 
     def _checked(self, found: Mapping[str, Any], where: str, stored: bool = False) -> dict[str, Any]:
@@ -337,10 +339,10 @@ class ReadsFiles(TyperCommand):
 
 
 def reads_files(it: Command) -> type[TyperCommand]:
-    """The class of the typer command, which knows what it is of."""
+    """The class of the typer command, bound to its `Command`."""
     return type("ReadsFiles", (ReadsFiles,), {"it": it})
 
 
 def words(text: str) -> str:
-    """A docstring's text for --help: paragraphs, without line breaks inside of them."""
+    """A docstring's text for --help: paragraphs, without line breaks inside them."""
     return "\n\n".join(" ".join(p.split()) for p in re.split(r"\n\s*\n", inspect.cleandoc(text)))

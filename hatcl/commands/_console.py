@@ -20,30 +20,30 @@ from rich.progress import (
 )
 from rich.text import Text
 
-# names of tasks and folders are printed as they are
+# without markup, names of tasks and folders are printed as they are
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def say(text: object, style: str | None = None) -> None:
-    """One message, not broken into lines, so that paths in it can be copied."""
+    """Print one message without line breaks, so that paths in it can be copied."""
     out.print(text, style=style, soft_wrap=True)
 
 
 def plain(text: str) -> None:
-    """Text for pipes, whatever the width of the terminal."""
+    """Print text for pipes, regardless of the terminal's width."""
     if not out.quiet:
         print(text)
 
 
 def fail(message: object) -> None:
-    """What went wrong, on the error stream."""
+    """Print an error message on the error stream."""
     err.print(Text.assemble(("error: ", "bold red"), (str(message), "red")), soft_wrap=True)
 
 
 @contextlib.contextmanager
 def quiet(on: bool) -> Iterator[None]:
-    """Print nothing inside but errors."""
+    """Inside, print nothing but errors."""
     before, out.quiet = out.quiet, on
     try:
         yield
@@ -52,7 +52,7 @@ def quiet(on: bool) -> Iterator[None]:
 
 
 def print_json(content: Any) -> None:
-    """A report as JSON, on standard output. Numbers that are not finite are null."""
+    """Print a report as JSON on standard output. Numbers that are not finite become null."""
     print(json.dumps(_printable(content), indent=2, allow_nan=False))
 
 
@@ -67,7 +67,7 @@ def _printable(content: Any) -> Any:
 
 
 def percent(value: float | None) -> str:
-    """A share for a table; a dot where it was not measured."""
+    """A share formatted for a table; a dot if it was not measured."""
     return "·" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
@@ -75,7 +75,7 @@ class Bar:
     """A progress bar on a terminal; elsewhere, and under --json, nothing.
 
     Args:
-        total: how many there are in all, None = not known yet. unit: what is counted; `bytes` are shown as sizes.
+        total: the number of items, None = not known yet. unit: what is counted; `bytes` are shown as sizes.
     """
 
     def __init__(self, total: int | None, unit: str, text: str = "reading") -> None:
@@ -94,14 +94,14 @@ class Bar:
         self.progress.stop()
 
     def says(self, text: str, **at: Any) -> None:
-        """Change the text, and with `completed=` and `total=` where it stands."""
+        """Change the text, and with `completed=` and `total=` the position."""
         self.progress.update(self.bar, description=text, **at)
 
     def advance(self) -> None:
-        """One more is done."""
+        """Count one more item as done."""
         self.progress.advance(self.bar)
 
     def line(self, text: str) -> None:
-        """A line of its own where there is no terminal to show the bar."""
+        """Print a line if there is no terminal to show the bar."""
         if not out.is_terminal:
             say(text)

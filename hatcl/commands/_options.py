@@ -20,13 +20,13 @@ from ..config import help_of
 from ..errors import ConfigError, IntegrityError
 from ..files import read_json
 
-# the option of a field, where a dataclass calls it otherwise
+# field -> option, where the two names differ
 SPELLED = {"words": "word"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Either:
-    """Marks a parameter that is a mapping of those options of several dataclasses that were given."""
+    """Marks a parameter that is a mapping of the given options, whose names are fields of several dataclasses."""
 
     kinds: tuple[type, ...]
 
@@ -35,7 +35,7 @@ class Either:
 
 
 def fields_as_options(kinds: tuple[type, ...], default: Any, taken: Collection[str]) -> list[inspect.Parameter]:
-    """One option per field; of several dataclasses one for all fields of a name, without a default of its own."""
+    """One option per field. Fields of the same name in several dataclasses share one option without a default."""
     found: dict[str, inspect.Parameter] = {}
     for kind in kinds:
         hints, said = typing.get_type_hints(kind, include_extras=True), help_of(kind)
@@ -48,13 +48,13 @@ def fields_as_options(kinds: tuple[type, ...], default: Any, taken: Collection[s
             hint, text = hints[f.name], said[f.name]
             if len(kinds) > 1:
                 before, own = _said(found.get(name)), f"{text} (default {value})"
-                if before.startswith(f"{text} (default"):  # of the same words the defaults alone
+                if before.startswith(f"{text} (default"):  # where the words are the same, only the defaults are added
                     own = before if before == own else f"{before[:-1]} / {value})"
                     before = ""
                 text = " / ".join(t for t in (before, own) if t)
                 hint, value = _optional(hint), None
             if f.name == "device":
-                value, text = "auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."
+                value, text = "auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."
             value = inspect.Parameter.empty if value is dataclasses.MISSING else value
             annotation = spelled_hint(name, hint, value, text)
             if _is_mapping(hint) or _is_tuple(hint):
@@ -64,7 +64,7 @@ def fields_as_options(kinds: tuple[type, ...], default: Any, taken: Collection[s
 
 
 def made(kind: Any, values: Mapping[str, Any]) -> Any:
-    """A dataclass of the options that are called as its fields. Raises what it raises."""
+    """A dataclass made from the options named like its fields. Raises the errors of its constructor."""
     hints, out = typing.get_type_hints(kind), {}
     for f in dataclasses.fields(kind):
         name = SPELLED.get(f.name, f.name)
@@ -74,7 +74,7 @@ def made(kind: Any, values: Mapping[str, Any]) -> Any:
 
 
 def options_of(kind: Any) -> set[str]:
-    """What the options of a dataclass's fields are called."""
+    """The names of the options of a dataclass's fields."""
     return {SPELLED.get(f.name, f.name) for f in dataclasses.fields(kind)}
 
 
@@ -88,7 +88,7 @@ def _said(p: inspect.Parameter | None) -> str:
 
 
 def spelled_hint(name: str, hint: Any, default: Any, text: str = "") -> Any:
-    """The annotation that typer reads, of a parameter that may have one already."""
+    """The annotation that typer reads, for a parameter that may have one already."""
     inside, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
     option = next((m for m in marks if isinstance(m, typer.models.ParameterInfo)), None)
     if option is None:
@@ -133,7 +133,7 @@ def either_of(hint: Any) -> Either | None:
 
 
 def read_value(annotation: Any, name: str, value: Any) -> Any:
-    """A value as the body gets it: `key=value` texts as a mapping, by the last mark of its annotation."""
+    """A value as the body receives it, read by the last mark of its annotation: `key=value` texts become a mapping."""
     marks = typing.get_args(annotation)[2:]
     readers = [m for m in marks if callable(m)]
     flag = "--" + name.rstrip("_").replace("_", "-")
@@ -141,10 +141,10 @@ def read_value(annotation: Any, name: str, value: Any) -> Any:
 
 
 def key_values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs, values read as Python literals where they are ones (true and false too) and as text otherwise.
+    """Read `key=value` pairs. Values that are Python literals (or true, false) are read as such, others as text.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: a text has another form.
     """
     values: dict[str, Any] = {}
     for pair in pairs:
@@ -159,10 +159,10 @@ def key_values(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def label_texts(flag: str, pairs: Sequence[str]) -> dict[str, str]:
-    """`key=text` pairs.
+    """Read `key=text` pairs.
 
     Raises:
-        ConfigError: something else, or a key twice.
+        ConfigError: a text has another form, or a key appears twice.
     """
     values: dict[str, str] = {}
     for pair in pairs:
@@ -192,10 +192,10 @@ def stored_value(value: Any) -> Any:
 
 
 def usable_device(device: str) -> str:
-    """The device of this name; for `auto` a GPU where there is one.
+    """The device of this name; for `auto` a GPU if there is one.
 
     Raises:
-        ConfigError: it cannot be used here.
+        ConfigError: the device cannot be used here.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -207,7 +207,7 @@ def usable_device(device: str) -> str:
 
 
 def as_texts(value: Any, many: bool) -> Any:
-    """A value as the command line would have given it."""
+    """A value as the texts that the command line would have passed."""
     if isinstance(value, Mapping):
         return [f"{k}={_literal(v)}" for k, v in value.items()]
     if many:
@@ -230,10 +230,10 @@ def _literal(value: Any) -> str:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """Options from a YAML or JSON file; of a run's config.json its `options`, with `command` beside them.
+    """Read options from a YAML or JSON file. For a run's config.json these are its `options`, plus `command`.
 
     Raises:
-        IntegrityError: the file cannot be read. ConfigError: it holds something else.
+        IntegrityError: the file cannot be read. ConfigError: it does not hold options.
     """
     if path.suffix == ".json":
         content = read_json(path, object)

@@ -1,4 +1,4 @@
-"""The page of a run of each command, and its figures for a comparison."""
+"""For each command that writes runs: the page of a run, and its figures for a comparison."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ._shown import SHOWN, certificate_line, no_better, seconds_of, without_forg
 
 
 def learning_page(run: Path, metrics: dict[str, Any]) -> Told:
-    """Of `hatcl train`."""
+    """The page of a run of `hatcl train`."""
     left, gone = without_forgotten(metrics)
     result = SequenceResult.from_dict(left)
     numbers = [i for i in range(len(metrics["tasks"])) if i not in gone]
@@ -55,7 +55,7 @@ def learning_page(run: Path, metrics: dict[str, Any]) -> Told:
 
 
 def finetune_page(run: Path, metrics: dict[str, Any]) -> Told:
-    """Of `hatcl finetune`."""
+    """The page of a run of `hatcl finetune`."""
     score, measure = metrics["score"], metrics["measure"]
     figures = {"task": metrics["task"], "measure": measure}
     unit = score_unit([measure])
@@ -65,7 +65,7 @@ def finetune_page(run: Path, metrics: dict[str, Any]) -> Told:
 
 
 def graft_page(run: Path, metrics: dict[str, Any]) -> Told:
-    """Of `hatcl graft`."""
+    """The page of a run of `hatcl graft`."""
     figures = {f"{name} %": percent(metrics[name]["accuracy"]) for name in ("pretrained", "finetuned")}
     figures |= {f"{row['by']} {row['sparsity']:g} %": percent(row["accuracy"]) for row in metrics["grafts"]}
     tuned = (runs.stored_config(run) or {"options": {}})["options"].get("run", "RUN")
@@ -75,7 +75,7 @@ def graft_page(run: Path, metrics: dict[str, Any]) -> Told:
 
 
 def atlas_page(run: Path, metrics: dict[str, Any]) -> Told:
-    """Of the `hatcl atlas` commands that learn."""
+    """The page of a run of the `hatcl atlas` commands that learn."""
     with (run / "coefficients.csv").open() as f:
         rows = list(csv.reader(f))[1:]
     last = metrics["accuracy"].get("composed", {})

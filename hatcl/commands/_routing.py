@@ -1,4 +1,4 @@
-"""The router of a run of `hatcl train`: made of its data, measured, shown, and without the tasks that are forgotten."""
+"""The router of a run of `hatcl train`: make it from the run's data, measure it, show it, and drop forgotten tasks."""
 
 from __future__ import annotations
 
@@ -80,30 +80,31 @@ def route(
 
 
 def about(run: Path) -> dict[str, Any] | None:
-    """What a run's router.json says; None where it has no router."""
+    """The content of a run's router.json; None if it has no router."""
     return runs.read_json(run / ABOUT) if (run / ABOUT).exists() else None
 
 
 def routed(run: Path) -> dict[str, Any]:
-    """What a run's router.json says.
+    """The content of a run's router.json.
 
     Raises:
-        ConfigError: it has no router.
+        ConfigError: the run has no router.
     """
     known = about(run)
     if known is None:
-        raise ConfigError(f"{run}: has no router; make one with: hatcl train --resume --router --output {run}")
+        raise ConfigError(f"{run} has no router; make one with: hatcl train --resume --router --output {run}")
     return known
 
 
 def load_router(run: Path, model: nn.Module, asked: bool = True) -> hatcl.TaskRouter:
-    """The router of a run, for images as they are stored, or for the tokens of texts.
+    """Load a run's router, which reads images as they are stored, or the tokens of texts.
 
     Args:
-        asked: whether it is to tell tasks, for which texts need the base model and its tokenizer.
+        asked: whether it will be asked for the task of an input; for texts this needs the base model and tokenizer.
 
     Raises:
-        ConfigError: it has none. IntegrityError: it is damaged; the base model or its tokenizer is another one.
+        ConfigError: the run has no router. IntegrityError: the router is damaged, or the base model or its tokenizer
+            has changed.
     """
     known = routed(run)
     if "prepared" in known:
@@ -114,7 +115,7 @@ def load_router(run: Path, model: nn.Module, asked: bool = True) -> hatcl.TaskRo
 
 
 def text_readings(run: Path, known: Mapping[str, Any]) -> list[TextReading]:
-    """How the tasks of a run read texts: from its options and labels alone, without its data."""
+    """How each task of a run reads texts, found from the run's options and labels without its data."""
     pairs = [[(y, y) for y in labels] or [("text", "text")] for labels in known["labels"]]
     stubs = {name: TextData(some, [], []) for name, some in zip(known["tasks"], pairs, strict=True)}
     options: dict[str, Any] = runs.stored_config(run)["options"]  # type: ignore[index]
@@ -122,19 +123,19 @@ def text_readings(run: Path, known: Mapping[str, Any]) -> list[TextReading]:
     for what, digest in _read_with(base, sequence, all(known["chats"])).items():
         if known[what] != digest:
             raise IntegrityError(
-                f"{run}: its router was made with {READ_WITH[what]} that is no longer the one at {options['model']}, "
-                "so that texts would be read as others; put back what was there"
+                f"{run}: its router was made with {READ_WITH[what]} that is no longer the one at "
+                f"{options['model']}, so texts would be read differently; restore the files that were there"
             )
     return readings(sequence)
 
 
 def _read_with(base: nn.Module, sequence: Sequence[ContinualTask], chat: bool) -> dict[str, str]:
-    """Digests of that by which texts are read, which is no part of a run."""
+    """Digests of the base model and the chat template: texts are read with them, but the run does not contain them."""
     return {"base": base_of(base), "tokens": tokens_digest(readings(sequence), chat)}
 
 
 def drop_routed(run: Path, model: nn.Module, task: int) -> None:
-    """Take a task that was forgotten out of a run's router, exactly. What was measured with it goes too."""
+    """Remove a forgotten task from a run's router exactly, along with the figures measured with it."""
     known = about(run)
     if known is None:
         return
@@ -147,13 +148,13 @@ def drop_routed(run: Path, model: nn.Module, task: int) -> None:
 
 
 def show_run(run: Path, metrics: Mapping[str, Any]) -> None:
-    """Print what a run of `hatcl train` showed, its router included."""
+    """Print the results of a run of `hatcl train`, including its router."""
     show_learning(run, metrics)
     _show_routing(run)
 
 
 def _show_routing(run: Path) -> None:
-    """Print how well a run's router finds tasks, and draw whom it takes for whom."""
+    """Print how well a run's router finds tasks, and draw which task it takes for which."""
     known = about(run)
     if known is None:
         return
@@ -161,7 +162,7 @@ def _show_routing(run: Path) -> None:
     if found is None:
         say("router: not measured since a task was forgotten", "yellow")
         return
-    table = Table(box=box.SIMPLE_HEAD, title="without the task being told, in %", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title="without being given the task, in %", title_justify="left")
     shown = {name: found[key] for name, key in ROUTED.items() if key in found}
     for name in shown:
         table.add_column(name, justify="right")

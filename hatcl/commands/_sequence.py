@@ -1,4 +1,4 @@
-"""The model and the tasks of a run of `hatcl train`, from its options as config.json has them."""
+"""Make the model and the tasks of a run of `hatcl train` from its options as config.json has them."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ HAT = "hat"
 
 
 def task_places(texts: Sequence[str]) -> list[TaskPlace]:
-    """Tasks as `--task` has them, with their paths made absolute.
+    """The tasks given by `--task`, with their paths made absolute.
 
     Raises:
-        ConfigError: another form, or two of one name.
+        ConfigError: a text has another form, or two tasks have the same name.
     """
     places = [TaskPlace.parsed(text).absolute() for text in texts]
     names = [place.name for place in places]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"--task: two are named {twice!r}; give each a name of its own, NAME=FILE")
+        raise ConfigError(f"--task: two are named {twice!r}; give each its own name, NAME=FILE")
     return places
 
 
 def read_tasks(options: Mapping[str, Any]) -> dict[str, TextData] | list[ImageData]:
-    """The data of a run's tasks: of texts by their names, or of images.
+    """The data of a run's tasks: a mapping from names to texts, or a list of images.
 
     Raises:
-        ConfigError: it cannot be read, or some are texts and some are not. IntegrityError: a damaged file.
+        ConfigError: the data cannot be read, or texts and images are mixed. IntegrityError: a file is damaged.
     """
     texts, split, dataset, root = (options.get(name) for name in ("task", "split", "dataset", "root"))
     whole, _, count = (split or "").rpartition(":")
@@ -56,7 +56,7 @@ def read_tasks(options: Mapping[str, Any]) -> dict[str, TextData] | list[ImageDa
     if split and not (texts or dataset or whole):
         raise ConfigError(f"--split: got {split!r}, expected PLACE:5 (or a number together with --task or --dataset)")
     if dataset and not root:
-        raise ConfigError("--dataset needs --root, the folder where its files lie")
+        raise ConfigError("--dataset needs --root, the folder of its files")
     found: dict[str, TextData | ImageData] = {}
     if dataset:
         found[dataset] = torchvision_task(dataset, str(root), download=options["download"])
@@ -65,7 +65,7 @@ def read_tasks(options: Mapping[str, Any]) -> dict[str, TextData] | list[ImageDa
     for place in task_places(texts or [whole] if not dataset else ()):
         for name, data in place.read(made(DataOptions, options), options["seed"]).items():
             if name in found:
-                raise ConfigError(f"--task: two are named {name!r}; give each a name of its own, NAME=FILE")
+                raise ConfigError(f"--task: two are named {name!r}; give each its own name, NAME=FILE")
             found[name] = data
     if split:
         if len(found) > 1:
@@ -73,7 +73,7 @@ def read_tasks(options: Mapping[str, Any]) -> dict[str, TextData] | list[ImageDa
         return split_task(next(iter(found.values())), count)
     images = [data for data in found.values() if isinstance(data, ImageData)]
     if images and len(images) < len(found):
-        raise ConfigError("--task: images and texts together; give tasks of one of them")
+        raise ConfigError("--task: got images and texts together; give tasks of one kind")
     return images or {name: data for name, data in found.items() if isinstance(data, TextData)}
 
 
@@ -81,7 +81,7 @@ def tasks_of(options: Mapping[str, Any]) -> list[ContinualTask]:
     """The tasks of a run's options.
 
     Raises:
-        ConfigError, IntegrityError: they cannot be read.
+        ConfigError, IntegrityError: the tasks cannot be read.
     """
     data = read_tasks(options)
     return texts(options, data)[1] if isinstance(data, dict) else images(options, data)
@@ -91,7 +91,7 @@ def tasks_of(options: Mapping[str, Any]) -> list[ContinualTask]:
 
 
 def texts(options: Mapping[str, Any], data: Mapping[str, TextData]) -> tuple[nn.Module, list[ContinualTask]]:
-    """The base model with its new adapter, where the method learns one, and the tasks."""
+    """The base model, with a new adapter if the method learns one, and the tasks."""
     form: TextOptions = made(TextOptions, options)
     adapter = list_continual_methods()[options["method"]].adapted
     adapted, tokenizer, kind = adapted_model(options["model"], form, options["seed"], adapter)
@@ -103,7 +103,7 @@ def texts(options: Mapping[str, Any], data: Mapping[str, TextData]) -> tuple[nn.
 
 
 def gated(model: nn.Module, tasks: Sequence[ContinualTask], config: HATConfig) -> nn.Module:
-    """Gates over the pairs of an adapted model."""
+    """Put gates over the LoRA pairs of an adapted model."""
     return hatcl.convert(model, len(tasks), tasks[0].inputs(), config=config)
 
 
@@ -111,7 +111,7 @@ def gated(model: nn.Module, tasks: Sequence[ContinualTask], config: HATConfig) -
 
 
 def images(options: Mapping[str, Any], stream: Sequence[ImageData]) -> list[ContinualTask]:
-    """The tasks of some images."""
+    """The tasks made from a stream of image data."""
     return image_tasks(
         stream, made(ImageOptions, options), one_head=options["method"] != HAT,
         validated=options["score_on"] == "validation", seed=options["seed"],
@@ -119,11 +119,11 @@ def images(options: Mapping[str, Any], stream: Sequence[ImageData]) -> list[Cont
 
 
 def image_model(options: Mapping[str, Any], stream: Sequence[ImageData], tasks: Sequence[ContinualTask]) -> nn.Module:
-    """The untrained model, its weights drawn from the run's seed: with gates for `hat`; for other methods plain, with
-    one head for the classes of all tasks, and an adapter where the method learns one.
+    """The untrained model, with weights drawn from the run's seed: for `hat` with gates; for other methods a plain
+    model with one head for the classes of all tasks, and an adapter if the method learns one.
 
     Raises:
-        ConfigError: there is no such model, it does not fit the method, or it does not take the images.
+        ConfigError: there is no such model, it does not fit the method, or it does not accept the images.
     """
     name, method = options["model"], list_continual_methods()[options["method"]]
     _check_name(name, method.name)
@@ -134,9 +134,9 @@ def image_model(options: Mapping[str, Any], stream: Sequence[ImageData], tasks: 
         config = HATConfig.from_dict({"num_tasks": len(stream), **options["set_"]})
         if config.num_tasks < len(stream):
             raise ConfigError(
-                f"--set num_tasks: got {config.num_tasks}, expected at least the {len(stream)} tasks at hand"
+                f"--set num_tasks: got {config.num_tasks}, expected at least {len(stream)}, the number of tasks given"
             )
-        widths = classes + [max(classes)] * (config.num_tasks - len(classes))  # room for tasks to come
+        widths = classes + [max(classes)] * (config.num_tasks - len(classes))  # room for later tasks
         more = {"num_classes": widths, "num_tasks": config.num_tasks, "hat_config": config}
     torch.manual_seed(options["seed"])
     try:
@@ -154,7 +154,7 @@ def image_model(options: Mapping[str, Any], stream: Sequence[ImageData], tasks: 
 
 
 def model_name(name: str, gates: bool) -> str:
-    """timm's name as the method needs it, with `hat_` in front or without."""
+    """timm's name in the form that the method needs, with or without `hat_` in front."""
     plain = name.removeprefix(PREFIX)
     return PREFIX + plain if gates else plain
 
@@ -168,7 +168,7 @@ def _check_name(name: str, method: str) -> None:
 
 
 def _try_images(name: str, model: nn.Module, task: ContinualTask) -> None:
-    """Do images pass through the model?"""
+    """Check that images pass through the model."""
     x = task.inputs()
     try:
         with Evaluating(model), torch.no_grad():
@@ -176,5 +176,5 @@ def _try_images(name: str, model: nn.Module, task: ContinualTask) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(
             f"--model: {name} does not take images of {list(x.shape[1:])} ({str(error).splitlines()[0]}); give --size, "
-            f"or, where timm takes it, --model-kwargs img_size={x.shape[-1]}"
+            f"or, if timm accepts it, --model-kwargs img_size={x.shape[-1]}"
         ) from error

@@ -1,4 +1,4 @@
-"""What `hatcl train` and `hatcl show` print of a run: while it learns, and what came of it."""
+"""The output of `hatcl train` and `hatcl show` about a run: progress while it learns, and its results."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ SHOWN = {
     "BWT": "backward_transfer",
     "zero-shot": "zero_shot_transfer",
 }
-SHARE = 0.2  # of the units, for the picture of the overlap
+SHARE = 0.2  # share of the units, for the picture of the overlap
 
 
 class Display:
-    """A progress bar over a table that fills while tasks are learned; without a terminal, a line for each task.
+    """A progress bar with a table that fills while tasks are learned; without a terminal, one line per task.
 
     Args:
-        folder: whose metrics.jsonl gets a line per step. names: of the stages. steps: of each stage.
-        scored_by: the measures of their scores.
+        folder: its metrics.jsonl gets a line per step. names: the stages. steps: the number of steps of each stage.
+            scored_by: the measures of their scores.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Display:
         self.done: list[dict[str, float]] = []
         self.running: dict[str, float] | None = None
         self.drawn = 0.0
-        self.first = ""  # a line that is said when the method has found nothing wrong
+        self.first = ""  # a line that is printed once the method has found nothing wrong
 
     def __enter__(self) -> Display:
         if out.is_terminal and not out.quiet:
@@ -67,7 +67,7 @@ class Display:
         self.live.stop()
 
     def tell(self, at: Progress) -> None:
-        """What the loop tells."""
+        """Take in a progress report of the loop."""
         if self.first:
             say(self.first)
             self.first = ""
@@ -88,7 +88,7 @@ class Display:
                 self.bar.line(f"before learning, {at.task}: score {at.value:.4f}")
 
     def _draw(self, force: bool = False) -> None:
-        """At most ten times a second: drawing must not cost more than learning."""
+        """Draw at most ten times a second: drawing must not cost more than learning."""
         now = time.monotonic()
         if self.live.is_started and (force or now - self.drawn > 0.1):
             table = tasks_table(self.names, self.done, running=self.running, scored_by=self.scored_by)
@@ -106,14 +106,14 @@ def _stage_line(at: Progress) -> str:
     )
 
 
-# --- what came of a run ---
+# --- the results of a run ---
 
 
 def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
-    """Print what a run showed, finished or not, and draw its pictures; tasks that were forgotten are left out."""
+    """Print the results of a finished or unfinished run and draw its pictures, without the forgotten tasks."""
     left, gone = without_forgotten(metrics)
     result = SequenceResult.from_dict(left)
-    numbers = [i for i in range(len(metrics["tasks"])) if i not in gone]  # by which every command knows the tasks
+    numbers = [i for i in range(len(metrics["tasks"])) if i not in gone]  # as every command counts the tasks
     if result.tasks:
         out.print(matrix_table(result.rows, result.tasks, numbers, result.commonest, result.scored_by))
     for j, name in zip(numbers, result.tasks, strict=True):
@@ -139,25 +139,25 @@ def show_learning(run: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def seconds_of(run: Path) -> float:
-    """How long a run has learned and scored."""
+    """How many seconds a run has spent on learning and scoring."""
     seconds = runs.read_json(run / kept.SECONDS, list) if (run / kept.SECONDS).exists() else []
     return float(sum(sum(stage.values()) for stage in seconds))
 
 
 def no_better(result: SequenceResult, numbers: Sequence[int]) -> list[str]:
-    """A sentence for each task that was learned no better than always giving the commonest answer."""
+    """A sentence for each task that was learned no better than always giving the most common answer."""
     scores = [row[i] for i, row in enumerate(result.rows)]  # just after each was learned
     return [
-        f"task {number}  {name}: {100 * score:.1f} % just after learning is no better than always giving the commonest "
-        f"answer ({100 * guess:.1f} %), so nothing shows that it was learned; try more steps (--max-steps), another "
-        "rate (--lr), or more examples"
+        f"task {number}  {name}: {100 * score:.1f} % just after learning is no better than always giving the most "
+        f"common answer ({100 * guess:.1f} %), so nothing shows that it was learned; try more steps (--max-steps), "
+        "another rate (--lr), or more examples"
         for number, name, score, guess in zip(numbers, result.tasks, scores, result.commonest, strict=False)
         if score <= guess
     ]
 
 
 def without_forgotten(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """A run's metrics without the tasks that were forgotten since, and which these are."""
+    """A run's metrics without the tasks that have been forgotten, and which tasks those are."""
     gone = list(metrics.get("forgotten", ()))
     stay = [i for i in range(len(metrics["tasks"])) if i not in gone]
     done = [i for i in stay if i < len(metrics["matrix"])]
@@ -192,7 +192,7 @@ def _measures_table(result: SequenceResult) -> Table:
 
 
 def certificate_line(result: SequenceResult, numbers: Sequence[int]) -> Text:
-    """What the certificate of a run says."""
+    """The certificate of a run as one line."""
     if not result.facts:
         return Text("no task is left", style="yellow")
     moved = [str(t) for t, known in zip(numbers, result.facts, strict=False) if not known["bit_equal"]]
@@ -200,21 +200,21 @@ def certificate_line(result: SequenceResult, numbers: Sequence[int]) -> Text:
     if result.details["exact"] and not moved:
         return Text(
             f"certificate: exact. The outputs of all {len(result.facts)} sealed tasks are bit-equal to those at "
-            "sealing, and stay so when everything that is not theirs is overwritten.",
+            "sealing, and stay so when everything that does not belong to them is overwritten.",
             style="green",
         )
     return Text(
-        f"certificate: NOT exact. Outputs moved since sealing: {', '.join(moved) or 'none'}; moved by overwriting what "
-        f"is not theirs: {', '.join(leaks) or 'none'}.",
+        f"certificate: NOT exact. Outputs moved since sealing: {', '.join(moved) or 'none'}; moved when everything "
+        f"that does not belong to them was overwritten: {', '.join(leaks) or 'none'}.",
         style="bold red",
     )
 
 
 def show_skills(run: Path, share: float) -> None:
-    """Draw the units' scores, and how far the tasks' skills overlap, where the method has scored units.
+    """Draw the units' scores and how far the tasks' skills overlap, if the method has scored units.
 
     Args:
-        share: of the units that count as a task's skill.
+        share: the share of the units that counts as a task's skill.
     """
     found = sorted((run / kept.TASKS).glob("*/scores.safetensors"), key=lambda p: int(p.parent.name.split("_")[0]))
     scores = {path.parent.name.partition("_")[2]: SkillScores.load(path) for path in found}

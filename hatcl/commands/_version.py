@@ -1,4 +1,4 @@
-"""What `hatcl --version` prints, and with `--verbose` what a bug report needs."""
+"""The output of `hatcl --version`, which with `--verbose` has what a bug report needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def version_of(library: str) -> str:
 
 
 def devices() -> str:
-    """What torch can compute on here."""
+    """The devices on which torch can compute here."""
     found = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         found.append("mps")
@@ -32,7 +32,7 @@ def devices() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Versions, platform and devices; no name of a user, a machine or a folder."""
+    """Versions, platform and devices, without names of users, machines or folders."""
     return {
         "hatcl": hatcl.__version__,
         "python": platform.python_version(),

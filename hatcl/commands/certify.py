@@ -1,4 +1,4 @@
-"""`hatcl certify`: the proof that every sealed task is as it was."""
+"""`hatcl certify`: prove that every sealed task is as it was."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ TRAIN = "train"
 
 @command("certify")
 def certify_command(run: RunArgument, device: Device = "auto") -> Any:
-    """Attack everything that is not a sealed task's own and demand bit-equal outputs; compare with those at sealing."""
+    """For each sealed task, overwrite all that is not its own and require bit-equal outputs, also to those at
+    sealing."""
     where = torch.device(usable_device(device))
     model = hatcl.from_pretrained(find_model(run)).to(where)
     sealed = hatcl.tasks(model)
@@ -53,8 +54,8 @@ def certify_command(run: RunArgument, device: Device = "auto") -> Any:
 def _compare_with_sealing(
     run: Path, model: nn.Module, sealed: Sequence[int], device: torch.device
 ) -> tuple[dict[int, bool], Any]:
-    """Which tasks' outputs are no longer those at sealing, and inputs to certify with. Without a run's records or its
-    data, nothing is compared and the inputs are random images."""
+    """Find the tasks whose outputs differ from those at sealing, and inputs to certify with. Without a run's records or
+    its data, nothing is compared and the inputs are random images."""
     config = read_json(run / runs.CONFIG) if (run / runs.CONFIG).exists() else {}
     shape = tuple(config.get("input_shape", (3, 224, 224)))
     drawn = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))

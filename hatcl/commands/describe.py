@@ -1,4 +1,4 @@
-"""`hatcl describe`: the units of a model, and who uses them."""
+"""`hatcl describe`: the units of a model, and the tasks that use them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._console import out, say
 
 @command("describe")
 def describe_command(run: RunArgument) -> dict[str, Any]:
-    """Show the units of each layer, how they are shared, what each task uses, and how much is free."""
+    """Show the units of each layer, how they are shared, what each task uses, and how many are free."""
     found = hatcl.describe(hatcl.from_pretrained(find_model(run)))
     description = found.to_dict()
     out.print(units_table(description))

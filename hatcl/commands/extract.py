@@ -1,4 +1,4 @@
-"""`hatcl extract`: a task as a model of its own."""
+"""`hatcl extract`: write a task as a separate model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ._console import say
 
 
 class Form(str, Enum):
-    """What is written."""
+    """The format of the file."""
 
     safetensors = "safetensors"
     pt2 = "pt2"
@@ -39,9 +39,8 @@ def extract_command(
     ] = Form.safetensors,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export in --output.")] = False,
 ) -> dict[str, Any]:
-    """Write the network that a task computes with as an ordinary smaller model, without the other tasks.
-
-    The run stays as it is.
+    """Write the network that a task computes with as an ordinary smaller model, without the other tasks. The run stays
+    as it is.
     """
     folder = find_model(run)
     if (output / runs.CONFIG).exists() and not (output / ABOUT).exists():

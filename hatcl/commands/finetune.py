@@ -22,7 +22,7 @@ from ._pages import finetune_page
 
 
 def show_finetuned(run: Path, metrics: dict[str, Any]) -> None:
-    """Print the scores of both models, and how much has moved."""
+    """Print the scores of both models, and how many elements changed."""
     measure = metrics["measure"]
     table = Table(
         title=f"{metrics['task']}: {measure} {score_unit([measure])}", box=box.SIMPLE_HEAD, title_justify="left"
@@ -31,7 +31,7 @@ def show_finetuned(run: Path, metrics: dict[str, Any]) -> None:
     for column in ("validation", "test"):
         table.add_column(column, justify="right")
     told = {**metrics["score"], "commonest": metrics.get("commonest", {})}
-    titles = {"pretrained": "pretrained", "finetuned": "fine-tuned", "commonest": "always the commonest answer"}
+    titles = {"pretrained": "pretrained", "finetuned": "fine-tuned", "commonest": "always the most common answer"}
     for key, title in titles.items():
         table.add_row(title, *[score_text(told[key].get(part), measure) for part in ("validation", "test")])
     out.print(table)
@@ -40,8 +40,8 @@ def show_finetuned(run: Path, metrics: dict[str, Any]) -> None:
     unit = " %" if score_unit([measure]) == "in %" else ""
     if score is not None and guess is not None and score <= guess:
         say(
-            f"{score_text(score, measure)}{unit} on the {part} examples is no better than always giving the commonest "
-            f"answer ({score_text(guess, measure)}{unit}), so nothing shows that the task was "
+            f"{score_text(score, measure)}{unit} on the {part} examples is no better than always giving the most "
+            f"common answer ({score_text(guess, measure)}{unit}), so nothing shows that the task was "
             "learned; try more steps (--max-steps), another rate (--lr), or more examples",
             "yellow",
         )
@@ -50,7 +50,7 @@ def show_finetuned(run: Path, metrics: dict[str, Any]) -> None:
         f"{moved['changed']:,} of {moved['elements']:,} trained elements changed; {examples['train']} training, "
         f"{examples['validation']} validation and {examples['test']} test examples"
     )
-    say(f"{metrics['seconds']:.0f} s. Go on with: hatcl graft {run}", "dim")
+    say(f"{metrics['seconds']:.0f} s. Next: hatcl graft {run}", "dim")
 
 
 @command("finetune", show=show_finetuned, page=finetune_page)
@@ -59,7 +59,7 @@ def finetune(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A folder of transformers or a name on its hub; with --mode image timm's name."
+            metavar="MODEL", help="A folder of transformers or a name on its hub; with --mode image a timm name."
         ),
     ],
     mode: Annotated[
@@ -76,7 +76,7 @@ def finetune(
             help="Texts: .json or .json.gz with train, dev and test lists of \\[text, label] or "
             "\\[text, text2, label], "
             "or with --task a folder of .tsv or .csv; images: .npz with x_train, y_train, x_test, "
-            "y_test. Without it --task is read from the hub, by the package datasets.",
+            "y_test. Without it, the package datasets reads --task from the hub.",
         ),
     ] = None,
     device: Device = "auto",
@@ -86,8 +86,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a model on one classification task, for hatcl graft.
 
-    The run holds both models' weights, the options and digests of what was read, and accuracies. Validation examples
-    choose among the steps; test examples are only reported. There is a checkpoint every minute.
+    The run holds both models' weights, the options, digests of the files that were read, and accuracies. Validation
+    examples choose the step to keep; test examples are only reported. A checkpoint is written every minute.
     """
     one_of("--mode", mode, list(list_finetune_modes()))
     where = usable_device(device)

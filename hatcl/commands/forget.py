@@ -28,14 +28,14 @@ def forget_command(
     descendants: Annotated[
         str,
         typer.Option(
-            help="What happens to tasks that were started from it and carry what it knew: keep, refuse (forget nothing "
-            "while there are any) or forget (them as well)."
+            help="How to treat tasks that started from this task and carry its knowledge: keep, refuse (forget "
+            "nothing while there are any) or forget (forget them as well)."
         ),
     ] = "keep",
 ) -> dict[str, Any]:
-    """Erase what only this task holds; every other task stays as it is, bit for bit.
+    """Erase everything that only this task holds; every other task stays as it is, bit for bit.
 
-    Of a run, the metrics lose the task as well, and so does its folder.
+    In a run, the task is also removed from the metrics and the folder.
     """
     folder = kept.find_model(run)
     of_a_run = (run / runs.CONFIG).exists() and folder != run
@@ -44,7 +44,7 @@ def forget_command(
             raise ConfigError(f"{run} is not finished; finish it with: hatcl train --resume --output {run}")
         with kept_whole(run / runs.METRICS):  # before anything is erased
             SequenceResult.from_dict(runs.read_json(run / runs.METRICS))
-        runs.tidy(run)  # no older copy may keep what is to be forgotten
+        runs.tidy(run)  # no older copy may keep the task that is to be forgotten
     model = hatcl.from_pretrained(folder)
     if of_a_run and not dry_run and about(run) is not None:
         load_router(run, model, asked=False)  # or an error, before anything is erased
@@ -54,7 +54,7 @@ def forget_command(
         for gone in report.forgotten:
             drop_routed(run, model, gone)
             kept.drop_task(run, gone)
-        for shown in (runs.PICTURE, REPORT):  # they show the task; hatcl show makes those of the others
+        for shown in (runs.PICTURE, REPORT):  # they show the task; hatcl show draws them again without it
             (run / shown).unlink(missing_ok=True)
     elif not dry_run:
         hatcl.save_pretrained(model, folder)

@@ -1,4 +1,4 @@
-"""`hatcl graft`: which few weights of a fine-tuned model hold what it learned, and what they are worth."""
+"""`hatcl graft`: find the few weights of a fine-tuned model that hold what it learned, and measure them."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ from ._pages import graft_page
 
 GRAFTS, RELIABILITY, CURVE = "grafts", "reliability.png", "curve.png"
 SPARSITY = 1e-4  # the paper's headline: 0.01 % of the weights
-HIGHEST = "highest_movement"  # the paper's word for the base patch of the largest differences
+HIGHEST = "highest_movement"  # the paper's name for the base patch of the largest differences
 
 
 class _Any:
-    """A graft's folder says itself how it was made, and a run may gather many: all options but RUN may differ."""
+    """Contains every option but RUN: all may differ on resuming, since each graft's folder records how it was made."""
 
     def __contains__(self, name: object) -> bool:
         return name != "run"
 
 
 def show_grafts(run: Path, metrics: dict[str, Any]) -> None:
-    """Print the table of the models and grafts, and draw the pictures."""
+    """Print the table of models and grafts, and draw the pictures."""
     models, rows = {name: metrics[name] for name in MODELS}, metrics["grafts"]
     if metrics["finetuned_head"]:
-        say(f"{', '.join(metrics['finetuned_head'])}: new, and the fine-tuned ones in all models", "dim")
+        say(f"{', '.join(metrics['finetuned_head'])}: new, so all models use the fine-tuned ones", "dim")
     out.print(_table(models, rows))
     for title, row in (
         ("the fine-tuned model", models["finetuned"]),
@@ -65,8 +65,8 @@ def show_grafts(run: Path, metrics: dict[str, Any]) -> None:
         guess = row.get("commonest")
         if guess is not None and row["accuracy"] <= guess:
             say(
-                f"{title}: an accuracy of {percent(row['accuracy'])} % is no better than always giving the commonest "
-                f"answer ({percent(guess)} %)",
+                f"{title}: an accuracy of {percent(row['accuracy'])} % is no better than always giving the most "
+                f"common answer ({percent(guess)} %)",
                 "yellow",
             )
     every = {"pretrained": models["pretrained"], "fine-tuned": models["finetuned"]}
@@ -94,25 +94,25 @@ def graft(
         typer.Option(
             "--sparsity",
             "--sparsitylevel",
-            help=f"Share of the elements that take part which the graft holds, by default {SPARSITY:g}; may be "
-            "repeated. (--sparsitylevel is the name in the paper's repository.)",
+            help=f"Share of the participating elements that the graft holds, by default {SPARSITY:g}; repeatable. "
+            "(--sparsitylevel is the name in the paper's repository.)",
         ),
     ] = None,
     by: Annotated[
         list[str] | None,
         typer.Option(
             help="How elements are chosen: learned (on the task's loss; the default), magnitude (the largest "
-            "differences), random; may be repeated, to compare."
+            "differences), random; repeatable, to compare."
         ),
     ] = None,
     per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="With magnitude and random: the same share of each tensor.")
+        bool, typer.Option("--per-layer", help="With magnitude and random: take the same share of each tensor.")
     ] = False,
     grain: Annotated[
         list[str] | None,
         typer.Option(
-            help="With magnitude and random: element (the default), or whole groups: unit, row, matrix, ...; may be "
-            "repeated, to compare at one size."
+            help="With magnitude and random: element (the default), or whole groups: unit, row, matrix, ...; "
+            "repeatable, to compare at one size."
         ),
     ] = None,
     no_train: Annotated[
@@ -124,68 +124,71 @@ def graft(
         typer.Option(
             metavar="FILE",
             help="Where learning starts (the paper's base patch): a saved graft or saved scores; by default "
-            f"{HIGHEST}, the largest differences. With --no-train what is measured.",
+            f"{HIGHEST}, the largest differences. With --no-train, the graft to measure.",
         ),
     ] = None,
     checkpoint_location: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Also write the learned graft here, a .safetensors file. With --no-train read it here."
+            metavar="FILE",
+            help="Also write the learned graft here, a .safetensors file. With --no-train, read it from here.",
         ),
     ] = None,
     choose: Annotated[
         str,
         typer.Option(
-            help="Learning: the mask that is kept is that of the lowest loss on the training examples, or of the "
-            "highest score on training and validation examples, as published; few of them choose by chance."
+            help="Learning: keep the mask with the lowest loss on the training examples, or with the highest score "
+            "on training and validation examples, as published; with few examples the score chooses by chance."
         ),
     ] = CHOOSE[0],
     keep_scores: Annotated[
         bool,
         typer.Option(
             "--keep-scores",
-            help="Learning: also write the logits after the last step, 4 bytes for each element that takes part, for "
-            "--mask-path.",
+            help="Learning: also write the mask's logits after the last step, 4 bytes per participating element, "
+            "for --mask-path.",
         ),
     ] = False,
     fix_embeddings: Annotated[
-        bool, typer.Option("--fix-embeddings", help="Embeddings take no part, where fine-tuning has trained them.")
+        bool,
+        typer.Option(
+            "--fix-embeddings", help="Leave the embeddings out of the graft, even if fine-tuning has trained them."
+        ),
     ] = False,
     fix_head: Annotated[
         bool | None,
         typer.Option(
-            help="The head takes no part. A new one, which no pretrained model has, is then the fine-tuned one in all "
-            "models, as published; by default that is done with new heads that fine-tuning has trained."
+            help="Leave the head out of the graft. If the head is new, all models then use the fine-tuned one, as "
+            "published; this is the default for a new head that fine-tuning has trained."
         ),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="A pattern of tensors' names that take part, such as '*.mlp.*'; repeatable."),
+        typer.Option(help="Names of tensors that take part, as a pattern such as '*.mlp.*'; repeatable."),
     ] = None,
     skip: Annotated[
-        list[str] | None, typer.Option(help="A pattern of tensors' names that take no part; may be repeated.")
+        list[str] | None, typer.Option(help="Names of tensors that take no part, as a pattern; repeatable.")
     ] = None,
     ood: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Data of another distribution with the same labels, whose test part is scored; repeatable.",
+            help="Data of another distribution with the same labels; its test part is scored; repeatable.",
         ),
     ] = None,
-    test: Annotated[int | None, typer.Option(help="At most so many test examples, also of --ood.")] = None,
+    test: Annotated[int | None, typer.Option(help="Use at most this many test examples, also of --ood.")] = None,
     bins: Annotated[int, typer.Option(help="Bins of the calibration error.")] = BINS,
     batch_size: Annotated[int, typer.Option(help="Examples per batch while learning.")] = 16,
     device: Device = "auto",
     *,
     learning: GraftOptions,
 ) -> dict[str, Any]:
-    """Put a few weights of the fine-tuned model into the pretrained one, and measure what that is worth.
+    """Put a few weights of the fine-tuned model into the pretrained one, and measure how much of the gain they keep.
 
     The table has the pretrained and the fine-tuned model and each graft: accuracy, F1, the share of the fine-tuning
     gain that is kept, agreement with the fine-tuned model, expected calibration error, and accuracy on other data.
     Choosing uses the run's training examples (with --choose score its validation examples as well); test examples
-    are only reported. A graft that is there already is not made again, so that the same command continues after an
-    interruption.
+    are only reported. A graft that exists already is not made again, so the same command resumes after an interruption.
     """
     for name, value in (("--test", test), ("--bins", bins), ("--batch-size", batch_size)):
         whole(name, value, optional=name == "--test")
@@ -212,10 +215,10 @@ def graft(
     settings = {**scene.settings, "inputs": inputs, "finetuned_head": parts.given}
     steps = sum(learning.steps + 1 if w.by == "learned" else 1 for w in missing) + len(wanted)
     names = [w.name for w in missing]
-    told = {line["name"]: line["stage"] for line in read_steps(folder.path)}  # of the grafts of all commands
+    told = {line["name"]: line["stage"] for line in read_steps(folder.path)}  # for the grafts of all commands
     first = 1 + max((stage for name, stage in told.items() if name not in names), default=-1)
     with folder.claimed(inputs=inputs), Bar(steps, "steps") as bar:
-        for stage in (told[name] for name in names if name in told):  # one that is made again replaces its lines
+        for stage in (told[name] for name in names if name in told):  # a graft that is made again replaces its lines
             drop_steps(folder.path, stage)
 
         def tell(name: str, entry: Mapping[str, float]) -> None:
@@ -268,7 +271,9 @@ def _wanted(
         raise ConfigError(f"--sparsity: got {wrong}, expected a share between 0 and 1, such as {SPARSITY:g}")
     if "learned" in rules and ("element" not in grains or per_layer):
         flag = "--per-layer" if per_layer else f"--grain {grains[0]}"
-        raise ConfigError(f"{flag}: is of --by magnitude and random; a learned graft takes single elements anywhere")
+        raise ConfigError(
+            f"{flag}: works only with --by magnitude or random; a learned graft takes single elements anywhere"
+        )
     if per_layer and grains != ["element"]:
         raise ConfigError(f"--per-layer: got --grain {grains[-1]}, expected element; groups are taken over all tensors")
     pairs = [(rule, g) for rule in rules for g in grains if rule != "learned" or g == "element"]
@@ -278,22 +283,22 @@ def _wanted(
 def _file(
     no_train: bool, mask_path: str | None, location: Path | None, wanted: list[Wanted], by: Sequence[str] | None
 ) -> Path | None:
-    """The file that is read, if any."""
+    """The file to read, if any."""
     mask = None if mask_path in (None, HIGHEST) else Path(str(mask_path))
     learned = [w for w in wanted if w.by == "learned"]
     if location is not None and location.suffix != ".safetensors":
         raise ConfigError(f"--checkpoint-location: got {location}, expected a file that ends in .safetensors")
     if not no_train:
         if mask is not None and not learned:
-            raise ConfigError("--mask-path: is where --by learned starts; add that, or --no-train to measure the file")
+            raise ConfigError("--mask-path is the start of --by learned; add that, or --no-train to measure the file")
         if location is not None and len(learned) != 1:
             raise ConfigError(
-                f"--checkpoint-location: holds one learned graft, but {len(learned)} are asked for; give --by learned "
+                f"--checkpoint-location: holds one learned graft, but {len(learned)} were requested; give --by learned "
                 "and one --sparsity"
             )
         location = None
     elif mask is not None and location is not None:
-        raise ConfigError("--no-train: got --mask-path and --checkpoint-location; give the one file to be measured")
+        raise ConfigError("--no-train: got --mask-path and --checkpoint-location; give only the file to measure")
     elif mask is None and location is None and learned:
         raise ConfigError(
             "--no-train: nothing to measure; give --mask-path or --checkpoint-location, or --by magnitude or random"
@@ -333,7 +338,7 @@ def _table(models: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, 
             *[percent(row["ood"][n]) for n in others],
         )  # fmt: skip
     if models["pretrained"].get("commonest") is not None:
-        table.add_row("commonest answer", "", percent(models["pretrained"]["commonest"]))
+        table.add_row("most common answer", "", percent(models["pretrained"]["commonest"]))
     table.add_section()
     for row in rows:
         table.add_row(

@@ -1,4 +1,4 @@
-"""`hatcl grow`: more units, and room for more tasks."""
+"""`hatcl grow`: give a model more units, and room for more tasks."""
 
 from __future__ import annotations
 
@@ -33,36 +33,39 @@ def grow_command(
     run: RunArgument,
     factor: Annotated[
         float | None,
-        typer.Option(help="How many times the units that each layer has; 1.5 where nothing else is asked for."),
+        typer.Option(help="Multiply the number of units of each layer by this; 1.5 if no other growth is requested."),
     ] = None,
     layer: Annotated[
         Mapping[str, str] | None,
         typer.Option(
             "--layer",
             metavar="NAME=UNITS",
-            help="Instead of a factor, how many new units a layer gets, such as layer1.0.conv1=16; repeatable. hatcl "
-            "describe shows the names.",
+            help="Instead of a factor, the number of new units of a layer, such as layer1.0.conv1=16; repeatable. "
+            "hatcl describe shows the names.",
         ),
     ] = None,
-    add_tasks: Annotated[int | None, typer.Option(help="Make room for so many more tasks.")] = None,
+    add_tasks: Annotated[int | None, typer.Option(help="Make room for this many more tasks.")] = None,
     num_classes: Annotated[
         list[int] | None,
-        typer.Option(help="How many classes the new tasks have: once for all, or repeated, one for each."),
+        typer.Option(help="The number of classes of the new tasks: once for all of them, or once for each."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="The folder to write the model to, and leave the run as it is.")
+        Path | None, typer.Option(help="Write the model to this folder and leave the run as it is.")
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier model in --output.")] = False,
 ) -> dict[str, Any]:
-    """Give a network that has learned more units, and tasks; every sealed task stays as it is, bit for bit.
+    """Give a trained network more units and room for more tasks; every sealed task stays as it is, bit for bit.
 
-    A run that stopped, since its network was full for instance, learns on in the larger network: grow it, and call
-    hatcl train --resume. A task in the middle of which it stopped is then learned from its beginning.
+    A run that stopped, for example because its network was full, can continue in the larger network: grow it, then call
+    hatcl train --resume. If it stopped in the middle of a task, that task is learned from its beginning.
     """
     if factor is not None and layer:
         raise ConfigError("--factor, --layer: got both; --layer names the layers that grow, leave --factor out")
     if num_classes and add_tasks is None:
-        raise ConfigError("--num-classes: is of the tasks that --add-tasks makes room for; add it, or leave this out")
+        raise ConfigError(
+            "--num-classes belongs to the tasks that --add-tasks makes room for; add --add-tasks, or "
+            "leave --num-classes out"
+        )
     how = _new_units(layer) if layer else FACTOR if factor is None and add_tasks is None else factor
     if output is not None and (run / runs.CONFIG).exists() and run.resolve() in output.resolve().parents:
         raise ConfigError(f"--output {output}: lies in {run}, which is to stay as it is; name another folder")
@@ -76,7 +79,8 @@ def grow_command(
     stopped = of_a_run and not (run / runs.METRICS).exists()
     if stopped and add_tasks is not None:
         raise ConfigError(
-            f"--add-tasks: {run} is not finished, and its tasks are those that it was started with; finish it first "
+            f"--add-tasks: {run} is not finished, so its tasks are still those that it was started with; finish it "
+            "first "
             f"(hatcl train --resume --output {run}), or write the model to another folder with --output"
         )
     with held_by_one(run / runs.LOCK) if of_a_run else contextlib.nullcontext():
@@ -106,7 +110,7 @@ def _new_units(layers: Mapping[str, str]) -> dict[str, int]:
 
 
 def _optimizer_of(run: Path, model: nn.Module) -> torch.optim.Optimizer | None:
-    """The optimizer with which a run that stopped learns all of its tasks; None where each task has its own."""
+    """The optimizer that a stopped run uses for all of its tasks; None if each task has its own."""
     path = complete(run / kept.CHECKPOINT) / OPTIMIZER
     if not path.exists():
         return None
@@ -119,8 +123,8 @@ def _optimizer_of(run: Path, model: nn.Module) -> torch.optim.Optimizer | None:
 
 
 def _write_stopped(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """The checkpoint of a run that stopped, with its model and its optimizer in their new sizes."""
-    for midway in run.glob(kept.MIDWAY.format("*")):  # its tensors have the sizes of before
+    """Write the checkpoint of a stopped run, with its model and its optimizer in their new sizes."""
+    for midway in run.glob(kept.MIDWAY.format("*")):  # its tensors have the old sizes
         say(f"the task in which the run stopped is learned from its beginning ({midway.name} is dropped)")
         midway.unlink()
     at = complete(run / kept.CHECKPOINT)
@@ -133,7 +137,7 @@ def _write_stopped(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def _write_finished(run: Path, model: nn.Module) -> None:
-    """The model of a finished run, and what its metrics say of the units."""
+    """Write the model of a finished run, and the units in its metrics."""
     metrics = runs.read_json(run / runs.METRICS)
     described = hatcl.describe(model).to_dict()
     details = {**metrics["details"], "units": described["units"], "layers": described["layers"]}

@@ -1,4 +1,4 @@
-"""`hatcl list`: the names of models."""
+"""`hatcl list`: list the names of models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hatcl merge`: checkpoints into one, file to file; by words, by a recipe, or by a recipe of mergekit."""
+"""`hatcl merge`: merge checkpoints file to file, by arguments, a recipe, or a recipe of mergekit."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from ._console import Bar, say
 from ._options import absolute_path, read_options
 
 RECIPES = (".yaml", ".yml", ".json")
-# options of merging methods that are functions, modules, or tensors
+# options of merging methods that take functions, modules, or tensors
 IN_PYTHON = ("model", "batches", "forward", "fishers", "grams", "evaluate", "scales")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a recipe's file holds.
+    """The content of a recipe's file.
 
     Args:
         base: the pretrained checkpoint. parts: checkpoints, task vectors or adapters; a list of paths (PATH:COEFFICIENT
-            where wanted), or a mapping from paths to coefficients.
-        coefficients: of a list of parts, in its order.
+        if needed), or a mapping from paths to coefficients.
+        coefficients: for a list of parts, in its order.
         method: a merging method instead of the sum. options: its options.
-        only, skip, embeddings, dtype, tokenizer: as the command's options of these names.
+        only, skip, embeddings, dtype, tokenizer: as the command's options of the same names.
     """
 
     base: str
@@ -58,9 +58,9 @@ def merge_command(
         Path,
         typer.Argument(
             metavar="BASE",
-            help="The pretrained checkpoint: a safetensors file, or a folder of shards. Or, alone, a recipe: a .yaml "
-            "or .json file with base, parts, and where wanted coefficients, method, options, only, skip, embeddings, "
-            "dtype and tokenizer; or one of mergekit.",
+            help="The pretrained checkpoint: a safetensors file, or a folder of shards. Or, alone, a recipe: a "
+            ".yaml or .json file with base, parts, and optionally coefficients, method, options, only, skip, "
+            "embeddings, dtype and tokenizer; or a recipe of mergekit.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", help="A folder, or a file that ends in .safetensors.")],
@@ -69,7 +69,7 @@ def merge_command(
         typer.Argument(
             metavar="[PART[:COEFFICIENT]]...",
             help="Fine-tuned checkpoints, saved task vectors or folders of LoRA adapters, such as cars/:0.4; the "
-            "coefficient is 1 where none is given.",
+            "default coefficient is 1.",
         ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="A merging method, such as ties, instead of the sum.")] = None,
@@ -79,7 +79,7 @@ def merge_command(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="PATTERN", help="Merge these tensors, such as '*.mlp.*'; repeatable."),
+        typer.Option("--only", metavar="PATTERN", help="Merge only these tensors, such as '*.mlp.*'; repeatable."),
     ] = None,
     skip: Annotated[
         list[str] | None,
@@ -88,11 +88,11 @@ def merge_command(
     embeddings: Annotated[
         str,
         typer.Option(
-            metavar="equal|common", help="common: where a PART's vocabulary has another size, merge the common rows."
+            metavar="equal|common", help="common: if a PART's vocabulary has another size, merge the common rows."
         ),
     ] = "equal",
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Store bfloat16, float16, float32 or float64; by default as BASE.")
+        str | None, typer.Option("--dtype", help="Store bfloat16, float16, float32 or float64; by default like BASE.")
     ] = None,
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", metavar="base|PART", help="Whose tokenizer the result gets.")
@@ -100,7 +100,7 @@ def merge_command(
     shard_size: Annotated[str, typer.Option(help="How large a file may become: 100MB, 2GB, ...")] = "100MB",
     vector: Annotated[bool, typer.Option("--vector", help="Write the task vector instead of the checkpoint.")] = False,
     buffers: Annotated[
-        bool, typer.Option("--buffers", help="Merge running statistics too; otherwise they are BASE's.")
+        bool, typer.Option("--buffers", help="Merge running statistics too; otherwise they are taken from BASE.")
     ] = False,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Refuse task vectors that were taken from another base.")
@@ -108,20 +108,22 @@ def merge_command(
 ) -> dict[str, Any]:
     """Add what fine-tuning changed to a checkpoint: BASE + sum of COEFFICIENT * (PART - BASE), file to file.
 
-    The memory needed is that of one shard and a few tensors. When it was interrupted, the same command resumes where it
-    stopped. Of folders of transformers the result is one as well: config, tokenizer and a model card come along.
+    The memory needed is that of one shard and a few tensors. After an interruption, the same command resumes where it
+    stopped. If BASE is a folder of transformers, so is the result, with config, tokenizer and a model card.
     """
     _refuse_hatcl(output)
     size, alone = _bytes("--shard-size", shard_size), base.suffix in RECIPES
     if alone and parts:
-        raise ConfigError(f"merge: {base} is a recipe, which names its parts; got {parts[0]} beside it, write it there")
+        raise ConfigError(
+            f"merge: {base} is a recipe, which names its parts; also got {parts[0]}; write it in the recipe"
+        )
     content = read_options(base) if alone else {}
     if "merge_method" in content:
         told = {"--method": method, "--set": set_, "--only": only, "--skip": skip, "--dtype": dtype, "--vector": vector}
         told |= {"--buffers": buffers, "--tokenizer": tokenizer != "base", "--embeddings": embeddings != "equal"}
         given = next((name for name, value in told.items() if value), None)
         if given is not None:
-            raise ConfigError(f"{given}: {base} is a recipe of mergekit, which says it all; write it there")
+            raise ConfigError(f"{given}: {base} is a recipe of mergekit, which holds all options; write it there")
         with Bar(None, "bytes", "merging") as bar:
             follow_recipe(
                 content, output, folder=base.parent, text=base.read_text(), shard_bytes=size,
@@ -165,7 +167,7 @@ def _words(base: Path, pairs: list[tuple[Path, float]], told: Mapping[str, Any],
     """The command as a model card shows it.
 
     Args:
-        told: flag -> what was given: a value, several, or True of a switch. options: of the method.
+        told: flag -> what was given: a value, several, or True for a switch. options: of the method.
     """
     words = ["hatcl", "merge", str(base), *(f"{path}:{c!r}" for path, c in pairs)]
     for flag, value in told.items():
@@ -194,7 +196,7 @@ def _recipe(path: Path, content: Mapping[str, Any]) -> Recipe:
 
 
 def _either(path: Path, recipe: Recipe, told: Mapping[str, Any]) -> dict[str, Any]:
-    """What the words or else the recipe say of each of the options that both may have.
+    """The options that both the command line and the recipe may give, taken from whichever has them.
 
     Raises:
         ConfigError: the two differ.
@@ -213,7 +215,7 @@ def _either(path: Path, recipe: Recipe, told: Mapping[str, Any]) -> dict[str, An
 
 
 def _refuse_data(method: str, options: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a method or an option that takes what a command cannot be given."""
+    """Raise `ConfigError` for a method or an option that takes values that a command line cannot pass."""
     info = merge_info(method)
     needed = [o for o in info.needs if o in IN_PYTHON]
     asked = needed or [o for o in options if o in IN_PYTHON and o in info.options]
@@ -227,7 +229,7 @@ def _refuse_data(method: str, options: Mapping[str, Any]) -> None:
 
 
 def _weighted_parts(path: Path, recipe: Recipe) -> list[tuple[Path, float]]:
-    """Paths of a recipe are as seen from its file."""
+    """The parts and their coefficients; relative paths start at the recipe's folder."""
     parts, given = recipe.parts, recipe.coefficients
     if isinstance(parts, Mapping):
         if given is not None:
@@ -244,12 +246,12 @@ def _weighted_parts(path: Path, recipe: Recipe) -> list[tuple[Path, float]]:
         )
     wrong = next((c for _, c in pairs if isinstance(c, bool) or not isinstance(c, (int, float))), None)
     if wrong is not None:
-        raise ConfigError(f"{path}: the coefficient {wrong!r} is no number")
+        raise ConfigError(f"{path}: the coefficient {wrong!r} is not a number")
     return [(path.parent / str(part), float(c)) for part, c in pairs]
 
 
 def _part(text: str, folder: Path = Path()) -> tuple[Path, float]:
-    """`path` or `path:coefficient`."""
+    """Read `path` or `path:coefficient`."""
     path, colon, number = text.rpartition(":")
     if not colon or (folder / text).exists():
         return folder / text, 1.0
@@ -257,12 +259,12 @@ def _part(text: str, folder: Path = Path()) -> tuple[Path, float]:
         return folder / path, float(number)
     except ValueError:
         raise ConfigError(
-            f"{text}: no such file, and {number!r} is no coefficient; expected PATH or PATH:COEFFICIENT"
+            f"{text}: no such file, and {number!r} is not a coefficient; expected PATH or PATH:COEFFICIENT"
         ) from None
 
 
 def _refuse_hatcl(output: Path) -> None:
-    """Raises `ConfigError` where a run would lose its config, or a model with tasks its weights."""
+    """Raise `ConfigError` if writing here would overwrite a run's config or the weights of a model with tasks."""
     refuse_run(output)
     if {"fingerprint", "map"} <= set(keys_of_json(output / "config.json")):
         raise ConfigError(f"--output {output}: a model with tasks is there; name another folder")

@@ -1,4 +1,4 @@
-"""`hatcl methods`: ways to learn tasks one after another."""
+"""`hatcl methods`: list the ways to learn tasks one after another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._console import say
 
 @command("methods")
 def methods() -> dict[str, Any]:
-    """List the methods of hatcl train, with their options (for --set) and where they are from."""
+    """List the methods of hatcl train, with their options (for --set) and their sources."""
     found: dict[str, Any] = {}
     for name, kind in continual.list_continual_methods().items():
         options = HATConfig() if name == "hat" else kind().options

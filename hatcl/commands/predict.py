@@ -1,4 +1,4 @@
-"""`hatcl predict`: task and class of images or texts, by a run's router."""
+"""`hatcl predict`: find the task and class of images or texts with a run's router."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from ._routing import load_router, routed
 def predict_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run of hatcl train --router.")],
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUTS", help="Files of images; of a run that learned texts, texts.")
+        list[str], typer.Argument(metavar="INPUTS", help="Files of images; for a run that learned texts, texts.")
     ],
     among: Annotated[
         list[int] | None,
-        typer.Option(help="A task that comes into question, counted from 0; repeatable. By default all."),
+        typer.Option(help="Consider only this task, counted from 0; repeatable. By default all."),
     ] = None,
     top: Annotated[
         int | None,
         typer.Option(
-            help="Find the task in one forward, and run so many of the likeliest tasks; by default all are run."
+            help="Find the task in one forward pass, and run this many of the likeliest tasks; by default all are run."
         ),
     ] = None,
     device: Device = "auto",
 ) -> list[dict[str, Any]]:
-    """Say to which task and class each image or text belongs, without being told the task.
+    """Find the task and the class of each image or text.
 
-    Grey images are taken as grey. Values are those of the files, 0 to 255, so the run's data must have had them too. A
-    class is the label in the task's own data. Where a task writes its answers, the answer is written.
+    Grey images stay grey. Pixel values are those of the files, 0 to 255, so the run's data must have used them too. A
+    class is the label in the task's own data. If a task generates its answers, the answer is shown.
     """
     whole("--top", top, optional=True)
     known = routed(run)
     of_texts = "labels" in known
-    pictures = [] if of_texts else [_picture_at(Path(path)) for path in inputs]  # or an error, before all else
+    pictures = [] if of_texts else [_picture_at(Path(path)) for path in inputs]  # errors come first
     chat = of_texts and all(known["chats"])
     asked: list[str] = [Chat([("user", x)]) if chat else x for x in inputs]
     where = usable_device(device)
@@ -74,7 +74,7 @@ def predict_command(
 
 
 def _answer_to(model: nn.Module, text: str, how: TextReading, task: int, label: int) -> str:
-    """The label of a task's class, or what the task writes."""
+    """The label of a task's class, or the answer that the task generates."""
     if how.written is None:
         return how.labels[label]
     with hatcl.task(model, task), Evaluating(model), torch.no_grad():
@@ -92,7 +92,7 @@ def _tell(answer: dict[str, Any]) -> None:
 
 
 def _picture_at(path: Path) -> Tensor:
-    """An image's values, `[1, H, W]` of a grey one or `[1, H, W, 3]`."""
+    """An image's values, `[1, H, W]` for a grey image, else `[1, H, W, 3]`."""
     from PIL import Image
 
     try:

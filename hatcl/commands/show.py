@@ -1,4 +1,4 @@
-"""`hatcl show`: what came of a run, or of several beside each other."""
+"""`hatcl show`: show the results of a run, or compare several runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ._command import COMMANDS, command
 from ._console import out, say
 from ._shown import SHARE, show_skills
 
-ALSO = {"learn_sequence": "train"}  # what writes runs without a command -> the command that shows them
+ALSO = {"learn_sequence": "train"}  # functions that write runs without a command -> the command that shows them
 
 
 @command("show")
@@ -33,22 +33,22 @@ def show_command(
     output: Annotated[
         Path | None,
         typer.Option(
-            help=f"Where the page goes, an .html file; by default {REPORT} in the folder of the one run. Several runs "
-            "have none by default."
+            help=f"The page to write, an .html file; by default {REPORT} in the folder of a single run, and no page "
+            "for several runs."
         ),
     ] = None,
 ) -> dict[str, Any]:
     """Show a run of any command, finished or not: its scores and measures, its pictures, and a page with all of them.
 
-    The page is one HTML file that needs no network. Of several runs, figures and options that differ are shown side by
-    side.
+    The page is one HTML file that needs no network. For several runs, the figures and the options that differ are shown
+    side by side.
     """
     number("--share", share, 0, 1, without="both", what="a share")
     if output is not None and output.suffix != ".html":
         raise ConfigError(f"--output: got {output}, expected a file that ends in .html")
     twice = next((r for i, r in enumerate(run) if r in run[:i]), None)
     if twice is not None:
-        raise ConfigError(f"{twice}: is named twice; name each run once")
+        raise ConfigError(f"{twice} is named twice; name each run once")
     found = {one: _run_of(one) for one in run}
     if len(run) > 1:
         return _compared(found, output)
@@ -65,14 +65,14 @@ def show_command(
 
 
 def _run_of(run: Path) -> tuple[str, dict[str, Any]]:
-    """The command that shows a run, and what came of the run so far."""
+    """The command that shows a run, and the run's results so far."""
     if not run.exists():
-        raise ConfigError(f"{run}: there is no such folder; name the folder of a run")
+        raise ConfigError(f"{run}: no such folder; name the folder of a run")
     name = _command_of(run)
     if name not in COMMANDS or COMMANDS[name].show is None:
         saved = (run / STATE).exists()
         more = f"; it holds a model, which hatcl describe {run} shows" if saved else "; name the folder of a run"
-        raise ConfigError(f"{run}: holds no run of hatcl (no {runs.CONFIG} of one){more}")
+        raise ConfigError(f"{run} holds no run of hatcl (it has no {runs.CONFIG} of a run){more}")
     return name, _so_far(run, name)
 
 
@@ -83,12 +83,12 @@ def _page_of(run: Path, name: str, metrics: dict[str, Any]) -> Told:
 
 
 def _understood(run: Path) -> contextlib.AbstractContextManager[None]:
-    """Around the use of what a folder says, which may be another program's, or a half copy."""
+    """Wraps the use of a folder's content, which may be incomplete or come from another program."""
     return kept_whole(f"{run}: what it says of the run", "to show it", "Copy the whole folder of the run again")
 
 
 def _compared(found: Mapping[Path, tuple[str, dict[str, Any]]], output: Path | None) -> dict[str, Any]:
-    """Several runs: a table, and a page where it is asked for."""
+    """Compare several runs: print a table, and write a page if requested."""
     pages = {str(run): _page_of(run, name, metrics) for run, (name, metrics) in found.items()}
     figures = {str(run): {"command": name, **pages[str(run)].figures} for run, (name, _) in found.items()}
     options = {str(run): (runs.stored_config(run) or {})["options"] for run in found}
@@ -116,10 +116,10 @@ def _beside(title: str, runs_told: Mapping[str, Any], rows: Sequence[Sequence[st
 
 
 def _command_of(run: Path) -> str:
-    """The command that shows a run; empty where the folder holds something else."""
+    """The command that shows a run; empty if the folder holds something else."""
     try:
         config = runs.stored_config(run)
-    except ConfigError:  # which speaks to those who would write there
+    except ConfigError:  # its text is meant for commands that write there
         return ""
     return "" if config is None else ALSO.get(config["command"], config["command"])
 
@@ -131,8 +131,8 @@ def _so_far(run: Path, name: str) -> dict[str, Any]:
     progress = complete(run / runs.CHECKPOINT) / "progress.json"
     if not progress.exists():
         command = (runs.stored_config(run) or {})["command"]
-        go_on = f"with: hatcl {name} --resume --output {run}" if command == name else f"by calling {command} once more"
-        raise ConfigError(f"{run}: has nothing to show yet; go on {go_on}")
+        go_on = f"with: hatcl {name} --resume --output {run}" if command == name else f"by calling {command} again"
+        raise ConfigError(f"{run} has nothing to show yet; continue {go_on}")
     with _understood(run):
         so_far: dict[str, Any] = read_json(progress)["result"]
     return so_far

@@ -1,4 +1,4 @@
-"""`hatcl train`: tasks of images or texts, one after another, by any method."""
+"""`hatcl train`: learn tasks of images or texts one after another, by any method."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ IMAGES = (
     "problem",
     "pretrained",
     "model_kwargs",
-)  # beside the fields of ImageOptions
+)  # in addition to the fields of ImageOptions
 
 
 @command("train", show=show_run, page=learning_page, free={*FREE, "router"})
@@ -57,17 +57,18 @@ def train_command(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]PLACE",
-            help="A task, in the order of learning; repeatable. Images: an .npz file, a folder with train/ and test/ "
-            "and in these a folder for each class, a table of paths and labels, CIFAR100@FOLDER. Texts: a .csv, .tsv, "
+            help="A task, in the order of learning; repeatable. Images: an .npz file, a folder with train/ and "
+            "test/, each with one folder per class, a table of paths and labels, CIFAR100@FOLDER. Texts: a "
+            ".csv, .tsv, "
             ".json, .jsonl or .parquet file. Either: a folder of such tables or of datasets, hf:NAME on the hub. "
-            "docs/data.md has what each looks like.",
+            "docs/data.md describes each of them.",
         ),
     ] = None,
     split: Annotated[
         str | None,
         typer.Option(
             help="Cut the classes of the one --task or --dataset into tasks: 5, or 5x2 for five of two classes each; "
-            "or PLACE:5 in the place of --task."
+            "or PLACE:5 instead of --task."
         ),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="One of torchvision.datasets, such as CIFAR100.")] = None,
@@ -77,27 +78,29 @@ def train_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Images: a timm name, see hatcl list, which hat takes with hat_ in front and other methods without; "
-            f"by default {DEFAULT_MODEL}. Texts: a folder of transformers, or a name on its hub."
+            help="Images: a timm name (see hatcl list), with hat_ in front for hat and without it for other "
+            "methods; by default {DEFAULT_MODEL}. Texts: a folder of transformers, or a name on its hub."
         ),
     ] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Images: start from timm's weights.")] = False,
     model_kwargs: Annotated[
         Mapping[str, Any] | None,
         typer.Option(
-            "--model-kwargs", metavar="KEY=VALUE", help="Images: for the model, such as drop_path_rate=0.1; repeatable."
+            "--model-kwargs",
+            metavar="KEY=VALUE",
+            help="Images: an argument of the model, such as drop_path_rate=0.1; repeatable.",
         ),
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="How to learn; see hatcl methods. By default hat for images and tasl for texts."),
+        typer.Option(help="The method, see hatcl methods; by default hat for images and tasl for texts."),
     ] = None,
     set_: Annotated[
         Mapping[str, Any] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="An option of the method, such as grain=matrix; with hat of HATConfig, such as max_scale=200; "
+            help="An option of the method, such as grain=matrix; for hat, of HATConfig, such as max_scale=200; "
             "repeatable.",
         ),
     ] = None,
@@ -105,11 +108,13 @@ def train_command(
         bool,
         typer.Option(
             "--router",
-            help="By hat: make a router as well, which finds the task of an input, and measure it; see hatcl predict. "
-            "A finished run gets one with --resume.",
+            help="With hat: also make and measure a router, which finds the task of an input; see hatcl predict. "
+            "With --resume, a finished run gets one.",
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of weights, the order of examples, and what else is random.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the weights, the order of the examples, and everything else that is random.")
+    ] = 0,
     device: Device = "auto",
     *,
     data: DataOptions,
@@ -117,12 +122,12 @@ def train_command(
     image: Annotated[Mapping[str, Any], Either((ImageOptions,))],
     text: Annotated[Mapping[str, Any], Either((TextOptions,))],
 ) -> Any:
-    """Learn tasks one after another, and show what each still knows.
+    """Learn tasks one after another, and show how much of each is kept.
 
-    By hard attention to the task (hat) none is forgotten, not by a bit. Texts are learned with one LoRA adapter; after
-    each task its adapter is written in peft's own format, with the scores of its units. Images are learned with a model
-    with gates (hat), with a plain model, or with an adapter (tasl, ilora, olora). osf adds no adapter to either. Where
-    an option has two defaults, the first one is for images. Without options: five two-class tasks of scikit-learn's
+    With hard attention to the task (hat) nothing is forgotten, not even a bit. Texts are learned with one LoRA adapter;
+    after each task its adapter is written in peft's own format, with the scores of its units. Images are learned with
+    gates (hat), with a plain model, or with an adapter (tasl, ilora, olora). osf adds no adapter to either. Where an
+    option has two defaults, the first is for images. Without options, it learns five two-class tasks of scikit-learn's
     digits.
     """
     if benchmark is not None:
@@ -141,7 +146,7 @@ def train_command(
     one_of("--method", chosen := method or (TEXTS_BY if of_texts else HAT), list(continual.list_continual_methods()))
     asked.options["method"] = chosen
     if router and chosen != HAT:
-        raise ConfigError(f"--router: finds tasks that are learned by hat, and the method is {chosen}; leave it out")
+        raise ConfigError(f"--router finds tasks that are learned by hat, but the method is {chosen}; leave it out")
     if router and not isinstance(found, dict):
         check_routable(found)
     gates = HATConfig.from_dict(asked.options["set_"]) if chosen == HAT else None
@@ -178,7 +183,7 @@ def _learn(
     folder = asked.folder()
     files = [place.file for place in task_places(asked.options["task"]) if place.file is not None]
     facts: dict[str, Any] = {"inputs": folder.same_inputs(files)}
-    wait_for_all()  # before one of them writes
+    wait_for_all()  # before any process writes
     if folder.finished:
         say(f"{folder.path} is finished already.")
         if asked.options["router"] and about(folder.path) is None:
@@ -192,7 +197,7 @@ def _learn(
         network = image_model(asked.options, data, tasks)
         facts["input_shape"] = list(tasks[0].inputs(1).shape[1:])
     network.to(device)
-    make_optimizer(network, options)  # or an error, before anything is written
+    make_optimizer(network, options)  # errors come before anything is written
     if place()[0] > 0:
         continual.learn_sequence(network, tasks, method, options, folder=folder.path)
         return None
@@ -209,24 +214,25 @@ def _learn(
 
 
 def _check_no_more_tasks(asked: Asked) -> None:
-    """Raises where a finished run is given its tasks and more: it ends with a certificate of those that it had."""
+    """Raise if a finished run is given more tasks: it ended with a certificate of the tasks that it had."""
     run, now = asked.output, asked.options["task"]
     if not (run / runs.METRICS).exists() or not (run / runs.CONFIG).exists():
         return
     was = (runs.stored_config(run) or {})["options"].get("task") or []
     if was and len(now) > len(was) and now[: len(was)] == was:
         raise ConfigError(
-            f"--task: the run in {run} is finished with {len(was)} tasks, and now came {len(now)}; it learns no more "
-            f"here. Learn the new ones in Python, model = hatcl.from_pretrained('{find_model(run)}') and hatcl.learn("
-            f"model, {len(was)}, ...), after hatcl grow --add-tasks {len(now) - len(was)} where there is no room; or "
+            f"--task: the run in {run} is finished with {len(was)} tasks, and now got {len(now)}; it cannot learn "
+            f"more here. Learn the new ones in Python, model = hatcl.from_pretrained('{find_model(run)}') and "
+            "hatcl.learn("
+            f"model, {len(was)}, ...), after hatcl grow --add-tasks {len(now) - len(was)} if there is no room; or "
             "learn all of them in another folder (--output)"
         )
 
 
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Inside, the processes that `torchrun` started are one group; yields the device of this one. All but the first
-    print nothing, and end with the block: what comes after it is the first one's."""
+    """Inside, the processes that `torchrun` started form one group; yields this process's device. All but the first
+    print nothing and exit at the end of the block: only the first runs what follows."""
     if not distributed.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield device
         return
@@ -245,7 +251,7 @@ def processes(device: str) -> Iterator[str]:
 
 
 def _judged(run: Path, metrics: dict[str, Any]) -> Any:
-    """What came of a run; exit code 1 where a sealed task has moved."""
+    """The results of a run; exit code 1 if a sealed task has moved."""
     if known := about(run):
         metrics = {**metrics, "router": known["measured"]}
     details = metrics["details"]
@@ -253,7 +259,7 @@ def _judged(run: Path, metrics: dict[str, Any]) -> Any:
 
 
 def _none_of(given: Collection[str], others: Collection[str], what: str) -> None:
-    """Options that would have no effect."""
+    """Raise `ConfigError` for options that would have no effect."""
     wrong = next((n for n in sorted({*others} - {"seed", "device"}) if n in given), None)
     if wrong is not None:
-        raise ConfigError(f"--{wrong.replace('_', '-')}: has no effect on {what}; leave it out")
+        raise ConfigError(f"--{wrong.replace('_', '-')} has no effect on {what}; leave it out")

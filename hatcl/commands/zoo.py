@@ -1,4 +1,4 @@
-"""`hatcl zoo`: which models convert, proved one by one."""
+"""`hatcl zoo`: prove one by one which models convert."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ def zoo(
         list[str] | None,
         typer.Argument(help="Models to prove: timm names, torchvision/NAME or hf/NAME, with wildcards."),
     ] = None,
-    family: Annotated[str | None, typer.Option(help="Only of this family: timm's module, such as resnet.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="All that the catalog knows.")] = False,
+    family: Annotated[
+        str | None, typer.Option(help="Only models of this family: timm's module, such as resnet.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All models of the catalog.")] = False,
     max_params: Annotated[float, typer.Option(help="Leave out larger models, such as 2e6.")] = math.inf,
-    results: Annotated[Path, typer.Option(help="Where the figures go; what is there is not run again.")] = RESULTS,
-    again: Annotated[bool, typer.Option("--again", help="Run also what --results holds.")] = False,
-    seconds: Annotated[float, typer.Option(help="What one model may take.")] = 900.0,
-    memory: Annotated[float, typer.Option(help="What one model may take, in GB.")] = 16.0,
+    results: Annotated[
+        Path, typer.Option(help="The file for the figures; models that it holds are not run again.")
+    ] = RESULTS,
+    again: Annotated[bool, typer.Option("--again", help="Also run the models that --results holds.")] = False,
+    seconds: Annotated[float, typer.Option(help="Limit for one model, in seconds.")] = 900.0,
+    memory: Annotated[float, typer.Option(help="Limit for one model, in GB.")] = 16.0,
     publish: Annotated[
         bool, typer.Option("--publish", help="In a checkout: write docs/zoo.md and the list that ships with hatcl.")
     ] = False,
@@ -56,7 +60,7 @@ def zoo(
     if max_params < math.inf:
         names = [name for name in names if catalog.parameters(name) <= max_params]
         if not names:
-            raise ConfigError(f"--max-params {max_params:,.0f} parameters: all models that match are larger")
+            raise ConfigError(f"--max-params {max_params:,.0f} parameters: all matching models are larger")
     rows: dict[str, Any] = {}
     with Bar(len(names), "models", "") as bar:
         run = prove_all(names, results, seconds=seconds, memory_gb=memory, again=again)

@@ -1,4 +1,4 @@
-"""Learning tasks one after another with one adapter (or one model): the tasks, the methods, the loop and its measures.
+"""Learning tasks one after another with one adapter (or one model): tasks, methods, the loop and its measures.
 
 tasks = [hatcl.continual.label_word_task(n, texts, encoder, tokenizer) for n, texts in corpora.items()]
 model = peft.get_peft_model(encoder, peft.LoraConfig(r=8, target_modules=["query", "value"]))

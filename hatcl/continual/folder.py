@@ -1,13 +1,11 @@
-"""A run's folder: what each task leaves behind, and from where an interrupted run resumes.
+"""A run's folder: the results of each task, and the state from which an interrupted run resumes.
 
-    config.json       what is learned and how: command, options, method, tasks, digest of the base model
+    config.json       command, options, method, tasks, digest of the base model
     tasks/0_NAME/     adapter/ (peft's own format), scores.safetensors and .csv, cumulative.*, config.json
-    checkpoint/       the newest state: model.safetensors (all that is trained, and buffers) or model/ (a model with
-                      gates that is trained whole), method/, optimizer.pt (one for all tasks), progress.json
-    learning_0.pt     where the loop stands in the middle of a stage
-    model/            of a finished run of a model with gates: as hatcl.save_pretrained writes it. checkpoint/ is gone
-    metrics.json      the matrix and its measures, once the run is finished
-    seconds.json      where the time went
+    checkpoint/ the newest state: model.safetensors (everything trained, and buffers) or model/ (a model with gates that
+    is trained as a whole), method/, optimizer.pt (one for all tasks), progress.json learning_0.pt the loop's state in
+    the middle of a stage model/ the model of a finished run with gates, as written by hatcl.save_pretrained, instead of
+    checkpoint/ metrics.json the matrix and its measures, once the run is finished seconds.json      the time spent
 
 Everything is written next to its target and renamed. Only `seconds.json` differs between two runs of the same seed.
 """
@@ -42,21 +40,22 @@ from .options import FREE
 CHECKPOINT, MODEL, SECONDS, TASKS = "checkpoint", "model", "seconds.json", "tasks"
 STATE, METHOD, PROGRESS, ADAPTER, WEIGHTS = "model.safetensors", "method", "progress.json", "adapter", "weights"
 PROVED = {
-    True: "Exact: with everything that is not a task's own overwritten by large random values, the outputs of every "
-    "task were the same bit for bit.",
-    False: "NOT exact: outputs moved when what is not a task's own was overwritten. See metrics.json.",
+    True: "Exact: with everything that does not belong to a task overwritten by large random values, the outputs "
+    "of every task were the same bit for bit.",
+    False: "NOT exact: outputs moved when everything that does not belong to a task was overwritten. See metrics.json.",
 }
-MIDWAY = "learning_{}.pt"  # where a stage's loop stands
+MIDWAY = "learning_{}.pt"  # the state of a stage's loop
 
 
 def base_of(model: nn.Module) -> str:
-    """A digest of the base model that the adapters stand on; of a model without LoRA, of all its parameters: of the
-    weights that the run starts from."""
+    """A digest of the base model under the adapters; for a model without LoRA, of all parameters that the run starts
+    from."""
     return base_digest(model) if adapters_of(model) else tensors_digest(dict(model.named_parameters()))
 
 
 def learned_state(model: nn.Module) -> dict[str, Tensor]:
-    """What learning changes: all that belongs to an adapter, all else that requires a gradient, and the buffers."""
+    """The tensors that learning changes: all adapters' tensors, everything else that requires a gradient, and the
+    buffers."""
     out: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         if p.requires_grad or of_adapters(name):
@@ -72,15 +71,15 @@ def write_state(model: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def read_state(model: nn.Module, path: Path) -> None:
-    """Put back what `write_state` wrote.
+    """Restore the tensors that `write_state` wrote.
 
     Raises:
-        SkillError: tensors that are missing or of another shape, by name. IntegrityError: a damaged file.
+        SkillError: tensors are missing or have another shape; the text names them. IntegrityError: the file is damaged.
     """
     try:
         stored = load_file(path)
-    except Exception as error:  # safetensors raises its own kind, which is no subclass of anything narrower
-        raise IntegrityError(f"{path} cannot be read ({error}); start the run anew in another folder") from error
+    except Exception as error:  # safetensors' own error has no narrower base class
+        raise IntegrityError(f"{path} cannot be read ({error}); start the run again in another folder") from error
     ours = learned_state(model)
     wrong = [f"{n} is missing" for n in stored if n not in ours] + [f"{n} is new" for n in ours if n not in stored]
     wrong += [
@@ -90,16 +89,17 @@ def read_state(model: nn.Module, path: Path) -> None:
     ]
     if wrong:
         raise SkillError(
-            f"{path} holds other tensors than the model: {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}; go "
-            "on with the model and the LoRA options that the run was started with"
+            f"{path} holds other tensors than the model: {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}; "
+            "continue with the model and the LoRA options that the run was started with"
         )
     for name, t in ours.items():
         t.copy_(stored[name])
 
 
 def write_model(model: nn.Module, folder: Path) -> None:
-    """What a run continues from: a model with gates that is trained whole as `hatcl.save_pretrained` writes it, so that
-    every command can look at it; of others, whose base may be large, what learning changes."""
+    """Write the model state that a run resumes from: a model with gates that is trained as a whole as by
+    `hatcl.save_pretrained`, so that every command can read it; for other models, whose base may be large, only the
+    tensors that learning changes."""
     if is_converted(model) and not adapters_of(model):
         save_pretrained(model, folder / MODEL)
     else:
@@ -107,7 +107,7 @@ def write_model(model: nn.Module, folder: Path) -> None:
 
 
 def read_model(model: nn.Module, folder: Path) -> None:
-    """Put back what `write_model` wrote.
+    """Restore the state that `write_model` wrote.
 
     Raises:
         SkillError, IntegrityError: as `read_state` and `hatcl.from_pretrained`.
@@ -122,7 +122,7 @@ def save_model(run: Path, model: nn.Module, metrics: Mapping[str, Any], without:
     """Replace a finished run's model by this one, all or nothing, with a card that has the run's scores.
 
     Args:
-        metrics: as in metrics.json. without: tasks that were forgotten since.
+        metrics: as in metrics.json. without: tasks that have been forgotten.
     """
     gone = {*metrics.get("forgotten", ()), *without}
     names, rows = metrics["tasks"], metrics["matrix"]
@@ -137,7 +137,7 @@ def save_model(run: Path, model: nn.Module, metrics: Mapping[str, Any], without:
 
 
 def _records(run: Path, names: Mapping[int, str]) -> list[str]:
-    """By what each task was learned, for the card."""
+    """The data, commit and versions that each task was learned with, for the card."""
     rows = []
     for i, name in names.items():
         path = run / TASKS / task_folder(i, name) / checkpoints.CONFIG
@@ -154,8 +154,8 @@ def _records(run: Path, names: Mapping[int, str]) -> list[str]:
 
 
 def find_model(run: Path) -> Path:
-    """The folder with the newest complete model of a run: the finished one, else the checkpoint's, else `run` itself
-    where it is a folder written by `hatcl.save_pretrained`.
+    """The folder with the newest complete model of a run: the finished one, else the checkpoint's, else `run` itself if
+    `hatcl.save_pretrained` wrote it.
 
     Raises:
         IntegrityError: there is none.
@@ -164,13 +164,13 @@ def find_model(run: Path) -> Path:
         if (folder / STATE).exists():
             return folder
     raise IntegrityError(
-        f"{run} holds no model with gates; expected the folder of a run (hatcl train --method hat --output {run}), "
-        "finished where it adapts a model by LoRA, or one written by hatcl.save_pretrained"
+        f"{run} holds no model with gates; expected the folder of a run (hatcl train --method hat --output {run}; a "
+        "run with LoRA must be finished), or one written by hatcl.save_pretrained"
     )
 
 
 def claim(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json into a new folder, or add to what `hatcl train` has written there already."""
+    """Write config.json into a new folder, or add to the one that `hatcl train` has written."""
     path = folder / checkpoints.CONFIG
     stored = checkpoints.read_json(path) if path.exists() else {"command": "learn_sequence", **config}
     if "learning" not in stored:
@@ -179,11 +179,11 @@ def claim(folder: Path, config: dict[str, Any]) -> None:
 
 
 def check(folder: Path, config: dict[str, Any]) -> None:
-    """Is the folder free, or is the run in it this one?
+    """Check that the folder is free or holds this run.
 
     Raises:
-        SkillError: it was started with another base model, or with an adapter of other tensors.
-        IntegrityError: with other data of the same name. ConfigError: with other options or tasks, or it holds
+        SkillError: the run was started with another base model or adapter. IntegrityError: it was started with other
+            data of the same name. ConfigError: it was started with other options or tasks, or the folder holds
             something else.
     """
     stored = checkpoints.stored_config(folder)
@@ -191,41 +191,41 @@ def check(folder: Path, config: dict[str, Any]) -> None:
         return
     began = (folder / TASKS).exists() or complete(folder / CHECKPOINT).exists()
     if stored["command"] not in ("train", "learn_sequence") or (began and "learning" not in stored):
-        raise ConfigError(f"folder: {folder} holds something else than a run of learn_sequence; name another folder")
+        raise ConfigError(f"folder: {folder} holds something other than a run of learn_sequence; name another folder")
     if "learning" not in stored:
         return
     if stored["base"] != config["base"]:
         raise SkillError(
-            f"{folder}: the run was started from another base model (digest {stored['base'][:12]}, now came "
+            f"{folder}: the run was started from another base model (digest {stored['base'][:12]}, now got "
             f"{config['base'][:12]}); load the same base model, or name another folder"
         )
     if stored["tensors"] != config["tensors"]:
         was, now = stored["tensors"], config["tensors"]
         name = next(n for n in sorted({*was, *now}) if was.get(n) != now.get(n))
         raise SkillError(
-            f"{folder}: the run was started with other LoRA options: {name} was {was.get(name, 'not there')}, now is "
-            f"{now.get(name, 'not there')}; give the same rank and targets, or name another folder"
+            f"{folder}: the run was started with other LoRA options: {name} was {was.get(name, 'missing')} and is "
+            f"now {now.get(name, 'missing')}; give the same rank and targets, or name another folder"
         )
     for was, now in zip(stored["tasks"], config["tasks"], strict=False):
         if was["name"] == now["name"] and was.get("digest", "") != now["digest"]:
             raise IntegrityError(
-                f"{folder}: the data of the task {now['name']} are not those that the run was started with; put them "
-                "back, or name another folder"
+                f"{folder}: the data of the task {now['name']} has changed since the run was started; restore it, "
+                "or name another folder"
             )
     first = {**{key: stored.get(key) for key in config}, "options": _bound(stored["learning"])}
     checkpoints.check_same_run(folder, first, {**config, "options": _bound(config["options"])})
 
 
 def _bound(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that a resumed run must share with its beginning."""
+    """The options that a resumed run must not change."""
     return {name: value for name, value in options.items() if name not in FREE}
 
 
 def write_task(folder: Path, name: str, model: nn.Module, method: Method, about: dict[str, Any]) -> None:
-    """What a finished task leaves behind, as one folder, all or nothing.
+    """Write the results of a finished task as one folder, all or nothing.
 
     Args:
-        name: the folder's, see `task_folder`. about: the content of its config.json.
+        name: the folder's name, see `task_folder`. about: the content of its config.json.
     """
     with replaced_folder(folder / TASKS / name) as new:
         names = method.adapters(model)
@@ -240,14 +240,14 @@ def write_task(folder: Path, name: str, model: nn.Module, method: Method, about:
 
 
 def write_adapter(model: nn.Module, folder: Path, names: list[str] | None = None) -> None:
-    """Adapters in peft's own format; what a model without LoRA learned as `weights.safetensors`."""
+    """Write adapters in peft's own format, or the learned weights of a model without LoRA as `weights.safetensors`."""
     peft = _peft_model(model)
     folder.mkdir(parents=True, exist_ok=True)
     if peft is None:
         tensors = {n: p.detach().cpu().contiguous().clone() for n, p in skill_tensors(model).items()}
         save_file(tensors, folder / f"{WEIGHTS}.safetensors")
         return
-    if callable(peft.active_adapters):  # transformers' own add_adapter: the active one is all that it saves
+    if callable(peft.active_adapters):  # transformers' own add_adapter saves only the active one
         peft.save_pretrained(str(folder))
     else:
         chosen = [n for n in (names or peft.active_adapters) if n in adapters_of(peft)]
@@ -256,8 +256,8 @@ def write_adapter(model: nn.Module, folder: Path, names: list[str] | None = None
 
 
 def tidy_adapters(folder: Path) -> None:
-    """The same bytes for the same adapters: peft writes the targets, a set, in any order; and a model card to be filled
-    in by hand."""
+    """Make the same adapters the same bytes: sort the targets, a set that peft writes in any order, and remove peft's
+    empty model card."""
     for path in sorted(folder.rglob("adapter_config.json")):
         content = {
             k: sorted(v) if k in _SETS and isinstance(v, list) else v for k, v in checkpoints.read_json(path).items()
@@ -268,7 +268,8 @@ def tidy_adapters(folder: Path) -> None:
 
 
 def task_folder(index: int, name: str) -> str:
-    """`0_sst-2`: with everything but letters, digits, dot, dash and underscore replaced."""
+    """The folder of a task, such as `0_sst-2`; characters other than letters, digits, dot, dash and underscore are
+    replaced."""
     return f"{index}_{re.sub(r'[^A-Za-z0-9._-]', '_', name)}"
 
 
@@ -276,23 +277,22 @@ _SETS = ("target_modules", "modules_to_save", "exclude_modules", "layers_to_tran
 
 
 def _peft_model(model: nn.Module) -> Any:
-    """The PeftModel that a model is, or that lies in it; also a transformers model with peft adapters of its own."""
+    """The PeftModel that a model is or contains, or a transformers model with its own peft adapters."""
     for module in model.modules():
         if hasattr(module, "peft_config") and hasattr(module, "save_pretrained") and adapters_of(module):
             return module
     return None
 
 
-# --- what a forgotten task leaves ---
+# --- forgetting a task ---
 
 
 def drop_task(run: Path, task: int) -> None:
-    """Take a task that was forgotten out of a finished run of `hat`: its folder and its lines of metrics.jsonl go; in
-    metrics.json only its name stays, its row and column of the matrix are empty, and the measures are those of the
-    other tasks.
+    """Remove a forgotten task from a finished run of `hat`: its folder and its lines of metrics.jsonl are deleted; in
+    metrics.json its name stays, its row and column of the matrix become empty, and the measures cover the other tasks.
 
     Raises:
-        IntegrityError: metrics.json is not of a run of `hat`.
+        IntegrityError: metrics.json does not belong to a run of `hat`.
     """
     path = run / METRICS
     content = checkpoints.read_json(path)
@@ -311,7 +311,7 @@ def drop_task(run: Path, task: int) -> None:
             content[name] = None if left is None else getattr(measures, name)(left)
         for layer in details["layers"]:
             layer["used"].pop(str(task), None)
-            layer.pop("free", None)  # more than there were; hatcl describe counts them
+            layer.pop("free", None)  # it has grown; hatcl describe counts the free units
         for i, row in enumerate(details.get("overlap", [])):
             row[:] = [None if task in (i, j) else value for j, value in enumerate(row)]
         details["max_abs_diff"].pop(str(task), None)

@@ -1,5 +1,5 @@
-"""Tasks of writing the output after the input: encoder-decoders (T5) and causal language models, scored by greedy
-generation; with turns of dialogues by joint goal accuracy."""
+"""Tasks that generate the output from the input, for encoder-decoders (T5) and causal language models. Greedy
+generation is scored; dialogues with turns by joint goal accuracy."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from ..errors import ConfigError
 from .tasks import ContinualTask, TextReading
 from .text_scores import TEXT_SCORES
 
-MASKED = -100  # transformers leaves labels of this number out of the loss
+MASKED = -100  # transformers ignores labels with this number in the loss
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens: of the input, of the output while learning, generated at most, and texts per batch of scoring."""
+    """Numbers of tokens: of the input, of the output while learning, and generated at most; and texts per batch of
+    scoring."""
 
     max_input: int
     max_output: int
@@ -40,17 +41,17 @@ def seq2seq_task(
     score_batch: int = 16,
     measure: str = "match",
 ) -> ContinualTask:
-    """A task for an encoder-decoder: the loss is that of the output's tokens, given the input.
+    """A task for an encoder-decoder: the loss is taken over the output's tokens, given the input.
 
     Args:
-        data: pairs; with `turns` the score is joint goal accuracy, else the share of outputs that match, both without
-            regard to case and to white space.
-        max_input: the input's tokens; what is too long loses its beginning, since what is asked stands at the end.
-        max_output: the output's tokens, with the end of the sequence; as many are generated at most.
-        measure: one of `TEXT_SCORES`, of which the score is the mean; `match` with `turns`.
+        data: pairs; with `turns` the score is joint goal accuracy, otherwise the share of outputs that match; both
+        ignore case and white space.
+        max_input: the input's tokens; a longer input loses its beginning, since the question is at its end.
+        max_output: the output's tokens, including the end of the sequence; at most as many are generated.
+        measure: one of `TEXT_SCORES`, whose mean is the score; `match` with `turns`.
 
     Raises:
-        ConfigError: another measure, or an output that gives no label to learn from.
+        ConfigError: the measure is another one, or an output has no label to learn from.
     """
     lengths = _lengths(max_input, max_output, score_batch)
     writer = _Seq2Seq(tokenizer, lengths, name)
@@ -68,11 +69,11 @@ def causal_task(
     measure: str = "match",
 ) -> ContinualTask:
     """A task for a causal language model: the input, then the output, then the end of the sequence; the input's labels
-    are masked. A `Chat` is written by the tokenizer's chat template, and its answer as the template has it. Arguments
-    and errors as for `seq2seq_task`.
+    are masked. A `Chat` and its answer are formatted by the tokenizer's chat template. Arguments and errors are those
+    of `seq2seq_task`.
 
     Raises:
-        ConfigError: a chat, and the tokenizer has no template, or one that does not take its turns.
+        ConfigError: for a chat, the tokenizer has no template, or its template does not accept the turns.
     """
     lengths = _lengths(max_input, max_output, score_batch)
     writer = _Causal(tokenizer, lengths, name)
@@ -80,7 +81,7 @@ def causal_task(
 
 
 def check_some_label(labels: Tensor, name: str, examples: Sequence[Any]) -> None:
-    """Raises `ConfigError` if a row's labels are all masked: its loss would be a mean over nothing."""
+    """Raise `ConfigError` if all labels of a row are masked: its loss would be a mean over nothing."""
     empty = (labels == MASKED).all(-1).nonzero().flatten().tolist()
     if empty:
         raise ConfigError(
@@ -100,7 +101,7 @@ class _Seq2Seq:
         return self._padded(rows, left=False)
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """What a forward takes that is to read texts and to write nothing: a decoder gets one token."""
+        """The inputs of a forward that only reads texts; a decoder gets one token."""
         out = self.inputs(texts)
         return {**out, "decoder_input_ids": torch.full((len(texts), 1), self.tokenizer.pad_token_id)}
 
@@ -130,11 +131,11 @@ class _Seq2Seq:
 
 class _Causal(_Seq2Seq):
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Without the token that ends a sequence, which some tokenizers add."""
+        """The tokens of the inputs, without the end-of-sequence token that some tokenizers add."""
         end = self.tokenizer.eos_token_id
         rows = []
         for x in texts:
-            if isinstance(x, Chat):  # the template writes all that is special
+            if isinstance(x, Chat):  # the template adds all special tokens
                 rows.append(_ids(self.tokenizer, self.templated(x.turns), special=False))
                 continue
             ids = _ids(self.tokenizer, x)
@@ -142,21 +143,21 @@ class _Causal(_Seq2Seq):
         return [r[-self.lengths.max_input :] for r in rows]
 
     def answer(self, x: str, y: str) -> list[int]:
-        """The output's tokens, with the end of the sequence."""
+        """The output's tokens, including the end of the sequence."""
         ids = _ids(self.tokenizer, self.answered(x.turns, y) if isinstance(x, Chat) else y, special=False)
         end = self.tokenizer.eos_token_id
-        if isinstance(x, Chat) and end in ids:  # with which the template ends a turn; a line break may follow
+        if isinstance(x, Chat) and end in ids:  # the template ends a turn with it; a line break may follow
             ids = ids[: ids.index(end)]
         return _with_end(self.tokenizer, ids, self.lengths.max_output)
 
     def templated(self, turns: Turns, *, open_turn: bool = True) -> str:
-        """A conversation as the model was trained to see it."""
+        """A conversation in the format that the model was trained on."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
-                f"task {self.name}: has chat messages, and the tokenizer has no chat template; give a chat model, or "
+                f"task {self.name} has chat messages, but the tokenizer has no chat template; use a chat model, or "
                 "records of input and output"
             )
-        from jinja2 import TemplateError  # what transformers' templates are written in
+        from jinja2 import TemplateError  # the language of transformers' templates
 
         said = [{"role": role, "content": content} for role, content in turns]
         try:
@@ -164,11 +165,12 @@ class _Causal(_Seq2Seq):
         except (TemplateError, ValueError) as error:
             roles = ", ".join(role for role, _ in turns)
             raise ConfigError(
-                f"task {self.name}: the tokenizer's chat template does not take the roles {roles} ({error})"
+                f"task {self.name}: the tokenizer's chat template does not accept the roles {roles} ({error})"
             ) from error
 
     def answered(self, turns: Turns, answer: str) -> str:
-        """What follows after the open turn, where the template continues it; else the answer itself."""
+        """The text that the template puts after the open turn, if it continues the turn; otherwise the answer
+        itself."""
         whole, before = self.templated((*turns, ("assistant", answer)), open_turn=False), self.templated(turns)
         return whole[len(before) :] if whole.startswith(before) else answer
 
@@ -178,7 +180,7 @@ class _Causal(_Seq2Seq):
     def batch(self, pairs: list[Pair]) -> dict[str, Tensor]:
         before = self.prompts([x for x, _ in pairs])
         after = [self.answer(x, y) for x, y in pairs]
-        # on the right while learning, where positions count from the first token
+        # padded on the right while learning, where positions count from the first token
         out = self._padded([b + a for b, a in zip(before, after, strict=True)], left=False)
         rows = [[MASKED] * len(b) + a for b, a in zip(before, after, strict=True)]
         out["labels"] = self._filled(rows, MASKED, left=False)
@@ -218,7 +220,7 @@ def _task(name: str, data: TextData, writer: _Seq2Seq, measure: str) -> Continua
         return score
 
     validate = score_of(data.validation, []) if data.validation else None
-    chosen = measure == "match" and not data.turns  # of texts that are free, none is a guess
+    chosen = measure == "match" and not data.turns  # free texts have no most common answer
     said, held_out = ([y for _, y in pairs] if chosen else [] for pairs in (data.test, data.validation))
     return ContinualTask(
         name, data.train, writer.batch, loss, score_of(data.test, data.turns), validate, shared=True, answers=said,

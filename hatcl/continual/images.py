@@ -1,4 +1,4 @@
-"""Image tasks: what `learn_sequence` learns of arrays of images, with a network of gates or any other classifier.
+"""Image tasks, which `learn_sequence` learns with a network with gates or any other classifier.
 
 tasks = hatcl.continual.image_tasks(digits_tasks(), {"flip": True})
 model = timm.create_model("hat_resnet18", num_tasks=len(tasks), num_classes=[2] * len(tasks))
@@ -32,7 +32,7 @@ ROTATIONS = 4
 
 @dataclass(frozen=True)
 class ImageLearning(LearnOptions):
-    """`LearnOptions` with the defaults for images: networks that are learned from scratch."""
+    """`LearnOptions` with the defaults for image networks that are trained from scratch."""
 
     lr: float = 3e-3
     weight_decay: float = 0.05
@@ -46,24 +46,23 @@ class ImageLearning(LearnOptions):
 
 @dataclass(frozen=True)
 class ImageOptions(Changeable):
-    """How tasks are made of images.
+    """How tasks are made from images.
 
     Args:
-        size: bring images to this size; 0 = they keep their own, which arrays have in common. fit: by `resize` or `pad`
-            (a black border); or by `crop`, timm's way: the middle is cut out, and in training a random part, resized
-            (of whole numbers 0 to 255).
+        size: resize images to this size; 0 = keep their own, which all images of an array share. fit: `resize`, `pad`
+        (a black border), or `crop`, timm's way: the middle is cut out, in training a random part, and resized (for
+        whole numbers 0 to 255).
         flip: mirror training images with probability 1/2.
         crop: shift training images by up to this many pixels.
         augment: with fit=crop, one of timm's policies for training images, such as rand-m9-mstd0.5 or augmix-m5-w4.
-        rotate: learn each training image of classes in its four rotations, as classes of their own (see
-            `hatcl.data.images.rotated`), by hat. It is meant to let a router find the task of an image more often, but
-            did not where it was measured (docs/predict.md). A step takes four times as long, and the model's heads are
-            four times as wide.
+        rotate: with hat, learn each training image in its four rotations, as separate classes (see
+        `hatcl.data.images.rotated`). It is meant to help a router find the task of an image, but did not in our
+        measurements (docs/predict.md). A step takes four times as long, and the model's heads are four times as wide.
         eval_batch_size: images per batch of scoring; another size may round differently.
-        validation: share of the training images that is held out (of each class, where there are classes) where scores
-            are to be of validation images and the data brings none.
-        measured_by: accuracy, of several labels mean_average_precision or micro_f1, of a regression r2 or pearson; None
-            = the first of these that the task has.
+        validation: the share of the training images (of each class, if there are classes) that is held out when
+        validation images are scored and the data has none.
+        measured_by: accuracy; for several labels mean_average_precision or micro_f1; for a regression r2 or pearson.
+            None = the first one for the task's problem.
 
     Raises:
         ConfigError: a value outside its range.
@@ -92,16 +91,18 @@ class ImageOptions(Changeable):
         if self.fit == CROPPED:
             without_effect(self, ["crop"], "fit=crop", "take another fit")
             if not self.size:
-                raise ConfigError("size: got 0, their own, with fit=crop, which brings images to one size")
+                raise ConfigError(
+                    "size: got 0 (keep their own) with fit=crop, which resizes images to one size; give that size"
+                )
             self.transform(training=True)
         else:
             without_effect(self, ["augment"], f"fit={self.fit}", "take fit=crop")
 
     def transform(self, *, training: bool) -> Callable[[Any], Tensor]:
-        """timm's way from a PIL image to a network's input.
+        """timm's transform from a PIL image to a network's input.
 
         Raises:
-            ConfigError: a policy that timm does not know.
+            ConfigError: timm does not know the policy.
         """
         from timm.data import create_transform
 
@@ -126,25 +127,25 @@ def image_tasks(
     validated: bool = False,
     seed: int = 0,
 ) -> list[ContinualTask]:
-    """A task for each of some data, in order.
+    """One task per data set, in order.
 
     Args:
-        options: see `ImageOptions`, or a mapping of what to change.
-        one_head: the model has one head with the classes of all tasks, one task's after the other's, as a plain
-            classifier has; a task is learned and scored on its own of them. Without it the head that the model has for
-            a task has the task's classes alone, as a model with gates has them.
-        validated: hold training images out, and score on them (`LearnOptions.score_on="validation"`): then no test
-            image is used. seed: of the choice.
+        options: `ImageOptions`, or a mapping of the options to change.
+        one_head: the model has one head with the classes of all tasks in sequence, like a plain classifier; each task
+        is learned and scored on its own classes. Without it, the model has a head per task with only the task's
+        classes, like a model with gates.
+        validated: hold out training images and score on them (`LearnOptions.score_on="validation"`), so that no test
+            image is used. seed: seeds this choice.
 
     Raises:
-        ConfigError: an option outside its range; a share that holds out no image.
+        ConfigError: an option is outside its range, or the share holds out no image.
     """
     chosen = ImageOptions().changed(options)
     if chosen.rotate and (one_head or any(data.problem != CLASSES for data in stream)):
         raise ConfigError(
             "rotate: got True for "
-            + ("a head that all tasks share" if one_head else "images that have no classes, one each")
-            + "; it is for tasks of classes with a head each (hat); leave it out"
+            + ("a head that all tasks share" if one_head else "images without exactly one class each")
+            + "; it works only for classification tasks with a head each (hat); leave it out"
         )
     first = itertools.accumulate((data.num_classes for data in stream), initial=0)
     parts = [data.on_validation(chosen.validation, seed) if validated else data for data in stream]
@@ -161,7 +162,7 @@ def image_tasks(
 
 
 class _ImageParts:
-    """The parts of one task: training examples are the images' numbers."""
+    """The parts of one task; its training examples are the indices of the images."""
 
     def __init__(self, data: ImageData, options: ImageOptions, first: int) -> None:
         self.data, self.options = data, options
@@ -188,11 +189,11 @@ class _ImageParts:
         return rotated(x, y, self.data.num_classes) if o.rotate else (x, y)
 
     def targets(self, y: np.ndarray) -> Tensor:
-        """What outputs are compared with."""
+        """The targets that outputs are compared with."""
         return self.problem.targets(y, self.data.y_train)
 
     def answers(self) -> list[int]:
-        """The test images' classes; several labels or numbers have no commonest answer to compare a score with."""
+        """The test images' classes; several labels or numbers have no most common answer to compare a score with."""
         return self.data.y_test.tolist() if self.data.problem == CLASSES else []
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -200,7 +201,7 @@ class _ImageParts:
         return self.problem.loss(logits, batch[1].to(logits.device))
 
     def logits(self, model: nn.Module, x: Tensor, times: int = 1) -> Tensor:
-        """Those of the task's classes, or of so many times as many.
+        """The logits of the task's classes, or of `times` as many.
 
         Raises:
             ConfigError: the model's head has fewer classes.
@@ -208,9 +209,9 @@ class _ImageParts:
         every, stop = outputs(model, x), self.classes.start + times * self.data.num_classes
         if every.shape[-1] < stop:
             raise ConfigError(
-                f"task {self.data.name}: its classes end at {stop}, and the model's head has {every.shape[-1]}; give a "
-                "model without gates num_classes= the sum over all tasks, and one that learns with rotate four times "
-                "the classes"
+                f"task {self.data.name}: its classes end at {stop}, but the model's head has {every.shape[-1]}; "
+                "give a model without gates num_classes= the sum over all tasks, and a model that learns with "
+                "rotate four times as many classes"
             )
         return every[:, self.classes.start : stop]
 
@@ -223,7 +224,7 @@ class _ImageParts:
         return torch.cat([part.float().cpu() for part in parts])
 
     def score(self, model: nn.Module) -> float:
-        """By the problem's measure, on the test images."""
+        """The score on the test images, by the problem's measure."""
         return self.measure(self.outputs(model), self.targets(self.data.y_test))
 
 
@@ -231,12 +232,12 @@ def hidden_states(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor
     """The features before the head, for `ilora`.
 
     Raises:
-        SkillError: the model does not give them.
+        SkillError: the model does not return them.
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if not hasattr(inner, "forward_features"):
         raise SkillError(
-            f"{type(inner).__name__} has no forward_features, by which timm's models give their hidden states; give "
-            "consistency_weight=0, or take another method"
+            f"{type(inner).__name__} has no forward_features, which returns the hidden states of timm's models; "
+            "give consistency_weight=0, or use another method"
         )
     return [inner.forward_features(moved(batch[0], device_of(inner)))]

@@ -1,8 +1,9 @@
-"""Classification by label words: an encoder without a head for masked words, and no head of its own for any task.
+"""Classification by label words, for an encoder without a masked-word head; no task has a head either.
 
     logits = scale * cos(mean-pooled hidden state of the text, mean-pooled hidden state of the label's word or phrase)
 
-The labels' embeddings come from the base encoder, without any adapter, once, and stay: all tasks share one model.
+The labels' embeddings are computed once, from the base encoder without adapters, and stay fixed: all tasks share one
+model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..errors import ConfigError
 from ..skills.hidden import Hidden, hidden_states_of
 from .tasks import ContinualTask, TextReading
 
-SCALE = 20.0  # sentence transformers' temperature, with which such encoders were trained
+SCALE = 20.0  # the temperature with which sentence transformers trains such encoders
 
 
 def label_word_task(
@@ -37,22 +38,22 @@ def label_word_task(
     scale: float = SCALE,
     score_batch: int = 64,
 ) -> ContinualTask:
-    """A task of classifying texts by the nearest of its labels' embeddings.
+    """A task that classifies texts by the nearest label embedding.
 
     Args:
         data: pairs of a text and a label. encoder: the base encoder, or the peft model (its adapters are switched off
-            while the labels are embedded): something that gives `last_hidden_state`. tokenizer: its own.
+            while the labels are embedded): a module that returns `last_hidden_state`. tokenizer: the encoder's.
         labels: the labels, or label -> the word or phrase that stands for it; default: the labels of the training data
             in their own words.
         max_length: tokens per text; batches are padded to their longest text.
-        scale: of the cosines. score_batch: texts per batch of scoring.
+        scale: the factor of the cosines. score_batch: texts per batch of scoring.
 
     Returns:
-        Its score is the accuracy on the test pairs; `validate` that on the validation pairs.
+        The task. Its score is the accuracy on the test pairs, and `validate` the accuracy on the validation pairs.
 
     Raises:
-        ConfigError: fewer than two labels, a label word without a letter, a pair whose label is none of them, or an
-            encoder without hidden states.
+        ConfigError: there are fewer than two labels, a label word has no letter, a pair has an unknown label, or the
+            encoder returns no hidden states.
     """
     words = words_of_labels(name, data, labels)
     check_words(name, words)
@@ -83,11 +84,11 @@ def label_word_task(
 def words_of_labels(
     name: str, data: TextData, labels: Mapping[str, str] | Sequence[str] | None = None
 ) -> dict[str, str]:
-    """label -> the word or phrase that stands for it; those of the training data in their own words where none are
-    given.
+    """label -> the word or phrase that stands for it; if none are given, the labels of the training data stand for
+    themselves.
 
     Raises:
-        ConfigError: fewer than two labels, or a pair whose label is none of them.
+        ConfigError: there are fewer than two labels, or a pair has an unknown label.
     """
     words = dict(labels) if isinstance(labels, Mapping) else {y: y for y in labels or data.labels}
     if len(words) < 2:
@@ -99,18 +100,18 @@ def words_of_labels(
 
 
 def check_words(name: str, words: Mapping[str, str]) -> None:
-    """Raises `ConfigError` if a label's word has no letter: its embedding says nothing of what it means."""
+    """Raise `ConfigError` if a label's word has no letter: its embedding would carry no meaning."""
     mute = [w for w in words.values() if not any(c.isalpha() for c in w)]
     if mute:
         raise ConfigError(
-            f"task {name}: the label word {mute[0]!r} says nothing of what it means; give words for labels, such as "
+            f"task {name}: the label word {mute[0]!r} carries no meaning; give words for labels, such as "
             f"labels={{{next(iter(words))!r}: 'bad', ...}} (--word {name}:{next(iter(words))}=bad)"
         )
 
 
 @torch.no_grad()
 def label_embeddings(encoder: nn.Module, read: Callable[[list[str]], Any], words: list[str], name: str = "") -> Tensor:
-    """Unit vectors `[classes, d]` of words or phrases by the encoder without its adapters, in evaluation mode."""
+    """Unit vectors `[classes, d]` of words or phrases, from the encoder without its adapters in evaluation mode."""
     was_training = encoder.training
     off = getattr(encoder, "disable_adapter", None)
     encoder.eval()
@@ -125,14 +126,14 @@ def pooled(model: nn.Module, tokens: Mapping[str, Tensor], name: str = "") -> Te
     """The mean of the last hidden states over the tokens that are not padding, `[n, d]`.
 
     Raises:
-        ConfigError: the model gives no `last_hidden_state`.
+        ConfigError: the model returns no `last_hidden_state`.
     """
     device = next(model.parameters()).device
     tokens = {n: t.to(device) for n, t in tokens.items()}
     out = model(**tokens)
     if getattr(out, "last_hidden_state", None) is None:
         raise ConfigError(
-            f"task {name}: {type(model).__name__} gives no last_hidden_state; label words need a bare encoder "
+            f"task {name}: {type(model).__name__} returns no last_hidden_state; label words need a bare encoder "
             "(transformers' AutoModel)"
         )
     return _mean_hidden(tokens, out)
@@ -146,7 +147,7 @@ def _mean_hidden(tokens: Mapping[str, Tensor], out: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """Texts to tensors, padded to the longest."""
+    """Turns texts into tensors, padded to the longest."""
 
     tokenizer: Any
     max_length: int
@@ -159,7 +160,7 @@ class _Reader:
 
 @dataclass(frozen=True, eq=False)
 class LabelWords:
-    """The labels' side: unit vectors `[classes, d]`, the scale of the cosines, and label -> class."""
+    """The labels: unit vectors `[classes, d]`, the scale of the cosines, and label -> class."""
 
     anchors: Tensor
     scale: float
@@ -169,7 +170,7 @@ class LabelWords:
         return self._of_pooled(pooled(model, tokens))
 
     def of_output(self, tokens: Any, out: Any) -> Tensor:
-        """The logits of what the encoder gave for some tokens."""
+        """The logits computed from the encoder's output for some tokens."""
         return self._of_pooled(_mean_hidden(tokens, out))
 
     def _of_pooled(self, x: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class LabelWords:
 def _accuracy(
     model: nn.Module, *, head: LabelWords, collate: Callable[[list[Pair]], Any], pairs: Sequence[Pair], size: int
 ) -> float:
-    """Texts of like length are batched together, so that little is spent on padding."""
+    """The accuracy. Texts of similar length are batched together to save padding."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     hits = 0
     for k in range(0, len(order), size):

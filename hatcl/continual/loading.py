@@ -1,4 +1,4 @@
-"""Text tasks from files: a base model with a new adapter, and the tasks that it can learn."""
+"""Text tasks from files: a base model with a new adapter, and the tasks for it to learn."""
 
 from __future__ import annotations
 
@@ -23,35 +23,36 @@ from .text_scores import TEXT_SCORES
 
 BASE_DTYPES = ("float32", "bfloat16", "float16")
 BITS = (4, 8)
-# the fields of `TextOptions` that make the adapter
+# the fields of `TextOptions` that define the adapter
 LORA = ("rank", "alpha", "target", "dropout", "use_rslora", "use_dora", "modules_to_save")
 FORMS = ("auto", "labels", "seq2seq", "causal")
 
 
 @dataclass(frozen=True)
 class TextOptions(Changeable):
-    """How text tasks and an adapter to learn them are made.
+    """How text tasks and an adapter for them are made.
 
     Args:
-        form: labels (the nearest label word, for encoders), seq2seq or causal (greedy generation); auto goes by the
-            model.
+        form: labels (the nearest label word, for encoders), seq2seq or causal (greedy generation); auto chooses by the
+        model.
         word: with labels, NAME:LABEL=WORD, the word or phrase for a label of a task.
-        measure: in generation, NAME=MEASURE, by what a task is scored: match (the default), answer, rouge_l, bleu_1,
-            bleu_4, similarity or sari.
+        measure: in generation, NAME=MEASURE, the measure that scores a task: match (the default), answer, rouge_l,
+            bleu_1, bleu_4, similarity or sari.
         plain: leave out the inputs' first line (the question) and a last `Answer:`.
-        train: at most so many training examples of each task. test: at most so many test examples of each task.
-        rank: LoRA's rank r. alpha: LoRA's alpha; what is added is scaled by alpha / r.
+        train: use at most this many training examples of each task. test: use at most this many test examples of each
+        task.
+        rank: LoRA's rank r. alpha: LoRA's alpha; the adapter's output is scaled by alpha / r.
         target: a module to adapt, such as query; by default peft's for the model.
         dropout: LoRA's dropout.
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732). use_dora: learn magnitudes
             as well as directions (Liu et al. 2024, arXiv 2402.09353).
-        modules_to_save: a module that is trained whole and kept with the adapter, such as a classifier; repeatable.
+        modules_to_save: a module that is trained fully and saved with the adapter, such as a classifier; repeatable.
         bits: load the base in 4 (NF4, doubly quantised, as QLoRA, Dettmers et al. 2023, arXiv 2305.14314) or 8 bits by
-            bitsandbytes; None = as it is.
-        dtype: of the base's weights: float32, bfloat16 or float16; the adapter's are float32.
-        gradient_checkpointing: compute activations again in the backward pass, for less memory.
-        max_input: tokens of an input, at most what the model takes; longer is cut.
-        max_output: tokens of an output, in generation.
+        bitsandbytes; None = without quantisation.
+        dtype: the type of the base's weights: float32, bfloat16 or float16; the adapter's are float32.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        max_input: tokens of an input, up to the model's limit; longer inputs are cut. max_output: tokens of an output,
+            in generation.
 
     Raises:
         ConfigError: a value outside its range.
@@ -94,13 +95,14 @@ def adapted_model(model: str, options: TextOptions, seed: int, adapter: bool = T
     """The base model with a new adapter, its tokenizer, and the form of its tasks.
 
     Args:
-        model: a folder of transformers, or a name on its hub. seed: of the adapter's start. adapter: False = without.
+        model: a folder of transformers, or a name on its hub. seed: seeds the adapter's start values. adapter: False =
+            without an adapter.
 
     Raises:
-        ConfigError: transformers or peft is not installed, or cannot make it.
+        ConfigError: transformers or peft is not installed, or cannot make the model.
     """
     try:
-        import peft  # noqa: F401  # used later; where it is missing, nothing is to be loaded before
+        import peft  # noqa: F401  # used later; if it is missing, nothing should be loaded first
         import transformers
     except ImportError as error:
         raise ConfigError(f"learning texts needs {error.name}; run: pip install 'hatcl[hf]'") from error
@@ -124,14 +126,14 @@ def adapted_model(model: str, options: TextOptions, seed: int, adapter: bool = T
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if options.gradient_checkpointing:
-        base.config.use_cache = False  # which it would have to warn of
+        base.config.use_cache = False  # otherwise it warns
     if options.bits is not None:
         import peft
 
         base = peft.prepare_model_for_kbit_training(
             base, options.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-        for module in base.modules():  # packed in evaluation on such CPUs, 4-bit weights lose all gradients after it
+        for module in base.modules():  # packed in evaluation on such CPUs, 4-bit weights would lose all later gradients
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     elif options.gradient_checkpointing:
@@ -141,10 +143,10 @@ def adapted_model(model: str, options: TextOptions, seed: int, adapter: bool = T
 
 
 def with_adapter(base: nn.Module, options: TextOptions, beside: Sequence[str] = ()) -> Any:
-    """A model with a new LoRA adapter, as a peft model. Its start is drawn from torch's global generator.
+    """A model with a new LoRA adapter, as a peft model. Its start values are drawn from torch's global generator.
 
     Args:
-        beside: modules that are trained in full besides it, such as a new head.
+        beside: further modules that are trained fully, such as a new head.
 
     Raises:
         ConfigError: peft is not installed, or cannot adapt the model.
@@ -155,7 +157,7 @@ def with_adapter(base: nn.Module, options: TextOptions, beside: Sequence[str] = 
         raise ConfigError(f"an adapter needs {error.name}; run: pip install 'hatcl[hf]'") from error
     names = [name for name, _ in base.named_modules()]
     for wanted in options.modules_to_save:
-        if not any(f".{name}".endswith(f".{wanted}") for name in names):  # peft says nothing
+        if not any(f".{name}".endswith(f".{wanted}") for name in names):  # peft ignores such a name silently
             known = {name.rsplit(".", 1)[-1] for name in names} - {""}
             raise ConfigError(
                 f"--modules-to-save: the model has no module {wanted!r}; did you mean {nearest(wanted, known)!r}?"
@@ -176,10 +178,10 @@ def with_adapter(base: nn.Module, options: TextOptions, beside: Sequence[str] = 
 
 
 def _loading(options: TextOptions, transformers: Any) -> dict[str, Any]:
-    """How the base is loaded.
+    """The arguments for loading the base.
 
     Raises:
-        ConfigError: bits without bitsandbytes.
+        ConfigError: bits were given, but bitsandbytes is not installed.
     """
     dtype = getattr(torch, options.dtype)
     if options.bits is None:
@@ -205,15 +207,15 @@ def text_tasks(
     validated: bool = False,
     seed: int = 0,
 ) -> list[ContinualTask]:
-    """A task for each of some texts, in order.
+    """One task per text data set, in order.
 
     Args:
-        data: by the tasks' names; files are read. positions: how many tokens the model has positions for; None = no
-            limit. validated: score on validation examples; where the data has none, a tenth of the training examples
-            are held out for it. seed: of the choice.
+        data: by the tasks' names; files are read. positions: the number of tokens that the model has positions for;
+            None = no limit. validated: score on validation examples; if the data has none, a tenth of the training
+            examples is held out for it. seed: seeds this choice.
 
     Raises:
-        ConfigError: files, words or lengths that do not fit. IntegrityError: a damaged file.
+        ConfigError: files, words or lengths do not fit. IntegrityError: a file is damaged.
     """
     words, measures = label_words(options.word, list(data)), measures_of(options.measure, list(data))
     tasks = []
@@ -228,7 +230,7 @@ def text_tasks(
 
 
 def part_used(data: TextData, options: TextOptions, *, validated: bool, seed: int) -> TextData:
-    """What `text_tasks` learns and scores of some data."""
+    """The part of some data that `text_tasks` learns and scores."""
     data = data.cut(options.train, options.test)
     data = data.on_validation(seed) if validated else data
     return data.plain() if options.plain else data
@@ -238,7 +240,7 @@ def label_words(specs: tuple[str, ...] | list[str], names: list[str]) -> dict[st
     """Per task, label -> word.
 
     Raises:
-        ConfigError: another form than NAME:LABEL=WORD, or a task that is not there.
+        ConfigError: a text has another form than NAME:LABEL=WORD, or names an unknown task.
     """
     found: dict[str, dict[str, str]] = {}
     for spec in specs:
@@ -252,10 +254,10 @@ def label_words(specs: tuple[str, ...] | list[str], names: list[str]) -> dict[st
 
 
 def measures_of(specs: tuple[str, ...] | list[str], names: list[str]) -> dict[str, str]:
-    """Per task, its measure.
+    """Task -> its measure.
 
     Raises:
-        ConfigError: another form than NAME=MEASURE, a task that is not there, or another measure.
+        ConfigError: a text has another form than NAME=MEASURE, or names an unknown task or measure.
     """
     found: dict[str, str] = {}
     for spec in specs:
@@ -286,9 +288,9 @@ def _task_of_form(
         if unknown:
             raise ConfigError(f"--word: {name} has no label {unknown[0]!r}; it has {', '.join(labels)}")
         if measure is not None:
-            raise ConfigError(f"--measure: {name} is scored by accuracy with --form labels; leave it out")
+            raise ConfigError(f"--measure: with --form labels, {name} is scored by accuracy; leave it out")
         return label_word_task(name, data, model, tokenizer, labels=labels, max_length=length)
     if words:
-        raise ConfigError("--word: only with --form labels")
+        raise ConfigError("--word works only with --form labels")
     make = {"seq2seq": seq2seq_task, "causal": causal_task}[form]
     return make(name, data, tokenizer, max_input=length, max_output=options.max_output, measure=measure or "match")

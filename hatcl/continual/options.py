@@ -10,8 +10,9 @@ from ..engine.options import LoopOptions
 
 EVALUATE = ("next", "all")
 SCORED_ON = ("test", "validation")
-# what may differ when a run is resumed: where and how often it computes and writes, and what helps a loss that went NaN
-LEAST_STEPS = 100  # of a task whose epochs nobody chose; with fewer an adapter learns nothing on a few hundred texts
+# options that may differ on resuming: where and how often it computes and writes, and those that help against a NaN
+# loss
+LEAST_STEPS = 100  # for a task without chosen epochs; with fewer an adapter learns nothing from a few hundred texts
 FREE = frozenset({"device", "compile", "checkpoint_seconds", "lr", "clip", "amp"})
 
 
@@ -20,19 +21,18 @@ class LearnOptions(LoopOptions):
     """How `learn_sequence` trains each task.
 
     Args:
-        epochs: passes over a task's examples. None = one (for images 12), or as many as it takes for 100 steps where
-            the examples are few.
+        epochs: passes over a task's examples. None = one (for images 12), or as many as 100 steps need if there are few
+        examples.
         batch_size: the most examples per batch; the batches of an epoch have nearly equal size.
         fresh_optimizer: make a new optimizer for each task, instead of one for all.
-        evaluate: after each task, score the tasks learned so far and the `next` one, which is what the measures need,
-            or `all`.
+        evaluate: after each task, score the tasks learned so far and the `next` one, as the measures need, or `all`.
         baseline: score every task before anything is learned, for forward transfer.
-        score_on: the examples to score on: `test`, or `validation` to choose options and methods by.
+        score_on: the examples to score on: `test`, or `validation` for choosing options and methods.
         checkpoint_seconds: the least time between two checkpoints within a task, for methods that can resume in the
             middle of one (`Method.state`); one is written after each task as well.
 
     Raises:
-        ConfigError: a value outside its range, see also `LoopOptions`.
+        ConfigError: a value is outside its range, see also `LoopOptions`.
     """
 
     epochs: int | None = None

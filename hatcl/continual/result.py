@@ -1,4 +1,4 @@
-"""What a sequence of tasks gave."""
+"""The result of learning a sequence of tasks."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class SequenceResult:
     """The score matrix R and its measures; T tasks, counted from 0.
 
     Attributes:
-        method: how it was learned. tasks: their names.
-        rows: `rows[i][j]` is task j's score after task i, NaN where it was not measured. For a method that learns all
-            tasks at once only the last row is measured.
+        method: the method's name. tasks: the tasks' names.
+        rows: `rows[i][j]` is task j's score after task i, NaN where it was not measured. A method that learns all tasks
+        at once measures only the last row.
         baseline: each task's score before anything was learned, NaN where it was not measured.
-        seconds: spent on each task: learning, with what the method does at its end, and scoring.
+        seconds: the time spent on each task: learning, the method's work at its end, and scoring.
         losses: the mean training loss of the first and of the last tenth of each stage's steps.
-        facts: what the method tells of each stage (`Method.facts`). details: and of the whole (`Method.finish`); empty
-            until the run is finished.
-        commonest: each task's score of always giving the commonest answer, NaN where that means nothing.
-        scored_by: the measure of each task's score, empty where it is not named.
+        facts: the method's results for each stage (`Method.facts`). details: its results for the whole run
+        (`Method.finish`); empty until the run is finished.
+        commonest: each task's score of always giving the most common answer, NaN where that is meaningless.
+        scored_by: the measure of each task's score, empty if it is not named.
     """
 
     method: str
@@ -68,7 +68,7 @@ class SequenceResult:
 
     @property
     def zero_shot_transfer(self) -> float:
-        """FWT as TaSL reports it, without the baseline: `1/(T-1) sum_{j>0} R[j-1, j]`."""
+        """FWT as in TaSL, without the baseline: `1/(T-1) sum_{j>0} R[j-1, j]`."""
         return zero_shot_transfer(self.matrix)
 
     @property
@@ -78,7 +78,7 @@ class SequenceResult:
 
     @property
     def measures(self) -> dict[str, float]:
-        """All five."""
+        """All five measures."""
         return {
             "average_accuracy": self.average_accuracy,
             "forgetting": self.forgetting,
@@ -104,7 +104,7 @@ class SequenceResult:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> SequenceResult:
-        """What `to_dict` gave."""
+        """Read the result of `to_dict`."""
 
         def read(values: list[float | None]) -> list[float]:
             return [math.nan if v is None else float(v) for v in values]

@@ -1,4 +1,4 @@
-"""Routers for tasks of images and of texts that were learned in sequence, and how well they tell them apart."""
+"""Routers for tasks of images and of texts that were learned in sequence, and their measures."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from .tasks import ContinualTask, TextReading
 SHARES = (
     "task_accuracy", "at_first_sight", "rejected", "task_incremental", "class_incremental", "largest_logit",
 )  # fmt: skip
-TEXTS = 32  # that are read in one forward
+TEXTS = 32  # texts per forward
 PROBES = (
     "The quick brown fox jumps over the lazy dog; is 9 > 8.0 - 7 and 65 % of 4,321 near 2,800?",
     "Zwölf Boxkämpfer: déjà vu! «Съешь ещё» 我能吞下玻璃 \n\t@user #tag http://a.b/c?d=e&f",
-)  # whose tokens tell tokenizers apart
+)  # tokenizers differ in the tokens of these
 
 
 @dataclasses.dataclass(frozen=True)
 class EachPrepared:
-    """Images as each task's network takes them. Each task was learned with the mean and spread of its own images, so an
-    image whose task is unknown is prepared for the task that is asked about.
+    """Prepares images for each task's network. Each task was learned with the mean and deviation of its own images, so
+    an image whose task is unknown is prepared for the task being tried.
 
     Attributes:
         each: the preparation of each task.
@@ -47,28 +47,28 @@ class EachPrepared:
 
     @classmethod
     def of(cls, stream: Sequence[ImageData], options: ImageOptions) -> EachPrepared:
-        """As `image_tasks` prepares the same data."""
+        """The same preparation as that of `image_tasks` for this data."""
         return cls([Preparation.of(data, size=options.size or None, fit=options.fit) for data in stream])
 
     @classmethod
     def from_dict(cls, each: Sequence[Mapping[str, Any]]) -> EachPrepared:
-        """What `to_dict` gave, also after JSON."""
+        """Read the result of `to_dict`, also after a JSON round trip."""
         return cls([Preparation(**{**p, "mean": tuple(p["mean"]), "std": tuple(p["std"])}) for p in each])
 
     def to_dict(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(p) for p in self.each]
 
     def __call__(self, task: int, images: Tensor) -> Tensor:
-        """Images `[B, H, W]` or `[B, H, W, C]` as they are stored, for a task's network."""
+        """Prepare images `[B, H, W]` or `[B, H, W, C]`, given as they are stored, for a task's network."""
         return self.each[task](images.numpy())
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnClasses:
-    """The logits of a task's classes, of heads that have more (see `ImageOptions.rotate`).
+    """The logits of a task's classes, for heads that have more (see `ImageOptions.rotate`).
 
     Attributes:
-        counts: how many classes each task has.
+        counts: the number of classes of each task.
     """
 
     counts: Sequence[int]
@@ -78,12 +78,12 @@ class OwnClasses:
 
 
 def check_routable(stream: Sequence[ImageData]) -> None:
-    """Raises `ConfigError` where a task is no classification: a router tells tasks apart by what their classes say."""
+    """Raise `ConfigError` if a task is not a classification: a router needs the answers of its classes."""
     other = next((data for data in stream if data.problem != CLASSES), None)
     if other is not None:
         raise ConfigError(
-            f"router: task {other.name!r} is a {other.problem}, and a router finds tasks of one class per example; "
-            "learn without --router, and say with hatcl.task(model, t) which task an input belongs to"
+            f"router: task {other.name!r} is a {other.problem}, but a router needs tasks with one class per "
+            "example; learn without --router, and choose the task of an input with hatcl.task(model, t)"
         )
 
 
@@ -93,13 +93,13 @@ def image_router(
     options: ImageOptions,
     router: RouterOptions | Mapping[str, Any] | None = None,
 ) -> TaskRouter:
-    """A router with the training images of each sealed task.
+    """A router made from the training images of each sealed task.
 
     Args:
-        stream: what the tasks were made of, in order; with validation images, what was left to learn from.
+        stream: the data of the tasks, in order; if images were held out for validation, the remaining data.
 
     Raises:
-        ConfigError: a task is no classification.
+        ConfigError: a task is not a classification.
     """
     check_routable(stream)
     own = OwnClasses([data.num_classes for data in stream]) if options.rotate else None
@@ -111,7 +111,7 @@ def image_router(
 
 
 def image_examples(stream: Sequence[ImageData], size: int) -> dict[int, Iterable[Any]]:
-    """The test images of each task, as they are stored, in batches of (images, labels)."""
+    """The test images of each task, as stored, in batches of (images, labels)."""
     return {t: _unprepared(data.x_test, data.y_test).batches(size) for t, data in enumerate(stream)}
 
 
@@ -121,11 +121,11 @@ def _unprepared(x: Any, y: np.ndarray) -> Images:
 
 @dataclasses.dataclass(frozen=True)
 class TextLogits:
-    """What each task's own classes get, of what a model without a head gives; one column of zeros for a task that
-    writes its answers.
+    """The logits of each task's classes, computed from the output of a model without a head; one column of zeros for a
+    task that generates its answers.
 
     Attributes:
-        each: how each task reads texts.
+        each: each task's reading of texts.
     """
 
     each: Sequence[TextReading]
@@ -141,19 +141,21 @@ def _device_of(out: Any) -> torch.device:
 
 
 def readings(sequence: Sequence[ContinualTask]) -> list[TextReading]:
-    """How the tasks of a sequence read texts.
+    """The readings of texts of a sequence's tasks.
 
     Raises:
-        ConfigError: one does not say.
+        ConfigError: a task has no reading.
     """
     for of in sequence:
         if of.reading is None:
-            raise ConfigError(f"task {of.name}: is none of texts, or made by hand; give ContinualTask(reading=...)")
+            raise ConfigError(
+                f"task {of.name} is not made of texts, or was made by hand; give ContinualTask(reading=...)"
+            )
     return [of.reading for of in sequence if of.reading is not None]
 
 
 def tokens_digest(each: Sequence[TextReading], chat: bool = False) -> str:
-    """A digest of the tokens that some texts and the labels become: by tokenizer, prompts and lengths."""
+    """A digest of the tokens of some texts and of the labels; it depends on tokenizer, prompts and lengths."""
     read: dict[str, Tensor] = {}
     for i, how in enumerate(each):
         some: list[str] = [Chat([("user", x)]) if chat else x for x in (*PROBES, *how.labels)]
@@ -167,15 +169,15 @@ def text_router(
     data: Sequence[TextData],
     options: RouterOptions | Mapping[str, Any] | None = None,
 ) -> TaskRouter:
-    """A router with the training texts of each sealed task. It reads the mean over tokens of what enters the block in
-    the middle: gates over adapters leave it nearly the same for all tasks, so that one forward finds the task
+    """A router made from the training texts of each sealed task. Its feature is the mean over tokens of the middle
+    block's input: gates over adapters leave it nearly the same for all tasks, so one forward finds the task
     (`hatcl.predict(top=1)`).
 
     Args:
-        data: of each task in order, what it was learned from.
+        data: the training data of each task, in order.
 
     Raises:
-        ConfigError: tasks that do not say how they read texts. HATError: a model without a stack of blocks.
+        ConfigError: a task has no reading of texts. HATError: the model has no stack of blocks.
     """
     each = readings(sequence)
     made = TaskRouter(model, RouterOptions().changed(options), middle_block(model), logits=TextLogits(each))
@@ -197,17 +199,17 @@ def _read_texts(how: TextReading, pairs: Sequence[Pair]) -> Iterator[tuple[Any, 
 
 
 def routing_measures(router: TaskRouter, model: nn.Module, examples: Mapping[int, Iterable[Any]]) -> dict[str, Any]:
-    """How well inputs find their task and their class.
+    """Measure how often a router finds the right task and class.
 
     Args:
-        examples: of each task, batches of (inputs, labels).
+        examples: for each task, batches of (inputs, labels).
 
     Returns:
-        confusion: `[T, T]`, how many inputs of the row's task were taken for the column's.
-        task_accuracy: share of the inputs whose task is found; at_first_sight: by one forward alone, as
-        `hatcl.predict(top=1)` does. rejected: share of the inputs that are rejected. Where every task has
-        classes also task_incremental: accuracy where the task is given; class_incremental: share of the inputs whose
-        task and class are both found; largest_logit: task_accuracy of the task with the largest logit.
+        confusion: `[T, T]`, the number of inputs of the row's task that were assigned to the column's.
+        task_accuracy: share of the inputs whose task is found; at_first_sight: the same with only one forward, as in
+            `hatcl.predict(top=1)`. rejected: share of the inputs that are rejected. If every task has classes, also
+            task_incremental: accuracy with the task given; class_incremental: share of the inputs whose task and class
+            are both found; largest_logit: task_accuracy when choosing the task with the largest logit.
     """
     count = len(examples)
     confusion = np.zeros((count, count), dtype=np.int64)

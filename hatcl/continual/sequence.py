@@ -1,4 +1,4 @@
-"""The loop over tasks: learn, let the method do its part, score, save, and resume where an interrupted run stopped."""
+"""The loop over tasks: learn, run the method's steps, score, save, and resume an interrupted run."""
 
 from __future__ import annotations
 
@@ -64,31 +64,33 @@ def learn_sequence(
 ) -> SequenceResult:
     """Learn tasks one after another and score them after each.
 
-    What requires a gradient is trained: the active adapter of a peft model, or a whole model. The model is left as the
-    last task's method left it, each module in the mode it came in. A model that came in evaluation mode is trained in
-    training mode; of one that came in training mode, modules that were put into evaluation mode stay in it.
+    Everything that requires a gradient is trained: the active adapter of a peft model, or a whole model. Afterwards the
+    model is as the method left it after the last task, with each module in its former mode. A model that arrives in
+    evaluation mode is trained in training mode; in one that arrives in training mode, modules in evaluation mode stay
+    so.
 
     `options.seed` seeds the order of batches, dropout and the method's own choices. All generators are seeded again for
-    each stage, so that a stage does not depend on how those before it were run. The caller's random state is put back.
+    each stage, so a stage does not depend on how the earlier ones were run. The caller's random state is restored.
 
-    Where `torch.distributed` was initialised with several processes, each takes its share of every batch, and the model
-    is learned in `DistributedDataParallel` (`hat` alone). All must call this with the same arguments; rank 0 writes the
-    folder. Norms over a batch see a process's share. An interrupted stage is then learned again from its beginning.
+    If `torch.distributed` was initialised with several processes, each takes its share of every batch, and the model is
+    learned in `DistributedDataParallel` (only with `hat`). All must call this with the same arguments; rank 0 writes
+    the folder. Norms over a batch see only a process's share. An interrupted stage is then learned again from its
+    beginning.
 
     Args:
         model: a peft model with one active LoRA adapter, or any module.
         tasks: see `ContinualTask`.
-        method: one of `list_continual_methods()`, or a `Method`. method_options: what to change of its options.
-        options: how to train, see `LearnOptions`, or a mapping of what to change.
-        folder: where the run is kept (see `hatcl/continual/folder.py`). An interrupted run resumes where it stopped,
-            and ends with the bits of one that was not; a finished run is read.
-        on_progress: called after each step, each epoch, each score and each stage, and at the start for the stages that
-            were done before.
+        method: one of `list_continual_methods()`, or a `Method`. method_options: changes to its options.
+        options: how to train, `LearnOptions` or a mapping of the options to change.
+        folder: the run's folder (see `hatcl/continual/folder.py`). An interrupted run resumes where it stopped and ends
+        with the same bits as an uninterrupted one; a finished run is read.
+        on_progress: called after each step, each epoch, each score and each stage, and at the start for the stages done
+            before.
 
     Raises:
-        ConfigError: options, tasks or a folder that do not fit. SkillError: an adapter or a base model that does not
-            fit the method or the folder's run. NonFiniteLossError: a loss or gradient that is not finite; the folder
-            holds the tasks before it. IntegrityError: a damaged file in the folder.
+        ConfigError: options, tasks or the folder do not fit. SkillError: the adapter or the base model does not fit the
+            method or the folder's run. NonFiniteLossError: a loss or gradient is not finite; the folder holds the tasks
+            before it. IntegrityError: a file in the folder is damaged.
     """
     chosen = make_method(method, method_options)
     learning = LearnOptions().changed(options)
@@ -121,12 +123,12 @@ class _Stage(Work):
         return sum(-(-len(self.run.tasks[i].train) // self.run.options.batch_size) for i in self.indices)
 
     def trained(self, options: LoopOptions) -> Any:
-        """Biases and norms do not decay, nor do gates."""
+        """The groups of parameters; biases, norms and gates get no weight decay."""
         return self.model if options.weight_decay else self.parameters
 
     def batches(self, epoch: int) -> list[Batch]:
-        """Every example once; the batches of a stage's tasks are shuffled together. They have nearly equal size: a
-        last batch of one example would break batch norms."""
+        """Batches with every example once, those of a stage's tasks shuffled together. They have nearly equal size,
+        since a last batch of one example would break batch norms."""
         size, found = self.run.options.batch_size, list[Batch]()
         for i in self.indices:
             order = torch.randperm(len(self.run.tasks[i].train), generator=self.order)
@@ -149,7 +151,7 @@ class _Stage(Work):
         return self.method.loss(self.run.replica, batch)
 
     def size(self, batch: Batch) -> float:
-        return len(batch.positions) / batch.weight  # as large in every process that has a share of it
+        return len(batch.positions) / batch.weight  # the same in every process that has a share
 
     def said_of(self, batch: Batch) -> str:
         return f"the examples {list(batch.positions[:4])} ..."
@@ -185,7 +187,7 @@ class _Run:
         self.folder, self.tell = folder, on_progress or (lambda progress: None)
         rank, self.processes = place()
         self.writes = folder if rank == 0 else None
-        self.replica = model  # or what it is wrapped in, where several processes learn as one
+        self.replica = model  # or its wrapper, if several processes learn as one
         self.stages = method.stages(len(tasks))
         self.modes = Modes(model)
         self.optimizer: torch.optim.Optimizer | None = None
@@ -199,7 +201,7 @@ class _Run:
         if not any(p.requires_grad for p in self.model.parameters()):
             raise SkillError(
                 f"{type(self.model).__name__}: no parameter requires a gradient; give a peft model whose adapter is "
-                "trainable (is_trainable=True where it was loaded)"
+                "trainable (is_trainable=True when loading it)"
             )
         self._check_processes()
         with seeded(_mix(self.options.seed, 0), device_of(self.model)):
@@ -212,19 +214,19 @@ class _Run:
     def _check_processes(self) -> None:
         if self.processes > 1 and not self.method.together:
             raise ConfigError(
-                f"{self.method.name}: cannot be learned by {self.processes} processes as one; start one process, or "
-                "take hat"
+                f"{self.method.name}: cannot be learned by {self.processes} processes together; start one process, "
+                "or use hat"
             )
         for task in self.tasks if self.processes > 1 else ():
             smallest = len(task.train) // -(-len(task.train) // self.options.batch_size)
             if smallest < self.processes:
                 raise ConfigError(
-                    f"batch_size: got {self.options.batch_size}; task {task.name} then has a batch of {smallest}, of "
-                    f"which {self.processes} processes cannot all have a share; give a larger one"
+                    f"batch_size: got {self.options.batch_size}; task {task.name} then has a batch of {smallest}, "
+                    f"too few for {self.processes} processes; give a larger batch_size"
                 )
 
     def _go(self) -> None:
-        config = self._config()  # before the method adds adapters of its own
+        config = self._config()  # before the method adds its own adapters
         if self.folder is not None:
             check(self.folder, config)
         self.method.learning = self.options
@@ -264,7 +266,7 @@ class _Run:
         facts = self.method.facts(self.model, stage)
         learned = time.perf_counter()
         row = self._scores(self._due(stage), stage)
-        # rows are by task: a stage of several tasks has no scores after each
+        # one row per task: a stage with several tasks has no scores after each of them
         gap = [[math.nan] * len(self.tasks)] * (len(self.stages[stage]) - 1)
         self.result.rows += [*gap, row]
         self.result.facts.append(facts)
@@ -284,7 +286,7 @@ class _Run:
         self.result.losses.append([sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth])
 
     def _steps(self, stage: int) -> list[float]:
-        """Learn a stage; the losses of its steps."""
+        """Learn a stage and return the losses of its steps."""
         self.method.begin(self.model, stage)
         standing = None
         if self.writes is not None and self.processes == 1 and self.method.state() is not None:
@@ -303,19 +305,19 @@ class _Run:
         return work.losses
 
     def _kept_optimizer(self, work: _Stage) -> torch.optim.Optimizer | None:
-        """The optimizer of the stages before, where there is one for all; also after an interruption."""
+        """The optimizer of the earlier stages, if all share one; also after an interruption."""
         if self.optimizer is None and self.moments:
             where = f"{OPTIMIZER} in the run's checkpoint"
             self.optimizer = make_optimizer(work.trained(self.options), self.options)
             self.scaler = torch.amp.GradScaler(device_of(self.model).type, enabled=self.options.amp == "fp16")
             with kept_whole(where):
                 load_optimizer(self.optimizer, self.moments["optimizer"], where)
-                if dict(self.moments["scaler"]):  # empty where the run did without one
+                if dict(self.moments["scaler"]):  # empty if the run used no scaler
                     self.scaler.load_state_dict(self.moments["scaler"])
         return self.optimizer
 
     def _tell_stage(self, stage: int) -> None:
-        """A stage is done: how its last task fares, and what the method tells of it."""
+        """Report a finished stage: the score of its last task, and the method's results."""
         index = self.stages[stage][-1]
         told = {"loss": self.result.losses[stage][1], **self.result.facts[stage]}
         facts = {n: float(v) for n, v in told.items() if isinstance(v, (int, float))}
@@ -323,7 +325,7 @@ class _Run:
         self.tell(Progress("stage", self.tasks[index].name, 0, 0, score, stage=stage, measured=facts))
 
     def _due(self, stage: int) -> list[int]:
-        """Which tasks to score after a stage."""
+        """The tasks to score after a stage."""
         learned = max(self.stages[stage]) + 1
         count = len(self.tasks)
         if not self.method.ahead:
@@ -352,7 +354,7 @@ class _Run:
         }
 
     def _resume(self, folder: Path) -> int:
-        """Read the newest checkpoint, or a finished run; how many stages are done."""
+        """Read the newest checkpoint, or a finished run, and return the number of finished stages."""
         at, finished = complete(folder / CHECKPOINT), complete(folder / MODEL)
         if (folder / METRICS).exists() and finished.exists():
             load_pretrained_(self.model, finished, grow=True)
@@ -407,7 +409,7 @@ class _Run:
                 torch.save(moments, new / OPTIMIZER)
             progress = {"stages": stages, "result": self.result.to_dict()}
             (new / PROGRESS).write_text(json.dumps(progress) + "\n")
-        for path in folder.glob(MIDWAY.format("*")):  # of the stage that is done
+        for path in folder.glob(MIDWAY.format("*")):  # of the finished stage
             path.unlink()
 
     def _finish(self, folder: Path) -> None:
@@ -420,5 +422,5 @@ class _Run:
 
 
 def _mix(seed: int, stage: int) -> int:
-    """A seed for each stage that no other seed's stages have."""
+    """A seed for each stage that differs from those of every other seed's stages."""
     return seed * 1009 + stage

@@ -1,13 +1,12 @@
-"""How well a written text fits the one that was expected, as the benchmarks of continual learning measure it; 0 to 1.
+"""Scores from 0 to 1 of how well a generated text fits the expected one, as in the benchmarks of continual learning.
 
-match        the same without regard to case and to white space
-answer       the same letter after "Answer:", as TRACE has it for ScienceQA (without such a word, the first letter)
-rouge_l      F1 of the longest common subsequence of words (Lin 2004), as TRACE has it for MeetingBank. TRACE's
-             package joins the subsequences of single sentences; here the text is one
-bleu_1, _4   BLEU of a sentence over n-grams of 1, or of 1 to 4 words (Papineni et al. 2002), as TRACE has it for the
-             reasons in ScienceQA: of what follows "Because " where the expected text has that. Not smoothed
-similarity   of characters, 2 M / T of matching blocks, as TRACE has it for Py150, after literals have their values
-sari         what was kept, deleted and added against the input (Xu et al. 2016), as TRACE has it for 20Minuten
+match        the same text, ignoring case and white space
+answer       the same letter after "Answer:", as in TRACE's ScienceQA (without this word, the first letter)
+rouge_l F1 of the longest common subsequence of words (Lin 2004), as in TRACE's MeetingBank. TRACE's package joins the
+subsequences of single sentences; here the text is one piece bleu_1, _4 BLEU of a sentence over n-grams of 1, or of 1 to
+4 words (Papineni et al. 2002), as for the reasons in TRACE's ScienceQA: for the text after "Because " if the expected
+text has that. Not smoothed similarity of characters, 2 M / T of matching blocks, as in TRACE's Py150, after literals
+are filled in sari         the words kept, deleted and added against the input (Xu et al. 2016), as in TRACE's 20Minuten
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.S)
 
 
 def matches(given: str, expected: str) -> bool:
-    """Are two values the same without regard to case and to white space?"""
+    """Whether two values are the same, ignoring case and white space."""
     return given.lower().split() == expected.lower().split()
 
 
 def same_answer(given: str, expected: str) -> bool:
-    """Is the letter the same?"""
+    """Whether the letter is the same."""
 
     def letter(text: str) -> str:
         return text.partition("Answer:")[2].strip()[:1] or text.strip()[:1]
@@ -52,8 +51,9 @@ def rouge_l(given: str, expected: str) -> float:
 
 
 def bleu(given: str, expected: str, orders: int = ORDERS) -> float:
-    """`min(1, e^(1 - r/c)) (prod_n p_n)^(1/N)` with p_n the share of the given text's n-grams that the expected one
-    has, each as often as there, and c and r the numbers of words of the two; 0 where a p_n is."""
+    """`min(1, e^(1 - r/c)) (prod_n p_n)^(1/N)` where p_n is the share of the given text's n-grams that the expected
+    text has, counting each at most as often as it occurs there, and c and r are the numbers of words of the two; 0 if a
+    p_n is 0."""
 
     def words(text: str) -> list[str]:
         reason = text.partition("Because ")[2] if "Because " in expected else text
@@ -81,8 +81,8 @@ def similarity(given: str, expected: str) -> float:
 
 
 def sari(source: str, given: str, references: Sequence[str]) -> float:
-    """The mean over n-grams of 1 to 4 words of: F1 of what was kept, precision of what was deleted, F1 of what was
-    added (Xu et al. 2016, eq. 3-9), with the recall of what was kept over occurrences, as tensor2tensor corrects it."""
+    """The mean over n-grams of 1 to 4 words of: F1 of the kept, precision of the deleted, and F1 of the added n-grams
+    (Xu et al. 2016, eq. 3-9), with the recall of the kept ones over occurrences, as corrected in tensor2tensor."""
     before, after, *wanted = (text.lower().split() for text in (source, given, *references))
     return sum(_of_order(n, before, after, wanted) for n in range(1, ORDERS + 1)) / ORDERS
 

@@ -1,4 +1,4 @@
-"""Batches of several tasks side by side, and batches repeated."""
+"""Batches that combine several tasks, and repeated batches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ..calls import Batches, endless
 
 
 class Zipped:
-    """A batch of each of several tasks per step. The epoch ends with the shortest, or with the first, and then the
-    others start over when they run out."""
+    """Per step, one batch of each of several tasks. The epoch ends with the shortest task, or with the first; in that
+    case the others start again when they run out."""
 
     def __init__(self, loaders: Sequence[Batches], *, follow_first: bool = False) -> None:
         self.loaders = list(loaders)
@@ -26,7 +26,7 @@ class Zipped:
 
 
 class Repeated:
-    """The batches, so often that an epoch has at least `steps` of them."""
+    """The batches, repeated so that an epoch has at least `steps` of them."""
 
     def __init__(self, batches: Batches, steps: int) -> None:
         self.loaders = [batches]
@@ -41,7 +41,7 @@ class Repeated:
 
 
 def lengths(loaders: Sequence[Batches]) -> int:
-    """The length of the shortest. Raises `TypeError` where one has none."""
+    """The length of the shortest. Raises `TypeError` if one has no length."""
     sizes = [len(x) for x in loaders if isinstance(x, Sized)]
     if len(sizes) < len(loaders):
         raise TypeError("batches without a length")

@@ -1,9 +1,8 @@
-"""Benchmarks of continual learning by name, read from the user's own copy: which tasks, in which order, and by which
-measure each is scored.
+"""Benchmarks of continual learning by name, read from the user's own copy: their tasks, orders, and measures.
 
-    long_sequence   15 tasks of classification (Razdaibiedina et al. 2023, arXiv 2301.12314), in the three orders of
-                    O-LoRA and TaSL, and the four tasks of the standard benchmark in three more
-    trace           8 tasks of LLMs (Wang et al. 2023, arXiv 2310.06762)
+long_sequence   15 tasks of classification (Razdaibiedina et al. 2023, arXiv 2301.12314), in the three orders of
+                O-LoRA and TaSL, and the four tasks of the standard benchmark in three more
+trace           8 tasks of LLMs (Wang et al. 2023, arXiv 2310.06762)
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Benchmark:
     """Tasks in their published orders.
 
     Attributes:
-        orders: by number, as published. measures: of tasks that are not scored by `match`, see
+        orders: by number, as published. measures: for tasks that are not scored by `match`, see
             `hatcl.continual.text_scores`.
     """
 
@@ -42,11 +41,11 @@ class Benchmark:
         chosen = first if number is None else number
         if chosen not in self.orders:
             known = ", ".join(map(str, self.orders))
-            raise ConfigError(f"order: got {number!r}, expected one of {known}, as {self.name} numbers them")
+            raise ConfigError(f"order: got {number!r}, expected one of {known}, the numbers of {self.name}")
         return self.orders[chosen]
 
     def measure(self, task: str) -> str:
-        """By what the task is scored."""
+        """The measure that scores the task."""
         return self.measures.get(task, "match")
 
 
@@ -73,24 +72,24 @@ def read_benchmark(
 ) -> dict[str, TextData]:
     """The tasks of a benchmark, in order.
 
-    Of each task the folder has `TASK.json` (or .gz) as `read_texts` takes it, the folder `TASK` with `train`, `eval` or
-    `dev`, and `test` as .json (TRACE's and O-LoRA's, at any depth), or `train/TASK_T5.json` and so on (TaSL's).
+    For each task the folder has `TASK.json` (or .gz) in a form of `read_texts`, the folder `TASK` with `train`, `eval`
+    or `dev`, and `test` as .json (TRACE's and O-LoRA's, at any depth), or `train/TASK_T5.json` and so on (TaSL's).
 
     Args:
-        order: by its published number; None = the first. only: some of its tasks, where others are not at hand. Figures
-            of fewer tasks are not those of the benchmark.
+        order: by its published number; None = the first. only: some of its tasks, if the others are not available.
+            Figures for fewer tasks are not comparable with the benchmark's.
 
     Raises:
-        ConfigError: another name or order; a task that the folder does not have, or that is no task of it.
-        IntegrityError: a damaged file.
+        ConfigError: the name or order is unknown, or a task is missing in the folder or not part of the benchmark.
+            IntegrityError: a file is damaged.
     """
     found = _found_parts(name, folder, order, only)
     return {task: read_texts(parts[""]) if "" in parts else read_parts(parts) for task, parts in found.items()}
 
 
 def benchmark_files(name: str, folder: str | Path, *, order: int | None = None) -> dict[str, Path]:
-    """The same tasks as files that `read_texts` takes: one of all parts, or that of the training part. Raises as
-    `read_benchmark`."""
+    """The same tasks as files for `read_texts`: one file with all parts, or that of the training part. Raises the
+    errors of `read_benchmark`."""
     return {t: parts.get("") or parts["train"] for t, parts in _found_parts(name, folder, order, None).items()}
 
 
@@ -107,15 +106,15 @@ def _found_parts(
     if missing:
         at_hand = [task for task in wanted if task not in missing]
         raise ConfigError(
-            f"{folder}: has no {', '.join(missing)} of {name}; put TASK.json, TASK/train.json and test.json, or "
-            f"train/TASK_T5.json and test/TASK_T5.json there, or name the tasks at hand (only={at_hand}; on the "
+            f"{folder} has no {', '.join(missing)} of {name}; put TASK.json, TASK/train.json and test.json, or "
+            f"train/TASK_T5.json and test/TASK_T5.json there, or name the available tasks (only={at_hand}; on the "
             "command line --task TASK=FILE for each)"
         )
     return found
 
 
 def _parts_of(folder: Path, task: str) -> dict[str, Path]:
-    """Part -> file, or one file of all parts under the name ''."""
+    """Part -> file, or one file with all parts under the name ''."""
     for end in ENDS:
         if (folder / f"{task}{end}").is_file():
             return {"": folder / f"{task}{end}"}
@@ -129,11 +128,11 @@ def general_ability(before: Mapping[str, float], after: Mapping[str, float]) -> 
     2310.06762, eq. 3); the same for instruction following.
 
     Raises:
-        ConfigError: scores of different tasks, or of none.
+        ConfigError: the scores are for different tasks, or for none.
     """
     if not before or before.keys() != after.keys():
         raise ConfigError(
-            f"general_ability: got scores of {', '.join(sorted(before)) or 'nothing'} before and of "
+            f"general_ability: got scores for {', '.join(sorted(before)) or 'nothing'} before and for "
             f"{', '.join(sorted(after)) or 'nothing'} after, expected the same tasks"
         )
     return sum(after[name] - before[name] for name in before) / len(before)

@@ -1,7 +1,7 @@
 """Data sets by their names, in the user's own copy: the eight of task arithmetic, CIFAR, and folders of classes.
 
-Each is looked for as torchvision lays it out and, where the repositories of task vectors and aTLAS have a layout of
-their own, in that (which comes first where both are there).
+Each is searched in torchvision's layout and in that of the repositories of task vectors and aTLAS, if they have their
+own, which comes first if both exist.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from .photos import Photos
 from .prompts import CLASS_NAMES, TEMPLATES
 
 Labelled = tuple[Sequence[Path], Sequence[int]]
-FoundParts = tuple[Labelled, Labelled, Sequence[str]]  # to learn from, to test on, and the names of the classes
+FoundParts = tuple[Labelled, Labelled, Sequence[str]]  # training part, test part, and the names of the classes
 ARRAYS_OF = {"mnist": "MNIST", "svhn": "SVHN", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 FOLDERS = ("train", ("test", "val"))
-SPLITS = {"validation": "val"}  # what torchvision calls it
-SPLIT_SEED = 0  # of data sets that come in one piece
-TESTED = 0.1  # their share of each class that is tested on: 270 of 2,700 images of EuroSAT, as in aTLAS
+SPLITS = {"validation": "val"}  # torchvision's name
+SPLIT_SEED = 0  # for data sets without parts
+TESTED = 0.1  # the share of each class that tests them: 270 of 2,700 images of EuroSAT, as in aTLAS
 
 
 def read_images(where: str | Path) -> ImageData:
-    """A task of images: an `.npz` file (`npz_task`), `DATASET@ROOT`, or a folder with `train/` and `test/` (or `val/`)
-    and in these a folder for each class.
+    """A task of images: an `.npz` file (`npz_task`), `DATASET@ROOT`, or a folder with `train/` and `test/` (or `val/`),
+    each with one folder per class.
 
     Returns:
-        `ImageData`: arrays of an `.npz` file, CIFAR, SVHN or MNIST, and else photos.
+        `ImageData`: arrays for an `.npz` file, CIFAR, SVHN or MNIST, else photos.
 
     Raises:
-        ConfigError: an unknown data set, or one that is not there. IntegrityError: a file that cannot be read.
+        ConfigError: the data set is unknown or missing. IntegrityError: a file cannot be read.
     """
     text = str(where)
     name, at, root = text.partition("@")
     if not at or Path(text).exists():
         return _folder(Path(text)) if Path(text).is_dir() else npz_task(text)
-    name, root = name.lower(), str(Path(root).expanduser())  # no shell does so behind an @
+    name, root = name.lower(), str(Path(root).expanduser())  # a shell does not expand ~ after an @
     if name in ARRAYS_OF:
-        own = Path(root) / name  # where the repositories have SVHN
+        own = Path(root) / name  # the repositories' place for SVHN
         try:
             return torchvision_task(ARRAYS_OF[name], own if name == "svhn" and own.is_dir() else root)
         except ConfigError as error:
@@ -52,7 +52,9 @@ def read_images(where: str | Path) -> ImageData:
             raise ConfigError(f"{text}: torchvision.datasets.{ARRAYS_OF[name]} is not in {root} ({why})") from error
     if name not in PHOTOS_OF:
         known = (*PHOTOS_OF, *ARRAYS_OF)
-        raise ConfigError(f"{text}: no data set {name!r}; did you mean {nearest(name, known)!r}? Of {', '.join(known)}")
+        raise ConfigError(
+            f"{text}: no data set {name!r}; did you mean {nearest(name, known)!r}? Known are {', '.join(known)}"
+        )
     try:
         train, test, classes = PHOTOS_OF[name](Path(root))
     except ConfigError:
@@ -66,7 +68,7 @@ def read_images(where: str | Path) -> ImageData:
 
 
 def data_name(where: str | Path) -> str:
-    """The data set's name that a text for `read_images` has in it, or that the file or folder is called."""
+    """The name of the data set in a text for `read_images`, or the name of the file or folder."""
     text = str(where)
     name, at, _ = text.partition("@")
     path = Path(text)
@@ -74,8 +76,8 @@ def data_name(where: str | Path) -> str:
 
 
 def names_inside(where: str | Path, task: ImageData) -> tuple[str, ...]:
-    """The names of the classes that the images come with: those of a data set or of folders, or the array `classes` of
-    texts in an `.npz` file; empty where they come with none."""
+    """The class names that the images come with: from a data set, from folders, or from the array `classes` of texts in
+    an `.npz` file; empty if there are none."""
     if task.classes or Path(where).suffix != ".npz":
         return task.classes
     with np.load(where, allow_pickle=False) as file:
@@ -105,7 +107,7 @@ def _photo_data(
     labels = {part: np.asarray(y, dtype=np.int64) for part, (_, y) in parts.items()}
     most = max((int(y.max()) for y in labels.values() if len(y)), default=0)
     if most >= len(classes):
-        raise ConfigError(f"{name}: has labels up to {most} and {len(classes)} classes; are folders missing?")
+        raise ConfigError(f"{name} has labels up to {most} but {len(classes)} classes; are folders missing?")
     arrays: dict[str, Any] = {f"x_{part}": Photos(paths) for part, (paths, _) in parts.items()}
     arrays |= {f"y_{part}": y for part, y in labels.items()}
     return ImageData(name, num_classes=len(classes), classes=tuple(classes), templates=templates, **arrays)
@@ -115,8 +117,8 @@ def _photo_data(
 
 
 def torchvision_task(dataset: str, root: str | Path, *, download: bool = False) -> ImageData:
-    """One of torchvision's image classification data sets as a single task; its validation part too, where it has one.
-    Images of one size become an array, others are opened when they are used.
+    """One of torchvision's image classification data sets as a single task, including its validation part if it has
+    one. Images of one size become an array, others are opened when they are used.
 
     Raises:
         ConfigError: torchvision has no such data set, or it is not under `root`.
@@ -131,8 +133,8 @@ def torchvision_task(dataset: str, root: str | Path, *, download: bool = False) 
     accepted = inspect.signature(factory).parameters
     if not {"train", "split"} & set(accepted):
         raise ConfigError(
-            f"--dataset: {dataset} has no training and test part of its own; expected a data set with train= or "
-            "split=, or a folder of your own with --task"
+            f"--dataset: {dataset} has no separate training and test parts; expected a data set with train= or "
+            "split=, or your own folder with --task"
         )
     arrays: dict[str, Any] = {}
     for part in DATA_PARTS if "split" in accepted else DATA_PARTS[:2]:
@@ -143,7 +145,7 @@ def torchvision_task(dataset: str, root: str | Path, *, download: bool = False) 
         try:
             examples = factory(**options)
         except (RuntimeError, OSError, ValueError, ImportError) as error:
-            if part == "validation":  # few have one
+            if part == "validation":  # few data sets have one
                 continue
             raise ConfigError(
                 f"--dataset: {dataset} cannot be loaded from --root {root} ({error}); put its files there or give "
@@ -159,7 +161,7 @@ def torchvision_task(dataset: str, root: str | Path, *, download: bool = False) 
 
 
 class _Examples(Sequence[Any]):
-    """The images of a torchvision data set, opened when they are asked for."""
+    """The images of a torchvision data set, opened when they are indexed."""
 
     def __init__(self, examples: Any) -> None:
         self.examples = examples
@@ -172,7 +174,7 @@ class _Examples(Sequence[Any]):
 
 
 def _images_of(examples: Any) -> tuple[Any, np.ndarray]:
-    """Images and labels of a data set: an array where all images have one size."""
+    """Images and labels of a data set; the images are an array if all have one size."""
     arrays: list[np.ndarray] | None = []
     labels = []
     for image, label in examples:
@@ -193,15 +195,15 @@ def _picture(array: np.ndarray) -> Any:
 
 
 def _folder(path: Path) -> ImageData:
-    """A folder with a part to learn from and one to test on (and one to validate on where it has both `val` and
-    `test`), or with a folder for each class alone: then a tenth of each class is tested on."""
+    """A folder with a training and a test part (and a validation part if it has both `val` and `test`), or with only
+    one folder per class, where a tenth of each class becomes the test part."""
     parts = _published(path)
     if parts is None:
         parts = _one_piece(path)
     if parts is None:
         raise ConfigError(
-            f"{path}: has no folders train/ and test/ (or val/) with a folder for each class in them, and no folders "
-            f"of images; for a data set by its name write NAME@{path}"
+            f"{path} has no folders train/ and test/ (or val/) with one folder per class, and no folders of images; "
+            f"for a data set by its name write NAME@{path}"
         )
     train, test, classes = parts
     validation = None
@@ -213,7 +215,7 @@ def _folder(path: Path) -> ImageData:
 
 
 def _one_piece(path: Path) -> FoundParts | None:
-    """A folder with a folder for each class in it; None where these have no images."""
+    """The parts of a folder that has one folder per class; None if these have no images."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     inside = [folder for folder in path.iterdir() if folder.is_dir()]
@@ -224,7 +226,7 @@ def _one_piece(path: Path) -> FoundParts | None:
 
 
 def _published(path: Path) -> FoundParts | None:
-    """The two parts of a folder and the names of the folders of classes; None where there are none."""
+    """The two parts of a folder and the names of its class folders; None if there are none."""
     test = next((path / n for n in FOLDERS[1] if (path / n).is_dir()), None)
     if test is None or not (path / FOLDERS[0]).is_dir():
         return None
@@ -243,7 +245,7 @@ def _classes_in(path: Path) -> tuple[Labelled, list[str]]:
     try:
         found = ImageFolder(str(path), allow_empty=True)
     except FileNotFoundError as error:
-        raise ConfigError(f"{error}: expected {path} with a folder for each class in it") from error
+        raise ConfigError(f"{error}: expected {path} to have one folder per class") from error
     return _of(found.samples), found.classes
 
 
@@ -262,7 +264,7 @@ def _cars(root: Path) -> FoundParts:
 
 
 def _dtd(root: Path) -> FoundParts:
-    """The first of the ten partitions: two of its three parts to learn from, as published."""
+    """The first of the ten partitions; two of its three parts are for training, as published."""
     parts = _published(root / "dtd")
     if parts is not None:
         return parts
@@ -276,8 +278,8 @@ def _dtd(root: Path) -> FoundParts:
 
 
 def _eurosat(root: Path) -> FoundParts:
-    """Its folders are in the order of the names in `CLASS_NAMES`. Where it comes in one piece, `TESTED` of each class
-    is tested on."""
+    """Its folders are in the order of the names in `CLASS_NAMES`. If it has no parts, the share `TESTED` of each class
+    becomes the test part."""
     parts = _published(root / "EuroSAT_splits")
     if parts is None:
         from torchvision.datasets import EuroSAT
@@ -292,7 +294,7 @@ def _eurosat(root: Path) -> FoundParts:
 
 
 def _cut_by_class(samples: Labelled) -> tuple[Labelled, Labelled]:
-    """Of each class a share, by a seed that is always the same."""
+    """Cut off a share of each class, always by the same seed."""
     labels = np.asarray(samples[1])
     tested = np.zeros(len(labels), dtype=bool)
     for c in np.unique(labels):
@@ -326,8 +328,8 @@ def _resisc45(root: Path) -> FoundParts:
         missing = sorted(name for names in listed for name in names if name not in at)
         if missing:
             raise ConfigError(
-                f"resisc45: {missing[0]} is in no folder of a class in {folder / 'NWPU-RESISC45'} ({len(missing)} such "
-                "files); the archive's files lie in one folder each class, move them there"
+                f"resisc45: {missing[0]} is in no class folder of {folder / 'NWPU-RESISC45'} ({len(missing)} such "
+                "files); move the archive's files into one folder per class"
             )
         train, test = (_samples_at(samples, sorted(at[name] for name in names)) for names in listed)
         parts = train, test, classes
@@ -335,10 +337,10 @@ def _resisc45(root: Path) -> FoundParts:
 
 
 def _sun397(root: Path) -> FoundParts:
-    """torchvision's `SUN397/` with the lists `Training_01.txt` and `Testing_01.txt` of the data set's page in it (the
-    first of ten partitions, as published); or the repositories' `sun397/train` and `sun397/val`."""
+    """torchvision's `SUN397/` with the lists `Training_01.txt` and `Testing_01.txt` from the data set's page (the first
+    of ten partitions, as published); or the repositories' `sun397/train` and `sun397/val`."""
     parts = _published(root / "sun397")
-    if parts is not None:  # their folders are called a_abbey
+    if parts is not None:  # their folders have names such as a_abbey
         return *parts[:2], [c[2:].replace("_", " ") for c in parts[2]]
     folder = root / "SUN397"
     classes = (folder / "ClassName.txt").read_text().split()
@@ -359,4 +361,4 @@ PHOTOS_OF: dict[str, Callable[[Path], FoundParts]] = {
     "resisc45": _resisc45,
     "sun397": _sun397,
 }
-"""Data set -> what finds its files under a root."""
+"""Data set -> the function that finds its files under a root."""

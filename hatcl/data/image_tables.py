@@ -1,4 +1,4 @@
-"""Tables whose rows have an image and what is to be said of it: a class, several labels, or numbers."""
+"""Tables whose rows have an image and its target: a class, several labels, or numbers."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from .images import ImageData
 from .photos import Photos, Pictures
 from .records import Records
 
-BETWEEN = "|"  # stands between several labels in one text
+BETWEEN = "|"  # separates several labels in one text
 
 
 def images_of(records: Records, name: str, problem: str = "auto", seed: int = 0) -> ImageData:
-    """The task of a table with the columns `image` and `label` (or others that are named so).
+    """The task of a table with the columns `image` and `label` (or others that the user assigns to these roles).
 
-    Labels are texts or whole numbers, one class each; lists, or texts with `|` between, several labels; numbers that
-    are not whole, a regression. Several columns for the label are one number, or 0 or 1, each.
+    Texts or whole numbers are classes; lists, or texts with `|` in between, are several labels; fractions are a
+    regression. Each of several label columns holds one number, or 0 or 1.
 
     Args:
-        problem: what the labels mean; `auto` = what those of training look like. seed: of the cut of a table in one
-            piece.
+        problem: the meaning of the labels; `auto` = inferred from the training labels. seed: cuts a table that has no
+            parts.
 
     Raises:
-        ConfigError: a column that is not there, labels that are not the problem's or that training lacks, an image file
-            that is not there.
+        ConfigError: a column or an image file is missing, labels do not fit the problem, or training lacks a label.
     """
     image, label = records.needed("image"), records.needed("label")
     divided = records.divided()
@@ -51,7 +50,7 @@ def images_of(records: Records, name: str, problem: str = "auto", seed: int = 0)
 
 
 def _values(records: Records, part: str, column: str) -> list[Any]:
-    """The labels of a part; of several columns a list each."""
+    """The labels of a part; with several columns, a list for each row."""
     names = column.split(",")
     if len(names) == 1:
         return records.values(part, column)
@@ -77,7 +76,8 @@ def _number_rows(records: Records, column: str, values: Sequence[Any]) -> np.nda
         found = np.asarray(values, dtype=np.float64)
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"{records.where}: the column {column!r} holds what is no number, or lists of different length ({error})"
+            f"{records.where}: the column {column!r} holds something other than numbers, or lists of different "
+            f"lengths ({error})"
         ) from error
     return found[:, None] if found.ndim == 1 else found
 
@@ -126,10 +126,10 @@ def _several_labels(value: Any) -> list[Any]:
 
 
 def _in_order(records: Records, column: str, labels: set[Any]) -> list[Any]:
-    """Numbers by their size, also where they are texts; else by the alphabet.
+    """The labels sorted by number, even if the numbers are texts; otherwise alphabetically.
 
     Raises:
-        ConfigError: a label that is neither text nor number.
+        ConfigError: a label is neither text nor number.
     """
     wrong = next((v for v in labels if not isinstance(v, (str, int, float))), None)
     if wrong is not None:
@@ -144,7 +144,7 @@ def _in_order(records: Records, column: str, labels: set[Any]) -> list[Any]:
 
 
 def _check_known(records: Records, column: str, part: str, values: Sequence[Any], place: dict[Any, int]) -> None:
-    """Raises `ConfigError` for a label that training lacks."""
+    """Raise `ConfigError` for a label that training lacks."""
     unknown = sorted({str(v) for v in values if v not in place})
     if unknown:
         raise ConfigError(
@@ -154,6 +154,6 @@ def _check_known(records: Records, column: str, part: str, values: Sequence[Any]
 
 
 def _names_of_classes(records: Records, column: str, classes: Sequence[Any]) -> list[str]:
-    """The names of the classes: those that the table brings for numbers, where it does."""
+    """The names of the classes; for numbers, the names in the table if it has them."""
     names = records.classes.get(column)
     return [str(c) if names is None or isinstance(c, str) else names[c] for c in classes]

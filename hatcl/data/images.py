@@ -1,4 +1,4 @@
-"""Images of tasks: arrays from scikit-learn, `.npz` files or torchvision, split into tasks, made ready for networks."""
+"""Images of tasks: read from scikit-learn, `.npz` files or torchvision, split into tasks, prepared for networks."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ FITS = ("resize", "pad")
 DATA_PARTS = ("train", "test", "validation")
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 VALIDATION_ARRAYS = ("x_validation", "y_validation")
-# of ImageNet's images, by which timm's and torchvision's networks are trained: for photos, of which not all are read
+# ImageNet's statistics, with which timm's and torchvision's networks are trained; for photos, which are not all read
 PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageData:
-    """One training problem as it came.
+    """One training problem as it was read.
 
     Attributes:
         x_train, x_test, x_validation: images, N x H x W (grey) or N x H x W x C, or `Photos`. y_train, y_test,
-            y_validation: their labels, see `hatcl.engine.problems`; of classes 0 .. num_classes - 1. Validation is None
-            where the data brings none.
-        num_classes: how many classes, labels or numbers a head says.
-        classes: the names of the classes or labels, where the data brings them. templates: of prompts.
+            y_validation: their labels, see `hatcl.engine.problems`; for classes 0 .. num_classes - 1. Validation is
+                None if the data has none.
+        num_classes: the number of classes, labels or numbers that a head predicts.
+        classes: the names of the classes or labels, if the data has them. templates: templates of prompts.
         problem: the kind of problem, one of `PROBLEMS`.
 
     Raises:
-        ConfigError: arrays of a wrong shape or type, labels that are not the problem's, one class, or no examples.
+        ConfigError: arrays have a wrong shape or type, labels do not fit the problem, or there is only one class or no
+            example.
     """
 
     name: str
@@ -62,18 +63,18 @@ class ImageData:
         for part in DATA_PARTS if self.y_validation is not None else DATA_PARTS[:2]:
             x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
             if not len(x):
-                raise ConfigError(f"task {self.name!r}: has no images to {part}; is the file, or a folder, empty?")
+                raise ConfigError(f"task {self.name!r} has no images to {part}; is the file or a folder empty?")
             if not isinstance(x, Photos):
                 self._check_array(part, x)
             check_problem_labels(f"task {self.name!r}: y_{part}", self.problem, y, len(x), self.num_classes)
         if self.problem == CLASSES and self.num_classes < 2:
             only = f" ({self.classes[0]})" if self.classes else ""
             raise ConfigError(
-                f"task {self.name!r}: has one class{only}; expected at least 2 classes; give it images of "
-                "another class as well, or leave the task out"
+                f"task {self.name!r} has one class{only}; expected at least 2 classes; add images of another class, "
+                "or leave the task out"
             )
         if self.classes and len(self.classes) != self.num_classes:
-            raise ConfigError(f"task {self.name!r}: has {len(self.classes)} names for {self.num_classes} classes")
+            raise ConfigError(f"task {self.name!r} has {len(self.classes)} names for {self.num_classes} classes")
 
     def _check_array(self, part: str, x: np.ndarray) -> None:
         if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[-1] not in (1, 3)) or x.dtype.kind not in "uif":
@@ -84,21 +85,21 @@ class ImageData:
         if x.shape[1:] != self.x_train.shape[1:]:
             raise ConfigError(
                 f"task {self.name!r}: the training images are {list(self.x_train.shape[1:])}, the {part} images "
-                f"{list(x.shape[1:])}; expected one shape"
+                f"{list(x.shape[1:])}; expected the same shape"
             )
 
     @property
     def photos(self) -> bool:
-        """Are the images opened when they are used, and of any size?"""
+        """Whether the images are opened when they are used and may have any size."""
         return isinstance(self.x_train, Photos)
 
     def on_validation(self, share: float = 0.2, seed: int = 0) -> ImageData:
-        """The task to choose options and methods by: the data's own validation images, or where it has none a share of
-        the training images (of each class, where there are classes), take the place of the test images, which are not
-        used.
+        """The task for choosing options and methods: instead of the test images, which are not used, it tests on the
+        data's validation images or, if there are none, on a share of the training images (of each class, if there are
+        classes).
 
         Raises:
-            ConfigError: a share outside [0, 1), or one that leaves no images on one of the sides.
+            ConfigError: the share is outside [0, 1), or leaves one of the sides without images.
         """
         if self.y_validation is not None:
             return dataclasses.replace(self, x_test=self.x_validation, y_test=self.y_validation)
@@ -110,20 +111,20 @@ class ImageData:
         return dataclasses.replace(self, x_train=x[kept], y_train=y[kept], x_test=x[out], y_test=y[out])
 
     def parts(self) -> Iterator[tuple[str, Any, np.ndarray]]:
-        """Each part that there is: its name, images and labels."""
+        """Name, images and labels of each existing part."""
         for part in DATA_PARTS:
             y = getattr(self, f"y_{part}")
             if y is not None:
                 yield part, getattr(self, f"x_{part}"), y
 
     def of_classes(self, chosen: Sequence[int], name: str) -> ImageData:
-        """The task of some of the classes, which are renumbered in this order.
+        """The task with some of the classes, renumbered in this order.
 
         Raises:
-            ConfigError: it is no classification, or a part has no image of them.
+            ConfigError: the task is not a classification, or a part has no image of these classes.
         """
         if self.problem != CLASSES:
-            raise ConfigError(f"task {self.name!r}: is a {self.problem}, which has no classes to choose from")
+            raise ConfigError(f"task {self.name!r} is a {self.problem}, which has no classes to choose from")
         place = np.full(self.num_classes, -1)
         place[list(chosen)] = np.arange(len(chosen))
         arrays: dict[str, Any] = {}
@@ -134,8 +135,8 @@ class ImageData:
         return dataclasses.replace(self, name=name, num_classes=len(chosen), classes=names, **arrays)
 
     def digest(self) -> str:
-        """sha256 over the arrays and labels, and of photos over their names and sizes (the images are not read); a
-        resumed run compares it to know that it continues with the same data."""
+        """sha256 of the arrays and labels, or for photos of their names and sizes (the images are not read). A resumed
+        run compares it to check that the data is the same."""
         out = hashlib.sha256()
         for part, x, y in self.parts():
             if isinstance(x, Photos):
@@ -148,7 +149,7 @@ class ImageData:
         return out.hexdigest()
 
 
-# --- where tasks come from ---
+# --- sources of tasks ---
 
 
 def digits_tasks(num_tasks: int = 5) -> list[ImageData]:
@@ -164,7 +165,7 @@ def digits_tasks(num_tasks: int = 5) -> list[ImageData]:
     except ImportError as error:
         raise ConfigError(
             "the embedded digits need scikit-learn, which is not installed; run: pip install 'hatcl[data]' "
-            "(or give data of your own: --task or --dataset)"
+            "(or give your own data: --task or --dataset)"
         ) from error
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # 17 grey levels over the full range
@@ -177,15 +178,15 @@ def digits_tasks(num_tasks: int = 5) -> list[ImageData]:
 
 
 def npz_task(path: str | Path, problem: str = CLASSES) -> ImageData:
-    """A task from an `.npz` file holding `x_train`, `y_train`, `x_test`, `y_test`, and where it has them `x_validation`
-    and `y_validation`; it is named after the file, or after the folder where the file is called `data.npz`. Labels of
-    classes are remapped to 0, 1, ... in ascending order.
+    """A task from an `.npz` file holding `x_train`, `y_train`, `x_test`, `y_test`, and optionally `x_validation` and
+    `y_validation`; it is named after the file, or after the folder if the file is called `data.npz`. Class labels are
+    remapped to 0, 1, ... in ascending order.
 
     Args:
-        problem: what the labels mean; `auto` = what they look like.
+        problem: the meaning of the labels; `auto` = inferred from them.
 
     Raises:
-        ConfigError: no such file, another kind of file, or an array is missing.
+        ConfigError: the file does not exist, has another format, or lacks an array.
         IntegrityError: the file is truncated, no `.npz`, or holds pickles where arrays are expected.
     """
     path = Path(path)
@@ -203,7 +204,7 @@ def npz_task(path: str | Path, problem: str = CLASSES) -> ImageData:
                 )
             held = [name for name in VALIDATION_ARRAYS if name in file.files]
             if len(held) == 1:
-                raise ConfigError(f"tasks: {path} holds {held[0]} alone, expected {' and '.join(VALIDATION_ARRAYS)}")
+                raise ConfigError(f"tasks: {path} holds only {held[0]}, expected {' and '.join(VALIDATION_ARRAYS)}")
             arrays = {name: file[name] for name in (*ARRAYS, *held)}
     except ConfigError:
         raise
@@ -217,12 +218,12 @@ def npz_task(path: str | Path, problem: str = CLASSES) -> ImageData:
 
 @file_kind(NPZ, ".npz")
 def read_npz(path: Path) -> ImageData:
-    """The arrays as a task of the problem that its labels look like. Raises what `npz_task` does."""
+    """Read the arrays as a task, inferring the problem from the labels. Raises the errors of `npz_task`."""
     return npz_task(path, "auto")
 
 
 def own_name(path: Path) -> str:
-    """What a file's task is called: as the file, or as the folder where the file is called data."""
+    """The name of a file's task: that of the file, or of its folder if the file is called data."""
     name = path.name.split(".")[0]
     return path.parent.name if name == "data" and path.parent.name else name
 
@@ -231,8 +232,8 @@ def split_classes(task: ImageData, num_tasks: int, each: int | None = None) -> l
     """`task` cut into `num_tasks` tasks of consecutive classes, each with its labels remapped to 0, 1, ...
 
     Args:
-        each: classes per task; further ones are left out. None = all, where the first tasks get one more if it does not
-            divide.
+        each: classes per task; further ones are left out. None = use all; if they do not divide evenly, the first tasks
+            get one more.
 
     Raises:
         ConfigError: fewer than two classes would be left for a task, or there are too few.
@@ -242,7 +243,7 @@ def split_classes(task: ImageData, num_tasks: int, each: int | None = None) -> l
     least = 2 * num_tasks if each is None else each * num_tasks
     if num_tasks < 1 or task.num_classes < least or (each is not None and each < 2):
         raise ConfigError(
-            f"--split: {task.name!r} has {task.num_classes} classes, which do not make {num_tasks} tasks of "
+            f"--split: {task.name!r} has {task.num_classes} classes, too few for {num_tasks} tasks of "
             f"{'at least two' if each is None or each < 2 else each} classes; expected a number from 1 to "
             f"{task.num_classes // max(each or 2, 2)}"
         )
@@ -254,13 +255,13 @@ def split_classes(task: ImageData, num_tasks: int, each: int | None = None) -> l
 
 
 def labelled_images(name: str, arrays: Mapping[str, Any], problem: str = CLASSES) -> ImageData:
-    """A task of arrays as they came; labels of classes become the ranks of the labels met in training.
+    """A task made of arrays as they were read; class labels become their ranks among the training labels.
 
     Args:
-        problem: what the labels mean; `auto` = what those of training look like.
+        problem: the meaning of the labels; `auto` = inferred from the training labels.
 
     Raises:
-        ConfigError: labels that are not the problem's, or that training lacks.
+        ConfigError: labels do not fit the problem, or training lacks one.
     """
     found = dict(arrays)
     labels = {part: found[part] for part in ("y_train", "y_test", "y_validation") if part in found}
@@ -277,7 +278,7 @@ def labelled_images(name: str, arrays: Mapping[str, Any], problem: str = CLASSES
         if len(unknown):
             raise ConfigError(f"task {name!r}: {part} holds labels never seen in y_train: {unknown.tolist()[:10]}")
         whole = np.searchsorted(classes, y).astype(np.int64)
-        found[part] = whole if y.dtype.kind in "ui" else y  # what is no class is said where the task is made
+        found[part] = whole if y.dtype.kind in "ui" else y  # `ImageData` reports labels that are no classes
     return ImageData(name, num_classes=len(classes), **found)
 
 
@@ -288,8 +289,8 @@ def labelled_images(name: str, arrays: Mapping[str, Any], problem: str = CLASSES
 class Preparation:
     """Turns a task's images into the float tensors N x 3 x size x size that a network takes.
 
-    Values are normalised by the mean and standard deviation of the task's own training images, per channel (of photos,
-    by ImageNet's); grey is repeated to three channels. `size` None keeps the images' own size. `fit` is `resize`
+    Values are normalised by the mean and standard deviation of the task's own training images, per channel (for photos,
+    ImageNet's); grey is repeated to three channels. `size` None keeps the images' own size. `fit` is `resize`
     (bilinear) or `pad` (black border; larger images are resized, photos within their proportions).
     """
 
@@ -300,24 +301,26 @@ class Preparation:
 
     @classmethod
     def of(cls, task: ImageData, *, size: int | None = None, fit: str = "resize") -> Preparation:
-        """Measured on `task`. Raises `ConfigError` on an unknown `fit`."""
+        """A preparation with statistics measured on `task`. Raises `ConfigError` for an unknown `fit`."""
         if fit not in FITS:
             raise ConfigError(f"--fit: got {fit!r}, expected one of {', '.join(FITS)}")
         if task.photos:
             if size is None:
-                raise ConfigError(f"--size: the images of {task.name!r} differ in size; give one to bring them to")
+                raise ConfigError(
+                    f"--size: the images of {task.name!r} differ in size; give the size to resize them to"
+                )
             return cls(tuple(255 * v for v in PHOTO_MEAN), tuple(255 * v for v in PHOTO_STD), size, fit)
         images = task.x_train if task.x_train.ndim == 4 else task.x_train[..., None]
         axes = (0, 1, 2)
         mean = images.mean(axes, dtype=np.float64)
         std = images.std(axes, dtype=np.float64)
-        std[std == 0] = 1.0  # a channel that never changes
+        std[std == 0] = 1.0  # a constant channel
         return cls(tuple(mean.tolist()), tuple(std.tolist()), size, fit)
 
     def __call__(self, images: np.ndarray | Photos) -> torch.Tensor:
         """Images N x H x W (x C), or photos, as a normalised float tensor N x 3 x H x W."""
         if isinstance(images, Photos):
-            assert self.size is not None  # `of` sees to it
+            assert self.size is not None  # checked by `of`
             images = images.arrays(self.size, self.fit == "pad")
         x = torch.from_numpy(np.ascontiguousarray(images)).float()
         x = rearrange(x, "n h w -> n 1 h w" if x.ndim == 3 else "n h w c -> n c h w")
@@ -333,7 +336,7 @@ class Preparation:
 
 
 def shifted(x: Tensor, offsets: Tensor, crop: int) -> Tensor:
-    """Each image moved by its offset: its window in the image with `crop` more pixels at each edge.
+    """Each image shifted by its offset: a window of the image padded with `crop` pixels at each edge.
 
     Shapes: x: `[N, C, H, W]`. offsets: `[N, 2]`, rows and columns from 0 to 2 * crop.
     """
@@ -344,9 +347,9 @@ def shifted(x: Tensor, offsets: Tensor, crop: int) -> Tensor:
 
 
 def rotated(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Images in their four rotations, each of which is a class of its own: a network that tells the rotations of one
-    class apart is to tell other tasks' images from its own better (CSI, arXiv 2007.08176; with hard attention CLOM,
-    arXiv 2203.09450). It needs a head of four times the classes, of which the first ones answer:
+    """Images in their four rotations, where each rotation of a class is a separate class. A network that distinguishes
+    the rotations should distinguish other tasks' images from its own better (CSI, arXiv 2007.08176; with hard attention
+    CLOM, arXiv 2203.09450). It needs a head with four times the classes; the first ones are the answer:
 
         x, y = rotated(x, y, classes)
         loss = F.cross_entropy(model(x), y) + learning.penalty()
@@ -354,13 +357,13 @@ def rotated(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         model(x)[:, :classes]   # of images as they are
 
     Args:
-        x: `[N, C, H, H]`. y: `[N]`, classes from 0. classes: how many the task has.
+        x: `[N, C, H, H]`. y: `[N]`, classes from 0. classes: the number of the task's classes.
 
     Returns:
         `[4 N, C, H, H]`, all images as they are, then turned by 90, 180 and 270 degrees; `[4 N]`, y + classes * turns.
 
     Raises:
-        ConfigError: images that are not square; a label that is no class, and would be another's rotation.
+        ConfigError: the images are not square, or a label is no class and would be taken for a rotation of another.
     """
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise ConfigError(
@@ -368,8 +371,7 @@ def rotated(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         )
     if x.shape[-2] != x.shape[-1]:
         raise ConfigError(
-            f"rotate: got images of {list(x.shape[-2:])}, which a quarter turn makes another size; bring them to a "
-            "square size"
+            f"rotate: got images of {list(x.shape[-2:])}, whose size a quarter turn changes; resize them to squares"
         )
     return torch.cat([x.rot90(k, (-2, -1)) for k in range(4)]), torch.cat([y + classes * k for k in range(4)])
 
@@ -379,8 +381,8 @@ class Images:
     """Images and labels of one part of a task. Its length is their number; item i is (image, label).
 
     Args:
-        x: `N x H x W` or `N x H x W x C`, or `data.photos.Photos`. y: labels, `[N]`. prepare: makes them a network's
-            input, such as a `Preparation`.
+        x: `N x H x W` or `N x H x W x C`, or `data.photos.Photos`. y: labels, `[N]`. prepare: turns them into a
+            network's input, such as a `Preparation`.
     """
 
     x: Any
@@ -394,16 +396,16 @@ class Images:
         return self.prepare(self.x[i : i + 1])[0], int(self.y[i])
 
     def at(self, ids: Tensor) -> Images:
-        """Those at these indices."""
+        """The images and labels at these indices."""
         return dataclasses.replace(self, x=self.x[ids.numpy()], y=self.y[ids.numpy()])
 
     def batches(self, size: int, *, shuffle: bool = False) -> ImageBatches:
-        """In batches of nearly equal size, at most `size`."""
+        """Batches of nearly equal size, at most `size`."""
         return ImageBatches(self, size, shuffle)
 
 
 def k_shot_images(images: Images, k: int, seed: int = 0) -> tuple[Images, Images]:
-    """K images of each class to learn from and K others, as `data.texts.k_shot` takes texts."""
+    """K images of each class for training and K others for validation, as `data.texts.k_shot` does for texts."""
     keys, labels = [x.tobytes() for x in images.x], images.y.tolist()
     classes = sorted(set(labels))
     first = draw(keys, labels, k, seed, classes, "train")
@@ -414,7 +416,7 @@ def k_shot_images(images: Images, k: int, seed: int = 0) -> tuple[Images, Images
 
 
 class ImageBatches:
-    """(inputs, labels) in batches, in order or in one drawn again for each pass from torch's global generator, which
+    """Batches of (inputs, labels), in order or in an order drawn for each pass from torch's global generator, which
     `fit` seeds and keeps in its checkpoint."""
 
     def __init__(self, images: Images, size: int, shuffle: bool) -> None:
@@ -442,11 +444,11 @@ def preparation_for(
     fit: str = "resize",
     normalise: str = "data",
 ) -> Preparation:
-    """How a timm model takes a task's images.
+    """The preparation of a task's images for a timm model.
 
     Args:
-        cfg: the model's `pretrained_cfg`. size: bring images to it; 0 keeps their own, None takes the model's, which is
-            `image_size` where it was made with one. fit: `resize` or `pad`.
+        cfg: the model's `pretrained_cfg`. size: resize images to it; 0 keeps their own, None takes the model's, which
+        is `image_size` if it was made with one. fit: `resize` or `pad`.
         normalise: by the mean and deviation of the `data`, or those of the `model`.
     """
     if size is None:

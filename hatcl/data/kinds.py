@@ -1,4 +1,4 @@
-"""Kinds of data files: each is read by one function, found by the end of the file's name, and is what its content says.
+"""Kinds of data files. One function reads each kind; it is found by the file's suffix, and the content is checked.
 
 @file_kind("a CSV table", ".csv")
 def read_csv(path: Path) -> Records: ...
@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import ConfigError, IntegrityError
 
-FIRST_BYTES = 1 << 16  # bytes by which a file's content is known
+FIRST_BYTES = 1 << 16  # bytes that identify a file's content
 NPZ, JSON, LINES, CSV, TSV, PARQUET = (
     "an .npz file of arrays", "JSON", "JSON lines", "a CSV table", "a TSV table", "a Parquet table",
 )  # fmt: skip
@@ -43,7 +43,7 @@ class FileKind:
     """One kind of file.
 
     Attributes:
-        what: in words, with its article. ends: of the names of such files. read: path -> what is in it.
+        what: a name with its article. ends: the suffixes of such files. read: path -> content.
     """
 
     what: str
@@ -51,20 +51,20 @@ class FileKind:
     read: Callable[[Path], Any]
 
 
-FILE_KINDS: dict[str, FileKind] = {}  # by the end of the name
+FILE_KINDS: dict[str, FileKind] = {}  # by suffix
 
 
 def file_kind(what: str, *ends: str) -> Callable[[Callable[[Path], Any]], Callable[[Path], Any]]:
-    """Make a function what reads files whose names end so.
+    """Decorator for the function that reads files with these suffixes.
 
     Raises:
-        ConfigError: an end that is taken.
+        ConfigError: a suffix is taken.
     """
 
     def add(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
         for end in ends:
             if end in FILE_KINDS:
-                raise ConfigError(f"file_kind: {end} is taken, it is {FILE_KINDS[end].what}")
+                raise ConfigError(f"file_kind: {end} is taken by {FILE_KINDS[end].what}")
             FILE_KINDS[end] = FileKind(what, ends, read)
         return read
 
@@ -72,17 +72,17 @@ def file_kind(what: str, *ends: str) -> Callable[[Callable[[Path], Any]], Callab
 
 
 def known_kinds() -> str:
-    """What is read, for errors and help: the ends, and what they are."""
+    """The supported suffixes and their kinds, for errors and help."""
     kinds = dict.fromkeys(FILE_KINDS.values())
     return "; ".join(f"{', '.join(kind.ends)}: {kind.what}" for kind in kinds)
 
 
 def read_file(path: str | Path) -> Any:
-    """What is in a file, read as the end of its name says; JSON that is in lines is read so.
+    """The content of a file, read by its suffix; a .json file of JSON lines is read as such.
 
     Raises:
-        ConfigError: no such file, an unknown end, or content of another kind than the name says.
-        IntegrityError: a damaged file.
+        ConfigError: the file does not exist, its suffix is unknown, or its content does not match the suffix.
+            IntegrityError: the file is damaged.
     """
     path = Path(path)
     kind = next((k for end, k in FILE_KINDS.items() if path.name.lower().endswith(end)), None)
@@ -92,33 +92,33 @@ def read_file(path: str | Path) -> Any:
         found = content_of(path)
         called = f"ends in {path.suffix!r}" if path.suffix else "has no ending"
         raise ConfigError(
-            f"{path}: its name {called}{'' if found is None else f', and it is {found}'}; read are {known_kinds()}"
+            f"{path}: its name {called}{'' if found is None else f', and it is {found}'}; hatcl reads {known_kinds()}"
         )
-    if kind.what == JSON and content_of(path) == LINES:  # as the hub's files often are
+    if kind.what == JSON and content_of(path) == LINES:  # common on the hub
         return FILE_KINDS[".jsonl"].read(path)
     check_content(path, kind.what)
     return kind.read(path)
 
 
 def check_content(path: Path, what: str) -> None:
-    """Is a file what its name says? Of a kind that is not among those of hatcl, its reader has to know.
+    """Check that a file's content matches its name. Kinds that hatcl does not know are left to their readers.
 
     Raises:
-        ConfigError: it is empty, or something else; says what.
+        ConfigError: the file is empty, or of another kind, which the text names.
     """
     found = content_of(path)
-    either = {ONE_LINE: (JSON, LINES), PLAIN_TEXT: tuple(TABLES.values())}  # a table of one column is plain text
-    known = {*SIGNATURES.values(), JSON, LINES, *TABLES.values()}  # of others nobody knows how they begin
+    either = {ONE_LINE: (JSON, LINES), PLAIN_TEXT: tuple(TABLES.values())}  # one-column tables are plain text
+    known = {*SIGNATURES.values(), JSON, LINES, *TABLES.values()}  # other kinds have no known signature
     if found in (None, what) or what not in known or what in either.get(found, ()):
         return
     found = JSON if found == ONE_LINE else found
     ends = next((kind.ends for kind in FILE_KINDS.values() if kind.what == found), None)
     remedy = f"call it {path.name.split('.')[0]}{ends[0]}" if ends else f"read are {known_kinds()}"
-    raise ConfigError(f"{path}: is {found} by its content, expected {what}; {remedy}")
+    raise ConfigError(f"{path} is {found} by its content, expected {what}; {remedy}")
 
 
 def content_of(path: Path) -> str | None:
-    """What a file is by its first bytes; None where they do not tell, or cannot be read.
+    """The kind of a file by its first bytes; None if they do not identify it, or cannot be read.
 
     Raises:
         ConfigError: it is empty.
@@ -127,7 +127,7 @@ def content_of(path: Path) -> str | None:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             head = file.read(FIRST_BYTES)
     except (OSError, EOFError, zlib.error):
-        return None  # whoever reads it says so
+        return None  # its reader reports the error
     if not head:
         raise ConfigError(f"{path}: the file is empty")
     for first, what in SIGNATURES.items():
@@ -155,7 +155,7 @@ def _kind_of_text(text: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, unpacked where its name ends in .gz.
+    """A file's text, unpacked if its name ends in .gz.
 
     Raises:
         IntegrityError: it cannot be read, or is not UTF-8.
@@ -164,12 +164,13 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise IntegrityError(f"{path} cannot be read ({error}); is the path right, and the file whole?") from error
+        raise IntegrityError(f"{path} cannot be read ({error}); is the path right, and the file complete?") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise IntegrityError(
-            f"{path} is not UTF-8 (line {line}: byte {raw[error.start]:#x}); save it as UTF-8, for example by iconv -f "
+            f"{path} is not UTF-8 (line {line}: byte {raw[error.start]:#x}); save it as UTF-8, for example with "
+            "iconv -f "
             "latin1 -t utf-8"
         ) from error

@@ -1,6 +1,6 @@
-"""Records as pairs of an input and an output: one function for each way in which people write them down.
+"""Records as pairs of an input and an output: one function for each common format.
 
-messages                        conversations: each answer of the assistant is an output, all before it its input
+messages                        conversations: each assistant answer is an output, everything before it the input
 instruction, [input], output    Alpaca's
 input, output                   also prompt and answer, completion or response
 text, text2, label              pairs of sentences, such as premise and hypothesis
@@ -16,13 +16,13 @@ from ..errors import ConfigError
 from .records import PAIRED, Records
 
 Pair = tuple[str, str]
-SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}  # ShareGPT's and others' words
+SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}  # role names of ShareGPT and others
 Turns = tuple[tuple[str, str], ...]
 
 
 class Sentences(str):
-    """An input of two parts, which a template may have in any order: `{text}` and `{text2}`. As a text it is both, one
-    line each.
+    """An input of two parts that a template may use in any order: `{text}` and `{text2}`. As a plain text it is both,
+    one line each.
 
     Attributes:
         parts: the two.
@@ -40,10 +40,11 @@ class Sentences(str):
 
 
 class Chat(str):
-    """An input that is the turns of a conversation, for the tokenizer's chat template. As a text it is a line each.
+    """An input made of the turns of a conversation, for the tokenizer's chat template. As a plain text it has one line
+    per turn.
 
     Attributes:
-        turns: (role, content), as they were said.
+        turns: (role, content), in their order.
     """
 
     turns: Turns
@@ -58,11 +59,10 @@ class Chat(str):
 
 
 def text_form(records: Records) -> Callable[[str], list[Pair]] | None:
-    """What makes the pairs of a part, by the columns that are there; None where they are none of texts.
+    """The function that makes the pairs of a part, chosen by the columns; None if no format fits.
 
     Raises:
-        ConfigError: the user names a column that is not there.
-    """
+        ConfigError: the user names a column that does not exist."""
     at = {role: records.called(role) for role in ("messages", "instruction", "input", "output", "text", "label")}
     if at["messages"]:
         column = at["messages"]
@@ -78,7 +78,7 @@ def text_form(records: Records) -> Callable[[str], list[Pair]] | None:
 
 
 def strata_of(records: Records) -> str | None:
-    """The column of the labels, where the outputs are labels."""
+    """The column of the labels, if the outputs are labels."""
     generated = records.called("messages") or (
         (records.called("instruction") or records.called("input")) and records.called("output")
     )
@@ -89,14 +89,14 @@ def pairs_of(records: Records, part: str) -> list[Pair]:
     """The pairs of a part.
 
     Raises:
-        ConfigError: columns that are no texts with outputs, or a row without one of them.
+        ConfigError: the columns are not texts with outputs, or a row lacks one of them.
     """
     form = text_form(records)
     if form is None:
         raise ConfigError(
-            f"{records.where}: has the columns {', '.join(records.columns)}, which are no texts with outputs; expected "
+            f"{records.where} has the columns {', '.join(records.columns)}, which are not texts with outputs; expected "
             "text and label, sentence1, sentence2 and label, input and output, prompt and answer, instruction, input "
-            "and output, or messages. Name columns that are called otherwise (--column text=NAME --column label=NAME)"
+            "and output, or messages. Assign columns with other names (--column text=NAME --column label=NAME)"
         )
     return form(part)
 
@@ -119,10 +119,10 @@ def _labelled(records: Records, part: str, texts: tuple[str, ...], label: str) -
 
 
 def words_in(records: Records, part: str, column: str) -> list[str]:
-    """A column's values as texts; for numbers of classes their names, where the table brings them.
+    """A column's values as texts; class numbers become names, if the table has them.
 
     Raises:
-        ConfigError: something else than a text or a number, or a number that has no name.
+        ConfigError: a value is neither a text nor a number, or a number has no name.
     """
     values, names = records.values(part, column), records.classes.get(column)
     wrong = next((v for v in values if not isinstance(v, (str, int, float))), None)
@@ -136,7 +136,7 @@ def words_in(records: Records, part: str, column: str) -> list[str]:
     unknown = next((v for v in values if not 0 <= v < len(names)), None)
     if unknown is not None:
         raise ConfigError(
-            f"{records.where}: has the label {unknown} in {part or 'its rows'}, expected 0 to {len(names) - 1} "
+            f"{records.where} has the label {unknown} in {part or 'its rows'}, expected 0 to {len(names) - 1} "
             f"({', '.join(names[:5])}); leave such rows out"
         )
     return [names[v] for v in values]
@@ -147,7 +147,7 @@ def _answered(records: Records, part: str, said: str, more: str | None, output: 
     if more is None:
         return list(zip(before, after, strict=True))
     rows = records.parts[part]
-    further = ["" if row.get(more) is None else str(row[more]) for row in rows]  # Alpaca's is not always there
+    further = ["" if row.get(more) is None else str(row[more]) for row in rows]  # optional in Alpaca's format
     inputs = [Sentences(a, b) if a and b else a or b for a, b in zip(before, further, strict=True)]
     return list(zip(inputs, after, strict=True))
 
@@ -159,8 +159,8 @@ def _conversations(records: Records, part: str, column: str) -> list[Pair]:
         answers = [k for k, (role, _) in enumerate(turns) if role == "assistant" and k]
         if not answers:
             raise ConfigError(
-                f"{records.where}: {part or 'row'}[{i}] has the roles {', '.join(role for role, _ in turns)}; expected "
-                "an answer of the assistant after something else"
+                f"{records.where}: {part or 'row'}[{i}] has the roles {', '.join(role for role, _ in turns)}; "
+                "expected an assistant's answer after another role"
             )
         found += [(Chat(turns[:k]), turns[k][1]) for k in answers]
     return found
@@ -172,7 +172,7 @@ def _turns_of(where: str, said: Any) -> list[tuple[str, str]]:
         keys = ("from", "value") if isinstance(turn, Mapping) and "from" in turn else ("role", "content")
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in keys):
             raise ConfigError(
-                f"{where}: {str(turn)[:60]!r} is no message; expected an object with role and content, both texts"
+                f"{where}: {str(turn)[:60]!r} is not a message; expected an object with role and content, both texts"
             )
         role = str(turn[keys[0]])
         turns.append((SPEAKERS.get(role, role), str(turn[keys[1]])))

@@ -1,4 +1,4 @@
-"""Images of any size: opened when asked for, in the place of an array that would hold all of them."""
+"""Images of any size, opened when they are used instead of held in one array."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 class Photos:
-    """Images in the place of an array of images: they are indexed as an array is, and opened when passed over.
+    """A stand-in for an array of images: it is indexed like an array and opens the images when iterated.
 
     Args:
-        paths: of the files; or their content as bytes, or PIL images. ids: which of them, and in which order; None =
+        paths: paths of the files, their content as bytes, or PIL images. ids: which of them, in which order; None =
             all.
     """
 
@@ -46,10 +46,10 @@ class Photos:
         return (self.opened(i) for i in self.ids.tolist())
 
     def opened(self, i: int) -> Any:
-        """Of the file number i, the PIL image in RGB.
+        """The PIL image in RGB of file number i.
 
         Raises:
-            IntegrityError: the file is missing, or is no image.
+            IntegrityError: the file is missing, or is not an image.
         """
         from PIL import Image
         from torchvision.datasets.folder import default_loader
@@ -66,33 +66,33 @@ class Photos:
             raise IntegrityError(f"{name} cannot be read as an image ({error}); copy it again") from error
 
     def each(self, change: Callable[[Any], T]) -> list[T]:
-        """What a function makes of each PIL image, in order, by several threads: files are read and decoded without the
-        interpreter's lock. The function must draw nothing at random."""
+        """Apply a function to each PIL image with several threads, and return the results in order: files are read and
+        decoded without the interpreter's lock. The function must not draw random numbers."""
         with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
             return list(pool.map(lambda i: change(self.opened(i)), self.ids.tolist()))
 
     def arrays(self, size: int, pad: bool) -> np.ndarray:
-        """As an array `[N, size, size, 3]`: stretched, or with `pad` as large as fits, in the middle of black."""
+        """An array `[N, size, size, 3]` of the images, stretched or, with `pad`, scaled to fit and centred on black."""
         return np.stack(self.each(lambda image: np.asarray(_in_square(image, size, pad))))
 
     def told(self, i: int) -> str:
-        """The name and size of the image number i, by which a resumed run knows it again; of bytes their digest."""
+        """The name and size of the image number i, by which a resumed run recognises it; for bytes their digest."""
         source = self.paths[i]
         if isinstance(source, bytes):
             return hashlib.sha256(source).hexdigest()
         return f"{source.parent.name}/{source.name} {source.stat().st_size}" if isinstance(source, Path) else f"{i}"
 
     def missing(self) -> Path | None:
-        """The first file that is not there."""
+        """The first file that does not exist."""
         sources = (self.paths[i] for i in self.ids.tolist())
         return next((s for s in sources if isinstance(s, Path) and not s.is_file()), None)
 
 
 class Pictures(Sequence[Any]):
-    """The images in a column of a table: paths relative to a folder, or what `datasets` stores of images.
+    """The images in a column of a table: paths relative to a folder, or images as `datasets` stores them.
 
     Args:
-        rows: of the table. column: the images'. folder: where relative paths begin.
+        rows: the table's rows. column: the column of images. folder: the base of relative paths.
     """
 
     def __init__(self, rows: Sequence[Any], column: str, folder: Path) -> None:
@@ -105,7 +105,7 @@ class Pictures(Sequence[Any]):
         """The file, or its content.
 
         Raises:
-            ConfigError: it is something else.
+            ConfigError: the value is neither.
         """
         value = self.rows[i][self.column]
         if isinstance(value, Mapping) and {"bytes", "path"} <= set(value):
@@ -114,8 +114,8 @@ class Pictures(Sequence[Any]):
             return value
         if not isinstance(value, str) or not value:
             raise ConfigError(
-                f"{self.folder}: {str(value)[:60]!r} in the column {self.column!r} is no image; expected the path of a "
-                "file, or what datasets stores of an image"
+                f"{self.folder}: {str(value)[:60]!r} in the column {self.column!r} is not an image; expected the "
+                "path of a file, or an image as datasets stores it"
             )
         return self.folder / value
 
@@ -133,20 +133,20 @@ def _in_square(image: Any, size: int, pad: bool) -> Any:
 
 @dataclass(frozen=True)
 class Pictured:
-    """Turns images into a network's input one by one, by the network's own way.
+    """Turns images into a network's input one by one, with the network's own transform.
 
     Args:
-        transform: a PIL image -> `[3, H, W]`. drawn: does it draw random numbers? Then it is applied in order.
+        transform: a PIL image -> `[3, H, W]`. drawn: whether it draws random numbers; if so, it is applied in order.
     """
 
     transform: Callable[[Any], Tensor]
     drawn: bool = False
 
     def __call__(self, images: np.ndarray | Photos) -> Tensor:
-        """`[N, 3, H, W]` of photos, or of an array `N x H x W (x C)`.
+        """The input `[N, 3, H, W]` made from photos or from an array `N x H x W (x C)`.
 
         Raises:
-            ConfigError: an array that is not of whole numbers 0 to 255.
+            ConfigError: the array does not hold whole numbers from 0 to 255.
         """
         if isinstance(images, Photos) and not self.drawn:
             return torch.stack(images.each(self.transform))
@@ -159,8 +159,8 @@ def _pictures(images: np.ndarray) -> Iterator[Any]:
 
     if images.dtype != np.uint8:
         raise ConfigError(
-            f"images: are {images.dtype}, expected uint8 (0 to 255) for the model's own way of cropping; store them "
-            "so, or give --fit resize"
+            f"images: got {images.dtype}, expected uint8 (0 to 255) for the model's own cropping; store them as "
+            "uint8, or give --fit resize"
         )
     for one in images:
         yield Image.fromarray(one[..., 0] if one.ndim == 3 and one.shape[-1] == 1 else one).convert("RGB")

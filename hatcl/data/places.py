@@ -1,11 +1,9 @@
-"""Where the data of tasks is, and what is there: one function reads them all.
+"""The places that the data of tasks is read from; one function reads them all.
 
-FILE            by the end of its name, see `FILE_KINDS`: .npz, .csv, .tsv, .json, .jsonl, .parquet
-FOLDER          images in a folder for each class, in train/ and test/ or val/ or in one piece; tables of parts
-                (train.csv, test.csv); what `datasets` saves
-NAME@FOLDER     a data set of torchvision that lies there, such as CIFAR100@data
-hf:NAME         a data set on Hugging Face's hub; hf:NAME:CONFIG with one of its configurations
-digits          scikit-learn's
+FILE            by its suffix, see `FILE_KINDS`: .npz, .csv, .tsv, .json, .jsonl, .parquet
+FOLDER images with one folder per class, in train/ and test/ or val/ or directly; tables of parts (train.csv, test.csv);
+a data set saved by `datasets` NAME@FOLDER     a data set of torchvision in this folder, such as CIFAR100@data hf:NAME a
+data set on Hugging Face's hub; hf:NAME:CONFIG with one of its configurations digits scikit-learn's
 """
 
 from __future__ import annotations
@@ -28,24 +26,24 @@ from .records import ROLES, Records, is_table_folder, read_beside, read_folder, 
 from .texts import TextData, texts_of
 
 HUB, DIGITS, AUTO = "hf:", "digits", "auto"
-IMAGE_COLUMNS = ("image", "img")  # those of no other meaning
+IMAGE_COLUMNS = ("image", "img")  # the names without another meaning
 
 Task = TextData | ImageData
 
 
 @dataclass(frozen=True)
 class DataOptions(Changeable):
-    """What is what in data.
+    """The meaning of columns and labels.
 
     Args:
         column: ROLE=NAME, the column of a table for a role: text, text2, image, label, task, split, messages,
-            instruction, input or output; a label of several columns has commas between them. Repeatable; columns with
-            the usual names are found.
-        problem: classification, multilabel (several labels for an image), regression, or `auto`: what the labels look
-            like.
+            instruction, input or output; a label made of several columns separates them by commas. Repeatable; columns
+            with usual names are found automatically.
+        problem: classification, multilabel (several labels for an image), regression, or `auto`: inferred from the
+            labels.
 
     Raises:
-        ConfigError: a role or a problem that there is not.
+        ConfigError: a role or a problem is unknown.
     """
 
     column: Mapping[str, str] = field(default_factory=dict)
@@ -61,12 +59,12 @@ class DataOptions(Changeable):
 
 @dataclass(frozen=True)
 class TaskPlace:
-    """One task as it is asked for, or several where a table has a column `task`.
+    """A requested task, or several if a table has a column `task`.
 
     Args:
-        data: where it is, see above. name: of the task; "" = as the data is called. classes: those of its classes that
-            are learned, in this order, by name (or by number where they have none); empty = all. column, problem: see
-            `DataOptions`, over those of the run.
+        data: its place, see above. name: the task's name; "" = the data's name. classes: the classes to learn, in this
+            order, by name (or by number if they have no names); empty = all. column, problem: see `DataOptions`; they
+            override the run's.
 
     Raises:
         ConfigError: as `DataOptions`.
@@ -86,10 +84,10 @@ class TaskPlace:
 
     @classmethod
     def parsed(cls, text: str) -> TaskPlace:
-        """Of `[NAME=]PLACE`, or of a JSON object with the fields.
+        """Read `[NAME=]PLACE`, or a JSON object with the fields.
 
         Raises:
-            ConfigError: something else, with the nearest field.
+            ConfigError: the text has another form; for an unknown field the error has the nearest one.
         """
         if text.startswith("{"):
             try:
@@ -108,12 +106,12 @@ class TaskPlace:
         return cls(text)
 
     def absolute(self) -> TaskPlace:
-        """With its path made absolute."""
+        """The same place with an absolute path."""
         there = self.data if self.data.startswith(HUB) or self.data == DIGITS else absolute_images(self.data)
         return dataclasses.replace(self, data=there, name=self.name or self.own_name)
 
     def written(self) -> str:
-        """As `parsed` reads it."""
+        """The text that `parsed` reads."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if plain == {**plain, "classes": (), "column": {}, "problem": AUTO}:
             return f"{self.name}={self.data}" if self.name else self.data
@@ -121,26 +119,26 @@ class TaskPlace:
 
     @property
     def own_name(self) -> str:
-        """What the task is called where no name is given."""
+        """The task's name if none is given."""
         if self.data.startswith(HUB):
             return self.data.removeprefix(HUB).rpartition("/")[2].replace(":", "_")
         return data_name(self.data) if "@" in self.data and not Path(self.data).exists() else own_name(Path(self.data))
 
     @property
     def file(self) -> Path | None:
-        """The file, where it is one."""
+        """The file, if the place is one."""
         path = Path(self.data)
         return path if path.is_file() else None
 
     def read(self, options: DataOptions, seed: int = 0) -> dict[str, Task]:
-        """Name -> data of the task, or of the tasks that a table's column `task` tells apart.
+        """Name -> data of the task, or of the tasks that a table's column `task` distinguishes.
 
         Args:
-            options: of the run. seed: of the cut of a table in one piece.
+            options: the run's options. seed: cuts a table that has no parts.
 
         Raises:
-            ConfigError: nothing is there, or something that is not read; labels or columns that do not fit.
-            IntegrityError: a damaged file.
+            ConfigError: the place is empty or of an unknown kind, or labels or columns do not fit. IntegrityError: a
+                file is damaged.
         """
         name = self.name or self.own_name
         chosen = dataclasses.replace(options, column={**options.column, **self.column})
@@ -157,7 +155,7 @@ class TaskPlace:
         return made
 
     def _found(self, options: DataOptions) -> Any:
-        """What is at the place."""
+        """The data at the place."""
         text, path = self.data, Path(self.data)
         if text.startswith(HUB):
             name, _, config = text.removeprefix(HUB).partition(":")
@@ -170,12 +168,12 @@ class TaskPlace:
             return _named_set(text)
         if not path.exists():
             raise ConfigError(
-                f"--task: {text} is not there; expected a file, a folder, NAME@FOLDER of torchvision, or hf:NAME"
+                f"--task: {text} does not exist; expected a file, a folder, NAME@FOLDER of torchvision, or hf:NAME"
             )
         return npz_task(path, options.problem) if path.suffix == ".npz" else read_beside(path)
 
     def _some_of(self, task: Task, name: str) -> Task:
-        """Of the chosen classes, under its name."""
+        """The task with the chosen classes, under its name."""
         if isinstance(task, TextData):
             return task.of_labels(self.classes) if self.classes else task
         if not self.classes:
@@ -194,29 +192,29 @@ def _named_set(text: str) -> ImageData:
 
 
 def _made_of(records: Records, name: str, problem: str, seed: int) -> Task:
-    """The task of a table: of images where it has a column of them, else of texts.
+    """The task of a table: of images if it has a column of images, else of texts.
 
     Raises:
-        ConfigError: it has neither.
+        ConfigError: it has neither images nor texts.
     """
     lower = {c.lower() for c in records.columns}
     texts = None if "image" in records.named or lower & {*IMAGE_COLUMNS} else text_form(records)
     if texts is None and records.called("image") and records.called("label"):
         return images_of(records, name, problem, seed)
     if problem != AUTO and texts is not None:
-        raise ConfigError(f"--problem: got {problem!r} for the texts of {name}, which have no head of their own")
+        raise ConfigError(f"--problem: got {problem!r} for the texts of {name}; the option is for images only")
     return texts_of(records, seed)
 
 
 def split_task(task: Task, how: str) -> list[ImageData]:
-    """A task cut into several: `5` of its classes in turn, or `5x2`, five of two classes each.
+    """Cut a task by its classes: `5` into five tasks of all classes, `5x2` into five tasks of two classes each.
 
     Raises:
-        ConfigError: another form, texts, or too few classes.
+        ConfigError: the text has another form, the task consists of texts, or there are too few classes.
     """
     count, x, each = how.partition("x")
     if not count.isdigit() or not (each.isdigit() if x else True):
         raise ConfigError(f"--split: got {how!r}, expected a number of tasks (5), or tasks x classes (5x2)")
     if isinstance(task, TextData):
-        raise ConfigError("--split: cuts the classes of images; give each task of texts by itself (--task)")
+        raise ConfigError("--split cuts the classes of images; give each task of texts separately (--task)")
     return split_classes(task, int(count), int(each) if x else None)

@@ -1,7 +1,7 @@
-"""How images are spoken of in words: names of classes and templates of prompts, by data set.
+"""Words for images: the names of classes and the templates of prompts, by data set.
 
-Those of OpenAI's CLIP (Radford et al. 2021, arXiv 2103.00020, github openai/CLIP, data/prompts.md), as the repositories
-of task vectors and aTLAS use them.
+They are those of OpenAI's CLIP (Radford et al. 2021, arXiv 2103.00020, github openai/CLIP, data/prompts.md), as the
+repositories of task vectors and aTLAS use them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PHOTOS = (
 
 
 def _cifar() -> tuple[str, ...]:
-    """Seven kinds of photos and two sizes of what is on them, each with `a` and with `the`."""
+    """Seven kinds of photos and two sizes of their objects, each with `a` and with `the`."""
     text, kinds, sizes = _PHOTOS
     return tuple(
         one
@@ -104,14 +104,14 @@ CLASS_NAMES: dict[str, tuple[str, ...]] = {
     "mnist": DIGITS,
     "svhn": DIGITS,
 }  # fmt: skip
-"""Data set -> the names of its classes, in the order of their labels; a data set that has names itself is not here."""
+"""Data set -> the names of its classes, in the order of their labels; data sets with their own names are not here."""
 
 
 def read_class_names(what: str) -> tuple[str, ...]:
     """The names of a data set's classes, or those of a text file, one per line in the order of the labels.
 
     Raises:
-        ConfigError: a name twice, or an empty line. IntegrityError: the file cannot be read.
+        ConfigError: a name appears twice, or a line is empty. IntegrityError: the file cannot be read.
     """
     if what in CLASS_NAMES:
         return CLASS_NAMES[what]
@@ -129,7 +129,7 @@ def read_templates(what: str) -> tuple[str, ...]:
     """The templates of a data set, or those of a text file, one per line with `{}` where the class's name goes.
 
     Raises:
-        ConfigError: a template without a place for the name. IntegrityError: the file cannot be read.
+        ConfigError: a template has no place for the name. IntegrityError: the file cannot be read.
     """
     if what in TEMPLATES:
         return TEMPLATES[what]
@@ -146,8 +146,8 @@ def _lines(what: str) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(sorted({*TEMPLATES, *CLASS_NAMES}))
         raise IntegrityError(
-            f"{what}: cannot be read as a text file ({error}); expected one line each, or one of {known}"
+            f"{what} cannot be read as a text file ({error}); expected one entry per line, or one of {known}"
         ) from error
     if not lines:
-        raise ConfigError(f"{what}: is empty; expected one line each")
+        raise ConfigError(f"{what} is empty; expected one entry per line")
     return lines

@@ -1,10 +1,10 @@
-"""The text tasks of LM-BFF and of the graft papers by name: template, label words, measure, and how their files look.
+"""The text tasks of LM-BFF and of the graft papers by name: template, label words, measure, and file format.
 
-    Gao et al. 2021, arXiv 2012.15723, table 1 (templates and label words by hand), its run_experiment.sh for lengths
+    Gao et al. 2021, arXiv 2012.15723, table 1 (manual templates and label words), its run_experiment.sh for lengths
     Panigrahi et al. 2023, arXiv 2302.06600, its run_experiment.sh for AG News
 
-Read are the user's own copy (the folder of GLUE, of SNLI, of LM-BFF's choices of few shots, or a JSON file as in
-`texts.py`), or the hub's by Hugging Face's `datasets`.
+They are read from the user's own copy (the folder of GLUE, of SNLI, of LM-BFF's few-shot samples, or a JSON file as in
+`texts.py`), or from the hub by Hugging Face's `datasets`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ PART_FILES = {
     "validation": ("dev", "dev_matched", "validation", "validation_matched"),
     "test": ("test", "test_matched"),
 }
-SHORT = 0.001  # of a file's rows may lack columns
-UNLABELLED = ("-", "-1", "-1.0", "")  # labels that say there is none: nobody agreed on one, or it is kept secret
+SHORT = 0.001  # the share of a file's rows that may lack columns
+UNLABELLED = ("-", "-1", "-1.0", "")  # marks of a missing label: the annotators did not agree, or it is kept secret
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a task lies on Hugging Face's hub: `datasets.load_dataset(path, config)`.
+    """A task's place on Hugging Face's hub: `datasets.load_dataset(path, config)`.
 
     Attributes:
-        columns: of the text(s) and the label. labels: the published label of number i; empty = the number itself.
+        columns: those of the text(s) and the label. labels: the published label for number i; empty = the number
+            itself.
     """
 
     path: str
@@ -56,14 +57,13 @@ class PublishedTask:
     """One task as it was published.
 
     Attributes:
-        template: around `{text}` and `{text2}`, with `{mask}`. words: label -> word, in the order of the classes.
-        measure: what its papers report: `accuracy`, `f1` (of the second label), `mcc` or `pearson`.
-        bounds: of a regression, the lowest and the highest score; the first word stands for the one, the second for the
-            other.
-        max_length: tokens of an example.
-        header: the columns of its files, the label last: names in their first line; integers = places in files without
-            such a line.
-        hub: where the hub has it; None = give a copy.
+        template: has `{text}`, `{mask}` and, for pairs, `{text2}`. words: label -> word, in the order of the classes.
+        measure: the measure in its papers: `accuracy`, `f1` (for the second label), `mcc` or `pearson`. bounds: for a
+        regression, the lowest and the highest score, for which the first and the second word stand.
+        max_length: the tokens per example.
+        header: the columns of its files, with the label last: names in the first line; integers = positions in files
+        without such a line.
+        hub: its place on the hub; None = the user must give a copy.
     """
 
     name: str
@@ -78,22 +78,22 @@ class PublishedTask:
 
     @property
     def paired(self) -> bool:
-        """Has it two sentences?"""
+        """Whether its examples are pairs of sentences."""
         return "{text2" in self.template
 
     def half(self, score: str) -> str:
-        """The class of a regression's score for the choice of few shots: the lower half (its end included) or the upper
-        one."""
+        """The class of a regression's score for few-shot sampling: the lower half (including its end) or the upper
+        half."""
         assert self.bounds is not None
         low, high = self.words
         return low if score_in(self.name, score, self.bounds) <= 0.5 else high
 
 
 def score_in(name: str, score: str, bounds: tuple[float, float]) -> float:
-    """Where a score lies between the bounds, 0 to 1.
+    """The position of a score between the bounds, 0 to 1.
 
     Raises:
-        ConfigError: it is no number, or lies outside.
+        ConfigError: the score is not a number, or lies outside the bounds.
     """
     low, high = bounds
     try:
@@ -166,10 +166,10 @@ PUBLISHED_TASKS = {task.name: task for task in _TASKS}
 
 
 def published_task(name: str) -> PublishedTask:
-    """The task of that name; SST2, sst_2 and SST-2 are one.
+    """The task of that name; SST2, sst_2 and SST-2 are the same.
 
     Raises:
-        ConfigError: there is none, with the nearest name.
+        ConfigError: there is none; the text has the nearest name.
     """
     plain = {_letters(n): n for n in PUBLISHED_TASKS}
     if _letters(name) not in plain:
@@ -188,15 +188,15 @@ def read_published(task: PublishedTask, data: str | Path | None, *, shots_seed: 
     """The task's examples.
 
     Args:
-        data: a JSON file as `read_texts` takes it, or a folder with `train`, `dev` and `test` as .tsv or .csv; None =
-            from the hub, or from `datasets`' cache of it. shots_seed, seed: see `read_texts`.
+        data: a JSON file for `read_texts`, or a folder with `train`, `dev` and `test` as .tsv or .csv; None = from the
+            hub, or its cache by `datasets`. shots_seed, seed: see `read_texts`.
 
     A test part without labels (GLUE keeps them secret) is replaced by the dev part, as in the papers; then there is no
-    validation, and `k_shot` draws it from what training leaves over. Examples without a label are left out.
+    validation part, and `k_shot` draws it from the remaining training examples. Examples without a label are left out.
 
     Raises:
-        ConfigError: a folder or a file of another form; labels that are not the task's; no hub, or no `datasets`.
-        IntegrityError: a file that cannot be read.
+        ConfigError: a folder or file has another form, labels are not the task's, the hub cannot be reached, or
+            `datasets` is not installed. IntegrityError: a file cannot be read.
     """
     if data is None:
         found = _from_hub(task)
@@ -230,7 +230,7 @@ def _as_task_has_it(task: PublishedTask, data: TextData) -> TextData:
 
 
 def _three(parts: Mapping[str, list[Pair]]) -> TextData:
-    """The dev part tests where there are no labels to test with."""
+    """The three parts, where the dev part becomes the test part if that has no labels."""
     if parts.get("test"):
         return TextData(parts["train"], list(parts.get("validation", ())), list(parts["test"]))
     return TextData(parts["train"], [], list(parts.get("validation", ())))
@@ -259,8 +259,8 @@ def _from_folder(task: PublishedTask, folder: Path) -> TextData:
 
 
 def _table_rows(task: PublishedTask, path: Path, secret: bool) -> Iterator[Pair]:
-    """The rows of a file. GLUE's .tsv have no quoting; .csv do. A few rows of QQP lack columns: they are left out, as
-    in the papers' code."""
+    """The rows of a file. GLUE's .tsv have no quoting; .csv do. A few rows of QQP lack columns and are left out, as in
+    the papers' code."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -301,7 +301,7 @@ def _table_rows(task: PublishedTask, path: Path, secret: bool) -> Iterator[Pair]
 
 
 def _input(task: PublishedTask, texts: Sequence[str]) -> str:
-    """Two texts of a task of one sentence are one (AG News' title and description)."""
+    """The input of an example; a task of single sentences joins two texts (AG News' title and description)."""
     return Sentences(*texts) if task.paired else " ".join(texts)
 
 
@@ -311,7 +311,7 @@ def _input(task: PublishedTask, texts: Sequence[str]) -> str:
 def _from_hub(task: PublishedTask) -> TextData:
     hub = task.hub
     if hub is None:
-        raise ConfigError(f"data: {task.name} is not read from a hub; give your copy of it (--data FILE or FOLDER)")
+        raise ConfigError(f"data: {task.name} cannot be read from a hub; give your copy of it (--data FILE or FOLDER)")
     found = load_hub(hub.path, hub.config, f"give your copy of {task.name} (--data FILE or FOLDER)")
     parts = {}
     for part, names in PART_FILES.items():

@@ -1,7 +1,7 @@
 """Tables of records: rows with named columns, from CSV, TSV, JSON lines, Parquet, and Hugging Face's `datasets`.
 
-A table has parts (`train`, `validation`, `test`) where it comes as several files, as a DatasetDict, or with a column
-that says to which part a row belongs; else it is one piece.
+A table has parts (`train`, `validation`, `test`) if it comes as several files, as a DatasetDict, or with a column that
+names the part of each row; otherwise it is one piece.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 from ..errors import ConfigError, IntegrityError, nearest
 from .kinds import CSV, LINES, PARQUET, TSV, file_kind, read_file, read_text
 
-WHOLE = ""  # the part of a table that is one piece
+WHOLE = ""  # the part of an undivided table
 PART_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
-# what a column is for -> how it is called, the likeliest first
+# role of a column -> its usual names, the likeliest first
 ROLES: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "content", "review"),
     "text2": ("text2",),
@@ -37,14 +37,14 @@ ROLES: dict[str, tuple[str, ...]] = {
     "input": ("input", "prompt", "question"),
     "output": ("output", "answer", "completion", "response", "target"),
 }
-# two columns that are a pair of sentences
+# pairs of columns that hold a pair of sentences
 PAIRED = (
     ("text", "text2"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
     ("question", "sentence"),
 )  # fmt: skip
-UNKNOWN_LABELS = ("-1",)  # of test parts whose labels are kept secret
+UNKNOWN_LABELS = ("-1",)  # labels of test parts that are kept secret
 TABLE_ENDS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-EACH_HELD_OUT = 0.1  # share of a table in one piece for test, and for validation
+EACH_HELD_OUT = 0.1  # the share of an undivided table for test, and for validation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,11 +52,11 @@ class Records:
     """Rows with named columns.
 
     Attributes:
-        where: where they are from, for errors to name, and for paths in them to be relative to.
-        parts: part -> rows, `WHOLE` where they are one piece: a list of mappings, or a data set of `datasets`, which
-            makes them when they are asked for.
-        classes: column -> the names of its numbers, where the table brings them.
-        named: role -> column, see `ROLES`, where the user says so; several columns with commas between them.
+        where: their source, named in errors; relative paths in them start here.
+        parts: part -> rows, with the part `WHOLE` if undivided: a list of mappings, or a data set of `datasets`, which
+        makes rows when they are indexed.
+        classes: column -> the names of its class numbers, if the table has them.
+        named: role -> column, see `ROLES`, as the user assigned them; several columns are separated by commas.
     """
 
     where: Path
@@ -67,18 +67,18 @@ class Records:
     def __post_init__(self) -> None:
         for part, rows in self.parts.items():
             if not len(rows):
-                raise ConfigError(f"{self.where}: has no rows{f' in {part}' if part else ''}")
+                raise ConfigError(f"{self.where} has no rows{f' in {part}' if part else ''}")
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of the columns, by the first row of each part."""
+        """The names of the columns, taken from the first row of each part."""
         return tuple(dict.fromkeys(str(c) for rows in self.parts.values() for c in _columns_of(rows)))
 
     def called(self, role: str) -> str | None:
-        """The column of a role; None where there is none.
+        """The column of a role; None if there is none.
 
         Raises:
-            ConfigError: the user names a column that is not there.
+            ConfigError: the user names a column that does not exist.
         """
         columns = self.columns
         if role not in self.named:
@@ -101,8 +101,8 @@ class Records:
         name = self.called(role)
         if name is None:
             raise ConfigError(
-                f"{self.where}: has no column for the {role}; it has {', '.join(self.columns)}. Looked for were "
-                f"{', '.join(ROLES[role])}; name it (--column {role}=NAME)"
+                f"{self.where} has no column for the {role}; it has {', '.join(self.columns)}. Usual names are "
+                f"{', '.join(ROLES[role])}; name another (--column {role}=NAME)"
             )
         return name
 
@@ -110,7 +110,7 @@ class Records:
         """A column's values in a part.
 
         Raises:
-            ConfigError: a row without it, or without a value in it.
+            ConfigError: a row lacks the column, or has no value in it.
         """
         rows = self.parts[part]
         found = list(rows[column]) if hasattr(rows, "column_names") else [row.get(column) for row in rows]
@@ -120,10 +120,10 @@ class Records:
         return found
 
     def divided(self) -> Records:
-        """In parts by the column `split`, where there is one and the table is one piece.
+        """The table divided by its column `split`, if it has one and is undivided.
 
         Raises:
-            ConfigError: a value that names no part, or no row to learn from.
+            ConfigError: a value does not name a part, or no row is for training.
         """
         column = self.called("split")
         if WHOLE not in self.parts or column is None:
@@ -137,19 +137,19 @@ class Records:
                 )
             parts.setdefault(part, []).append(i)
         if "train" not in parts:
-            raise ConfigError(f"{self.where}: the column {column!r} has no train; nothing is left to learn from")
+            raise ConfigError(f"{self.where}: the column {column!r} has no train; there is nothing to learn from")
         return self._with({part: (WHOLE, ids) for part, ids in parts.items()})
 
     def in_parts(self, strata: str | None = None, seed: int = 0) -> Records:
-        """With train, test and, where the table has it, validation. A test part whose labels are kept secret counts as
-        none. Without a test part the validation part tests; a table that has neither is cut by the seed: a tenth of it
-        tests and a tenth validates.
+        """The table with train, test and, if it has one, validation. A test part with secret labels is dropped. Without
+        a test part, the validation part becomes the test part; a table with neither is cut by the seed: a tenth becomes
+        the test part and a tenth the validation part.
 
         Args:
-            strata: the column of the classes, of each of which a share is taken.
+            strata: the column of the classes; the same share of each is taken.
 
         Raises:
-            ConfigError: too few rows to cut.
+            ConfigError: there are too few rows to cut.
         """
         parts = dict(self.divided().parts)
         if strata is not None and "test" in parts and {*self._hashable("test", strata)} <= {*UNKNOWN_LABELS}:
@@ -163,7 +163,7 @@ class Records:
         ids = cut_in_three(len(whole) if strata is None else one._hashable(WHOLE, strata), seed)
         if not ids["test"]:
             raise ConfigError(
-                f"{self.where}: has {len(whole)} rows in one piece, too few to take some for the test; give a test part"
+                f"{self.where} has {len(whole)} rows in one piece, too few to take some for the test; give a test part"
             )
         return one._with({part: (WHOLE, chosen) for part, chosen in ids.items() if chosen})
 
@@ -171,8 +171,8 @@ class Records:
         return [str(value) for value in self.divided().values(part, column)]
 
     def by_task(self) -> dict[str, Records]:
-        """The tables of its tasks, in the order of their first rows, where a column `task` says to which a row belongs;
-        else the table itself under the name ''."""
+        """Name -> the table of each task, in the order of their first rows, if a column `task` names each row's task;
+        otherwise the table itself under the name ''."""
         column = self.called("task")
         if column is None:
             return {"": self}
@@ -189,8 +189,8 @@ class Records:
 
 
 def cut_in_three(strata: int | Sequence[Hashable], seed: int) -> dict[str, list[int]]:
-    """Part -> ascending indices: a tenth of each class for test and for validation, one at least of a class of three
-    and more. Strata: the class of each example, or the number of examples, which then are one class."""
+    """Part -> ascending indices: a tenth of each class for test and for validation, and at least one of a class with
+    three or more. Strata: the class of each example, or the number of examples, which then form one class."""
     of_class: dict[Hashable, list[int]] = {}
     for i, key in enumerate([None] * strata if isinstance(strata, int) else strata):
         of_class.setdefault(key, []).append(i)
@@ -205,7 +205,7 @@ def cut_in_three(strata: int | Sequence[Hashable], seed: int) -> dict[str, list[
 
 
 def part_named(name: str) -> str | None:
-    """The part that is called so."""
+    """The part that a name stands for."""
     return next((part for part, names in PART_NAMES.items() if name.lower() in names), None)
 
 
@@ -223,20 +223,21 @@ def _columns_of(rows: Sequence[Any]) -> Iterable[Any]:
 
 @file_kind(CSV, ".csv", ".csv.gz")
 def read_csv(path: Path) -> Records:
-    """A table with commas, quoted as in RFC 4180, the names of the columns in its first line.
+    """A comma-separated table, quoted as in RFC 4180, with the names of the columns in its first line.
 
     Raises:
-        ConfigError: no names, a name twice, a line of another length. IntegrityError: a file that is no text.
+        ConfigError: names are missing or appear twice, or a line has another length. IntegrityError: the file is not a
+            text.
     """
     try:
         return _rows_of_lines(path, csv.reader(io.StringIO(read_text(path), newline=""), strict=True))
     except csv.Error as error:
-        raise IntegrityError(f"{path} cannot be read as CSV ({error}); is it whole, and quoted right?") from error
+        raise IntegrityError(f"{path} cannot be read as CSV ({error}); is it complete and correctly quoted?") from error
 
 
 @file_kind(TSV, ".tsv", ".tsv.gz")
 def read_tsv(path: Path) -> Records:
-    """A table with tabs, without quoting, as GLUE has it. Raises what `read_csv` does."""
+    """A tab-separated table without quoting, as in GLUE. Raises the errors of `read_csv`."""
     return _rows_of_lines(path, (line.rstrip("\r").split("\t") for line in read_text(path).split("\n")))
 
 
@@ -266,10 +267,10 @@ def _rows_of_lines(path: Path, lines: Iterable[list[str]]) -> Records:
 
 @file_kind(LINES, ".jsonl", ".jsonl.gz", ".ndjson")
 def read_lines(path: Path) -> Records:
-    """An object of JSON in each line.
+    """A JSON object in each line.
 
     Raises:
-        IntegrityError: a line that is none.
+        IntegrityError: a line is not a JSON object.
     """
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -279,18 +280,18 @@ def read_lines(path: Path) -> Records:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise IntegrityError(
-                f"{path}: line {number} cannot be read as JSON ({error}); expected an object in each line (a file that "
-                "is one value is called .json)"
+                f"{path}: line {number} cannot be read as JSON ({error}); expected an object in each line (a file "
+                "with a single value should end in .json)"
             ) from error
         rows.append(_object(path, f"line {number}", row))
     return Records(path, {WHOLE: rows})
 
 
 def records_of(path: Path, parts: Mapping[str, Sequence[Any]]) -> Records:
-    """The records of lists of objects, by their parts.
+    """The records made from each part's list of objects.
 
     Raises:
-        ConfigError: something in them that is no object.
+        ConfigError: an entry is not an object.
     """
     for part, rows in parts.items():
         for i, row in enumerate(rows):
@@ -309,10 +310,10 @@ def _object(path: Path, place: str, row: Any) -> dict[str, Any]:
 
 @file_kind(PARQUET, ".parquet")
 def read_parquet(path: Path) -> Records:
-    """A Parquet table, with the names and images that `datasets` has written into it.
+    """A Parquet table, including the class names and images that `datasets` wrote into it.
 
     Raises:
-        ConfigError: `datasets` is not installed. IntegrityError: a damaged file.
+        ConfigError: `datasets` is not installed. IntegrityError: the file is damaged.
     """
     datasets = _datasets(f"to read {path}")
     import pyarrow
@@ -321,33 +322,33 @@ def read_parquet(path: Path) -> Records:
     try:
         return _of_sets(path, {WHOLE: datasets.Dataset(parquet.read_table(path))})
     except (OSError, pyarrow.ArrowException) as error:
-        raise IntegrityError(f"{path} cannot be read as Parquet ({error}); is the file whole?") from error
+        raise IntegrityError(f"{path} cannot be read as Parquet ({error}); is the file complete?") from error
 
 
 def is_saved(folder: Path) -> bool:
-    """Has `datasets` written the folder (`save_to_disk`)?"""
+    """Whether `datasets` wrote the folder (`save_to_disk`)."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def read_saved(folder: Path) -> Records:
-    """A data set as `save_to_disk` writes it, or a dict of its parts.
+    """A data set, or a dict of parts, that `save_to_disk` wrote.
 
     Raises:
-        ConfigError: `datasets` is not installed. IntegrityError: a damaged folder.
+        ConfigError: `datasets` is not installed. IntegrityError: the folder is damaged.
     """
     datasets = _datasets(f"to read {folder}")
     try:
         found = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{folder} cannot be read by datasets ({error}); is it whole?") from error
+        raise IntegrityError(f"{folder} cannot be read by datasets ({error}); is it complete?") from error
     return _of_sets(folder, found if isinstance(found, dict) else {WHOLE: found})
 
 
 def load_hub(name: str, config: str | None, remedy: str) -> Any:
-    """What `datasets.load_dataset` gives, from the hub or its cache.
+    """The result of `datasets.load_dataset`, from the hub or its cache.
 
     Raises:
-        ConfigError: `datasets` is not installed, or cannot load it; ends with the remedy.
+        ConfigError: `datasets` is not installed or cannot load it; the text ends with the remedy.
     """
     datasets = _datasets(f"to read {name} from the hub", remedy)
     try:
@@ -357,8 +358,8 @@ def load_hub(name: str, config: str | None, remedy: str) -> Any:
 
 
 def read_hub(name: str, config: str | None = None) -> Records:
-    """A data set on Hugging Face's hub, or in `datasets`' cache of it. Raises what `load_hub` does."""
-    return _of_sets(Path(name), load_hub(name, config, "give a file or a folder of your own"))
+    """A data set from Hugging Face's hub, or from its cache by `datasets`. Raises the errors of `load_hub`."""
+    return _of_sets(Path(name), load_hub(name, config, "give your own file or folder"))
 
 
 def _datasets(why: str, remedy: str = "") -> Any:
@@ -372,23 +373,23 @@ def _datasets(why: str, remedy: str = "") -> Any:
 
 
 def _of_sets(where: Path, sets: Mapping[str, Any]) -> Records:
-    """Of data sets, by the names of their parts. Images stay as they are stored, and are decoded when they are used."""
+    """Records made from data sets, keyed by the names of their parts. Images stay as stored and are decoded on use."""
     datasets = _datasets(f"to read {where}")
     parts: dict[str, Any] = {}
     classes: dict[str, tuple[str, ...]] = {}
     for name, rows in sets.items():
         part = WHOLE if len(sets) == 1 and name == WHOLE else part_named(str(name).split("_")[0])
         if part is None or part in parts:
-            continue  # such as unsupervised, or validation_mismatched beside validation_matched
+            continue  # such as unsupervised, or validation_mismatched next to validation_matched
         for column, feature in rows.features.items():
             if isinstance(feature, datasets.Image):
                 rows = rows.cast_column(column, datasets.Image(decode=False))
-            inner = getattr(feature, "feature", feature)  # of lists
+            inner = getattr(feature, "feature", feature)  # the type of a list's entries
             if isinstance(inner, datasets.ClassLabel):
                 classes[column] = tuple(inner.names)
         parts[part] = rows
     if not {"train", WHOLE} & set(parts):
-        raise ConfigError(f"{where}: has the parts {', '.join(map(str, sets))}; expected train, and test")
+        raise ConfigError(f"{where} has the parts {', '.join(map(str, sets))}; expected train and test")
     return Records(where, parts, classes)
 
 
@@ -396,7 +397,7 @@ def _of_sets(where: Path, sets: Mapping[str, Any]) -> Records:
 
 
 def is_table_folder(folder: Path) -> bool:
-    """Does a folder hold a table: one that `datasets` has saved, or files of parts?"""
+    """Whether a folder holds a table: a data set saved by `datasets`, or one file per part."""
     return is_saved(folder) or bool(files_of_parts(folder))
 
 
@@ -404,34 +405,34 @@ def read_folder(folder: Path) -> Records:
     """The table in a folder.
 
     Raises:
-        ConfigError: there is none, files of two kinds for a part, or a file that is no table.
+        ConfigError: there is no table, a part has files of two kinds, or a file is not a table.
     """
     if is_saved(folder):
         return read_saved(folder)
     files = files_of_parts(folder)
     if "train" not in files:
         raise ConfigError(
-            f"{folder}: holds no table of records; expected train and test as {', '.join(TABLE_ENDS)}, or a data set "
-            "that datasets has saved (save_to_disk)"
+            f"{folder} holds no table of records; expected train and test as {', '.join(TABLE_ENDS)}, or a data set "
+            "saved by datasets (save_to_disk)"
         )
     parts: dict[str, Any] = {}
     classes: dict[str, tuple[str, ...]] = {}
     for part, paths in files.items():
         if len({path.name.partition(".")[2] for path in paths}) > 1:
-            raise ConfigError(f"{folder}: has {' and '.join(p.name for p in paths)} for {part}; keep one of them")
+            raise ConfigError(f"{folder} has {' and '.join(p.name for p in paths)} for {part}; keep one of them")
         tables = [read_file(path) for path in paths]
         if not all(isinstance(table, Records) and WHOLE in table.parts for table in tables):
-            raise ConfigError(f"{paths[0]}: is no table of records; give the file itself, not its folder")
+            raise ConfigError(f"{paths[0]} is not a table of records; give the file itself, not its folder")
         parts[part] = _joined([table.parts[WHOLE] for table in tables])
         classes |= tables[0].classes
     return Records(files["train"][0], parts, classes)
 
 
 def read_beside(path: Path) -> Any:
-    """What is in a file; of a table that is called train with the parts that lie next to it.
+    """The content of a file; for a table called train, including the parts next to it.
 
     Raises:
-        ConfigError: such a table has no other part next to it. What `read_file` raises.
+        ConfigError: such a table has no other part next to it; also the errors of `read_file`.
     """
     found = read_file(path)
     alone = isinstance(found, Records) and WHOLE in found.parts
@@ -439,15 +440,15 @@ def read_beside(path: Path) -> Any:
         return found
     if len(files_of_parts(path.parent)) == 1:
         raise ConfigError(
-            f"{path}: is called train and has no test beside it; put one there, or give its folder, a tenth of which "
-            "then tests"
+            f"{path} is called train and has no test next to it; add one, or give its folder, of which a tenth then "
+            "becomes the test part"
         )
     return read_folder(path.parent)
 
 
 def files_of_parts(folder: Path) -> dict[str, list[Path]]:
     """The tables in a folder by their parts: `train.csv`, or `train-00000-of-00002.parquet` and so on, in the folder or
-    in `data/` as on the hub; empty where there are none."""
+    in `data/` as on the hub; empty if there are none."""
     found: dict[str, list[Path]] = {}
     for place in (folder, folder / "data"):
         for path in sorted(place.iterdir()) if place.is_dir() and not found else ():

@@ -1,4 +1,5 @@
-"""The same random few each time: so many of each class, a share held out, or so many of all, as indices by a seed."""
+"""Reproducible random samples, as indices drawn by a seed: a number of each class, a held-out share, or a number of
+all."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from ..errors import ConfigError
 
 
 def same_few(count: int, at_most: int | None, seed: int = 0) -> list[int]:
-    """Ascending indices of `at_most` out of `count`, or of all where these are no more."""
+    """Ascending indices of `at_most` out of `count`, or of all if there are no more."""
     if at_most is None or at_most >= count:
         return list(range(count))
     return sorted(random.Random(seed).sample(range(count), at_most))
@@ -27,7 +28,7 @@ def draw(
     """Indices of k examples of each class with different keys, in their own order (`sample_shots`).
 
     Raises:
-        ConfigError: k below 1, or a class with too few, by name.
+        ConfigError: k is below 1, or a class, which the text names, has too few.
     """
     whole("k", k)
     first: dict[Hashable, int] = {}
@@ -57,17 +58,17 @@ def sample_shots(
     at_most: bool = False,
 ) -> Tensor:
     """Indices of a few examples: `shots` of each class, or a fraction of all. The same seed gives the same examples;
-    with it, those of fewer shots are among those of more.
+    with one seed, fewer shots are a subset of more shots.
 
         loader = DataLoader(Subset(dataset, sample_shots(labels, 4)), batch_size=128, shuffle=True)
 
     Args:
-        shots: an integer, or a fraction between 0 and 1. seed: of the choice; global random numbers are left alone.
-        num_classes: of the task; None = the largest label + 1.
+        shots: an integer, or a fraction between 0 and 1. seed: seeds the choice without touching global random numbers.
+        num_classes: the task's number of classes; None = the largest label + 1.
         at_most: take all of a class that has fewer, instead of raising.
 
     Raises:
-        ConfigError: a class without examples or (unless `at_most`) with too few, or shots that are neither.
+        ConfigError: a class has no examples or (unless `at_most`) too few, or `shots` is neither form.
     """
     y = torch.as_tensor(labels).cpu().long()
     if y.dim() != 1 or not len(y):
@@ -86,16 +87,18 @@ def sample_shots(
         if not len(of_class):
             raise ConfigError(f"class {c} has no examples; pass num_classes= or relabel, so that every class has some")
         if len(of_class) < shots and not at_most:
-            raise ConfigError(f"class {c} has {len(of_class)} examples, {shots} shots are asked for; or at_most=True")
+            raise ConfigError(
+                f"class {c} has {len(of_class)} examples, expected {shots} shots; ask for fewer, or pass at_most=True"
+            )
         chosen.append(of_class[:shots])
     return torch.cat(chosen).sort().values
 
 
 def held_out(labels: np.ndarray, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to keep and indices held out: of each class the share, rounded down, by the seed.
+    """Indices to keep and indices held out: the share of each class, rounded down, drawn by the seed.
 
     Raises:
-        ConfigError: a share outside [0, 1).
+        ConfigError: the share is outside [0, 1).
     """
     if not 0 <= share < 1:
         raise ConfigError(f"validation: got {share!r}, expected a share of at least 0 and below 1")

@@ -1,7 +1,7 @@
-"""Text tasks as files: pairs of an input and an output, and what scoring needs besides.
+"""Text tasks as files: pairs of an input and an output, with the turns that scoring dialogues needs.
 
-Read are tables of records (`records.py`; `pairs.py` has the columns), and JSON files, also as .gz, of these forms (the
-public benchmarks' own):
+hatcl reads tables of records (`records.py`; `pairs.py` has the columns) and JSON files, also as .gz, in these forms of
+public benchmarks:
 
     {train, dev, test: [[input, output], ...]}                      the long-sequence benchmark as prepared for TaSL
     {train, test: [[instruction, input, output], ...], test_idx}    dialogue state tracking, with the test rows' turns
@@ -10,8 +10,8 @@ public benchmarks' own):
     [{prompt, answer}, ...], or {Definition, Instances}             a train.json, with eval or dev and test.json
                                                                     next to it, as TRACE and O-LoRA have it
 
-A row of three is also how pairs of sentences are given, `[text, text2, label]`: its input is the two lines, and knows
-both (`Sentences`). Tables as GLUE and others publish them are read in `published.py`.
+A row of three may also be a pair of sentences, `[text, text2, label]`; its input has both as two lines (`Sentences`).
+Tables as GLUE and others publish them are read in `published.py`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from .shots import draw, same_few
 
 JSON_ENDS = (".json", ".json.gz")
 TEXT_ENDS = (*JSON_ENDS, ".jsonl", ".csv", ".tsv", ".parquet")
-HELD_OUT_TEXTS = 0.1  # share of the training pairs that validates where the data has nothing for it
+HELD_OUT_TEXTS = 0.1  # the share of the training pairs that validates if the data has no validation part
 
 
 class Turn(NamedTuple):
-    """Where a row of a dialogue belongs: its state is right if the values of all its slots are."""
+    """The turn of a dialogue that a row belongs to: its state is right if the values of all its slots are."""
 
     dialogue: str
     turn: str
@@ -52,7 +52,7 @@ class TextData:
     """The pairs (input, output) of one task.
 
     Attributes:
-        train, validation, test: pairs. turns: for each test pair its turn, in dialogue state tracking; empty elsewhere.
+        train, validation, test: pairs. turns: the turn of each test pair in dialogue state tracking; otherwise empty.
     """
 
     train: list[Pair]
@@ -66,30 +66,33 @@ class TextData:
         return sorted({output for _, output in self.train})
 
     def on_validation(self, seed: int = 0) -> TextData:
-        """To choose options and methods by: the validation pairs, or where there are none a tenth of the training
-        pairs, which then are not trained on; the test pairs are not used.
+        """The task for choosing options and methods: it tests on the validation pairs or, if there are none, on a tenth
+        of the training pairs, which then are not trained on; the test pairs are not used.
 
         Raises:
-            ConfigError: no pair to hold out.
+            ConfigError: there is no pair to hold out.
         """
         if self.validation:
             return TextData(self.train, self.validation, self.validation)
         held = set(same_few(len(self.train), round(HELD_OUT_TEXTS * len(self.train)), seed))
         if not held:
-            raise ConfigError(f"validation: a share of {HELD_OUT_TEXTS} of {len(self.train)} training examples is none")
+            raise ConfigError(
+                f"validation: a share of {HELD_OUT_TEXTS} of {len(self.train)} training examples is less than one"
+            )
         out = [pair for i, pair in enumerate(self.train) if i in held]
         return TextData([pair for i, pair in enumerate(self.train) if i not in held], out, out)
 
     def digest(self) -> str:
-        """sha256 over the pairs; a resumed run compares it."""
+        """sha256 of the pairs; a resumed run compares it."""
         parts = [self.train, self.validation, self.test, self.turns]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def cut(self, train: int | None = None, test: int | None = None, validation: int | None = None) -> TextData:
-        """At most so many pairs of each part, always the same random ones. Of dialogues the first turns, whole.
+        """At most this many pairs of each part, always the same random ones; for dialogues the first turns, each
+        complete.
 
         Raises:
-            ConfigError: a number below 1.
+            ConfigError: a number is below 1.
         """
         sizes = {"train": train, "test": test, "validation": validation}
         for name, size in sizes.items():
@@ -99,7 +102,7 @@ class TextData:
             return self._mapped(lambda part, rows: [rows[i] for i in same_few(len(rows), sizes[part])])
         most = len(self.test) if test is None else test
         kept: set[Turn] = set()
-        for turn, size in Counter(self.turns).items():  # in the order of the file; the first one in any case
+        for turn, size in Counter(self.turns).items():  # in the order of the file; the first turn is always kept
             if kept and size > most:
                 break
             kept.add(turn)
@@ -113,8 +116,8 @@ class TextData:
         )
 
     def plain(self, drop_question: bool = True) -> TextData:
-        """The inputs without the first line, which asks the question and lists the answers, and without the last line
-        `Answer:`, for models that are not asked in words. Conversations stay as they are."""
+        """The inputs without the first line, which states the question and lists the answers, and without the last line
+        `Answer:`, for models that are not prompted in words. Conversations stay as they are."""
 
         def text(value: str) -> str:
             value = value.strip().removesuffix("Answer:").strip()
@@ -127,7 +130,7 @@ class TextData:
         """The pairs with these outputs.
 
         Raises:
-            ConfigError: an output that no training pair has.
+            ConfigError: no training pair has one of the outputs.
         """
         for label in labels:
             one_of("classes", label, self.labels)
@@ -138,14 +141,14 @@ class TextData:
         return kept
 
     def renamed(self, labels: Mapping[str, str]) -> TextData:
-        """The outputs in other words.
+        """The task with its outputs replaced by other words.
 
         Raises:
-            ConfigError: an output that is not among them.
+            ConfigError: an output has no replacement.
         """
         for _, y in [*self.train, *self.validation, *self.test]:
             if y not in labels:
-                raise ConfigError(f"labels: {y!r} has no word; given are {', '.join(labels)}")
+                raise ConfigError(f"labels: {y!r} has no word; words are given for {', '.join(labels)}")
         return self._mapped(lambda part, rows: [(x, labels[y]) for x, y in rows])
 
     def _mapped(self, change: Callable[[str, list[Pair]], list[Pair]]) -> TextData:
@@ -160,19 +163,18 @@ def k_shot(
     labels: Sequence[str] | None = None,
     class_of: Callable[[str], str] = str,
 ) -> TextData:
-    """K examples of each class for training and K others for validation, as LM-BFF takes them (Gao et al. 2021, arXiv
+    """K examples of each class for training and K others for validation, as in LM-BFF (Gao et al. 2021, arXiv
     2012.15723). The same seed gives the same examples.
 
-    Validation is drawn from the data's own validation pairs, or from all that training left over where these have too
-    few. A text comes once in train or validation, also where the data has it several times; test loses the texts that
-    were drawn.
+    Validation is drawn from the data's own validation pairs, or from all remaining pairs if these are too few. A text
+    appears only once in train or validation, even if the data repeats it; test loses the texts that were drawn.
 
     Args:
-        labels: the classes; None = all that the data has. class_of: the class of an output, where that is not the
-            output itself (halves of a scale).
+        labels: the classes; None = all classes of the data. class_of: the class of an output, if it is not the output
+            itself (halves of a scale).
 
     Raises:
-        ConfigError: k below 1, or a class with too few different texts (or none), by name.
+        ConfigError: k is below 1, or a class, which the text names, has too few different texts.
     """
     every = [*data.train, *data.validation, *data.test]
     classes = sorted({class_of(y) for _, y in every}) if labels is None else list(labels)
@@ -195,11 +197,11 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
     """The pairs of a file, or of a folder of tables.
 
     Args:
-        shots_seed: which of the seeds of a file of few shots. seed: of the cut of a file with one list.
+        shots_seed: selects a seed in a few-shot file. seed: cuts a file with one list.
 
     Raises:
-        IntegrityError: a file that is not there, or damaged. ConfigError: content of another form; what was found and
-            what is read.
+        IntegrityError: a file is missing or damaged. ConfigError: the content has another form; the text names it and
+            the supported ones.
     """
     path = Path(path)
     if path.is_dir():
@@ -207,7 +209,7 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
     if not path.name.endswith(JSON_ENDS):
         found = read_beside(path)
         if not isinstance(found, Records):
-            raise ConfigError(f"{path}: holds images; texts are read from {', '.join(TEXT_ENDS)}")
+            raise ConfigError(f"{path} holds images; texts are read from {', '.join(TEXT_ENDS)}")
         return texts_of(found, seed)
     content = _json_of(path)
     if path.name.endswith("_T5.json") and "test" in (tasl := parts_of_tasl(path)):
@@ -220,18 +222,18 @@ def read_texts(path: str | Path, *, shots_seed: int = 13, seed: int = 0) -> Text
 
 @file_kind(JSON, *JSON_ENDS)
 def read_json_data(path: Path) -> Records | TextData:
-    """Records, or pairs in one of the forms of benchmarks. Raises what `read_texts` does."""
-    if path.name.endswith("_T5.json") and "test" in parts_of_tasl(path):  # its other parts lie in TaSL's folders
+    """Records, or pairs in one of the forms of benchmarks. Raises the errors of `read_texts`."""
+    if path.name.endswith("_T5.json") and "test" in parts_of_tasl(path):  # TaSL keeps the other parts in other folders
         return read_texts(path)
     table = _table_in(path, _json_of(path))
     return read_texts(path) if table is None else table
 
 
 def texts_of(records: Records, seed: int = 0) -> TextData:
-    """The pairs of a table, in parts; one in one piece is cut by the seed.
+    """The pairs of a table, in parts; an undivided table is cut by the seed.
 
     Raises:
-        ConfigError: columns that are no texts with outputs, or a row without one of them.
+        ConfigError: the columns are not texts with outputs, or a row lacks one of them.
     """
     parts = records.divided()
     parts = parts.in_parts(strata_of(parts), seed)
@@ -248,7 +250,7 @@ def _are_objects(rows: Any) -> bool:
 
 
 def _table_in(path: Path, content: Any) -> Records | None:
-    """The table in a file: a list of objects, or one for each part; None where it is something else."""
+    """The table in a file: a list of objects, or one list for each part; None if the content is something else."""
     if isinstance(content, Records):
         return content
     if _are_objects(content):
@@ -273,17 +275,17 @@ def _of_forms(path: Path, content: Any, shots_seed: int, seed: int) -> TextData:
     if "seeds" in content:
         seeds = content["seeds"]
         if str(shots_seed) not in seeds:
-            raise ConfigError(f"{path}: has no seed {shots_seed}, expected one of {', '.join(seeds)}")
+            raise ConfigError(f"{path} has no seed {shots_seed}, expected one of {', '.join(seeds)}")
         content = {**seeds[str(shots_seed)], "test": content.get("test")}
     if not {"train", "test"} <= set(content):
-        raise ConfigError(f"{path}: holds {', '.join(sorted(content)) or 'nothing'}; expected train and test, or all")
+        raise ConfigError(f"{path} holds {', '.join(sorted(content)) or 'nothing'}; expected train and test, or all")
     parts = [_pairs(path, n, content.get(n, [])) for n in ("train", "dev", "test")]
     turns = _turns(path, content["test_idx"], len(parts[2])) if "test_idx" in content else []
     return _whole(path, TextData(parts[0], parts[1], parts[2], turns))
 
 
 def parts_beside(folder: Path) -> dict[str, Path]:
-    """The files of a task's parts in a folder of its own; those that are there."""
+    """The existing files of a task's parts in the task's folder."""
     names = {"train": ("train",), "validation": ("eval", "dev"), "test": ("test",)}
     tried = {part: [folder / f"{name}.json" for name in names[part]] for part in names}
     found = {part: next((p for p in paths if p.is_file()), None) for part, paths in tried.items()}
@@ -291,25 +293,25 @@ def parts_beside(folder: Path) -> dict[str, Path]:
 
 
 def parts_of_tasl(path: Path) -> dict[str, Path]:
-    """The files of a task's parts in TaSL's folders, from that of one of them; those that are there."""
+    """The existing files of a task's parts in TaSL's folders, found from the file of one part."""
     folders = {"train": "train", "validation": "dev", "test": "test"}
     tried = {part: path.parent.parent / name / path.name for part, name in folders.items()}
     return {part: file for part, file in tried.items() if file.is_file()}
 
 
 def read_parts(parts: Mapping[str, Path]) -> TextData:
-    """The pairs of a task whose parts are files of their own: lists of `[input, output]`, of objects with `input` and
+    """The pairs of a task whose parts are separate files: lists of `[input, output]`, of objects with `input` and
     `output` (and `instruction`), or with `prompt` and `answer`; or an object with such a list as `Instances` and a
     `Definition`.
 
     Args:
-        parts: `train`, `test` and, where there is one, `validation`, and their files.
+        parts: `train`, `test` and optionally `validation` -> their files.
 
     Raises:
         IntegrityError, ConfigError: as `read_texts`.
     """
     if "test" not in parts:
-        raise ConfigError(f"{parts['train']}: has no test.json beside it, expected one of the same form")
+        raise ConfigError(f"{parts['train']} has no test.json next to it, expected one of the same form")
     found = {part: _part_of(path, part) for part, path in parts.items()}
     return _whole(parts["train"], TextData(found["train"], found.get("validation", []), found["test"]))
 
@@ -344,12 +346,12 @@ def _pairs(path: Path, part: str, rows: Any) -> list[Pair]:
 
 
 def _turns(path: Path, text: Any, count: int) -> list[Turn]:
-    """Lines `dialogue|||dialogue|||turn|||...|||service|||slot`."""
+    """Read the lines `dialogue|||dialogue|||turn|||...|||service|||slot`."""
     if not isinstance(text, str):
         raise ConfigError(f"{path}: test_idx is a {type(text).__name__}, expected one text with a line per test row")
     lines = [line.split("|||") for line in text.splitlines() if line.strip()]
     if len(lines) != count:
-        raise ConfigError(f"{path}: test_idx has {len(lines)} lines for {count} test rows; expected one of each")
+        raise ConfigError(f"{path}: test_idx has {len(lines)} lines for {count} test rows; expected one line per row")
     wrong = next((line for line in lines if len(line) != 6), None)
     if wrong is not None:
         raise ConfigError(f"{path}: test_idx has a line of {len(wrong)} parts ({'|||'.join(wrong)}), expected 6")

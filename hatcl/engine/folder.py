@@ -1,12 +1,12 @@
-"""The folder of a run, the same for every command and for the functions that keep runs.
+"""The folder of a run, in the same form for every command and for the functions that keep runs.
 
     config.json      the command, its options, digests of the files it read; `--config` reads it back
-    metrics.jsonl    a line per step, where the loop tells; metrics.csv the same as a table, when the command ends
-    checkpoint/ ...  from where an interrupted run goes on; gone once it is finished
-    metrics.json     what came of it, written last: once it is there, the run is finished
+    metrics.jsonl    a line per step that the loop reports; metrics.csv the same as a table, written at the end
+    checkpoint/ ...  where an interrupted run resumes; removed once it is finished
+    metrics.json     the results, written last: once this file exists, the run is finished
 
-Files and folders are written beside their target, synced to disk and renamed: a kill at any moment leaves the old
-content or the new one, complete.
+Files and folders are written next to their target, synced to disk and renamed: a kill at any moment leaves either the
+old content or the new one, complete.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ PICTURE = "picture.png"
 
 @dataclasses.dataclass
 class RunFolder:
-    """The folder of one run: is it free, is the run in it this one, is it finished?
+    """The folder of one run: whether it is free, holds this run, and whether that run is finished.
 
     Args:
-        command: what writes the run, such as `train` or `atlas add`. options: all of its options, JSON-able.
-        resume: may the folder hold a run already? free: options that may differ when a run is resumed.
-        log: further writers that are told each step, see `LOGS`.
+        command: the command that writes the run, such as `train` or `atlas add`. options: all its options, JSON-able.
+        resume: whether the folder may hold a run already. free: options that may differ when a run is resumed.
+        log: further writers that receive each step, see `LOGS`.
 
     Raises:
-        ConfigError: the folder holds something else, a run of other options, or an unfinished one of another version;
-            or any run, and `resume` is False.
+        ConfigError: the folder holds something else, a run with other options, or an unfinished run of another version;
+            or it holds any run while `resume` is False.
     """
 
     path: Path
@@ -78,12 +78,12 @@ class RunFolder:
             )
         if not self.resume:
             raise ConfigError(
-                f"--output: {self.path} already holds a run; add --resume to go on with it, or name another folder"
+                f"--output: {self.path} already holds a run; add --resume to continue it, or name another folder"
             )
         other = _other_version(stored)
         if other and not self.finished:
             raise ConfigError(
-                f"{self.path}: was started by {other}, and is not finished; resume it with that version, or name "
+                f"{self.path} was started by {other} and is not finished; resume it with that version, or name "
                 "another folder (--output)"
             )
         try:
@@ -91,31 +91,31 @@ class RunFolder:
         except ConfigError as error:
             if other:
                 raise ConfigError(
-                    f"{self.path}: was made by {other}, with other options ({error}); hatcl show {self.path} reads it"
+                    f"{self.path} was made by {other} with other options ({error}); hatcl show {self.path} reads it"
                 ) from error
             raise
 
     @property
     def begun(self) -> bool:
-        """Is there a run in it already?"""
+        """Whether the folder holds a run already."""
         return (self.path / CONFIG).exists()
 
     @property
     def finished(self) -> bool:
-        """Has the run in it come to its end?"""
+        """Whether the folder's run is finished."""
         return self.begun and (self.path / METRICS).exists()
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What came of a finished run."""
+        """The results of a finished run."""
         content: dict[str, Any] = read_json(self.path / METRICS)
         return content
 
     def same_inputs(self, files: Collection[str | Path]) -> dict[str, str]:
-        """The digests of the files that a run reads, compared with those that it began with.
+        """The digests of the files that a run reads, after comparing them with those at its start.
 
         Raises:
-            IntegrityError: a file cannot be read, or is another one than it was.
+            IntegrityError: a file cannot be read, or has changed.
         """
         found = {str(Path(f).absolute()): sha256_of(Path(f)) for f in files}
         if self.begun:
@@ -124,14 +124,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self, *, light: Collection[str] = (), **facts: Any) -> Iterator[None]:
-        """The folder is this run's from here on; no other process can claim it while the block runs. An error that
-        leaves no more than the claim takes the claim back, so that the corrected command can have the folder.
+        """Claim the folder for this run; no other process can claim it while the block runs. If an error leaves nothing
+        but the claim, the claim is removed, so that the corrected command can use the folder.
 
         Args:
-            light: files that are no loss either. facts: what else config.json is to hold, such as `inputs`.
+            light: files that may be removed with the claim. facts: further entries of config.json, such as `inputs`.
 
         Raises:
-            ConfigError: another process is at work in the folder.
+            ConfigError: another process is working in the folder.
         """
         fresh = not self.begun
         self.path.mkdir(parents=True, exist_ok=True)
@@ -150,17 +150,17 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def note(self, **facts: Any) -> None:
-        """Write config.json, with facts added to those that it holds."""
+        """Add facts to config.json."""
         stored = read_json(self.path / CONFIG) if self.begun else {}
         options = {**stored.get("options", {}), **self.options}
         write_json(self.path / CONFIG, {**stored, "command": self.command, "options": options, **facts})
 
     def tell(self, **entry: Any) -> None:
-        """Append a line to metrics.jsonl. Steps that are done again after a kill replace their lines.
+        """Append a line to metrics.jsonl. Steps that are repeated after a kill replace their lines.
 
         Args:
-            entry: what is known of a step. Its place in the run are those of `stage`, `task`, `epoch` and `step` that
-                are numbers.
+            entry: the values of a step. Those of `stage`, `task`, `epoch` and `step` that are numbers give its place in
+                the run.
         """
         path = self.path / STEP_LINES
         if self._lines is None:
@@ -173,7 +173,7 @@ class RunFolder:
         self.mark(**entry)
 
     def mark(self, **values: Any) -> None:
-        """Tell the writers alone, such as a score, which metrics.json has as well. The number of a step is that of its
+        """Send values, such as a score that metrics.json has as well, to the writers only. A step is numbered by its
         line in metrics.jsonl."""
         if not self.log:
             return
@@ -191,18 +191,19 @@ class RunFolder:
         if self._lines is not None and (self.path / STEP_LINES).exists():
             write_steps_table(self.path)
 
-    _lines: int | None = dataclasses.field(default=None, repr=False)  # of metrics.jsonl, once something was told
+    _lines: int | None = dataclasses.field(default=None, repr=False)  # of metrics.jsonl, after the first `tell`
     _logs: Logs | None = dataclasses.field(default=None, repr=False)
 
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Write metrics.json, which says that the run is finished, and drop what only an unfinished one needs."""
+        """Write metrics.json, which marks the run as finished, and remove the files that only an unfinished run
+        needs."""
         write_json(self.path / METRICS, dict(metrics))
         tidy(self.path)
         return self.metrics
 
 
 def stored_config(path: Path) -> dict[str, Any] | None:
-    """The config.json of the run in a folder; None where the folder is free.
+    """The config.json of the run in a folder; None if the folder is free.
 
     Raises:
         ConfigError: the folder is a file, or holds something else.
@@ -213,19 +214,19 @@ def stored_config(path: Path) -> dict[str, Any] | None:
         others = sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.exists() else []
         if others:
             raise ConfigError(
-                f"--output: {path} holds something else than a run of hatcl ({others[0]}, and no {CONFIG}); name "
+                f"--output: {path} holds something other than a run of hatcl ({others[0]}, and no {CONFIG}); name "
                 "another folder"
             )
         return None
     stored: dict[str, Any] = read_json(path / CONFIG)
     if not isinstance(stored.get("command"), str) or not isinstance(stored.get("options"), dict):
-        raise ConfigError(f"--output: the {CONFIG} in {path} is not of a run of hatcl; name another folder")
+        raise ConfigError(f"--output: the {CONFIG} in {path} does not belong to a run of hatcl; name another folder")
     return stored
 
 
 def _other_version(stored: Mapping[str, Any]) -> str:
-    """The version that a run was started with, if it is not this one: it may have other defaults and other steps, so
-    that what it left cannot be continued to the same end."""
+    """The version that a run was started with, if it is another one: its defaults and steps may differ, so that this
+    version cannot continue the run to the same result."""
     was = stored.get("made_with", {}).get("versions", {}).get("hatcl")
     if was == made_with()["versions"].get("hatcl"):
         return ""
@@ -235,13 +236,13 @@ def _other_version(stored: Mapping[str, Any]) -> str:
 def check_same_run(
     where: object, stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
 ) -> None:
-    """Was a run started with these options?
+    """Check that a run was started with these options.
 
     Args:
-        where: the run, for the error to name. free: options that may differ.
+        where: the run, named in the error. free: options that may differ.
 
     Raises:
-        ConfigError: it was not; names the first option that differs, and both values.
+        ConfigError: an option differs; the text names the first one and both values.
     """
     found = _difference({k: v for k, v in _as_json(stored).items() if k not in free}, {
         k: v for k, v in _as_json(now).items() if k not in free
@@ -249,18 +250,18 @@ def check_same_run(
     if found is not None:
         name, was, is_now = found
         raise ConfigError(
-            f"the run in {where} was started with {name}={_short(was)}, now came {_short(is_now)}; give the same to go "
-            "on with it, or name another folder (--output)"
+            f"the run in {where} was started with {name}={_short(was)}, now got {_short(is_now)}; give the same "
+            "value to continue it, or name another folder (--output)"
         )
 
 
 def check_inputs(where: object, stored: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raises `IntegrityError` where a file has another digest than a run was started with."""
+    """Raise `IntegrityError` if a file's digest differs from the one at the start of the run."""
     for file, digest in now.items():
         if stored.get(file) != digest:
             raise IntegrityError(
-                f"{file} is not what the run in {where} was started with: it changed since; put it back, or name "
-                "another folder (--output)"
+                f"{file} has changed since the run in {where} was started; restore it, or name another folder "
+                "(--output)"
             )
 
 
@@ -278,7 +279,7 @@ def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, An
 
 
 def _as_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """The content after writing it to JSON and reading it back."""
     found: dict[str, Any] = json.loads(json.dumps(_json_able(dict(content))))
     return found
 
@@ -289,7 +290,7 @@ def _short(value: Any) -> str:
 
 
 def read_steps(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that a kill has cut is left out."""
+    """The lines of metrics.jsonl, without a last line that a kill has cut off."""
     path = run / STEP_LINES
     found: list[dict[str, Any]] = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
@@ -299,7 +300,7 @@ def read_steps(run: Path) -> list[dict[str, Any]]:
 
 
 def write_steps_table(run: Path) -> None:
-    """The lines of metrics.jsonl as metrics.csv: a column for each name, empty where a line does not have it."""
+    """Write the lines of metrics.jsonl to metrics.csv: a column for each name, empty where a line lacks it."""
     lines = read_steps(run)
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
@@ -313,7 +314,7 @@ def _position(entry: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def tidy(run: Path) -> None:
-    """Drop what a finished run does not need: its checkpoint, and what interrupted replacements left behind."""
+    """Remove the files that a finished run does not need: its checkpoint, and leftovers of interrupted writes."""
     shutil.rmtree(run / CHECKPOINT, ignore_errors=True)
     shutil.rmtree(beside(run / CHECKPOINT, "old"), ignore_errors=True)
     for old in run.glob(".*.old"):
@@ -323,7 +324,7 @@ def tidy(run: Path) -> None:
 
 
 def drop_steps(run: Path, stage: int) -> None:
-    """Take a stage's lines out of metrics.jsonl."""
+    """Remove a stage's lines from metrics.jsonl."""
     if (run / STEP_LINES).exists():
         kept = [line for line in read_steps(run) if line.get("stage") != stage]
         write_files({run / STEP_LINES: "".join(json.dumps(line) + "\n" for line in kept).encode()})

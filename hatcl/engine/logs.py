@@ -1,10 +1,10 @@
-"""Where a run's figures go while it learns, beside its own metrics.jsonl: one function for each writer.
+"""Writers that receive a run's figures while it learns, in addition to metrics.jsonl: one function for each.
 
     tensorboard    event files in the run's folder, tensorboard/
-    wandb          a run of the project `hatcl`; WANDB_PROJECT, WANDB_MODE and the others are wandb's own
-    mlflow         a run of MLflow's active experiment; MLFLOW_TRACKING_URI and the others are its own
+    wandb          a run of the project `hatcl`; WANDB_PROJECT, WANDB_MODE and the others are read by wandb itself
+    mlflow         a run of MLflow's active experiment; MLFLOW_TRACKING_URI and the others are read by MLflow itself
 
-A writer is made when there is something to write, and closed when the command ends. A resumed run goes on in the same
+A writer is made when there is something to write, and closed when the command ends. A resumed run continues the same
 run of wandb or mlflow, whose name the folder keeps in `logs.json`.
 """
 
@@ -28,19 +28,19 @@ PROJECT = "hatcl"
 
 
 class Log(Protocol):
-    """One place where figures go."""
+    """One writer of figures."""
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """Figures of one step."""
+        """Write the figures of one step."""
 
     def close(self) -> None:
-        """Nothing comes any more."""
+        """Close the writer after its last figure."""
 
 
 class _Tensorboard:
     def __init__(self, run: Path, config: Mapping[str, Any], known: str | None, start: int) -> None:
         board = _imported("torch.utils.tensorboard", "tensorboard")
-        # what an interrupted run had written past its checkpoint is dropped
+        # entries that an interrupted run wrote after its checkpoint are dropped
         self.board = board.SummaryWriter(str(run / "tensorboard"), purge_step=start)
         self.id = ""
 
@@ -73,7 +73,7 @@ class _Mlflow:
         self.mlflow = _imported("mlflow", "mlflow")
         if known is None:
             self.id = str(self.mlflow.start_run(run_name=run.name).info.run_id)
-            self.mlflow.log_params({name: str(value)[:500] for name, value in config.items()})  # as long as it takes
+            self.mlflow.log_params({name: str(value)[:500] for name, value in config.items()})  # MLflow's limit
         else:
             self.id = str(self.mlflow.start_run(run_id=known).info.run_id)
 
@@ -92,23 +92,23 @@ LOGS: dict[str, Callable[[Path, Mapping[str, Any], str | None, int], Any]] = {
 
 
 def check_logs(names: Sequence[str]) -> None:
-    """Are there such writers, and are their packages installed?
+    """Check that the writers exist and that their packages are installed.
 
     Raises:
-        ConfigError: an unknown one, one named twice, or one whose package is missing.
+        ConfigError: a writer is unknown, named twice, or its package is missing.
     """
     for i, name in enumerate(names):
         one_of("--log", name, list(LOGS))
         if name in names[:i]:
             raise ConfigError(f"--log: got {name} twice, expected each once")
-        _imported(name, name)  # each is called like its package
+        _imported(name, name)  # each writer has the name of its package
 
 
 class Logs:
-    """Several writers as one. Values that are not finite are left out: not every writer takes them.
+    """Several writers as one. Values that are not finite are left out, since not every writer accepts them.
 
     Args:
-        names: of `LOGS`. run: the run's folder. config: its options. start: the number of the first step to come.
+        names: keys of `LOGS`. run: the run's folder. config: its options. start: the number of the next step.
     """
 
     def __init__(self, names: Sequence[str], run: Path, config: Mapping[str, Any], start: int) -> None:
@@ -126,7 +126,7 @@ class Logs:
             raise
 
     def add(self, values: Mapping[str, Any], step: int) -> None:
-        """Figures of one step; what is no number is left out."""
+        """Write the figures of one step; values that are not numbers are left out."""
         told = {
             name: float(value)
             for name, value in values.items()
@@ -136,7 +136,7 @@ class Logs:
             writer.add(told, step)
 
     def close(self) -> None:
-        """Close all of them, also where one cannot be closed."""
+        """Close all writers, even if one of them fails to close."""
         with contextlib.ExitStack() as stack:
             for writer in self.every:
                 stack.callback(writer.close)
@@ -144,7 +144,7 @@ class Logs:
 
 
 def _as_mlflow_names(name: str) -> str:
-    """A name as MLflow takes it: of letters, digits and few signs, without empty parts and `..`, not too long."""
+    """A name that MLflow accepts: letters, digits and a few signs, without empty parts and `..`, not too long."""
     parts = re.sub(r"[^\w.\- :/]", "_", name).split("/")
     return "/".join(part if part.strip(".") else "_" for part in parts)[:250]
 

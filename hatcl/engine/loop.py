@@ -1,4 +1,4 @@
-"""The loop over batches, steps and epochs. It knows no method: a `Work` says what is learned, and how."""
+"""The loop over batches, steps and epochs. It knows no method: a `Work` defines what is learned, and how."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Progress:
-    """Where learning stands, told after each step, each epoch, each measurement and each stage of any procedure.
+    """The progress of learning, reported after each step, epoch, measurement and stage of any procedure.
 
     Attributes:
         doing: `learning` (a step is done), `epoch` (an epoch is over), `scoring` (something was measured) or `stage`
             (a stage is done; `value` is its score).
-        task: the task's name. stage: the number of the stage, where there are several; -1 before the first.
-        step, steps: this stage's steps, done and in all; None where their number is not known. epoch: epochs done.
-        value: the step's loss, the epoch's mean loss, or the score. measured: further values, by name; of a step the
-            rate `lr` and `gradient_norm` (before it is clipped), with what the procedure knows of it.
+        task: the task's name. stage: the number of the stage, if there are several; -1 before the first. step, steps:
+        this stage's steps, done and in all; None if their number is not known. epoch: epochs done.
+        value: the step's loss, the epoch's mean loss, or the score. measured: further values, by name; for a step the
+            rate `lr`, `gradient_norm` (before clipping) and the procedure's own values.
     """
 
     doing: str
@@ -51,12 +51,12 @@ class Work:
     """The protocol between a loop and a procedure: a procedure overrides the parts that it does differently.
 
     Attributes:
-        kind: the procedure's name, which its checkpoints carry. promise: a sentence for errors that says what an error
-            leaves unchanged.
+        kind: the procedure's name, which its checkpoints carry. promise: a sentence for error texts that names what an
+        error leaves unchanged.
         name: the task's name. model: the model that is trained. parameters: the parameters that learn.
         seed: seeds the global generators before the first step; None leaves that to the caller. generators: further
             generators that batches draw from; they are kept in checkpoints.
-        stage: the number of this work, where there are several.
+        stage: the number of this work, if there are several.
     """
 
     kind: ClassVar[str] = "hatcl"
@@ -79,12 +79,12 @@ class Work:
         return self.parameters
 
     def epoch_length(self) -> int | None:
-        """How many batches every epoch has, if they are known and as many in each."""
+        """The number of batches in every epoch; None if it is unknown or varies."""
         return None
 
     def batches(self, epoch: int) -> Iterable[Any]:
-        """The batches of epoch 0, 1, ... To resume in the middle of an epoch, the loop asks for them again, with the
-        generators as they were at its start, and leaves out those that were taken."""
+        """The batches of epoch 0, 1, ... To resume in the middle of an epoch, the loop requests the epoch's batches
+        again, with the generators as they were at its start, and skips those already used."""
         raise NotImplementedError
 
     def loss(self, batch: Any) -> Tensor:
@@ -92,29 +92,29 @@ class Work:
         raise NotImplementedError
 
     def size(self, batch: Any) -> float:
-        """How much a batch weighs among those that make one step."""
+        """The weight of a batch among those accumulated into one step."""
         return 1.0
 
     def penalty(self) -> Tensor | None:
-        """A term that each step adds to its loss once, whatever its batches."""
+        """A term that each step adds to its loss once, regardless of the number of its batches."""
         return None
 
     def said_of(self, batch: Any) -> str:
-        """Words by which an error points at a batch."""
+        """The words that an error uses for a batch."""
         return "the inputs"
 
     def set_mode(self) -> None:
-        """Bring the model into the mode that it learns in; asked before the first step."""
+        """Put the model into the mode for learning; called before the first step."""
 
     def begin(self) -> None:
-        """Before the first step of a course that starts from its beginning."""
+        """Called before the first step, unless the course is resumed."""
 
     def after_step(self, loop: Loop, batches: list[Any]) -> Mapping[str, float]:
         """Called after the optimizer's step. Returns values for `Progress.measured`."""
         return {}
 
     def after_epoch(self, loop: Loop, loss: float) -> Mapping[str, float]:
-        """Called after an epoch of this mean loss. Returns values for `Progress.measured`."""
+        """Called after an epoch, with its mean loss. Returns values for `Progress.measured`."""
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Work:
         return {}
 
     def load_state(self, state: Mapping[str, Any], where: object) -> None:
-        """Continue from a checkpoint's part.
+        """Continue from this work's part of a checkpoint.
 
         Raises:
             ConfigError: the checkpoint was written with other options. IntegrityError: it does not fit.
@@ -132,21 +132,22 @@ class Work:
 class Loop:
     """One course of learning.
 
-    For any work it offers any optimizer of timm or torch, schedules, mixed precision with a gradient scaler,
-    accumulation, clipping, refusal of losses and gradients that are not finite, and `torch.compile`. A course that is
-    interrupted and resumed ends with the bits of one that was not: checkpoints hold the states of all generators.
+    It offers every optimizer of timm and torch, schedules, mixed precision with a gradient scaler, accumulation,
+    clipping, `torch.compile`, and an error for losses and gradients that are not finite. An interrupted and resumed
+    course ends with the same bits as an uninterrupted one, since checkpoints hold the states of all generators.
 
     Args:
-        optimizer, scaler: those of an earlier course, to keep their state; None makes new ones.
-        standing: the checkpoint. If there is one, it is read at once, so that `step` is known.
+        optimizer, scaler: taken from an earlier course to keep their state; None makes new ones.
+        standing: the checkpoint. If it exists, it is read at once, so that `step` is known.
         tell: called after each step and each epoch.
 
     Attributes:
-        step, steps: steps done and in all (None where only epochs are known). epoch: epochs done. rate: the last one.
+        step, steps: steps done and in all (None if only epochs are known). epoch: epochs done. rate: the last learning
+            rate.
 
     Raises:
-        ConfigError: an optimizer that cannot be made, or a checkpoint of other options. IntegrityError: a damaged
-            checkpoint.
+        ConfigError: the optimizer cannot be made, or the checkpoint has other options. IntegrityError: the checkpoint
+            is damaged.
     """
 
     def __init__(
@@ -189,7 +190,7 @@ class Loop:
         """Learn to the end.
 
         Raises:
-            NonFiniteLossError: a loss or a gradient that is not finite. ConfigError: no batches.
+            NonFiniteLossError: a loss or a gradient is not finite. ConfigError: there are no batches.
         """
         if self._now is None:
             if self.work.seed is not None:
@@ -218,7 +219,7 @@ class Loop:
         self.tell(self._progress("epoch", mean, measured))
 
     def _from_here(self) -> Iterator[Any]:
-        """This epoch's batches, without those taken before an interruption."""
+        """This epoch's batches, without those used before an interruption."""
         work, now = self.work, self._now
         if now is not None:
             set_random_state(self._epoch_began if self.taken else now, self.device, work.generators)
@@ -252,7 +253,7 @@ class Loop:
             total += float(extra.detach())
         self.scaler.unscale_(self.optimizer)
         norm = self._norm()
-        if options.amp != "fp16":  # the scaler leaves out a step whose scaled gradients overflow
+        if options.amp != "fp16":  # the scaler skips a step whose scaled gradients overflow
             self._check(norm, "gradient", group[0])
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -292,7 +293,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:
-        """Inside the block, calls of the model run compiled. The module stays the same one, and evaluation is not
+        """Inside the block, calls of the model run compiled. The module object stays the same; evaluation is not
         compiled."""
         model = self.work.model
         if self._compiled is None:
@@ -308,7 +309,7 @@ class Loop:
         work = self.work
         return Progress(doing, work.name, self.step, self.steps, value, self.epoch, work.stage, measured)
 
-    # --- where it stands ---
+    # --- checkpoints ---
 
     def keep(self) -> None:
         """Write a checkpoint."""
@@ -337,6 +338,6 @@ class Loop:
             self._epoch_began, self._now = saved["epoch_began"], saved["random"]
             for state in (*([self._epoch_began] if self.taken else []), self._now):
                 set_random_state(state, self.device, self.work.generators)
-            if dict(saved["scaler"]):  # empty where it did without one
+            if dict(saved["scaler"]):  # empty if no scaler was used
                 self.scaler.load_state_dict(saved["scaler"])
             load_optimizer(self.optimizer, saved["optimizer"], where)

@@ -1,9 +1,9 @@
-"""Measures: accuracy, what a model says of labelled examples and how well its confidence fits, and those of continual
-learning over the accuracy matrix R.
+"""Measures: accuracy, predictions for labelled examples and their calibration, and the measures of continual learning
+over the accuracy matrix R.
 
 `R[i, j]` is the accuracy on task j's test set after task i was learned; NaN where it was not measured (a task that is
-not learned yet has no gates to be tested with). T is the number of tasks, counted from 0. Other shapes: `B` examples in
-a batch, `n` in all, `C` classes, `M` bins.
+not learned yet has no gates to test with). T is the number of tasks, counted from 0. Other shapes: `B` examples in a
+batch, `n` in all, `C` classes, `M` bins.
 """
 
 from __future__ import annotations
@@ -22,49 +22,50 @@ from ..calls import Batches, Head, check_answers, outputs, split_batch
 from ..errors import ConfigError
 from ..lend import Evaluating
 
-BINS = 15  # Guo et al. 2017 report all their figures with these
+BINS = 15  # the number that Guo et al. 2017 use for all their figures
 LogitsFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 # ---- accuracy --------------------------------------------------------------------------------------------------------
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest logit is at the label."""
+    """The share of rows whose largest logit is at the label."""
     return float((logits.argmax(-1) == labels.to(logits.device)).double().mean())
 
 
 def commonest_share(answers: Sequence[Hashable]) -> float:
-    """The accuracy of always giving the commonest answer; NaN where there are none."""
+    """The accuracy of always giving the most common answer; NaN if there are no answers."""
     return max(Counter(answers).values()) / len(answers) if len(answers) else math.nan
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """`sum (x - mean x)(y - mean y)`, divided by the square root of the same of x with x and of y with y, over the rows
-    of `[n, d]`; 0 where one of them is constant, so that a model that says always the same is worth nothing."""
-    x, y = (z.double() - z[:1].double() for z in (x, y))  # zeros where constant, which less its mean need not be
+    """Pearson's correlation over the rows of `[n, d]`: `sum (x - mean x)(y - mean y)`, divided by the square root of
+    `sum (x - mean x)^2 sum (y - mean y)^2`. 0 if x or y is constant, so that a model with a constant answer scores
+    0."""
+    x, y = (z.double() - z[:1].double() for z in (x, y))  # exact zeros where constant, which x - mean x need not give
     x, y = x - x.mean(0), y - y.mean(0)
     scale = float((x * x).sum() * (y * y).sum()) ** 0.5
     return float((x * y).sum()) / scale if scale > 0 else 0.0
 
 
 def accuracy(model: nn.Module, batches: Batches, head: Head | None = None) -> float:
-    """Share of examples whose largest logit is at the label, in evaluation mode (the mode is put back).
+    """The share of examples whose largest logit is at the label, in evaluation mode (the former mode is restored).
 
     Raises:
-        ConfigError: no examples, or some without labels.
+        ConfigError: there are no examples, or some have no labels.
     """
     right, total = counts(model, batches, head)
     return float(right.sum()) / float(total.sum())
 
 
 def accuracy_per_class(model: nn.Module, batches: Batches, head: Head | None = None) -> Tensor:
-    """`[C]`; NaN for a class without examples."""
+    """The accuracy on each class, `[C]`; NaN for a class without examples."""
     right, total = counts(model, batches, head)
     return right / total
 
 
 def counts(model: nn.Module, batches: Batches, head: Head | None = None) -> tuple[Tensor, Tensor]:
-    """Right answers and examples per class, `[C]` float64."""
+    """The number of correct answers and of examples per class, `[C]` float64 each."""
     right = total = torch.zeros(0, dtype=torch.float64)
     for logits, labels in answers(model, batches, lambda model, batch: _logits_and_labels(model, batch, head)):
         labels = labels.to(logits.device)
@@ -73,20 +74,22 @@ def counts(model: nn.Module, batches: Batches, head: Head | None = None) -> tupl
         right = _plus(right, torch.bincount(labels, hits, classes).cpu())
         total = _plus(total, torch.bincount(labels, minlength=classes).double().cpu())
     if not total.sum() > 0:
-        raise ConfigError("accuracy: the batches hold no examples; is an iterator used up? Pass a list or a DataLoader")
+        raise ConfigError(
+            "accuracy: the batches hold no examples; perhaps an iterator is exhausted; pass a list or a DataLoader"
+        )
     return right, total
 
 
 @torch.no_grad()
 def answers(model: nn.Module, batches: Batches, logits_fn: LogitsFn | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits `[B, C]` and labels `[B]` of each batch, in evaluation mode (each module's mode is put back).
+    """Logits `[B, C]` and labels `[B]` of each batch, in evaluation mode (each module's mode is restored).
 
     Args:
         batches: read once. logits_fn: `(model, batch) -> (logits, labels)`; by default a batch is a pair of inputs and
             labels, or a mapping with `labels`, and the model gives logits or an output that has them.
 
     Raises:
-        ConfigError: a batch without labels, or logits and labels of other shapes.
+        ConfigError: a batch has no labels, or logits and labels have other shapes.
     """
     with Evaluating(model):
         for batch in batches:
@@ -134,13 +137,13 @@ class Calibration:
         return float(self._gaps().max())
 
     def to_dict(self) -> dict[str, list[float | None]]:
-        """The bins as JSON-able values; None for what an empty bin does not have."""
+        """The bins as JSON-able values; None for the means of an empty bin."""
         fields = {name: getattr(self, name).tolist() for name in ("edges", "count", "confidence", "accuracy")}
         return {name: [None if v != v else v for v in values] for name, values in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Sequence[float | None]]) -> Calibration:
-        """What `to_dict` gave."""
+        """Read the result of `to_dict`."""
         values = {name: [math.nan if v is None else v for v in fields[name]] for name in fields}
         count = torch.tensor(values.pop("count"), dtype=torch.int64)
         return cls(count=count, **{name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()})
@@ -151,13 +154,13 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model says of labelled examples.
+    """A model's predictions for labelled examples.
 
     Attributes:
         probabilities: `[n, C]`, float64 on the CPU. labels: `[n]`, int64.
 
     Raises:
-        ConfigError: other shapes, no examples, a label that is no class, or probabilities that are not finite.
+        ConfigError: the shapes differ, there are no examples, a label is not a class, or a probability is not finite.
     """
 
     probabilities: Tensor
@@ -189,13 +192,13 @@ class Predictions:
 
     @property
     def accuracy(self) -> float:
-        """Share of examples whose most probable class is the label."""
+        """The share of examples whose most probable class is the label."""
         return float((self.predicted == self.labels).double().mean())
 
     @property
     def f1(self) -> float:
-        """`2 tp / (2 tp + fp + fn)`: with two classes that of class 1, as GLUE has it; with more the mean over the
-        classes that are a label or a prediction. 0 where it is not defined (class 1 neither a label nor predicted)."""
+        """`2 tp / (2 tp + fp + fn)`: with two classes for class 1, as in GLUE; with more classes the mean over those
+        that are a label or a prediction. 0 where it is undefined (class 1 is neither a label nor predicted)."""
         said, true = self.predicted, self.labels
         classes = self.probabilities.shape[1]
         right = torch.bincount(true[said == true], minlength=classes).double()
@@ -204,7 +207,7 @@ class Predictions:
         return float(scores[1] if classes == 2 else scores[every > 0].mean())
 
     def calibration(self, bins: int = BINS) -> Calibration:
-        """Does the probability of the predicted class say how often it is right?"""
+        """How well the probability of the predicted class matches how often it is right."""
         return calibration(self.probabilities.amax(1), self.predicted == self.labels, bins)
 
 
@@ -215,7 +218,7 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> Calibrat
         confidence: `[n]`, the predicted class's probability. right: `[n]` bool. bins: M.
 
     Raises:
-        ConfigError: other shapes, no examples, a confidence outside 0 to 1, or no bins.
+        ConfigError: the shapes differ, there are no examples or bins, or a confidence lies outside 0 to 1.
     """
     if bins < 1:
         raise ConfigError(f"bins: got {bins}, expected at least 1")
@@ -225,20 +228,20 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> Calibrat
             "each per example, and at least one example"
         )
     confidence = confidence.double()
-    if not bool(((confidence >= 0) & (confidence <= 1)).all()):  # softmax divides by a sum that is no smaller
+    if not bool(((confidence >= 0) & (confidence <= 1)).all()):  # a softmax never exceeds 1
         raise ConfigError("calibration: got a confidence outside 0 to 1; expected probabilities, not logits")
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    at = torch.bucketize(confidence, edges[1:-1])  # right-closed, and 0 goes with the first bin
+    at = torch.bucketize(confidence, edges[1:-1])  # right-closed; 0 falls into the first bin
     count = torch.bincount(at, minlength=bins)
     sums = [torch.bincount(at, v, minlength=bins) for v in (confidence, right.double())]
     return Calibration(edges, count, sums[0] / count, sums[1] / count)  # 0/0 is NaN
 
 
 def predictions_of(model: nn.Module, batches: Batches, logits_fn: LogitsFn | None = None) -> Predictions:
-    """What a model says of labelled examples, in evaluation mode; for the arguments see `answers`.
+    """A model's predictions for labelled examples, in evaluation mode; for the arguments see `answers`.
 
     Raises:
-        ConfigError: no batches, one without labels, or logits that are not finite.
+        ConfigError: there are no batches, a batch has no labels, or a logit is not finite.
     """
     found = [(x.cpu().double().softmax(-1), y.cpu()) for x, y in answers(model, batches, logits_fn)]
     if not found:
@@ -247,24 +250,24 @@ def predictions_of(model: nn.Module, batches: Batches, logits_fn: LogitsFn | Non
 
 
 def agreement(a: Predictions, b: Predictions) -> float:
-    """Share of the examples for which two models say the same, right or wrong.
+    """The share of examples for which two models predict the same class, right or wrong.
 
     Raises:
-        ConfigError: predictions of different examples.
+        ConfigError: the predictions are for different examples.
     """
     if a.labels.shape != b.labels.shape or not torch.equal(a.labels, b.labels):
         raise ConfigError(
-            f"agreement: got predictions of {len(a.labels)} and of {len(b.labels)} examples that are not the same; "
+            f"agreement: got predictions for {len(a.labels)} and {len(b.labels)} examples that are not the same; "
             "take both from the same batches in the same order"
         )
     return float((a.predicted == b.predicted).double().mean())
 
 
 def gain_kept(pretrained: float, finetuned: float, grafted: float) -> float:
-    """`(grafted - pretrained) / (finetuned - pretrained)`: the share of what fine-tuning gained that a graft keeps.
+    """`(grafted - pretrained) / (finetuned - pretrained)`: the share of fine-tuning's gain that a graft keeps.
 
-    Above 1 the graft is better than the fine-tuned model, below 0 worse than the pretrained one. NaN where fine-tuning
-    gained nothing: there is no share of nothing, and a table of several tasks should not fail for one of them.
+    Above 1 the graft is better than the fine-tuned model, below 0 worse than the pretrained one. NaN if fine-tuning
+    gained nothing: the share is then undefined, and a table of several tasks should not fail for one of them.
     """
     gain = finetuned - pretrained
     return (grafted - pretrained) / gain if gain > 0 else float("nan")
@@ -274,13 +277,13 @@ def gain_kept(pretrained: float, finetuned: float, grafted: float) -> float:
 
 
 def matrix(rows: Sequence[Sequence[float]], tasks: int | None = None) -> np.ndarray:
-    """Rows as R, `[T, T]`, NaN where they have no entry.
+    """The rows as R, `[T, T]`, with NaN where a row has no entry.
 
     Args:
-        tasks: T; None = as many as there are rows.
+        tasks: T; None = the number of rows.
 
     Raises:
-        ConfigError: a row that is too long, or too many rows.
+        ConfigError: a row is too long, or there are too many rows.
     """
     size = len(rows) if tasks is None else tasks
     if len(rows) > size:
@@ -299,25 +302,25 @@ def average_accuracy(r: np.ndarray) -> float:
 
 
 def forgetting(r: np.ndarray) -> float:
-    """How much the earlier tasks lost since their best: `1/(T-1) sum_{j<T-1} max_{j<=i<T-1} R[i, j] - R[T-1, j]`
-    (Chaudhry et al. 2018). 0 where nothing was forgotten, also for a single task."""
+    """The mean loss of the earlier tasks since their best accuracy: `1/(T-1) sum_{j<T-1} max_{j<=i<T-1} R[i, j] -
+    R[T-1, j]` (Chaudhry et al. 2018). 0 if nothing was forgotten, and for a single task."""
     r = _square(r)
     losses = [r[j:-1, j].max() - r[-1, j] for j in range(len(r) - 1)]
     return float(np.mean(losses)) if losses else 0.0
 
 
 def backward_transfer(r: np.ndarray) -> float:
-    """What later learning did to earlier tasks: `1/(T-1) sum_{j<T-1} R[T-1, j] - R[j, j]` (Lopez-Paz and Ranzato 2017).
-    0 for a single task."""
+    """The effect of later learning on earlier tasks: `1/(T-1) sum_{j<T-1} R[T-1, j] - R[j, j]` (Lopez-Paz and Ranzato
+    2017). 0 for a single task."""
     r = _square(r)
     gains = [r[-1, j] - r[j, j] for j in range(len(r) - 1)]
     return float(np.mean(gains)) if gains else 0.0
 
 
 def forward_transfer(r: np.ndarray, baseline: np.ndarray) -> float:
-    """What earlier learning gave to a task before it was learned: `1/(T-1) sum_{j>0} R[j-1, j] - baseline[j]`, with
+    """The effect of earlier learning on a task before it is learned: `1/(T-1) sum_{j>0} R[j-1, j] - baseline[j]`, with
     `baseline[j]` the accuracy of an untrained model (Lopez-Paz and Ranzato 2017). NaN where `R[j-1, j]` was not
-    measured, as under hard attention, whose tasks cannot be tested before they are learned."""
+    measured, as with hard attention, where a task cannot be tested before it is learned."""
     r = _square(r)
     if len(baseline) != len(r):
         raise ConfigError(f"forward transfer: got {len(baseline)} baselines, expected one for each of {len(r)} tasks")
@@ -327,23 +330,23 @@ def forward_transfer(r: np.ndarray, baseline: np.ndarray) -> float:
 
 def zero_shot_transfer(r: np.ndarray) -> float:
     """Forward transfer without a baseline: `1/(T-1) sum_{j>0} R[j-1, j]`, each task's score just before it is learned
-    (what TaSL's evaluation reports as FWT; Feng et al. 2024, arXiv 2408.05200). 0 for a single task."""
+    (reported as FWT by TaSL's evaluation; Feng et al. 2024, arXiv 2408.05200). 0 for a single task."""
     return forward_transfer(r, np.zeros(len(r)))
 
 
 def joint_goal_accuracy(turns: Sequence[Hashable], hits: Sequence[bool]) -> float:
-    """Joint goal accuracy of dialogue state tracking: the share of turns of which every slot is right.
+    """Joint goal accuracy of dialogue state tracking: the share of turns whose every slot is right.
 
     Args:
-        turns: for each slot, which turn it belongs to (dialogue, turn and service). hits: for each slot, whether its
+        turns: for each slot, the turn that it belongs to (dialogue, turn and service). hits: for each slot, whether its
             value was predicted.
 
     Raises:
-        ConfigError: no slots, or lists of different length.
+        ConfigError: there are no slots, or the lists differ in length.
     """
     if len(turns) != len(hits) or not turns:
         raise ConfigError(
-            f"joint goal accuracy: got {len(turns)} turns and {len(hits)} hits, expected one of each slot"
+            f"joint goal accuracy: got {len(turns)} turns and {len(hits)} hits, expected one of each per slot"
         )
     whole: dict[Hashable, bool] = {}
     for turn, hit in zip(turns, hits, strict=True):

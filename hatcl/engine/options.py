@@ -11,7 +11,7 @@ from ..functional import RATES
 
 AMP = ("none", "bf16", "fp16")
 RATE_SCHEDULES = (*RATES, "tanh", "step", "poly")
-COMMON = ("adamw", "sgd")  # known without asking timm, whose import takes a while
+COMMON = ("adamw", "sgd")  # known without importing timm, which is slow
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,21 @@ class LoopOptions(Changeable):
 
     Args:
         optimizer: one of `timm.optim.list_optimizers()`, which has all of torch's. lr: the highest learning rate.
-        momentum: of optimizers that have one. None = timm's own default: 0.9, and Nesterov's for `sgd`; `sgd` with a
-            number is torch's without Nesterov's.
-        weight_decay: as the optimizer has it (decoupled for `adamw`).
-        max_steps: the number of optimizer steps, however many passes they take; None = as many as `epochs` take.
+        momentum: for optimizers that have one. None = timm's own default: 0.9, with Nesterov momentum for `sgd`; a
+        number makes `sgd` torch's, without Nesterov momentum.
+        weight_decay: as the optimizer defines it (decoupled for `adamw`).
+        max_steps: the number of optimizer steps, however many passes they take; None = the steps of `epochs`.
             epochs: passes over the examples.
         schedule: after the warm-up `constant`, or `linear` or `cosine` down to 0 at the last step, or timm's `tanh`,
-            `step` or `poly`. warmup: share of the steps in which the rate rises linearly from 0.
+            `step` or `poly`. warmup: the share of the steps in which the rate rises linearly from 0.
         accumulate: the number of batches per step; they are weighted by their sizes.
         clip: clip the gradient's norm to this, 0 = off.
         amp: autocast losses to `bf16` or `fp16` (with a gradient scaler), or `none`.
         compile: run the model's training steps through `torch.compile`.
-        seed: seeds everything that is drawn while learning: order, dropout, augmentation.
+        seed: seeds everything random while learning: order, dropout, augmentation.
 
     Raises:
-        ConfigError: a value outside its range, with the nearest one where there are names.
+        ConfigError: a value is outside its range; for names the text has the nearest one.
     """
 
     optimizer: str = "adamw"
@@ -66,7 +66,7 @@ class LoopOptions(Changeable):
             number("lr", self.lr, 0, without="low")
         elif self.optimizer not in self.rates():
             raise ConfigError(
-                f"lr: got none, and no rate is known for optimizer={self.optimizer!r}, only for "
+                f"lr: got none, and optimizer={self.optimizer!r} has no default rate, unlike "
                 f"{' and '.join(self.rates())}; give one (--lr)"
             )
         whole("max_steps", self.max_steps, optional=True)
@@ -84,21 +84,21 @@ class LoopOptions(Changeable):
 
     @classmethod
     def rates(cls) -> Mapping[str, float]:
-        """optimizer -> the rate that it has where `lr` is None."""
+        """optimizer -> its rate if `lr` is None."""
         return {}
 
     @property
     def rate(self) -> float:
-        """The highest learning rate, as it is used."""
+        """The highest learning rate in use."""
         return self.rates()[self.optimizer] if self.lr is None else self.lr
 
     @property
     def course(self) -> str:
-        """The schedule that is followed; a subclass may have a name for a choice by other options."""
+        """The schedule in use; a subclass may have a name that chooses one by other options."""
         return self.schedule
 
     def steps_of(self, batches: int) -> int | None:
-        """The number of steps, given the number of batches per epoch; None where neither option is set."""
+        """The number of steps, given the number of batches per epoch; None if neither option is set."""
         if self.max_steps is not None or self.epochs is None:
             return self.max_steps
         return self.epochs * -(-batches // self.accumulate)

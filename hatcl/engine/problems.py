@@ -1,10 +1,10 @@
-"""What a task asks of a head: one function of targets, a loss and measures for each kind of problem.
+"""Kinds of problems that a head can solve, each with its targets, loss and measures.
 
-    classification    which one of some classes: cross-entropy; accuracy
-    multilabel        which of some labels are there: binary cross-entropy of each; mean average precision, micro F1
+    classification    one of several classes: cross-entropy; accuracy
+    multilabel        any of several labels: binary cross-entropy of each; mean average precision, micro F1
     regression        numbers: mean squared error; R2, Pearson's correlation
 
-Shapes: outputs `[n, C]`. Labels `[n]` whole numbers of classes; `[n, C]` of 0 and 1; `[n, C]` numbers.
+Shapes: outputs `[n, C]`. Labels: `[n]` class indices; `[n, C]` of 0 and 1; `[n, C]` numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..config import one_of
 from ..errors import ConfigError
 from .measures import correlation, top1
 
-Scored = Callable[[Tensor, Tensor], float]  # (outputs, targets), both of all examples
+Scored = Callable[[Tensor, Tensor], float]  # (outputs, targets), each for all examples
 CLASSES, LABELS, NUMBERS = "classification", "multilabel", "regression"
 
 
@@ -30,9 +30,9 @@ class Problem:
     """One kind of problem.
 
     Attributes:
-        name: as options call it. labels: how its labels look, in words. fits: are labels so?
-        loss: the mean loss of outputs and targets. measures: by name, the first one is its own.
-        targets: of labels and the training labels, what the loss compares outputs with.
+        name: its name in options. labels: the form of its labels, in words. fits: whether labels have this form.
+        loss: the mean loss of outputs and targets. measures: by name; the first is the default.
+        targets: from labels and the training labels, the targets of the loss.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Problem:
     targets: Callable[[np.ndarray, np.ndarray], Tensor] = field(default=lambda y, known: torch.from_numpy(y))
 
     def measure(self, name: str | None) -> Scored:
-        """The measure of that name; None = the problem's own.
+        """The measure of that name; None = the problem's default.
 
         Raises:
-            ConfigError: the problem has none of that name.
+            ConfigError: the problem has no measure of that name.
         """
         chosen = next(iter(self.measures)) if name is None else name
         one_of(f"measured_by, of a {self.name}", chosen, list(self.measures))
@@ -54,11 +54,11 @@ class Problem:
 
 
 def average_precision(outputs: Tensor, targets: Tensor) -> float:
-    """`sum_k (R_k - R_(k-1)) P_k` over the thresholds k of one label's outputs, with precision P and recall R of what
-    lies at or above, as scikit-learn defines it. Shapes: `[n]` both."""
+    """`sum_k (R_k - R_(k-1)) P_k` over the thresholds k of one label's outputs, where precision P and recall R count
+    the examples at or above k, as in scikit-learn. Shapes: `[n]` both."""
     order = outputs.argsort(descending=True)
     score, true = outputs[order], targets[order].double()
-    last = torch.cat([score[1:] != score[:-1], torch.ones(1, dtype=torch.bool)])  # of examples with one output
+    last = torch.cat([score[1:] != score[:-1], torch.ones(1, dtype=torch.bool)])  # the last of equal outputs
     hits = true.cumsum(0)
     precision = hits / torch.arange(1, len(true) + 1)
     recall = hits / true.sum()
@@ -67,22 +67,22 @@ def average_precision(outputs: Tensor, targets: Tensor) -> float:
 
 
 def mean_average_precision(outputs: Tensor, targets: Tensor) -> float:
-    """The mean of `average_precision` over the labels that some example has; 0 where no example has any."""
+    """The mean of `average_precision` over the labels that some example has; 0 if no example has any."""
     some = [c for c in range(targets.shape[1]) if bool(targets[:, c].any())]
     return sum(average_precision(outputs[:, c], targets[:, c]) for c in some) / len(some) if some else 0.0
 
 
 def micro_f1(outputs: Tensor, targets: Tensor) -> float:
-    """`2 tp / (2 tp + fp + fn)` over all examples and labels, a label said to be there where its output is above 0 (a
-    probability above 1/2); 0 where none is there and none is said to be."""
+    """`2 tp / (2 tp + fp + fn)` over all examples and labels, where a label is predicted if its output is above 0 (a
+    probability above 1/2); 0 if there is no label and no prediction."""
     said, true = outputs > 0, targets > 0.5
     hits = int((said & true).sum())
     return 2 * hits / max(int(said.sum()) + int(true.sum()), 1)
 
 
 def r_squared(outputs: Tensor, targets: Tensor) -> float:
-    """`1 - sum (y - f)^2 / sum (y - mean y)^2`, the mean over the outputs; below 0 for what is worse than the mean. Of
-    an output whose targets are all the same, 1 where it is exact and else 0, as scikit-learn has it."""
+    """`1 - sum (y - f)^2 / sum (y - mean y)^2`, the mean over the outputs; below 0 if it is worse than predicting the
+    mean. For an output with constant targets, 1 if it is exact and 0 otherwise, as in scikit-learn."""
     f, y = outputs.double(), targets.double()
     wrong = (y - f).square().sum(0)
     spread = (y - y.mean(0)).square().sum(0)
@@ -91,14 +91,15 @@ def r_squared(outputs: Tensor, targets: Tensor) -> float:
 
 
 def pearson(outputs: Tensor, targets: Tensor) -> float:
-    """The correlation of outputs and targets, the mean over the outputs; 0 where one of them is constant."""
+    """The correlation of outputs and targets, averaged over the outputs; 0 if one of them is constant."""
     columns = zip(outputs.split(1, dim=1), targets.split(1, dim=1), strict=True)
     found = [correlation(f, y) for f, y in columns]
     return sum(found) / len(found)
 
 
 def _in_deviations(y: np.ndarray, known: np.ndarray) -> Tensor:
-    """Less the mean of the training targets, by their deviation, so that a rate fits targets of any unit."""
+    """Targets minus the training targets' mean, divided by their deviation, so that a rate fits targets of any
+    scale."""
     deviation = known.std(0)
     return torch.from_numpy((y - known.mean(0)) / np.where(deviation > 0, deviation, 1)).float()
 
@@ -131,26 +132,26 @@ def problem_named(name: str) -> Problem:
     """The kind of problem.
 
     Raises:
-        ConfigError: there is none of that name, with the nearest.
+        ConfigError: there is none of that name; the text has the nearest one.
     """
     one_of("problem", name, list(PROBLEMS))
     return PROBLEMS[name]
 
 
 def likely_problem(y: np.ndarray) -> str:
-    """What labels are most likely of: numbers that are not whole are a regression, rows of 0 and 1 several labels."""
+    """The likeliest problem for some labels: fractions mean a regression, rows of 0 and 1 several labels."""
     if y.ndim == 2:
         return LABELS if PROBLEMS[LABELS].fits(y) else NUMBERS
     return NUMBERS if y.dtype.kind == "f" and not bool((y == np.round(y)).all()) else CLASSES
 
 
 def check_problem_labels(where: str, problem: str, y: np.ndarray, count: int, outputs: int) -> None:
-    """Raises `ConfigError` where labels are not such as the problem has, or not as many as the examples; `where` says
-    which they are."""
+    """Raise `ConfigError` if labels have another form than the problem's, or another number than the examples; `where`
+    names them."""
     kind = problem_named(problem)
     if len(y) != count or not kind.fits(y):
         rows = y[:, None] if y.ndim == 1 else y
-        other = next((f"; a {p.name} has such (--problem)" for p in PROBLEMS.values() if p.fits(rows)), "")
+        other = next((f"; a {p.name} has such labels (--problem)" for p in PROBLEMS.values() if p.fits(rows)), "")
         raise ConfigError(
             f"{where} is {y.dtype}{list(y.shape)}, expected {count} for a {problem}: {kind.labels}"
             f"{other if len(y) == count else ''}"

@@ -1,4 +1,4 @@
-"""Several processes that learn as one, where `torch.distributed` was initialised (`torchrun`)."""
+"""Several processes that learn as one, if `torch.distributed` was initialised (`torchrun`)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from torch import distributed
 
 
 def place() -> tuple[int, int]:
-    """This process's rank, and how many there are; (0, 1) where it is alone."""
+    """This process's rank and the number of processes; (0, 1) if it is alone."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
 def wait_for_all() -> None:
-    """Go on when all processes have come to this point."""
+    """Wait until all processes have reached this point."""
     if place()[1] > 1:
         distributed.barrier()

@@ -1,4 +1,4 @@
-"""By what something was made: the versions of libraries, and the commit that a repository stood at."""
+"""A record of how something was made: the versions of libraries, and the commit of the repository."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..hat.saving.card import LIBRARIES
 
 
 def made_with(where: Path | None = None) -> dict[str, Any]:
-    """`versions` of Python and the libraries that are installed; in a git repository also `commit`, and `changed`: are
-    there files that are not as committed?
+    """`versions` of Python and the installed libraries; in a git repository also `commit`, and `changed`: whether files
+    differ from the commit.
 
     Args:
-        where: a folder; None = the one that the process works in, where the code that learns most likely lies.
+        where: a folder; None = the working directory, which most likely holds the code that learns.
     """
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
@@ -30,7 +30,7 @@ def made_with(where: Path | None = None) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _commit_of(where: Path) -> dict[str, Any]:
-    """As it was when the process asked first: a process runs the code that it has read by then."""
+    """The commit at the first call: a process runs the code that it had read by then."""
     commit = _git(where, "rev-parse", "HEAD")
     if not commit:
         return {}
@@ -38,7 +38,7 @@ def _commit_of(where: Path) -> dict[str, Any]:
 
 
 def _git(where: Path, *words: str) -> str:
-    """What git says; nothing where there is no git, or no repository."""
+    """The output of git; empty if there is no git or no repository."""
     try:
         said = subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

@@ -19,10 +19,10 @@ def make_optimizer(
     """timm's optimizer of this name.
 
     Args:
-        trained: parameters or groups of them, taken as they are; or a model, whose biases and norms then do not decay.
+        trained: parameters or groups of them, used as they are; or a model, whose biases and norms get no weight decay.
 
     Raises:
-        ConfigError: the optimizer cannot be made here, or not with these options.
+        ConfigError: the optimizer cannot be made here, or cannot be made with these options.
     """
     from timm.optim import create_optimizer_v2
 
@@ -34,14 +34,14 @@ def make_optimizer(
     except (ValueError, AssertionError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(
             f"optimizer: timm makes no {options.optimizer!r} with lr={options.rate:g}, weight_decay="
-            f"{options.weight_decay:g} ({error}); timm.optim.list_optimizers() names those that it has"
+            f"{options.weight_decay:g} ({error}); timm.optim.list_optimizers() lists those that it has"
         ) from error
 
 
 class Schedule:
-    """The learning rate of each step, for an optimizer whose groups may have rates of their own.
+    """The learning rate of each step, for an optimizer whose groups may have different rates.
 
-    It depends on the place in the course alone, so that a resumed run needs no state of it.
+    It depends only on the position in the course, so a resumed run needs no state.
 
     Args:
         rates: the highest rate of each group.
@@ -51,10 +51,10 @@ class Schedule:
         self.optimizer, self.options, self.rates = optimizer, options, rates
 
     def set(self, done: float, total: float, step: float = 1) -> float:
-        """Give every group the rate of the step that comes at `done` of `total`; returns the highest.
+        """Set every group's rate for the step at `done` of `total`; returns the highest.
 
         Args:
-            step: how much of the total a step is.
+            step: the length of a step in the unit of `total`.
         """
         name = self.options.course
         rising = round(self.options.warmup * total / step) * step
@@ -69,7 +69,7 @@ class Schedule:
 
 
 def _timm_rate(name: str, done: float, total: float, lr: float) -> float:
-    """The rate by timm's schedule of this name; `step` divides it by ten at each 30 % of the course."""
+    """The rate by timm's schedule of this name; `step` divides it by ten after every 30 % of the course."""
     from timm.scheduler import create_scheduler_v2
 
     group = {"params": [nn.Parameter(torch.zeros(()))], "lr": lr}

@@ -31,7 +31,7 @@ def seed_all(seed: int) -> None:
 
 
 def random_state(device: torch.device, own: Sequence[torch.Generator] = ()) -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's global generators and of some more, as values that `weights_only`
+    """The states of Python's, NumPy's and torch's global generators and of further ones, as values that `weights_only`
     loading accepts."""
     version, words, position = random.getstate()
     state = np.random.get_state(legacy=False)
@@ -47,7 +47,7 @@ def random_state(device: torch.device, own: Sequence[torch.Generator] = ()) -> d
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device, own: Sequence[torch.Generator] = ()) -> None:
-    """Put back what `random_state` returned."""
+    """Restore the states that `random_state` returned."""
     version, words, position = state["python"]
     random.setstate((version, tuple(words), position))
     key, pos, has_gauss, gauss = state["numpy"]
@@ -60,7 +60,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device, own: Sequen
 
 
 def generators_of(batches: Any) -> list[torch.Generator]:
-    """The random generators that loaders hold themselves, also loaders inside loaders (`batches.loaders`)."""
+    """The random generators that loaders hold, including loaders inside loaders (`batches.loaders`)."""
     found: dict[int, torch.Generator] = {}
     loaders = [batches]
     while loaders:
@@ -78,16 +78,16 @@ def generators_of(batches: Any) -> list[torch.Generator]:
 
 
 class Modes:
-    """The modes of a model's modules, for a procedure that trains the model and then gives it back.
+    """The modes of a model's modules, for a procedure that trains the model and then returns it.
 
-    A model that came in evaluation mode, as `from_pretrained` gives it, is trained in training mode as a whole. In a
-    model that came in training mode, the modules that its owner put into evaluation mode (`net.body.eval()`) stay so.
+    A model that arrives in evaluation mode, as from `from_pretrained`, is put into training mode as a whole. In a model
+    that arrives in training mode, the modules that its owner put into evaluation mode (`net.body.eval()`) stay in it.
     """
 
     def __init__(self, model: Any) -> None:
         self.model, self.root = model, model.training
         self.was = [(m, m.training) for m in model.modules()]
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's own modules are new
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # without peft's new modules
         self.frozen = [m for m, training in self.was if not training] if inner.training else []
 
     def train(self) -> None:
@@ -97,7 +97,7 @@ class Modes:
             module.training = False
 
     def put_back(self) -> None:
-        """Put each module back into its former mode; modules that were added since get the model's own."""
+        """Put each module back into its former mode; modules added since then get the model's own."""
         self.model.train(self.root)
         for module, training in self.was:
             module.training = training
@@ -117,7 +117,7 @@ def copies_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def undone_on_error(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """If an exception leaves the block, the tensors get their former values back. Yields copies of these."""
+    """If an exception leaves the block, restore the tensors' former values. Yields copies of these."""
     before = copies_of(tensors)
     try:
         yield before
@@ -127,7 +127,7 @@ def undone_on_error(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], where: object) -> None:
-    """Give an optimizer the moments that another one had for the same parameters. Its rates stay its own.
+    """Give an optimizer the moments that another one had for the same parameters. It keeps its own rates.
 
     Raises:
         IntegrityError: the moments do not fit.
@@ -143,10 +143,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], w
 def kept_whole(
     where: object, needed: str = "to resume", remedy: str = "Copy it again, or remove it to start from the beginning"
 ) -> Iterator[None]:
-    """Around the use of a file's content: an entry that it lacks, or has of another kind, is an `IntegrityError`.
+    """Wraps the use of a file's content: an entry that is missing or of another kind raises `IntegrityError`.
 
     Args:
-        needed: for what the content is needed. remedy: what to do about it.
+        needed: the purpose of the content, for the error. remedy: what to do.
     """
     try:
         yield
@@ -160,16 +160,16 @@ def kept_whole(
         ) from error
 
 
-# --- where a loop stands ---
+# --- the checkpoint of a loop ---
 
 
 class Standing:
-    """The checkpoint of an unfinished loop, so that a kill costs a minute and not the run.
+    """The checkpoint of an unfinished loop, so that a kill costs a minute instead of the run.
 
     Args:
         path: a file; with `about` a folder that holds it as `state.pt`. Each write replaces it, all or nothing.
-        about: gives the content of the folder's `config.json`; it is asked at each write.
-        seconds: the least time between two writes, and before the first. epochs: write after every epoch as well.
+        about: returns the content of the folder's `config.json`; called at each write.
+        seconds: the least time before the first write and between two. epochs: write after every epoch as well.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Standing:
         """The state that `write` kept, or None.
 
         Raises:
-            IntegrityError: a damaged file, or one of another procedure.
+            IntegrityError: the file is damaged, or belongs to another procedure.
         """
         if not self.file.exists():
             return None
@@ -220,7 +220,7 @@ class Standing:
 
 
 def length_of(batches: Iterable[Any]) -> int | None:
-    """The number of batches, or None where they have no length."""
+    """The number of batches, or None if they have no length."""
     try:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:  # a generator, or a DataLoader over an iterable data set

@@ -1,5 +1,5 @@
-"""Fine-tuning on few examples in the modes of Panigrahi et al. 2023 (arXiv 2302.06600) and two more; its runs are what
-grafts are found in.
+"""Fine-tuning on few examples in the modes of Panigrahi et al. 2023 (arXiv 2302.06600) and two more; grafts are found
+in its runs.
 
     run = finetune_run(TaskOptions("prompt", "roberta-base", "sst-2.json.gz", k=16, words={"0": "terrible", ...}),
                        FinetuneOptions(max_steps=500), "runs/sst2")

@@ -1,5 +1,5 @@
-"""Forwards that give logits `[B, C]`, put in the place of a model's own on a copy of it. Its parameters keep their
-names, so that task vectors and grafts fit the model as its maker loads it."""
+"""Forwards that return logits `[B, C]`, which replace a model's own on a copy of it. Its parameters keep their names,
+so that task vectors and grafts fit the model as its library loads it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..continual.label_words import LabelWords
 from ..errors import ConfigError
 
 HEAD = "head"  # the name of a new head
-# besides nn.Embedding: modules and parameters that are the input's, with what stands in them (BERT's norm)
+# besides nn.Embedding: modules and parameters of the input, including their content (BERT's norm)
 INPUT = ("embeddings", "patch_embed", "pos_embed", "cls_token", "reg_token", "dist_token")
 
 
 class Own:
-    """A model with its class's own forward. An object, not a function, so that copies of the model refer to
+    """Calls a model with its class's own forward. It is an object, not a function, so that copies of the model refer to
     themselves."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,13 +32,13 @@ class Own:
 
 
 class HeadForward(Own):
-    """The head's logits of the hidden state at each example's place."""
+    """The head's logits for the hidden state at each example's position."""
 
     def __call__(self, *args: Any, place: Tensor, **inputs: Any) -> Tensor:
         hidden = getattr(super().__call__(*args, **inputs), "last_hidden_state", None)
         if hidden is None:
             raise ConfigError(
-                f"{type(self.model).__name__} gives no last_hidden_state; mode finetune needs a bare encoder or "
+                f"{type(self.model).__name__} returns no last_hidden_state; mode finetune needs a bare encoder or "
                 "decoder (transformers' AutoModel)"
             )
         rows = torch.arange(len(place), device=place.device)
@@ -47,10 +47,10 @@ class HeadForward(Own):
 
 
 class WordForward(Own):
-    """The language model's logits of the label words at each example's place.
+    """The language model's logits of the label words at each example's position.
 
-    The model's head sees the hidden state of this one place: logits of all places, times the vocabulary, would cost
-    more than the rest of a small model. Where a model has no base model of its own inside, it gives all.
+    The model's head sees only the hidden state of this position: logits of all positions, times the vocabulary, would
+    cost more than the rest of a small model. A model without an inner base model computes all logits.
     """
 
     def __init__(self, model: nn.Module, words: list[int]) -> None:
@@ -77,7 +77,7 @@ class WordForward(Own):
 
 
 class CosineForward(Own):
-    """Cosines of a text with its labels' words, as in `hatcl.continual.label_words`."""
+    """Cosines of a text with the label words, as in `hatcl.continual.label_words`."""
 
     def __init__(self, model: nn.Module, head: LabelWords) -> None:
         super().__init__(model)
@@ -92,24 +92,25 @@ def open_copy(model: nn.Module) -> nn.Module:
     """A copy whose forward may be replaced.
 
     Raises:
-        ConfigError: a model whose forward was replaced already; its class's own would be used.
+        ConfigError: the model's forward was replaced already; the copy would use its class's own.
     """
     if "forward" in vars(model):
         raise ConfigError(
-            f"{type(model).__name__}: its forward was replaced on the instance (a task's model, or "
-            "hatcl.atlas.encoder); pass the model as it was loaded"
+            f"{type(model).__name__}: its forward was replaced on the instance (by a task, or hatcl.atlas.encoder); "
+            "pass the model as it was loaded"
         )
     return copy.deepcopy(model)
 
 
 def with_forward(model: nn.Module, forward: Any) -> nn.Module:
-    """The model itself, which answers with this forward from now on."""
+    """Set the model's forward, and return the model."""
     model.forward = forward
     return model
 
 
 def embedding_names(model: nn.Module) -> tuple[str, ...]:
-    """The parameters that are embeddings, by their first names: tables, and all of what is called so, with its norm."""
+    """The parameters that are embeddings, by their first names: tables, and everything in modules with such names,
+    including the norm."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     return tuple(
         n for n, p in model.named_parameters() if id(p) in tables or any(part in INPUT for part in n.split("."))
@@ -118,7 +119,7 @@ def embedding_names(model: nn.Module) -> tuple[str, ...]:
 
 def language_head_names(model: nn.Module) -> tuple[str, ...]:
     """The parameters of a language model's head, by their first names: all outside the base model, and its output
-    embeddings, also where they are tied to the input's."""
+    embeddings, even if they are tied to the input's."""
     base = getattr(model, "base_model", model)
     inside = set() if base is model else {id(p) for p in base.parameters()}
     getter = getattr(model, "get_output_embeddings", None)

@@ -1,4 +1,4 @@
-"""Grafts of a run of fine-tuning: which tensors take part, how a graft is made or read, and how it is measured."""
+"""Grafts of a fine-tuning run: the tensors that take part, how a graft is made or read, and how it is measured."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from .run import PRETRAINED, Run
 from .tasks import Examples
 
 GRAFT_RULES = ("learned", "magnitude", "random")
-FROM_FILE = "mask"  # the rule of a graft that is read from a file
+FROM_FILE = "mask"  # the rule for a graft that is read from a file
 CHOOSE = ("loss", "score")
 ABOUT, MEASURED, GRAFT, SCORES = "about.json", "measured.json", "graft.safetensors", "scores.safetensors"
 HISTORY = "history.json"
 MODELS = ("pretrained", "finetuned")
-GraftTold = Callable[[str, Mapping[str, float]], None]  # which graft, and an entry of its history
-EVALUATION_BATCH = 64  # how many test examples pass through a model together; it changes nothing but memory
+GraftTold = Callable[[str, Mapping[str, float]], None]  # (the graft's name, an entry of its history)
+EVALUATION_BATCH = 64  # test examples per forward; affects only memory
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One graft of the table: by which rule, and how large."""
+    """One graft of the table: its rule and its size."""
 
     by: str
     sparsity: float
@@ -55,24 +55,24 @@ class Wanted:
 
     @property
     def rule(self) -> str:
-        """What the line of the picture is called."""
+        """The name of its line in the picture."""
         return " ".join([self.by, *[self.grain] * (self.grain != "element"), *["per layer"] * self.per_layer])
 
     @property
     def name(self) -> str:
-        """What its folder is called."""
+        """The name of its folder."""
         return f"{self.rule.replace(' ', '-').replace(':', '-')}_{self.sparsity:g}"
 
 
 class Parts:
-    """Which tensors of a run's models take part in a graft. A new head that takes no part is the fine-tuned one in both
-    models from here on: the pretrained model has none of its own.
+    """The tensors of a run's models that take part in a graft. A new head that takes no part is set to the fine-tuned
+    one in both models, since the pretrained model has none.
 
     Args:
         fix_head: None = new heads that fine-tuning has trained. only, skip: patterns of names.
 
     Raises:
-        ConfigError: patterns that match nothing, or nothing is left.
+        ConfigError: a pattern matches nothing, or no tensor is left.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Parts:
         self.given = sorted(head & set(task.fresh) & trained)
         if not self.names:
             raise ConfigError(
-                f"--only, --skip, --fix-embeddings, --fix-head: none is left of the {len(trained)} tensors that "
+                f"--only, --skip, --fix-embeddings, --fix-head: nothing is left of the {len(trained)} tensors that "
                 f"fine-tuning has trained ({', '.join(sorted(trained)[:3])}{', ...' if len(trained) > 3 else ''})"
             )
         with torch.no_grad():
@@ -97,17 +97,16 @@ class Parts:
         return {"tensors": self.names, "finetuned_head": self.given}
 
 
-# --- how a graft is made ---
+# --- making grafts ---
 
 
 class GraftMaker:
-    """Makes the grafts of one command, and keeps each in a folder of its own.
+    """Makes the grafts of one command, and keeps each in its own folder.
 
     Args:
-        start: a graft or scores that learning starts from; of the rule `mask` what is measured. file: where it is from.
-        choose: among the masks of learning the one of the lowest `loss` on the training examples, or of the highest
-            `score` on training and validation examples, by the task's measure. keep_scores: keep the logits of a
-            learned graft as well.
+        start: the graft or scores that learning starts from; for the rule `mask`, the graft to measure. file: its file.
+        choose: keep the mask with the lowest `loss` on the training examples, or with the highest `score` on training
+            and validation examples, by the task's measure. keep_scores: also keep the logits of a learned graft.
     """
 
     def __init__(
@@ -127,10 +126,10 @@ class GraftMaker:
         self.choose, self.keep_scores = choose, keep_scores
 
     def check(self, wanted: Iterable[Wanted]) -> None:
-        """Before anything is made.
+        """Check the requested grafts before any is made.
 
         Raises:
-            GraftError: a sparsity that selects nothing or everything. ConfigError: an unknown grain.
+            GraftError: a sparsity selects nothing or everything. ConfigError: a grain is unknown.
         """
         shapes = {name: tuple(self.run.pretrained.get_parameter(name).shape) for name in self.parts.names}
         total = sum(math.prod(shape) for shape in shapes.values())
@@ -144,17 +143,17 @@ class GraftMaker:
         """The graft that the folder holds; None if it holds none.
 
         Raises:
-            ConfigError: it holds one that was made in another way, or without the scores that are to be kept.
+            ConfigError: the folder holds a graft that was made with other settings, or without the scores to keep.
         """
         at = complete(folder / wanted.name)
         if not at.exists():
             return None
         if not (at / ABOUT).exists():
-            raise ConfigError(f"--output: {at} holds something else than a graft; name another folder")
+            raise ConfigError(f"--output: {at} holds something other than a graft; name another folder")
         checkpoints.check_same_run(at, checkpoints.read_json(at / ABOUT), self.about(wanted))
         if self.keep_scores and wanted.by == "learned" and not (at / SCORES).exists():
             raise ConfigError(
-                f"--keep-scores: {at} was made without; name another folder (--output), or remove that one"
+                f"--keep-scores: {at} was made without scores; name another folder (--output), or remove {at}"
             )
         return Graft.load(at / GRAFT)
 
@@ -167,7 +166,7 @@ class GraftMaker:
                 if self.keep_scores and graft.scores is not None:
                     graft.scores.save(new / SCORES)
                 checkpoints.write_json(new / HISTORY, {"step": graft.step, "history": graft.history})
-                graft = dataclasses.replace(graft, scores=None)  # a float per element that takes part
+                graft = dataclasses.replace(graft, scores=None)  # one float per participating element
             checkpoints.write_json(new / ABOUT, self.about(wanted))
         return graft
 
@@ -184,7 +183,7 @@ class GraftMaker:
 
         task, size = run.task, self.batch_size
         batches: Iterable[Any] = task.batches("train", size)
-        if self.options.accumulate is not None:  # not always the same few
+        if self.options.accumulate is not None:  # so that steps do not always see the same few
             ids = torch.arange(len(task.train))
             collate = functools.partial(task.batch, "train")
             batches = torch.utils.data.DataLoader(ids, size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
@@ -196,23 +195,23 @@ class GraftMaker:
 
     @functools.cached_property
     def unit_map(self) -> UnitMap:
-        """Of the run's model."""
+        """The map of the run's model."""
         inputs = self.run.task.batch("train", [0, 1])[0]
         return gates_of(convert(self.run.pretrained, 1, inputs, verify=False))[0].unit_map
 
     def sample(self) -> Examples:
-        """As many training examples as a step learns from, always the same."""
+        """As many training examples as a step uses, always the same ones."""
         seen = self.options.accumulate
         return some(self.run.task.train, None if seen is None else seen * self.batch_size)
 
     def score(self, model: nn.Module) -> float:
-        """Training and validation score together, as published: of few examples one alone has many ties."""
+        """The sum of training and validation score, as published: with few examples, one alone has many ties."""
         task = self.run.task
         total = task.score(model, self.sample())
         return total + (task.score(model, "validation") if len(task.validation) else 0.0)
 
     def about(self, wanted: Wanted) -> dict[str, Any]:
-        """How it was made, to be kept next to it and compared."""
+        """The settings of a graft, stored next to it and compared on resuming."""
         made: dict[str, Any] = {"graft": dataclasses.asdict(wanted), "inputs": self.inputs}
         if self.file is not None and wanted.by in (FROM_FILE, "learned"):
             made["mask"] = {"file": self.file.name, "sha256": sha256_of(self.file)}
@@ -240,35 +239,35 @@ class GraftMaker:
 
 
 def read_mask(path: Path) -> Graft | GraftScores:
-    """What a file holds, bits or scores.
+    """Read a file of bits or scores.
 
     Raises:
-        GraftError: neither. IntegrityError: it is missing or damaged.
+        GraftError: the file holds neither. IntegrityError: it is missing or damaged.
     """
     return GraftScores.load(path) if graft_files.held_by(path) == graft_files.SCORES else Graft.load(path)
 
 
-# --- what it is worth ---
+# --- measuring grafts ---
 
 
 class Scene:
-    """The test examples, those of other distributions, and what the models say of them.
+    """The test examples, also those of other distributions, and the models' predictions for them.
 
     Args:
-        ood: files with the same labels. test: at most so many examples of each.
+        ood: files with the same labels. test: use at most this many examples of each.
 
     Raises:
-        ConfigError: no test examples, files whose labels are not the task's, or a regression.
+        ConfigError: there are no test examples, a file's labels are not the task's, or the task is a regression.
     """
 
     def __init__(self, run: Run, ood: Sequence[Path], test: int | None, bins: int) -> None:
         self.run, self.bins = run, bins
         self.sets: dict[str, Examples] = {"": some(run.task.test, test)}
         if not len(run.task.test):
-            raise ConfigError("the run has no test examples; fine-tune on a data file that has some")
+            raise ConfigError("the run has no test examples; fine-tune on a data file that has test examples")
         if run.task.regression:
             raise ConfigError(
-                f"task {run.task.name}: the table of hatcl graft is of classes, and this is a regression; learn its "
+                f"task {run.task.name}: hatcl graft measures classification, but this is a regression; learn its "
                 "graft in Python (hatcl.learn_graft with run.task.loss and run.task.batches('train')), and measure "
                 "it with run.task.score(model)"
             )
@@ -276,7 +275,7 @@ class Scene:
         for path in ood:
             name = path.parent.name if path.stem == "data" and path.parent.name else path.name.split(".")[0]
             if name in self.sets:
-                raise ConfigError(f"--ood: two files are called {name!r}; rename one of them")
+                raise ConfigError(f"--ood: two files are named {name!r}; rename one of them")
             self.sets[name] = some(further(run, path), test)
             digests[name] = sha256_of(path)
         self.settings = {"test": test, "bins": bins, "ood": digests}
@@ -287,7 +286,7 @@ class Scene:
         return self._row(self._of(name))
 
     def graft(self, graft: Graft) -> dict[str, Any]:
-        """The row of a graft, without what only other rows tell."""
+        """The row of a graft, without the values that depend on other rows."""
         with graft.applied(self.run.pretrained):
             said = self._predicted(self.run.pretrained)
         row = self._row(said)
@@ -315,15 +314,15 @@ class Scene:
 
 
 def further(run: Run, path: Path) -> Examples:
-    """The test examples of another file, as the run's task reads them.
+    """The test examples of another file, read like the run's task.
 
     Raises:
-        ConfigError: labels that are not the task's.
+        ConfigError: the labels are not the task's.
     """
     task, options = run.task, run.options
     if isinstance(task.test, Images):
         other = npz_task(path)
-        if other.num_classes != len(task.labels):  # labels are numbered anew: of fewer none could be told
+        if other.num_classes != len(task.labels):  # labels are renumbered, so fewer classes could not be matched
             raise ConfigError(
                 f"--ood: {path} has {other.num_classes} classes, expected the {len(task.labels)} of {task.name}"
             )
@@ -338,7 +337,7 @@ def further(run: Run, path: Path) -> Examples:
 
 
 def some(data: Examples, count: int | None) -> Examples:
-    """At most so many examples, always the same random ones."""
+    """At most this many examples, always the same random ones."""
     if count is None or count >= len(data):
         return data
     ids = sorted(random.Random(0).sample(range(len(data)), count))
@@ -346,7 +345,7 @@ def some(data: Examples, count: int | None) -> Examples:
 
 
 def measured(path: Path, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The row that a file keeps, if it was measured in the same way; else a new one, which is kept there."""
+    """The row stored in a file, if it was measured with the same settings; otherwise measure and store it."""
     now = json.loads(json.dumps(settings))
     stored = checkpoints.read_json(path) if path.exists() else {}
     if stored.get("settings") != now:
@@ -367,5 +366,5 @@ def with_gain(row: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -
 
 
 def inputs_of(folder: Path) -> dict[str, str]:
-    """The digests of what a run's grafts belong to."""
+    """The digests of the files that a run's grafts depend on."""
     return {name: sha256_of(folder / name) for name in (PRETRAINED, FINETUNED)}

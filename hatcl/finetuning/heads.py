@@ -11,7 +11,7 @@ from .tasks import FinetuneTask
 
 
 def new_head(width: int, classes: int, seed: int) -> nn.Linear:
-    """torch's own initialisation from a seed; the global generator is left as it is."""
+    """A head with torch's own initialisation from a seed; the global generator is not used."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Linear(width, classes)
@@ -20,10 +20,10 @@ def new_head(width: int, classes: int, seed: int) -> nn.Linear:
 @torch.no_grad()
 def fit_head(task: FinetuneTask, path: str) -> None:
     """Fit the linear module at `path` of the task's model on the features of the training examples, by logistic
-    regression (`hatcl.atlas.trained_head`), so that it is the same every time.
+    regression (`hatcl.atlas.trained_head`), which gives the same result every time.
 
     Raises:
-        ConfigError: the module is no `nn.Linear`.
+        ConfigError: the module is not an `nn.Linear`.
     """
     model = task.model
     head = linear_at(model, path)
@@ -40,11 +40,11 @@ def fit_head(task: FinetuneTask, path: str) -> None:
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:
-    """The linear module at a path. Raises `ConfigError` where there is none."""
+    """The linear module at a path. Raises `ConfigError` if there is none."""
     found = dict(model.named_modules()).get(path)
     if not isinstance(found, nn.Linear):
         raise ConfigError(
             f"classifier: {path!r} of {type(model).__name__} is {type(found).__name__}, expected the nn.Linear that "
-            "gives the logits; name it"
+            "computes the logits; name it"
         )
     return found

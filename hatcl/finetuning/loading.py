@@ -1,4 +1,4 @@
-"""A task from files: data, K-shot choice, model and tokenizer."""
+"""Make a task from files: data, K-shot samples, model and tokenizer."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def make_task(
     """The task that the options describe, with its pretrained model in evaluation mode on the CPU.
 
     Args:
-        seed: of what is random in the model, such as a new head (`FinetuneOptions.seed`). model, tokenizer: in place of
-            what `options.model` names.
+        seed: seeds random parts of the model, such as a new head (`FinetuneOptions.seed`). model, tokenizer: used
+            instead of those that `options.model` names.
 
     Raises:
-        ConfigError: an unknown mode, or a model, data or options that do not fit. IntegrityError: a file that is
-            missing or damaged.
+        ConfigError: the mode is unknown, or model, data or options do not fit. IntegrityError: a file is missing or
+            damaged.
     """
     mode = mode_for(options)
     data, options = read_data(options), options.filled
@@ -46,24 +46,24 @@ def make_task(
 
 
 def read_data(options: TaskOptions) -> TextData | ImageData:
-    """The data of the options: texts after the K-shot choice, or images as they are (their mode makes the choice).
+    """The data of the options: K-shot samples of texts, or all images (their mode draws the samples).
 
     Raises:
         ConfigError, IntegrityError: as `make_task`.
     """
     mode, options = mode_for(options), options.filled
     if not mode.texts:
-        assert options.data is not None  # the options say so
+        assert options.data is not None  # checked by the options
         task = npz_task(options.data)
         if options.test is not None:
-            ids = same_few(len(task.y_test), options.test)  # files have class after class
+            ids = same_few(len(task.y_test), options.test)  # files are ordered by class
             task = dataclasses.replace(task, x_test=task.x_test[ids], y_test=task.y_test[ids])
         return task
     published, seeds = options.published, {"shots_seed": options.file_seed, "seed": options.data_seed}
     if published is not None:
         data = read_published(published, options.data, **seeds)
     else:
-        assert options.data is not None  # the options say so
+        assert options.data is not None  # checked by the options
         data = read_texts(options.data, **seeds)
     if options.plain:
         data = data.plain()
@@ -75,10 +75,10 @@ def read_data(options: TaskOptions) -> TextData | ImageData:
 
 
 def load_model(options: TaskOptions) -> tuple[nn.Module, Any]:
-    """The pretrained model, and its tokenizer where it reads texts.
+    """The pretrained model, and its tokenizer if it reads texts.
 
     Raises:
-        ConfigError: it cannot be loaded as the mode needs it, or lacks weights that the mode computes with.
+        ConfigError: it cannot be loaded for the mode, or lacks weights that the mode uses.
     """
     mode = mode_of(options.mode)
     return _text_model(options.model, mode.loads) if mode.texts else (_image_model(options), None)
@@ -100,21 +100,21 @@ def _text_model(name: str, loads: str) -> tuple[nn.Module, Any]:
             f"model: transformers cannot load {name} as {loads} ({str(error).splitlines()[0]}); is the path right, and "
             "does the mode (--mode) fit the model?"
         ) from error
-    bare = loads == "AutoModel"  # of which nothing here uses a pooler
+    bare = loads == "AutoModel"  # whose pooler is never used here
     missing = sorted(n for n in report["missing_keys"] if not (bare and "pooler" in n.split(".")))
     if missing:
         what = f"model: {name} lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
         raise ConfigError(
-            f"{what}, which would be random; give a whole checkpoint" if bare else
-            f"{what}: it has no pretrained language model head ({loads}); take mode 'labels' or 'finetune', or a "
-            "checkpoint that has one"
+            f"{what}, which would be random; give a complete checkpoint" if bare else
+            f"{what}: it has no pretrained language model head ({loads}); use mode 'labels' or 'finetune', or a "
+            "checkpoint with such a head"
         )  # fmt: skip
     return model, tokenizer
 
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without progress bars and reports of what a checkpoint has besides the model."""
+    """Inside, transformers shows no progress bars and no reports of unused weights."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -128,7 +128,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def _image_model(options: TaskOptions) -> nn.Module:
-    """timm's model, with the tensors of `weights` where they are given, its old classifier included."""
+    """timm's model, with the tensors of `weights` if they are given, including its old classifier."""
     import timm
 
     name, kwargs = options.model, dict(options.model_kwargs)

@@ -1,10 +1,9 @@
-"""What a fine-tuned model is worth, by the measure that a task's papers report.
+"""Score a fine-tuned model by the measure that a task's papers report.
 
 accuracy    share of right answers
-f1          2 tp / (2 tp + fp + fn) of the second of two classes, as GLUE has it for MRPC and QQP
-mcc         Matthews' correlation, as GLUE has it for CoLA: the correlation of labels and predictions as indicators,
-            for any number of classes (Gorodkin 2004, R_K)
-pearson     the correlation of scores and predictions, as GLUE has it for STS-B
+f1          2 tp / (2 tp + fp + fn) for the second of two classes, as in GLUE for MRPC and QQP
+mcc Matthews' correlation, as in GLUE for CoLA: the correlation of labels and predictions as indicators, for any number
+of classes (Gorodkin 2004, R_K) pearson     the correlation of scores and predictions, as in GLUE for STS-B
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure: of what is predicted. `of_scores`: labels are soft, `[n, 2]`, and not classes, `[n]`."""
+    """One measure of predictions. `of_scores`: labels are soft, `[n, 2]`, instead of classes, `[n]`."""
 
     of: Callable[[Tensor, Tensor], float]
     of_scores: bool = False
@@ -43,7 +42,7 @@ MEASURES = {
 
 
 def constant_answer(measure: str, labels: Tensor, classes: int) -> float:
-    """What always giving the commonest answer is worth; always the mean score, where labels are scores."""
+    """The score of always giving the most common answer, or the mean score if labels are scores."""
     kind, labels = MEASURES[measure], labels.cpu()
     if kind.of_scores:
         return kind.of(labels.double().mean(0).expand(len(labels), -1), labels)
@@ -52,10 +51,10 @@ def constant_answer(measure: str, labels: Tensor, classes: int) -> float:
 
 
 def measured_by(measure: str, model: nn.Module, batches: Batches) -> float:
-    """A model's worth on labelled batches, in evaluation mode.
+    """A model's score on labelled batches, in evaluation mode.
 
     Raises:
-        ConfigError: no examples.
+        ConfigError: there are no examples.
     """
     found = [(x.cpu().double().softmax(-1), y.cpu()) for x, y in answers(model, batches)]
     if not found:

@@ -1,4 +1,4 @@
-"""What is fine-tuned on what, and how: two frozen, JSON-able dataclasses."""
+"""Options of fine-tuning: the task and the learning, as two frozen, JSON-able dataclasses."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ CUTS = ("end", "head")
 HEADS = ("random", "fitted")
 NORMALISE = ("data", "model")
 PAIR_TEMPLATE = "{text}{sep}{text2}"
-SHOTS_SEED = 13  # the first of the five that LM-BFF and its successors use
+SHOTS_SEED = 13  # the first of the five seeds that LM-BFF and its successors use
 
 
 @dataclass(frozen=True)
 class TaskOptions(Changeable):
-    """A task made from files: which model, which data, and how the one reads the other.
+    """A task made from files: the model, the data, and how the model reads the data.
 
     Args:
         mode: one of `list_finetune_modes()`.
-        model: a folder of transformers or a name on its hub, passed to `from_pretrained` as it is; in mode `image`
-            timm's name.
-        data: a file: texts as `hatcl.continual.read_texts` reads them, images as `.npz`; of a published task also a
-            folder as it is published, or None for its copy on the hub (`datasets`).
+        model: a folder of transformers or a name on its hub, passed to `from_pretrained` as it is; in mode `image` a
+        timm name.
+        data: a file: texts as `hatcl.continual.read_texts` reads them, images as `.npz`; for a published task also a
+        folder in its published form, or None for its copy on the hub (`datasets`).
         task: a published task of texts: sst-2, sst-5, mr, cr, mpqa, subj, trec, cola, mnli, snli, qnli, rte, mrpc, qqp,
-            sts-b or agnews; its template, label words, measure and length, where they are not given.
-        k: so many examples of each class to learn from, and as many to validate on, see `k_shot`; None = all.
-        data_seed: of the choice of these. file_seed: which of the seeds of a file that holds several choices.
-        test: at most so many test examples, always the same random ones; None = all.
-        words: label -> the word that stands for it (its class's name); default: the label itself.
-        template: text around `{text}` with a `{mask}`, for `prompt`, for `autoregressive` (where `{mask}` may only
-            stand last) and for `finetune` with token `mask`; None = the mode's.
-        measure: what validation chooses by: accuracy, f1 (of the second label), mcc or pearson; None = the task's, or
-            accuracy.
+            sts-b or agnews; it sets template, label words, measure and length unless they are given.
+        k: the number of examples of each class for training, and as many for validation, see `k_shot`; None = all.
+        data_seed: seeds their choice. file_seed: selects the seed in a file with several samples. test: use at most
+        this many test examples, always the same random ones; None = all.
+        words: label -> the word (or the name of the class) that stands for it; default: the label itself.
+        template: a text with `{text}` and `{mask}`, for `prompt`, for `autoregressive` (where `{mask}` may only be
+        last) and for `finetune` with token `mask`; None = the mode's.
+        measure: the measure for validation: accuracy, f1 (for the second label), mcc or pearson; None = the task's, or
+        accuracy.
         max_length: tokens of an example with its template; None = the task's, or 128.
-        cut: what a long text loses, its `end` or its `head` (LM-BFF's `truncate_head`).
-        token: with `finetune`, whose hidden state the head reads: `cls` (the first), `mask` or `last`.
+        cut: the part that a long text loses, its `end` or its `head` (LM-BFF's `truncate_head`).
+        token: with `finetune`, the token whose hidden state the head reads: `cls` (the first), `mask` or `last`.
         head: a new head starts `random`, or `fitted` on the pretrained model's features of the training examples, so
-            that the pretrained model is better than chance and the body's share of the gain can be told.
-        scale: with `labels`, of the cosines.
-        plain: without the inputs' first line (the question) and a last `Answer:`.
-        weights: with `image`, a safetensors file of the model's weights; its old classifier may be of other classes.
-        model_kwargs: with `image`, what timm makes the model with, such as `img_size` or `pretrained`.
-        size, fit: with `image`, bring images to this size by `resize` or `pad`; None = the model's, 0 = their own.
+        that the pretrained model is better than chance and the body's share of the gain can be measured.
+        scale: with `labels`, the factor of the cosines.
+        plain: leave out the inputs' first line (the question) and a last `Answer:`.
+        weights: with `image`, a safetensors file of the model's weights; its old classifier may have other classes.
+        model_kwargs: with `image`, arguments for timm's model, such as `img_size` or `pretrained`.
+        size, fit: with `image`, adapt images to this size by `resize` or `pad`; None = the model's, 0 = their own.
         normalise: with `image`, by mean and deviation of the `data` or those of the `model`.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value is outside its range.
     """
 
     mode: str
@@ -100,41 +100,43 @@ class TaskOptions(Changeable):
         published = self.published
         if self.measure is not None and MEASURES[self.measure].of_scores and self.bounds is None:
             raise ConfigError(
-                f"measure: {self.measure} is of scores, and these are classes; take another, or leave it out"
+                f"measure: {self.measure} needs scores, but the labels are classes; use another, or leave it out"
             )
         if self.data is None and published is None:
             raise ConfigError("data: got none; give a file (--data), or the name of a published task (--task)")
         if published is None:
             return
         if self.mode == "image":
-            raise ConfigError(f"task: {published.name} is of texts, which mode image does not read; leave it out")
+            raise ConfigError(
+                f"task: {published.name} is a task of texts, which mode image does not read; leave it out"
+            )
         if published.bounds is not None and self.mode not in ("prompt", "autoregressive"):
             raise ConfigError(
-                f"task: {published.name} is a regression, which mode {self.mode!r} does not learn; take mode 'prompt' "
-                "or 'autoregressive'"
+                f"task: {published.name} is a regression, which mode {self.mode!r} does not learn; use mode "
+                "'prompt' or 'autoregressive'"
             )
 
     @property
     def published(self) -> PublishedTask | None:
-        """The published task, where one is named."""
+        """The published task, if one is named."""
         return None if self.task is None else published_task(self.task)
 
     @property
     def length(self) -> int:
-        """Tokens of an example at most."""
+        """The most tokens per example."""
         return self.max_length or 128
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """Of a regression, the lowest and the highest score."""
+        """The lowest and the highest score of a regression."""
         return None if self.published is None else self.published.bounds
 
     @property
     def filled(self) -> TaskOptions:
-        """With what the published task says in the place of what was not given.
+        """The options with values that were not given taken from the published task.
 
         Raises:
-            ConfigError: the task's template cannot be read by a causal model.
+            ConfigError: a causal model cannot read the task's template.
         """
         task = self.published
         if task is None:
@@ -148,22 +150,23 @@ class TaskOptions(Changeable):
         )
 
     def _template_of(self, task: PublishedTask) -> str | None:
-        """The task's template as this mode reads it."""
+        """The task's template in the form for this mode."""
         if self.mode == "prompt" or (self.mode == "finetune" and self.token == "mask"):
             return task.template
         if self.mode == "autoregressive":
             before, _, after = task.template.partition("{mask}")
             if "{text" in after:
                 raise ConfigError(
-                    f"template: the one of {task.name} goes on after {{mask}}, which a causal model does not read; "
-                    f"give one that ends with it (--template), such as '{{text}}{' {text2}' * task.paired} {{mask}}'"
+                    f"template: that of {task.name} has text after {{mask}}, which a causal model does not read; "
+                    f"give one that ends with {{mask}} (--template), such as '{{text}}{' {text2}' * task.paired} "
+                    f"{{mask}}'"
                 )
             return before + "{mask}"
         return PAIR_TEMPLATE if self.mode == "finetune" and task.paired else None
 
     @property
     def name(self) -> str:
-        """What the task is called: after its file, or after the folder where the file is `data.npz`."""
+        """The task's name: that of its file, or of the folder if the file is `data.npz`."""
         if self.data is None:
             return str(self.task)
         path = Path(self.data)
@@ -178,33 +181,32 @@ class TaskOptions(Changeable):
 
 @dataclass(frozen=True)
 class FinetuneOptions(LoopOptions):
-    """How a model is fine-tuned. Defaults are those of Panigrahi et al. 2023 (arXiv 2302.06600) and its repository
-    where it has one: SGD at a constant rate without momentum, 1,000 steps, the best of every 100 on validation,
-    embeddings and language model head fixed, dropout on. Two differ. The rate of its scripts, 1e-3, hardly learns from
-    16 examples of a class; `rates` has those that do, chosen by validation (`benchmarks/defaults.py`). And its scripts
-    set a weight decay of 1e-4; here it is 0, since decay moves every weight a little, which is what a graft must then
-    tell from learning.
+    """How a model is fine-tuned. Defaults follow Panigrahi et al. 2023 (arXiv 2302.06600) and its repository: SGD at a
+    constant rate without momentum, 1,000 steps, the best of every 100 on validation, embeddings and language model head
+    fixed, dropout on. Two differ. The rate of its scripts, 1e-3, hardly learns from 16 examples of a class; `rates` has
+    rates that do, chosen on validation data (`benchmarks/defaults.py`). Its scripts also set a weight decay of 1e-4;
+    here it is 0, since decay moves every weight a little, and a graft would have to separate that from learning.
 
     After `sgd` few weights hold the skill, after `adamw` they do so only with `l1`. Weight decay skips biases and
-    norms, as published. `schedule="auto"` is what was published: constant for SGD, linear for other optimizers. Neither
-    `max_steps` nor `epochs` means 1,000 steps.
+    norms, as published. `schedule="auto"` is the published one: constant for SGD, linear for other optimizers. Without
+    `max_steps` and `epochs` there are 1,000 steps.
 
     Args:
         lr: None = 0.01 for `sgd`, 2e-4 for `adamw`; other optimizers need one.
         batch_size: examples per batch.
-        train_bias_only: of the pretrained model only biases are trained; a new head is trained whole.
-        fix_embeddings: leave embeddings as they are, those of positions and the norm next to them included.
-        fix_head: leave the head as it is; None = as the mode has it: a language model's or a fitted head is fixed, a
-            new random one learns. A tensor that is both (tied output embeddings) is fixed if either is.
+        train_bias_only: train only the biases of the pretrained model; a new head is trained fully.
+        fix_embeddings: leave the embeddings as they are, including position embeddings and the norm next to them.
+        fix_head: leave the head as it is; None = by the mode: a language model's or a fitted head is fixed, a new
+        random one learns. A tensor that is both (tied output embeddings) is fixed if either is.
         l1: pull to the pretrained weights, `l1 sum |theta - theta_pre|`, as a proximal step after each of the
-            optimizer's (see `finetune_`): many weights end exactly at the pretrained value. In the unit of the loss's
-            gradient for `sgd` and `adamw`, which have such a step; 1e-4 to 1e-2 is where it begins to matter.
-        dropout: train in training mode. Off: in evaluation mode.
-        statistics: running statistics of batch norms are `held`, so that weights are all that changes, or `learned`.
-        evaluate_every: steps between two validations; the best state is kept, of equal ones the last.
+            optimizer's (see `finetune_`): many weights end exactly at the pretrained value. It has the unit of the
+            loss's gradient, works with `sgd` and `adamw`, and has an effect from about 1e-4 to 1e-2.
+        dropout: train in training mode; without it, in evaluation mode.
+        statistics: running statistics of batch norms are `held`, so that only weights change, or `learned`.
+        evaluate_every: steps between two validations; the best state is kept, the last one among equals.
 
     Raises:
-        ConfigError: a value outside its range, see also `LoopOptions`; both `max_steps` and `epochs`.
+        ConfigError: a value is outside its range, see also `LoopOptions`; or both `max_steps` and `epochs` are given.
     """
 
     optimizer: str = "sgd"
@@ -233,7 +235,7 @@ class FinetuneOptions(LoopOptions):
             whole(name, getattr(self, name))
         if self.l1 and self.optimizer not in COMMON:
             raise ConfigError(
-                f"l1: got {self.l1!r} with optimizer={self.optimizer!r}; the pull is known for {' and '.join(COMMON)}"
+                f"l1: got {self.l1!r} with optimizer={self.optimizer!r}; the pull works with {' and '.join(COMMON)}"
             )
 
     @classmethod
@@ -253,5 +255,5 @@ class FinetuneOptions(LoopOptions):
         return super().steps_of(batches) or 1000
 
     def steps(self, examples: int) -> int:
-        """How many steps learning from so many examples takes."""
+        """The number of steps for this many examples."""
         return self.steps_of(-(-examples // self.batch_size))

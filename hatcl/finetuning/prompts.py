@@ -1,11 +1,11 @@
-"""Texts in templates, and words for labels: what a language model reads and where its answer stands.
+"""Texts in templates, and words for labels: the input of a language model and the position of its answer.
 
     "{text} It was {mask}."  with  {"0": "terrible", "1": "great"}      (LM-BFF, Gao et al. 2021, arXiv 2012.15723)
     "{text:-}? {mask}, {text2:lower}"  with  {"not_entailment": "No", "entailment": "Yes"}
 
-The parts of a template become tokens by themselves, so that a text that is too long loses tokens of its own and never
-of the template. A space in front of `{text}` or `{mask}` belongs to what comes after it, as tokenizers on bytes and
-SentencePiece have it: after "It was " the word is " great", one token of RoBERTa or GPT-2.
+The parts of a template are tokenised separately, so that a text that is too long loses its own tokens and never the
+template's. A space before `{text}` or `{mask}` belongs to the word after it, as in byte-level and SentencePiece
+tokenizers: after "It was " the word is " great", one token of RoBERTa or GPT-2.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class TemplateSlot:
     """A place in a template.
 
     Attributes:
-        name: `text`, `text2`, `mask` or `sep`. form: of a text, `-` without its last character, `lower` with a small
-            first letter, or both.
+        name: `text`, `text2`, `mask` or `sep`. form: for a text, `-` drops its last character, `lower` lowers its first
+            letter; or both.
     """
 
     name: str
@@ -46,24 +46,24 @@ class TemplateSlot:
         return self.name in ("text", "text2")
 
     def formed(self, text: str) -> str:
-        """A text as it stands here."""
+        """A text in the form of this slot."""
         text = text[:1].lower() + text[1:] if self.form.startswith("lower") else text
         return text[:-1] if self.form.endswith("-") else text
 
 
 @dataclass(frozen=True)
 class Template:
-    """A text around `{text}`, with one `{mask}` where it has one, and with `{text2}` where examples are pairs of
-    sentences (`Sentences`). `{sep}` is the token that parts two sentences. `{text:-}` is a text without its last
-    character (its full stop, in front of a question mark of the template's own), `{text2:lower}` begins with a small
-    letter: LM-BFF's `*sent-_0*` and `*sentl_1*`. `{{` and `}}` stand for braces.
+    """A text with `{text}`, at most one `{mask}`, and `{text2}` if examples are pairs of sentences (`Sentences`).
+    `{sep}` is the token that separates two sentences. `{text:-}` is a text without its last character (such as a full
+    stop before the template's question mark), `{text2:lower}` begins with a lower-case letter: LM-BFF's `*sent-_0*` and
+    `*sentl_1*`. `{{` and `}}` stand for braces.
 
     Attributes:
-        parts: literals and slots in their order. spaced: the slots with a space in front of them; a mask that stands
-            first counts as one, as published.
+        parts: literals and slots in their order. spaced: the slots with a space before them; a mask at the start counts
+            as one, as published.
 
     Raises:
-        ConfigError: no `{text}`, a slot twice, another slot or form, or braces that do not match.
+        ConfigError: `{text}` is missing, a slot appears twice or is unknown, or braces do not match.
     """
 
     source: str
@@ -103,7 +103,7 @@ class Template:
         if name not in SLOT_NAMES or change:
             raise ConfigError(
                 f"template: {self.source!r} has the slot {name!r}, expected {{text}}, {{text2}}, {{mask}} and {{sep}}; "
-                f"did you mean {nearest(name, SLOT_NAMES)!r}? Braces of your own are {{{{ and }}}}"
+                f"did you mean {nearest(name, SLOT_NAMES)!r}? Write literal braces as {{{{ and }}}}"
             )
         if form not in (TEXT_FORMS if TemplateSlot(name).of_text else ("",)):
             raise ConfigError(
@@ -113,14 +113,14 @@ class Template:
         return TemplateSlot(name, form)
 
     def has(self, name: str) -> bool:
-        """Is there a slot of that name?"""
+        """Whether there is a slot of that name."""
         return any(isinstance(p, TemplateSlot) and p.name == name for p in self.parts)
 
     def texts(self, text: str) -> list[str]:
-        """What stands in the slots of texts, in the order of the slots, with the space in front of it.
+        """The texts for the slots, in the order of the slots, each with the space before it.
 
         Raises:
-            ConfigError: the template has two texts, the example one.
+            ConfigError: the template has two texts, but the example has one.
         """
         if not self.has("text2"):
             given = {"text": text}
@@ -136,18 +136,18 @@ class Template:
 
 
 class PromptReader:
-    """Texts to tokens, padded on the right to the longest, with the place whose hidden state is read.
+    """Turns texts into tokens, padded on the right to the longest, with the position whose hidden state is read.
 
     Args:
-        template: None = the text alone. max_length: tokens, special ones and the template's included.
-        cut: what a long text loses, its `end` or its `head`. Of two texts the longer one loses, until both are equal.
-        at: the place: `cls` (the first token), `mask`, or `last`; with `last` nothing comes after the template (no
-            token that ends a sequence), and a `{mask}` of the template is left out. None = no place, for models that
-            take all tokens together.
+        template: None = only the text. max_length: tokens, including special ones and the template's.
+        cut: the part that a long text loses, its `end` or its `head`. Of two texts, the longer one is cut until both
+        are equal.
+        at: the position: `cls` (the first token), `mask`, or `last`; with `last` nothing follows the template (no
+            end-of-sequence token), and its `{mask}` is left out. None = no position, for models that use all tokens.
 
     Raises:
-        ConfigError: a tokenizer without the token that is needed, a template without a mask where it is to be read, or
-            one that leaves no room for a text.
+        ConfigError: the tokenizer lacks a needed token, the template lacks the mask to read, or it leaves no room for a
+            text.
     """
 
     def __init__(
@@ -160,31 +160,31 @@ class PromptReader:
         self.template = Template("{text}" if template is None else template)
         masked = self.template.has("mask")
         if at == "mask" and not masked:
-            raise ConfigError(f"template: {self.template.source!r} has no {{mask}}, whose place is to be read")
+            raise ConfigError(f"template: {self.template.source!r} has no {{mask}}, whose position must be read")
         if at == "last" and masked and self.template.parts[-1] != TemplateSlot("mask"):
             raise ConfigError(
-                f"template: {self.template.source!r} goes on after {{mask}}; a causal model reads only what stands "
-                "before its answer: put {mask} last, or leave it out"
+                f"template: {self.template.source!r} has text after {{mask}}, but a causal model reads only the "
+                f"text before its answer: put {{mask}} last, or leave it out"
             )
         if at == "cls" and getattr(tokenizer, "cls_token_id", None) is None:
             raise ConfigError(
-                f"token: {type(tokenizer).__name__} has no cls token in front of a text; give token='last' (--token)"
+                f"token: {type(tokenizer).__name__} has no cls token before a text; give token='last' (--token)"
             )
         mask: Any = getattr(tokenizer, "mask_token_id", None)
         parting: Any = getattr(tokenizer, "sep_token_id", None)
         if at != "last" and masked and mask is None:
             raise ConfigError(
                 f"mode, token: {type(tokenizer).__name__} has no mask token; fill masks with a masked language model's "
-                "tokenizer, or take mode 'autoregressive' or 'finetune' with token 'cls' or 'last'"
+                "tokenizer, or use mode 'autoregressive' or 'finetune' with token 'cls' or 'last'"
             )
         if self.template.has("sep") and parting is None:
             raise ConfigError(
-                f"template: {type(tokenizer).__name__} has no token that parts sentences, expected one for {{sep}}; "
-                "write words in its place (--template)"
+                f"template: {type(tokenizer).__name__} has no separator token, expected one for {{sep}}; write "
+                "words instead (--template)"
             )
         start, end = _frame(tokenizer)
-        fixed: list[list[int]] = [list(start)]  # what stands in front of each text, and behind the last one
-        self.mask: tuple[int, int] | None = None  # in which of these, and where
+        fixed: list[list[int]] = [list(start)]  # the tokens before each text, and after the last one
+        self.mask: tuple[int, int] | None = None  # which of these, and the position in it
         for part in self.template.parts:
             if isinstance(part, str):
                 fixed[-1] += _token_ids(tokenizer, part)
@@ -201,13 +201,13 @@ class PromptReader:
         self.room = max_length - own
         if self.room < len(fixed) - 1:
             raise ConfigError(
-                f"max_length: got {max_length}, but the template {self.template.source!r} takes {own} tokens itself; "
+                f"max_length: got {max_length}, but the template {self.template.source!r} alone takes {own} tokens; "
                 "give more (--max-length) or a shorter template"
             )
         self._known: dict[str | tuple[str, str], tuple[list[int], int]] = {}
 
     def read(self, text: str) -> tuple[list[int], int]:
-        """The tokens of a text in its template, and the place that is read."""
+        """The tokens of a text in its template, and the position to read."""
         known = getattr(text, "parts", text)
         if known not in self._known:
             own = [_token_ids(self.tokenizer, x) for x in self.template.texts(text)]
@@ -232,14 +232,14 @@ class PromptReader:
         return self._known[known]
 
     def length(self, text: str) -> int:
-        """How many tokens that is."""
+        """The number of these tokens."""
         return len(self.read(text)[0])
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask` `[B, L]`, and `place` `[B]` where one is read."""
+        """`input_ids` and `attention_mask` `[B, L]`, and `place` `[B]` if a position is read."""
         rows = [self.read(x) for x in texts]
         width = max(len(ids) for ids, _ in rows)
-        pad = self.tokenizer.pad_token_id or 0  # masked, and after all that is read
+        pad = self.tokenizer.pad_token_id or 0  # masked, and after every position that is read
         out = {
             "input_ids": torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids, _ in rows]),
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
@@ -248,7 +248,7 @@ class PromptReader:
 
 
 def room_shares(lengths: Sequence[int], room: int) -> list[int]:
-    """How many tokens of each of one or two texts fit into the room together: the longer one loses first."""
+    """The number of tokens that each of one or two texts may have to fit together; the longer one is cut first."""
     if sum(lengths) <= room:
         return list(lengths)
     if len(lengths) == 1:
@@ -261,12 +261,12 @@ def label_tokens(tokenizer: Any, words: Mapping[str, str], spaced: bool = True) 
     """The one token that stands for each label.
 
     Args:
-        words: label -> word. spaced: with a space in front of it, which is part of the token where tokenizers work on
-            bytes or with SentencePiece, and nothing elsewhere.
+        words: label -> word. spaced: put a space before the word; byte-level and SentencePiece tokenizers make it part
+            of the token, others ignore it.
 
     Raises:
-        ConfigError: a word of several tokens (which are shown), one that the vocabulary does not have, or two labels
-            with one token.
+        ConfigError: a word has several tokens (the text shows them) or is not in the vocabulary, or two labels have the
+            same token.
     """
     found: dict[int, str] = {}
     for label, word in words.items():
@@ -276,9 +276,7 @@ def label_tokens(tokenizer: Any, words: Mapping[str, str], spaced: bool = True) 
             shown = " ".join(tokenizer.convert_ids_to_tokens(ids)) or "nothing"
             other = _token_ids(tokenizer, " " * (not spaced) + word)
             fits = len(other) == 1 and other[0] != tokenizer.unk_token_id
-            hint = (
-                f"{'with' if not spaced else 'without'} a space in front of {{mask}} it would be one; " if fits else ""
-            )
+            hint = f"{'with' if not spaced else 'without'} a space before {{mask}} it would be one; " if fits else ""
             raise ConfigError(
                 f"{what} splits into {len(ids)} tokens ({shown}), expected one; {hint}give a word that is one token "
                 f"(words={{{label!r}: ...}}, --word {label}=...)"
@@ -292,19 +290,19 @@ def label_tokens(tokenizer: Any, words: Mapping[str, str], spaced: bool = True) 
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """How many tokens a text model has positions for; None = not known, or no limit."""
+    """The number of tokens that a text model has positions for; None = unknown, or no limit."""
     config: Any = getattr(model, "config", None)
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if not isinstance(most, int):
         return None
     tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings") and isinstance(m, nn.Embedding)]
     if tables and tables[0].padding_idx is not None:
-        most -= tables[0].padding_idx + 1  # RoBERTa counts positions from there
+        most -= tables[0].padding_idx + 1  # where RoBERTa's positions start
     return most
 
 
 def check_length(model: nn.Module, max_length: int) -> None:
-    """Raises `ConfigError` if a model has fewer positions than `max_length`, before a long text meets them."""
+    """Raise `ConfigError` if a model has fewer positions than `max_length`, instead of failing at a long text."""
     most = positions_of(model)
     if most is not None and max_length > most:
         raise ConfigError(f"max_length: got {max_length}, but the model has {most} positions; give at most that many")
@@ -315,19 +313,19 @@ def _token_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts in front of a text and after it."""
+    """The tokens that the tokenizer adds before and after a text."""
     probe = "a"
     bare, whole = _token_ids(tokenizer, probe), [int(i) for i in tokenizer(probe)["input_ids"]]
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
     if at is None or not bare:
         raise ConfigError(
-            f"tokenizer: {type(tokenizer).__name__} makes {whole} of {probe!r} and {bare} without special tokens; "
-            "expected the one inside the other"
+            f"tokenizer: {type(tokenizer).__name__} encodes {probe!r} as {whole}, and as {bare} without special "
+            "tokens; expected the second inside the first"
         )
     return whole[:at], whole[at + len(bare) :]
 
 
 def _without_end(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Without what ends a sequence or parts it from another: a causal model continues from there."""
+    """The tokens without end-of-sequence and separator tokens, since a causal model continues from there."""
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
     return [i for i in ids if i not in ends]

@@ -1,14 +1,11 @@
 """Fine-tuning as a run with a folder, which `hatcl graft` continues from.
 
-    config.json               the options, the inputs' digests; at the end, how the plain model is made again, and what
-                              was trained
-    pretrained.safetensors    the weights it started from, a new head included
-    finetuned.safetensors     the weights it ended with
-    tokenizer/                of a text model
-    metrics.json              scores, history, counts; it is written last
+    config.json the options, the inputs' digests; at the end, how to rebuild the plain model, and the trained parameters
+    pretrained.safetensors the weights at the start, including a new head finetuned.safetensors the weights at the end
+    tokenizer/                for a text model metrics.json              scores, history, counts; written last
 
-Until it is finished the folder has at most `checkpoint/` besides, from which the same call resumes. A finished run
-needs the data file still, but neither the model's folder nor its hub.
+An unfinished run may also have `checkpoint/`, from which the same call resumes. A finished run still needs the data
+file, but neither the model's folder nor its hub.
 """
 
 from __future__ import annotations
@@ -52,9 +49,9 @@ class Run:
 
     Attributes:
         task: `task.model` is `pretrained`. pretrained, finetuned: the two models, in evaluation mode.
-        learning: how it was fine-tuned. trained: the parameters that were, what a graft can be of: those of
-            `trained_names` that a gradient reached (not a pooler that no logits use).
-        metrics: the content of metrics.json. options: what the task was made of; None = in memory.
+        learning: its options. trained: the trained parameters, which a graft can hold: those of `trained_names` that a
+        gradient reached (not a pooler that no logits use).
+        metrics: the content of metrics.json. options: the task's options; None = it was made in memory.
     """
 
     task: FinetuneTask
@@ -75,18 +72,18 @@ def finetune_run(
     on_progress: Tell | None = None,
     seconds: float = 60.0,
 ) -> Run:
-    """Make the task, fine-tune a copy of its model, measure both, and keep them in a folder.
+    """Make the task, fine-tune a copy of its model, measure both, and save them in a folder.
 
     Args:
-        options: what to fine-tune on what, or a task made in memory (`load_run` then needs it again).
-        folder: where the run is kept; a finished run of the same options and inputs is read instead, one that was
-            killed resumes, and ends with the same bits.
-        device: where to compute; both models stay there. on_progress: see `finetune_`. seconds: between two
+        options: the task's options, or a task made in memory (`load_run` then needs it again).
+        folder: the run's folder; a finished run with the same options and inputs is read instead, and a killed one
+        resumes and ends with the same bits.
+        device: where to compute; both models stay there. on_progress: see `finetune_`. seconds: the time between two
             checkpoints.
 
     Raises:
-        ConfigError: options that do not fit, or a folder that holds something else. IntegrityError: an input file is
-            missing, damaged, or not what the folder's run was made of. NonFiniteLossError: see `finetune_`.
+        ConfigError: options do not fit, or the folder holds something else. IntegrityError: an input file is missing,
+            damaged, or has changed since the folder's run. NonFiniteLossError: see `finetune_`.
     """
     chosen = FinetuneOptions().changed(learning)
     given = options if isinstance(options, FinetuneTask) else None
@@ -131,13 +128,13 @@ def finetune_run(
 
 
 def save_run(folder: str | Path, run: Run, source: Mapping[str, Any] | None = None) -> None:
-    """Write the folder of a run that was made in memory.
+    """Write the folder of a run made in memory.
 
     Args:
-        source: how to make the plain model again (`hatcl.sources`); None = `load_run` needs the task.
+        source: how to rebuild the plain model (`hatcl.sources`); None = `load_run` needs the task.
 
     Raises:
-        ConfigError: the folder holds something. IntegrityError: an input file is missing, the disk is full.
+        ConfigError: the folder is not empty. IntegrityError: an input file is missing, or the disk is full.
     """
     kept = RunFolder(Path(folder), COMMAND, described_by(run.options, run.learning), resume=False)
     with kept.claimed(inputs=kept.same_inputs([] if run.options is None else input_files(run.options))):
@@ -145,7 +142,7 @@ def save_run(folder: str | Path, run: Run, source: Mapping[str, Any] | None = No
 
 
 def _write_run(kept: RunFolder, run: Run, source: Mapping[str, Any] | None) -> None:
-    """Both models and what they need, then the metrics, which say that the run is finished."""
+    """Write both models and what they need, then the metrics, which mark the run as finished."""
     for file, model in ((PRETRAINED, run.pretrained), (FINETUNED, run.finetuned)):
         state = state_of(model)
         write_tensors(kept.path / file, kinds_of(state), lambda name, state=state: {name: state[name]})  # type: ignore[misc]
@@ -160,12 +157,12 @@ def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: to
     """A run as it was saved: both models bit for bit, and the same examples.
 
     Args:
-        task: of a run that was made in memory, or of a model class that cannot be made by itself; its model gets the
-            run's pretrained weights.
+        task: needed for a run made in memory, or a model class that cannot be rebuilt; its model gets the run's
+            pretrained weights.
 
     Raises:
-        IntegrityError: a file is missing or damaged, or the data file is not the one that the run was made of.
-        ConfigError: no run, or one that needs `task`. VectorError: a task whose model does not fit.
+        IntegrityError: a file is missing or damaged, or the data file has changed since the run. ConfigError: there is
+            no run, or it needs `task`. VectorError: the task's model does not fit.
     """
     path = Path(folder)
     config = _config(path)
@@ -188,11 +185,11 @@ def load_run(folder: str | Path, *, task: FinetuneTask | None = None, device: to
     return Run(task, task.model, finetuned, learning, tuple(config["trained"]), read_json(path / METRICS), options)
 
 
-# --- what a run consists of ---
+# --- the parts of a run ---
 
 
 def input_files(options: TaskOptions) -> list[Path]:
-    """The files that a task is made of: data, weights, and the model's folder where it is one."""
+    """The input files of a task: data, weights, and the model's folder if it is one."""
     paths = [*data_files(options), *([Path(options.weights)] if options.weights is not None else [])]
     model = Path(options.model)
     if mode_of(options.mode).texts and model.is_dir():
@@ -201,7 +198,7 @@ def input_files(options: TaskOptions) -> list[Path]:
 
 
 def data_files(options: TaskOptions) -> list[Path]:
-    """The files of the examples; none where they are the hub's."""
+    """The files of the examples; none if they come from the hub."""
     if options.data is None:
         return []
     return published_files(options.data) if Path(options.data).is_dir() else [Path(options.data)]
@@ -219,21 +216,22 @@ def with_absolute_paths(options: TaskOptions) -> TaskOptions:
 
 
 def described_by(options: TaskOptions | None, learning: FinetuneOptions) -> dict[str, Any]:
-    """The options as config.json holds them: those of the task, unless it was made in memory, and those of learning."""
+    """The options in the form of config.json: those of the task, unless it was made in memory, and those of
+    learning."""
     return {**({} if options is None else with_absolute_paths(options).to_dict()), **dataclasses.asdict(learning)}
 
 
 def _config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG).exists():
-        raise ConfigError(f"{path}: holds no run of hatcl finetune (no {CONFIG}); name the folder of one")
+        raise ConfigError(f"{path} holds no run of hatcl finetune (no {CONFIG}); name the folder of one")
     config: dict[str, Any] = read_json(path / CONFIG)
     if config.get("command") != COMMAND:
-        raise ConfigError(f"{path}: holds something else than a run of hatcl finetune; name another folder")
+        raise ConfigError(f"{path} holds something other than a run of hatcl finetune; name another folder")
     if not (path / METRICS).exists():
-        raise ConfigError(f"{path}: this run is not finished; go on with: hatcl finetune --resume --output {path}")
+        raise ConfigError(f"{path}: this run is not finished; resume it with: hatcl finetune --resume --output {path}")
     missing = {"inputs", "source", "trained"} - set(config)
     if missing:
-        raise IntegrityError(f"{path / CONFIG}: lacks {', '.join(sorted(missing))}; it was edited. Copy the run again")
+        raise IntegrityError(f"{path / CONFIG} lacks {', '.join(sorted(missing))}; it was edited. Copy the run again")
     return config
 
 
@@ -257,12 +255,12 @@ def _source(options: TaskOptions, model: nn.Module) -> dict[str, Any] | None:
 def _remade(
     path: Path, config: Mapping[str, Any], options: TaskOptions, learning: FinetuneOptions, stored: Mapping[str, Any]
 ) -> FinetuneTask:
-    """The task around a plain model with the run's pretrained weights; a new head gets its own afterwards."""
+    """The task with a plain model and the run's pretrained weights; a new head gets its weights afterwards."""
     try:
         plain = build_source(config["source"])
     except HATError:
         raise
-    except Exception as error:  # whatever a library makes of an edited or newer config
+    except Exception as error:  # any error that a library raises for an edited or newer config
         raise IntegrityError(f"{path / CONFIG}: no model can be made from it ({error}); was it edited?") from error
     kinds = kinds_of(stored)
     for name, t in state_of(plain).items():
@@ -289,7 +287,7 @@ def _scores(task: FinetuneTask, model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def _count_moved(pretrained: nn.Module, finetuned: nn.Module, names: list[str]) -> dict[str, Any]:
-    """How many elements were trained, and how many of them are not what they were."""
+    """The number of trained elements, and how many of them changed."""
     before, after = dict(pretrained.named_parameters()), dict(finetuned.named_parameters())
     changed = sum(int((before[n] != after[n]).sum()) for n in names)
     return {"tensors": len(names), "elements": sum(before[n].numel() for n in names), "changed": changed}

@@ -1,4 +1,4 @@
-"""A model's tensors, as a run keeps them: tied ones once, and nothing that the model makes by itself."""
+"""A model's tensors in the form that a run keeps: tied ones once, without tensors that the model recomputes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ..vectors.tensors import check_fit, named_tensors
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and the buffers that are saved, of tied ones the first."""
+    """Parameters and saved buffers; of tied ones only the first."""
     saved = model.state_dict()
     return {n: t for n, t in named_tensors(model).items() if n in saved}
 
 
 @torch.no_grad()
 def load_state(model: nn.Module, stored: Mapping[str, Tensor], what: str, lacking: tuple[str, ...] = ()) -> None:
-    """Give a model these tensors, after all of them have been found to fit.
+    """Load these tensors into a model, after checking that all of them fit.
 
     Args:
-        what: how an error calls them. lacking: ends of names that may be missing.
+        what: the error's name for them. lacking: ends of names that may be missing.
 
     Raises:
-        VectorError: names or shapes that differ. IntegrityError: a damaged file.
+        VectorError: names or shapes differ. IntegrityError: the file is damaged.
     """
     ours = state_of(model)
     ours = {n: t for n, t in ours.items() if n in stored or not n.endswith(lacking or ("\0",))}

@@ -1,4 +1,4 @@
-"""What the modes for texts share: labels, pairs to batches, and tasks of a language model's label words."""
+"""Shared by the modes for texts: labels, batches of pairs, and tasks with a language model's label words."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def _words_of(name: str, data: TextData, words: Any) -> dict[str, str]:
     """label -> word, in the order of `words`, for language models.
 
     Raises:
-        ConfigError: as `words_of_labels`; a label without a word, or one that would stand for itself and has no letter.
+        ConfigError: as `words_of_labels`; or a label has no word, or stands for itself but has no letter.
     """
     if words is None:
         found = words_of_labels(name, data)
         mute = [w for w in found if not any(c.isalpha() for c in w)]
         if mute:
             raise ConfigError(
-                f"task {name}: the label {mute[0]!r} says nothing of what it means; give words for labels, such as "
+                f"task {name}: the label {mute[0]!r} carries no meaning; give words for labels, such as "
                 f"words={{{next(iter(found))!r}: 'terrible', ...}} (--word {next(iter(found))}=terrible)"
             )
         return found
@@ -52,24 +52,26 @@ def word_task(
     bounds: tuple[float, float] | None = None,
     measure: str | None = None,
 ) -> FinetuneTask:
-    """A task of a language model's logits over the label words' tokens.
+    """A task that uses a language model's logits of the label words' tokens.
 
-    With `bounds` it is a regression, as LM-BFF has it (arXiv 2012.15723, section 4.1): of a score y between low and
-    high the model learns `p(second word) = (y - low) / (high - low)` by cross-entropy with these soft labels (that is
-    the KL divergence but for a constant), and predicts `low + (high - low) p`.
+    With `bounds` it is a regression, as in LM-BFF (arXiv 2012.15723, section 4.1): for a score y between low and high
+    the model learns `p(second word) = (y - low) / (high - low)` by cross-entropy with these soft labels (the KL
+    divergence up to a constant), and predicts `low + (high - low) p`.
 
     Args:
         at: where the logits are read, see `PromptReader`. bounds: (low, high). measure: see `FinetuneTask`.
 
     Raises:
-        ConfigError: with `bounds`, another number of words than two, or a label that is no score.
+        ConfigError: with `bounds`, there are not exactly two words, or a label is not a score.
     """
     if bounds is None:
         found = _words_of(name, data, words)
     else:
         found = dict(words or {})
         if len(found) != 2:
-            raise ConfigError(f"task {name}: got {len(found)} words, expected two: for the lowest score, the highest")
+            raise ConfigError(
+                f"task {name}: got {len(found)} words, expected two: for the lowest and the highest score"
+            )
         for _, y in [*data.train, *data.validation, *data.test]:
             score_in(name, y, bounds)
     read = PromptReader(tokenizer, template, max_length=max_length, cut=cut, at=at)
@@ -99,7 +101,7 @@ def text_task(
     bounds: tuple[float, float] | None = None,
     measure: str | None = None,
 ) -> FinetuneTask:
-    """A task of pairs of a text and a label, or a score between the bounds."""
+    """A task whose examples pair a text with a label, or with a score between the bounds."""
     place = {y: i for i, y in enumerate(labels)}
     measure = measure or ("accuracy" if bounds is None else "pearson")
     one_of("measure", measure, list(MEASURES))
@@ -114,7 +116,7 @@ def text_task(
             high = torch.tensor([score_in(name, y, bounds) for _, y in pairs])
             return read([x for x, _ in pairs]), torch.stack([1 - high, high], 1)
         strange = next((p for p in pairs if p[1] not in place), None)
-        if strange is not None:  # of other data than the task's own, which was checked
+        if strange is not None:  # from other data; the task's own was checked
             raise ConfigError(
                 f"task {name}: {strange[0][:40]!r} has the label {strange[1]!r}, expected one of {', '.join(place)}"
             )

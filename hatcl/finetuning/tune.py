@@ -1,4 +1,4 @@
-"""Fine-tuning: the loop, what is trained in it, and the pull to the pretrained weights."""
+"""Fine-tuning: the loop, the trained parameters, and the pull to the pretrained weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .tasks import FinetuneTask
 
 
 def trained_names(task: FinetuneTask, options: FinetuneOptions | Mapping[str, Any] | None = None) -> list[str]:
-    """The parameters of the task's model that fine-tuning with these options may change; `reached` tells which of them
-    the loss depends on at all.
+    """The parameters of the task's model that fine-tuning with these options may change; `reached` finds those that the
+    loss depends on.
 
-    Parameters that require no gradient are left alone. Of tied tensors the first name stands for all.
+    Parameters that require no gradient stay fixed. The first name of tied tensors stands for all.
 
     Raises:
         ConfigError: none is left.
@@ -47,8 +47,8 @@ def trained_names(task: FinetuneTask, options: FinetuneOptions | Mapping[str, An
 
 @contextlib.contextmanager
 def reached(model: nn.Module) -> Iterator[set[str]]:
-    """The names of the parameters that a gradient reaches inside: those of `trained_names` without what no logits use,
-    such as BERT's pooler under label words. They are what a graft can be of."""
+    """Yields the names of the parameters that a gradient reaches inside the block: those of `trained_names` without
+    parameters that no logits use, such as BERT's pooler under label words. A graft can hold these."""
     found: set[str] = set()
     hooks = [
         p.register_post_accumulate_grad_hook(lambda _, name=name: found.add(name))
@@ -69,44 +69,44 @@ def finetune_(
     on_progress: Tell | None = None,
     standing: Standing | None = None,
 ) -> list[dict[str, float]]:
-    """Fine-tune a model in place on a task, by the cross-entropy of its logits.
+    """Fine-tune a model in place on a task, with the cross-entropy of its logits.
 
-    The weights with the best score on validation (`FinetuneTask.measure`) are kept, of equal ones the last; without
-    validation the last. All but the parameters of `trained_names` keeps every bit, buffers included (but for
-    `statistics="learned"`). The same seed gives the same bits on the same machine; the caller's random state,
-    gradients, `requires_grad` and the model's mode are put back. After an exception the model is what it was. Modules
-    that were put into evaluation mode in a model that is in training mode stay in it.
+    The weights with the best score on validation (`FinetuneTask.measure`) are kept, the last ones among equals; without
+    validation the last. Everything but the parameters of `trained_names` keeps every bit, including buffers (except
+    with `statistics="learned"`). The same seed gives the same bits on the same machine; the caller's random state,
+    gradients, `requires_grad` and the model's mode are restored. After an exception the model is as it was. In a model
+    in training mode, modules that are in evaluation mode stay in it.
 
     With `l1` every step is followed by the proximal step of `l1 sum |theta - theta_pre|` at the step's rate,
 
         d = theta - theta_pre;   theta = theta_pre + sign(d) max(|d| - lr l1 / s, 0)
 
-    so that what the loss pulls away from its pretrained value by less than l1 (the size of its gradient) ends exactly
-    there. s is what the optimizer divides an element's step by: 1 for SGD, which is then proximal gradient descent on
-    loss + l1 |theta - theta_pre|_1, and `sqrt(v) + eps` with the corrected second moment for AdamW, whose proximal step
-    is one in the metric of its own steps (ProxGen, Yun et al. 2020, arXiv 2007.07484). So l1 has the same unit for
-    both, and the penalty does not enter AdamW's moments. (A threshold of lr l1 for AdamW too, as decoupled as its
-    weight decay, was tried: every element with a steady gradient passes it, however small that is.) The published code
-    adds a subgradient to the loss instead, with which no element ends at its pretrained value.
+    so that an element whose gradient away from its pretrained value is smaller than l1 ends exactly there. s is the
+    optimizer's divisor of an element's step: 1 for SGD, which is then proximal gradient descent on loss + l1 |theta -
+    theta_pre|_1, and `sqrt(v) + eps` with the corrected second moment for AdamW, whose proximal step is one in the
+    metric of its own steps (ProxGen, Yun et al. 2020, arXiv 2007.07484). So l1 has the same unit for both, and the
+    penalty does not enter AdamW's moments. (A threshold of lr l1 for AdamW too, decoupled like its weight decay, was
+    tried: every element with a steady gradient passes it, however small the gradient is.) The published code adds a
+    subgradient to the loss instead, with which no element ends at its pretrained value.
 
     Args:
-        model: the task's own, or a copy of it. options: `FinetuneOptions`, or a mapping of what to change.
+        model: the task's own, or a copy of it. options: `FinetuneOptions`, or a mapping of the options to change.
         on_progress: called after each step, with `measured` {validation} when it has validated, and each epoch.
-        standing: the checkpoint, written every minute or as it says. A fine-tuning that was killed resumes from it, and
-            ends with the bits of one that was not.
+        standing: the checkpoint, by default written every minute. A killed fine-tuning resumes from it and ends with
+            the same bits as an uninterrupted one.
 
     Returns:
         One entry per validation (and for the last step): step, the mean loss since the entry before, lr, validation
-        (where there is one); `kept` is 1 in the entry whose weights the model ends with, else 0.
+        (if there is one); `kept` is 1 in the entry whose weights the model keeps, else 0.
 
     Raises:
-        ConfigError: options, or a model that is not the task's. NonFiniteLossError: a loss or gradient that is not
-            finite. IntegrityError: a damaged standing, or one of a model that began with other bits.
+        ConfigError: options do not fit, or the model is not the task's. NonFiniteLossError: a loss or gradient is not
+            finite. IntegrityError: the checkpoint is damaged, or belongs to a model that started with other bits.
     """
     chosen = FinetuneOptions().changed(options)
     trained = _trained_parameters(model, task, chosen)
     if not len(task.train):
-        raise ConfigError(f"task {task.name}: no training examples")
+        raise ConfigError(f"task {task.name} has no training examples")
     statistics = _statistics(model) if chosen.statistics == "learned" else {}
     modes = Modes(model)
     with (
@@ -145,7 +145,7 @@ class _Tuning(Work):
         self.best: tuple[float, dict[str, Tensor], int] | None = None
 
     def trained(self, options: LoopOptions) -> list[dict[str, Any]]:
-        """Weight decay skips parameters of one dimension (biases and norms)."""
+        """The groups of parameters; weight decay skips one-dimensional parameters (biases and norms)."""
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters if p.dim() > 1], "weight_decay": options.weight_decay},
             {"params": [p for p in self.parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -165,7 +165,7 @@ class _Tuning(Work):
         return -(-len(self.task.train) // self.options.batch_size)
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """Every example once, in batches of nearly equal size (a last batch of one image would break batch norms that
+        """Batches with every example once, of nearly equal size (a last batch of one image would break batch norms that
         learn their statistics)."""
         order = torch.randperm(len(self.task.train), generator=self.order)
         return [ids.tolist() for ids in order.tensor_split(self.epoch_length())]
@@ -196,7 +196,7 @@ class _Tuning(Work):
         return measured
 
     def finish(self) -> list[dict[str, float]]:
-        """The best weights into the model, and what was measured."""
+        """Load the best weights into the model, and return the measurements."""
         if self.best is not None:
             write_all(self.watched, self.best[1])
         self.history[-1 if self.best is None else self.best[2]]["kept"] = 1.0
@@ -204,7 +204,7 @@ class _Tuning(Work):
 
     @functools.cached_property
     def began(self) -> dict[str, str]:
-        """Digests of the start; most runs are over before they are asked for."""
+        """Digests of the start, computed lazily: most runs end before they are needed."""
         return {name: digest_of(t) for name, t in self.start.items()}
 
     def state(self) -> dict[str, Any]:
@@ -217,8 +217,8 @@ class _Tuning(Work):
         wrong = next((n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)), None)
         if wrong is not None:
             raise IntegrityError(
-                f"{where}: {wrong} had other values when this fine-tuning began; give the model that it began with, or "
-                "remove it to start from the beginning"
+                f"{where}: {wrong} had other values when this fine-tuning began; give the model that it began with, "
+                "or remove the checkpoint to start from the beginning"
             )
         write_all(self.watched, state["tensors"])
         self.history, self.losses, self.best = state["history"], state["losses"], state["best"]
@@ -226,7 +226,7 @@ class _Tuning(Work):
 
 @torch.no_grad()
 def pull_(trained: Mapping[str, Tensor], start: Mapping[str, Tensor], by: Mapping[str, Tensor | float]) -> None:
-    """Move every element towards its start by this much, and no further: those within reach are exactly there."""
+    """Move every element towards its start by this much and no further: elements within reach end exactly there."""
     for name, reach in by.items():
         p, goal = trained[name], start[name]
         away = p - goal
@@ -237,14 +237,14 @@ def pull_(trained: Mapping[str, Tensor], start: Mapping[str, Tensor], by: Mappin
 def reach(
     optimizer: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter], by: float
 ) -> dict[str, Tensor | float]:
-    """How far the pull reaches after a step: `by` divided by what the optimizer divides an element's step by."""
+    """The reach of the pull after a step: `by` divided by the optimizer's divisor of an element's step."""
     if not isinstance(optimizer, torch.optim.AdamW):
         return dict.fromkeys(trained, by)
     found: dict[str, Tensor | float] = {}
     group = optimizer.param_groups[0]
     for name, p in trained.items():
         state = optimizer.state.get(p)
-        if state:  # one that never had a gradient has not moved
+        if state:  # an element without any gradient has not moved
             corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
             found[name] = by / (corrected.sqrt() + group["eps"])
     return found

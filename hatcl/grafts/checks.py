@@ -1,4 +1,4 @@
-"""Do the parts of a graft fit each other, and does it fit a model?"""
+"""Check that the parts of a graft fit each other, and that it fits a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from ..vectors.tensors import TensorSource, kinds_of, named_tensors, tied_names
 
 
 def found_in(source: TensorSource, shapes: Mapping[str, Sequence[int]], what: str) -> dict[str, str]:
-    """What a source calls some tensors: by the same name, or where it is tied to another by the name that stands
-    first. Nothing is read.
+    """The names of some tensors in a source: the same name, or the first name if tensors are tied. Nothing is read.
 
     Raises:
-        GraftError: tensors that it lacks, that have another shape there or are no floating point (they are listed), or
-            two that are one there.
+        GraftError: the source lacks tensors, or has them in another shape or not in floating point (the text lists
+            them), or two of them are one tensor there.
     """
     kinds, tied = kinds_of(named_tensors(source)), tied_names(source)
     found = {name: name if name in kinds else tied.get(name, name) for name in shapes}
@@ -31,8 +30,9 @@ def found_in(source: TensorSource, shapes: Mapping[str, Sequence[int]], what: st
             problems.append(f"{name} is {dtype_name(kind.dtype)} in {what}, expected float16 or wider")
     if problems:
         raise GraftError(
-            f"{len(problems)} of the {len(found)} tensors do not fit: {'; '.join(problems[:5])}"
-            f"{' ...' if len(problems) > 5 else ''}. Are the graft and the model of one architecture?"
+            f"{len(problems)} of the {len(found)} tensors do not fit: "
+            f"{'; '.join(problems[:5])}{' ...' if len(problems) > 5 else ''}. Do the graft and the model have the "
+            "same architecture?"
         )
     twice = [name for name, first in found.items() if name != first and first in found]
     if twice:
@@ -47,7 +47,7 @@ def size_of(sparsity: float, numel: int) -> int:
     """`k = int(sparsity * N)`.
 
     Raises:
-        GraftError: it is none of the elements, or all.
+        GraftError: it selects no element, or all.
     """
     if not 0 <= sparsity <= 1:
         raise GraftError(f"sparsity: got {sparsity!r}, expected a share of the elements between 0 and 1")
@@ -55,13 +55,13 @@ def size_of(sparsity: float, numel: int) -> int:
     if not 0 < k < numel:
         raise GraftError(
             f"sparsity: {sparsity!r} of {numel:,} elements selects {'all' if k else 'none'}; "
-            + ("that is the fine-tuned model" if k else f"take at least 1/{numel:,}")
+            + ("that is the fine-tuned model" if k else f"use at least 1/{numel:,}")
         )
     return k
 
 
 def checked_indices(name: str, at: Tensor, numel: int) -> Tensor:
-    """Flat indices on the CPU, int32 where they fit. Raises `GraftError` unless they ascend within the tensor."""
+    """Flat indices on the CPU, int32 if they fit. Raises `GraftError` unless they ascend within the tensor."""
     if at.dim() != 1 or at.dtype not in (torch.int32, torch.int64):
         raise GraftError(f"{name}: got indices of {dtype_name(at.dtype)} {list(at.shape)}, expected integers [k]")
     if len(at) and not (0 <= int(at[0]) and int(at[-1]) < numel and bool((at[1:] > at[:-1]).all())):
@@ -70,7 +70,8 @@ def checked_indices(name: str, at: Tensor, numel: int) -> Tensor:
 
 
 def checked_values(name: str, at: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-    """The values at some indices, on the CPU. Raises `GraftError` unless there is one float16 or wider for each."""
+    """The values at some indices, on the CPU. Raises `GraftError` unless each index has one value of float16 or
+    wider."""
     v = values.get(name)
     if v is None or v.shape != at.shape or not v.dtype.is_floating_point or v.dtype.itemsize < 2:
         got = "none" if v is None else f"{dtype_name(v.dtype)} {list(v.shape)}"
@@ -79,5 +80,5 @@ def checked_values(name: str, at: Tensor, values: Mapping[str, Tensor]) -> Tenso
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` of `torch.float32`."""
+    """The name of a dtype, such as `float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")

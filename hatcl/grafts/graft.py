@@ -1,7 +1,7 @@
 """Grafts: a few elements of a fine-tuned model put into the pretrained one (Panigrahi et al. 2023, arXiv 2302.06600).
 
-`theta(gamma) = theta_pre + gamma * (theta_ft - theta_pre)` with gamma 0 or 1 for every element. Nothing is added here:
-where gamma is 1 the fine-tuned value is copied, so that every bit of it arrives.
+`theta(gamma) = theta_pre + gamma * (theta_ft - theta_pre)` with gamma 0 or 1 for every element. No sums are computed:
+where gamma is 1 the fine-tuned value is copied, with every bit.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ from ..vectors.tensors import Lazy, TensorSource, kinds_of, named_tensors, pick,
 from . import files, inplace, shira
 from .checks import checked_indices, checked_values, dtype_name, found_in
 
-# endings of the names under which a tensor's indices (as they are, or one bit for every element) and values are saved
+# suffixes of the names under which a tensor's indices (as such, or as one bit per element) and values are saved
 AT, BITS, VALUE = ":at", ":bits", ":value"
 OVERLAPS = ("equal", "mean", "first")
 
 
 @dataclass(frozen=True, eq=False)
 class Graft:
-    """Some elements of some tensors, and, where it is filled, the values of a fine-tuned model there. It is kept on
-    the CPU, as indices: its memory goes with its size k, not with the model's.
+    """Some elements of some tensors and, if it is filled, the values of a fine-tuned model there. It is kept on the CPU
+    as indices, so its memory depends on its size k, not on the model's.
 
     Attributes:
-        shapes: of all tensors that took part, also of those with no element in it, so that shares refer to N.
-        indices: name -> flat indices in row order, `[k_name]`, ascending; int32 where they fit.
-        values: name -> the values there, in their own dtype; None = bits alone, which cannot be applied.
-        base: name -> digest of the pretrained model's tensor, of those that are changed; None = not known.
+        shapes: the shapes of all tensors that took part, including those without an element in it, so that shares refer
+        to N.
+        indices: name -> flat indices in row order, `[k_name]`, ascending; int32 if they fit.
+        values: name -> the values there, in their own dtype; None = only bits, which cannot be applied.
+        base: name -> digest of the pretrained model's tensor, for the changed ones; None = unknown.
 
     Raises:
-        GraftError: indices that are not ascending or lie outside their tensor, values or digests that do not fit them.
+        GraftError: indices do not ascend or lie outside their tensor, or values or digests do not fit them.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -58,10 +59,10 @@ class Graft:
     def __post_init__(self) -> None:
         shapes = {name: tuple(int(i) for i in shape) for name, shape in self.shapes.items()}
         if not shapes:
-            raise GraftError("a graft of no tensors; which tensors took part?")
+            raise GraftError("the graft has no tensors; which tensors took part?")
         unknown = next((name for name in self.indices if name not in shapes), None)
         if unknown is not None:
-            raise GraftError(f"{unknown}: has indices, but is not among the {len(shapes)} tensors that took part")
+            raise GraftError(f"{unknown} has indices, but is not among the {len(shapes)} tensors that took part")
         given = {n: checked_indices(n, self.indices[n], math.prod(shapes[n])) for n in shapes if n in self.indices}
         indices = {n: at for n, at in given.items() if len(at)}
         object.__setattr__(self, "shapes", shapes)
@@ -74,25 +75,26 @@ class Graft:
                 raise GraftError(f"{missing[0]}: no digest of the pretrained model's tensor; pass all, or base=None")
             object.__setattr__(self, "base", {name: self.base[name] for name in indices})
 
-    # ---- where it comes from -----------------------------------------------------------------------------------
+    # ---- making and loading -----------------------------------------------------------------------------------
 
     @staticmethod
     def from_masks(
         masks: Mapping[str, Tensor], finetuned: TensorSource | None = None, pretrained: TensorSource | None = None
     ) -> Graft:
-        """The elements where a mask is on.
+        """The graft with the elements where a mask is on.
 
         Args:
-            masks: bool, of every tensor that takes part, in its full shape. finetuned: where the values come from;
-                None = bits alone. pretrained: what it is to be applied to, for the digests.
+            masks: bool masks of all tensors that take part, in their full shapes. finetuned: the source of the values;
+                None = only bits. pretrained: the model to apply it to, for the digests.
 
         Raises:
-            GraftError: a mask that is not bool, or tensors that a model lacks or that have another shape.
+            GraftError: a mask is not bool, or a model lacks a tensor or has it in another shape.
         """
         wrong = next((n for n, m in masks.items() if m.dtype != torch.bool), None)
         if wrong is not None:
             raise GraftError(
-                f"{wrong}: got a mask of {dtype_name(masks[wrong].dtype)}, expected bool; scores become a mask by >"
+                f"{wrong}: got a mask of {dtype_name(masks[wrong].dtype)}, expected bool; turn scores into a mask "
+                "with >"
             )
         shapes = {n: tuple(m.shape) for n, m in masks.items()}
         bits = Graft(shapes, {n: m.reshape(-1).nonzero().view(-1) for n, m in masks.items()})
@@ -116,7 +118,7 @@ class Graft:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Graft:
-        """What `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
             IntegrityError: the file is missing or damaged. GraftError: it holds scores, or something else.
@@ -133,11 +135,11 @@ class Graft:
             raise IntegrityError(f"{path}: its parts do not fit each other ({error}); save the graft again") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one `.safetensors` file, which says that it holds bits; of each tensor the indices, a few bytes per
-        element of the graft, or where that is less one bit for every element.
+        """Write one `.safetensors` file that declares that it holds bits: for each tensor the indices, a few bytes per
+        element of the graft, or one bit per element of the tensor if that is less.
 
         Raises:
-            GraftError: another ending. IntegrityError: the disk is full or not writable.
+            GraftError: the path has another suffix. IntegrityError: the disk is full or not writable.
         """
         tensors = {}
         for n, at in self.indices.items():
@@ -150,36 +152,37 @@ class Graft:
 
     @staticmethod
     def from_peft(folder: str | os.PathLike[str], pretrained: TensorSource) -> Graft:
-        """A SHiRA adapter that peft saved, as the elements that it changes. N is that of all parameters.
+        """Read a SHiRA adapter saved by peft, as the elements that it changes. N counts all parameters.
 
         Args:
             pretrained: the model that the adapter was trained on: a module, a state dict or files.
 
         Raises:
-            GraftError: another kind of adapter, or another model. IntegrityError: a damaged file.
+            GraftError: the adapter is another kind, or for another model. IntegrityError: the file is damaged.
         """
         found = shira.read_shira(Path(folder), pretrained)
         shapes = {n: k.shape for n, k in kinds_of(parameters_of(pretrained)).items()}
         unknown = next((n for n in found if n not in shapes), None)
         if unknown is not None:
-            raise GraftError(f"{folder}: changes {unknown}, which is no parameter; a graft holds parameters only")
+            raise GraftError(f"{folder} changes {unknown}, which is not a parameter; a graft holds parameters only")
         values = {n: values for n, (_, values) in found.items()}
         bits = Graft(shapes, {n: at for n, (at, _) in found.items()}, values)
         return Graft(shapes, bits.indices, values, bits._digests(pretrained))
 
     def to_peft(self, base: nn.Module, folder: str | os.PathLike[str], *, check: bool = True) -> shira.ShiraReport:
-        """Write it as a SHiRA adapter: `PeftModel.from_pretrained(base, folder)` loads it, and computes what `apply_to`
-        gives, but for the rounding of `pretrained + difference`, which the report tells.
+        """Write it as a SHiRA adapter, which `PeftModel.from_pretrained(base, folder)` loads. It computes the same as
+        `apply_to` up to the rounding of `pretrained + difference`, which the report states.
 
         SHiRA changes weights of linear layers, r (m + n) elements of each `[m, n]` with one r for all. Modules with
-        other parameters in the graft (biases, norms, embeddings), and layers with too many elements, are stored whole.
+        other parameters in the graft (biases, norms, embeddings), and layers with too many elements, are stored in
+        full.
 
         Args:
             base: the model that it was made for. check: see `apply_to`.
 
         Raises:
-            GraftError: bits alone, another architecture, tied weights, parameters of the model itself, or nothing in a
-                linear layer. IntegrityError: another base, or the disk is full.
+            GraftError: the graft has only bits, is for another architecture, has tied weights, parameters of the model
+                itself, or no element in a linear layer. IntegrityError: the base is another one, or the disk is full.
         """
         _module(base, "to_peft")
         names, every = self._checked(base, check), named_tensors(base)
@@ -187,16 +190,16 @@ class Graft:
         path = getattr(getattr(base, "config", None), "_name_or_path", None)
         return shira.write_shira(base, found, Path(folder), path)
 
-    # ---- what is in it -----------------------------------------------------------------------------------------
+    # ---- content -----------------------------------------------------------------------------------------
 
     @functools.cached_property
     def size(self) -> int:
-        """How many elements it has, k."""
+        """The number of its elements, k."""
         return sum(len(at) for at in self.indices.values())
 
     @functools.cached_property
     def numel(self) -> int:
-        """How many elements the tensors that took part have, N."""
+        """The number of elements of all tensors that took part, N."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
@@ -205,7 +208,7 @@ class Graft:
         return self.size / self.numel if self.numel else 0.0
 
     def masks(self) -> dict[str, Tensor]:
-        """The elements as bool tensors, of all tensors that took part."""
+        """The elements as bool tensors, for all tensors that took part."""
         out = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in self.shapes.items()}
         for name, at in self.indices.items():
             out[name].view(-1)[at.long()] = True
@@ -215,18 +218,18 @@ class Graft:
         filled = "with values" if self.values is not None else "bits alone"
         return f"{type(self).__name__}({self.size:,} of {self.numel:,} elements, {self.sparsity:.2g}, {filled})"
 
-    # ---- several of them ---------------------------------------------------------------------------------------
+    # ---- several grafts ---------------------------------------------------------------------------------------
 
     def __and__(self, other: Graft) -> Graft:
         """The elements in both, with this one's values."""
         return self._kept(other, True) if isinstance(other, Graft) else NotImplemented
 
     def __sub__(self, other: Graft) -> Graft:
-        """The elements that are in this one alone."""
+        """The elements that are only in this one."""
         return self._kept(other, False) if isinstance(other, Graft) else NotImplemented
 
     def __or__(self, other: Graft) -> Graft:
-        """The elements in either; `union` says what is raised where their values differ."""
+        """The elements in either; see `union` for values that differ."""
         return union([self, other]) if isinstance(other, Graft) else NotImplemented
 
     def _kept(self, other: Graft, inside: bool) -> Graft:
@@ -237,16 +240,16 @@ class Graft:
         return Graft(self.shapes, {n: at[on[n]] for n, at in self.indices.items()}, values, self.base)
 
     def overlap(self, other: Graft) -> float:
-        """`|self & other| / |other|`: what share of the other's elements is in this one as well.
+        """`|self & other| / |other|`: the share of the other's elements that this one has too.
 
         Raises:
-            GraftError: grafts over other tensors; the other has no element.
+            GraftError: the grafts are over other tensors, or the other has no element.
         """
         if not other.size:
             raise GraftError("the other graft has no element, so no share of it can be in this one")
         return (self & other).size / other.size
 
-    # ---- putting it to use -------------------------------------------------------------------------------------
+    # ---- applying -------------------------------------------------------------------------------------
 
     @overload
     def apply_to(self, model: nn.Module, *, check: bool = ...) -> nn.Module: ...
@@ -255,16 +258,16 @@ class Graft:
         self, model: Mapping[str, Tensor] | str | os.PathLike[str], *, check: bool = ...
     ) -> Mapping[str, Tensor]: ...
     def apply_to(self, model: Any, *, check: bool = True) -> Any:
-        """`theta_pre + gamma * (theta_ft - theta_pre)`: a new model, or new tensors for a state dict or files (from
-        files: made when asked for). Where gamma is 0 the model's bits stay; where it is 1 they are the fine-tuned
-        model's. In a new state dict the tensors that nothing changes are the given ones.
+        """`theta_pre + gamma * (theta_ft - theta_pre)`: a new model, or new tensors for a state dict or files (for
+        files they are made on demand). Where gamma is 0 the model's bits stay; where it is 1 they are the fine-tuned
+        model's. A new state dict shares unchanged tensors with the given one.
 
         Args:
-            check: compare the tensors that are changed with those that the graft was made for.
+            check: compare the tensors to change with those that the graft was made for.
 
         Raises:
-            GraftError: bits alone, or tensors that the model lacks or that have another shape. IntegrityError: another
-                base.
+            GraftError: the graft has only bits, or the model lacks a tensor or has it in another shape. IntegrityError:
+                the base is another one.
         """
         if isinstance(model, nn.Module):
             self._checked(model, check)
@@ -293,15 +296,15 @@ class Graft:
         return {name: new[first] for name, first in tied_names(model).items()}
 
     def apply_(self, model: nn.Module, *, check: bool = True) -> None:
-        """Write the values into a module's own tensors. `remove_` puts back every bit.
+        """Write the values into a module's own tensors. `remove_` restores every bit.
 
         Args:
-            check: compare the tensors that are changed with those that the graft was made for, as they were before
-                any graft was applied.
+            check: compare the tensors to change, as they were before any graft was applied, with those that the graft
+                was made for.
 
         Raises:
-            GraftError: bits alone, or tensors that the model lacks or that have another shape. IntegrityError: another
-                base.
+            GraftError: the graft has only bits, or the model lacks a tensor or has it in another shape. IntegrityError:
+                the base is another one.
         """
         _module(model, "apply_")
         found = self._checked(model, check)
@@ -309,23 +312,23 @@ class Graft:
         inplace.write_in(model, self, {found[n]: (t, *self._part(n, t)) for n, t in tensors.items()})
 
     def remove_(self, model: nn.Module, *, check: bool = True) -> None:
-        """Put back what was there before the last `apply_`, every bit. Of grafts that share elements the one that was
-        applied last is removed first.
+        """Restore every bit from before the last `apply_`. Grafts that share elements are removed in the reverse order
+        of their application.
 
         Args:
-            check: compare the elements with what `apply_` wrote.
+            check: compare the elements with the values that `apply_` wrote.
 
         Raises:
-            GraftError: it is not applied to this module; one that was applied later shares elements with it; elements
-                changed since.
+            GraftError: it is not applied to this module, a graft applied later shares elements with it, or elements
+                have changed since.
         """
         _module(model, "remove_")
         inplace.take_out(model, self, named_tensors(model), check)
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module, *, check: bool = True) -> Iterator[None]:
-        """`apply_` on entering, `remove_` on leaving. After an exception inside the old values are put back also where
-        elements changed meanwhile."""
+        """`apply_` on entering, `remove_` on leaving. After an exception inside, the old values are restored even if
+        elements have changed meanwhile."""
         self.apply_(model, check=check)
         try:
             yield
@@ -335,11 +338,11 @@ class Graft:
         self.remove_(model)
 
     def vector(self, pretrained: TensorSource) -> TaskVector:
-        """The graft as a task vector: the difference to the pretrained model inside, zero outside. Sums of grafts are
-        sums of these. With coefficient 1 it gives what `apply_to` gives, bit for bit.
+        """The graft as a task vector: the difference from the pretrained model inside, zero outside. Sums of grafts are
+        sums of these. With coefficient 1 the result equals that of `apply_to`, bit for bit.
 
         Raises:
-            GraftError: bits alone, or another model. IntegrityError: another base.
+            GraftError: the graft has only bits, or does not fit the model. IntegrityError: the base is another one.
         """
         found = self._checked(pretrained, True)
         names = dict.fromkeys([*parameters_of(pretrained), *found.values()])
@@ -356,11 +359,11 @@ class Graft:
         return TaskVector(deltas, digests_of(whole))
 
     def _checked(self, model: TensorSource, check: bool) -> dict[str, str]:
-        """Raise unless it can be applied; what the model calls the tensors."""
+        """The model's names of the tensors; raises unless the graft can be applied."""
         if self.values is None:
             raise GraftError(
-                "this graft holds bits alone, no values to apply; graft.fill(finetuned) takes them from the fine-tuned "
-                "model"
+                "this graft holds only bits and no values to apply; graft.fill(finetuned) takes them from the "
+                "fine-tuned model"
             )
         found = found_in(model, self.shapes, "the model")
         if check and self.base is not None:
@@ -371,22 +374,23 @@ class Graft:
     def _check_base(self, name: str, digest: str) -> None:
         if self.base is not None and digest != self.base[name]:
             raise IntegrityError(
-                f"{name} is not what this graft was made for; apply it to its own pretrained model, or pass check=False"
+                f"{name} differs from the tensor that this graft was made for; apply it to its own pretrained "
+                "model, or pass check=False"
             )
 
     def _tensors(self, model: TensorSource, what: str = "the model") -> dict[str, Tensor]:
-        """A model's tensors that it changes, under the graft's names."""
+        """The model's tensors that the graft changes, under the graft's names."""
         found, every = found_in(model, self.shapes, what), named_tensors(model)
         return {name: every[found[name]] for name in self.indices}
 
     def _digests(self, model: TensorSource) -> dict[str, str]:
-        """Of a model's tensors that it changes, as they were before any graft was applied."""
+        """Digests of the model's tensors that the graft changes, as they were before any graft was applied."""
         found = found_in(model, self.shapes, "the pretrained model")
         return {n: digest_of(inplace.original(model, found[n], t)) for n, t in self._tensors(model).items()}
 
     def _part(self, name: str, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices and values for one tensor, where that lies and in its dtype."""
-        assert self.values is not None  # `_checked` saw them
+        """Indices and values for one tensor, on its device and in its dtype."""
+        assert self.values is not None  # ensured by `_checked`
         return self.indices[name].to(t.device, torch.long), self.values[name].to(t.device, t.dtype)
 
     def _put(self, name: str, t: Tensor) -> None:
@@ -397,22 +401,22 @@ def union(grafts: Sequence[Graft], overlap: str = "equal") -> Graft:
     """The elements that are in any of the grafts, with their values if all have them.
 
     Args:
-        overlap: which value an element gets that is in several. `equal`: they must be the same. `mean`: theirs, summed
-            in float64 and rounded once. `first`: that of the first graft which has it.
+        overlap: the value of an element that several grafts have. `equal`: their values must be the same. `mean`: their
+            mean, summed in float64 and rounded once. `first`: that of the first graft with the element.
 
     Raises:
-        GraftError: no graft; grafts over other tensors or made for other bases; bits alone among values; with `equal`,
-            values that differ. ConfigError: an unknown `overlap`.
+        GraftError: there is no graft, grafts are over other tensors or for other bases, only some have values, or with
+            `equal` values differ. ConfigError: `overlap` is unknown.
     """
     one_of("overlap", overlap, OVERLAPS)
     if not grafts:
-        raise GraftError("a union of no grafts; pass at least one")
+        raise GraftError("union: got no grafts; pass at least one")
     first = grafts[0]
     for other in grafts[1:]:
         check_same_tensors(first, other, ("the first graft", "another"))
         if (first.values is None) != (other.values is None):
             raise GraftError(
-                "some grafts hold values, others bits alone; fill these (graft.fill), or take .bits() of all"
+                "some grafts hold values, others only bits; fill these (graft.fill), or use .bits() of all"
             )
     base: dict[str, str] | None = {}
     for graft in grafts:
@@ -435,12 +439,12 @@ def union(grafts: Sequence[Graft], overlap: str = "equal") -> Graft:
 
 
 def _joined_values(name: str, parts: Sequence[Tensor], which: Tensor, count: int, overlap: str) -> Tensor:
-    """Several grafts' values of one tensor as one value per element; `which` says whose element each is."""
+    """Combine several grafts' values of one tensor into one per element; `which` is the element of each value."""
     other = next((p for p in parts if p.dtype != parts[0].dtype), None)
     if other is not None:
         raise GraftError(
             f"{name} is {dtype_name(parts[0].dtype)} in one graft, {dtype_name(other.dtype)} in another; fill both "
-            "alike"
+            "in the same dtype"
         )
     every = torch.cat(list(parts))
     out = torch.empty(count, dtype=every.dtype)
@@ -455,11 +459,11 @@ def _joined_values(name: str, parts: Sequence[Tensor], which: Tensor, count: int
         many = len(which[differ].unique())
         raise GraftError(
             f"{name}: {many} elements have different values in the grafts; union(grafts, overlap='mean') or 'first' "
-            "takes one value for each, .bits() leaves them out"
+            "chooses one value for each, .bits() leaves the values out"
         )
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, which, every.double())
     means = sums / torch.bincount(which, minlength=count)
-    changed = which[differ].unique()  # where all are the same it stays, every bit
+    changed = which[differ].unique()  # equal values keep every bit
     inplace.put(out, changed, means[changed].to(out.dtype))
     return out
 
@@ -468,7 +472,7 @@ def overlaps(grafts: Sequence[Graft]) -> Tensor:
     """`|g_i & g_j| / |g_j|`, row i, column j: float64 `[T, T]`, with ones on the diagonal.
 
     Raises:
-        GraftError: grafts over other tensors; one has no element.
+        GraftError: the grafts are over other tensors, or one has no element.
     """
     return torch.tensor([[a.overlap(b) for b in grafts] for a in grafts], dtype=torch.float64).reshape(
         len(grafts), len(grafts)
@@ -476,17 +480,17 @@ def overlaps(grafts: Sequence[Graft]) -> Tensor:
 
 
 def check_same_tensors(a: Graft, b: Graft, what: tuple[str, str]) -> None:
-    """Raise `GraftError` unless two are over the same tensors.
+    """Raise `GraftError` unless two grafts are over the same tensors.
 
     Args:
-        what: how to call the two.
+        what: the error's names for the two.
     """
     for name in [*a.shapes, *b.shapes]:
         ours, theirs = (list(g.shapes[name]) if name in g.shapes else "lacking" for g in (a, b))
         if ours != theirs:
             raise GraftError(
-                f"{name} is {ours} in {what[0]}, {theirs} in {what[1]}; take both from one model, with the same "
-                "parameters taking part"
+                f"{name} is {ours} in {what[0]}, {theirs} in {what[1]}; make both from one model, with the same "
+                "participating parameters"
             )
 
 

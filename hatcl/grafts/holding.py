@@ -1,4 +1,4 @@
-"""Training around grafts: their elements stay, bit for bit, while everything else learns."""
+"""Train around grafts: their elements stay bit-identical while everything else learns."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def hold(model: nn.Module, grafts: Graft | Sequence[Graft], optimizer: Any) -> I
         with hatcl.hold(model, graft, optimizer):
             ...                                    # loss.backward(); optimizer.step()
 
-    Their gradient is zeroed as it arrives, so that clipping sees the norm of what is trained, and they are put back
-    after every step (see `hatcl.keeper.Keeper`). Momentum that an optimizer brings along is zeroed there. Normal
-    leaving compares the elements with what they were.
+    Their gradient is zeroed as it arrives, so that clipping sees the norm of the trained elements, and they are
+    restored after every step (see `hatcl.keeper.Keeper`). Momentum that an optimizer already has for them is zeroed.
+    When the block ends normally, the elements are compared with their former values.
 
     Args:
-        grafts: with or without values: what is held is what the model has at their elements now.
-        optimizer: one or several, that will step inside the block.
+        grafts: with or without values; the elements keep the values that the model has now.
+        optimizer: one or several that will step inside the block.
 
     Raises:
-        GraftError: grafts that do not fit the model, or that hold elements of buffers. GuardError: an optimizer that
-            cannot be guarded, or of another model.
+        GraftError: grafts do not fit the model, or hold elements of buffers. GuardError: an optimizer cannot be
+            guarded, or belongs to another model.
 
     Warns:
-        UserWarning: on leaving, something else than an optimizer wrote to the elements; they are put back.
+        UserWarning: at the end, if something other than an optimizer wrote to the elements; they are restored.
     """
     given = [grafts] if isinstance(grafts, Graft) else list(grafts)
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     held = _held(model, given)
-    check_optimizers(model, optimizers, "build it over the parameters of the model that is to be held")
+    check_optimizers(model, optimizers, "build it over the parameters of the model to hold")
     frozen = [
         Kept(p, None if len(at) == p.numel() else at, name) for name, (params, at) in held.items() for p in params
     ]
@@ -52,8 +52,8 @@ def hold(model: nn.Module, grafts: Graft | Sequence[Graft], optimizer: Any) -> I
         yield
     if keeper.written:
         warnings.warn(
-            f"{keeper.written[0]}: something else than a step of an optimizer wrote to elements that are held "
-            f"({len(keeper.written)} such tensors); they are put back. Write to the model outside of hatcl.hold",
+            f"{keeper.written[0]}: something other than an optimizer's step wrote to held elements "
+            f"({len(keeper.written)} such tensors); they are restored. Write to the model outside of hatcl.hold",
             stacklevel=3,
         )
 
@@ -72,8 +72,8 @@ def _held(model: nn.Module, grafts: Sequence[Graft]) -> dict[str, tuple[list[nn.
         for name, at in graft.indices.items():
             if found[name] not in params:
                 raise GraftError(
-                    f"{name} is a buffer, which a forward pass writes to and no optimizer; leave it out of the graft "
-                    "(the parameters take part alone) to hold it"
+                    f"{name} is a buffer, which forward passes write to, not optimizers; make the graft from "
+                    "parameters only to hold it"
                 )
             parts.setdefault(found[name], []).append(at)
     out = {}

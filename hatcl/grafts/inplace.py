@@ -1,4 +1,4 @@
-"""Writing a graft's values into a module's own tensors, and taking them out again, bit for bit."""
+"""Write a graft's values into a module's own tensors, and restore the old ones bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..functional import bits_of, same_bits
 
 @dataclass(frozen=True)
 class Overwritten:
-    """Elements of one tensor: flat indices, int64 `[M]`, the values that were there and those that are there now."""
+    """Elements of one tensor: flat indices, int64 `[M]`, the old values and the written ones."""
 
     at: Tensor
     old: Tensor
@@ -25,7 +25,7 @@ class Overwritten:
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """A graft (or whatever asks for it) that was written into a module, and where."""
+    """A graft (or another writer) that was written into a module, and its places there."""
 
     by: Any
     places: dict[str, Overwritten]
@@ -35,7 +35,7 @@ _APPLIED: weakref.WeakKeyDictionary[nn.Module, list[Applied]] = weakref.WeakKeyD
 
 
 def take(t: Tensor, at: Tensor) -> Tensor:
-    """Some elements, given by flat indices (int64, in row order), however the tensor lies in memory."""
+    """Elements at flat indices (int64, in row order), for any memory layout."""
     b = bits_of(t)
     return (b.view(-1).index_select(0, at) if b.is_contiguous() else b[torch.unravel_index(at, b.shape)]).view(t.dtype)
 
@@ -44,13 +44,13 @@ def put(t: Tensor, at: Tensor, values: Tensor) -> None:
     """Write values of the tensor's own dtype into some elements."""
     b = bits_of(t)
     if b.is_contiguous():
-        b.view(-1).scatter_(0, at, bits_of(values))  # a fifth of the time of an assignment
+        b.view(-1).scatter_(0, at, bits_of(values))  # takes a fifth of an assignment's time
     else:
         b[torch.unravel_index(at, b.shape)] = bits_of(values)
 
 
 def write_in(model: nn.Module, by: Any, what: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Write values into some of a module's tensors and keep what was there.
+    """Write values into some of a module's tensors and keep the old ones.
 
     Args:
         what: name -> the tensor, flat indices, and the values in the tensor's dtype.
@@ -78,39 +78,40 @@ def _put_back(t: Tensor, place: Overwritten) -> None:
 
 
 def take_out(model: nn.Module, by: Any, tensors: Mapping[str, Tensor], check: bool) -> None:
-    """Put back what was there before the last `write_in` by the same.
+    """Restore the values from before the last `write_in` of the same `by`.
 
     Raises:
-        GraftError: there was none; a later one holds some of the elements; a tensor is gone; with `check`, elements
-            that changed since.
+        GraftError: there was none, a later one holds some of the elements, a tensor is gone, or (with `check`) elements
+            have changed since.
     """
     stack = _APPLIED.get(model, [])
     i = next((i for i in reversed(range(len(stack))) if stack[i].by is by), None)
     if i is None:
         raise GraftError(
-            f"this graft is not applied to this {type(model).__name__}; only what apply_ wrote into the same module "
-            "can be removed (a copy of the module, or one that apply_to gave, has nothing to put back)"
+            f"this graft is not applied to this {type(model).__name__}; remove_ works only after apply_ on the same "
+            "module (a copy, or a module made by apply_to, has nothing to restore)"
         )
     for later in stack[i + 1 :]:
         for name in later.places.keys() & stack[i].places.keys():
             both = int(torch.isin(stack[i].places[name].at.cpu(), later.places[name].at.cpu()).sum())
             if both:
                 raise GraftError(
-                    f"{name}: {both} elements of this graft are also in one that was applied later; remove that first"
+                    f"{name}: {both} elements of this graft are also in a graft that was applied later; remove that "
+                    "first"
                 )
     gone = next((name for name in stack[i].places if name not in tensors), None)
     if gone is not None:
         raise GraftError(
-            f"{gone}: this {type(model).__name__} no longer has it; put the module that was replaced or renamed since "
-            "the graft was applied back in its place"
+            f"{gone}: this {type(model).__name__} no longer has it; undo the replacement or renaming of the module "
+            "since the graft was applied"
         )
     if check:
         for name, place in stack[i].places.items():
             now = take(tensors[name], place.at.to(tensors[name].device))
             if not same_bits(now, place.new.to(now.device)):
                 raise GraftError(
-                    f"{name}: elements of this graft changed since it was applied; train on what apply_to gives, or "
-                    "pass check=False to put the old values back in any case"
+                    f"{name}: elements of this graft changed since it was applied; train on the result of apply_to, "
+                    "or pass check=False to restore the old values anyway"
                 )
     for name, place in stack[i].places.items():
         _put_back(tensors[name], place)

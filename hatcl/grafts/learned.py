@@ -1,5 +1,5 @@
-"""Learned grafts: which elements of a fine-tuned model the pretrained one needs, by gradient descent on the task's loss
-(Panigrahi et al. 2023, arXiv 2302.06600, section 3)."""
+"""Learned grafts: find the elements of a fine-tuned model that the pretrained one needs by gradient descent on the
+task's loss (Panigrahi et al. 2023, arXiv 2302.06600, section 3)."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LearnedGraft(Graft):
-    """A graft with how it was learned.
+    """A graft with the record of its learning.
 
     Attributes:
-        scores: the logits after the last step. (Those of the best step would be another float per element.)
-        history: per mask, from that of step 0, the start: `step`; `size`; `changed`, how many of its elements are not
-            in the start; `loss`, the mean loss of what the model computed with on the batches of the step that
-            follows; and by what the mask is chosen where that is not `loss`: `validation`, or `mask_loss`, the mean
-            loss of the mask itself on examples that are the same for all masks.
-        step: after how many steps the graft's mask was reached.
+        scores: the logits after the last step. (Keeping those of the best step would take another float per element.)
+        history: one entry per mask, beginning with the start at step 0: `step`; `size`; `changed`, the number of its
+        elements that are not in the start; `loss`, the mean loss of the model on the batches of the next step; and,
+        unless `loss` chooses the mask, the value that does: `validation`, or `mask_loss`, the mean loss of the mask
+        itself on examples that are the same for all masks.
+        step: the number of steps after which the graft's mask was reached.
     """
 
     scores: GraftScores | None = None
@@ -61,53 +61,54 @@ def learn_graft(
     options: GraftOptions | Mapping[str, Any] | None = None,
     on_progress: Callable[[dict[str, float]], None] | None = None,
 ) -> LearnedGraft:
-    """The elements, `k = int(sparsity * N)` of all N candidates, with which the loss is lowest.
+    """Find the elements, `k = int(sparsity * N)` of all N candidates, that give the lowest loss.
 
     The paper starts from a base patch b and learns `gamma = b + (1 - 2b) * sigmoid(S - bias)`. As `1 - sigmoid(x) =
     sigmoid(-x)`, that is `gamma = sigmoid(L)` with the logit `L = (1 - 2b) * (S - bias)`, and its update, whose sign
     depends on b, is gradient descent on L: `dL = -lr * g * delta * sigmoid'(L)`, where g is the loss's gradient by the
     weights and `delta = theta_ft - theta_pre`. That is `GraftOptions(rule="plain")`; the default is its natural
-    gradient in other units, `dL = -lr * 2 * bias * loss / squares * g * delta` (see `GraftOptions`). All of the
-    published procedure is `PUBLISHED`.
+    gradient in other units, `dL = -lr * 2 * bias * loss / squares * g * delta` (see `GraftOptions`). `PUBLISHED` is the
+    whole published procedure.
 
-    Of the masks after each step, and of the start, the one with the highest `validate` is kept, or with the lowest
-    training loss; the first of equal ones. What is kept is therefore never worse than the start by that measure. (The
-    published release does not look at the start, and measures training and validation accuracy together.) The losses
-    are those of the masks, gamma 0 or 1, on the same examples: of all batches; with `accumulate`, of the first so many
-    batches of one pass, which are kept for it. What learning computes anyway is such a loss where gamma is hard and a
-    step is a pass; otherwise each mask is measured by further forward passes.
+    Of the start and the masks after each step, the one with the highest `validate` is kept, or with the lowest training
+    loss; the first among equals. By that measure, the result is therefore never worse than the start. (The published
+    release ignores the start, and measures training and validation accuracy together.) The losses are those of the
+    masks, with gamma 0 or 1, on the same examples: all batches, or with `accumulate` that many first batches of one
+    pass, which are kept for this. If gamma is hard and a step is a pass, learning computes this loss anyway; otherwise
+    each mask is measured with additional forward passes.
 
-    The model computes in evaluation mode: without dropout, with running statistics. The pretrained model is lent: its
-    elements take fine-tuned values while learning, and whatever happens, its bits, gradients, modes and what of it
-    requires gradients are as before at the end. The fine-tuned one is only read. With hard gamma and plain SGD that
-    takes, besides the two models, one float per candidate, up to five numbers per element of the graft, and no more: a
-    gradient is used as soon as it arrives, and freed.
+    The model computes in evaluation mode: without dropout, with running statistics. The pretrained model's elements
+    take fine-tuned values while learning; in the end, even after an error, its bits, gradients, modes and
+    `requires_grad` are as before. The fine-tuned model is only read. With hard gamma and plain SGD, the memory in
+    addition to the two models is one float per candidate and up to five numbers per element of the graft: each gradient
+    is used as soon as it arrives, then freed.
 
     Args:
-        pretrained: the module that computes. finetuned: a module, state dict, or files of the same names and shapes.
+        pretrained: the module to compute with. finetuned: a module, state dict, or files of the same names and shapes.
         loss_fn: (model, batch) -> the mean loss of a batch.
-        batches: a list or a DataLoader; it starts over when it runs out. Of (inputs, labels) and of mappings every
-            example has the same weight; batches of another form count as one example each.
-        sparsity: the share of the candidates that a graft has.
+        batches: a list or a DataLoader; it starts again when it runs out. In batches of (inputs, labels) and mappings
+        every example has the same weight; batches of another form count as one example each.
+        sparsity: the share of the candidates in the graft.
         start: the base patch (its size may differ from k), or the first logits; None = the k largest `|delta|`.
-        validate: (model with the mask applied) -> a number, the higher the better.
+        validate: (model with the mask applied) -> a number; higher is better.
         only, skip: patterns of names, see `candidates`.
-        options: `GraftOptions`, or a mapping of what to change.
-        on_progress: told each entry of the history.
+        options: `GraftOptions`, or a mapping of the options to change. on_progress: called with each entry of the
+            history.
 
     Raises:
-        GraftError: models that do not fit each other, do not differ or are not finite; a sparsity that selects nothing
-            or everything; a start over other tensors; a loss that no candidate has a gradient of.
-        ConfigError: an unknown option, patterns that match nothing, no batches, or batches that can be read only once.
-        NonFiniteLossError: a loss, a gradient or a validation that is not finite.
+        GraftError: the models do not fit each other, do not differ or are not finite; the sparsity selects nothing or
+            everything; the start is over other tensors; or the loss has no gradient for any candidate. ConfigError: an
+            option is unknown, a pattern matches nothing, or there are no batches or they can be read only once.
+            NonFiniteLossError: a loss, a gradient or a validation is not finite.
     """
     settings = GraftOptions().changed(options)
     if not isinstance(pretrained, nn.Module):
         raise GraftError(
-            f"pretrained: got {type(pretrained).__name__}, expected the module that computes; load files into it first"
+            f"pretrained: got {type(pretrained).__name__}, expected the module to compute with; load files into it "
+            "first"
         )
     pairs = candidates(pretrained, finetuned, only, skip)
-    if not isinstance(finetuned, nn.Module):  # files would be read anew for every gradient
+    if not isinstance(finetuned, nn.Module):  # files would be read again for every gradient
         read = {n: pairs[n] for n in pairs}
         pairs = Lazy(pairs.kinds, read.__getitem__)
     check_moved(pairs)
@@ -130,7 +131,7 @@ def learn_graft(
 
 
 def _start(pairs: Pairs, k: int, start: Graft | GraftScores | None, options: GraftOptions) -> Lazy[Tensor]:
-    """The first logits, made when asked for: always the same ones."""
+    """The first logits, made on demand: always the same ones."""
     shapes = {n: kind.shape for n, kind in pairs.kinds.items()}
     if start is not None:
         theirs = (
@@ -140,8 +141,8 @@ def _start(pairs: Pairs, k: int, start: Graft | GraftScores | None, options: Gra
         if wrong is not None:
             ours, other = (list(s[wrong]) if wrong in s else "no part of it" for s in (shapes, theirs))
             raise GraftError(
-                f"start: {wrong} is {other} there and {ours} among the candidates; it must be over the same tensors "
-                "(pass the only= and skip= that it was made with)"
+                f"start: {wrong} is {other} in the start and {ours} among the candidates; both must have the same "
+                "tensors (pass the only= and skip= that the start was made with)"
             )
     if isinstance(start, GraftScores):
         values = start.values
@@ -185,11 +186,11 @@ class _Learner:
         self.model, self.weights, self.k, self.loss_fn, self.options = model, weights, k, loss_fn, options
         self.kinds, self.numel = start.kinds, sum(math.prod(kind.shape) for kind in start.kinds.values())
         self.scale: float | None = None if options.rule == "natural" else 1.0
-        # with plain SGD by the natural rule, what a batch adds to a logit does not depend on it: no sum is kept apart
+        # with plain SGD and the natural rule, a batch's change of a logit does not depend on the logit: no separate sum
         self.in_place = options.rule == "natural" and options.optimizer == "sgd" and not options.momentum
         self.logits: Mapping[str, Tensor] = start
         self.sums: dict[str, Tensor] = {}
-        self.weight = 1.0  # of the batch whose gradients arrive
+        self.weight = 1.0  # of the current batch
         self.optimizer: torch.optim.Optimizer | None = None
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
@@ -202,7 +203,7 @@ class _Learner:
         on_progress: Callable[[dict[str, float]], None] | None,
     ) -> None:
         first = members = self._members()
-        # is the loss that a step begins with that of the mask, on the same examples for every mask?
+        # whether the loss at the start of a step is that of the mask, on the same examples for every mask
         telling = self.options.gamma == "hard" and stream.accumulate is None
         for step in range(self.options.steps + 1):
             entry: dict[str, float] = {"step": step, "size": _size(members), "changed": _outside(members, first)}
@@ -228,7 +229,8 @@ class _Learner:
                 members = self._members()
         if not self.best:
             raise GraftError(
-                f"every mask has all of {self.numel:,} elements or none; start from logits on both sides of 0, or set "
+                f"every mask has either all {self.numel:,} elements or none; start from logits on both sides of 0, "
+                "or set "
                 "size='fixed'"
             )
 
@@ -254,8 +256,8 @@ class _Learner:
                 if not isinstance(loss, Tensor) or loss.numel() != 1 or (backward and not loss.requires_grad):
                     got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                     raise GraftError(
-                        f"loss_fn: gave {got}, expected a scalar tensor with a gradient: the mean loss of a batch, "
-                        "computed with the model that it is given"
+                        f"loss_fn: returned {got}, expected a scalar tensor with a gradient: the mean loss of a "
+                        "batch, computed with the model that it receives"
                     )
                 total += self.weight * _finite_value(float(loss.detach()), "loss", step)
                 self.seen += self.weight
@@ -263,8 +265,8 @@ class _Learner:
                     loss.backward()
         if backward and not self.arrived:
             raise GraftError(
-                f"the loss has no gradient by any of {len(self.kinds)} tensors that take part; does loss_fn compute "
-                "with the model that it is given, and do only= and skip= leave tensors that it uses?"
+                f"the loss has no gradient for any of the {len(self.kinds)} participating tensors; does loss_fn "
+                "compute with the model that it receives, and do only= and skip= leave tensors that it uses?"
             )
         return total / self.seen
 
@@ -290,7 +292,7 @@ class _Learner:
             self.scale = self._unit()
             if self.in_place:
                 factor = self._factor()
-                for name in self.kinds:  # the sums become the logits: no second float
+                for name in self.kinds:  # the sums become the logits, which saves a second float
                     x = self._begun(name)
                     self.sums[name] = self.sums[name].mul_(factor).add_(x) if name in self.sums else x
                 self.logits, self.sums = self.sums, {}
@@ -300,17 +302,17 @@ class _Learner:
             _finite_value(float(x.sum()), f"gradient of {name}", step)
 
     def _begun(self, name: str) -> Tensor:
-        """The first logits of a tensor, where that lies."""
+        """The first logits of a tensor, on its device."""
         return self.logits[name].to(self.weights.pairs[name][0].device)
 
     def _factor(self) -> float:
-        """From `g * delta` to logits."""
+        """The factor from `g * delta` to logits."""
         assert self.scale is not None
         return -self.options.lr * 2 * self.options.bias / self.scale
 
     def _unit(self) -> float:
-        """`sum (g * delta)^2 / |loss|` over the k elements of the first step where it is largest, both as sums over its
-        examples."""
+        """`sum (g * delta)^2 / |loss|` over the k elements with the largest values in the first step, where g and the
+        loss are sums over its examples."""
         sizes = _lazy({n: tuple(x.shape) for n, x in self.sums.items()}, lambda name: self.sums[name].abs())
         found = top(sizes, min(self.k, sum(x.numel() for x in self.sums.values())))
         parts = [sizes[n].view(-1)[at.long()].double() for n, at in found.items()]
@@ -320,11 +322,11 @@ class _Learner:
                 f"the squares of the first step's gradients sum up to {squares:g}, expected a number above 0; the "
                 "models are as they were before. Is the loss constant, or does it overflow?"
             )
-        gain = sum(float(x.sum()) for x in parts)  # what there is to gain, where the loss is 0 already
+        gain = sum(float(x.sum()) for x in parts)  # the possible gain, if the loss is 0 already
         return squares / (abs(self.history[0]["loss"]) * self.seen or gain)
 
     def _optimize(self) -> None:
-        """A step of torch's optimizer on sums that were kept apart."""
+        """A step of torch's optimizer on separately kept sums."""
         options = self.options
         if self.optimizer is None:
             self.logits = {n: self._begun(n) for n in self.kinds}
@@ -367,7 +369,7 @@ class _Stream:
         return self._pass() if self.accumulate is None else itertools.islice(self.endless, self.accumulate)
 
     def sample(self) -> Iterable[Any]:
-        """What masks are compared on: a pass, or always the same batches, as many as a step has."""
+        """The batches on which masks are compared: a pass, or always the same batches, as many as a step has."""
         if self.accumulate is None:
             return self._pass()
         self.first = self.first or list(itertools.islice(self._pass(), self.accumulate))
@@ -378,7 +380,7 @@ class _Stream:
 
 
 def _parameters(model: nn.Module, pairs: Mapping[str, Any]) -> dict[nn.Parameter, str]:
-    """The parameters that are candidates, with their names; of several that share their elements all."""
+    """The parameters that are candidates, with their names; includes all that share elements."""
     tied = tied_names(model)
     return {p: tied[n] for n, p in model.named_parameters() if tied[n] in pairs}
 
@@ -392,7 +394,7 @@ def _size(members: Mapping[str, Tensor]) -> int:
 
 
 def _outside(members: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> int:
-    """How many of the members are not among the others."""
+    """The number of members that are not among the others."""
     out = _size(members)
     for n, at in members.items():
         if n in others:
@@ -404,7 +406,7 @@ def _outside(members: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> int
 def _finite_value(value: float, what: str, step: int) -> float:
     if not math.isfinite(value):
         raise NonFiniteLossError(
-            f"step {step}: the {what} is {value}, expected a finite number; the models are as they were before. Look "
-            "for NaN in the inputs, or lower lr"
+            f"step {step}: the {what} is {value}, expected a finite number; the models are as they were before. "
+            "Look for NaN in the inputs, or lower lr"
         )
     return value

@@ -17,34 +17,36 @@ class GraftOptions(Changeable):
     """How `learn_graft` moves the logits L of `gamma = sigmoid(L)`.
 
     Args:
-        lr: by the natural rule the share of the loss that the first step would remove, to first order, if the k gates
-            that matter most moved in proportion: rates of order 1 fit every model, loss and size. (In a few tries 1
-            lowered the loss in every step; 2 ended lower, in one of them after it had overshot; 4 overshot more often.)
-            By the plain rule the factor of its formula.
-        steps: how often the logits move.
-        accumulate: so many batches make one step, every example with the same weight; None = one pass over all. Masks
-            are then compared on the first so many of one pass, so that batches in a telling order are to be shuffled.
-        gamma: what the model computes with. hard: 0 or 1, with gradients as though it were gamma (straight-through),
-            so that the loss is the graft's own. soft: sigmoid(L), as published; needs another copy of the candidates.
+        lr: for the natural rule, the share of the loss that the first step would remove, to first order, if the k most
+        important gates moved in proportion: rates of order 1 fit every model, loss and size. (In a few trials 1 lowered
+        the loss in every step; 2 ended lower, once after overshooting; 4 overshot more often.) For the plain rule, the
+        factor in its formula.
+        steps: the number of times that the logits move.
+        accumulate: the number of batches per step, with the same weight for every example; None = one pass over all.
+        Masks are then compared on that many first batches of one pass, so shuffle batches whose order carries
+        information.
+        gamma: the mask that the model computes with. hard: 0 or 1, with gradients as if it were gamma
+        (straight-through), so that the loss is the graft's own. soft: sigmoid(L), as published; needs another copy of
+        the candidates.
         rule: natural: `dL = -lr * 2 * bias * loss / squares * g * delta`. That is gradient descent divided by
-            `sigmoid'(L)`, the Fisher information of a coin that shows 1 with probability gamma = sigmoid(L). What is
-            before `g * delta` is settled in the first step: squares is the sum of `(g * delta)^2` over the k elements
-            where it is largest, so that `loss / squares` is Polyak's step for the gates, and 2 * bias the way of a
-            logit from one side to the other. (The loss is taken to be bounded by 0, such as a cross-entropy; another
-            one needs another lr.)
+            `sigmoid'(L)`, the Fisher information of a coin that shows 1 with probability gamma = sigmoid(L). The factor
+            before `g * delta` is fixed in the first step: squares is the sum of the k largest `(g * delta)^2`, so that
+            `loss / squares` is Polyak's step for the gates, and 2 * bias is the distance of a logit from one side to
+            the other. (The loss is assumed to be bounded below by 0, like a cross-entropy; other losses need another
+            lr.)
             plain: `dL = -lr * g * delta * sigmoid'(L)`, as published. Its last factor is 5e-5 where L starts, and `g *
             delta` of a single element is a small part of the loss: hence the published rates near 1e7. Needs another
             float per element.
-        size: fixed: the graft is the k elements of the highest logits. free: those with `L > 0`, as published
-            (rounded gamma), of which there are k at the start only.
-        optimizer: `sgd`, or `adam` on the rule's gradients, which moves every logit alike, however little its element
-            matters; with rates near 0.1 (needs three more floats per element).
-        momentum: of sgd (needs two more floats per element).
+        size: fixed: the graft is the k elements with the highest logits. free: the elements with `L > 0`, as published
+        (rounded gamma), of which there are k only at the start.
+        optimizer: `sgd`, or `adam` on the rule's gradients, which moves every logit equally, even if its element
+        matters little; use rates near 0.1 (needs three more floats per element).
+        momentum: for sgd (needs two more floats per element).
         bias: logits start at `bias - S` for members of the start and `S - bias` for the others, S in U[0, 1).
-        seed: of S, and of the global random generator while learning (order of a DataLoader's batches).
+        seed: seeds S, and the global random generator while learning (order of a DataLoader's batches).
 
     Raises:
-        ConfigError: a value outside its range, or momentum that has no effect.
+        ConfigError: a value is outside its range, or momentum has no effect.
     """
 
     lr: float = 2.0

@@ -1,4 +1,5 @@
-"""Several tasks out of one vector: each task's model is the base with its own elements of it (EMR-merging, TALL-masks).
+"""Several tasks from one vector: each task's model is the base plus the task's own elements of the vector (EMR-merging,
+TALL-masks).
 
 `theta_t = theta_pre + scale_t * gamma_t * tau`, where tau is the same for all tasks: a task costs one bit per element
 and one number.
@@ -28,13 +29,13 @@ MASKED_BY = ("emr", "tall_masks")
 
 @dataclass(frozen=True, eq=False)
 class TaskGrafts:
-    """One vector for several tasks, and what each takes of it.
+    """One vector for several tasks, and the part that each task uses.
 
     Attributes:
-        vector: tau. masks: per task its elements, bits alone. scales: per task.
+        vector: tau. masks: the elements of each task, only bits. scales: one per task.
 
     Raises:
-        GraftError: not one mask per scale.
+        GraftError: the numbers of masks and scales differ.
     """
 
     vector: TaskVector
@@ -54,7 +55,7 @@ class TaskGrafts:
         """A task's own model as a graft with values: `graft.apply_to(pretrained)`, `graft.save(path)`.
 
         Raises:
-            GraftError: no such task, or another model. IntegrityError: another base.
+            GraftError: there is no such task, or the model does not fit. IntegrityError: the base is another one.
         """
         if not 0 <= task < len(self):
             raise GraftError(f"task: got {task}, expected 0 to {len(self) - 1}")
@@ -75,7 +76,7 @@ class TaskGrafts:
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> TaskGrafts:
-        """What `save` wrote; the vector is read when it is asked for.
+        """Read a folder written by `save`; the vector is read on demand.
 
         Raises:
             IntegrityError: a file is missing or damaged.
@@ -94,22 +95,22 @@ def task_grafts(
     by: str = "emr",
     threshold: float | Sequence[float] | None = None,
 ) -> TaskGrafts:
-    """The tasks' models by one vector, masks and scales, without data.
+    """Represent the tasks' models by one vector, masks and scales, without data.
 
     Args:
-        pretrained: what the vectors were taken from. by: `emr` (the elected vector, see `hatcl.merge`'s method of that
+        pretrained: the base of the vectors. by: `emr` (the elected vector, see `hatcl.merge`'s method of that
             name and `emr_parts`: Huang et al. 2024, arXiv 2405.17461), or `tall_masks` (the sum of the vectors; all
             scales are 1: Wang et al. 2024, arXiv 2405.07813).
-        threshold: of `tall_masks`, one for all tasks or one per task, by default 0.4.
+        threshold: for `tall_masks`, one for all tasks or one per task, by default 0.4.
 
     Raises:
-        ConfigError: another `by`, thresholds that do not fit, or one for `emr`.
-        GraftError, VectorError: what does not fit together.
+        ConfigError: `by` is unknown, thresholds do not fit, or one is given for `emr`. GraftError, VectorError: models
+            and vectors do not fit together.
     """
     one_of("by", by, MASKED_BY)
     if by == "emr":
         if threshold is not None:
-            raise ConfigError(f"threshold: got {threshold} for emr, which has none; leave it out, or take tall_masks")
+            raise ConfigError(f"threshold: got {threshold} for emr, which has none; leave it out, or use tall_masks")
         vector, parts = merge(vectors, "emr"), emr_parts(vectors)
     else:
         masked = tall_masks(vectors, 0.4 if threshold is None else threshold)

@@ -1,4 +1,4 @@
-"""Scores of every element, from which a graft is taken: the logits that `learn_graft` learns, or any others."""
+"""Scores of every element, from which a graft is made: the logits that `learn_graft` learns, or any others."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from . import files
 from .checks import size_of
 from .graft import Graft
 
-STRIDE = 61  # of the sample from which `top` guesses where the k-th lies; prime, so that it meets all columns
-INFINITE = 0x7F800000  # float32's bits of infinity; read as integers, those of smaller numbers are smaller
+STRIDE = 61  # of the sample from which `top` estimates the k-th value; prime, so that it covers all columns
+INFINITE = 0x7F800000  # float32's bits of infinity; as integers, the bits of smaller numbers are smaller
 
 
 @dataclass(frozen=True, eq=False)
 class GraftScores:
-    """A score per element, the higher the sooner it is in a graft.
+    """A score per element; elements with higher scores enter a graft first.
 
     Attributes:
-        values: name -> the scores, float32 of the tensor's shape, on the CPU: of a learned graft the logits L, where
-            `gamma = sigmoid(L)`.
-        base: name -> digest of the pretrained model's tensor; None = not known.
+        values: name -> the scores, float32 of the tensor's shape, on the CPU; for a learned graft the logits L, where
+        `gamma = sigmoid(L)`.
+        base: name -> digest of the pretrained model's tensor; None = unknown.
 
     Raises:
-        GraftError: no tensor, or scores that are not finite floating-point numbers.
+        GraftError: there is no tensor, or scores are not finite floating-point numbers.
     """
 
     values: dict[str, Tensor]
@@ -44,8 +44,8 @@ class GraftScores:
         for name, x in self.values.items():
             if not x.dtype.is_floating_point:
                 raise GraftError(
-                    f"{name}: got {str(x.dtype).removeprefix('torch.')}, expected floating-point scores; bits become a "
-                    "graft by Graft.from_masks"
+                    f"{name}: got {str(x.dtype).removeprefix('torch.')}, expected floating-point scores; "
+                    "Graft.from_masks makes a graft from bits"
                 )
             bad = int((~torch.isfinite(x)).sum())
             if bad:
@@ -53,14 +53,14 @@ class GraftScores:
         object.__setattr__(self, "values", {n: x.detach().to("cpu", torch.float32) for n, x in self.values.items()})
 
     def graft(self, sparsity: float | None = None, threshold: float | None = None) -> Graft:
-        """The elements of the highest scores, as bits.
+        """The elements with the highest scores, as bits.
 
         Args:
-            sparsity: take exactly `int(sparsity * N)`, of equal ones by the rule of `vectors.select.largest`.
-            threshold: take all above this; 0, a logit's gamma of one half, if neither is given.
+            sparsity: take exactly `int(sparsity * N)`; ties are resolved as in `vectors.select.largest`.
+            threshold: take all above this; if neither is given, 0 (for a logit, gamma = 1/2).
 
         Raises:
-            GraftError: both are given, or what they select is nothing or everything.
+            GraftError: both are given, or they select nothing or everything.
         """
         if sparsity is not None and threshold is not None:
             raise GraftError("got sparsity and threshold; pass one of them")
@@ -82,16 +82,16 @@ class GraftScores:
         return Graft(graft.shapes, graft.indices, None, self.base)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one `.safetensors` file, which says that it holds scores.
+        """Write one `.safetensors` file that declares that it holds scores.
 
         Raises:
-            GraftError: another ending. IntegrityError: the disk is full or not writable.
+            GraftError: the path has another suffix. IntegrityError: the disk is full or not writable.
         """
         return files.write(path, files.SCORES, self.values, {"base": self.base})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> GraftScores:
-        """What `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
             IntegrityError: the file is missing or damaged. GraftError: it holds bits, or something else.
@@ -105,7 +105,7 @@ class GraftScores:
 
 def highest(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     """Bool masks of the k highest scores over all tensors, signs included; exactly k, ties as in
-    `vectors.select.largest`, which orders magnitudes: it is given numbers of the same order that are not negative.
+    `vectors.select.largest`, which orders magnitudes and therefore gets non-negative numbers in the same order.
 
     Args:
         scores: float32, finite.
@@ -116,7 +116,7 @@ def highest(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
         x = scores[name].detach().to(torch.float32)
         if k <= positive:
             return x.clamp(min=0)
-        # all positive ones, and of the others those nearest to zero
+        # all positive scores, and of the others those nearest to zero
         below = INFINITE - 1 - x.abs().contiguous().view(torch.int32)
         return torch.where(x > 0, math.inf, below.view(torch.float32))
 
@@ -126,16 +126,17 @@ def highest(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
 
 
 def top(values: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
-    """Flat indices, on the CPU, of the k highest values over all tensors; ties as in `highest`. To save memory and time
-    a sample of the values tells a bound that some more than k reach, and only these are gathered and ordered."""
+    """Flat indices, on the CPU, of the k highest values over all tensors; ties as in `highest`. To save memory and
+    time, a bound that slightly more than k values reach is estimated from a sample, and only these values are gathered
+    and ordered."""
     sample = torch.cat([values[n].reshape(-1)[::STRIDE].cpu() for n in values])
-    # more than k by five standard deviations of what a random sample would say, a twentieth, and a few
+    # k plus five standard deviations of a random sample's estimate, a twentieth, and a few
     wanted = k + k // 20 + STRIDE * (20 + 5 * math.isqrt(k // STRIDE))
     while True:
         rank = wanted // STRIDE
         bound = float(sample.topk(rank, sorted=False).values.min()) if rank < len(sample) else -math.inf
         found = {}
-        for n in sorted(values):  # the order in which `highest` settles ties
+        for n in sorted(values):  # the order in which `highest` resolves ties
             x = values[n].reshape(-1)
             at = (x >= bound).nonzero().view(-1)
             if len(at):
@@ -149,5 +150,5 @@ def top(values: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
 
 
 def as_small(at: Tensor, kind: Kind) -> Tensor:
-    """Indices as int32 where they fit."""
+    """Indices as int32 if they fit."""
     return at.to(torch.int32) if math.prod(kind.shape) < 2**31 else at

@@ -1,5 +1,5 @@
-"""Which elements a graft may take, and grafts by a score that is known without training: how far an element moved,
-chance, or a score of one's own."""
+"""The elements that a graft may take, and grafts by a score that needs no training: the change of an element, chance,
+or the user's own score."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .graft import Graft
 from .scores import GraftScores, highest
 
 SELECTED_BY = ("magnitude", "random")
-ALWAYS_ON = 0  # the number of the grain `unit`'s group of what no unit owns
+ALWAYS_ON = 0  # in the grain `unit`, the number of the group of elements that no unit owns
 Pairs = Lazy[tuple[Tensor, Tensor]]
 
 
@@ -33,16 +33,15 @@ def candidates(pretrained: TensorSource, finetuned: TensorSource, only: Patterns
 
     Args:
         pretrained, finetuned: modules, state dicts, safetensors files, or folders of them.
-        only: patterns (`fnmatch`) of names, of which one must match; none = all tensors. skip: patterns of names that
-            stay out, such as `*embeddings*` or `classifier.*`. A tied tensor goes by any of its names.
+        only: patterns (`fnmatch`) of names, of which one must match; none = all tensors. skip: patterns of names to
+            leave out, such as `*embeddings*` or `classifier.*`. A tied tensor matches by any of its names.
 
     Returns:
-        name -> (pretrained tensor, fine-tuned tensor), read when asked for; tied tensors once, under the name that
-        stands first.
+        name -> (pretrained tensor, fine-tuned tensor), read on demand; tied tensors once, under their first name.
 
     Raises:
-        GraftError: models that differ in names or shapes. ConfigError: a pattern that matches nothing (with the
-            nearest name), or patterns that leave nothing.
+        GraftError: the models differ in names or shapes. ConfigError: a pattern matches nothing (the text has the
+            nearest name), or no tensor is left.
     """
     try:
         ours, theirs = paired(pretrained, finetuned, only=only, skip=skip)
@@ -64,28 +63,28 @@ def select_graft(
     skip: Patterns = (),
     seed: int = 0,
 ) -> Graft:
-    """The k elements of the highest score, `k = int(sparsity * N)` of all N candidates, exactly; of equal ones by the
-    rule of `vectors.select.largest`. With the defaults the base patch of the paper: the k largest `|theta_ft -
-    theta_pre|` (Panigrahi et al. 2023, arXiv 2302.06600).
+    """The k elements with the highest scores, exactly `k = int(sparsity * N)` of all N candidates; ties are resolved as
+    in `vectors.select.largest`. By default this is the base patch of the paper: the k largest `|theta_ft - theta_pre|`
+    (Panigrahi et al. 2023, arXiv 2302.06600).
 
     Args:
         pretrained, finetuned: as for `candidates`, with `only` and `skip`.
-        by: `magnitude`; `random`; or scores by name, tensors that broadcast over the candidates, the higher the
-            better: what a grain of the map expands, such as TaSL's importance; or `GraftScores`.
+        by: `magnitude`; `random`; or scores by name, tensors that broadcast over the candidates, where higher is
+        better, such as TaSL's importance expanded from a grain of the map; or `GraftScores`.
         per_layer: `int(sparsity * n)` of each tensor's n elements instead.
-        grain: `element`, or another grain of the map: then whole groups, in the order of their mean score, each that
-            still fits into what is left of k. Elements that the grain does not cover stay out; of `unit` those
-            that no unit owns do, too.
-        unit_map: of the model, for the grain `unit`. seed: of `random`, and of the grain `partition:K`; any whole
+        grain: `element`, or another grain of the map: then whole groups are taken in the order of their mean score,
+        each if it still fits into the rest of k. Elements that the grain does not cover stay out, and for `unit` also
+        those that no unit owns.
+        unit_map: the model's map, for the grain `unit`. seed: seeds `random` and the grain `partition:K`; any whole
             number from 0.
 
     Returns:
         A graft with the fine-tuned values.
 
     Raises:
-        GraftError: models that do not fit each other or do not differ, elements that are not finite, a sparsity that
-            selects nothing or everything, scores that do not fit the candidates.
-        ConfigError: patterns that match nothing, an unknown rule or grain.
+        GraftError: the models do not fit each other or do not differ, elements are not finite, the sparsity selects
+            nothing or everything, or scores do not fit the candidates. ConfigError: a pattern matches nothing, or the
+            rule or grain is unknown.
     """
     whole("seed", seed, 0)
     why = no_pairs(pretrained) if grain == "lora_pair" else None
@@ -108,7 +107,7 @@ def select_graft(
 
 
 def filled(pairs: Pairs, at: Mapping[str, Tensor]) -> Graft:
-    """The graft of these flat indices, with values, and with the digests of the tensors that it changes."""
+    """The graft at these flat indices, with values and the digests of the tensors that it changes."""
     values, base = {}, {}
     for name, i in at.items():
         if len(i):
@@ -120,7 +119,7 @@ def filled(pairs: Pairs, at: Mapping[str, Tensor]) -> Graft:
 
 
 def check_moved(pairs: Pairs) -> None:
-    """Raise `GraftError` where the difference is zero everywhere, or not finite somewhere."""
+    """Raise `GraftError` if the difference is zero everywhere, or not finite somewhere."""
     moved = False
     for name in pairs:
         d = change_of(pairs[name])
@@ -133,8 +132,8 @@ def check_moved(pairs: Pairs) -> None:
         moved = moved or bool(d.any())
     if not moved:
         raise GraftError(
-            f"the two models are equal in all {len(pairs)} tensors that take part, so there is nothing to graft; was "
-            "the model fine-tuned in place, and are the tensors that were trained among only=, outside skip=?"
+            f"the two models are equal in all {len(pairs)} participating tensors, so there is nothing to graft; was "
+            "the model fine-tuned in place, or do only= and skip= leave out the trained tensors?"
         )
 
 
@@ -146,18 +145,19 @@ def change_of(pair: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def seed_of(*words: object) -> int:
-    """A seed for torch's generators of a purpose, a seed of any size, and whatever else tells draws apart. (Two seeds
-    that agree in their low 32 bits are one to torch's generator on the CPU.)"""
+    """A seed for torch's generators, made from a purpose, a seed of any size, and anything else that distinguishes
+    draws. (torch's CPU generator uses only the low 32 bits of a seed.)"""
     return int.from_bytes(hashlib.sha256(":".join(map(str, words)).encode()).digest()[:4], "little")
 
 
 def drawn(shape: Sequence[int], purpose: str, seed: int, name: str) -> Tensor:
-    """Numbers in [0, 1) for one tensor: always the same ones, and others for each purpose, seed and name."""
+    """Numbers in [0, 1) for one tensor: always the same for the same purpose, seed and name, and different
+    otherwise."""
     return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed_of(purpose, seed, name)))
 
 
 def _element_scores(pairs: Pairs, by: str | Mapping[str, Tensor], seed: int) -> Lazy[Tensor]:
-    """Scores of all elements, made when asked for."""
+    """Scores of all elements, made on demand."""
     make: Callable[[str], Tensor]
     if isinstance(by, Mapping):
         _check_scores(pairs, by)
@@ -220,7 +220,7 @@ def _per_layer(scores: Lazy[Tensor], sparsity: float) -> dict[str, Tensor]:
     if not at:
         largest_one = max(_numel(k) for k in scores.kinds.values())
         raise GraftError(
-            f"sparsity: {sparsity!r} selects nothing of any tensor, the largest of which has {largest_one:,} elements; "
+            f"sparsity: {sparsity!r} selects no element of any tensor; the largest has {largest_one:,} elements; "
             f"pass at least {1 / largest_one:.2g}, or per_layer=False"
         )
     return at
@@ -239,8 +239,8 @@ def _groups(scores: Lazy[Tensor], k: int, name: str, unit_map: UnitMap | None, s
     if left == k:
         smallest = min(s for s in sizes if s)
         raise GraftError(
-            f"sparsity: {k:,} elements are less than the smallest of {grain.size} groups of the grain {name} has, "
-            f"{smallest:,}; pass a larger sparsity or a finer grain"
+            f"sparsity: {k:,} elements are fewer than the {smallest:,} of the smallest of {grain.size} groups of "
+            f"the grain {name}; pass a larger sparsity or a finer grain"
         )
     masks = grain.expand(on)
     return {n: m.expand(grain.shapes[n]).reshape(-1).nonzero().view(-1) for n, m in masks.items()}

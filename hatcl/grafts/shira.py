@@ -1,5 +1,5 @@
-"""Grafts as adapters of peft: SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175), some elements of a linear layer's weight
-with what is added to each."""
+"""Grafts as adapters of peft: SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175) holds some elements of a linear layer's
+weight and the number to add to each."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from ..vectors.tensors import TensorSource, named_tensors
 from ..vectors.to_lora import peft_targets
 from . import inplace
 
-Elements = tuple[Tensor, Tensor]  # flat indices, int64, and the values there
+Elements = tuple[Tensor, Tensor]  # (flat indices in int64, values)
 PREFIX, AT, BY = "base_model.model.", ".shira_indices", ".shira_weight"
 
 
 @dataclass(frozen=True)
 class ShiraReport:
-    """What an adapter holds of a graft.
+    """The parts of a graft that an adapter holds.
 
     Attributes:
-        folder: of the adapter. rank: SHiRA's r; a layer's weight `[m, n]` has r (m + n) elements, zeros among them.
-        elements: of the graft, in the weights of linear layers. in_full: the modules that are stored whole, since
-            SHiRA has no place for what the graft has of them.
-        error: the largest difference of any of the elements, since `pretrained + difference` rounds; 0 of what is
-            stored whole.
+        folder: the adapter's folder. rank: SHiRA's r; a layer's weight `[m, n]` has r (m + n) elements, including
+            zeros. elements: the graft's elements in the weights of linear layers. in_full: the modules that are stored
+            in full, since SHiRA has no place for the graft's elements of them. error: the largest error of an element
+            due to the rounding of `pretrained + difference`; modules stored in full have none.
     """
 
     folder: Path
@@ -47,16 +46,16 @@ class ShiraReport:
 def write_shira(
     base: nn.Module, found: Mapping[str, Elements], folder: Path, name_or_path: str | None = None
 ) -> ShiraReport:
-    """What `Graft.to_peft` says.
+    """See `Graft.to_peft`.
 
     Args:
-        found: the model's name of a tensor -> the elements that change.
+        found: the model's name of a tensor -> the elements to change.
     """
     names, full = _sparse_places(base, list(found))
     shapes = {n: base.get_parameter(n).shape for n in names}
     needed = {n: math.ceil(len(found[n][0]) / sum(shape)) for n, shape in shapes.items()}
     crowded: list[str] = []
-    while True:  # the layer with the most elements sets the rank for all; what has no room for so many is stored whole
+    while True:  # the layer with the most elements sets the rank for all; layers too small for it are stored in full
         full = _with_namesakes(base, [*full, *(n.rpartition(".")[0] for n in crowded)])
         linear = {n: s for n, s in shapes.items() if not any(_part_called(n, module) for module in full)}
         rank = max((needed[n] for n in linear), default=0)
@@ -66,8 +65,8 @@ def write_shira(
             break
     if not linear:
         raise GraftError(
-            "the graft has no elements that SHiRA has a place for: a part of the weight of a linear layer whose bias "
-            "stays. Save it with graft.save(path), or the whole model after apply_to"
+            "the graft has no elements that SHiRA can hold: part of the weight of a linear layer whose bias does "
+            "not change. Save it with graft.save(path), or the whole model after apply_to"
         )
     tensors, error = {}, 0.0
     for name, shape in linear.items():
@@ -103,7 +102,7 @@ def write_shira(
 
 
 def _sparse_places(base: nn.Module, names: list[str]) -> tuple[list[str], list[str]]:
-    """The weights of linear layers, and the modules that other parameters belong to."""
+    """The weights of linear layers, and the modules of the other parameters."""
     holders = Counter(id(p) for m in base.modules() for p in m.parameters(recurse=False))
     attention = [path for path, m in base.named_modules() if isinstance(m, nn.MultiheadAttention)]
     linear, full = [], []
@@ -111,7 +110,8 @@ def _sparse_places(base: nn.Module, names: list[str]) -> tuple[list[str], list[s
         path, _, own = name.rpartition(".")
         if holders[id(base.get_parameter(name))] > 1:
             raise GraftError(
-                f"{name} is held by several layers, of which peft would change one; untie them first, or leave it out "
+                f"{name} is shared by several layers, of which peft would change only one; untie them first, or "
+                "leave it out "
                 f"of the graft (select_graft(..., skip={name!r}))"
             )
         whole = next((a for a in attention if _part_called(name, a)), None)  # which does not call its own layers
@@ -122,7 +122,7 @@ def _sparse_places(base: nn.Module, names: list[str]) -> tuple[list[str], list[s
     if "" in full:
         own = next(n for n in names if "." not in n)
         raise GraftError(
-            f"{own} belongs to no layer but to the model itself, which peft has no place for; leave it out of the "
+            f"{own} belongs to the model itself rather than a layer, which peft cannot store; leave it out of the "
             f"graft (select_graft(..., skip={own!r}))"
         )
     return linear, full
@@ -133,23 +133,23 @@ def _part_called(name: str, module: str) -> bool:
 
 
 def _with_namesakes(base: nn.Module, modules: list[str]) -> list[str]:
-    """With the modules that peft takes as well, since their paths end in the same letters; the outer ones alone."""
+    """The modules plus those that peft also matches, since their paths end in the same letters; only the outer ones."""
     paths = [path for path, _ in base.named_modules() if path]
     taken = [path for path in paths if any(path.endswith(m) for m in modules)]
     return [path for path in taken if not any(_part_called(path, outer) for outer in taken)]
 
 
 def _added_up(own: Tensor, way: Tensor) -> Tensor:
-    """As a dense and a sparse tensor are added: in float32 or wider, and rounded to the dense one's type."""
+    """Add a dense and a sparse tensor as peft does: in float32 or wider, then rounded to the dense one's type."""
     return (own.to(torch.promote_types(own.dtype, way.dtype)) + way).to(own.dtype)
 
 
 def read_shira(folder: Path, pretrained: TensorSource) -> dict[str, Elements]:
-    """The elements that a folder of a SHiRA adapter changes, with the values they then have. See `Graft.from_peft`."""
+    """The elements that a folder with a SHiRA adapter changes, with their new values. See `Graft.from_peft`."""
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "SHIRA":
         raise GraftError(
-            f"{folder}: the adapter is {config.get('peft_type')}, expected SHIRA; of LoRA take "
+            f"{folder}: the adapter is {config.get('peft_type')}, expected SHIRA; for LoRA use "
             "TaskVector.between(pretrained, folder)"
         )
     stored, ours = named_tensors(folder / WEIGHTS), named_tensors(pretrained)
@@ -161,12 +161,12 @@ def read_shira(folder: Path, pretrained: TensorSource) -> dict[str, Elements]:
         layer = name.removesuffix(BY)
         name = f"{layer}.weight" if name.endswith(BY) else name
         if name not in ours:
-            raise GraftError(f"{folder}: changes {name}, which the pretrained model lacks; pass the adapter's own base")
+            raise GraftError(f"{folder} changes {name}, which the pretrained model lacks; pass the adapter's own base")
         t = ours[name].detach()
         if key.endswith(BY):
             where = PREFIX + layer + AT
             if where not in stored or stored[where].shape != (2, len(stored[key])) or t.dim() != 2:
-                raise IntegrityError(f"{folder}: {layer} has no indices that fit its values; save the adapter again")
+                raise IntegrityError(f"{folder}: {layer} lacks indices that match its values; save the adapter again")
             at = stored[where][0].long() * t.shape[1] + stored[where][1].long()
             if len(at) and not 0 <= int(at.min()) <= int(at.max()) < t.numel():
                 raise GraftError(

@@ -1,4 +1,4 @@
-"""What a model computes with while its graft is learned: hard or soft gamma, with everything kept that it had."""
+"""The weights of a model while its graft is learned, with hard or soft gamma; the original ones are kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .selection import Pairs, change_of
 
 
 class HardWeights:
-    """The pretrained tensors, with fine-tuned values at the members of a mask. What was there is kept."""
+    """The pretrained tensors, with fine-tuned values at the members of a mask. The original values are kept."""
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
@@ -50,7 +50,7 @@ class HardWeights:
 
 
 class SoftWeights:
-    """`theta_pre + sigmoid(L) * delta`, as published. What was there is kept, a copy of all candidates."""
+    """`theta_pre + sigmoid(L) * delta`, as published. The original values are kept as a copy of all candidates."""
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs

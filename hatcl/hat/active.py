@@ -1,8 +1,8 @@
-"""Which task is active: the one that this context chose, else the model's default; and, where activations are
-recomputed in a backward pass, the one that their forward pass had.
+"""The active task: the one that this context chose, else the model's default; and, when activations are recomputed in a
+backward pass, the task of their forward pass.
 
 A choice (`with hatcl.task(...)`) belongs to the context (`contextvars`): to a thread, to an asyncio task. A new thread
-starts without any and follows the default that `hatcl.set_task` sets for all of them.
+starts without a choice and follows the default that `hatcl.set_task` sets for all threads.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class _Choice:
 
 
 class Choices(NamedTuple):
-    """What a context chose, the last first. saying: one object for all choices that say the same, of whatever time and
-    thread: by it something that was kept is found again."""
+    """The choices of a context, the last first. saying: one object for all equal choices, at any time and in any
+    thread; it is the key of cached values."""
 
     made: tuple[_Choice, ...]
     saying: Any
@@ -43,14 +43,14 @@ CHOICES: ContextVar[Choices] = ContextVar("hatcl_active_task", default=_NONE)
 
 @contextlib.contextmanager
 def choose(keys: Collection[int], task: Any) -> Iterator[None]:
-    """Inside, in this context alone, `task` is active for the gates with these keys: an index, None, or a tensor that
+    """Inside, only in this context, `task` is active for the gates with these keys: an index, None, or a tensor that
     stands for several (see `hatcl.forward`)."""
     mine = _Choice(frozenset(keys), task)
     _choose((mine, *CHOICES.get().made))
     try:
         yield
     finally:
-        # not by a token: a generator may be closed in another context than the one that it was started in
+        # without a token: a generator may be closed in another context than it was started in
         _choose(tuple(c for c in CHOICES.get().made if c is not mine))
 
 
@@ -66,7 +66,7 @@ def _one(saying: Any) -> Any:
 
 
 def chosen_task(key: int, default: int | None) -> Any:
-    """What this context chose for the gates with this key, else the default."""
+    """The task that this context chose for the gates with this key, else the default."""
     for choice in CHOICES.get().made:
         if key in choice.keys:
             return choice.task
@@ -74,7 +74,7 @@ def chosen_task(key: int, default: int | None) -> Any:
 
 
 def is_chosen(key: int) -> bool:
-    """Did this context choose a task for the gates with this key?"""
+    """Whether this context chose a task for the gates with this key."""
     return any(key in choice.keys for choice in CHOICES.get().made)
 
 
@@ -90,11 +90,11 @@ _MIXED = -1
 
 
 def of_forward(key: int, task: int | None, training: bool) -> int | None:
-    """The task that a read of gates in this place means: `task`, or that of the forward whose activations are
-    recomputed now.
+    """The task for a read of gates at this point: `task`, or that of the forward whose activations are being
+    recomputed.
 
     Raises:
-        TaskError: a recomputation whose forward's task cannot be told.
+        TaskError: the task of a recomputation's forward cannot be determined.
     """
     with_grad = torch.is_grad_enabled()
     if with_grad and torch._C._current_graph_task_id() != -1:

@@ -1,4 +1,4 @@
-"""A task's adapter out of gates over LoRA pairs, as peft knows it."""
+"""A task's adapter in peft's form, made from gates over LoRA pairs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .tasks import check_task, task
 
 @contextlib.contextmanager
 def as_adapter(model: nn.Module, index: int) -> Iterator[None]:
-    """Inside, the shared tensors are a task's own: pairs that it does not use are zero, heads and running statistics
-    are its copies. So what peft writes is an ordinary adapter that computes what the task computes:
+    """Inside, the shared tensors hold one task: pairs that it does not use are zero, heads and running statistics are
+    its copies. So peft writes an ordinary adapter that computes the same as the task:
 
         with hatcl.as_adapter(model, 0):
             model.save_pretrained("adapters/first")
 
-    Outside of the block `model.save_pretrained` writes the model with all its tasks. Afterwards every bit is as before.
+    Outside the block `model.save_pretrained` writes the model with all its tasks. Afterwards every bit is as before.
 
     Args:
-        model: what `hatcl.convert` made of a peft model. index: a sealed task.
+        model: a peft model converted by `hatcl.convert`. index: a sealed task.
 
     Raises:
-        TaskError: no such sealed task, or gates over more than LoRA pairs.
+        TaskError: there is no such sealed task, or the gates cover more than LoRA pairs.
 
     Warns:
         UserWarning: batch norms whose running statistics are the task's own, which peft writes only for
@@ -60,7 +60,7 @@ def as_adapter(model: nn.Module, index: int) -> Iterator[None]:
             stacklevel=3,
         )
     kept: list[tuple[Tensor, Tensor]] = [(h.param, h.param.clone()) for h in gated]
-    copies = [(m, m._modules.pop("hat_tasks")) for m in layers.values()]  # of all tasks: no part of this adapter
+    copies = [(m, m._modules.pop("hat_tasks")) for m in layers.values()]  # not part of this adapter
     try:
         with task(model, None), given_back(model):
             with torch.no_grad():

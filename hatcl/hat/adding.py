@@ -22,11 +22,11 @@ from .tasks import check_task
 
 @dataclass(frozen=True)
 class AddedTasks:
-    """What `add_tasks` made room for.
+    """The room that `add_tasks` made.
 
     Attributes:
-        tasks: the indices of the new tasks. classes: path of a head that got widths of its own -> one per new task.
-        elements: how many parameter elements each new task has of its own (embeddings, heads, norms).
+        tasks: the indices of the new tasks. classes: path of a head with its own widths -> one width per new task.
+            elements: the number of parameter elements that belong only to each new task (embeddings, heads, norms).
     """
 
     tasks: list[int]
@@ -44,7 +44,8 @@ class AddedTasks:
 
 
 def task_parameters(model: nn.Module, task: int) -> list[nn.Parameter]:
-    """What only this task has: its embeddings, heads and norms. For `optimizer.add_param_group` after `add_tasks`."""
+    """The parameters that only this task has: its embeddings, heads and norms. For `optimizer.add_param_group` after
+    `add_tasks`."""
     task = check_task(model, task)
     return [h.param for h in held(model) if h.task == task]
 
@@ -54,12 +55,13 @@ def add_tasks(model: nn.Module, count: int, num_classes: Classes | Mapping[str, 
     `optimizer.add_param_group({"params": hatcl.task_parameters(model, t)})`.
 
     Args:
-        num_classes: how many classes the new tasks have, a number or one per new task; default: those of the plain
-            model. Of a model with several heads name those that are meant: `{"cls": [3, 7]}`.
+        num_classes: the number of classes of the new tasks, one number or one per new task; default: the plain model's.
+            For a model with several heads name the heads: `{"cls": [3, 7]}`.
 
     Raises:
-        TaskError: no such count. ConfigError: there is no such head, or its width cannot differ; nothing is added.
-        HATError: parameters that are shards.
+        TaskError: the count is below 1. ConfigError: there is no such head, or its width cannot differ; nothing is
+        added.
+        HATError: parameters are shards.
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise TaskError(f"count: got {count!r}, expected at least 1")

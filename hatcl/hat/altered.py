@@ -152,7 +152,7 @@ class Altered:
             done.written = len(blocks)
 
     def _shift(self, x: Tensor, top: float) -> tuple[int, int] | None:
-        """What is added to the bits of a tensor's elements, and the bits of the exponent that zeros get; None where the
+        """The number to add to the bits of a tensor's elements, and the bits of the exponent for zeros; None where the
         smallest element would not stay a normal number, or not every element is finite."""
         mantissa, width = FIELDS[x.dtype]
         exponents, first, last = _exponents(x), 1 << width, 0

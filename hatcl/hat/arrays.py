@@ -1,5 +1,5 @@
-"""Array masks: q x q tasks, each with a q-th of every layer's units, of which no two share an element that has a unit
-at both ends.
+"""Array masks: q x q tasks, each with a q-th of every layer's units, where no two tasks share an element that has a
+unit at both ends.
 
 A layer's units are dealt in turn to q groups, so that every group has units in every convolution group and every head.
 Layers that read each other get different colours. Task `t = i q + j` uses group `(a i + b j) mod q` of a layer whose
@@ -8,8 +8,8 @@ determinant of any two of them has an inverse mod q, so two tasks that agree in 
 end of an element is then common to two tasks, unless the element reads the layer that it writes (recurrent weights).
 
 An element with one end would be common to the q tasks of its colour. Biases, layer scales and depthwise kernels are
-therefore copied per task. What reads the input itself, the stem, is not: it has the colour (1, 0), which stays the same
-over q tasks in a row, and is learned by the first of them.
+therefore copied per task. The stem, which reads the input itself, is not: it has the colour (1, 0), which stays the
+same over q consecutive tasks, and the first of them learns it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ EXEMPT = "reads the layer that it writes, so that tasks share some of its elemen
 
 
 def with_own_ends(unit_map: UnitMap, model: nn.Module) -> UnitMap:
-    """The map for array masks: every task has its own copy of what has a unit at one end only, the stem excepted. What
-    reads the layer that it writes is noted."""
+    """The map for array masks: every task has its own copy of elements with a unit at only one end, except the stem.
+    Elements that read the layer that they write are noted."""
     stem = set(_stem(model))
     own = {name for name, e in unit_map.entries.items() if _one_ended(e) and name not in stem}
     made = unit_map.with_copies(own, ONE_END)
@@ -62,8 +62,8 @@ def array_masks(unit_map: UnitMap, q: int, tasks: int, growths: Sequence[Growth]
     """For each task its mask, `[U]` bool.
 
     Args:
-        unit_map: of the network as it was converted. growths: what it has grown by since. Units keep their groups, and
-            a layer's new ones are dealt to all groups in turn.
+        unit_map: the network's map at conversion. growths: its growths since then. Units keep their groups, and a
+            layer's new ones are dealt to all groups in turn.
 
     Raises:
         ConfigError: a layer or a convolution group has fewer than q units, no element has two ends, or there are too
@@ -106,7 +106,7 @@ def _layer_name(name: str) -> str:
 
 
 def _layer_numbers(unit_map: UnitMap) -> np.ndarray:
-    """`[U + 1]`: the layer of each unit; -1 for what is always on."""
+    """`[U + 1]`: the layer of each unit; -1 for elements that are always on."""
     layer = np.full(unit_map.num_units + 1, -1)
     for i, (_, start, stop) in enumerate(unit_map.layers):
         layer[start:stop] = i
@@ -122,8 +122,8 @@ def _ends(entry: Entry, layer: np.ndarray) -> tuple[set[int], set[int]]:
 
 
 def _coloured(unit_map: UnitMap, q: int) -> list[tuple[int, int]]:
-    """A colour per layer, another one than those of the layers that it reads and that read it: greedily, first where
-    the fewest are left (Brelaz 1979, doi 10.1145/359094.359101)."""
+    """A colour per layer that differs from those of the layers that it reads and that read it, assigned greedily, first
+    where the fewest are left (Brelaz 1979, doi 10.1145/359094.359101)."""
     prime = next(n for n in range(2, q + 1) if q % n == 0)
     palette = [(1, 0), (0, 1), *((1, k) for k in range(1, prime))]
     layer = _layer_numbers(unit_map)

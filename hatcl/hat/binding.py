@@ -1,4 +1,4 @@
-"""What ties a layer's parameters to units of its gates."""
+"""Bindings of a layer's parameters to units of its gates."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Units:
         return None if task is None else self.gate_of(task)
 
     def once(self, task: Any, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` makes of a task's gates of these units: once for a sealed task. While gates are
+        """The result of `make` for a task's gates of these units, computed once for a sealed task. While gates are
         learned it is made at each call: its graph is freed by the first backward through it."""
         gates = self.gates
         if F.is_followed() or gates.is_open(task):
@@ -204,8 +204,8 @@ def _in_turn(off: Tensor, rows: int) -> Tensor:
 
 @dataclass
 class Binding:
-    """What ties a layer to gates. others: those of the units that it reads, where they are not the same ones (layers by
-    hand). output: units (and their dimension) that the layer's output is multiplied with.
+    """The binding of a layer to gates. others: those of the units that it reads, where they are not the same ones
+    (layers by hand). output: units (and their dimension) that the layer's output is multiplied with.
     norm: units (and their dimension) over which a norm takes its statistics; dirty: its input is not zero where off.
     buffers: those that a training forward writes, of which every task has its own. path: where the module was when it
     was converted. shapes: of its parameters then.
@@ -229,15 +229,15 @@ class Binding:
     sizes: dict[str, Any] = field(default_factory=dict)
 
     def under(self, task: Any) -> Binding:
-        """What binds the layer under a task: as it was when the task was sealed, if the network has grown since."""
+        """The binding under a task: that at the task's sealing, if the network has grown since."""
         return self.at(self.gates.stage_of(task)) if self.formers else self
 
     def at(self, stage: int) -> Binding:
-        """What binds the layer after so many growths."""
+        """The binding after this many growths."""
         return self.formers[stage] if stage < len(self.formers) else self
 
     def placed(self, name: str, x: Tensor) -> Tensor:
-        """What a tensor of now was before the network grew."""
+        """The part of a current tensor that existed before the network grew."""
         spread = self.spreads.get(name)
         return x if spread is None else spread.of_before(x)
 
@@ -271,7 +271,8 @@ class Binding:
         return kept
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` makes of the gates and the active task alone: once, where that may be kept."""
+        """The result of `make`, which depends only on the gates and the active task; computed once if it may be
+        kept."""
         kept = self.of_now()
         if kept is None:
             return make()
@@ -283,7 +284,7 @@ class Binding:
         return kept[key]
 
     def seen(self, name: str, kept: dict[Any, Any]) -> Tensor | None:
-        """What a read of a parameter or buffer gave before, if it would give the same now. kept: `of_now`."""
+        """The result of an earlier read of a parameter or buffer, if a read would give the same now. kept: `of_now`."""
         hit = kept.get(name)
         if hit is None:
             return None
@@ -299,7 +300,7 @@ class Binding:
         make: Callable[[], Tensor],
         key: str = "",
     ) -> Tensor:
-        """What `make` makes of the tensor `name` of a module, to be `seen` again.
+        """The result of `make` for the tensor `name` of a module, kept for `seen`.
 
         Args:
             place: the dictionary that it is in, so that another tensor in its place is noticed. kept: what `of_now`

@@ -28,7 +28,7 @@ assert _layers
 
 
 class _Plan:
-    """How each module of a plain model is bound to gates on a map. Nothing of the model is changed."""
+    """The plan of how each module of a plain model is bound to gates on a map. The model is not changed."""
 
     def __init__(self, model: nn.Module, unit_map: UnitMap, gates: Gates) -> None:
         self.unit_map, self.gates = unit_map, gates
@@ -75,7 +75,7 @@ class _Plan:
     def _add_parameter(
         self, hat: Binding, layer: type[Any], name: str, p: nn.Parameter, norm: NormInput | None
     ) -> None:
-        """Which axes of a parameter fold their gate, and what the layer's output is multiplied with instead."""
+        """Choose the axes of a parameter that fold their gate; other gates multiply the layer's output."""
         entry = self.unit_map.entries[self._names[id(p)]]
         hat.shapes[name] = entry.shape
         if entry.shape != tuple(p.shape):
@@ -107,7 +107,7 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
     """Turn `model` into a HAT model on this map, in place. Everything is planned before anything is swapped.
 
     Raises:
-        ConversionError: the map is that of another model.
+        ConversionError: the map belongs to another model.
     """
     some = next(model.parameters(), torch.zeros(()))
     with torch.device("cpu" if some.is_meta else some.device):
@@ -132,7 +132,7 @@ def build(model: nn.Module, unit_map: UnitMap, config: HATConfig) -> nn.Module:
 
 
 def _before_forward(model: nn.Module, args: Any) -> None:
-    """A copy that is averaged with a model that is learning keeps what is frozen as the model has it."""
+    """In a copy that is averaged with a learning model, keep frozen elements as the model has them."""
     if torch.compiler.is_compiling():
         return
     gates = model._modules[GATES]
@@ -161,7 +161,7 @@ def _take_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, *a
     assert isinstance(gates, Gates)
     masks = state.get(f"{prefix}{GATES}.masks")
     if masks is not None and len(masks) != gates.num_tasks:
-        args[-1].append(_other_tasks(len(masks), gates.num_tasks))  # what torch's error will say
+        args[-1].append(_other_tasks(len(masks), gates.num_tasks))  # the text of torch's error
     if any(f"{GATES}." in name or "hat_tasks." in name for name in state) or bool(gates.order.any()):
         return
     for name, value in model.state_dict(prefix=prefix).items():
@@ -174,10 +174,11 @@ def _take_plain_weights(model: nn.Module, state: dict[str, Any], prefix: str, *a
 def _other_tasks(stored: int, ours: int) -> str:
     if stored > ours:
         return (
-            f"the state is of a model with room for {stored} tasks, this one has room for {ours}; call "
+            f"the state belongs to a model with room for {stored} tasks, this one has room for {ours}; call "
             f"hatcl.add_tasks(model, {stored - ours}), and load it then"
         )
     return (
-        f"the state is of a model with room for {stored} tasks, this one has room for {ours}; load it into a model "
+        f"the state belongs to a model with room for {stored} tasks, this one has room for {ours}; load it into a "
+        "model "
         f"that was converted with num_tasks={stored}, and call hatcl.add_tasks(model, {ours - stored}) then"
     )

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # Ordinary large values: a product of two of them is finite in the type.
 MAGNITUDE = {torch.float16: 1e2, torch.bfloat16: 1e3}
-# What differs in bits and not as a number (the sign of a zero, a NaN's payload) differs by the smallest number.
+# Values that differ in bits but not as numbers (the sign of a zero, a NaN's payload) count as the smallest difference.
 SMALLEST = 5e-324
 ROWS = 2  # of a batch, where what is proved on all of it is proved once more in another mode
 DRAWN = 1_000_003  # a prime
@@ -270,7 +270,7 @@ def _autocast(model: nn.Module, inputs: Any) -> Iterator[_Mode]:
 
 
 class _Proof:
-    """What has been found out about each sealed task of a copy."""
+    """The findings about each sealed task of a copy."""
 
     def __init__(self, trial: nn.Module, tasks: list[int]) -> None:
         self.trial, self.tasks = trial, tasks
@@ -300,7 +300,8 @@ class _Proof:
                     )
 
     def live(self, model: nn.Module, plain: _Mode) -> None:
-        """Every task on the model itself, in two orders, beside the copy, which keeps nothing from earlier forwards."""
+        """Every task on the model itself, in two orders, compared with the copy, which keeps nothing from earlier
+        forwards."""
         want = {t: self.known.get((plain.name, t)) or self.run(plain, t) for t in self.tasks}
         were = [(m, m.training) for m in model.modules()]
         try:
@@ -309,7 +310,7 @@ class _Proof:
             kept = [(hat.cache, dict(hat.cache)) for m, _ in were if (hat := m.__dict__.get("_hat")) is not None]
             first = sorted({hit[0][0] for _, was in kept for hit in was.values()} & set(self.tasks))
             for i, t in enumerate([*first, *reversed(self.tasks), *self.tasks]):
-                if i < len(first):  # what is kept now is of these tasks, and serving one replaces that of the others
+                if i < len(first):  # the kept values belong to these tasks; serving one replaces the others'
                     for cache, was in kept:
                         cache.update(was)
                 with torch.no_grad():
@@ -318,13 +319,13 @@ class _Proof:
                     where = compare_outputs(want[t], got)[1]
                     self.run(plain, t)
                     spoilt = _spoilt(model, self.trial)
-                    for cache, was in kept:  # it is computed anew from now on
+                    for cache, was in kept:  # it is computed again from now on
                         cache.clear()
                         was.clear()
                     self._because(
                         f"The model itself computes another {where} for task {t} than a copy of it: something wrote to "
-                        f"what it keeps from earlier forwards{f' ({spoilt})' if spoilt else ''}. The model has "
-                        "computed that anew now; write to parameters themselves, never to what a layer reads under a "
+                        f"what it keeps from earlier forwards{f' ({spoilt})' if spoilt else ''}. The model has now "
+                        "recomputed it; write to parameters themselves, never to what a layer reads under a "
                         "task"
                     )
         finally:

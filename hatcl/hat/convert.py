@@ -56,38 +56,38 @@ def convert(
     unit_map: UnitMap | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """A HAT model that computes what `model` computes, bit for bit, while no task is active. `model` stays as it was.
+    """Make a HAT model that computes the same as `model`, bit for bit, while no task is active. `model` stays as it
+    was.
 
-    What is verified runs on the result itself, whose parameters are overwritten where they are and put back bit for bit
-    (see `hat/altered.py`), so that above the source there is one copy of the weights, the result, and little more.
+    Verification runs on the result itself, whose parameters are overwritten in place and restored bit for bit (see
+    `hat/altered.py`), so memory holds only one copy of the weights in addition to the source: the result.
 
     Args:
-        num_tasks: how many tasks to make room for; default: the config's.
-        example_inputs: what the model's forward takes: a tensor, a tuple (positional) or a dict (keywords).
-        num_classes: how many classes the tasks have, a number or one per task: the head's copies get these widths. Of a
-            model with several heads name those that are meant: `{"cls": [3, 7]}`; the others stay as they are.
+        num_tasks: the number of tasks to make room for; default: the config's. example_inputs: inputs of the model's
+        forward: a tensor, a tuple (positional) or a dict (keywords). num_classes: the number of classes of the tasks,
+        one number or one per task: the head's copies get these widths. For a model with several heads name the heads:
+        `{"cls": [3, 7]}`; the others stay as they are.
         config: options; a `HATConfig` or a mapping of them.
-        masks: gates that tasks are given instead of learning them (see `hatcl.hold_gates`): for each task a mapping of
-            layers' names, as `hatcl.describe` has them, to `[U]` bool, or a function of (task, layer, units) that gives
-            one. The config then says masks="given".
-        mask_inputs: give each input feature a gate, too, so that a task learns which of them it needs. The model comes
-            back inside of a `MaskedInputs`, as its attribute `model`; `made.features_of(task)` says which features a
-            task looks at. Features that the network does not tell apart (the pixels of an image that convolutions
-            read) have one gate in common; for single pixels put a `hatcl.HATMask` in front.
-        verify: run the certificate's attack once with random gates before handing the model over (M7). Compared with
-            the source are evaluation on all of `example_inputs` and training on two rows of them; attacked is a random
-            half of the units on all of them and the other half on two rows; cut down to each half, the model is run on
-            two rows.
-        unit_map: a map found earlier, instead of tracing.
+        masks: gates for the tasks, instead of learned ones (see `hatcl.hold_gates`): for each task a mapping from
+        layers' names, as in `hatcl.describe`, to `[U]` bool, or a function of (task, layer, units) that returns one.
+        The config then has masks="given".
+        mask_inputs: also give each input feature a gate, so that a task learns which features it needs. The result is a
+        `MaskedInputs` with the model as its attribute `model`; `made.features_of(task)` returns the features that a
+        task uses. Features that the network does not distinguish (the pixels of an image that convolutions read) share
+        one gate; for single pixels put a `hatcl.HATMask` in front.
+        verify: run the certificate's attack once with random gates before returning the model (M7). Evaluation on all
+        of `example_inputs` and training on two rows of them are compared with the source; a random half of the units is
+        attacked on all of them and the other half on two rows; the model cut down to each half is run on two rows.
+        unit_map: an existing map, instead of tracing.
         inplace: convert `model` itself, without a second copy of its weights, and return it. Its parameters stay the
-            same objects, so that an optimizer that holds them still does; give it the tasks' own as well
+            same objects, so an optimizer keeps them; add the tasks' own parameters to it as well
             (`optimizer.add_param_group({"params": hatcl.task_parameters(model, task)})`). A failure or an interruption
             leaves the model as it was, bit for bit. No other thread may use it meanwhile.
 
     Raises:
         ConversionError: the forward fails on the example inputs, or the model cannot be converted; names the module.
-        ConfigError: options; masks that the network has no room for, with the layer's name. TaskError: `masks` that do
-            not fit; names task and layer.
+        ConfigError: options are invalid, or the network has no room for masks (the text names the layer). TaskError:
+            `masks` do not fit; the text names task and layer.
     """
     config = config if isinstance(config, HATConfig) else HATConfig.from_dict(config or {})
     if num_tasks is not None:
@@ -125,7 +125,7 @@ def convert(
     widths = class_counts(num_classes, config.num_tasks)
     try:
         made = model if inplace else copy_of(model)
-        source = copy_of(made, share=True)  # what stays plain
+        source = copy_of(made, share=True)  # stays plain
     except Exception as error:
         raise ConversionError(
             f"{_not_copied(model)}: it cannot be copied ({error}), so the model cannot be converted without changing "
@@ -198,15 +198,16 @@ def _check_names(model: nn.Module) -> None:
             made = {f"{name}_g", f"{name}_v"} <= module._parameters.keys() or f"{name}_mask" in module._buffers
             if isinstance(value, Tensor) and (made or isinstance(getattr(layer, name, None), property)):
                 raise ConversionError(
-                    f"{path or type(model).__name__}.{name}: it is no parameter but a tensor that is made anew before "
-                    "every forward (the old torch.nn.utils.weight_norm or spectral_norm, or torch.nn.utils.prune), "
+                    f"{path or type(model).__name__}.{name}: it is not a parameter but a tensor that is recomputed "
+                    "before every forward (the old torch.nn.utils.weight_norm or spectral_norm, or "
+                    "torch.nn.utils.prune), "
                     "which cannot be copied per task; use torch.nn.utils.parametrizations, or make it a parameter "
                     "again (remove_weight_norm, remove_spectral_norm, prune.remove)"
                 )
 
 
 def _check_modules(model: nn.Module) -> None:
-    """What holds no weights that could be gated and learned element by element is refused by its name."""
+    """Refuse modules, by name, whose weights cannot be gated and learned element by element."""
     for path, module in model.named_modules():
         where = path or type(model).__name__
         if isinstance(module, torch.jit.ScriptModule):
@@ -263,7 +264,7 @@ def _check_memory(model: nn.Module, inplace: bool) -> None:
 
 
 def _not_copied(model: nn.Module) -> str:
-    """The first attribute of a module, or parameter or buffer, of which no copy can be made."""
+    """The first attribute of a module, or parameter or buffer, that cannot be copied."""
     for path, module in model.named_modules():
         own = {k: v for k, v in vars(module).items() if k not in ("_modules", "_parameters", "_buffers")}
         for name, value in {**own, **module._parameters, **module._buffers}.items():
@@ -275,7 +276,7 @@ def _not_copied(model: nn.Module) -> str:
 
 
 def _check_adapters(model: nn.Module) -> None:
-    """Of a model with LoRA the pairs are gated: they must be there to be computed with, and to be learned."""
+    """Check that a model with LoRA computes with its pairs and can learn them, since they are gated."""
     factors = [p for n, p in model.named_parameters() if is_factor(n)]
     merged = merged_layer(model)
     if factors and merged is not None:
@@ -288,8 +289,8 @@ def _check_adapters(model: nn.Module) -> None:
 
 
 def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
-    """The map of a plain model (see `hatcl.map`). It is run in evaluation and in training, on copies of all that is no
-    parameter.
+    """The map of a plain model (see `hatcl.map`). It is run in evaluation and in training, on copies of everything that
+    is not a parameter.
 
     Raises:
         ConversionError: the forward fails, writes to a parameter, or cannot be followed.
@@ -301,7 +302,7 @@ def map_of(model: nn.Module, example_inputs: Any) -> UnitMap:
         for n, p in m._parameters.items()
         if p is not None and n in layer_for(type(m)).hat_copied
     ]
-    trial = copy_of(model, share=True)  # a forward may change what the model keeps
+    trial = copy_of(model, share=True)  # a forward may change the model's state
     watch = Watch(trial)
     try:
         with classes_kept(model), parameters_unwritten(trial):
@@ -334,12 +335,12 @@ Names = dict[str, tuple[str, ...]]
 
 
 def _moving(model: nn.Module, trial: nn.Module, watch: Watch, inputs: Any) -> tuple[Names, Names]:
-    """Module path -> the buffers that a forward writes (running statistics, counters, power iterations) and that no
-    registered layer says are the task's, and whatever else it changes (see `hat/layers/state.py`): in evaluation, which
-    `trial`, a copy of the model, has been through, and in training. All buffers, where that fails.
+    """Module path -> the buffers that a forward writes (running statistics, counters, power iterations), except those
+    that a registered layer assigns to the task, and everything else that it changes (see `hat/layers/state.py`): in
+    evaluation, which was run on `trial`, a copy of the model, and in training. All buffers if that fails.
 
     Raises:
-        ConversionError: a forward changes what cannot be copied.
+        ConversionError: a forward changes something that cannot be copied.
     """
     watch.look()
     changed = dict(watch.changed)

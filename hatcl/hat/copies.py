@@ -15,22 +15,22 @@ from .tasks import tasks
 
 
 def seal(model: nn.Module, task: int | None = None) -> None:
-    """Harden a task's gates and record what it uses: what leaving `hatcl.learn` does, for copies that are averaged with
-    the model while it learns (timm's `ModelEmaV3`, torch's `AveragedModel`):
+    """Harden a task's gates and record the elements it uses, like the end of `hatcl.learn`, in copies that are averaged
+    with the model while it learns (timm's `ModelEmaV3`, torch's `AveragedModel`):
 
         with hatcl.learn(model, 1, optimizer, steps):
             ...
             ema.update(model)
         hatcl.seal(ema.module)
 
-    What tasks use that were sealed before stays as the model has it, bit for bit.
+    Everything that earlier sealed tasks use stays as the model has it, bit for bit.
 
     Args:
-        task: the task that is sealed; default: the one that the copy follows.
+        task: the task to seal; default: the one that the copy follows.
 
     Raises:
-        TaskError: the model is no copy of one that learned, or it is being learned itself. IntegrityError: a task that
-            was sealed before changed.
+        TaskError: the model is not a copy of a learning model, or is learning itself. IntegrityError: an earlier sealed
+            task has changed.
 
     Warns:
         UserWarning: a layer is left without units.
@@ -61,8 +61,7 @@ def seal(model: nn.Module, task: int | None = None) -> None:
 
 
 def let_go(model: nn.Module, task: int) -> None:
-    """A task that was sealed in a copy is reopened there: nothing of it is put back any more, and the copy may follow
-    it."""
+    """Reopen a task that was sealed in a copy: its elements are no longer restored, and the copy may follow it."""
     gates = gates_of(model)
     for g in gates:
         if g.origin is not None:
@@ -73,7 +72,7 @@ def let_go(model: nn.Module, task: int) -> None:
 
 
 def _used_by(model: nn.Module, tasks: Sequence[int]) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-    """Tensors, which of their elements some tasks use (None: all), and their values."""
+    """Tensors, the elements of them that some tasks use (None: all), and their values."""
     out: list[tuple[Tensor, Tensor | None, Tensor]] = []
     for h in held(model):
         where = live_for(h, tasks) if h.task is None and not h.plain else None
@@ -84,14 +83,14 @@ def _used_by(model: nn.Module, tasks: Sequence[int]) -> list[tuple[Tensor, Tenso
 
 
 def refresh_copy(model: nn.Module) -> None:
-    """In a copy that is averaged with the model it was copied from (EMA), put everything that sealed tasks use back to
-    what it is there: an average of equal numbers may round, and that of two -0.0 is 0.0. What the copy sealed itself is
-    put back to what it was then."""
+    """In a copy that is averaged with the model it was copied from (EMA), reset everything that sealed tasks use to the
+    model's values: an average of equal numbers may round, and that of two -0.0 is 0.0. Tasks sealed by the copy itself
+    are reset to their values at that time."""
     gates = gates_of(model)
     for g in gates:
         g.notice()
     if gates[0].origin is None or (gates[0].origin.task is None and not gates[0].origin.own):
-        return  # a copy that is not averaged is its owner's to write to
+        return  # the owner may write to a copy that is not averaged
     now = tuple(x._version for x in (*model.parameters(), *model.buffers()))
     if gates[0].origin.seen == now:
         return
@@ -111,7 +110,7 @@ def refresh_copy(model: nn.Module) -> None:
 
 
 def _copy_sealed(source: nn.Module, model: nn.Module, chosen: Sequence[int]) -> None:
-    """Put what these tasks use in `model` to what it is in `source`, where they are sealed."""
+    """Copy everything that these sealed tasks use from `source` to `model`."""
     done = [t for t in tasks(source) if t in chosen]
     theirs = {h.name: h for h in held(source)}
     mine = held(model)

@@ -1,4 +1,4 @@
-"""`describe`: what the map found and what the tasks use of it."""
+"""`describe`: the units of the map, and their use by tasks."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Description:
     """A HAT model in numbers; prints as a table.
 
     Attributes:
-        units: how many units there are. use: sealed task -> how many it uses.
-        elements: shared_both (owner and reader known; a reader can be the input, which is always on), shared_one (one
-            of them), own_copy (each task has its own; one copy counted), always_on (neither).
-        layers: per layer its units, how many of them each sealed task uses, its shared elements, and how many of those
-            are free.
-        room: what is free in all, and for how many more tasks that is.
-        lineage: task -> those whose knowledge was transplanted into it. forgotten: of these, the numbers of tasks that
-            have been forgotten since.
+        units: the number of units. use: sealed task -> the number it uses.
+        elements: shared_both (owner and reader known; a reader can be the input, which is always on), shared_one (only
+        one of them known), own_copy (each task has its own; one copy counted), always_on (neither).
+        layers: per layer its units, the number of them that each sealed task uses, its shared elements, and how many of
+        those are free. room: the free elements in all, and the number of further tasks that they suffice for.
+        lineage: task -> the tasks whose knowledge was transplanted into it. forgotten: the numbers of those that have
+        been forgotten.
         drift: sealed task -> how far later tasks have moved it (`moved`: the largest change of an output, `same`: the
             smallest share of rows with the same answer, on a batch of the later task); empty where tasks are exact.
-        copies: parameter -> why each task has its own copy. notes: module path -> what the trace could not follow.
+        copies: parameter -> the reason why each task has its own copy. notes: module path -> operations that the trace
+            could not follow.
     """
 
     units: int

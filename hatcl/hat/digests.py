@@ -1,4 +1,4 @@
-"""Digests: the proof that what was sealed is what is there."""
+"""Digests: the proof that sealed tasks have not changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def task_digests(model: nn.Module, task: int) -> dict[str, str]:
     out: dict[str, str] = {}
     reshard(model)  # a hash shares memory with numpy, after which `fully_shard` could not free it
     every = held(model)
-    # of what grew since it was sealed, the entries of then: a growth changes no digest
+    # only the entries from before growths since its sealing: a growth changes no digest
     at = {id(g): g.number_from(g.stages[task])[1:] - 1 for g in gates_of(model)}
     of_gates = {id(g.embeddings[task]): at[id(g)] for g in gates_of(model)}
     names = [h.name for h in every]
@@ -63,12 +63,12 @@ def table_of(digests: dict[str, str]) -> Tensor:
 
 
 def slot_of(name: str) -> int:
-    """Where a name's digest is in `table_of`."""
+    """The slot of a name's digest in `table_of`."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:2], "big") % SLOTS
 
 
 def harden(model: nn.Module, task: int) -> None:
-    """Make a task's gates hard, the task the active one, and record what it uses."""
+    """Make a task's gates hard, make it the active task, and record the elements that it uses."""
     for g in gates_of(model):
         g.seal(task)
         g.task = task
@@ -76,7 +76,7 @@ def harden(model: nn.Module, task: int) -> None:
             name
             for name, start, stop in g.layers
             if stop > start and not bool(g.masks[task, start:stop].any()) and not is_factor(name)
-        ]  # past a LoRA layer without pairs goes its base
+        ]  # without pairs, a LoRA layer still passes its base
         if empty:
             warnings.warn(
                 f"task {task} uses no unit of {', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}, so nothing "
@@ -102,8 +102,8 @@ def _store(gates: Gates, task: int, digests: dict[str, str]) -> None:
 def check_sealed(model: nn.Module, only: Sequence[int] | None = None) -> None:
     """Compare every sealed task with its digest.
 
-    A parameter that was cast since (`model.half()`) has other bits by the user's own wish; its digest is taken anew. So
-    is every digest while a task is learned that may move what sealed ones use (`HATConfig.protection`).
+    If the user has cast a parameter (`model.half()`), its bits differ by intent, and its digest is computed again. So
+    is every digest while a task is learned that may move elements of sealed ones (`HATConfig.protection`).
 
     Raises:
         IntegrityError: names the task and the parameters that changed.
@@ -116,7 +116,7 @@ def check_sealed(model: nn.Module, only: Sequence[int] | None = None) -> None:
             continue  # sealed by hand
         now = task_digests(model, task)
         was = gates.digests.get(task)
-        if was is None:  # the state was loaded, and brought the table alone
+        if was is None:  # the state was loaded, which brings only the table
             changed = _changed_slots(row, now)
         else:
             changed = [
@@ -138,7 +138,7 @@ def check_sealed(model: nn.Module, only: Sequence[int] | None = None) -> None:
 
 
 def _changed_slots(row: Tensor, now: dict[str, str]) -> list[str]:
-    """The names whose slot of a table is another one, or that share it with one that is."""
+    """The names whose slot of the table differs, including names that share a slot with a changed one."""
     differ = set((table_of(now) != row).any(1).nonzero().flatten().tolist())
     named = [name for name in now if slot_of(name) in differ]
     return named or [f"slot {slot} of its digests" for slot in sorted(differ)]

@@ -1,9 +1,9 @@
 """Several processes that train one model: replicas of it under `DistributedDataParallel` (DDP), or shards of it under
 `fully_shard` (see `shards.py`).
 
-DDP averages gradients of all parameters that it was made with, and waits for each of them in every backward pass. What
-belongs to a task gets one only while that task is learned, so DDP is told to leave all of it alone, once and for all
-tasks, and the learned task's own gradients are averaged here.
+DDP averages gradients of all parameters that it was made with, and waits for each of them in every backward pass. A
+task's own parameters get one only while that task is learned, so DDP ignores all of them for all tasks, and the learned
+task's own gradients are averaged here.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .gates import gates_of
 from .held import held, own_buffers
 from .tasks import tasks
 
-DDP_SKIPS = "_ddp_params_and_buffers_to_ignore"  # where DDP looks
+DDP_SKIPS = "_ddp_params_and_buffers_to_ignore"  # the attribute that DDP reads
 
 
 def leave_out(model: nn.Module) -> None:
-    """Have DDP leave alone what belongs to a task, and the plain model's values of it."""
+    """Make DDP ignore everything that belongs to a task, and the plain model's values of it."""
     mine = {id(x) for x in _of_tasks(model)}
     everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     names = {name for name, x in everything if id(x) in mine}
@@ -58,7 +58,7 @@ def ddp_of(model: nn.Module) -> Any:
 
 
 def check_forward(model: nn.Module) -> None:
-    """Raise `TaskError` where DDP trains the plain model: it was told to leave a part of that alone."""
+    """Raise `TaskError` if DDP trains the plain model, since it ignores a part of that."""
     if nn.parallel.DistributedDataParallel._active_ddp_module is None or not model.training:
         return
     if torch.is_grad_enabled() and gates_of(model)[0].task is None:
@@ -70,16 +70,16 @@ def check_forward(model: nn.Module) -> None:
 
 
 class Replicas:
-    """What the processes that train one model do together while a task is learned. Where there is one: nothing.
+    """The joint actions of processes that train one model while a task is learned. A single process does nothing.
 
-    - When DDP is first seen, in what `hatcl.learn` was given or in a forward, every process gets rank 0's values of
-      what DDP leaves alone, and sealed tasks are compared.
+    - When DDP is first seen, in the model given to `hatcl.learn` or in a forward, every process gets rank 0's values of
+      everything that DDP ignores, and sealed tasks are compared.
     - Gradients of the task's own parameters are averaged at the end of every backward pass in which DDP averages.
     - Of a sharded model gradients are averaged by `fully_shard`, which must have all parameters that learn.
     - Before sealing, running statistics are averaged; what is sealed is the same in all processes, bit for bit.
 
     Args:
-        joined: called after values of rank 0 were taken inside the block.
+        joined: called after rank 0's values were received inside the block.
     """
 
     def __init__(self, model: nn.Module, task: int) -> None:
@@ -113,7 +113,7 @@ class Replicas:
         self._hooks = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """In a copy that is made inside the block, the hooks do nothing."""
+        """State for a copy made inside the block, in which the hooks do nothing."""
         return {"model": None, "_ddp": None, "_group": None, "_own": [], "_hooks": []}
 
     # ---- joining ---------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Replicas:
                 "averages by itself; give every process the same number of batches (DistributedSampler)"
             )
         if torch.is_grad_enabled() and ddp.require_backward_grad_sync:
-            self._expected = True  # DDP too decides in the forward whether the next backward averages
+            self._expected = True  # like DDP, decide in the forward whether the next backward averages
 
     def _join(self, ddp: Any) -> None:
         self._ddp, self._group, self._device = ddp, ddp.process_group, ddp.device
@@ -174,7 +174,8 @@ class Replicas:
         self._be_equal([p for p in params.values() if not is_shard(p)])
 
     def _be_equal(self, tensors: list[Tensor]) -> None:
-        """Give every process rank 0's values of these and of statistics, but for sealed tasks: those are compared."""
+        """Give every process rank 0's values of these and of statistics, except for sealed tasks, which are
+        compared."""
         self._check_sealed()
         sealed = set(tasks(self.model))
         kept = {id(h.param) for h in held(self.model) if h.task in sealed}
@@ -184,7 +185,7 @@ class Replicas:
         self._from_rank_0(tensors)
 
     def _check_sealed(self) -> None:
-        """A hash of it has the same size in every process, also where they have different models."""
+        """Compare sealed tasks by a hash, which has the same size in every process even if their models differ."""
         state = hashlib.sha256(repr([(h.name, tuple(h.param.shape)) for h in held(self.model)]).encode())
         for g in gates_of(self.model):
             state.update(g.sealed.cpu().numpy().tobytes() + g.digest_table.cpu().numpy().tobytes())
@@ -210,7 +211,7 @@ class Replicas:
 
     @torch.no_grad()
     def _average_gradients(self) -> None:
-        """As DDP does: of what has been accumulated until now. A process without a gradient counts as zero."""
+        """Average the gradients accumulated so far, as DDP does. A process without a gradient counts as zero."""
         self._queued = self._expected = False
         own = [p for p in self._own if p.requires_grad]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
@@ -224,7 +225,7 @@ class Replicas:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """An error inside in one process is an error in all, so that none of them waits for the others."""
+        """If one process raises inside, all raise, so that none waits for the others."""
         failed: BaseException | None = None
         try:
             yield
@@ -242,10 +243,10 @@ class Replicas:
 
     @torch.no_grad()
     def agree(self) -> None:
-        """Average the task's running statistics, and see that what is about to be sealed is the same everywhere.
+        """Average the task's running statistics, and check that the state to seal is the same everywhere.
 
         Raises:
-            IntegrityError: it is not; names what differs.
+            IntegrityError: it is not; the text names the differences.
         """
         if self._group is None:
             return
@@ -266,7 +267,7 @@ class Replicas:
     # ---- collectives -----------------------------------------------------------------------------------------------
 
     def of_rank_0(self, task: int | None) -> int | None:
-        """The task that rank 0 chose, by examples of its own."""
+        """The task that rank 0 chose by its own examples."""
         number = torch.tensor([-1 if task is None else task], device=self._device)
         if self._group is not None:
             self._from_rank_0([number])
@@ -285,7 +286,7 @@ class Replicas:
         _in_one(tensors, lambda x: distributed.broadcast(x, first, self._group))
 
     def _differs(self, x: Tensor) -> Tensor:
-        """Where not all processes have the same."""
+        """The elements in which the processes differ."""
         low, high = x.clone(), x.clone()
         distributed.all_reduce(low, distributed.ReduceOp.MIN, group=self._group)
         distributed.all_reduce(high, distributed.ReduceOp.MAX, group=self._group)
@@ -294,7 +295,7 @@ class Replicas:
 
 @torch.no_grad()
 def _in_one(tensors: Iterable[Tensor], act: Callable[[Tensor], Any]) -> None:
-    """Do something to many tensors as to one, per dtype and device."""
+    """Apply a function to many tensors at once, concatenated per dtype and device."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for x in tensors:
         groups.setdefault((x.dtype, x.device), []).append(x.detach())

@@ -125,7 +125,7 @@ def features_of(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def features_and_outputs(model: nn.Module, inputs: Any, features: Features = None) -> tuple[Tensor, Any]:
-    """What enters the heads under the active task, `[B, F]`, and what the model gives, from one forward. Where there
+    """The inputs of the heads under the active task, `[B, F]`, and the model's output, from one forward. Where there
     are several positions (`[B, N, F]` of a linear head, `[B, F, H, W]` of a convolution) the features are those of the
     position whose answer the model gives (a language model's last token), else their mean, over tokens that are no
     padding where the inputs have an `attention_mask`; of several heads one after the other. A unit that is off is 0

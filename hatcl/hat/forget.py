@@ -27,7 +27,7 @@ from .tasks import check_none_reopened, check_task, tasks
 
 @dataclass(frozen=True)
 class ForgetReport:
-    """What forgetting a task erases.
+    """The report of forgetting a task.
 
     Attributes:
         erased: shared elements live for the task and for no other sealed task, per parameter. own: elements of its
@@ -35,7 +35,7 @@ class ForgetReport:
         kept: shared elements that stay because other sealed tasks use them too.
         units_freed: units that no sealed task uses any more.
         descendants: tasks that were started from this one, directly or by way of others. forgotten: the tasks that are
-            forgotten, all that the numbers speak of: this one, and its descendants where they are to be forgotten too.
+            forgotten, all that the numbers cover: this one, and its descendants where they are to be forgotten too.
         changed: sealed tasks that are not locked and lose elements that they shared with it.
     """
 

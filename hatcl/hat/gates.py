@@ -50,7 +50,7 @@ class Origin:
         self.forget_writes(copied)
 
     def forget_writes(self, copied: Gates) -> None:
-        """What was written to the copy until now, a state that was loaded for one, is no average."""
+        """Writes to the copy until now, such as a loaded state, do not count as averages."""
         self._versions = [e._version for e in copied.embeddings]
 
     def model(self) -> nn.Module | None:
@@ -334,7 +334,7 @@ class Gates(nn.Module):
         return shares[task]
 
     def _kept(self, name: str, made_of: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
-        """What `make` gives, kept until these buffers are written to, or others take their place."""
+        """The result of `make`, kept until these buffers are written to or replaced."""
         if F.is_followed() or any(x.is_inference() for x in made_of):
             return make()
         key, kept = [(x, x._version) for x in made_of], self._made.get(name)
@@ -343,7 +343,7 @@ class Gates(nn.Module):
         return kept[1]
 
     def _hardened(self) -> Tensor | None:
-        """What a graph asks whether gates are hard by now; outside of one, None says that they are not."""
+        """The buffer by which a compiled graph checks whether gates are hard; outside a graph, None if they are not."""
         return self.hardened if torch.compiler.is_compiling() or self.settled else None
 
     def on(self, task: int) -> Tensor:
@@ -591,7 +591,8 @@ class Gates(nn.Module):
         key, errors = state_dict.get(f"{prefix}growth_key"), args[-1]
         if key is not None and self.growths and not torch.equal(key.cpu(), self.growth_key.cpu()):
             errors.append(
-                f"{prefix}growth_key: this state is of a model that grew otherwise, so its elements have other places; "
+                f"{prefix}growth_key: this state belongs to a model that grew differently, so its elements have "
+                "other places; "
                 "grow the same model in the same way, or take hatcl.from_pretrained"
             )
             return

@@ -53,7 +53,7 @@ class Guard(Keeper):
         self._check(model, optimizers)
 
     def _frozen(self, locked: Sequence[int]) -> list[Kept]:
-        """What must stay while the task is learned."""
+        """Determine the elements that must stay while the task is learned."""
         self.locked = list(locked)
         self.shared: list[tuple[str, nn.Parameter]] = []
         self.heldless: list[str] = []
@@ -90,7 +90,7 @@ class Guard(Keeper):
         return frozen
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """What no step may write to, as it is now: a cast puts other tensors in its place."""
+        """The current tensors that no step may write to; a cast replaces tensors."""
         if self.locked:
             yield from shared_buffers(self.model, unsaved=True)
         for t in self.locked:
@@ -110,7 +110,7 @@ class Guard(Keeper):
             if p in OUTGROWN:
                 raise GuardError(
                     f"optimizer: it holds {OUTGROWN[p]} as it was before the network grew, which nobody computes with "
-                    "any more; build it anew over model.parameters(), or let it grow along: "
+                    "any more; build it again over model.parameters(), or let it grow along: "
                     "hatcl.grow(model, ..., optimizer=optimizer)"
                 )
         covered = check_optimizers(
@@ -160,7 +160,7 @@ class Guard(Keeper):
 
     @torch.no_grad()
     def after_step(self, optimizer: Any, state: Any, innermost: bool) -> None:
-        """What a step makes of the embeddings is scaled and clamped, or undone where the gates are hard. Elements that
+        """Scale and clamp a step's change of the embeddings, or undo it where the gates are hard. Elements that
         are protected by degrees take their share of the step that they were to take."""
         embeddings, values, of_step = state
         if innermost:

@@ -99,7 +99,7 @@ class Learning:
         first = math.ceil(self.steps * (1 - self.config.settle))
         settled = self.step >= first
         if settled and not self.settled:
-            again = self._start > first  # an interrupted task goes on: its statistics are under way
+            again = self._start > first  # an interrupted task resumes with its statistics
             self._settled_at = first if again else self.step
             self._statistics.restart(again)
         self.settled = settled
@@ -110,7 +110,7 @@ class Learning:
 
 class _Statistics:
     """Running statistics of the task being learned, from when its gates are hard: those of soft gates lag behind what
-    hard gates give, so they start anew. The k-th step moves them by `max(1/k, m)` of the way to the batch's, `m` the
+    hard gates give, so they start again. The k-th step moves them by `max(1/k, m)` of the way to the batch's, `m` the
     momentum: an average of the first steps, then the moving average that the layer has anyway. The layers themselves
     compute the same program as before."""
 
@@ -176,14 +176,14 @@ def learn(
         steps: optimizer steps in all, over which the scale is annealed. Of several optimizers the one that steps most
             counts; steps that a gradient scaler skips do not.
         epochs: annealing cycles within them (HAT anneals once per epoch), unless `HATConfig.cycles` says otherwise.
-        start: steps already done, to go on with an interrupted task.
+        start: steps already done, to resume an interrupted task.
         start_from: a sealed task to start from: its number, "previous" (the one sealed last), "best" (the one in
-            whose features the examples are told apart best by their nearest neighbours), or None. By default what
+            whose features separate the examples best by their nearest neighbours), or None. By default what
             `HATConfig.start_from` says. The task gets most of the source's units and others in place of the rest, into
             which the source's weights are copied (see `hat/transplant.py`), and keeps these gates. `hatcl.describe`
             shows who started from whom, and `hatcl.forget_task` says it. The first task of all starts from none. With
-            `start` above 0 a task continues with what it has; so does, unless `start_from` is given here, one that has
-            something to go on with (it was started from another and left by an exception, or it is reopened).
+            `start` above 0 a task continues with what it has; so does, unless `start_from` is given here, one that can
+            be continued (it was started from another and left by an exception, or it is reopened).
         examples: of the new task, which "best" needs: (inputs, labels), or batches of them.
 
     Raises:
@@ -283,7 +283,7 @@ def learn(
 
 
 def _warn_of(learning: Learning, guard: Guard) -> None:
-    """What was not as it should be, though every sealed task is as it was."""
+    """Report problems that left every sealed task as it was."""
     task = learning.task
     if guard.written:
         names = ", ".join(guard.written[:5])

@@ -3,7 +3,7 @@
 `Gates.lineage` is `[T, T]` uint8. In row t, column s: `CARRIES` where task t, or one that it was started from, was
 started from task s; `FORGOTTEN` where that task s has been forgotten since. So a row has all ancestors, and a task that
 takes a number again that was freed is none of them. On the diagonal `BEGUN` says that a task was started from
-another, or was sealed, so that there is something to go on with, and `FORKED` that it has the gates of its start.
+another, or was sealed, so that it can be continued, and `FORKED` that it has the gates of its start.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ def mark_sealed(model: nn.Module, task: int) -> None:
 
 
 def has_begun(model: nn.Module, task: int) -> bool:
-    """Is there something to go on with: was the task started from another and left unfinished, or sealed and
-    reopened?"""
+    """Whether the task can be continued: it was started from another and left unfinished, or sealed and reopened."""
     return bool(gates_of(model)[0].lineage[task, task] & BEGUN)
 
 

@@ -30,7 +30,7 @@ class InputFeatures(nn.Conv1d):
         self.weight.requires_grad_(False)
 
     def reset_parameters(self) -> None:
-        """What forgetting a task gives it, too."""
+        """Reset the weights, as forgetting a task does."""
         nn.init.ones_(self.weight)
 
 

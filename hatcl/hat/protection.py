@@ -101,7 +101,7 @@ def importance_to(h: Held, task: int) -> Tensor:
 
 class Attribution:
     """Follows how much each unit matters to the task being learned, in `Gates.importance`: the mean over its steps, so
-    that a state saved in between holds all that is needed to go on.
+    that a state saved in between holds everything needed to resume.
 
     Args:
         start: steps that are done already.
@@ -176,7 +176,7 @@ Before = list[tuple[Eased, Tensor, Tensor]]  # a parameter, its values before a 
 
 @torch.no_grad()
 def before_step(parts: Sequence[Eased], ids: set[int], gates: Sequence[Gates]) -> Before:
-    """What an optimizer that holds the parameters of these ids steps from."""
+    """The values from which an optimizer of these parameters steps."""
     mine = [e for e in parts if id(e.held.param) in ids]
     rates = {id(g): rates_of(g) for g in gates} if mine else {}
     return [(e, e.held.param.detach().clone(), e.share(rates)) for e in mine]

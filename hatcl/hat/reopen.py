@@ -20,7 +20,7 @@ from .tasks import check_none_reopened, check_task, locked_tasks
 
 @dataclass(frozen=True)
 class ReopenReport:
-    """What a reopened task can change.
+    """The report of a reopened task.
 
     Attributes:
         own: shared elements that are live for the task and for no other locked task. held: those that other locked

@@ -62,7 +62,7 @@ class Room:
 
 
 def room_of(model: nn.Module) -> Room:
-    """What sealed tasks leave free, and what a task of the expected size would find there."""
+    """The elements that sealed tasks leave free, and the part that a task of the expected size could use."""
     gates = gates_of(model)
     sealed = tasks(model)
     expected = {id(g): _expected(g, sealed) for g in gates}

@@ -40,8 +40,8 @@ def source_for(model: nn.Module, task: int, start_from: int | str | None, exampl
         )
     if gates_of(model)[0].stages[task] != len(gates_of(model)[0].growths):
         raise TaskError(
-            f"start_from: task {task} is reopened and was sealed before the network grew, so it keeps the sizes of "
-            "then and goes on with what it has; leave start_from out, or forget the task and learn it again"
+            f"start_from: task {task} is reopened and was sealed before the network grew, so it keeps its former "
+            "sizes and continues with its weights; leave start_from out, or forget the task and learn it again"
         )
     done = [t for t in tasks(model) if t != task and _uses_units(model, t)]
     if start_from == PREVIOUS:
@@ -73,8 +73,8 @@ def _uses_units(model: nn.Module, task: int) -> bool:
 
 
 def _nearest(model: nn.Module, done: list[int], examples: Any) -> int:
-    """The task in whose features the new task's examples are told apart best, each by its nearest neighbour among the
-    others (leave-one-out, by the cosine). Of equals the later one."""
+    """The task whose features separate the new task's examples best, classified by the nearest neighbour among the
+    others (leave-one-out, by the cosine). The later one among equals."""
     inputs, labels = _gathered_examples(examples)
     scores = {t: nearest_neighbours(features_under(model, inputs, t), labels) for t in done}
     return max(done, key=lambda t: (scores[t], t))

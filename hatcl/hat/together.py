@@ -18,7 +18,7 @@ from .tasks import check_task, task
 
 
 def forward(model: nn.Module, x: Any, tasks: Tensor | Sequence[int], *, fused: bool = False) -> Any:
-    """What the model says to each row of a batch under that row's task, in evaluation mode:
+    """The model's outputs for each row of a batch under that row's task, in evaluation mode:
 
         hatcl.forward(model, images, tasks=torch.tensor([0, 2, 0, 1]))
 
@@ -74,7 +74,7 @@ def row_counts(x: Any) -> set[int | None]:
 
 
 def said_rows(rows: set[int | None]) -> str:
-    """What `row_counts` found, for an error."""
+    """The result of `row_counts` in words, for an error."""
     return ", ".join("no rows" if n is None else str(n) for n in sorted(rows, key=str)) or "no tensor"
 
 

@@ -44,8 +44,8 @@ def begun(
     model: nn.Module, task: int, source: int | None, locked: Sequence[int], optimizers: Sequence[Any], again: bool
 ) -> Iterator[None]:
     """A task begins from a source, or from none: inside the block it has its gates already; on leaving it the weights
-    are written and the lineage recorded. After an error in it everything is as before. again: it goes on with what it
-    has."""
+    are written and the lineage recorded. After an error in it everything is as before. again: the task continues with
+    its own weights."""
     plan = None
     if source is not None:
         every = gates_of(model)
@@ -221,7 +221,7 @@ def transplant(model: nn.Module, task: int, plan: Fork, locked: Sequence[int], o
     written = [Kept(x, which, name) for x, _, which, name in writes if isinstance(x, nn.Parameter)]
     stored = [StoredWeights(o, written) for o in map(unwrapped, optimizers)]
     for s in stored:
-        s.look()  # what is a weight is told by its likeness to the parameters, before these change
+        s.look()  # stored weights are recognised by their likeness to the parameters, before these change
     with torch.no_grad():
         for x, value, which, _ in writes:
             x.copy_(value if which is None else torch.where(which, value, x))
@@ -274,7 +274,7 @@ def _through(value: Tensor, view: Sequence[int], axes: Sequence[UnitAxis], phi: 
 def _of_its_own(
     module: Any, task: int, source: int, masks: dict[int, Tensor], phi: dict[int, Tensor], heads: set[int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, str]]:
-    """What the task has of its own in a module that is no head: as the source has it, through phi."""
+    """Copy the task's own tensors in a module that is not a head from the source, through phi."""
     hat: Binding = module._hat
     mine, theirs = module.hat_tasks[task], module.hat_tasks[source]
     stage = hat.gates.stages[source]  # the source may have the sizes of before a growth

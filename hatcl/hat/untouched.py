@@ -75,7 +75,7 @@ def parameters_unwritten(model: nn.Module) -> Iterator[None]:
 
 
 class Structure:
-    """What the modules of a model are and hold, such that they can be made that again. (Not the values of tensors.)"""
+    """The state of a model's modules, from which it can be restored (without the values of tensors)."""
 
     def __init__(self, model: nn.Module) -> None:
         self._kept = [(m, type(m), dict(m.__dict__), _containers(m)) for m in model.modules()]
@@ -98,7 +98,7 @@ class Structure:
 
 
 def _containers(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    """What torch itself keeps in a module: its parameters, buffers, submodules and hooks."""
+    """torch's own entries in a module: its parameters, buffers, submodules and hooks."""
     torchs = nn.Module().__dict__
     return {n: dict(v) for n, v in module.__dict__.items() if isinstance(v, dict) and n in torchs}
 

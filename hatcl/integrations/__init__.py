@@ -1,4 +1,4 @@
-"""Rooms in which other libraries are met."""
+"""Adapters for other libraries."""
 
 from . import peft_models, timm_names, transformers_models
 

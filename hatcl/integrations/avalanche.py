@@ -28,7 +28,7 @@ LABELLED = "make the benchmark by avalanche.benchmarks.task_incremental_benchmar
 
 
 class HATPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg]
-    """Has an Avalanche strategy learn each experience as a task of a converted model, and seal it:
+    """Lets an Avalanche strategy learn each experience as a task of a converted model, and seals it:
 
         model = hatcl.convert(network, num_tasks=5, example_inputs=x)
         strategy = Naive(model=model, optimizer=AdamW(model.parameters()), plugins=[HATPlugin()], train_epochs=10, ...)
@@ -38,21 +38,21 @@ class HATPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
 
     An experience's task label is its task's index, so the benchmark must be task-incremental. The gradient of HAT's
     penalty is added once per optimizer step; the loss that Avalanche records is the task's own. An experience is
-    evaluated under its own task's hard gates, also in the middle of training; one whose task is not learned yet under
-    task None, the plain model with the shared weights as they are now. Avalanche's metrics, its loggers and its
-    `EarlyStoppingPlugin` work as they are. docs/stack.md says how a run is resumed between experiences.
+    evaluated under its own task's hard gates, also in the middle of training; an experience whose task is not learned
+    yet is evaluated under task None, the plain model with the current shared weights. Avalanche's metrics, its loggers
+    and its `EarlyStoppingPlugin` work unchanged. docs/stack.md explains how to resume a run between experiences.
 
-    Avalanche tells a plugin of no error. After one the task stays open until the next `train`, which begins it once
-    more; `with plugin: strategy.train(experience)` leaves it at once.
+    Avalanche does not notify plugins of errors. After one the task stays open until the next `train`, which begins it
+    again; `with plugin: strategy.train(experience)` leaves it at once.
 
     Attributes:
-        learning: what `hatcl.learn` gives, while a task is learned.
+        learning: the result of `hatcl.learn`, while a task is learned.
 
     Raises:
-        ConfigError: an experience without a task label, or with several; a strategy without batches; several processes
-            without DistributedDataParallel. TaskError: a task that is sealed (an experience of a task that was learned
-            before, or a part of one); a batch that holds another task's examples, as replay makes them. All that
-            `hatcl.learn` raises.
+        ConfigError: an experience has no task label or several, a strategy has no batches, or there are several
+            processes without DistributedDataParallel. TaskError: the task is sealed (the experience belongs to an
+            earlier task, or is a part of one), or a batch holds another task's examples, as with replay. Also all
+            errors of `hatcl.learn`.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class HATPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """If training was left by an error, the task is left unsealed."""
+        """If an error ended training, leave the task unsealed."""
         self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
@@ -116,7 +116,7 @@ class HATPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
             self.course = None
 
     def before_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        self._evaluation.close()  # an earlier evaluation was left by an error
+        self._evaluation.close()  # an error ended an earlier evaluation
         task = _task_of(strategy.experience)
         if self.learning is None or task != self.learning.task:
             known = task if task in tasks(strategy.model) else None
@@ -128,14 +128,14 @@ class HATPlugin(SupervisedPlugin, supports_distributed=True):  # type: ignore[ca
 
 def image_benchmark(images: Sequence[ImageData], size: int | None = None) -> Any:
     """Tasks of images as an Avalanche benchmark with task labels 0, 1, ... and the streams `train` and `test`, split as
-    hatcl's own commands split them:
+    in hatcl's own commands:
 
         image_benchmark(split_classes(npz_task("mine.npz"), 5))
 
     Every task's labels are 0, 1, ...; images are floats 3 x H x W, normalised by the task's own training images.
 
     Args:
-        size: bring images to it; None keeps their own.
+        size: resize images to it; None keeps their own.
     """
     streams: dict[str, list[Any]] = {"train": [], "test": []}
     for task, data in enumerate(images):
@@ -147,7 +147,7 @@ def image_benchmark(images: Sequence[ImageData], size: int | None = None) -> Any
     made = with_classes_timeline(with_task_labels(benchmark_from_datasets(**streams)))
     for experience in (e for stream in made.streams.values() for e in stream):
         classes = sorted(experience.classes_in_this_experience)
-        experience.classes_in_this_experience = classes  # a list, by which Avalanche's heads index
+        experience.classes_in_this_experience = classes  # a list, with which Avalanche's heads index
     return made
 
 

@@ -1,5 +1,5 @@
-"""CLIP models of open_clip and transformers (Radford et al. 2021, arXiv 2103.00020): the image tower as an encoder, the
-text tower as what makes heads of class names."""
+"""CLIP models of open_clip and transformers (Radford et al. 2021, arXiv 2103.00020): the image tower as an encoder, and
+the text tower for making heads from class names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..files import read_json
 from ..lend import Evaluating
 
 OPEN_CLIP = "open_clip:"
-SCHEMAS = ("local-dir:", "hf-hub:")  # of open_clip's own names
+SCHEMAS = ("local-dir:", "hf-hub:")  # prefixes of open_clip's own names
 QUICK = "-quickgelu"
 TOWERS = {"open_clip": ("visual",), "transformers": ("vision_model", "visual_projection")}
 LOGIT_SCALE = "logit_scale"
@@ -30,13 +30,13 @@ Tokenize = Callable[[Sequence[str]], Any]
 
 @dataclass
 class Clip:
-    """A CLIP model, and what belongs to it.
+    """A CLIP model with its tokenizer and transform.
 
     Args:
         kind: `open_clip` or `transformers`. model: both towers. tokenize: texts -> the text tower's input.
-        transform: a PIL image -> `[3, H, W]` as the model was trained to see it: the shorter side brought to the
-            model's size, the middle cut out, normalised.
-        cfg: `input_size`, `mean` and `std`, as timm's `pretrained_cfg` has them.
+        transform: a PIL image -> `[3, H, W]` as in the model's training: the shorter side resized to the model's size,
+        the middle cut out, normalised.
+        cfg: `input_size`, `mean` and `std`, as in timm's `pretrained_cfg`.
     """
 
     kind: str
@@ -47,19 +47,16 @@ class Clip:
 
 
 def kind_of_clip(model: nn.Module) -> str | None:
-    """`open_clip` or `transformers`; None for what is no CLIP model."""
+    """`open_clip` or `transformers`; None if it is not a CLIP model."""
     return next((kind for kind, parts in TOWERS.items() if all(hasattr(model, p) for p in (*parts, LOGIT_SCALE))), None)
 
 
 class ImageTower(nn.Module):
-    """The image tower of a CLIP model: images `[B, 3, H, W]` -> embeddings `[B, d]`, as they are before they are made
-    unit length. Its parameters have the names that they have in the whole model, and are its own.
+    """The image tower of a CLIP model: images `[B, 3, H, W]` -> embeddings `[B, d]`, before they are made unit length.
+    It has its own parameters, with the names that they have in the whole model.
 
     Args:
-        model: of open_clip, or a `CLIPModel` of transformers.
-
-    Raises:
-        ConfigError: it is neither.
+        model: a model of open_clip, or a `CLIPModel` of transformers. Raises: ConfigError: it is neither.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,24 +74,24 @@ class ImageTower(nn.Module):
             pooled: Tensor = parts.visual_projection(parts.vision_model(pixel_values=images).pooler_output)
             return pooled
         out = parts.visual(images)
-        return out[0] if isinstance(out, tuple) else out  # CoCa gives its tokens as well
+        return out[0] if isinstance(out, tuple) else out  # CoCa returns its tokens as well
 
 
 def is_clip_name(name: str) -> bool:
-    """Does `--model NAME` mean a CLIP model: `open_clip:NAME`, or a folder of transformers' `CLIPModel`?"""
+    """Whether `--model NAME` is a CLIP model: `open_clip:NAME`, or a folder of transformers' `CLIPModel`."""
     return name.startswith(OPEN_CLIP) or (Path(name) / "config.json").is_file()
 
 
 def clip_from_name(name: str, options: Mapping[str, Any] | None = None) -> Clip:
-    """A CLIP model with weights that are drawn, not learned.
+    """A CLIP model with random weights.
 
     Args:
         name: `open_clip:NAME`, any name of `open_clip.list_models()`, `local-dir:FOLDER` or `hf-hub:NAME`; or a folder
             with the config and the tokenizer of transformers' `CLIPModel`.
-        options: for the model, such as `force_image_size=64`.
+        options: arguments of the model, such as `force_image_size=64`.
 
     Raises:
-        ConfigError: no such model, options that it does not take, or a package that is not installed.
+        ConfigError: there is no such model, it does not accept the options, or a package is not installed.
     """
     if name.startswith(OPEN_CLIP):
         return _of_open_clip(name.removeprefix(OPEN_CLIP), dict(options or {}))
@@ -128,7 +125,8 @@ def _of_open_clip(name: str, options: dict[str, Any], pretrained: str | None = N
 
 @contextlib.contextmanager
 def _unlogged() -> Iterator[None]:
-    """open_clip warns through the root logger that a model has no weights yet, which gives it a handler for good."""
+    """Inside, suppress open_clip's warning that a model has no weights, which would leave a handler on the root
+    logger."""
     handler = logging.NullHandler()
     logging.getLogger().addHandler(handler)
     try:
@@ -138,7 +136,8 @@ def _unlogged() -> Iterator[None]:
 
 
 def _of_transformers(folder: Path, options: dict[str, Any]) -> Clip:
-    """Its `preprocessor_config.json` says how images are prepared; without one it is done as CLIP does it."""
+    """A CLIP model of transformers. Its `preprocessor_config.json` defines the preparation of images; without it,
+    CLIP's is used."""
     try:
         from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
     except ImportError as error:
@@ -146,7 +145,7 @@ def _of_transformers(folder: Path, options: dict[str, Any]) -> Clip:
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "clip":
         raise ConfigError(
-            f"--model: {folder} is of the kind {kind!r}, expected 'clip', a folder of transformers' CLIPModel"
+            f"--model: {folder} has the kind {kind!r}, expected 'clip', a folder of transformers' CLIPModel"
         )
     if options:
         raise ConfigError(f"--model-kwargs: got {options} for {folder}, whose config.json says it all; leave them out")
@@ -177,7 +176,7 @@ def texts_from(name: str, tag: str) -> Mapping[str, Tensor]:
     """The pretrained weights of an open_clip model by their tag, such as `openai`, from its hub or its cache.
 
     Raises:
-        ConfigError: no such tag, or they cannot be had.
+        ConfigError: there is no such tag, or the weights are unavailable.
     """
     if not name.startswith(OPEN_CLIP):
         raise ConfigError(f"--text-from: {tag} is no file, and {name} has no tags; give the path of a checkpoint")
@@ -194,8 +193,8 @@ def text_embeddings(
     vectors.
 
     Args:
-        model: both towers. tokenize: texts -> the text tower's input. classes: their names. templates: with `{}` where
-            the name goes.
+        model: both towers. tokenize: texts -> the text tower's input. classes: their names. templates: with `{}` in the
+            place of the name.
 
     Raises:
         ConfigError: another kind of model.
@@ -218,7 +217,7 @@ def text_embeddings(
 
 
 def imagenet_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """CLIP's names of ImageNet's classes, in the order of its folders, and its 80 templates, as open_clip has them.
+    """CLIP's names of ImageNet's classes, in the order of its folders, and its 80 templates, from open_clip.
 
     Raises:
         ConfigError: open_clip is not installed.
@@ -231,11 +230,11 @@ def imagenet_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def tower_names(names: Sequence[str], kind: str, where: object) -> dict[str, str]:
-    """The names of a CLIP checkpoint -> those of the model: what wrappers put in front (`model.visual...`,
-    `module.visual...`, `image_encoder.model.visual...`) is taken off.
+    """The names of a CLIP checkpoint -> those of the model, without the prefixes of wrappers (`model.visual...`,
+    `module.visual...`, `image_encoder.model.visual...`).
 
     Raises:
-        VectorError: no image tower of this kind is in it, or more than one.
+        VectorError: it holds no image tower of this kind, or more than one.
     """
     first = TOWERS[kind][0]
     fronts = {name[: name.index(f".{first}.") + 1] for name in names if f".{first}." in name}
@@ -247,7 +246,7 @@ def tower_names(names: Sequence[str], kind: str, where: object) -> dict[str, str
         holds = ", ".join(sorted(names)[:3])
         raise VectorError(
             f"{where}: holds {len(fronts)} image towers as {kind} calls them ({first}...), expected one; it holds "
-            f"{holds}" + (f". It is of {other}: give --model of {other}" if other else "")
+            f"{holds}" + (f". It belongs to {other}: give --model of {other}" if other else "")
         )
     front = fronts.pop()
     return {name: name.removeprefix(front) for name in names}

@@ -1,4 +1,4 @@
-"""The `hatcl.learn` block of one task for hosts that own the loop: callbacks enter it, feed it and leave it."""
+"""The `hatcl.learn` block of one task for hosts that own the loop: callbacks enter it, report to it and leave it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..hat.tasks import check_task, tasks
 
 
 class TaskCourse:
-    """What the callbacks of all hosts share.
+    """Base class of the callbacks of all hosts.
 
     Attributes:
-        task: the index of the task. learning: what `hatcl.learn` gives, while the task is learned. penalty: the last
+        task: the index of the task. learning: the result of `hatcl.learn`, while the task is learned. penalty: the last
             step's penalty.
     """
 
@@ -30,7 +30,7 @@ class TaskCourse:
         """Enter the block. The last checkpoint of a finished run has nothing left to learn.
 
         Raises:
-            TaskError: a task that is sealed, and has steps left. All that `hatcl.learn` raises.
+            TaskError: the task is sealed and has steps left. Also all errors of `hatcl.learn`.
         """
         if self.task in tasks(model):
             if start < steps:
@@ -39,7 +39,7 @@ class TaskCourse:
         self.learning = self._block.enter_context(learn(model, self.task, optimizer, steps, start=start))
 
     def add_penalty(self, scaler: Any = None) -> None:
-        """Add the gradient of HAT's penalty, once for an optimizer step. scaler: fp16's, where gradients are scaled."""
+        """Add the gradient of HAT's penalty, once per optimizer step. scaler: fp16's, if gradients are scaled."""
         if self.learning is not None:
             penalty = self.learning.penalty()
             self.penalty = penalty.detach()
@@ -53,12 +53,12 @@ class TaskCourse:
 
     def leave(self, error: BaseException | None) -> None:
         """Leave the block: a task that is still being learned is left unsealed, and earlier tasks as they were. error:
-        what came, None where it was caught on the way."""
+        the exception, None if it was caught on the way."""
         self.learning = None
         error = error or TaskError(f"task {self.task} was left before its last step")
         self._block.__exit__(type(error), error, None)
 
     def check_resumed(self, of: int, remedy: str) -> None:
-        """Raises TaskError if a resumed checkpoint is of another task, whose steps would count as this one's."""
+        """Raise `TaskError` if a resumed checkpoint belongs to another task, whose steps would count as this one's."""
         if of != self.task:
-            raise TaskError(f"task: got {self.task}, and the checkpoint to resume from is of task {of}; {remedy}")
+            raise TaskError(f"task: got {self.task}, but the checkpoint to resume from belongs to task {of}; {remedy}")

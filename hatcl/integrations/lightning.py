@@ -18,7 +18,7 @@ from .course import TaskCourse
 
 
 class LearnTask(TaskCourse, Callback):
-    """Has a Lightning `Trainer` learn a task of the converted model in its module, and seal it:
+    """Lets a Lightning `Trainer` learn a task of the converted model in its module, and seals it:
 
         class Module(LightningModule):
             def __init__(self):
@@ -44,15 +44,15 @@ class LearnTask(TaskCourse, Callback):
         hatcl.seal(module.model, 1)
 
     Args:
-        task: the index of the task that is learned. steps: optimizer steps in all; None takes the `Trainer`'s own
+        task: the index of the task to learn. steps: optimizer steps in all; None takes the `Trainer`'s own
             estimate, which counts the steps of automatic optimization with one optimizer.
 
     Attributes:
-        learning: what `hatcl.learn` gives, while the task is learned. penalty: the last step's penalty.
+        learning: the result of `hatcl.learn`, while the task is learned. penalty: the last step's penalty.
 
     Raises:
-        ConfigError: the number of steps is not known; a callback that averages weights. TaskError: a task that is
-            sealed, and has steps left; a checkpoint of another task. All that `hatcl.learn` raises.
+        ConfigError: the number of steps is unknown, or a callback averages weights. TaskError: the task is sealed and
+            has steps left, or a checkpoint belongs to another task. Also all errors of `hatcl.learn`.
     """
 
     def __init__(self, task: int, steps: int | None = None) -> None:
@@ -62,11 +62,11 @@ class LearnTask(TaskCourse, Callback):
         self._evaluation = contextlib.ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
-        """A checkpoint says which task it is of."""
+        """The task, which a checkpoint stores."""
         return {"task": self.task}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises TaskError if a resumed checkpoint is of another task, whose steps would count as this one's."""
+        """Raise `TaskError` if a resumed checkpoint belongs to another task, whose steps would count as this one's."""
         self.check_resumed(state_dict["task"], "give ckpt_path one of this task, or leave it out")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,7 +86,7 @@ class LearnTask(TaskCourse, Callback):
         return int(found)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """A loss scale has been taken out of the gradients by now, and they are clipped after this."""
+        """Called when gradients are unscaled and not clipped yet."""
         if optimizer is trainer.optimizers[0]:
             self.add_penalty()
 
@@ -96,7 +96,7 @@ class LearnTask(TaskCourse, Callback):
             self.seal()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Whatever has just stopped the training early, the checkpoint holds the sealed task."""
+        """Seal the task before a checkpoint is written, also if training has just been stopped early."""
         if self.learning is not None and trainer.should_stop and trainer.fit_loop._can_stop_early:
             self.seal()
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
@@ -112,8 +112,8 @@ class LearnTask(TaskCourse, Callback):
         self.seal()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluation is under this task once it is sealed; while it is learned, under its hard gates as they would be
-        sealed now. Lightning's check of the first batches comes before there is either."""
+        """Evaluate under this task once it is sealed; while it is learned, under its current hard gates. Lightning's
+        check of the first batches runs before either."""
         if self.learning is None and not trainer.sanity_checking:
             self._evaluation.enter_context(active_task(pl_module, self.task))
 
@@ -128,11 +128,11 @@ class LearnTask(TaskCourse, Callback):
         self.leave(exception)
 
 
-AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")  # older Lightning has the second alone
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")  # older Lightning has only the second
 
 
 def _check_averaging(callbacks: list[Any]) -> None:
-    """Raises ConfigError for what writes an average over the model once the task is sealed."""
+    """Raise `ConfigError` for a callback that overwrites the model with an average after the task is sealed."""
     kinds = tuple(kind for name in AVERAGING if (kind := getattr(theirs, name, None)) is not None)
     for callback in callbacks:
         if isinstance(callback, kinds):

@@ -1,4 +1,4 @@
-"""Models with a LoRA adapter of peft: saved with its config, so that `hatcl.from_pretrained` makes them again."""
+"""Models with a LoRA adapter of peft: saved with its config, so that `hatcl.from_pretrained` can rebuild them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import IntegrityError
 from ..sources import build_source, library_config, register_source, source_of
 
-# what would read weights or data to start an adapter from, or names a place where some lie
+# options that read weights or data to start an adapter from, or name a place of such files
 UNTRUSTED_LORA = {
     "auto_mapping", "base_model_name_or_path", "revision", "init_lora_weights", "loftq_config", "eva_config",
     "runtime_config",
@@ -41,14 +41,14 @@ def _remake_lora(source: dict[str, Any]) -> nn.Module:
     fields = {f.name for f in dataclasses.fields(peft.LoraConfig)} - UNTRUSTED_LORA
     given = {k: v for k, v in source["config"].items() if k in fields}
     if given.pop("peft_type", None) != "LORA":
-        raise IntegrityError("the adapter is of another kind than LORA; pass base= an instance of the plain module")
+        raise IntegrityError("the adapter is not a LORA adapter; pass base= an instance of the plain module")
     return with_lora(build_source(source["base"]), peft.LoraConfig(**given), source["adapter"])
 
 
 def with_lora(base: nn.Module, lora: Any, name: str = "default") -> Any:
-    """peft's model of a base with an adapter, without the warning of its own question to transformers."""
+    """peft's model of a base with an adapter, without the warning that peft itself triggers in transformers."""
     import peft
 
-    with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+    with warnings.catch_warnings():  # peft reads an attribute that transformers has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         return peft.get_peft_model(base, lora, name)

@@ -1,4 +1,4 @@
-"""peft's Orthogonal Subspace Fine-tuning (OSF) in the linear layers of a model, put in for a task and then merged."""
+"""peft's Orthogonal Subspace Fine-tuning (OSF) in the linear layers of a model, inserted for a task and then merged."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ADAPTER = "osf"
 
 def split_weights(model: nn.Module, names: Sequence[str], preserved: float) -> None:
     """Replace these linear layers by OSF's, in place: `W = U_high S_high V_high + U_low S_low V_low` by singular
-    values, of which the low part is trained and nothing else.
+    values; only the low part is trained.
 
     Args:
-        preserved: the share of the singular values that is high, of each layer at least one and not all.
+        preserved: the share of the singular values in the high part; in each layer at least one and not all.
     """
     import peft
 
@@ -36,9 +36,9 @@ def split_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def keep_orthogonal(model: nn.Module) -> None:
-    """Take out of the trained factors what has come into the directions of the high part: `U_low -= U_high U_high^T
-    U_low`, and so for V. peft projects the gradients, which is not enough where an optimizer scales a step element by
-    element, as Adam does."""
+    """Remove from the trained factors the components in the directions of the high part: `U_low -= U_high U_high^T
+    U_low`, and likewise for V. peft projects the gradients, which is not enough if an optimizer scales a step element
+    by element, as Adam does."""
     for _, layer in split_layers(model):
         factors = layer.osf_svd_params[ADAPTER]
         high, low = layer._osf_U_high, layer._osf_U_low_init[ADAPTER]
@@ -49,12 +49,12 @@ def keep_orthogonal(model: nn.Module) -> None:
 
 
 def _without_span(x: Tensor, high: Tensor | None, low: Tensor) -> Tensor:
-    """Columns without their part in the span of `high`; peft keeps that only where `low` is not its complement."""
+    """Columns without their part in the span of `high`; peft stores `high` only if `low` is not its complement."""
     return low @ (low.t() @ x) if high is None else x - high @ (high.t() @ x)
 
 
 def merge_weights(model: nn.Module) -> None:
-    """Write what was learned into the weights, and put the linear layers back. They all require a gradient then."""
+    """Merge what was learned into the weights, and restore the linear layers, which then all require a gradient."""
     for name, layer in list(split_layers(model)):
         layer.merge(safe_merge=False, adapter_names=[ADAPTER])
         base = layer.get_base_layer()

@@ -1,8 +1,9 @@
 """timm's names with `hat_` in front: `timm.create_model("hat_resnet18.a1_in1k", num_tasks=5)`, and two names that timm
 does not have: `resnet18s` and `resnet34s`, for small images.
 
-`hat_local-dir:FOLDER` and `hat_hf-hub:ORGANISATION/NAME` are converted from what timm finds there, or loaded with their
-tasks where `hatcl.save_pretrained` wrote them; of the latter timm's own `local-dir:` and `hf-hub:` names are the same.
+`hat_local-dir:FOLDER` and `hat_hf-hub:ORGANISATION/NAME` are converted from timm's model there, or loaded with their
+tasks if `hatcl.save_pretrained` wrote them; in the latter case timm's own `local-dir:` and `hf-hub:` names give the
+same.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from ..sources import register_source
 log = logging.getLogger(__name__)
 PREFIX = "hat_"
 READING = ("checkpoint_path", "cache_dir", "file", "url", "hf_hub_id", "hf_hub_filename")  # and pretrained...
-PLACES = ("local-dir", "hf-hub", "hf_hub")  # what timm knows in front of a colon
-DOT = "\0"  # stands for a dot in the name of a place, after which timm would look for a tag
+PLACES = ("local-dir", "hf-hub", "hf_hub")  # timm's prefixes before a colon
+DOT = "\0"  # replaces a dot in the name of a place, after which timm would look for a tag
 
 
 _SMALL = {
     "input_size": (3, 32, 32), "pool_size": (4, 4), "num_classes": 1000, "crop_pct": 1.0, "interpolation": "bicubic",
     "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "first_conv": "conv1", "classifier": "fc",
 }  # fmt: skip
-default_cfgs = {"resnet18s": _SMALL, "resnet34s": _SMALL}  # where timm looks for them
+default_cfgs = {"resnet18s": _SMALL, "resnet34s": _SMALL}  # the name that timm looks for
 
 
 class SmallImageResNet(ResNet):
     """timm's ResNet for images of about 32 x 32: a stem of 3 x 3 with stride 1, and no pooling after it, so that the
-    last stage has an eighth of the image's side. (HAT-CL's networks of these names have that stem and keep the
+    last stage has an eighth of the image's side. (HAT-CL's networks of these names have this stem but keep the
     pooling.) There are no pretrained weights."""
 
     conv1: nn.Module
@@ -82,7 +83,7 @@ def resnet34s(pretrained: bool = False, **options: Any) -> SmallImageResNet:
     )
 
 
-for _name in default_cfgs:  # of timm's own family of ResNets, not one of this file
+for _name in default_cfgs:  # part of timm's own family of ResNets, not a family of this file
     _registry._module_to_models.pop(_registry._model_to_module[_name], None)
     _registry._model_to_module[_name] = "resnet"
     _registry._module_to_models["resnet"].add(_name)
@@ -90,14 +91,14 @@ for _name in default_cfgs:  # of timm's own family of ResNets, not one of this f
 
 @register_layer(LayerScale, LayerScale2d)
 class TaskIndexedLayerScale(HATLayer):
-    """timm's layer scale, of which every task has its own, as in HAT-CL, and as of a norm's weight. It has one number
-    per channel: shared, the first task to use a channel would settle it for all."""
+    """timm's layer scale with a copy per task, as in HAT-CL, and as for a norm's weight. It has one number per channel:
+    if it were shared, the first task to use a channel would fix it for all."""
 
     hat_copied: ClassVar[tuple[str, ...]] = ("gamma",)
 
 
 class _Entrypoints(dict):
-    """timm's registry, in which every name is also known with `hat_` in front. Listings stay as they were."""
+    """timm's registry, in which every name also exists with `hat_` in front. Listings stay as they were."""
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or (
@@ -158,7 +159,7 @@ def create_hat_model(
         verify: prove the conversion (see `hatcl.convert`).
 
     Raises:
-        ConfigError: options that exclude each other, or that a saved model has already.
+        ConfigError: options exclude each other, or a saved model already has them.
     """
     place = _saved_place(name, options)
     if place is not None:
@@ -188,7 +189,7 @@ def create_hat_model(
     base = timm.create_model(name, **options)
     x = example_input(base, options)
     model = convert(base, num_tasks, x, config=config, num_classes=widths, verify=verify, inplace=True)
-    if _is_place(name):  # a saved model names no place: what timm found there says which model it is
+    if _is_place(name):  # a saved model names no place: timm's config of it names the model
         name, options = base.pretrained_cfg["architecture"], {**base._model_args, "num_classes": base.num_classes}
     kept = {k: v for k, v in options.items() if isinstance(v, (bool, int, float, str, list, tuple))}
     gates_of(model)[0].source = timm_source(name, kept)
@@ -227,12 +228,13 @@ def _load_saved(place: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def timm_source(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `hatcl.from_pretrained` makes a timm model from."""
+    """The description from which `hatcl.from_pretrained` makes a timm model."""
     return {"kind": "timm", "name": name, "options": without_files(options)}
 
 
 def without_files(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `timm.create_model` that open no file and reach no network: weights are loaded afterwards."""
+    """The options of `timm.create_model` that neither open files nor reach the network; weights are loaded
+    afterwards."""
     return {k: v for k, v in options.items() if not k.startswith("pretrained") and k not in READING}
 
 

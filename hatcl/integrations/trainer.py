@@ -23,11 +23,11 @@ from ..hat.tasks import check_task, tasks
 from ..hat.tasks import task as active_task
 from .course import TaskCourse
 
-KEPT = "hatcl"  # where a checkpoint's `TrainerState.stateful_callbacks` says which task it is of
+KEPT = "hatcl"  # the entry of a checkpoint's `TrainerState.stateful_callbacks` that holds its task
 
 
 class HATCallback(TaskCourse, TrainerCallback):
-    """Has a `Trainer` of one's own learn a task: `Trainer(..., callbacks=[HATCallback(task=1)])`.
+    """Lets your own `Trainer` learn a task: `Trainer(..., callbacks=[HATCallback(task=1)])`.
 
     It enters `hatcl.learn` when training begins, with the number of steps that the `Trainer` takes and those that a
     resumed run has done, and seals the task after the last step, before that step is evaluated and saved. The
@@ -39,21 +39,21 @@ class HATCallback(TaskCourse, TrainerCallback):
         with callback:                   # an error in training leaves the task unsealed and earlier tasks as they were
             trainer.train()
 
-    Of a model of transformers or peft the `Trainer`'s checkpoints are what `hatcl.from_pretrained` reads. Of another
-    module they hold its state alone, which is loaded into a model that was converted alike. A plain `Trainer` evaluates
-    under the task that the model was given last: put `trainer.evaluate()` into `with hatcl.task(model, 1)`.
+    For a model of transformers or peft, `hatcl.from_pretrained` can read the `Trainer`'s checkpoints. For other modules
+    they hold only the state, which can be loaded into a model that was converted in the same way. A plain `Trainer`
+    evaluates under the model's current task: put `trainer.evaluate()` into `with hatcl.task(model, 1)`.
 
     Args:
-        task: the index of the task that is learned. knows_hatcl: whether the Trainer is `HATTrainer`, which can load a
-            checkpoint that hatcl wrote of a model of peft, and looks behind a mask of the inputs.
+        task: the index of the task to learn. knows_hatcl: whether the Trainer is `HATTrainer`, which can load hatcl's
+            checkpoint of a peft model, and handles a mask of the inputs.
 
     Attributes:
-        learning: what `hatcl.learn` gives, while the task is learned. penalty: the last step's penalty.
+        learning: the result of `hatcl.learn`, while the task is learned. penalty: the last step's penalty.
 
     Raises:
-        ConfigError: training under DeepSpeed or FSDP; `load_best_model_at_end` for a model of peft, which only
-            `HATTrainer` can load; a model behind a mask of its inputs in another Trainer. TaskError: a resumed task
-            that is sealed, and has steps left; a checkpoint of another task. All that `hatcl.learn` raises.
+        ConfigError: training runs under DeepSpeed or FSDP, `load_best_model_at_end` is set for a peft model, which only
+            `HATTrainer` can load, or a model with masked inputs is in another Trainer. TaskError: a resumed task is
+            sealed and has steps left, or a checkpoint belongs to another task. Also all errors of `hatcl.learn`.
     """
 
     def __init__(self, task: int, knows_hatcl: bool = False) -> None:
@@ -64,11 +64,11 @@ class HATCallback(TaskCourse, TrainerCallback):
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """If training was left by an error, the task is left unsealed."""
+        """If an error ended training, leave the task unsealed."""
         self.leave(error)
 
     def check_checkpoint(self, state: TrainerState) -> None:
-        """Raises TaskError if a resumed checkpoint is of another task, whose steps would count as this one's."""
+        """Raise `TaskError` if a resumed checkpoint belongs to another task, whose steps would count as this one's."""
         kept = (state.stateful_callbacks or {}).get(KEPT)
         of = self.task if kept is None else kept["args"]["task"]
         self.check_resumed(of, "give each task an output_dir of its own, or leave out resume_from_checkpoint")
@@ -86,10 +86,10 @@ class HATCallback(TaskCourse, TrainerCallback):
         self.on_init_end(args, state, control, **kwargs)
         if args.load_best_model_at_end and not self.knows_hatcl and hasattr(kwargs["model"], "peft_config"):
             raise ConfigError(
-                "load_best_model_at_end: of a model of peft this Trainer would look for an adapter alone, and go on "
-                "with the last step's; use HATTrainer"
+                "load_best_model_at_end: for a peft model this Trainer would look only for an adapter and continue "
+                "with that of the last step; use HATTrainer"
             )
-        if self.learning is not None:  # an earlier call of train() was left by an error
+        if self.learning is not None:  # an error ended an earlier call of train()
             self.leave(TaskError("training begins once more"))
         self.check_checkpoint(state)
         state.stateful_callbacks[KEPT] = {"args": {"task": self.task}, "attributes": {}}
@@ -103,7 +103,7 @@ class HATCallback(TaskCourse, TrainerCallback):
             self.seal()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Training that was stopped early is sealed here, and so is the best checkpoint, whose task was not."""
+        """Seal training that was stopped early, and the best checkpoint, whose task is not sealed yet."""
         self.seal()
         steps = state.max_steps
         if self.task not in tasks(kwargs["model"]):
@@ -120,13 +120,13 @@ class HATTrainer(Trainer):
             HATTrainer(model=model, task=task, args=args, train_dataset=data).train()
 
     Checkpoints are written by `hatcl.save_pretrained`, the last one with the task sealed: `hatcl.from_pretrained` reads
-    them, transformers' refuses them. `train(resume_from_checkpoint=True)` continues in a model that
-    was converted alike. With `load_best_model_at_end` the best checkpoint, whose measures are those of hard gates, is
-    loaded and sealed. `evaluate` and `predict` compute with this task once it is sealed. The logs have HAT's `penalty`
-    and `scale` beside the loss.
+    them, transformers' refuses them. `train(resume_from_checkpoint=True)` continues in a model that was converted in
+    the same way. With `load_best_model_at_end` the best checkpoint, measured with hard gates, is loaded and sealed.
+    `evaluate` and `predict` compute with this task once it is sealed. The logs have HAT's `penalty` and `scale` in
+    addition to the loss.
 
     Args:
-        task: the index of the task that is learned. The other arguments are `Trainer`'s.
+        task: the index of the task to learn. The other arguments are `Trainer`'s.
 
     Raises:
         TaskError, ConfigError: see `HATCallback`.
@@ -141,7 +141,7 @@ class HATTrainer(Trainer):
         self.add_callback(self.hat)
 
     def _look_behind(self, model: torch.nn.Module) -> None:
-        """Take from the model behind a mask of its inputs what `Trainer` takes from a model's forward."""
+        """Read the attributes that `Trainer` needs of a forward from the model behind a mask of its inputs."""
         names = inspect.signature(model.forward).parameters
         self.label_names = find_labels(type(model)) if self.args.label_names is None else self.args.label_names
         self.can_return_loss = can_return_loss(type(model))
@@ -151,7 +151,7 @@ class HATTrainer(Trainer):
 
     @property
     def task(self) -> int:
-        """The task that is learned."""
+        """The task to learn."""
         return self.hat.task
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +160,7 @@ class HATTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer`'s, under this task; while it is learned, under its hard gates as they would be sealed now."""
+        """`Trainer`'s, under this task; while it is learned, under its current hard gates."""
         with contextlib.nullcontext() if self.hat.learning is not None else active_task(self.model, self.task):
             return super().evaluation_loop(*args, **kwargs)
 
@@ -171,7 +171,7 @@ class HATTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        if self.control.should_training_stop:  # also where an evaluation has just said so
+        if self.control.should_training_stop:  # also if an evaluation has just requested it
             self.hat.seal()
         super()._save_checkpoint(*args, **kwargs)
 
@@ -186,7 +186,7 @@ class HATTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
-        if state.exists():  # before the model takes anything over
+        if state.exists():  # before the model is changed
             self.hat.check_checkpoint(TrainerState.load_from_json(str(state)))
         load_pretrained_(self.model, resume_from_checkpoint)
 

@@ -1,4 +1,4 @@
-"""Models of transformers: saved with their config, so that `hatcl.from_pretrained` makes them again by itself."""
+"""Models of transformers: saved with their config, so that `hatcl.from_pretrained` can rebuild them by itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..sources import register_source
 from .timm_names import check_name, without_files
 
 log = logging.getLogger(__name__)
-# what makes transformers run code from elsewhere, or look for weights or kernels there
+# options that make transformers run code from elsewhere, or look for weights or kernels there
 UNTRUSTED = {
     "_name_or_path", "name_or_path", "auto_map", "trust_remote_code", "quantization_config", "use_kernels",
     "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
@@ -33,9 +33,9 @@ NUMBERS_NOT_SIZES = (
     "token",
     "length",
     "labels",
-)  # numbers in a config that are no sizes
+)  # numbers in a config that are not sizes
 TRIED_CONFIGS = 64
-ATTENTION = (None, "eager", "sdpa", "flex_attention")  # torch's own; others may be kernels that a hub has
+ATTENTION = (None, "eager", "sdpa", "flex_attention")  # torch's own; others may be kernels on a hub
 PASS_BASE = "pass base= an instance of the plain module"
 
 
@@ -47,13 +47,13 @@ def _recognise(model: nn.Module) -> dict[str, Any] | None:
     return {
         "class": cls.__name__,
         "config": json.loads(config.to_json_string(use_diff=False)),
-        "attention": config._attn_implementation,  # not part of the JSON, and others differ in the last bits
+        "attention": config._attn_implementation,  # not part of the JSON; other kernels differ in the last bits
     }
 
 
 def _fit_config(source: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
-    """The config with other sizes that gives a model of these shapes: numbers that equal a size, or a size for each
-    head, are tried as what that size is now."""
+    """The config with changed sizes that gives a model of these shapes: numbers that equal a size, or a size per head,
+    are replaced by the new size and tried."""
     want = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     config = source["config"]
     whole = _shapes_of(source)
@@ -99,7 +99,7 @@ def _remake_transformers(source: dict[str, Any]) -> nn.Module:
             f"{', '.join(map(repr, ATTENTION))}: transformers would get another one from a hub where it is not "
             f"installed; {PASS_BASE}"
         )
-    with tempfile.TemporaryDirectory() as folder:  # only from a file are special values (infinity) read back
+    with tempfile.TemporaryDirectory() as folder:  # special values (infinity) are only read back from a file
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(_without_files(source["config"])))
         config = cls.config_class.from_json_file(path)

@@ -1,4 +1,4 @@
-"""What couples labels while the model runs: the state of one trace and the verbs by which rules change it.
+"""Couple labels while the model runs: the state of one trace and the operations by which rules change it.
 
 Labels that turn out to be the same channel are *coupled*. A parameter's label *owns* the unit that it writes and
 *reads* the unit that it multiplies; where it meets "always on" it is *forced*, where no rule covers how it is met it is
@@ -23,7 +23,7 @@ Use = tuple[str, ParameterAxis]  # (path of the module at work, axis)
 
 @dataclass
 class NormSeen:
-    """What entered a norm module: the labels along each dimension that carries units, whether off units were zero,
+    """The input of a norm module: the labels along each dimension that carries units, whether off units were zero,
     whether its statistics are taken across units, and along which of its dimensions those run, how many dimensions it
     has; kind: see `hatcl.register`."""
 
@@ -36,7 +36,7 @@ class NormSeen:
 
     @classmethod
     def of(cls, shadow: Shadow) -> NormSeen:
-        """What is seen of an input with this shadow, before any statistics are taken."""
+        """The record of an input with this shadow, before any statistics are taken."""
         ids = {d: vector(slot.ids, d).numpy().copy() for slot in shadow.slots for d in varying(slot.ids)}
         ndim = shadow.slots[0].ids.dim() if shadow.slots else 0
         return cls(ids, all(slot.clean for slot in shadow.slots), ndim=ndim)
@@ -44,7 +44,7 @@ class NormSeen:
 
 @dataclass
 class Trace:
-    """What one run of the model told.
+    """The results of one run of the model.
 
     Attributes:
         labels: every label, coupled, with the roles that it plays.

@@ -149,7 +149,7 @@ def _named(
 ) -> Grain:
     """A grain whose parts have names."""
     if not shapes:
-        raise ConfigError(f"grain: {name} finds nothing to speak of among the tensors given")
+        raise ConfigError(f"grain: {name} finds no groups among the given tensors")
     return Grain(name, len(labels), shapes, index, labels)
 
 

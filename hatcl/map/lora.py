@@ -34,8 +34,8 @@ def no_pairs(model: Any) -> str | None:
     for name, m in model.named_modules() if isinstance(model, nn.Module) else ():
         if getattr(m, "num_experts", 1) > 1 and hasattr(m, "lora_A") and hasattr(m, "parameter_name"):
             return (
-                f"{name}: its LoRA (target_parameters) is of {m.num_experts} experts in one parameter, whose rows of A "
-                "and columns of B are no pairs; leave that parameter out of target_parameters"
+                f"{name}: its LoRA (target_parameters) covers {m.num_experts} experts in one parameter, where rows "
+                "of A and columns of B are not pairs; leave that parameter out of target_parameters"
             )
     return None
 

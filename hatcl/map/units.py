@@ -83,7 +83,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class NormInput:
-    """What enters a norm: the dimension that carries units, their numbers, whether off units are exactly zero
+    """The input of a norm: the dimension that carries units, their numbers, whether off units are exactly zero
     there, and whether the norm takes its statistics across units. kind: see `hatcl.register_layer`."""
 
     dim: int
@@ -229,7 +229,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     read = labels.any_in_component("read")
     in_output = np.zeros(len(roots), dtype=bool)
     in_output[roots[found.outputs]] = True
-    # What only the output sees (the logits of a head) is no unit: every task wants all of it.
+    # Labels that only the output sees (the logits of a head) are not units: every task needs all of them.
     is_unit = labels.any_in_component("carried") & ~(in_output[roots] & ~read)
     is_unit &= ~labels.any_in_component("whole")
     is_unit[0] = False

@@ -1,4 +1,4 @@
-"""Pictures of grafts: how well confidence matches accuracy, and accuracy against the share of elements that is kept."""
+"""Pictures of grafts: how well confidence matches accuracy, and accuracy against the share of kept elements."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ACROSS = 4  # panels in a row
-STEP_ASIDE = 1.07  # by which the lines of two rules stand beside each other, on a logarithmic axis
+STEP_ASIDE = 1.07  # the factor between the lines of two rules, on a logarithmic axis
 OVER, UNDER = "#d1603d", "#4f9d69"
 
 
 def draw_reliability(calibrations: Mapping[str, Calibration]) -> bytes:
     """A PNG of reliability diagrams: a panel per model, in it a bar of accuracy per bin of confidence.
 
-    Orange is missing: the bin's confidence is that much higher than its accuracy. Green is more than was said. How
-    many examples a bin holds is drawn below (Guo et al. 2017, arXiv 1706.04599, fig. 1).
+    Orange marks how much the bin's confidence exceeds its accuracy, green how much its accuracy exceeds its confidence.
+    The number of examples per bin is drawn below (Guo et al. 2017, arXiv 1706.04599, fig. 1).
 
     Raises:
         ConfigError: no calibrations, or matplotlib is not installed.
@@ -93,12 +93,13 @@ def draw_graft_curve(
     """A PNG of a measure against sparsity on a logarithmic axis, a line per rule of selection.
 
     Args:
-        rows: `by`, `sparsity` and the measure of each graft; of several with one rule and sparsity (seeds) the mean is
-            drawn, and a bar from the lowest to the highest.
-        pretrained, finetuned: the measure of the two models, drawn across. measure: the key, and the axis's name.
+        rows: `by`, `sparsity` and the measure of each graft; for several with the same rule and sparsity (seeds) the
+        mean is drawn with a bar from the lowest to the highest.
+        pretrained, finetuned: the measure of the two models, drawn as horizontal lines. measure: the key and the axis's
+            name.
 
     Raises:
-        ConfigError: no rows, a row without one of the three, a sparsity that is not above 0, or matplotlib is not
+        ConfigError: there are no rows, a row lacks one of the three, a sparsity is not above 0, or matplotlib is not
             installed.
     """
     if not rows:
@@ -116,7 +117,7 @@ def draw_graft_curve(
         places = sorted({row["sparsity"] for row in own})
         values = [[100 * row[measure] for row in own if row["sparsity"] == at] for at in places]
         colour = LINES[i % len(LINES)]
-        if any(len(v) > 1 for v in values):  # a bar at each place, since bands of several lines hide each other
+        if any(len(v) > 1 for v in values):  # a bar at each point, since bands of several lines would overlap
             beside = [at * STEP_ASIDE ** (i - (len(rules) - 1) / 2) for at in places]
             axes.vlines(
                 beside, [min(v) for v in values], [max(v) for v in values], color=colour, linewidth=1.5, alpha=0.7

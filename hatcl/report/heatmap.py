@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SIGNED = "RdBu_r"
 LINES = ("#3a7ca5", "#d1603d", "#4f9d69", "#8a5a9e", "#b8912f", "#5d6975")
-MOST_NUMBERS = 24  # on a side of the matrix, to be written into its cells
+MOST_NUMBERS = 24  # rows or columns, above which numbers are not written into cells
 
 
 def draw_coefficients(values: Sequence[Sequence[float]], vectors: Sequence[str], blocks: Sequence[str]) -> bytes:
@@ -39,7 +39,7 @@ def draw_coefficients(values: Sequence[Sequence[float]], vectors: Sequence[str],
     most = float(np.abs(grid).max()) or 1.0
     image = axes.imshow(grid, cmap=SIGNED, vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
     _names(axes, vectors)
-    every = -(-len(layers) // 60)  # more names than these cannot be read
+    every = -(-len(layers) // 60)  # more names would be unreadable
     shown = layers[::every]
     axes.set_xticks([start for _, start in shown], [short(name) for name, _ in shown], rotation=90, fontsize=8)
     edges = [start - 0.5 for _, start in layers[1:]]
@@ -64,7 +64,7 @@ def draw_cosines(matrix: Sequence[Sequence[float]], names: Sequence[str]) -> byt
     cell = 0.5 if count <= MOST_NUMBERS else 0.28
     figure = new_figure(3.8 + cell * count, 2.4 + cell * count)
     axes = figure.add_subplot()
-    image = axes.imshow(grid, cmap=SIGNED, vmin=-1.4, vmax=1.4)  # the darkest ends stay unused: numbers are read there
+    image = axes.imshow(grid, cmap=SIGNED, vmin=-1.4, vmax=1.4)  # the darkest ends stay unused for readability
     if count <= MOST_NUMBERS:
         for i, j in np.ndindex(count, count):
             dark = abs(grid[i, j]) > 0.85
@@ -107,8 +107,8 @@ def draw_sweep(scales: Sequence[float], accuracies: Sequence[Sequence[float]], n
 
 def layers_of(blocks: Sequence[str]) -> list[tuple[str, int]]:
     """Names and first positions of runs of blocks in one layer: a parameter's name up to its last number, else its
-    first part (`blocks.0.attn.qkv.weight` -> `blocks.0`, `head.norm.weight` -> `head`). What follows inside a layer
-    (`layer1.0.downsample.1`) belongs to it."""
+    first part (`blocks.0.attn.qkv.weight` -> `blocks.0`, `head.norm.weight` -> `head`). Deeper parts of a layer
+    (`layer1.0.downsample.1`) belong to it."""
     out: list[tuple[str, int]] = []
     for i, block in enumerate(blocks):
         parts = block.split(".")

@@ -11,8 +11,8 @@ import numpy as np
 
 from .picture import short
 
-MOST_LETTERS = 44  # of a row's name
-MOST_POINTS = 240  # of a line; more cannot be seen
+MOST_LETTERS = 44  # in a row's name
+MOST_POINTS = 240  # per line; more would not be visible
 WIDE, HIGH = 440, 250  # of a chart, in units of its text, so that it can be read on a phone
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40
 LINE_COLOURS = 6
@@ -68,7 +68,7 @@ class Part(NamedTuple):
 
 
 def escaped(text: object) -> str:
-    """Text as HTML has it."""
+    """Text escaped for HTML."""
     return html.escape(str(text))
 
 
@@ -78,7 +78,7 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def rows_table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str, texts: bool = False) -> str:
-    """A table: the first of each row is its name, the others are numbers, or texts."""
+    """A table: the first entry of each row is its name, the others are numbers, or texts."""
     kind = ' class="text"' if texts else ""
     body = [
         "<tr>" + _name_of_row(row[0]) + "".join(f"<td{kind}>{escaped(cell)}</td>" for cell in row[1:]) + "</tr>"
@@ -103,8 +103,8 @@ def shades(
     """A table whose cells are shaded by their values, with a colour bar; below zero in another colour.
 
     Args:
-        values: None or NaN for what was not measured. texts: of the cells. corner: the head over the rows' names.
-        ends: what the bar says at its ends. low, high: the values there. foot: rows of texts below.
+        values: None or NaN for missing measurements. texts: the cells' texts. corner: the head over the rows' names.
+            ends: the texts at the ends of the bar. low, high: the values there. foot: rows of texts below.
     """
     body = []
     for name, row, told in zip(rows, values, texts, strict=True):
@@ -152,11 +152,11 @@ def chart(
     log: bool = False,
     dots: bool = False,
 ) -> str:
-    """A line chart as SVG; empty where no line has a point.
+    """A line chart as SVG; empty if no line has a point.
 
     Args:
-        lines: points by name. across: what runs along the horizontal axis. log: its scale, which has
-            no place for points at 0 and below. dots: mark the points.
+        lines: points by name. across: the label of the horizontal axis. log: use a logarithmic axis, which leaves out
+            points at 0 and below. dots: mark the points.
     """
     kept = {
         name: _thinned([p for p in points if all(map(math.isfinite, p)) and (p[0] > 0 or not log)])
@@ -212,7 +212,7 @@ def chart(
 
 
 def charts(parts: Sequence[str]) -> str:
-    """Charts beside each other where there is room."""
+    """Charts side by side if there is room."""
     found = [part for part in parts if part]
     return f'<div class="charts">{"".join(found)}</div>' if found else ""
 
@@ -222,7 +222,7 @@ def _line_class(i: int) -> str:
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of neighbours, where there are more points than can be seen."""
+    """Means of neighbours, if there are more points than can be seen."""
     if len(points) <= MOST_POINTS:
         return points
     parts = np.array_split(np.asarray(points), MOST_POINTS)
@@ -251,7 +251,7 @@ def _ticks_across(first: float, last: float, log: bool) -> list[tuple[float, str
 
 
 def tiles(told: Sequence[tuple[str, str]]) -> str:
-    """What counts, in large letters: value and name."""
+    """The main figures in large letters: value and name."""
     return f'<div class="tiles">{"".join(_tile(value, name) for value, name in told)}</div>'
 
 
@@ -270,7 +270,7 @@ def command_lines(lines: Sequence[str]) -> str:
 
 
 def whole_page(title: str, lead: str, top: str, parts: Sequence[Part], foot: str) -> str:
-    """The file. Nothing in it may be loaded from elsewhere; the page's own policy says so to the browser."""
+    """The whole file. Its content policy forbids the browser to load anything from elsewhere."""
     body = "".join(f"<section><h2>{escaped(p.title)}</h2>{p.body}</section>" for p in parts if p.body)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -283,5 +283,5 @@ def whole_page(title: str, lead: str, top: str, parts: Sequence[Part], foot: str
 
 
 def percents(values: Sequence[Any]) -> list[str]:
-    """Shares as texts; a dot for what was not measured."""
+    """Shares as texts; a dot for missing measurements."""
     return ["·" if v is None or math.isnan(v) else f"{100 * v:.1f}" for v in values]

@@ -1,4 +1,4 @@
-"""What the page of a run has: its scores, how it learned, what its tasks use, how it was made."""
+"""The content of a run's page: its scores, how it learned, the units of its tasks, how it was made."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ REPORT = "report.html"
 
 
 class Told(NamedTuple):
-    """What the page of a run says: HTML below its title, its parts, and figures to compare runs by."""
+    """The content of a run's page: HTML below its title, its parts, and figures for comparing runs."""
 
     top: str
     parts: list[Part]
     figures: dict[str, str]
 
 
-PER_STEP = {  # of metrics.jsonl -> what its chart is called; two are open
+PER_STEP = {  # key in metrics.jsonl -> the title of its chart; the first two are visible
     "loss": "loss",
     "units_on": "share of units on",
     "penalty": "penalty",
@@ -57,16 +57,16 @@ PER_STEP = {  # of metrics.jsonl -> what its chart is called; two are open
 
 
 def learning_parts(run: Path, metrics: Mapping[str, Any], numbers: Sequence[int], certificate: str) -> list[Part]:
-    """Of a run of `hatcl train`.
+    """The parts of the page of a run of `hatcl train`.
 
     Args:
-        metrics: of the tasks that are left. numbers: theirs. certificate: what it says, in a sentence.
+        metrics: those of the remaining tasks. numbers: the tasks' numbers. certificate: its result as a sentence.
     """
     result = SequenceResult.from_dict(dict(metrics))
     named = [f"{i} {name}" for i, name in zip(numbers, result.tasks, strict=True)]
     heads = [str(i) for i in numbers]
     values = [[*row, *[math.nan] * (len(named) - len(row))] for row in result.rows]
-    foot = [["always the commonest answer", *percents(result.commonest)]] if result.commonest else []
+    foot = [["always the most common answer", *percents(result.commonest)]] if result.commonest else []
     by = [*result.scored_by, *[""] * (len(named) - len(result.scored_by))]
     texts = [[score_text(v, m) for v, m in zip(row, by, strict=True)] for row in values]
     matrix = shades(
@@ -87,7 +87,7 @@ def learning_parts(run: Path, metrics: Mapping[str, Any], numbers: Sequence[int]
 
 
 def learning_top(metrics: Mapping[str, Any]) -> str:
-    """The figures of a run of `hatcl train` that count."""
+    """The main figures of a run of `hatcl train`."""
     told = [(metrics.get("average_accuracy"), "average score"), (metrics.get("forgetting"), "forgetting")]
     own = own_measure(metrics.get("scored_by", []))
     shown = [(score_text(v, own) + ("" if own else " %"), n) for v, n in told if v is not None]
@@ -98,7 +98,7 @@ def learning_top(metrics: Mapping[str, Any]) -> str:
 
 
 def _curves(run: Path, named: Sequence[str], numbers: Sequence[int]) -> str:
-    """What metrics.jsonl has of each step: the loss in front, the rest behind a click."""
+    """The values of each step in metrics.jsonl: the loss in front, the rest behind a click."""
     lines = runs.read_steps(run)
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     alone = len({line.get("stage", 0) for line in lines}) == 1
@@ -143,7 +143,7 @@ def _overlap(shared: Sequence[Sequence[int]], named: Sequence[str], heads: Seque
 
 
 def _skills(run: Path, share: float = 0.2) -> list[Part]:
-    """Where the units that matter are, and how much the tasks' skills overlap, where the method has scored units."""
+    """The places of important units, and the overlap of the tasks' skills, if the method has scored units."""
     found = sorted((run / TASKS).glob("*/scores.safetensors"), key=lambda p: int(p.parent.name.split("_")[0]))
     scores = {path.parent.name.replace("_", " ", 1): SkillScores.load(path) for path in found}
     if not scores:
@@ -175,9 +175,9 @@ def _skills(run: Path, share: float = 0.2) -> list[Part]:
 
 
 def finetune_parts(run: Path, metrics: Mapping[str, Any]) -> list[Part]:
-    """Of a run of `hatcl finetune`."""
+    """The parts of the page of a run of `hatcl finetune`."""
     told = {**metrics["score"], "commonest": metrics.get("commonest", {})}
-    names = {"pretrained": "pretrained", "finetuned": "fine-tuned", "commonest": "always the commonest answer"}
+    names = {"pretrained": "pretrained", "finetuned": "fine-tuned", "commonest": "always the most common answer"}
     rows = [
         [title, *(score_text(told[key].get(part), metrics["measure"]) for part in ("validation", "test"))]
         for key, title in names.items()
@@ -204,7 +204,7 @@ def finetune_parts(run: Path, metrics: Mapping[str, Any]) -> list[Part]:
 
 
 def graft_parts(run: Path, metrics: Mapping[str, Any]) -> list[Part]:
-    """Of a run of `hatcl graft`."""
+    """The parts of the page of a run of `hatcl graft`."""
     grafts = metrics["grafts"]
     every = {"pretrained": metrics["pretrained"], "fine-tuned": metrics["finetuned"]}
     every |= {f"{row['by']} {row['sparsity']:g}": row for row in grafts}
@@ -239,7 +239,7 @@ def graft_parts(run: Path, metrics: Mapping[str, Any]) -> list[Part]:
 
 
 def atlas_parts(run: Path, metrics: Mapping[str, Any], coefficients: Sequence[Sequence[str]]) -> list[Part]:
-    """Of a run of `hatcl atlas`.
+    """The parts of the page of a run of `hatcl atlas`.
 
     Args:
         coefficients: rows of vector, block and value.
@@ -278,7 +278,7 @@ def atlas_parts(run: Path, metrics: Mapping[str, Any], coefficients: Sequence[Se
 
 
 def made_parts(run: Path, go_on: Sequence[str]) -> list[Part]:
-    """How a run was made, and the commands that go on from it."""
+    """How a run was made, and the commands that continue it."""
     config = runs.stored_config(run) or {}
     rows = [[name, _as_text(value)] for name, value in sorted(config.get("options", {}).items())]
     body = rows_table(["option", "value"], rows, f"hatcl {config.get('command', '')}", texts=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED = "#1b2733", "#5d6975"
-MOST_NAMES = 40  # of layers, to be readable below a panel
+MOST_NAMES = 40  # the most names of layers that are readable below a panel
 BAR, FREE, SHADES = "#3a7ca5", "#edf1f4", "Blues"
 
 
@@ -24,8 +24,8 @@ def draw_run(metrics: Mapping[str, Any], numbers: Sequence[int] | None = None) -
     """A PNG of a run of `hat`: its accuracy matrix, the units on for each task, and their share in each layer.
 
     Args:
-        metrics: what `SequenceResult.to_dict` returned or `metrics.json` holds.
-        numbers: of the tasks; None = 0, 1, 2, ...
+        metrics: the result of `SequenceResult.to_dict`, or the content of `metrics.json`. numbers: the tasks' numbers;
+            None = 0, 1, 2, ...
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -36,7 +36,7 @@ def draw_run(metrics: Mapping[str, Any], numbers: Sequence[int] | None = None) -
     labels = [f"{i}  {short(name)}" for i, name in zip(shown, names, strict=True)]
     side = max(3.2, 0.44 * count)
     heights = [side]
-    if layers:  # none where every parameter is the tasks' own
+    if layers:  # none if every parameter is copied per task
         heights.append(1.9 + 0.2 * count)
     figure = new_figure(2 * side + 4.6, sum(heights) + 1.9)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[1.15, 1])
@@ -71,11 +71,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG. Names are drawn letter by letter: `$` in them begins no formula, which only ticks have."""
+    """The figure as a PNG. Names are drawn literally: a `$` in them does not begin a formula, as it does in ticks."""
     from matplotlib.text import Text
 
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        axis.get_ticklabels(which="both")  # they are made when they are asked for
+        axis.get_ticklabels(which="both")  # creates the labels
     for text in figure.findobj(Text):
         if r"\mathdefault" not in text.get_text():
             text.set_parse_math(False)
@@ -104,7 +104,7 @@ def _draw_matrix(
     for i, row in enumerate(rows):
         values[i, : len(row)] = row
     low = min(0.5, float(np.nanmin(values)))
-    # the ends of the colour map stay unused: the lowest accuracy is still seen, the highest still readable
+    # the ends of the colour map stay unused, so that the lowest accuracy is visible and the highest readable
     image = axes.imshow(values, cmap=SHADES, vmin=low - 0.1, vmax=1.25, aspect="equal")
     for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
         dark = values[i, j] > low + 0.6 * (1 - low)
@@ -167,7 +167,7 @@ def _draw_layers(axes: Axes, layers: Sequence[Mapping[str, Any]], labels: Sequen
 
 
 def separate(axes: Axes, columns: int, rows: int) -> None:
-    """White lines between the cells, where they are wide enough to bear them."""
+    """White lines between the cells, if the cells are wide enough."""
     if columns <= 64:
         axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
@@ -180,7 +180,7 @@ def _used(layer: Mapping[str, Any], task: int) -> int:
 
 
 def short(name: str, most: int = 16) -> str:
-    """At most so many letters of a name: its beginning and its end, since the names of one run often begin alike."""
+    """A name shortened to its beginning and its end, since the names of one run often begin alike."""
     if len(name) <= most:
         return name
     tail = (most - 1) // 2

@@ -1,4 +1,4 @@
-"""A picture of how well the task of an input is found."""
+"""A picture of how often the task of an input is found."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .picture import INK, MUTED, SHADES, dress, new_figure, png, separate, short
 
 
 def draw_routing(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> bytes:
-    """A PNG of the confusion of tasks: in the row of a task the share of its inputs that was taken for each.
+    """A PNG of the confusion of tasks: in the row of a task, the share of its inputs that was assigned to each task.
 
     Args:
-        confusion: `[T, T]`, how many inputs of the row's task were taken for the column's.
+        confusion: `[T, T]`, the number of inputs of the row's task that were assigned to the column's.
 
     Raises:
         ConfigError: a matrix of another shape, or matplotlib is not installed.
@@ -26,7 +26,7 @@ def draw_routing(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> by
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure = new_figure(3.6 + 0.48 * size, 2.3 + 0.44 * size)
     axes = figure.add_subplot()
-    axes.imshow(shares, cmap=SHADES, vmin=0.0, vmax=1.25)  # the dark end stays unused: numbers are read there
+    axes.imshow(shares, cmap=SHADES, vmin=0.0, vmax=1.25)  # the dark end stays unused, so that numbers stay readable
     if size <= MOST_NUMBERS:
         for i, j in np.ndindex(size, size):
             dark = shares[i, j] > 0.6

@@ -19,7 +19,7 @@ from .heatmap import MOST_NUMBERS
 from .picture import FREE, INK, MOST_NAMES, MUTED, SHADES, dress, new_figure, png, separate, short
 
 OF = ("rank", "score")
-MOST_ASIDE = 1  # modules that are told in a title
+MOST_ASIDE = 1  # modules named in a title
 NARROWEST, WIDEST = 7.0, 16.0  # inches, for the title and for the page
 NUMBERED = re.compile(r"[^.]+\.\d+\.")
 
@@ -35,9 +35,9 @@ def draw_skills(scores: Mapping[str, SkillScores], of: str = "rank") -> bytes:
     """A PNG of importance: a panel per task, in it a row per type of module and a column per layer.
 
     Args:
-        scores: of each task by its name, of the same groups.
-        of: `rank`: a cell is the mean rank of its groups among all of the task, from 0 (lowest) to 1 (highest).
-            `score`: the mean of their normalised scores, of which a few are often far above all others.
+        scores: task name -> its scores, over the same groups. of: `rank`: a cell is the mean rank of its groups among
+            all groups of the task, from 0 (lowest) to 1 (highest). `score`: the mean of their normalised scores, a few
+            of which are often far above all others.
 
     Raises:
         ConfigError: no scores, another `of`, or matplotlib is not installed. SkillError: scores of other groups.
@@ -51,7 +51,7 @@ def draw_skills(scores: Mapping[str, SkillScores], of: str = "rank") -> bytes:
     grids = [_grid(heights_of(s, of), places, layers, kinds) for s in every]
     left, width = 0.085 * max(len(_tail(k)) for k in kinds), max(1.9, 0.24 * len(layers))
     down = -(-len(grids) // max(1, min(len(grids), 3, int((WIDEST - left) // width))))
-    across = -(-len(grids) // down)  # as many in each row as can be
+    across = -(-len(grids) // down)  # as many as possible in each row
     names = _short_layers(layers)
     shown = range(0, len(layers), -(-len(layers) // MOST_NAMES))
     below = 0.075 * max(map(len, names)) + 0.35
@@ -100,7 +100,7 @@ def draw_overlap(skills: Mapping[str, Skill]) -> bytes:
     figure = new_figure(4.6 + cell * count, 2.9 + cell * count)
     axes = figure.add_subplot()
     axes.set_facecolor(FREE)
-    image = axes.imshow(np.ma.masked_invalid(grid), cmap=SHADES, vmin=0.0, vmax=1.25)  # the darkest stay unused
+    image = axes.imshow(np.ma.masked_invalid(grid), cmap=SHADES, vmin=0.0, vmax=1.25)  # the darkest shades stay unused
     if count <= MOST_NUMBERS:
         for i, j in zip(*np.nonzero(np.isfinite(grid)), strict=True):
             colour = "white" if grid[i, j] > 0.7 else INK
@@ -126,8 +126,9 @@ def draw_overlap(skills: Mapping[str, Skill]) -> bytes:
 def places_of(labels: Sequence[str]) -> list[LayerPlace]:
     """Layer and kind of the module of each group: the path in two, after its first number or after its last, whichever
     gives fewer cells (T5 has `block.0.layer.1.DenseReluDense.wi`, one layer with two parts; Swin `layers.0.blocks.1`, a
-    layer each); without a number, after its first part. What all paths start with is left out. So are numbered parts of
-    kinds, if that mixes nothing up (T5's `layer.1.` is the feed-forward in the encoder, in the decoder it is not)."""
+    layer each); without a number, after its first part. A common start of all paths is left out, and so are numbered
+    parts of kinds, unless that would mix different ones (T5's `layer.1.` is the feed-forward in the encoder, in the
+    decoder it is not)."""
     paths = [_path(label) for label in labels]
     shared = 0
     while all(len(p) > shared + 1 and p[shared] == paths[0][shared] and not p[shared].isdigit() for p in paths):
@@ -145,7 +146,7 @@ def places_of(labels: Sequence[str]) -> list[LayerPlace]:
 
 def _lonely(places: Sequence[LayerPlace]) -> list[LayerPlace]:
     """Modules that are the only one of their layer and of their kind, such as a pooler: each would have an empty row
-    and an empty column in a grid. None, where nothing else is left, or they are too many to be told in a title."""
+    and an empty column in a grid. None if nothing else is left, or there are too many for a title."""
     found = list(dict.fromkeys(places))
     counted = [Counter(p[side] for p in found) for side in (0, 1)]
     alone = [p for p in found if all(counted[side][p[side]] == 1 for side in (0, 1))]
@@ -157,7 +158,7 @@ def _mean_at(heights: np.ndarray, places: Sequence[LayerPlace], at: LayerPlace) 
 
 
 def _path(label: str) -> list[str]:
-    """Of the module that a group belongs to: without the rank, the factor, and the parameter's own name."""
+    """The path of a group's module: without the rank, the factor, and the parameter's own name."""
     parts = label.split("[")[0].split(".")
     at = factor_in(parts)
     if at is not None:
@@ -203,12 +204,12 @@ def _same_units(named: Mapping[str, Any], what: str) -> list[Any]:
 
 
 def _tail(name: str) -> str:
-    """At most 24 letters, the last ones: they tell modules apart."""
+    """The last 24 letters of a name, which distinguish modules."""
     return name if len(name) <= 24 else "…" + name[-23:]
 
 
 def _short_layers(layers: Sequence[str]) -> list[str]:
-    """The number alone of layers that are counted in one row only, the others by their last letters."""
+    """Short names: only the number for layers in a single numbered row, the last letters for others."""
     counted = [layer.rpartition(".") for layer in layers]
     one = len({stem for stem, _, last in counted if last.isdigit()}) == 1
     return [

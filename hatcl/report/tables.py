@@ -23,7 +23,8 @@ def matrix_table(
     """The accuracy matrix: a row per task learned, a column per task tested; NaN was not measured.
 
     Args:
-        numbers: of the tasks; None = 0, 1, 2, ... commonest: each task's score of always giving the commonest answer.
+        numbers: the tasks' numbers; None = 0, 1, 2, ... commonest: each task's score of always giving the most common
+        answer.
         scored_by: the tasks' measures.
     """
     numbers = range(len(names)) if numbers is None else numbers
@@ -44,7 +45,7 @@ def matrix_table(
     if any(not math.isnan(value) for value in commonest):
         table.add_section()
         cells = [Text("·" if math.isnan(value) else f"{100 * value:.1f}", style="dim") for value in commonest]
-        table.add_row("always the commonest answer", *cells, style="dim")
+        table.add_row("always the most common answer", *cells, style="dim")
     return table
 
 
@@ -60,9 +61,9 @@ def tasks_table(
     gates, the units used, and whether its outputs moved since sealing.
 
     Args:
-        records: what is known of the stages that are done: `score`, `loss`, and `Method.facts` of `hat`.
-        running: `loss`, for `hat` also `penalty` and `scale`, of the stage that is being learned.
-        numbers: of the stages; None = 0, 1, 2, ... scored_by: the measures of their scores.
+        records: the results of the finished stages: `score`, `loss`, and `Method.facts` of `hat`.
+        running: `loss`, for `hat` also `penalty` and `scale`, of the current stage. numbers: the stages' numbers; None
+            = 0, 1, 2, ... scored_by: the measures of their scores.
     """
     numbers = range(len(names)) if numbers is None else numbers
     by = [*scored_by, *[""] * (len(names) - len(scored_by))]
@@ -156,7 +157,7 @@ def accuracy_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Tab
     """Accuracies on test images and, in brackets, on held-out ones, in percent.
 
     Args:
-        rows: what was measured -> task -> part (`test`, `validation`) -> accuracy.
+        rows: name of the measurement -> task -> part (`test`, `validation`) -> accuracy.
     """
     table = Table(title="accuracy in %: test (held out)", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("task", no_wrap=True, overflow="ellipsis", max_width=24)

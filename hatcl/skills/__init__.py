@@ -1,5 +1,5 @@
-"""Skills: which units of an adapter a task needs, scored, localised and consolidated task after task (TaSL), or held by
-a stable adapter besides the plastic one (I-LoRA). `hatcl.skills.trainer` is for transformers' Trainer."""
+"""Skills: the units of an adapter that a task needs, scored, localised and consolidated task after task (TaSL), or kept
+by a stable adapter next to the plastic one (I-LoRA). `hatcl.skills.trainer` is for transformers' Trainer."""
 
 from .consolidation import ConsolidateOptions, consolidate, group_weights
 from .hidden import Hidden, hidden_states_of

@@ -1,4 +1,4 @@
-"""Consolidate two adapters, that of all earlier tasks and that of the current one, group by group (TaSL, Feng et al.
+"""Consolidate the adapter of all earlier tasks with that of the current one, group by group (TaSL, Feng et al.
 2024, arXiv 2408.05200)."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .scores import SkillScores, check_same_groups, localize
 
 MODES = ("cases", "adaptive", "coarse")
 AVERAGES = ("factors", "product")
-READ_BY = {  # by which mode each option is read
+READ_BY = {  # the mode that reads each option
     "cases": ("both", "previous_only", "current_only", "neither", "share", "threshold"),
     "adaptive": ("temperature",),
     "coarse": ("coarse",),
@@ -29,24 +29,23 @@ Weights = tuple[float, float]
 @dataclass(frozen=True)
 class ConsolidateOptions(Changeable):
     """How `consolidate` weighs two adapters. Every pair of weights is (previous, current); both are at least 0 and sum
-    to 1, because what is taken is a mean: another sum would shrink or grow the adapter with every task (and, with
+    to 1, because the result is a mean: another sum would shrink or grow the adapter with every task (and, with
     `factors`, its effect by the square).
 
     Args:
-        mode: `cases`: by which of the two a group is important to, TaSL's four cases. `adaptive`: by a softmax of the
-            two scores over `temperature`, in place of hard cases (the form in TaSL's code for `lora_pair`). `coarse`:
+        mode: `cases`: TaSL's four cases, by the adapters that a group is important to. `adaptive`: a softmax of the two
+            scores over `temperature` instead of hard cases (the form in TaSL's code for `lora_pair`). `coarse`:
             one pair of weights for the whole model, for comparison.
         both, previous_only, current_only, neither: the weights of the four cases.
-        temperature: of `adaptive`; the higher, the nearer to the plain mean.
-        coarse: the weights of `coarse`.
+        temperature: for `adaptive`; higher is nearer to the plain mean. coarse: the weights of `coarse`.
         average: `factors` takes the means of A and of B, as published; the product of means has cross terms,
             `B_previous A_current`, that neither task learned. `product` takes the mean of the products B A and finds
             its best factors of the same rank.
-        share: the share of the groups that are important, in each of the two scores by itself (`localize`).
-        threshold: in place of the share: the score, scaled to 0..1, above which a group is important.
+        share: the share of the groups that are important, in each of the two scores separately (`localize`). threshold:
+            instead of the share, the score, scaled to 0..1, above which a group is important.
 
     Raises:
-        ConfigError: a value outside its range, or one that has no effect in this mode or with a threshold.
+        ConfigError: a value is outside its range, or has no effect in this mode or with a threshold.
     """
 
     mode: str = "cases"
@@ -67,7 +66,7 @@ class ConsolidateOptions(Changeable):
             given = getattr(self, name)
             value = tuple(given) if isinstance(given, (tuple, list)) else ()
             numbers = len(value) == 2 and all(isinstance(w, (int, float)) for w in value)
-            # two decimal numbers that sum to one do so but for a rounding, 1e-16
+            # two decimal numbers that sum to one do so up to rounding, 1e-16
             if not numbers or not min(value) >= 0 or not abs(sum(value) - 1) < 1e-9:
                 raise ConfigError(
                     f"{name}: got {given!r}, expected two weights, of the previous and of the current "
@@ -78,14 +77,14 @@ class ConsolidateOptions(Changeable):
         number("share", self.share, 0, 1, without="low", what="a share of the groups")
         if self.threshold is not None:
             number("threshold", self.threshold, 0, 1, what="a normalised score")
-            without_effect(self, ["share"], f"threshold={self.threshold!r}", "take the threshold away")
+            without_effect(self, ["share"], f"threshold={self.threshold!r}", "remove the threshold")
         for mode, names in READ_BY.items():
             if mode != self.mode:
                 without_effect(self, names, f"mode={self.mode!r}", f"pass mode={mode!r}")
 
     @property
     def unscored(self) -> Weights:
-        """The weights of a tensor of which no score speaks."""
+        """The weights of a tensor without a score."""
         return {"cases": self.neither, "adaptive": (0.5, 0.5), "coarse": self.coarse}[self.mode]
 
 
@@ -98,33 +97,34 @@ def consolidate(
 ) -> dict[str, Tensor]:
     """`w_p * previous + w_c * current` for every group of the scores' grain, with the weights of `group_weights`.
 
-    `average="factors"`: every tensor by itself, A with the weights of its groups and B with those of its own.
+    `average="factors"`: every tensor separately, A with the weights of its groups and B with those of its own.
 
-    `average="product"`: of each pair of factors the best of its rank to `B_p diag(w_p) A_p + B_c diag(w_c) A_c`, turned
-    to be nearest to what `factors` gives, so that pair r stays as much as can be the pair that the scores of earlier
-    tasks cover (`best_factors`). Where every pair is taken whole from one of the two, they stay bit for bit. One
-    product needs one weight per pair: where A and B have scores and so weights of their own (grains `matrix` and
-    `block`), it is the mean of the two. The scaling `alpha / r` that peft multiplies in is the same for both adapters
-    and cancels; it cannot be seen in the tensors, so adapters of another `lora_alpha` must be scaled first. A tensor
-    that is no factor is averaged as it is.
+    `average="product"`: for each pair of factors, the best factors of its rank for `B_p diag(w_p) A_p + B_c diag(w_c)
+    A_c`, rotated to be nearest to the result of `factors`, so that pair r stays as close as possible to the pair that
+    the scores of earlier tasks cover (`best_factors`). If every pair is taken entirely from one of the two, the pairs
+    stay bit for bit. One product needs one weight per pair: if A and B have separate scores and therefore weights
+    (grains `matrix` and `block`), it is the mean of the two. The scaling `alpha / r` that peft multiplies in is the
+    same for both adapters and cancels; the tensors do not show it, so adapters with another `lora_alpha` must be scaled
+    first. A tensor that is not a factor is averaged directly.
 
-    A tensor of which the grain does not speak (biases and norms in `matrix` and `lora_pair`) is important to neither:
-    it has the weights of `neither`, `adaptive` and `coarse` those of equal scores and of `coarse`.
+    A tensor that the grain does not cover (biases and norms in `matrix` and `lora_pair`) counts as important to
+    neither: it gets the weights `neither`, in mode `adaptive` those of equal scores, in mode `coarse` those of
+    `coarse`.
 
     Args:
-        previous, current: the tensors of both by the same names, as `skill_tensors` gives them (or peft's file, unless
-            its config has `target_parameters`: of experts its rows of A and columns of B are no pairs, which names and
-            shapes do not tell); dtypes and devices may differ.
+        previous, current: the tensors of both by the same names, as from `skill_tensors` (or peft's file, unless its
+        config has `target_parameters`: for experts, rows of A and columns of B are not pairs, which names and shapes do
+        not show); dtypes and devices may differ.
         previous_scores: the scores over all earlier tasks (`accumulate_scores`). current_scores: those of the current
-            task alone. `coarse` does without both, None.
-        options: `ConsolidateOptions`, or a mapping of what to change.
+        task alone. `coarse` needs neither (None).
+        options: `ConsolidateOptions`, or a mapping of the options to change.
 
     Returns:
-        New tensors by the names, in the order, dtypes and on the devices of `current`. Nothing given is changed.
+        New tensors with the names, order, dtypes and devices of `current`. The arguments are not changed.
 
     Raises:
-        SkillError: adapters of other targets or ranks, tensors that are not finite, scores of other tensors or of two
-            grains, no scores. ConfigError: see `ConsolidateOptions`.
+        SkillError: the adapters differ in targets or ranks, tensors are not finite, or scores are missing, for other
+            tensors, or of two grains. ConfigError: see `ConsolidateOptions`.
     """
     chosen = ConsolidateOptions().changed(options)
     _same_tensors(previous, current)
@@ -136,7 +136,7 @@ def consolidate(
     for a, b in pairs:
         rank = len(current[a])
         w = ((share[a].flatten() + share[b].flatten()) / 2).expand(rank)
-        if ((w == 0) | (w == 1)).all():  # each pair whole from one of the two: the means are those pairs
+        if ((w == 0) | (w == 1)).all():  # each pair comes entirely from one of the two
             continue
         two = [(current[a], current[b], w), (previous[a], previous[b], 1 - w)]
         out[a], out[b] = best_factors(two, rank, like=(out[a], out[b]))
@@ -149,11 +149,11 @@ def group_weights(
     """The weights of the previous and of the current adapter, float64 `[G, 2]`, for each group of the
     scores.
 
-    `cases` localises both by themselves. `adaptive` is `softmax([N(previous), N(current)] / temperature)` with N as in
-    `SkillScores.normalised`: raw scores are products of small numbers, which no temperature would fit.
+    `cases` localises both separately. `adaptive` is `softmax([N(previous), N(current)] / temperature)` with N as in
+    `SkillScores.normalised`: raw scores are products of small numbers, for which no temperature fits.
 
     Raises:
-        SkillError: scores of two grains or of other tensors. ConfigError: see `ConsolidateOptions`.
+        SkillError: the scores are of two grains or for other tensors. ConfigError: see `ConsolidateOptions`.
     """
     chosen = ConsolidateOptions().changed(options)
     check_same_groups(previous, current, ("the previous scores", "the current scores"))
@@ -183,7 +183,7 @@ def _current_weight(
     shapes = {n: tuple(x.shape) for n, x in tensors.items()}
     _same_shapes(current.shapes, "scores", {n: s for n, s in shapes.items() if n in current.shapes}, "adapters")
     _same_shapes(current.shapes, "scores", make_grain(current.grain, shapes).shapes, "adapters")
-    grain = make_grain(current.grain, current.shapes)  # in the scores' own order, by which their groups are counted
+    grain = make_grain(current.grain, current.shapes)  # in the scores' own order, which numbers their groups
     return {
         **dict.fromkeys(tensors, torch.tensor(options.unscored[1], dtype=torch.float64)),
         **grain.expand(weights[:, 1]),
@@ -191,7 +191,7 @@ def _current_weight(
 
 
 def _weighted_mean(previous: Tensor, current: Tensor, weight: Tensor) -> Tensor:
-    """`(1 - weight) * previous + weight * current` in float32 at least, exact where the two are equal or the weight is
+    """`(1 - weight) * previous + weight * current` in at least float32, exact where the two are equal or the weight is
     0 or 1."""
     kind = torch.promote_types(torch.promote_types(previous.dtype, current.dtype), torch.float32)
     p, c = previous.to(current.device, kind), current.to(kind)
@@ -201,7 +201,7 @@ def _weighted_mean(previous: Tensor, current: Tensor, weight: Tensor) -> Tensor:
 def _same_tensors(previous: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
     if not previous or not current:
         which = "previous" if not previous else "current"
-        raise SkillError(f"the {which} adapter has no tensors; give those of skill_tensors(model, adapter)")
+        raise SkillError(f"the {which} adapter has no tensors; use skill_tensors(model, adapter)")
     shapes = [{n: tuple(x.shape) for n, x in adapter.items()} for adapter in (previous, current)]
     _same_shapes(shapes[0], "previous adapter", shapes[1], "current adapter")
     for which, adapter in (("previous", previous), ("current", current)):
@@ -229,7 +229,7 @@ def _same_shapes(
             which, lacks, held = (one_name, two_name, one) if name in one else (two_name, one_name, two)
             more = sum(n not in one or n not in two for n in held)
             raise SkillError(
-                f"{name} {list(held[name])} is in the {which} and not in the {lacks} ({more} such); {remedy}"
+                f"{name} {list(held[name])} is in the {which} but not in the {lacks} ({more} such); {remedy}"
             )
         if one[name] != two[name]:
             raise SkillError(

@@ -1,4 +1,4 @@
-"""The hidden states of a model, and how far those of two adapters are apart."""
+"""The hidden states of a model, and the distance between those of two adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Hidden:
     """The hidden states of one stack of layers.
 
     Attributes:
-        states: one tensor per layer, `[N, ..., d]`. mask: which positions count, in the shape of their first
+        states: one tensor per layer, `[N, ..., d]`. mask: the positions that count, in the shape of the states' first
             dimensions (`[N, L]`); None = all.
     """
 
@@ -26,16 +26,16 @@ class Hidden:
 
 
 def hidden_states_of(model: Any, batch: Any) -> list[Hidden]:
-    """The hidden states of a transformers model with what is padding: `attention_mask` for encoders and decoders alone;
-    next to an encoder, `decoder_attention_mask` or else the labels that are not masked (-100).
+    """The hidden states of a transformers model and their padding: `attention_mask` for a single encoder or decoder;
+    for a decoder after an encoder, `decoder_attention_mask` or else the labels that are not masked (-100).
 
     Raises:
-        SkillError: a batch that is no mapping, or a model that does not give hidden states.
+        SkillError: the batch is not a mapping, or the model does not return hidden states.
     """
     if not isinstance(batch, Mapping):
         raise SkillError(
             f"the batch is a {type(batch).__name__}, expected a mapping for model(**batch); for other models pass "
-            "hidden_states=, which gives a list of tensors for a model and a batch"
+            "hidden_states=, a function that returns a list of tensors for a model and a batch"
         )
     out = model(**{**batch, "output_hidden_states": True, "return_dict": True})
     mask = batch.get("attention_mask")
@@ -48,14 +48,14 @@ def hidden_states_of(model: Any, batch: Any) -> list[Hidden]:
     states = getattr(out, "hidden_states", None)
     if states is None:
         raise SkillError(
-            f"{type(model).__name__} gave no hidden_states; pass hidden_states=, which gives a list of tensors for a "
-            "model and a batch"
+            f"{type(model).__name__} returned no hidden_states; pass hidden_states=, a function that returns a list "
+            "of tensors for a model and a batch"
         )
     return [Hidden(states, mask)]
 
 
 def masked_mse(plastic: Tensor, stable: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean squared error in float32 over the positions that the mask leaves."""
+    """Mean squared error in float32 over the positions in the mask."""
     if plastic.shape != stable.shape:
         raise SkillError(f"hidden states of {list(plastic.shape)} (plastic) and {list(stable.shape)} (stable) differ")
     if mask is not None:
@@ -67,5 +67,5 @@ def masked_mse(plastic: Tensor, stable: Tensor, mask: Tensor | None) -> Tensor:
         keep = mask.bool()
         plastic, stable = plastic[keep], stable[keep]
     if not plastic.numel():
-        raise SkillError("the batch is nothing but padding: attention_mask is all 0, or all labels are masked (-100)")
+        raise SkillError("the batch has only padding: attention_mask is all 0, or all labels are masked (-100)")
     return F.mse_loss(plastic.float(), stable.float())

@@ -1,4 +1,4 @@
-"""I-LoRA: a plastic adapter that learns, and next to it a stable one that follows slowly (Ren et al. 2024, arXiv
+"""I-LoRA: a plastic adapter that learns, and a stable one that follows it slowly (Ren et al. 2024, arXiv
 2402.18865)."""
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class ILoRA:
         loss   = task loss + consistency_weight * mean over layers of MSE(h(plastic), h(stable))
         stable = alpha * stable + (1 - alpha) * plastic        after each step of the optimizer
 
-    with h the hidden states at the positions that are no padding, on examples of a memory of earlier tasks. The
-    gradient goes into the plastic adapter alone. The stable one computes in evaluation mode: its hidden states are what
-    `stable_active()` evaluates, no random number is drawn for them, and no running statistics move. The plastic one
-    computes in the mode that the model is in, dropout included.
+    with h the hidden states at positions that are not padding, on examples from a memory of earlier tasks. Only the
+    plastic adapter gets a gradient. The stable one computes in evaluation mode: its hidden states are those that
+    `stable_active()` evaluates, without random numbers and without moving running statistics. The plastic one computes
+    in the model's mode, including dropout.
 
         ilora = ILoRA(model, {"ema_alpha": 0.99})
         with ilora.watch(optimizer):
@@ -54,28 +54,27 @@ class ILoRA:
         ilora.remember(examples)
         ilora.save("runs/first")
 
-    The stable adapter also follows what peft trains in full besides the adapter (classifiers in `modules_to_save`).
+    The stable adapter also follows modules that peft trains fully in addition (classifiers in `modules_to_save`).
 
     Args:
         model: a peft model with LoRA on any base. config: `ILoRAConfig`, or a mapping of its options; None = the
             defaults.
         adapter: the plastic one; default: the active one, which it must be while learning.
-        stable: the name of the other one. It is added as a copy; if the model has one of that name, that one continues.
-        hidden_states: for models whose `forward(**batch, output_hidden_states=True)` does not give them (timm): called
-            with the model and a batch, gives one tensor per layer, or one `Hidden` per stack of layers. For tensors
-            alone the batch's `attention_mask` says what is padding, if it has one.
+        stable: the name of the stable adapter. It is added as a copy; an existing adapter of that name is continued.
+        hidden_states: for models whose `forward(**batch, output_hidden_states=True)` does not return them (timm):
+        (model, batch) -> one tensor per layer, or one `Hidden` per stack of layers. For tensors, the batch's
+        `attention_mask` marks padding, if it has one.
         loss: the task's loss of a batch, `loss(model, batch)`, for `selective_update` and `replay`; default:
             `model(**batch).loss`.
-        collate: makes a batch of a list of remembered examples; default: torch's (an `ILoRATrainer`'s own).
-        on: where `loss` takes its examples from: `memory`, or the current `batch`.
-        replay: weight of the task's own loss on the examples of the memory, which `loss` then adds. The authors' code
-            has the mean of both losses, besides the consistency: `replay=1` and twice the `consistency_weight`, over 2.
-        batch_size: how many examples are drawn from the memory at a time.
-        seed: of the memory.
+        collate: makes a batch from a list of remembered examples; default: torch's (for an `ILoRATrainer` its own).
+        on: the source of the examples for `loss`: `memory`, or the current `batch`.
+        replay: weight of the task's own loss on the memory's examples, which `loss` then adds. The authors' code takes
+        the mean of both losses plus the consistency: `replay=1` and twice the `consistency_weight`, over 2.
+        batch_size: the number of examples drawn from the memory at a time. seed: the memory's seed.
 
     Raises:
-        ConfigError: an option outside its range. SkillError: a model or an adapter that this cannot work with, or a
-            task before whose adapter is missing or does not fit (see `load`); the model is then as it was.
+        ConfigError: an option is outside its range. SkillError: the model or adapter is unsuitable, or the previous
+            task's adapter is missing or does not fit (see `load`); the model is then as it was.
     """
 
     def __init__(
@@ -97,12 +96,12 @@ class ILoRA:
         whole("batch_size", batch_size)
         number("replay", replay, 0)
         if replay and on == "batch":
-            raise ConfigError(f"replay: got {replay!r} with on='batch', expected 0; it is of the memory's examples")
+            raise ConfigError(f"replay: got {replay!r} with on='batch', expected 0; replay uses the memory's examples")
         config = ILoRAConfig() if config is None else config
         self.config = config if isinstance(config, ILoRAConfig) else ILoRAConfig.from_dict(config)
         self.model, self.stable, self.on, self.batch_size, self.replay = model, stable, on, batch_size, replay
         self.steps = self.moves = 0
-        self.terms: dict[str, Tensor] = {}  # of the last `loss`, before their weights
+        self.terms: dict[str, Tensor] = {}  # terms of the last `loss`, before weighting
         self.memory = Reservoir(self.config.ilora_buffer_size, seed)
         self._hidden_states = hidden_states or hidden_states_of
         self._loss, self.collate = loss or _loss_of, collate
@@ -111,18 +110,18 @@ class ILoRA:
         if not self.config.use_ilora:
             return
         check_whole(
-            model, "ILoRA", "its two adapters must be whole in each process: use DistributedDataParallel for this model"
+            model, "ILoRA", "each process needs its two adapters in full: use DistributedDataParallel for this model"
         )
         check_peft(model)
         name = adapter or active_adapter(model)
         if name is None:
             raise SkillError(f"{type(model).__name__} has no LoRA adapter; add one with peft.get_peft_model")
         if name == stable:
-            raise SkillError(f"the adapter {name!r} is to be plastic and stable at once; name another one by stable=")
+            raise SkillError(f"the adapter {name!r} cannot be both plastic and stable; name another with stable=")
         loose = [n for n, p in model.named_parameters() if p.requires_grad and not of_adapters(n)]
         if loose:
             raise SkillError(
-                f"{loose[0]} is trained outside the adapter ({len(loose)} such), so that both adapters would share it; "
+                f"{loose[0]} is trained outside the adapter ({len(loose)} such), so both adapters would share it; "
                 "name it in LoraConfig(modules_to_save=...), or freeze it"
             )
         self.plastic = name
@@ -145,8 +144,8 @@ class ILoRA:
         small = 1 - self.config.ema_alpha
         if coarse is not None and 0 < small < torch.finfo(coarse.dtype).eps:
             log.warning(
-                "part of the stable adapter is in %s, where steps of 1 - ema_alpha = %g vanish by rounding; keep heads "
-                "in float32",
+                "part of the stable adapter is in %s, where rounding removes steps of 1 - ema_alpha = %g; keep "
+                "heads in float32",
                 coarse.dtype,
                 small,
             )
@@ -160,14 +159,14 @@ class ILoRA:
         elif c.prev_task_id is not None and added:
             if c.ema_adapter_path is None:
                 raise SkillError(
-                    f"prev_task_id is {c.prev_task_id!r}, but it is not said where its stable adapter is; give "
+                    f"prev_task_id is {c.prev_task_id!r}, but the place of its stable adapter is not given; give "
                     "previous_task_model (the folder it was saved in) or ema_adapter_path"
                 )
             ilora_files.load_stable(self, Path(c.ema_adapter_path))
 
     @property
     def enabled(self) -> bool:
-        """Does anything happen?"""
+        """Whether I-LoRA is in use."""
         return self.config.use_ilora
 
     # ---- the moving average -----------------------------------------------------------------------------------------
@@ -177,10 +176,10 @@ class ILoRA:
         """Move the stable adapter towards the plastic one; call it after each step of the optimizer, or use `watch`.
 
         Returns:
-            whether it moved; `selective_update` may hold it where it is.
+            Whether it moved; `selective_update` may keep it in place.
 
         Raises:
-            SkillError: for `selective_update`, the memory is empty after the first task, or the loss is not finite.
+            SkillError: with `selective_update`, the memory is empty after the first task, or the loss is not finite.
         """
         if not self.enabled:
             return False
@@ -197,8 +196,8 @@ class ILoRA:
         return True
 
     def watch(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Call `step` after each step of an optimizer, by a hook, so that it works in any loop. Steps that a GradScaler
-        skips do not count.
+        """Call `step` after each step of an optimizer, with a hook, so that it works in any loop. Steps that a
+        GradScaler skips do not count.
 
         Returns:
             a handle: `.remove()`, or a context manager that removes at its end.
@@ -212,7 +211,7 @@ class ILoRA:
 
     def _better(self) -> bool:
         if not self._has_memory():
-            return True  # of the first task there is nothing before that the stable adapter would keep
+            return True  # before the first task there is nothing that the stable adapter should keep
         batch = self.memory_batch()
         losses = []
         for name in (self.plastic, self.stable):
@@ -225,13 +224,13 @@ class ILoRA:
     # ---- the consistency --------------------------------------------------------------------------------------------
 
     def loss(self, batch: Any = None) -> Tensor:
-        """The term to add to the task's loss: `consistency_weight * consistency + replay * loss`, of examples of the
-        memory (0 during the first task, when it is empty) or, with `on="batch"`, of the current batch. Else `batch` is
-        not looked at.
+        """The term to add to the task's loss: `consistency_weight * consistency + replay * loss`, on examples of the
+        memory (0 during the first task, when it is empty) or, with `on="batch"`, on the current batch. Otherwise
+        `batch` is ignored.
 
         Raises:
-            SkillError: see `consistency`; the memory is empty after the first task; the loss on it is not finite.
-            ConfigError: no batch.
+            SkillError: see `consistency`; or the memory is empty after the first task, or the loss on it is not finite.
+                ConfigError: there is no batch.
         """
         self.terms = {}
         zero = torch.zeros((), device=device_of(self.model))
@@ -239,7 +238,7 @@ class ILoRA:
             return zero
         if self.on == "batch":
             if batch is None:
-                raise ConfigError("batch: got none, but on='batch' holds the current batch's hidden states together")
+                raise ConfigError("batch: got none, but on='batch' compares the current batch's hidden states")
         elif self._has_memory():
             batch = self.memory_batch()
         else:
@@ -265,12 +264,12 @@ class ILoRA:
             )
 
     def consistency(self, batch: Any) -> Tensor:
-        """The mean squared error between the plastic and the stable adapter's hidden states of a batch: over the
-        positions that are no padding, then over the layers chosen, then over the stacks (encoder, decoder).
+        """The mean squared error between the plastic and the stable adapter's hidden states for a batch: over the
+        positions that are not padding, then over the chosen layers, then over the stacks (encoder, decoder).
 
         Raises:
-            SkillError: no hidden states, no such layer, a mask of another shape, or nothing but padding; another
-                adapter is active than the plastic one.
+            SkillError: there are no hidden states or no such layer, the mask has another shape or there is only
+                padding, or the plastic adapter is not active.
         """
         if not self.enabled:
             return torch.zeros((), device=device_of(self.model))
@@ -316,31 +315,31 @@ class ILoRA:
     # ---- the memory -------------------------------------------------------------------------------------------------
 
     def remember(self, examples: Iterable[Any]) -> None:
-        """Offer a task's examples to the memory, each once, when the task was learned. The memory is a uniform sample
-        of all that were ever offered.
+        """Offer a learned task's examples to the memory, each once. The memory is a uniform sample of all examples ever
+        offered.
 
         Args:
-            examples: one by one, as a data set has them (`collate` makes batches of them).
+            examples: single examples, as from a data set (`collate` makes batches of them).
 
         Raises:
-            SkillError: a batch, or a loader of batches, in their place.
+            SkillError: they are a batch, or a loader of batches.
         """
         batched = isinstance(examples, DataLoader) and examples.batch_size is not None
         if isinstance(examples, Mapping) or batched:
             what = "whose items are batches" if batched else "one batch"
             raise SkillError(
-                f"remember: got a {type(examples).__name__}, {what}, expected examples one by one, such as the data "
-                "set behind a loader (loader.dataset)"
+                f"remember: got a {type(examples).__name__}, {what}, expected single examples, such as the data set "
+                "of a loader (loader.dataset)"
             )
         if self.enabled:
             for example in examples:
                 self.memory.add(example)
 
     def memory_batch(self, n: int | None = None) -> Any:
-        """Some examples of the memory as a batch, on the model's device (to learn them again, as replay does).
+        """A batch of examples from the memory, on the model's device (to learn them again, as in replay).
 
         Args:
-            n: how many; default: `batch_size`.
+            n: their number; default: `batch_size`.
 
         Raises:
             SkillError: the memory is empty, or its examples do not fit in one batch without a `collate`.
@@ -352,7 +351,7 @@ class ILoRA:
             return moved(default_collate(examples), device_of(self.model))
         except (RuntimeError, TypeError, KeyError) as error:
             raise SkillError(
-                f"torch's default_collate makes no batch of the memory's examples ({error}); pass collate=, such as "
+                f"torch's default_collate cannot batch the memory's examples ({error}); pass collate=, such as "
                 "the collator that pads your batches"
             ) from error
 
@@ -361,22 +360,24 @@ class ILoRA:
             return len(self.memory) > 0
         raise SkillError(
             f"the memory is empty, although a task came before ({self.config.prev_task_id or 'without a name'}); "
-            "remember() its examples, load the folder it was saved in (previous_task_model), or take on='batch'"
+            "remember() its examples, load the folder it was saved in (previous_task_model), or use on='batch'"
         )
 
     def next_task(self, task_id: str | int | None = None) -> None:
-        """In a process that learns several tasks: the current task becomes the one before, and this the current one."""
+        """In a process that learns several tasks: the current task becomes the previous one, and `task_id` the current
+        one."""
         if not self.enabled:
             return
         ids = {"prev_task_id": self.config.current_task_id, "current_task_id": task_id}
         self.config = dataclasses.replace(self.config, **ids)  # type: ignore[arg-type]  # numbers become names
         self.first_task = False
 
-    # ---- using and keeping the result -------------------------------------------------------------------------------
+    # ---- using and saving the result -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def stable_active(self) -> Iterator[None]:
-        """Inside, the model computes with the stable adapter (in the mode it is in). What follows is as before."""
+        """Inside, the model computes with the stable adapter (in its current mode). Afterwards everything is as
+        before."""
         if not self.enabled:
             yield
             return
@@ -388,23 +389,23 @@ class ILoRA:
         `ilora.json`, in `folder/current_task_id` (in `folder` itself without an id).
 
         Returns:
-            where it is; None without `use_ilora`.
+            The task's folder; None without `use_ilora`.
 
         Raises:
-            SkillError: a tensor that is not finite, by name; examples that are no tensors and plain values; a folder
-                that holds something else, which would be lost.
+            SkillError: a tensor, which the text names, is not finite; examples are not tensors and plain values; or the
+                folder holds something else, which would be lost.
         """
         return ilora_files.save(self, Path(folder)) if self.enabled else None
 
     def load(self, folder: str | os.PathLike[str], task_id: str | None = None) -> None:
-        """Go on from what `save` wrote there: the plastic and the stable adapter byte for byte, the memory, the counts.
+        """Continue from a folder of `save`: the plastic and the stable adapter byte for byte, the memory, the counts.
 
         Args:
-            task_id: which task; default: the one in the folder.
+            task_id: the task; default: the one in the folder.
 
         Raises:
-            SkillError: a base model, rank, targets, scaling or task that are not those it was saved with, by name; or
-                no stable adapter. IntegrityError: a damaged file. Nothing is changed then.
+            SkillError: the base model, rank, targets, scaling or task differ from the saved ones (the text names them),
+                or there is no stable adapter. IntegrityError: a file is damaged. In both cases nothing is changed.
         """
         if self.enabled:
             ilora_files.load(self, Path(folder), task_id)
@@ -415,7 +416,7 @@ def _loss_of(model: Any, batch: Any) -> Tensor:
     value = getattr(out, "loss", None)
     if value is None:
         raise SkillError(
-            "model(**batch) gave no loss, which selective_update and replay need; pass loss=, or remember examples "
-            "with labels"
+            "model(**batch) returned no loss, which selective_update and replay need; pass loss=, or remember "
+            "examples with labels"
         )
     return value

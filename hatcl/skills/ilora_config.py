@@ -1,4 +1,4 @@
-"""The options of I-LoRA, and what its folders and files are called."""
+"""The options of I-LoRA, and the names of its folders and files."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ class ILoRAConfig:
     """The options of I-LoRA.
 
     Args:
-        use_ilora: False = nothing happens at all: no second adapter, no loss, no file; no other option may be given.
-        ema_alpha: alpha of `stable = alpha * stable + (1 - alpha) * plastic`, 0 to 1. 1 = the stable adapter stays.
+        use_ilora: False = I-LoRA does nothing: no second adapter, no loss, no file; no other option may be given.
+        ema_alpha: alpha of `stable = alpha * stable + (1 - alpha) * plastic`, 0 to 1. 1 = the stable adapter never
+        moves.
         consistency_weight: weight of the consistency term in the loss; 0 = no term, and no cost.
-        ilora_buffer_size: how many examples the memory keeps of all tasks.
-        selective_update: move the stable adapter only at steps after which the plastic one is better on a batch of the
-            memory.
-        min_update_threshold: by at least so much must its loss there be lower (in the loss's own unit), for
-            `selective_update`.
-        hidden_state_layers: which hidden states are held together, as transformers counts them: 0 = embeddings, -1 =
-            the last layer; for an encoder and a decoder, of both.
+        ilora_buffer_size: the number of examples that the memory keeps of all tasks.
+        selective_update: move the stable adapter only after steps that leave the plastic one better on a batch of the
+        memory.
+        min_update_threshold: for `selective_update`, the least amount by which its loss there must be lower.
+        hidden_state_layers: the hidden states to compare, as transformers counts them: 0 = embeddings, -1 =
+            the last layer; in models with encoder and decoder, of both.
         save_ema_adapter: write the stable adapter when saving.
-        ema_adapter_path: its folder; a relative one is inside the task's folder. None = `ema_adapter` in there.
-        previous_task_model: the folder where the task before was saved; the adapters and the memory go on from there.
-        current_task_id: the name of the task: the folder inside the one it is saved in.
-        prev_task_id: the name of the task before: its folder inside `previous_task_model`. Where there is no
-            `previous_task_model`, the stable adapter continues as it is in the model, or comes from `ema_adapter_path`.
+        ema_adapter_path: its folder; a relative one is inside the task's folder. None = `ema_adapter` in it.
+        previous_task_model: the folder of the previous task; the adapters and the memory continue from there.
+        current_task_id: the name of the task, and of its folder inside the one it is saved in.
+        prev_task_id: the name of the previous task, and of its folder inside `previous_task_model`. Without
+            `previous_task_model`, the stable adapter continues as it is in the model, or is read from
+            `ema_adapter_path`.
 
     Raises:
-        ConfigError: a value outside its range, or one that has no effect with the others.
+        ConfigError: a value is outside its range, or has no effect with the others.
     """
 
     use_ilora: bool = True
@@ -76,20 +77,20 @@ class ILoRAConfig:
             object.__setattr__(self, name, os.fspath(value))
         inside = Path(self.ema_adapter_path or STABLE_FOLDER).parts
         if not inside or inside[0] in (ADAPTER_FOLDER, MEMORY_FILE, ABOUT_FILE):
-            raise ConfigError(f"ema_adapter_path: got {self.ema_adapter_path!r}, where something else is kept")
+            raise ConfigError(f"ema_adapter_path: got {self.ema_adapter_path!r}, which is used for something else")
         for name in ("current_task_id", "prev_task_id"):
             value = getattr(self, name)
             if value is None:
                 continue
             if not str(value) or str(value) in (".", "..") or set(str(value)) & {"/", "\\", "\0"}:
-                raise ConfigError(f"{name}: got {value!r}, expected a name that can be a folder's")
+                raise ConfigError(f"{name}: got {value!r}, expected a valid name of a folder")
             object.__setattr__(self, name, str(value))
         self._check_effects()
 
     def _check_effects(self) -> None:
         if not self.use_ilora:
             others = [f.name for f in dataclasses.fields(self) if f.name != "use_ilora"]
-            without_effect(self, others, "use_ilora=False", "leave use_ilora at True")
+            without_effect(self, others, "use_ilora=False", "set use_ilora to True")
         if not self.selective_update:
             without_effect(self, ["min_update_threshold"], "selective_update=False", "pass selective_update=True")
         if not self.consistency_weight:
@@ -99,7 +100,7 @@ class ILoRAConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> ILoRAConfig:
-        """A config from JSON-like options. Raises `ConfigError` on an unknown key and names the nearest one."""
+        """A config from JSON-like options. Raises `ConfigError` for an unknown key, with the nearest one."""
         known_options(cls, options)
         return cls(**options)
 

@@ -1,9 +1,9 @@
-"""What I-LoRA leaves behind after a task, and how the next one continues from it.
+"""The files of I-LoRA after a task, from which the next task continues.
 
 adapter/        the plastic adapter, in peft's own format
-ema_adapter/    the stable one, likewise (elsewhere with `ema_adapter_path`, not at all without `save_ema_adapter`)
+ema_adapter/    the stable one, likewise (elsewhere with `ema_adapter_path`, missing without `save_ema_adapter`)
 memory.pt       the memory
-ilora.json      options, counts, where the adapters are, digests of the stable one and of the base model
+ilora.json      options, counts, paths of the adapters, digests of the stable one and of the base model
 
 In a run of `learn_sequence` each task's folder has the last two next to `adapter/`, which holds both adapters.
 """
@@ -33,13 +33,13 @@ from .reservoir import Reservoir
 from .switch import adapter_tensors, of_adapters
 
 ILORA_FORMAT = "hatcl.ilora.2"
-IN_RUN = f"tasks/[!.]*/{ABOUT_FILE}"  # in a run of learn_sequence
+IN_RUN = f"tasks/[!.]*/{ABOUT_FILE}"  # the place in a run of learn_sequence
 SAME_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-SAMPLED = 4096  # elements per tensor in the base's digest: another checkpoint differs in nearly all
+SAMPLED = 4096  # elements per tensor in the base's digest; other checkpoints differ in nearly all elements
 
 
 class TwoAdapters(Protocol):
-    """What of an `ILoRA` is written and read."""
+    """The parts of an `ILoRA` that are written and read."""
 
     model: Any
     config: ILoRAConfig
@@ -76,11 +76,11 @@ def save(ilora: TwoAdapters, folder: Path) -> Path:
 
 
 def save_beside(ilora: TwoAdapters, folder: Path, memory: dict[str, Any]) -> None:
-    """Write `memory.pt` and `ilora.json` into a folder that is being made and holds the adapters in `adapter/` already;
-    the stable one once more at `ema_adapter_path`, where one is given.
+    """Write `memory.pt` and `ilora.json` into a new folder that already holds the adapters in `adapter/`, and the
+    stable adapter again at `ema_adapter_path` if it is given.
 
     Args:
-        memory: the memory's state, with the examples themselves.
+        memory: the memory's state, including the examples.
 
     Raises:
         SkillError: as `save`.
@@ -95,12 +95,12 @@ def save_beside(ilora: TwoAdapters, folder: Path, memory: dict[str, Any]) -> Non
 
 
 def check_saveable(examples: list[Any]) -> None:
-    """Raises `SkillError` for examples that no memory can be saved with."""
+    """Raise `SkillError` for examples that cannot be saved."""
     _packed({"examples": examples})
 
 
 def _in_peft_folder(adapter: str) -> Path:
-    """Where peft's `save_pretrained` writes one of several adapters."""
+    """The path at which peft's `save_pretrained` writes one of several adapters."""
     return Path(ADAPTER_FOLDER) if adapter == "default" else Path(ADAPTER_FOLDER) / adapter
 
 
@@ -109,7 +109,7 @@ def _is_inside(where: Path) -> bool:
 
 
 def _write_stable(ilora: TwoAdapters, folder: Path, where: Path) -> None:
-    """The stable adapter, at a path from the task's folder."""
+    """Write the stable adapter at a path relative to the task's folder."""
     if not ilora.config.save_ema_adapter:
         return
     if _is_inside(where):
@@ -135,9 +135,9 @@ def _about(ilora: TwoAdapters, plastic: str, stable: Path) -> str:
 
 
 def load(ilora: TwoAdapters, folder: Path, task_id: str | None) -> None:
-    """See `ILoRA.load`; with the id of the task that is expected there.
+    """See `ILoRA.load`; `task_id` is the task expected there.
 
-    All is read and checked before anything is changed.
+    Everything is read and checked before anything is changed.
     """
     model = ilora.model
     at = _find(folder, task_id)
@@ -145,7 +145,7 @@ def load(ilora: TwoAdapters, folder: Path, task_id: str | None) -> None:
     saved = about["config"]
     if about["base"] != base_digest(model):
         raise SkillError(
-            f"{at}: the task was learned on another base model (digest {about['base'][:12]}, now came "
+            f"{at}: the task was learned on another base model (digest {about['base'][:12]}, now got "
             f"{base_digest(model)[:12]}); load the base that it was learned on"
         )
     if about["stable"] is None:
@@ -153,32 +153,32 @@ def load(ilora: TwoAdapters, folder: Path, task_id: str | None) -> None:
     plastic = _read_adapter(model, ilora.plastic, at / about["adapter"])
     where = at / about["stable"]["path"]
     if not where.is_dir() and ilora.config.ema_adapter_path is not None:
-        where = Path(ilora.config.ema_adapter_path)  # the folders were moved
+        where = Path(ilora.config.ema_adapter_path)  # in case the folders were moved
     stable = _read_adapter(model, ilora.stable, where)
     if tensors_digest(stable) != about["stable"]["digest"]:
         raise IntegrityError(
             f"{where}: this is not the stable adapter that the task {saved['current_task_id']!r} was saved with; it "
-            "was written over or damaged. Learn that task again, with an ema_adapter_path of its own"
+            "was overwritten or damaged. Learn that task again, with its own ema_adapter_path"
         )
     memory = read_torch(at / MEMORY_FILE)
-    ilora.memory.load_state_dict(memory)  # checks before it changes
+    ilora.memory.load_state_dict(memory)  # checks before changing anything
     _copy_in(model, ilora.plastic, plastic)
     _copy_in(model, ilora.stable, stable)
     ilora.steps, ilora.moves, ilora.first_task = int(about["steps"]), int(about["moves"]), _is_first(ilora, saved)
 
 
 def load_stable(ilora: TwoAdapters, folder: Path) -> None:
-    """The stable adapter alone, from a folder in peft's format.
+    """Load only the stable adapter, from a folder in peft's format.
 
     Raises:
-        SkillError: it is missing or does not fit, by name. IntegrityError: a damaged file.
+        SkillError: it is missing, or tensors, which the text names, do not fit. IntegrityError: a file is damaged.
     """
     _copy_in(ilora.model, ilora.stable, _read_adapter(ilora.model, ilora.stable, folder))
 
 
 def base_digest(model: Any) -> str:
-    """A digest of what the adapters stand on: names and shapes of all other parameters that are not trained, and up to
-    4096 elements of each."""
+    """A digest of the base under the adapters: names and shapes of all other untrained parameters, and up to 4096
+    elements of each."""
     whole = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if not p.requires_grad and not of_adapters(name):
@@ -197,13 +197,13 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _is_first(ilora: TwoAdapters, saved: Mapping[str, Any]) -> bool:
-    """Going on within the first task it stays the first; another task after it is not."""
+    """Whether the current task is the first: true if it continues the saved first task, false for a task after it."""
     was_first = saved["prev_task_id"] is None and saved["previous_task_model"] is None
     return was_first and ilora.config.current_task_id == saved["current_task_id"] and ilora.first_task
 
 
 def _find(folder: Path, task_id: str | None) -> Path:
-    """The task's folder: the one inside of that name, the one of a run in which it was learned, or the one given."""
+    """The task's folder: a subfolder of its name, its folder in a run that learned it, or the given folder."""
     tried = [folder] if task_id is None else [folder / task_id, *_of_run(folder, task_id), folder]
     for at in tried:
         at = complete(at)
@@ -217,12 +217,12 @@ def _find(folder: Path, task_id: str | None) -> Path:
         return found_inside[0].parent
     inside = sorted(str(_read_about(p.parent)["config"]["current_task_id"]) for p in found_inside)
     named = "" if task_id is None else f" {task_id!r}"
-    hint = f"there are {', '.join(inside)}: name one by prev_task_id" if inside else "give the folder of ILoRA.save()"
+    hint = f"there are {', '.join(inside)}: name one with prev_task_id" if inside else "give the folder of ILoRA.save()"
     raise SkillError(f"no task{named} of I-LoRA in {folder} (no {ABOUT_FILE}); {hint}")
 
 
 def _of_run(folder: Path, task_id: str) -> list[Path]:
-    """Where a run of `learn_sequence` has the task."""
+    """The folders of the task in a run of `learn_sequence`."""
     found = (p.parent for p in folder.glob(IN_RUN))
     return [at for at in found if _read_about(at)["config"]["current_task_id"] == task_id]
 
@@ -230,7 +230,9 @@ def _of_run(folder: Path, task_id: str) -> list[Path]:
 def _read_about(at: Path) -> dict[str, Any]:
     about: dict[str, Any] = read_json(at / ABOUT_FILE)
     if about.get("format") != ILORA_FORMAT:
-        raise IntegrityError(f"{at / ABOUT_FILE}: not of the format {ILORA_FORMAT}; expected what ILoRA.save() wrote")
+        raise IntegrityError(
+            f"{at / ABOUT_FILE} does not have the format {ILORA_FORMAT}; expected a file of ILoRA.save()"
+        )
     return about
 
 
@@ -241,7 +243,7 @@ def _peft_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
     """An adapter's tensors as peft stores them, sharing memory with the model."""
     from peft import get_peft_model_state_dict
 
-    # without copies of the base's embeddings: they are the base's, whose digest is compared
+    # without copies of the base's embeddings, which the base's digest covers
     return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
@@ -250,7 +252,7 @@ def _write_adapter(model: Any, adapter: str, folder: Path) -> None:
 
 
 def write_peft(model: Any, tensors: Mapping[str, Tensor], config: Any, folder: Path) -> None:
-    """An adapter in peft's own format, of these tensors and this config (which is changed)."""
+    """Write these tensors and this config (which is changed) as an adapter in peft's own format."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
@@ -261,11 +263,11 @@ def write_peft(model: Any, tensors: Mapping[str, Tensor], config: Any, folder: P
 
 
 def _read_adapter(model: Any, adapter: str, folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's folder, which fit the model's adapter."""
+    """Read the tensors of an adapter's folder, after checking that they fit the model's adapter."""
     folder = complete(folder)
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         raise SkillError(
-            f"{folder} holds no adapter ({CONFIG} and {WEIGHTS}); give the folder where the task before was saved "
+            f"{folder} holds no adapter ({CONFIG} and {WEIGHTS}); give the folder of the previous task "
             "(previous_task_model) or its stable adapter (ema_adapter_path)"
         )
     options = read_json(folder / CONFIG)
@@ -308,20 +310,20 @@ def _packed(state: dict[str, Any]) -> bytes:
     except (pickle.PickleError, AttributeError, TypeError, RuntimeError) as error:
         kinds = ", ".join(sorted({type(e).__name__ for e in state["examples"]}))
         raise SkillError(
-            f"the memory's examples ({kinds}) cannot be saved, nothing was; remember examples that consist of tensors "
-            "and plain values"
+            f"the memory's examples ({kinds}) cannot be saved, so nothing was saved; remember examples made of "
+            "tensors and plain values"
         ) from error
     return data.getvalue()
 
 
-# ---- what may be replaced --------------------------------------------------------------------------------------------
+# ---- replacing folders --------------------------------------------------------------------------------------------
 
 
 def _ours(folder: Path, names: set[str]) -> None:
-    """Raises `SkillError` for a folder with anything else in it, which replacing it would lose."""
+    """Raise `SkillError` for a folder that holds anything else, which replacing it would lose."""
     others = sorted(p.name for p in folder.iterdir() if p.name not in names) if folder.is_dir() else []
     if others or folder.is_file():
         raise SkillError(
-            f"{folder} {'holds ' + ', '.join(others[:4]) if others else 'is a file'}, expected a folder of its own; "
-            "name another one, or give current_task_id"
+            f"{folder} {'holds ' + ', '.join(others[:4]) if others else 'is a file'}, expected a folder only for "
+            "the task; name another, or give current_task_id"
         )

@@ -1,4 +1,4 @@
-"""TaSL's orthogonality regulariser: keep the pairs of an adapter from learning the same thing."""
+"""TaSL's orthogonality regulariser: it keeps the pairs of an adapter from learning the same."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def orthogonality(model: nn.Module, adapter: str | None = None, squared: bool = 
 
         loss = task_loss + 0.1 * orthogonality(model)
 
-    At B = 0, where LoRA starts, its gradient in B is zero, so that it does not start what the task has not started. Not
-    in TaSL's code: embeddings and convolutions (a kernel is flattened into `in`), the choice of one adapter where a
-    model holds several, and float32 where the factors are held or multiplied in fewer bits.
+    At B = 0, where LoRA starts, its gradient in B is zero, so it does not move B before the task does. Not in TaSL's
+    code: embeddings and convolutions (a kernel is flattened into `in`), the choice of one adapter if a model holds
+    several, and float32 if the factors are stored or multiplied in fewer bits.
 
     Args:
-        adapter: which one; default: the active one. squared: the norms squared, whose gradient fades towards the
+        adapter: its name; default: the active one. squared: use squared norms, whose gradient vanishes towards the
             minimum, while that of the norm keeps its size.
 
     Returns:
-        A scalar to which the factors' gradients flow back.
+        A scalar with a graph to the factors.
 
     Raises:
-        SkillError: no LoRA adapter, or not this one.
+        SkillError: the model has no LoRA adapter, or not this one.
     """
     if not adapters_of(model):
         raise SkillError(
-            f"{type(model).__name__} has no LoRA adapter, and orthogonality is of its factors A and B; leave the "
+            f"{type(model).__name__} has no LoRA adapter, but orthogonality needs its factors A and B; leave the "
             "regulariser out in full fine-tuning"
         )
     tensors = skill_tensors(model, adapter)
@@ -48,7 +48,7 @@ def orthogonality(model: nn.Module, adapter: str | None = None, squared: bool = 
 
 def _off_identity(rows: Tensor, squared: bool) -> Tensor:
     """`|| X X^T - I ||_F` of X [r, d]."""
-    with torch.autocast(rows.device.type, enabled=False):  # which would multiply in half precision
+    with torch.autocast(rows.device.type, enabled=False):  # autocast would multiply in half precision
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         off = rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
         return off.square().sum() if squared else torch.linalg.vector_norm(off)

@@ -1,5 +1,5 @@
-"""Products of LoRA's factors: which tensors are factors of each other, and the best rank-r factors of a sum of
-products, found without the product itself."""
+"""Products of LoRA's factors: find the pairs of factors, and the best rank-r factors of a sum of products without
+computing the product."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ OTHER = {**PARTNER, **{b: a for a, b in PARTNER.items()}}
 
 
 def factor_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """The names of each LoRA pair's A and B, by path segment. What is no factor (full tensors, a bias trained with B)
-    is left out.
+    """The names of each LoRA pair's A and B, matched by path segment. Tensors that are not factors (full tensors, a
+    bias trained with B) are left out.
 
     Raises:
-        SkillError: an A without its B, or the other way round.
+        SkillError: an A lacks its B, or the other way round.
     """
     known = dict.fromkeys(names)
     out = []
@@ -31,7 +31,7 @@ def factor_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
             continue
         other = ".".join([*parts[:at], OTHER[parts[at]], *parts[at + 1 :]])
         if other not in known:
-            raise SkillError(f"{name} has no partner {other}; give the adapter whole, both its A and its B")
+            raise SkillError(f"{name} has no partner {other}; give the complete adapter, both A and B")
         if parts[at] in PARTNER:
             out.append((name, other))
     return out
@@ -48,26 +48,26 @@ def best_factors(
         M = sum_i B_i diag(w_i) A_i        (Eckart and Young 1936)
 
     Stacked, `M = [B_1 B_2 ...] D [A_1; A_2; ...]`, with `[B_1 B_2 ...] = Q_B R_B` and `[A_1; A_2; ...]^T = Q_A R_A`.
-    The small matrix `R_B D R_A^T = U S V^T`, whose sides are the sum of the ranks at most, has M's singular values, so
-    that `Q_B U` and `Q_A V` are M's singular vectors: M `[out, in]` itself is never made.
+    The small matrix `R_B D R_A^T = U S V^T`, whose sides are at most the sum of the ranks, has M's singular values, so
+    `Q_B U` and `Q_A V` are M's singular vectors: M `[out, in]` itself is never computed.
 
-    Infinitely many factors have this product, `B R^-1` and `R A` for any invertible R. Chosen are balanced ones, each
-    side with the root of the singular values. Of these, with `like`: those turned (R orthogonal) to be nearest to the
-    factors given, `R = V U^T` of `A A_like^T + B^T B_like = U S V^T` (orthogonal Procrustes), so that pair r is as much
-    as can be what pair r of `like` was; without: the singular directions in falling order, each row of A with its
-    largest element positive. A direction without any share in M gets a row of length one in A and zeros in B, as LoRA
-    starts, because a pair whose both sides are zero could never learn again.
+    Infinitely many factors have this product, `B R^-1` and `R A` for any invertible R. The result is balanced, with the
+    root of the singular values on each side. With `like`, it is rotated (R orthogonal) to be nearest to the given
+    factors, `R = V U^T` from `A A_like^T + B^T B_like = U S V^T` (orthogonal Procrustes), so that pair r stays as close
+    as possible to pair r of `like`; without it, the singular directions are in descending order, and the largest
+    element of each row of A is positive. A direction without any share in M gets a row of length one in A and zeros in
+    B, like LoRA's start, because a pair with zeros on both sides could never learn again.
 
     Args:
-        pairs: of each product A `[r_i, in, ...]`, B `[out, r_i, ...]` and its weights, `[r_i]` or one number. Further
-            dimensions (a convolution's kernel) are flattened into `in`; B's must be of size one.
-        rank: of the result. like: A, B of that rank.
+        pairs: for each product A `[r_i, in, ...]`, B `[out, r_i, ...]` and its weights, `[r_i]` or one number. Further
+        dimensions (a convolution's kernel) are flattened into `in`; those of B must have size one.
+        rank: the result's rank. like: A, B of that rank.
 
     Returns:
         A and B in the dtype and on the device of the first pair; computed in float64 on the CPU.
 
     Raises:
-        SkillError: nothing given, a rank below 1, factors that do not fit each other.
+        SkillError: there are no pairs, the rank is below 1, or factors do not fit each other.
     """
     if not pairs or rank < 1:
         raise SkillError(f"got {len(pairs)} pairs and rank {rank}, expected at least one pair and a rank of at least 1")
@@ -111,13 +111,13 @@ def best_factors(
 
 
 def fit_each_other(what: str, a: Tensor, b: Tensor) -> None:
-    """Raise `SkillError` where B A is no product of two matrices."""
+    """Raise `SkillError` if B A is not a product of two matrices."""
     if a.dim() < 2 or b.dim() < 2 or any(size != 1 for size in b.shape[2:]):
         raise SkillError(f"{what}: got A {list(a.shape)}, B {list(b.shape)}, expected A [rank, in, ...], B [out, rank]")
     if a.shape[0] != b.shape[1]:
         raise SkillError(
-            f"{what}: A {list(a.shape)} has rank {a.shape[0]}, B {list(b.shape)} has rank {b.shape[1]}; the LoRA of a "
-            "convolution with groups is no product of two matrices, use average='factors' or leave it out of "
+            f"{what}: A {list(a.shape)} has rank {a.shape[0]}, B {list(b.shape)} has rank {b.shape[1]}; the LoRA of "
+            "a grouped convolution is not a product of two matrices, use average='factors' or leave it out of "
             "target_modules"
         )
 

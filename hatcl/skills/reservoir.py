@@ -1,4 +1,4 @@
-"""A memory of fixed size that is, at every moment, a uniform sample of all it was ever offered."""
+"""A memory of fixed size that is always a uniform sample of all examples ever offered."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..errors import ConfigError, SkillError
 
 
 class Reservoir:
-    """Reservoir sampling (Vitter 1985, algorithm R) over a stream that may go on across tasks: the first `size`
-    examples are kept; the i-th of the stream, i > `size`, takes a random one's place with probability `size / i`. So
-    each example offered so far is kept with the same probability, and nobody needs to know where one task ends.
+    """Reservoir sampling (Vitter 1985, algorithm R) over a stream that may span tasks: the first `size` examples are
+    kept; the i-th of the stream, i > `size`, replaces a random one with probability `size / i`. So each example offered
+    so far is kept with the same probability, and task boundaries need not be known.
 
-    It has two random generators of its own, one for what is kept and one for what is drawn: what is kept depends on the
-    stream and the seed alone, and torch's global generator is left alone.
+    It has its own two random generators, one for keeping and one for drawing: the kept examples depend only on the
+    stream and the seed, and torch's global generator is not used.
 
     Args:
-        size: how many examples are kept at most. seed: of both generators.
+        size: the largest number of kept examples. seed: seeds both generators.
 
     Raises:
-        ConfigError: a size below 1.
+        ConfigError: the size is below 1.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
@@ -38,11 +38,11 @@ class Reservoir:
 
     @property
     def examples(self) -> list[Any]:
-        """What is kept, in the order of its places."""
+        """The kept examples, in the order of their places."""
         return list(self._examples)
 
     def add(self, example: Any) -> None:
-        """Offer one example, of any kind (to be saved: of tensors and plain values)."""
+        """Offer one example of any kind (saving needs tensors and plain values)."""
         self.seen += 1
         if len(self._examples) < self.size:
             self._examples.append(example)
@@ -52,23 +52,24 @@ class Reservoir:
             self._examples[place] = example
 
     def sample(self, n: int) -> list[Any]:
-        """`n` different examples in random order; all of them where there are fewer.
+        """`n` different examples in random order, or all of them if there are fewer.
 
         Raises:
-            SkillError: the memory is empty. ConfigError: an `n` below 1.
+            SkillError: the memory is empty. ConfigError: `n` is below 1.
         """
         if n < 1:
             raise ConfigError(f"n: got {n!r}, expected at least 1")
         if not self._examples:
             raise SkillError(
-                f"the memory is empty (0 of {self.size} examples); add examples of a task that was learned, or load "
-                "the memory of the run before"
+                f"the memory is empty (0 of {self.size} examples); add examples of a learned task, or load the "
+                "memory of the previous run"
             )
         order = torch.randperm(len(self._examples), generator=self._draw)[:n]
         return [self._examples[i] for i in order.tolist()]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs; `torch.load(weights_only=True)` reads it back if it reads the examples."""
+        """Everything that a resumed run needs; `torch.load(weights_only=True)` can read it if it can read the
+        examples."""
         return {
             "size": self.size,
             "seen": self.seen,
@@ -78,18 +79,19 @@ class Reservoir:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state_dict` was taken.
+        """Continue from a state of `state_dict`.
 
         Raises:
-            SkillError: a memory of another size, or something else; this one is then as it was.
+            SkillError: the state belongs to a memory of another size or to something else; this memory is then as it
+                was.
         """
         lacking = next((key for key in ("size", "seen", "examples", "keep", "draw") if key not in state), None)
         if lacking is not None:
-            raise SkillError(f"the state lacks {lacking!r}, expected what Reservoir.state_dict() gave")
+            raise SkillError(f"the state lacks {lacking!r}, expected the result of Reservoir.state_dict()")
         if state["size"] != self.size:
             raise SkillError(
-                f"the state is of a memory of {state['size']} examples, this one is of {self.size}; make it with that "
-                "size (another one would not be a uniform sample any more)"
+                f"the state belongs to a memory of {state['size']} examples, this one has {self.size}; make it with "
+                "that size (with another, it would no longer be a uniform sample)"
             )
         self._keep.set_state(state["keep"])
         self._draw.set_state(state["draw"])

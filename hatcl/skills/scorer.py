@@ -1,4 +1,4 @@
-"""Which elements of an adapter a task needs, measured while it is learned (Feng et al. 2024, arXiv 2408.05200)."""
+"""Score how much a task needs each element of an adapter, while it is learned (Feng et al. 2024, arXiv 2408.05200)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .tensors import adapters_of, skill_tensors
 
 IMPORTANCE = ("mixed", "first", "second")
 TIMINGS = ("before", "after")
-AT_ONCE = 1 << 22  # elements: so much more is needed while a step is scored (16 MiB), however large the model
+AT_ONCE = 1 << 22  # elements processed at once while a step is scored (16 MiB), however large the model
 OPTION_NAMES = ("grain", "importance", "beta1", "beta2")
 
 
@@ -32,30 +32,30 @@ class SkillScorer:
         s = |w g|  (first),  (w g)^2  (second),  |w g - (w g)^2 / 2|  (mixed)
         I <- beta1 I + (1 - beta1) s,    U <- beta2 U + (1 - beta2) |s - I|,    score = I * U
 
-    from I = U = 0, with the new I in U's line: as in TaSL's code, which has it from AdaLoRA (Zhang et al. 2023, arXiv
-    2303.10512). There the first and the last step of a run are left out; here every step counts, so that a resumed run
-    is the same run. A group's score is the mean over its tensor; of a LoRA pair
-    `mean(score_B[:, r]) * mean(score_A[r, :])`, which is the mean of their outer product without its d x d matrix.
+    starting from I = U = 0, with the new I in U's line, as in TaSL's code, which follows AdaLoRA (Zhang et al. 2023,
+    arXiv 2303.10512). That code leaves out the first and the last step of a run; here every step counts, so that a
+    resumed run is the same run. A group's score is the mean over its tensor; for a LoRA pair `mean(score_B[:, r]) *
+    mean(score_A[r, :])`, which is the mean of their outer product without its d x d matrix.
 
         scorer = SkillScorer(peft_model)
         with scorer.watch(optimizer):
             ...                           # any loop, any Trainer
         scores = scorer.scores()
 
-    It keeps I and U in float32, two floats per element, on the parameters' device. One scorer per task.
+    It keeps I and U in float32, two floats per element, on the parameters' device. Use one scorer per task.
 
     Args:
-        model: with a LoRA adapter; without one, its trainable parameters are scored. adapter: which; default: the
-            active one.
-        grain: of the scores: `lora_pair`, `matrix` (tensors of two or more dimensions) or `block` (every tensor).
-        importance: which s. beta1, beta2: how much of I and U stays at each step.
+        model: has a LoRA adapter; otherwise its trainable parameters are scored. adapter: its name; default: the active
+        one.
+        grain: the scores' grain: `lora_pair`, `matrix` (tensors of two or more dimensions) or `block` (every tensor).
+        importance: the form of s. beta1, beta2: the shares of I and U that are kept at each step.
 
     Raises:
-        ConfigError: an option outside its range, or a grain that finds nothing to group.
-        SkillError: the adapter is not there, or there is nothing to train.
+        ConfigError: an option is outside its range, or the grain finds nothing to group. SkillError: the adapter does
+            not exist, or nothing is trainable.
 
-    Of a sharded model (`fully_shard`), `scores()`, `element_scores()` and `state_dict()` gather: all processes must
-    call them together.
+    For a sharded model (`fully_shard`), `scores()`, `element_scores()` and `state_dict()` gather tensors: all processes
+    must call them together.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class SkillScorer:
         tensors = skill_tensors(model, adapter)
         if grain == "lora_pair" and not adapters_of(model):
             raise ConfigError(
-                f"grain: got lora_pair, but {type(model).__name__} has no LoRA adapter; score what is trained in full "
-                "by grain='matrix' or 'block'"
+                f"grain: got lora_pair, but {type(model).__name__} has no LoRA adapter; score fully trained "
+                "parameters with grain='matrix' or 'block'"
             )
         self._grain = make_grain(grain, {n: p.shape for n, p in tensors.items()})
         self.grain, self.importance, self.beta1, self.beta2 = grain, importance, beta1, beta2
@@ -89,9 +89,9 @@ class SkillScorer:
     # ---- while learning ---------------------------------------------------------------------------------------------
 
     def update(self) -> None:
-        """Take in one step, from the parameters and their gradients as they are now: call it when the gradients are
-        complete and clipped, before the optimizer's step (old weights) or after it (new weights), before they are
-        zeroed. A tensor without gradient has s = 0 at this step.
+        """Score one step from the current parameters and gradients: call it when the gradients are complete and
+        clipped, before the optimizer's step (old weights) or after it (new weights), and before they are zeroed. A
+        tensor without a gradient has s = 0 at this step.
 
         Raises:
             SkillError: no tensor has a gradient.
@@ -99,8 +99,8 @@ class SkillScorer:
         self._update(None)
 
     def watch(self, optimizer: torch.optim.Optimizer, timing: str = "before") -> RemovableHandle:
-        """Call `update` at every step of an optimizer, by a hook, so that it works in any loop. Steps that a GradScaler
-        skips do not count; gradients are taken unscaled.
+        """Call `update` at every step of an optimizer, with a hook, so that it works in any loop. Steps that a
+        GradScaler skips do not count; gradients are unscaled first.
 
         Args:
             timing: `before` the step, with the old weights (those at which g was taken), or `after` it, with the new.
@@ -109,7 +109,7 @@ class SkillScorer:
             a handle: `.remove()`, or a context manager that removes at its end.
 
         Raises:
-            ConfigError: another timing. SkillError: the optimizer has none of the tensors.
+            ConfigError: the timing is unknown. SkillError: the optimizer has none of the tensors.
         """
         one_of("timing", timing, TIMINGS)
         scored = list(self._params.values())
@@ -150,7 +150,7 @@ class SkillScorer:
                 self._uncertain[name] = self._uncertain[name].to(p.device)
 
     def _portions(self) -> Iterator[list[str]]:
-        """Names of tensors that are worked on at once: on one device and few enough."""
+        """Names of tensors that are processed at once: on one device and few enough."""
         portion: list[str] = []
         size, where = 0, None
         for name, p in self._params.items():
@@ -161,18 +161,18 @@ class SkillScorer:
             size, where = size + p.numel(), p.device
         yield portion
 
-    # ---- what was found ---------------------------------------------------------------------------------------------
+    # ---- results ---------------------------------------------------------------------------------------------
 
     def scores(self) -> SkillScores:
         """The score of each group.
 
         Raises:
-            SkillError: nothing was scored yet, all scores are 0, or one is not finite, by its label.
+            SkillError: nothing was scored yet, all scores are 0, or one, whose label the text has, is not finite.
         """
         self._scored()
         values = torch.ones(self._grain.size, dtype=torch.float64)
         for name in self._grain.shapes:
-            # mean over what shares a group: all of a tensor, or all but the dimension of the rank; a pair gets two
+            # mean over the elements of a group: all of a tensor, or all dimensions but the rank; a pair gets two means
             groups = self._grain.index[name]()
             scored = self._element(name)
             over = [d for d in range(scored.dim()) if groups.dim() == 0 or groups.shape[d] == 1]
@@ -185,7 +185,7 @@ class SkillScorer:
         return SkillScores(self.grain, self._grain.shapes, values)
 
     def element_scores(self) -> dict[str, Tensor]:
-        """`I * U` of every element by the tensors' names, float64 on the CPU.
+        """`I * U` of every element, by the tensors' names, float64 on the CPU.
 
         Raises:
             SkillError: nothing was scored yet.
@@ -198,17 +198,17 @@ class SkillScorer:
         return smooth.cpu().double() * uncertain.cpu().double()
 
     def _whole(self, kept: Mapping[str, Tensor], name: str) -> Tensor:
-        """Of a sharded model (`fully_shard`) each process keeps its part."""
+        """The whole of a kept tensor; for a sharded model (`fully_shard`) each process keeps only its part."""
         return gathered_part(kept[name], self._params[name])
 
     def _scored(self) -> None:
         if not self.steps:
             raise SkillError("no step was scored yet; call update() at each step, or watch(optimizer), while learning")
 
-    # ---- to go on later ---------------------------------------------------------------------------------------------
+    # ---- resuming ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all that a resumed run needs: the options, `steps`, and I and U by the tensors' names."""
+        """A copy of everything that a resumed run needs: the options, `steps`, and I and U by the tensors' names."""
         return {
             **{option: getattr(self, option) for option in OPTION_NAMES},
             "steps": self.steps,
@@ -217,14 +217,14 @@ class SkillScorer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state_dict` was taken.
+        """Continue from a state of `state_dict`.
 
         Raises:
-            SkillError: a state of other options or of other tensors, by name; the scorer is then as it was.
+            SkillError: the state has other options or tensors, which the text names; the scorer is then as it was.
         """
         lacking = next((key for key in (*OPTION_NAMES, "steps", "I", "U") if key not in state), None)
         if lacking is not None:
-            raise SkillError(f"the state lacks {lacking!r}, expected what SkillScorer.state_dict() gave")
+            raise SkillError(f"the state lacks {lacking!r}, expected the result of SkillScorer.state_dict()")
         for option in OPTION_NAMES:
             if state[option] != getattr(self, option):
                 raise SkillError(
@@ -246,7 +246,7 @@ class SkillScorer:
         self.steps = int(state["steps"])
 
     def floats(self) -> float:
-        """What it keeps, in float32 numbers per element scored."""
+        """Its memory, in float32 numbers per scored element."""
         kept = [*self._smooth.values(), *self._uncertain.values()]
         size = sum(t.untyped_storage().nbytes() for t in kept) / torch.float32.itemsize
         return size / sum(math.prod(s) for s in self._grain.shapes.values())

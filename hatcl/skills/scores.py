@@ -26,12 +26,12 @@ from ..vectors.files import read_metadata
 from ..vectors.tensors import named_tensors
 
 SKILL_GRAINS = ("lora_pair", "matrix", "block")
-ABOUT, SCORES = "hatcl.skills", "scores"  # the file's metadata (one entry, its order is fixed) and its tensor
+ABOUT, SCORES = "hatcl.skills", "scores"  # the file's metadata (a single entry, so its order is fixed) and its tensor
 
 
 @dataclass(frozen=True, eq=False)
 class _Groups:
-    """Groups of some tensors, of which something is known."""
+    """Groups of tensors, with values for each group."""
 
     grain: str
     shapes: Mapping[str, tuple[int, ...]]
@@ -42,7 +42,7 @@ class _Groups:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What each group is called: `...query[3]` for a pair, the tensor's name for a matrix or block."""
+        """The name of each group: `...query[3]` for a pair, the tensor's name for a matrix or block."""
         return self._parts.labels
 
 
@@ -51,12 +51,13 @@ class SkillScores(_Groups):
     """How important each group of some tensors is.
 
     Attributes:
-        grain: `lora_pair`, `matrix` or `block`. shapes: of the tensors that it covers.
-        values: one finite number per group, `[G]`, on the CPU: float64 as `SkillScorer` measures them (the scores of a
-            pair are products of four small numbers, which float32 turns to zero), else float32.
+        grain: `lora_pair`, `matrix` or `block`. shapes: the shapes of the tensors that it covers.
+        values: one finite number per group, `[G]`, on the CPU: float64 from `SkillScorer` (the scores of a pair are
+            products of four small numbers, which would be zero in float32), else float32.
 
     Raises:
-        ConfigError: another grain. SkillError: not one number per group, or one that is not finite, by its label.
+        ConfigError: the grain is unknown. SkillError: there is not one number per group, or one, whose label the text
+            has, is not finite.
     """
 
     values: Tensor
@@ -70,7 +71,7 @@ class SkillScores(_Groups):
             raise SkillError(
                 f"the score of {parts.labels[wrong[0]]} is {float(values[wrong[0]])}, expected finite numbers "
                 f"({len(wrong)} of {len(values)} are not); a step had gradients or weights that are not finite: lower "
-                "the learning rate, clip, or use a GradScaler, and score anew"
+                "the learning rate, clip, or use a GradScaler, and score again"
             )
         object.__setattr__(self, "values", values)
 
@@ -86,15 +87,15 @@ class SkillScores(_Groups):
         return [{"label": a, "score": b} for a, b in zip(self.labels, self.values.tolist(), strict=True)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `.safetensors` file, and next to it the same as a `.csv` table (label, score). Each takes its place
-        when both are on disk.
+        """Write a `.safetensors` file, and next to it the same as a `.csv` table (label, score). Both are replaced once
+        both are on disk.
 
         Raises:
-            SkillError: another ending. IntegrityError: the disk is full or not writable.
+            SkillError: the path has another suffix. IntegrityError: the disk is full or not writable.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
-            raise SkillError(f"{path}: got {path.suffix or 'no ending'}, expected a file that ends in .safetensors")
+            raise SkillError(f"{path}: got {path.suffix or 'no suffix'}, expected a file that ends in .safetensors")
         about = json.dumps({"grain": self.grain, "shapes": self.shapes})
         text = io.StringIO()
         table = csv.DictWriter(text, ["label", "score"], lineterminator="\n")
@@ -105,7 +106,7 @@ class SkillScores(_Groups):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SkillScores:
-        """What `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
             IntegrityError: the file is missing or damaged. SkillError: it holds something else.
@@ -114,17 +115,15 @@ class SkillScores(_Groups):
         tensors, about = named_tensors(path), read_metadata(path).get(ABOUT)
         if about is None or SCORES not in tensors:
             raise SkillError(
-                f"{path}: holds {', '.join(sorted(tensors)[:5]) or 'nothing'}, expected scores that SkillScores.save "
-                "wrote"
+                f"{path} holds {', '.join(sorted(tensors)[:5]) or 'nothing'}, expected scores written by "
+                "SkillScores.save"
             )
         options = parse_json(about, path)
         try:
             shapes = {name: tuple(shape) for name, shape in options["shapes"].items()}
             return cls(options["grain"], shapes, tensors[SCORES])
         except (KeyError, AttributeError, TypeError) as error:
-            raise IntegrityError(
-                f"{path}: what it says of its scores cannot be read ({error!r}); save it again"
-            ) from error
+            raise IntegrityError(f"{path}: its metadata cannot be read ({error!r}); save it again") from error
         except SkillError as error:
             raise SkillError(f"{path}: {error}") from error
 
@@ -134,10 +133,10 @@ class Skill(_Groups):
     """The groups that matter for a task.
 
     Attributes:
-        grain, shapes: as in the scores it was localised in. on: whether a group belongs to it, bool `[G]`.
+        grain, shapes: as in its scores. on: whether a group belongs to it, bool `[G]`.
 
     Raises:
-        ConfigError: another grain. SkillError: not one bool per group.
+        ConfigError: the grain is unknown. SkillError: there is not one bool per group.
     """
 
     on: Tensor
@@ -150,7 +149,7 @@ class Skill(_Groups):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the groups that belong to it are called."""
+        """The names of the groups that belong to it."""
         return tuple(label for label, on in zip(self.labels, self.on.tolist(), strict=True) if on)
 
     def expand(self) -> dict[str, Tensor]:
@@ -162,16 +161,16 @@ def accumulate_scores(
     current: SkillScores, previous: SkillScores | None, weights: tuple[float, float] = (0.3, 0.7)
 ) -> SkillScores:
     """The memory of scores over tasks: `C_k = N(0.3 N(I_k) + 0.7 N(C_{k-1}))`, and `C_1 = N(I_1)`, with N as in
-    `SkillScores.normalised`. (As in TaSL's code. There the first task's file holds I_1 itself, which is normalised
-    when it is read: the same.)
+    `SkillScores.normalised`. (As in TaSL's code, where the first task's file holds I_1 itself, which is normalised when
+    it is read.)
 
     Args:
         current: I_k, the scores of the task just learned. previous: C_{k-1}; None for the first task.
-        weights: of the current and of the previous scores.
+        weights: the weights of the current and of the previous scores.
 
     Raises:
-        SkillError: scores of another grain or of other tensors, by name. ConfigError: weights that are negative, not
-            finite or both zero.
+        SkillError: the scores have another grain, or other tensors, which the text names. ConfigError: weights are
+            negative, not finite or both zero.
     """
     weights = two_weights("weights", weights)
     if previous is None:
@@ -182,7 +181,7 @@ def accumulate_scores(
 
 
 def two_weights(name: str, value: Any) -> tuple[float, float]:
-    """An option that is the weights of two scores. Raises `ConfigError` for other values."""
+    """An option that holds the weights of two scores. Raises `ConfigError` for other values."""
     given = tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(given) != 2 or not all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in given) or not any(given):
         raise ConfigError(f"{name}: got {value!r}, expected two numbers of at least 0, not both 0")
@@ -192,31 +191,31 @@ def two_weights(name: str, value: Any) -> tuple[float, float]:
 def localize(scores: SkillScores, share: float = 0.2, threshold: float | None = None) -> Skill:
     """The skill: the top share of the groups, or those whose score is above a threshold.
 
-    Of G groups `ceil(share (G - 1))` are on, at least one, and all with share 1: as many as TaSL's code has, which
-    takes what is strictly above the percentile `100 (1 - share)`, interpolated between G - 1 steps (3 of 12 groups with
-    share 0.2). Of equal scores those that come first are on; TaSL's code takes none of those that equal the percentile.
+    Of G groups `ceil(share (G - 1))` are on, at least one, and all with share 1: as many as in TaSL's code, which takes
+    scores strictly above the percentile `100 (1 - share)`, interpolated between G - 1 steps (3 of 12 groups with share
+    0.2). Among equal scores the first ones are on; TaSL's code takes none that equal the percentile.
 
     Args:
-        share: in (0, 1]. threshold: of the normalised scores, in 0..1, in the place of a share; it may leave nothing.
+        share: in (0, 1]. threshold: for the normalised scores, in 0..1, instead of a share; it may select nothing.
 
     Raises:
-        ConfigError: a share or threshold outside its range.
+        ConfigError: the share or threshold is outside its range.
     """
     if threshold is not None:
         number("threshold", threshold, 0, 1, what="a normalised score")
         return Skill(scores.grain, scores.shapes, scores.normalised().values > threshold)
     number("share", share, 0, 1, without="low", what="a share of the groups")
     on = torch.zeros(len(scores.values), dtype=torch.bool)
-    count = len(on) if share == 1 else max(1, math.ceil(round(share * (len(on) - 1), 9)))  # .55 * 20 is 11 and a bit
+    count = len(on) if share == 1 else max(1, math.ceil(round(share * (len(on) - 1), 9)))  # .55 * 20 rounds above 11
     on[torch.sort(scores.values, descending=True, stable=True).indices[:count]] = True
     return Skill(scores.grain, scores.shapes, on)
 
 
 def skill_overlap(a: Skill, b: Skill) -> float:
-    """`|a & b| / |b|`: what share of b's groups is in a as well.
+    """`|a & b| / |b|`: the share of b's groups that are also in a.
 
     Raises:
-        SkillError: skills of another grain or of other tensors, by name; b has no group.
+        SkillError: the skills have another grain, or other tensors, which the text names; or b has no group.
     """
     check_same_groups(a, b, ("the first skill", "the second skill"))
     if not bool(b.on.any()):
@@ -225,13 +224,11 @@ def skill_overlap(a: Skill, b: Skill) -> float:
 
 
 def check_same_groups(a: _Groups, b: _Groups, what: tuple[str, str]) -> None:
-    """Raise `SkillError` unless two cover the same groups.
-
-    Args:
-        what: how to call the two.
-    """
+    """Raise `SkillError` unless two cover the same groups. Args: what: the error's names for the two."""
     if a.grain != b.grain:
-        raise SkillError(f"{what[0]} speak in {a.grain}, {what[1]} in {b.grain}; score both in one grain")
+        raise SkillError(
+            f"{what[0]} have the grain {a.grain}, {what[1]} have {b.grain}; score both with the same grain"
+        )
     for name in [*a.shapes, *b.shapes]:
         ours, theirs = (list(x.shapes[name]) if name in x.shapes else "lacking" for x in (a, b))
         if ours != theirs:
@@ -241,7 +238,7 @@ def check_same_groups(a: _Groups, b: _Groups, what: tuple[str, str]) -> None:
     if list(a.shapes) != list(b.shapes):
         raise SkillError(
             f"{what[0]} and {what[1]} name the same tensors in another order, first {next(iter(a.shapes))} and "
-            f"{next(iter(b.shapes))}; score adapters that were made alike"
+            f"{next(iter(b.shapes))}; score adapters that were made in the same way"
         )
 
 

@@ -1,4 +1,4 @@
-"""Doing something at every step of an optimizer, by a hook, so that it works in any loop."""
+"""Call a function at every step of an optimizer, with a hook, so that it works in any loop."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def at_steps(
     act: Callable[[Tensor | None], object],
     before: bool = False,
 ) -> RemovableHandle:
-    """Call `act` after (or before) each step that is taken; those that a GradScaler skips do not count.
+    """Call `act` after (or before) each step; steps that a GradScaler skips do not count.
 
     Args:
-        tensors: of which the optimizer must have some. what: how to call them in the error.
-        act: is given the factor by which gradients are still scaled, None where they are not.
+        tensors: the optimizer must have some of them. what: the error's name for them.
+        act: receives the factor by which gradients are still scaled, or None.
 
     Raises:
         SkillError: the optimizer has none of the tensors.
     """
     inner: Any = optimizer
     while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
-        inner = inner.optimizer  # accelerate's wrapper has no hooks of its own
+        inner = inner.optimizer  # accelerate's wrapper has no hooks
     held = {id(p) for group in inner.param_groups for p in group["params"]}
     if not any(id(p) in held for p in tensors):
         raise SkillError(
@@ -39,7 +39,7 @@ def at_steps(
         )
 
     def hook(stepped: Any, args: Any, kwargs: Any) -> None:
-        # a fused optimizer is called in every case and skips by itself; it leaves the gradients unscaled
+        # a fused optimizer is always called and skips by itself; afterwards the gradients are unscaled
         skipped, scale = getattr(stepped, "found_inf", None), getattr(stepped, "grad_scale", None)
         if skipped is None or not bool(skipped):
             act(scale if before else None)

@@ -1,4 +1,4 @@
-"""Two adapters in one model: one more besides the trained one, and computing with it while nothing else notices."""
+"""Two adapters in one model: add one next to the trained one, and compute with it without side effects."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..errors import SkillError, nearest
 from ..map.lora import factor_in, merged_layer
 from .tensors import skill_tensors
 
-# what peft holds per adapter next to A and B: DoRA's magnitudes, heads that are trained in full, single tokens
+# peft's further parameters per adapter: DoRA's magnitudes, fully trained heads, single tokens
 OTHERS = ("lora_magnitude_vector", "modules_to_save", "trainable_tokens_delta")
 
 
 def check_peft(model: nn.Module) -> None:
-    """Raises `SkillError` unless this is a peft model whose adapters can be switched."""
+    """Raise `SkillError` unless this is a peft model whose adapters can be switched."""
     if not hasattr(model, "peft_config") or not hasattr(model, "set_adapter") or not hasattr(model, "base_model"):
         raise SkillError(
-            f"{type(model).__name__} is no peft model; wrap it with peft.get_peft_model(model, LoraConfig())"
+            f"{type(model).__name__} is not a peft model; wrap it with peft.get_peft_model(model, LoraConfig())"
         )
-    if callable(getattr(model, "active_adapters", None)):  # in peft a property
+    if callable(getattr(model, "active_adapters", None)):  # in peft it is a property
         raise SkillError(
             f"{type(model).__name__}: its adapters were added by transformers' own add_adapter, which adds and "
             "switches them in another way; wrap the base instead, with peft.get_peft_model(model, LoraConfig())"
@@ -40,8 +40,8 @@ def check_peft(model: nn.Module) -> None:
 
 
 def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """All parameters that peft holds for one adapter: `skill_tensors`, and by the same way of naming what else belongs
-    to it (`....classifier.modules_to_save.default.weight` -> `....classifier.modules_to_save.weight`).
+    """All parameters that peft holds for one adapter: `skill_tensors` and, named in the same way, its other parameters
+    (`....classifier.modules_to_save.default.weight` -> `....classifier.modules_to_save.weight`).
 
     Raises:
         SkillError: the adapter matches nothing.
@@ -51,12 +51,12 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 
 def adapter_buffers(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """The buffers of what is trained in full besides one adapter, named likewise."""
+    """The buffers of one adapter's fully trained modules, named likewise."""
     return {own: b for n, b in model.named_buffers() if (own := _own(n, adapter)) is not None}
 
 
 def of_adapters(name: str) -> bool:
-    """Is this the name of a tensor of some adapter, or of what an adapter's copy stands in for?"""
+    """Whether this names a tensor of some adapter, or an original that an adapter's copy replaces."""
     parts = name.split(".")
     return factor_in(parts) is not None or any(part in (*OTHERS, "original_module") for part in parts)
 
@@ -71,7 +71,7 @@ def pairs(model: nn.Module, plastic: str, stable: str) -> tuple[list[nn.Paramete
     """The tensors of two adapters, name by name.
 
     Raises:
-        SkillError: an adapter matches nothing, or the two differ in names or shapes, with the first that does.
+        SkillError: an adapter matches nothing, or the two differ in names or shapes; the text has the first difference.
     """
     ours, theirs = adapter_tensors(model, plastic), adapter_tensors(model, stable)
     for name in dict.fromkeys([*ours, *theirs]):
@@ -79,7 +79,7 @@ def pairs(model: nn.Module, plastic: str, stable: str) -> tuple[list[nn.Paramete
         if shapes[0] != shapes[1]:
             raise SkillError(
                 f"{name} is {shapes[0]} in the adapter {plastic!r}, {shapes[1]} in {stable!r}; both need the same rank "
-                f"and targets: delete_adapter({stable!r}), or name another one"
+                f"and targets: delete_adapter({stable!r}), or name another adapter"
             )
     for module in model.modules():
         scaling = getattr(module, "scaling", None)
@@ -92,11 +92,11 @@ def pairs(model: nn.Module, plastic: str, stable: str) -> tuple[list[nn.Paramete
 
 
 def add_copy(model: Any, source: str, name: str) -> None:
-    """Add an adapter with the options and the tensors of another, that is not trained. What was there before keeps its
-    `requires_grad` and its mode, and no random number is drawn.
+    """Add an untrained copy of another adapter, with its options and tensors. Everything else keeps its `requires_grad`
+    and its mode, and no random number is drawn.
 
     Raises:
-        SkillError: the source is not there, or belongs to a kind that a model can hold only once, by its option.
+        SkillError: the source does not exist, or has an option, which the text names, that a model can hold only once.
     """
     if source not in model.peft_config:
         known = list(model.peft_config)
@@ -113,8 +113,8 @@ def add_copy(model: Any, source: str, name: str) -> None:
                 f"share; make it with {option}={plain[0]!r}"
             )
     config.inference_mode = False  # peft would freeze the trained adapter along with this one
-    config.init_lora_weights = True  # others compute a start, and some change the base for it; here a copy follows
-    adapter_tensors(model, source)  # raises where it has none that could be copied, before anything is added
+    config.init_lora_weights = True  # other kinds compute a start, and some change the base for it; here a copy follows
+    adapter_tensors(model, source)  # raises if there is nothing to copy, before anything is added
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modules = set(model.modules())
     devices = {p.device.index or 0 for p, _ in flags if p.device.type == "cuda"}
@@ -122,13 +122,13 @@ def add_copy(model: Any, source: str, name: str) -> None:
         with torch.random.fork_rng(devices=sorted(devices)):
             model.add_adapter(name, config)
     except ValueError as error:
-        raise SkillError(f"peft cannot hold a second adapter beside {source!r}: {error}") from error
+        raise SkillError(f"peft cannot hold a second adapter in addition to {source!r}: {error}") from error
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
         for module in set(model.modules()) - modules:
             module.training = model.training
-    config.init_lora_weights = model.peft_config[source].init_lora_weights  # as saved: it tells what the base became
+    config.init_lora_weights = model.peft_config[source].init_lora_weights  # as saved: it records how the base changed
     ours, theirs = pairs(model, source, name)
     copied = adapter_buffers(model, source)
     with torch.no_grad():
@@ -140,21 +140,22 @@ def add_copy(model: Any, source: str, name: str) -> None:
 
 @contextlib.contextmanager
 def using(model: Any, adapter: str, *, evaluate: bool = False) -> Iterator[None]:
-    """Inside, the model computes with this adapter. On leaving, also by an exception, the active adapter, every
-    `requires_grad` and every module's mode are as they were. (peft's `set_adapter` alone makes the adapter that it
-    activates trainable and freezes all others.)
+    """Inside, the model computes with this adapter. Afterwards, even after an exception, the active adapter, every
+    `requires_grad` and every module's mode are as before. (peft's `set_adapter` also makes the activated adapter
+    trainable and freezes all others.)
 
     Args:
-        evaluate: in evaluation mode: no dropout, so no random number is drawn, and no running statistics move.
+        evaluate: compute in evaluation mode: without dropout and its random numbers, and without moving running
+            statistics.
 
     Raises:
-        SkillError: the model has no such adapter (any more).
+        SkillError: the model has no such adapter (or no longer).
     """
     if adapter not in model.peft_config:
         raise SkillError(f"no adapter {adapter!r}; the model has {', '.join(model.peft_config)}")
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()] if evaluate else []
-    active, inner = model.active_adapter, model.base_model.active_adapter  # peft keeps it twice
+    active, inner = model.active_adapter, model.base_model.active_adapter  # peft stores it twice
     same = active == adapter and inner in (adapter, [adapter])
     try:
         if not same:

@@ -1,4 +1,4 @@
-"""Which tensors a skill is made of: a peft adapter's LoRA factors or, in full fine-tuning, what is trained."""
+"""The tensors of a skill: a peft adapter's LoRA factors or, in full fine-tuning, the trained parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def adapters_of(model: nn.Module) -> list[str]:
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The one adapter that is active; None for a model without LoRA.
+    """The active adapter; None for a model without LoRA.
 
     Raises:
         SkillError: several are active.
@@ -28,23 +28,21 @@ def active_adapter(model: nn.Module) -> str | None:
     names: Sequence[str] = adapters_of(model) if active is None else active
     if len(names) != 1:
         raise SkillError(
-            f"{len(names)} adapters are active ({', '.join(names)}), expected one; activate one by set_adapter(), or "
-            "pass adapter="
+            f"{len(names)} adapters are active ({', '.join(names)}), expected one; activate one with set_adapter(), "
+            "or pass adapter="
         )
     return names[0]
 
 
 def skill_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
-    """The factors A and B of a LoRA adapter by peft's names without the adapter's own segment, as they are in its file
+    """The factors A and B of a LoRA adapter, by peft's names without the adapter's segment, as in its file
     (`....q.lora_A.default.weight` -> `....q.lora_A.weight`), so that two adapters of one model have the same names.
     For a model without LoRA: its trainable floating-point parameters.
 
     Args:
-        adapter: which one; default: the active one.
-
-    Raises:
-        SkillError: the adapter is not there, or there is nothing to train; or its factors belong to stacked experts, so
-            that row r of A and column r of B are no pair (`no_pairs`).
+        adapter: its name; default: the active one. Raises: SkillError: the adapter does not exist, nothing is
+            trainable, or the factors belong to stacked experts, so that row r of A and column r of B are not a pair
+            (`no_pairs`).
     """
     names = adapters_of(model)
     why = no_pairs(model)
@@ -72,12 +70,12 @@ def skill_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, nn.
 
 
 def _split(name: str) -> tuple[str, str] | None:
-    """Name without the adapter, and the adapter."""
+    """The name without the adapter, and the adapter."""
     parts = _segments(name)
     at = factor_in(parts[:-1])
     return None if at is None else (".".join([*parts[: at + 1], *parts[at + 2 :]]), parts[at + 1])
 
 
 def _segments(name: str) -> list[str]:
-    """The segments of a name, without those that torch.compile puts in."""
+    """The segments of a name, without those that torch.compile adds."""
     return [part for part in name.split(".") if part != "_orig_mod"]

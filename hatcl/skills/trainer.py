@@ -1,4 +1,4 @@
-"""TaSL and I-LoRA in transformers' Trainer: a callback, and thin subclasses where the loss needs it.
+"""TaSL and I-LoRA in transformers' Trainer: a callback, and thin subclasses that change the loss.
 
 Not imported by `import hatcl`, which works without transformers: `from hatcl.skills.trainer import ILoRATrainer`.
 """
@@ -26,16 +26,16 @@ ILORA_FOLDER = "ilora"  # the folder inside a checkpoint
 class SkillCallback(TrainerCallback):
     """Scores each optimizer step of a `Trainer`: `Trainer(..., callbacks=[SkillCallback(scorer)])`.
 
-    Checkpoints hold what was scored so far, so that a resumed run has the scores of one that was not interrupted.
+    Checkpoints hold the scores so far, so that a resumed run ends with the scores of an uninterrupted one.
 
     Args:
         scorer: a `SkillScorer`. timing: `before` the optimizer's step (clipped gradient, old weights;
             `on_pre_optimizer_step`) or `after` it (clipped gradient, new weights; `on_optimizer_step`). At
-            `on_step_end`, where patched Trainers score, the gradients are gone. name: of the file in a checkpoint; of
-            several callbacks each needs its own.
+            `on_step_end`, where patched Trainers score, the gradients are gone. name: the name of the file in a
+            checkpoint; each callback needs its own.
 
     Raises:
-        ConfigError: another timing.
+        ConfigError: the timing is unknown.
     """
 
     def __init__(self, scorer: SkillScorer, timing: str = "before", name: str = "skills") -> None:
@@ -50,21 +50,21 @@ class SkillCallback(TrainerCallback):
             write_files({self._state(args, state): lambda path: torch.save(self.scorer.state_dict(), path)})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises `SkillError` where a resumed run lacks the scores of the steps before, `ConfigError` where gradients
-        would be scored with their loss scale, which clipping takes out."""
+        """Raises `SkillError` if a resumed run lacks the scores of the earlier steps, `ConfigError` if gradients would
+        be scored with their loss scale, which only clipping removes."""
         if state.global_step:
             path = self._state(args, state)
             if path.exists():
                 self.scorer.load_state_dict(read_torch(path))
             elif self.scorer.steps != state.global_step:
                 raise SkillError(
-                    f"{path} is not there, so the scores of the {state.global_step} steps before are lost; resume from "
-                    "a checkpoint in output_dir that was written with this callback, or give another's skills.pt to "
-                    "scorer.load_state_dict first"
+                    f"{path} does not exist, so the scores of the {state.global_step} earlier steps are lost; "
+                    "resume from a checkpoint in output_dir that was written with this callback, or first load "
+                    "another skills.pt with scorer.load_state_dict"
                 )
         if args.fp16 and not args.max_grad_norm:
             raise ConfigError(
-                f"max_grad_norm: got {args.max_grad_norm!r} with fp16, so that gradients keep the loss scale; set "
+                f"max_grad_norm: got {args.max_grad_norm!r} with fp16, so gradients keep the loss scale; set "
                 "max_grad_norm (a large one clips nothing), or train in bf16"
             )
 
@@ -78,17 +78,17 @@ class SkillCallback(TrainerCallback):
 
 
 def _checkpoint(args: Any, state: Any) -> Path:
-    """Where a `Trainer` keeps the step that it is at."""
+    """The folder of a `Trainer`'s checkpoint for the current step."""
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _counts(args: Any, model: nn.Module) -> bool:
-    """False for a step that fp16's loss scaling skips, because a gradient is not finite."""
+    """Whether the step counts: false if fp16's loss scaling skips it because a gradient is not finite."""
     return not args.fp16 or all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
 class _Follow(TrainerCallback):
-    """The moving average after each step, and I-LoRA's state next to each checkpoint."""
+    """Updates the moving average after each step, and saves I-LoRA's state next to each checkpoint."""
 
     def __init__(self, trainer: ILoRATrainer) -> None:
         self.trainer = trainer
@@ -106,7 +106,7 @@ class _Adding(Trainer):
     """A `Trainer` that adds a term to the loss while learning."""
 
     def term(self, inputs: Any) -> Tensor | None:
-        """What is added for a batch, as a mean over it, so that micro-batches share its weight; None = nothing."""
+        """The term for a batch, as a mean over it, so that micro-batches share its weight; None = no term."""
         raise NotImplementedError
 
     def compute_loss(
@@ -117,20 +117,20 @@ class _Adding(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """`Trainer`'s loss and, while learning, the term."""
-        batch = dict(inputs) if isinstance(inputs, Mapping) else inputs  # Trainer may take the labels out
+        batch = dict(inputs) if isinstance(inputs, Mapping) else inputs  # Trainer may remove the labels
         out = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         term = self.term(batch) if model.training else None
         if term is None:
             return out
         if self._summed(num_items_in_batch):
-            # the task's loss is a part of the whole step's mean; else Trainer divides what comes from here
+            # the task's loss is a part of the whole step's mean; otherwise Trainer divides the returned value
             term = term / self.current_gradient_accumulation_steps
         loss, *outputs = out if return_outputs else (out,)
         loss = loss + term.to(loss.device)
         return (loss, *outputs) if return_outputs else loss
 
     def _summed(self, num_items_in_batch: Any) -> bool:
-        """Is the task's loss normalised over all micro-batches of a step, as `Trainer.training_step` sees it?"""
+        """Whether the task's loss is normalised over all micro-batches of a step, as in `Trainer.training_step`."""
         if self.loss_is_scaled_for_ga is not None:
             return bool(self.loss_is_scaled_for_ga)
         return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
@@ -138,13 +138,13 @@ class _Adding(Trainer):
 
 class SkillTrainer(_Adding):
     """A `Trainer` that adds TaSL's regulariser, `weight * orthogonality(model)`, to the loss. With
-    `callbacks=[SkillCallback(scorer)]` it learns a task as TaSL does.
+    `callbacks=[SkillCallback(scorer)]` it learns a task as in TaSL.
 
     Args:
         weight, squared: see `orthogonality`. The other arguments are `Trainer`'s.
 
     Raises:
-        ConfigError: a negative weight.
+        ConfigError: the weight is negative.
     """
 
     def __init__(self, *args: Any, weight: float = 0.1, squared: bool = False, **kwargs: Any) -> None:
@@ -158,34 +158,34 @@ class SkillTrainer(_Adding):
 
 class ILoRATrainer(_Adding):
     """A `Trainer` that learns with I-LoRA: adds `ILoRA.loss` to the loss, moves the stable adapter after each step of
-    the optimizer, and remembers the training examples once they were learned.
+    the optimizer, and remembers the training examples once they are learned.
 
         ilora = ILoRA(peft_model, ILoRAConfig())
         ILoRATrainer(peft_model, arguments, train_dataset=..., data_collator=collator, ilora=ilora).train()
 
-    Checkpoints hold the memory and both adapters, so that a resumed run is the same run. Evaluation and prediction are
-    the plastic adapter's; `with ilora.stable_active(): trainer.evaluate()` for the stable one's. A model with
+    Checkpoints hold the memory and both adapters, so that a resumed run is the same run. Evaluation and prediction use
+    the plastic adapter; for the stable one use `with ilora.stable_active(): trainer.evaluate()`. A model with
     `use_ilora=False` is trained as by `Trainer`.
 
     Args:
-        ilora: over the same model; one without a `collate` gets the Trainer's. remember: offer the training set's
-            examples to the memory at the end of the first `train()` with it. The other arguments are `Trainer`'s.
+        ilora: an `ILoRA` of the same model; without a `collate` it gets the Trainer's. remember: offer the training
+            examples to the memory at the end of the first `train()`. The other arguments are `Trainer`'s.
 
     Raises:
-        SkillError: an `ilora` over another model, or a training set without a length to remember.
+        SkillError: `ilora` belongs to another model, or a training set to remember has no length.
     """
 
     def __init__(self, *args: Any, ilora: ILoRA, remember: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.model is not ilora.model:
             raise SkillError(
-                f"ilora is over another {type(ilora.model).__name__} than the Trainer's {type(self.model).__name__}; "
+                f"ilora has another {type(ilora.model).__name__} than the Trainer's {type(self.model).__name__}; "
                 "make both with the same model"
             )
         if remember and ilora.enabled and self.train_dataset is not None and not hasattr(self.train_dataset, "__len__"):
             raise SkillError(
-                f"the train_dataset ({type(self.train_dataset).__name__}) has no length, so that it may have no end; "
-                "pass remember=False, and call ilora.remember(examples) yourself"
+                f"the train_dataset ({type(self.train_dataset).__name__}) has no length and may be endless; pass "
+                "remember=False, and call ilora.remember(examples) yourself"
             )
         self.ilora, self.remember = ilora, remember
         self._remembered: Any = None
@@ -198,7 +198,7 @@ class ILoRATrainer(_Adding):
         return self.ilora.loss(inputs) if self.ilora.enabled else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`; then the memory is offered the training examples."""
+        """`Trainer.train`; afterwards the training examples are offered to the memory."""
         out = super().train(*args, **kwargs)
         if self.remember and self.ilora.enabled and self.train_dataset is not self._remembered:
             self.ilora.remember(self.train_dataset)
@@ -206,7 +206,7 @@ class ILoRATrainer(_Adding):
         return out
 
     def _load_best_model(self) -> None:
-        """Both adapters are those of the best checkpoint, with the memory as it was then."""
+        """Load both adapters and the memory of the best checkpoint."""
         super()._load_best_model()
         if self.ilora.enabled:
             self.ilora.load(Path(self.state.best_model_checkpoint) / ILORA_FOLDER)

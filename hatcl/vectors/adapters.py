@@ -22,11 +22,11 @@ from .tensors import RUNNING, Kind, Lazy, kinds_of, named_tensors, tied_names
 from .ties import LOOKUPS, joined_ties, refuse_unknown_tie, tied_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# starts of A and B that leave the base's weights as they are; others (PiSSA, OLoRA, ...) take something out of them
+# starts of A and B that leave the base's weights as they are; others (PiSSA, OLoRA, ...) subtract from them
 KEEP_THE_BASE = ("gaussian", "eva", "orthogonal")
 MERGE = "merge it into its base first (peft's merge_and_unload) and pass that model"
 
-NO_PRODUCT = "{} is a convolution with groups, whose LoRA is no product of two matrices; leave it out of target_modules"
+NO_PRODUCT = "{} is a grouped convolution, whose LoRA is not a product of two matrices; leave it out of target_modules"
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class LoraPair:
     """One layer's factors.
 
     Attributes:
-        a, b: their shapes. read: gives them. lookup: of an embedding. turned: does the layer hold its weight as
-            [in, out]?
+        a, b: their shapes. read: returns them. lookup: whether they belong to an embedding. turned: whether the layer
+            holds its weight as [in, out].
     """
 
     a: tuple[int, ...]
@@ -49,7 +49,7 @@ class LoraPair:
         return (*self.a[1:], self.b[0]) if turned else (self.b[0], *self.a[1:])
 
     def same(self, other: LoraPair) -> bool:
-        """Is it the same product, in layers of one way of holding it or of two?"""
+        """Whether it is the same product, even if the layers hold their weights in different ways."""
         (a, b), (c, d) = self.read(), other.read()
         if self.turned != other.turned:
             c, d = d.T, c.T
@@ -58,10 +58,10 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Full:
-    """A tensor that was trained in full besides the pairs, or a copy that peft saved with them.
+    """A tensor that was trained fully in addition to the pairs, or a copy that peft saved with them.
 
     Attributes:
-        read: gives it. start: what it was before, where the adapter's own model tells.
+        read: returns it. start: its value before training, if the adapter's model knows it.
     """
 
     kind: Kind
@@ -71,11 +71,11 @@ class Full:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a LoRA adapter changes, under the base model's names.
+    """The changes of a LoRA adapter, under the base model's names.
 
     Attributes:
-        tied: names that share a tensor in the model that it was trained on; None = its files do not tell.
-        together: does it keep these ties? lazy: is it read when asked for?
+        tied: names that share a tensor in the model that it was trained on; None = unknown from its files. together:
+            whether it keeps these ties. lazy: whether it is read on demand.
     """
 
     pairs: Mapping[str, LoraPair]
@@ -86,7 +86,7 @@ class Adapter:
 
 
 def is_adapter(source: Any) -> bool:
-    """Is this a model with peft adapters, or the folder of an adapter?"""
+    """Whether this is a model with peft adapters, or the folder of an adapter."""
     if isinstance(source, nn.Module):
         return bool(getattr(source, "peft_config", None))
     return isinstance(source, (str, os.PathLike)) and (Path(source) / CONFIG).is_file()
@@ -95,16 +95,16 @@ def is_adapter(source: Any) -> bool:
 def lora_deltas(
     source: Any, base: Mapping[str, Tensor] | None, pretrained: Any = None, embeddings: str = "equal"
 ) -> Mapping[str, Any]:
-    """What the active LoRA adapter adds, under the base model's names.
+    """The tensors that the active LoRA adapter adds, under the base model's names.
 
     Args:
-        base: the base's parameters, for modules that were trained in full besides the adapter (`modules_to_save`).
-        pretrained: where they are from. A module's layers tell how they hold their weights, and which share one.
+        base: the base's parameters, for modules that were fully trained in addition to the adapter (`modules_to_save`).
+        pretrained: their source. A module also shows how its layers hold their weights, and which layers share one.
         embeddings: see `paired`, for tables with added tokens.
 
     Raises:
-        VectorError: another kind of adapter than LoRA, or one whose change is no sum (DoRA), by name; a layer that is
-            tied to another that the adapter does not change; a vocabulary of another size.
+        VectorError: the adapter is not LoRA, or its change is not a sum (DoRA); a layer is tied to another that the
+            adapter does not change; or a vocabulary has another size.
     """
     found = _of_model(source) if isinstance(source, nn.Module) else _of_folder(Path(source), base, pretrained)
     known = None if base is None else kinds_of(base)
@@ -148,7 +148,7 @@ def lora_deltas(
 
 
 def _ties(found: Adapter, known: Mapping[str, Kind] | None, pretrained: Any) -> Mapping[str, str]:
-    """The names that share a tensor: in the pretrained model, or, where that has no such name, in the adapter's own."""
+    """The names that share a tensor: in the pretrained model, or, if that lacks the name, in the adapter's own."""
     tied = tied_names(pretrained)
     if found.tied is None or isinstance(pretrained, nn.Module):
         return tied
@@ -174,7 +174,7 @@ def _kind_of(change: LoraPair | Full) -> Kind:
 
 
 def _kind_in_base(name: str, change: LoraPair | Full, known: Mapping[str, Kind] | None, embeddings: str) -> Kind:
-    """Raises `VectorError` where the base has another shape there."""
+    """Raise `VectorError` if the base has another shape there."""
     kind = _kind_of(change)
     ours = kind if known is None else known[name]
     if isinstance(change, Full):
@@ -193,8 +193,8 @@ def _refuse(config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise VectorError(f"the adapter is {config.get('peft_type')}, expected LORA; {MERGE}")
     for option, why in (
-        ("use_dora", "DoRA rescales the base's weights, which is no sum"),
-        ("lora_bias", "it has biases of its own"),
+        ("use_dora", "DoRA rescales the base's weights, which is not a sum"),
+        ("lora_bias", "it has its own biases"),
         ("target_parameters", "it changes parameters instead of layers"),
         ("trainable_token_indices", "it changes single tokens"),
         ("use_qalora", "QALoRA pools the inputs"),
@@ -203,13 +203,13 @@ def _refuse(config: Mapping[str, Any]) -> None:
         ("alora_invocation_tokens", "it acts on some tokens only"),
         ("arrow_config", "it chooses among adapters per token"),
         ("monteclora_config", "it draws its weights at random"),
-        ("kasa_config", "it has singular values of its own and cuts those of the base"),
+        ("kasa_config", "it has its own singular values and cuts those of the base"),
         ("layer_replication", "its layers are copies of the base's"),
     ):
         if config.get(option):
             raise VectorError(f"the adapter has {option}: {why}; {MERGE}")
     if config.get("bias") not in (None, "none"):
-        raise VectorError(f"the adapter has bias={config['bias']!r}, biases trained beside it; {MERGE}")
+        raise VectorError(f"the adapter has bias={config['bias']!r}, biases trained in addition; {MERGE}")
     start = config.get("init_lora_weights", True)
     if not (start is None or isinstance(start, bool) or start in KEEP_THE_BASE):
         raise VectorError(
@@ -291,13 +291,14 @@ def _of_folder(folder: Path, base: Mapping[str, Tensor] | None, pretrained: Any)
             ends = ".".join(["", *parts[at + 1 :]]).rstrip(".")
             keys[".".join(parts[:at]) + ".weight"] = (start + first + ends, start + PARTNER[first] + ends)
         elif any(p.startswith("lora_") for p in parts):
-            raise VectorError(f"{folder}: holds {key}, which is no factor of a plain LoRA; {MERGE}")
-        elif "original_module" not in parts:  # what the module was before, which the base has
+            raise VectorError(f"{folder} holds {key}, which is not a factor of a plain LoRA; {MERGE}")
+        elif "original_module" not in parts:  # the module before training, which the base has
             name = ".".join(p for p in parts if p != "modules_to_save")
             full[name] = key
     if len(adapters) > 1:
         raise VectorError(
-            f"{folder}: its keys are of {len(adapters)} adapters ({', '.join(sorted(adapters))}); save one of them by "
+            f"{folder}: its keys belong to {len(adapters)} adapters ({', '.join(sorted(adapters))}); save one of "
+            "them with "
             "model.save_pretrained(folder, selected_adapters=[name])"
         )
     # copies of targeted embeddings, which peft saves next to the pairs without having trained them, and counters
@@ -308,7 +309,7 @@ def _of_folder(folder: Path, base: Mapping[str, Tensor] | None, pretrained: Any)
         raise IntegrityError(f"{folder}: lacks {lost[0] if lost else 'its tensors'}; save the adapter again")
     if full and base is None:
         raise VectorError(
-            f"the adapter holds {next(iter(full))}, trained in full; pass the pretrained model it started from"
+            f"the adapter holds the fully trained {next(iter(full))}; pass the pretrained model it started from"
         )
     pairs = {
         name: LoraPair(
@@ -354,7 +355,7 @@ def _scaling(config: Mapping[str, Any], path: str, stored: int) -> float:
     alpha = of(config.get("alpha_pattern") or {}, config.get("lora_alpha"))
     if rank != stored or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise IntegrityError(
-            f"{path}: its factors have the rank {stored}, and {CONFIG} says rank {rank!r} and alpha {alpha!r}; the "
+            f"{path}: its factors have the rank {stored}, but {CONFIG} says rank {rank!r} and alpha {alpha!r}; the "
             "two files do not belong together, save the adapter again"
         )
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
@@ -364,11 +365,11 @@ def _turned(
     pairs: Mapping[str, LoraPair], base: Mapping[str, Kind], model: nn.Module | None, flag: bool
 ) -> dict[str, bool]:
     """Whether a layer holds its weight as [in, out]: embeddings do, and layers such as GPT-2's Conv1D. The adapter's
-    config has one flag for all layers, and peft sets it to the last one's; so the base's layers go first, then its
-    shapes, and for a square layer those of its namesakes and of its neighbours, told by their biases.
+    config has one flag for all layers, which peft sets to the last one's; so the base's layers decide first, then
+    shapes, and for a square layer the biases of its namesakes and neighbours.
 
     Raises:
-        VectorError: layers of both kinds, and a square one among them of which nothing tells.
+        VectorError: there are layers of both kinds, and a square one that nothing decides.
     """
     if model is not None:
         straight_ones = (nn.Linear, nn.modules.conv._ConvNd)
@@ -390,15 +391,15 @@ def _turned(
             square += [name] * (straight == turned)
     if differs and square:
         raise VectorError(
-            f"the adapter is on layers that hold [out, in] and on others that hold [in, out]; its folder does not tell "
-            f"which {square[0]} is. Pass the pretrained model as a module"
+            "the adapter is on layers that hold [out, in] and on others that hold [in, out]; its folder does not "
+            f"show which kind {square[0]} is. Pass the pretrained model as a module"
         )
     return out
 
 
 def _turned_near(name: str, base: Mapping[str, Kind]) -> bool | None:
     """How the layers that are called as this one (`h.0.mlp.c_proj` and `h.0.attn.c_proj`), or else its neighbours,
-    hold their weights: a bias is as long as a layer has outputs. None where no layer tells."""
+    hold their weights: a bias has the length of a layer's outputs. None if no layer shows it."""
     layer = name.removesuffix(".weight")
     place, _, own = layer.rpartition(".")
     called, near = set(), set()

@@ -1,4 +1,4 @@
-"""What task vectors were taken from: digests of a base's tensors, and tied tensors under one name."""
+"""The bases of task vectors: digests of a base's tensors, and tied tensors under one name."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .tensors import RUNNING, Kind, Lazy, kinds_of, named_tensors, pick
 
 
 def digests_of(base: Mapping[str, Tensor]) -> Mapping[str, str]:
-    """Of every tensor; of files only when asked for, since it means to read them."""
+    """The digest of every tensor; for files only on demand, since it needs to read them."""
     if isinstance(base, Lazy):
         return Lazy(base.kinds, functools.cache(lambda name: digest_of(base[name])))
     return {name: digest_of(t) for name, t in base.items()}
 
 
 def joined_kinds(vectors: Sequence[tuple[Mapping[str, Kind], bool]]) -> dict[str, Kind]:
-    """The tensors that any of several vectors changes, with their shapes. This is the one rule about what a vector
-    lacks: of an adapter's vector (and of any other that is `partial`) it counts as zeros, of others it is refused.
+    """The tensors that any of several vectors changes, with their shapes. This is the rule for missing tensors: in an
+    adapter's vector (and any other that is `partial`) they count as zeros, in others they are refused.
 
     Args:
-        vectors: of each the tensors, and whether it is partial.
+        vectors: for each vector its tensors, and whether it is partial.
 
     Raises:
         VectorError: a vector that is not partial lacks tensors that others change, or shapes differ.
@@ -46,17 +46,17 @@ def joined_kinds(vectors: Sequence[tuple[Mapping[str, Kind], bool]]) -> dict[str
         if lacks:
             raise VectorError(
                 f"vector {i} lacks {len(lacks)} tensors that vector {first[lacks[0]]} has: {', '.join(lacks[:5])}"
-                f"{' ...' if len(lacks) > 5 else ''}. Take both from models of one architecture (of an adapter, or "
-                "of a vector made with partial=True, what it lacks counts as zeros)"
+                f"{' ...' if len(lacks) > 5 else ''}. Take both from models of one architecture (in an adapter, or "
+                "a vector made with partial=True, missing tensors count as zeros)"
             )
     return out
 
 
 def joined_bases(bases: Sequence[Mapping[str, str] | None], names: Iterable[str]) -> Mapping[str, str] | None:
-    """The digests of some tensors, each from the bases that know it; None where there is a tensor of which none does.
+    """The digests of some tensors, each from the bases that know it; None if no base knows one of them.
 
     Raises:
-        VectorError: two bases differ (of files: when a digest is asked for).
+        VectorError: two bases differ (for files: when a digest is computed).
     """
     known = [base for base in bases if base is not None]
     where = {name: [base for base in known if name in base] for name in names}
@@ -72,14 +72,14 @@ def joined_bases(bases: Sequence[Mapping[str, str] | None], names: Iterable[str]
 
 
 def same_digest(name: str, a: str, b: str) -> str:
-    """The digest of a tensor in two bases. Raises `VectorError` where they differ."""
+    """The digest of a tensor in two bases. Raises `VectorError` if they differ."""
     if a != b:
         raise VectorError(f"{name}: the vectors were taken from different bases; both must start from one model")
     return a
 
 
 def known_as(side: Mapping[str, Tensor], tied: Mapping[str, str], skip: set[str]) -> Mapping[str, Tensor]:
-    """Tied tensors once, under the name that stands first in either model, whichever names this side stored."""
+    """Tied tensors once, under the first name in either model, whichever names this side stored."""
     names: dict[str, list[str]] = {}
     for name in side:
         if name not in skip:
@@ -103,7 +103,7 @@ def known_as(side: Mapping[str, Tensor], tied: Mapping[str, str], skip: set[str]
 
 
 def refuse_integers(pretrained: Any, finetuned: Any) -> None:
-    """Raise where two models in memory differ in integers only: their vector would be zero without a word."""
+    """Raise if two models in memory differ only in integers: their vector would silently be zero."""
     ours, theirs = named_tensors(pretrained), named_tensors(finetuned)
     for name, x in ours.items():
         counter = name.rpartition(".")[2] in RUNNING

@@ -1,4 +1,5 @@
-"""One composed tensor: `theta0 + sum_i lambda_i tau_i` written in place, and the derivative by the coefficients.
+"""One composed tensor: `theta0 + sum_i lambda_i tau_i` written in place, and its derivative with respect to the
+coefficients.
 
 Shapes: `T` vectors, `g` groups of the tensor's elements, `N` elements.
 """
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .delta import Delta, combine
 
-FOLDED_AT_ONCE = 1 << 19  # elements that a CPU core keeps in its cache while all vectors pass over them
+FOLDED_AT_ONCE = 1 << 19  # elements that stay in a CPU core's cache while all vectors are added
 
 
 @dataclass
@@ -24,8 +25,8 @@ class Block:
     Attributes:
         theta0: its value without them. deltas: one per vector; zeros for vectors that lack it. changing: numbers of the
             vectors that have it. target: the copy's parameter, into which the composed value is written.
-        groups: the groups of the grain that its elements belong to, `[g]`. local: which of them, in a shape that
-            broadcasts over the tensor; None where there is one.
+        groups: the groups of the grain that its elements belong to, `[g]`. local: the index among them, in a shape that
+        broadcasts over the tensor; None if there is only one.
         slots: the modules and attributes that hold it.
     """
 
@@ -43,7 +44,7 @@ class Block:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """All lies in memory as the target does (channels last, ...), so that chunks of it are views."""
+        """Give all tensors the target's memory layout (channels last, ...), so that chunks are views."""
         self._order = _memory_order(self.target)
         self.deltas = [
             d._replace(value=_laid_out(d.value, self.target)) if i in self.changing else d
@@ -54,7 +55,7 @@ class Block:
             self.local = _laid_out(ids, self.target) if ids.shape == self.target.shape else ids
 
     def to(self, target: nn.Parameter) -> None:
-        """Go where the target went."""
+        """Follow the target to its device and dtype."""
         device = target.device
         self.target, self.theta0 = target, self.theta0.to(device)
         self.deltas, self.groups = [d.to(device) for d in self.deltas], self.groups.to(device)
@@ -117,8 +118,8 @@ class Block:
                 flat[at].copy_(piece)
 
     def products(self, grad: Tensor) -> Tensor:
-        """`<grad, tau_i>` per group, `[T, g]`, in float32, or float64 where the gradient is."""
-        if grad.layout is not torch.strided:  # of `nn.Embedding(sparse=True)`
+        """`<grad, tau_i>` per group, `[T, g]`, in float32, or float64 if the gradient is."""
+        if grad.layout is not torch.strided:  # from `nn.Embedding(sparse=True)`
             grad = grad.to_dense()
         kind = torch.promote_types(grad.dtype, torch.float32)
         none = torch.zeros(len(self.groups), dtype=torch.float64, device=grad.device)
@@ -145,11 +146,11 @@ class Block:
         return torch.stack(out).to(kind)
 
     def _flat(self, x: Tensor) -> Tensor:
-        """x `[N]`, its elements in the order in which the target's lie in memory; a view where x lies so."""
+        """x `[N]`, its elements in the target's memory order; a view if x has it already."""
         return x.reshape(-1) if self._order is None else x.permute(self._order).reshape(-1)
 
     def _is_each(self) -> bool:
-        """Is the n-th number of `local` n? Then nothing needs to be looked up."""
+        """Whether the n-th number of `local` is n, so that no lookup is needed."""
         if self.local is None:
             return False
         ids = self.local.reshape(-1)
@@ -158,18 +159,18 @@ class Block:
         )
 
     def _broadcasts(self) -> bool:
-        """Do its groups go by rows (columns, ...), or is each element one?"""
+        """Whether its groups are rows (columns, ...) or single elements."""
         return self._each or (self.local is not None and self.local.shape != self.theta0.shape)
 
 
 def _memory_order(like: Tensor) -> list[int] | None:
-    """The dimensions from the slowest to the fastest in memory; None where that is their own order."""
+    """The dimensions from the slowest to the fastest in memory; None if that is their own order."""
     strides = like.stride()
     return None if like.is_contiguous() else sorted(range(like.dim()), key=lambda d: -strides[d])
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """x, in memory as `like` lies (which has no gaps); x itself where it does already."""
+    """x with the memory layout of `like` (which has no gaps); x itself if it has it already."""
     order = _memory_order(like)
     if (x if order is None else x.permute(order)).is_contiguous():
         return x

@@ -1,4 +1,4 @@
-"""Chat templates: where folders of transformers keep theirs, and which one a recipe of mergekit asks for."""
+"""Chat templates: those in folders of transformers, and the one that a recipe of mergekit requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..files import read_json
 from .recipe import MergekitRecipe
 
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
-SHORTEST = 20  # a template has at least so many characters (mergekit's limit)
+SHORTEST = 20  # the least number of characters of a template (mergekit's limit)
 
 
 def chat_template_of(folder: Path) -> str | None:
@@ -25,19 +25,19 @@ def chat_template_of(folder: Path) -> str | None:
 
 
 def joint_template(recipe: MergekitRecipe, folders: Mapping[str, Path]) -> str | None:
-    """The template that a recipe asks for: its own text, or with `auto` the one that most of its models have (of
-    equally many the first's). None where it asks for none, or no model has one.
+    """The template that a recipe requests: its own text, or with `auto` the most frequent one of its models (the first
+    among equals). None if it requests none, or no model has one.
 
     Args:
-        folders: model -> where it lies.
+        folders: model -> its folder.
 
     Raises:
-        ConfigError: something that is no template, such as a name of mergekit's own, or a result without a tokenizer.
+        ConfigError: the text is not a template, such as one of mergekit's names, or the result has no tokenizer.
     """
     asked = recipe.chat_template
     if not asked:
         return None
-    joint = recipe.tokenizer_source is not None  # of which there is one, or it was refused
+    joint = recipe.tokenizer_source is not None  # its existence was checked
     if not joint and not any((folders[recipe.donor] / name).is_file() for name in (TOKENIZER_CONFIG, "tokenizer.json")):
         raise ConfigError(f"chat_template: {recipe.donor}, whose tokenizer the result gets, has none; leave it out")
     if asked == "auto":
@@ -45,7 +45,7 @@ def joint_template(recipe: MergekitRecipe, folders: Mapping[str, Path]) -> str |
         return Counter(held).most_common(1)[0][0] if held else None
     if len(asked) < SHORTEST or "{" not in asked:
         raise ConfigError(
-            f"chat_template: got {asked!r}, expected auto or the text of a template in Jinja; of a template that "
-            "mergekit has by name write the text here"
+            f"chat_template: got {asked!r}, expected auto or the text of a Jinja template; instead of one of "
+            "mergekit's names, write the template's text here"
         )
     return asked

@@ -1,4 +1,4 @@
-"""What lies next to the weights in a folder of transformers: config, generation config, tokenizer, model card. A merge
+"""The files next to the weights in a folder of transformers: config, generation config, tokenizer, model card. A merge
 writes them, so that `from_pretrained` loads its result."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
-    """The type of a name such as `bfloat16` or `torch.float16`. Raises `ConfigError` for another one."""
+    """The dtype of a name such as `bfloat16` or `torch.float16`. Raises `ConfigError` for other names."""
     short = name.removeprefix("torch.") if name is not None else None
     if short is not None and short not in DTYPES:
         raise ConfigError(
@@ -59,8 +59,8 @@ def result_config(recipe: MergekitRecipe, configs: Mapping[str, dict[str, Any]])
     key = next((k for k in LAYER_COUNTS if isinstance(config.get(k), int)), None)
     if key is None:
         raise ConfigError(
-            f"{recipe.donor}: its {CONFIG_FILE} has none of {', '.join(LAYER_COUNTS)}, so that nothing "
-            "says how many layers the result has"
+            f"{recipe.donor}: its {CONFIG_FILE} has none of {', '.join(LAYER_COUNTS)}, so the number of the "
+            "result's layers is unknown"
         )
     lists = {k: v for k, v in config.items() if isinstance(v, list) and ("layer" in k or "block" in k)}
     listed: dict[str, list[Any]] = {k: [] for k, v in lists.items() if len(v) == config[key]}
@@ -104,14 +104,14 @@ def complete_folder(
     models: Sequence[str] = (),
     recipe: str = "",
 ) -> None:
-    """Write what belongs next to the weights in `out`. Does nothing where the base is no folder of transformers.
+    """Write the files next to the weights in `out`. Does nothing if the base is not a folder of transformers.
 
     Args:
-        base: where the generation config comes from. config: the result's; an empty one says that it is no such folder.
-        dtype: of the weights.
-        tokenizer: the folder that the tokenizer comes from, by default the base. vocabulary: a joint one to write
-            instead. template: a chat template instead of the tokenizer's own.
-        models, recipe: what the card names.
+        base: the source of the generation config. config: the result's config; empty if it is not such a folder. dtype:
+        the weights' dtype.
+        tokenizer: the folder of the tokenizer, by default the base. vocabulary: a joint vocabulary to write instead.
+        template: a chat template instead of the tokenizer's own.
+        models, recipe: the card's entries.
 
     Raises:
         IntegrityError: the disk is full or not writable.
@@ -151,10 +151,10 @@ def _matching(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
 
 
 def tokenizer_folder(which: str, base: Path, parts: Sequence[Path]) -> Path:
-    """The folder of `--tokenizer`: `base`, or a part as it was given.
+    """The folder of `--tokenizer`: `base`, or one of the parts.
 
     Raises:
-        ConfigError: neither. IntegrityError: it holds no tokenizer.
+        ConfigError: it is neither. IntegrityError: it holds no tokenizer.
     """
     known = {"base": base, **{str(p): p for p in parts}}
     if which not in known:
@@ -162,7 +162,7 @@ def tokenizer_folder(which: str, base: Path, parts: Sequence[Path]) -> Path:
             f"tokenizer: got {which!r}, expected base or one of the parts; did you mean {nearest(which, known)!r}?"
         )
     if not known[which].is_dir() or not _matching(known[which], TOKENIZER):
-        raise IntegrityError(f"{known[which]} holds no tokenizer; take another part's, or leave --tokenizer out")
+        raise IntegrityError(f"{known[which]} holds no tokenizer; use another part's, or leave --tokenizer out")
     return known[which]
 
 

@@ -2,8 +2,8 @@
 
     theta_j = theta0_j + sum_i lambda_ij tau_ij
 
-over blocks j (parameter tensors, or any grain of the map) of T task vectors. The coefficients lambda are all that is
-learned. Shapes: `T` vectors, `G` groups of the grain.
+over blocks j (parameter tensors, or any grain of the map) of T task vectors. Only the coefficients lambda are learned.
+Shapes: `T` vectors, `G` groups of the grain.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .parameters import refuse_as_target
 from .task_vector import TaskVector, named_as_in
 from .tensors import Kind, tied_names
 
-FIRST = (1 << 63) - 1  # a sequence number above those that autograd gives
+FIRST = (1 << 63) - 1  # a sequence number above all of autograd's
 
 
 def compose(
@@ -52,10 +52,10 @@ def compose(
         optimizer.step()
         merged = composer.merge()
 
-    Coefficients start at zero: the composer is the model. With one vector's at 1 it has that fine-tuned model's
-    parameters, bit for bit without gradients and from `merge`; while learning they are rounded once per vector. What
-    the vectors or the grain do not cover stays as it is in the model; so do buffers (running statistics), also where
-    a vector has them.
+    Coefficients start at zero, where the composer equals the model. With one vector's coefficients at 1 it has that
+    fine-tuned model's parameters, bit for bit without gradients and from `merge`; while learning they are rounded once
+    per vector. Tensors that the vectors or the grain do not cover stay as in the model, and so do buffers (running
+    statistics), even if a vector has them.
 
     Args:
         model: theta0; it is not changed, and must not be while the composer is in use.
@@ -64,21 +64,22 @@ def compose(
         grain: `block` (a coefficient per tensor and vector), `global` (one per vector: isotropic), `row`, `qkv`,
             `unit`, `partition:K`, `lora_pair`, ... of `hatcl.map.grains`.
         dtype: keep the vectors in this dtype, such as bfloat16. unit_map: for grain `unit`. seed: for `partition:K`.
-        check: compare the model with the base the vectors were taken from.
+        check: compare the model with the base of the vectors.
 
     Raises:
-        VectorError: no vectors, or vectors that do not fit the model or each other. IntegrityError: another base.
-        ConfigError: an unknown grain.
+        VectorError: there are no vectors, or they do not fit the model or each other. IntegrityError: the base is
+            another one. ConfigError: the grain is unknown.
     """
     return Composer(model, vectors, grain, dtype=dtype, unit_map=unit_map, seed=seed, check=check)
 
 
 @dataclass
 class _Written:
-    """What the targets hold now.
+    """The current content of the targets.
 
     Attributes:
-        at: the coefficients; None = not known. exact: rounded once. versions: of the targets, after they were written.
+        at: the coefficients; None = unknown. exact: whether it was rounded once. versions: the targets' versions after
+            the write.
     """
 
     at: Tensor | None = None
@@ -87,8 +88,8 @@ class _Written:
 
 
 class _Compose(torch.autograd.Function):
-    """One block's composed tensor as a function of its coefficients. The value is there already (`Block.fold_`); the
-    derivative needs the vectors alone, so that nothing is saved and the tensor's gradient is freed at once."""
+    """One block's composed tensor as a function of its coefficients. The value is already written (`Block.fold_`); the
+    derivative needs only the vectors, so nothing is saved and the tensor's gradient is freed at once."""
 
     @staticmethod
     def forward(ctx: Any, lam: Tensor, block: Block, written: _Written) -> Tensor:
@@ -100,7 +101,8 @@ class _Compose(torch.autograd.Function):
         now = ctx.written.at
         if now is not ctx.at and (now is None or not torch.equal(now, ctx.at)):
             raise VectorError(
-                f"{ctx.block.name}: this gradient is of coefficients that the composer no longer holds; call backward "
+                f"{ctx.block.name}: this gradient belongs to coefficients that the composer no longer holds; call "
+                "backward "
                 "for each forward pass before the coefficients change"
             )
         return ctx.block.products(grad), None, None
@@ -111,8 +113,8 @@ class Composer(nn.Module):
 
     Attributes:
         coefficients: lambda, `[T, G]`, zero at first; the only parameter that requires a gradient.
-        model: a copy of the model, with the composed parameters of the last forward pass. grain: with `labels` of the
-            groups.
+        model: a copy of the model, with the composed parameters of the last forward pass. grain: the grain, with
+            `labels` of the groups.
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class Composer(nn.Module):
             raise VectorError(why)
         self.grain: Grain = make_grain(grain, {n: source[n].shape for n in names}, unit_map, seed)
         if not self.grain.shapes:
-            raise VectorError(f"compose: the grain {grain} speaks of none of the vectors' tensors")
+            raise VectorError(f"compose: the grain {grain} covers none of the vectors' tensors")
         kept = [v.in_memory() if dtype is None else v.in_memory().to(dtype) for v in vectors]
         self.model = copy.deepcopy(model)
         self.training = model.training
@@ -178,7 +180,7 @@ class Composer(nn.Module):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What each group is called, where the grain names them."""
+        """The name of each group, if the grain names them."""
         return self.grain.labels
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +195,7 @@ class Composer(nn.Module):
             _Compose.apply(part.to(block.theta0.device), block, self._written)
             for block, part in zip(self.blocks, parts, strict=True)
         ]
-        # of what is ready, autograd runs the highest number first: no gradient waits for others
+        # autograd runs the ready node with the highest number first: no gradient waits for others
         for tensor in composed:
             if tensor.grad_fn is not None:
                 tensor.grad_fn._set_sequence_nr(FIRST)
@@ -210,7 +212,7 @@ class Composer(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """A plain model with the composed weights; what is trainable and in which mode is as it was in the model."""
+        """A plain model with the composed weights, and with the model's `requires_grad` and modes."""
         self._put_back()
         self._fold(self.coefficients.detach().clone(), exact=True)
         out = copy.deepcopy(self.model)
@@ -220,7 +222,8 @@ class Composer(nn.Module):
 
     @torch.no_grad()
     def vector(self) -> TaskVector:
-        """`sum_i lambda_i tau_i`, as one task vector: applied to the model it gives what `merge` gives, bit for bit."""
+        """`sum_i lambda_i tau_i`, as one task vector: applied to the model it gives the result of `merge`, bit for
+        bit."""
         self._check()
         out: dict[str, Tensor | Delta] = {}
         for block, part in zip(self.blocks, self._parts(self.coefficients), strict=True):
@@ -244,7 +247,7 @@ class Composer(nn.Module):
         for block, version in zip(self.blocks, self._versions, strict=True):
             if _version(block.theta0) != version:
                 raise VectorError(
-                    f"{block.name}: the model given to compose was changed since; compose it again, or pass a copy"
+                    f"{block.name}: the model given to compose has changed since; compose it again, or pass a copy"
                 )
         expected = [len(self.blocks[0].deltas), self.grain.size]
         if list(self.coefficients.shape) != expected:
@@ -255,7 +258,7 @@ class Composer(nn.Module):
 
     @torch.no_grad()
     def _fold(self, coefficients: Tensor, exact: bool) -> None:
-        """Write the composed tensors, unless they are there. Exactly rounded for evaluation, fast for a step."""
+        """Write the composed tensors, unless they are current: exactly rounded for evaluation, fast for a step."""
         self._check()
         w = self._written
         versions = [_version(b.target) for b in self.blocks]
@@ -263,8 +266,8 @@ class Composer(nn.Module):
         if there and w.exact == exact:
             return
         at = w.at if there else coefficients
-        w.at = None  # until all is written
-        numbers = iter(coefficients[:, self._whole].T.tolist())  # at once: a GPU is waited for
+        w.at = None  # until everything is written
+        numbers = iter(coefficients[:, self._whole].T.tolist())  # in one call, since it waits for a GPU
         for block, part in zip(self.blocks, self._parts(coefficients), strict=True):
             lam = next(numbers) if block.local is None else part.to(block.theta0.device)
             if exact:
@@ -274,7 +277,7 @@ class Composer(nn.Module):
                 block.fold_(lam)
         w.at, w.exact, w.versions = at, exact, versions
 
-    # ---- what the model's modules hold -------------------------------------------------------------------------
+    # ---- the modules' parameters -------------------------------------------------------------------------
 
     def _install(self, composed: list[Tensor]) -> None:
         self._inside = composed
@@ -282,7 +285,7 @@ class Composer(nn.Module):
             _set(block, tensor)
 
     def _put_back(self, before: list[Tensor] | None = None) -> None:
-        """The model's own parameters in place of composed tensors, or those that were there before."""
+        """Replace composed tensors by the model's own parameters, or by the former ones."""
         if before is not None:
             self._install(before)
         elif self._inside is not None:
@@ -314,9 +317,9 @@ class Composer(nn.Module):
 
 
 class _Again:
-    """Called where a backward pass enters a forward pass's outputs: until it ends, the model holds again what that
-    forward pass computed with. Checkpointing runs parts of the model once more, and must find it there; and what was
-    evaluated or merged in between may have written other coefficients' values into the memory that the graph saved."""
+    """Called when a backward pass enters a forward pass's outputs: until it ends, the model again holds the weights of
+    that forward pass. Checkpointing reruns parts of the model and must find them, and an evaluation or merge in between
+    may have overwritten the memory that the graph saved."""
 
     def __init__(self, composer: Composer, composed: list[Tensor]) -> None:
         self.composer, self.composed, self.at = composer, composed, composer._written.at
@@ -331,12 +334,12 @@ class _Again:
 def _set(block: Block, tensor: Tensor) -> None:
     for module, attribute in block.slots:
         module._parameters[attribute] = tensor  # type: ignore[assignment]
-        if isinstance(module, nn.RNNBase):  # reads its weights from a list beside
+        if isinstance(module, nn.RNNBase):  # reads its weights from a separate list
             module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
 
 
 def _held_at(model: nn.Module, tied: Mapping[str, str]) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Where each parameter is held. What was one tensor in memory under two parameters becomes one parameter."""
+    """The places of each parameter. Two parameters that share one tensor in memory become one parameter."""
     out: dict[str, list[tuple[nn.Module, str]]] = {}
     every = dict(model.named_parameters(remove_duplicate=False))
     for name in every:
@@ -350,7 +353,7 @@ def _held_at(model: nn.Module, tied: Mapping[str, str]) -> dict[str, list[tuple[
 
 
 def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version  # those made in inference mode do not count
+    return 0 if t.is_inference() else t._version  # tensors made in inference mode have no version
 
 
 def _checked_vectors(vectors: Sequence[TaskVector]) -> list[TaskVector]:
@@ -364,7 +367,7 @@ def _checked_vectors(vectors: Sequence[TaskVector]) -> list[TaskVector]:
 
 
 def _changed(source: Mapping[str, Tensor], tied: Mapping[str, str], vector: TaskVector, i: int) -> dict[str, Kind]:
-    """Those of the model's parameters that a vector changes. Buffers in a vector are left to the model."""
+    """The model's parameters that a vector changes. Buffers in a vector are ignored."""
     out = {name: kind for name, kind in vector.kinds.items() if name in source}
     lost = [n for n in vector if n not in tied]
     if not out:
@@ -398,5 +401,5 @@ def _same_base(source: Mapping[str, Tensor], vectors: list[TaskVector], changed:
                 digests[name] = digest_of(source[name])
             if v.base is not None and v.base[name] != digests[name]:
                 raise IntegrityError(
-                    f"{name} is not what vector {i} was taken from; compose it with its own base, or pass check=False"
+                    f"{name} differs from the base of vector {i}; compose it with its own base, or pass check=False"
                 )

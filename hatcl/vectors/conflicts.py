@@ -1,4 +1,4 @@
-"""Where task vectors pull in opposite directions."""
+"""Conflicts of signs: elements that task vectors move in opposite directions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPARED_AT_ONCE = 1 << 18  # elements that are compared at a time
 @dataclass(frozen=True)
 class SignConflicts:
     """Shares of elements whose signs disagree, among those that at least two vectors change (Yadav et al. 2023, TIES,
-    arXiv 2306.01708, section 3.2; there a share of the elements left after trimming).
+    arXiv 2306.01708, section 3.2; which takes the share of the elements left after trimming).
 
     Attributes:
         whole: over all elements. blocks: tensor -> over its elements. pairs: `[T][T]`, of two vectors; symmetric.

@@ -14,13 +14,13 @@ SUMMED_AT_ONCE = 1 << 17  # elements that a CPU core keeps in its cache
 
 
 class Delta(NamedTuple):
-    """One tensor of a task vector. `value` alone does not always give the fine-tuned tensor back: where a weight ends
-    much closer to zero than the way it went, their sum rounds to something else, and the sum of opposite numbers has
+    """One tensor of a task vector. `value` alone does not always reproduce the fine-tuned tensor: if a weight ends much
+    closer to zero than the distance it moved, the sum is rounded to another number, and the sum of opposite numbers has
     no sign. For these elements the remainder is kept, so that `restore` is exact.
 
     Attributes:
-        value: the difference, float32 or wider. at: flat indices `[M]`, int32 where they fit. rest: `[M]`, what
-            `value` lacks there; -0.0 where the sum is a zero that should be negative.
+        value: the difference, float32 or wider. at: flat indices `[M]`, int32 where they fit. rest: `[M]`, the
+            remainder there; -0.0 where the sum is a zero that should be negative.
     """
 
     value: Tensor
@@ -41,9 +41,9 @@ class Delta(NamedTuple):
 
 
 def delta_between(base: Tensor, finetuned: Tensor) -> Delta:
-    """`finetuned - base`, with the remainders that `restore` needs to give `finetuned` back bit for bit: signs of
-    zeros and subnormal numbers included (unless `torch.set_flush_denormal` is on). A difference beyond the largest
-    float is the one thing it has no number for; `TaskVector` refuses it."""
+    """`finetuned - base`, with the remainders that `restore` needs to reproduce `finetuned` bit for bit, including
+    signs of zeros and subnormal numbers (unless `torch.set_flush_denormal` is on). Only a difference beyond the largest
+    float cannot be represented; `TaskVector` refuses it."""
     both = torch.promote_types(base.dtype, finetuned.dtype)
     kind = torch.promote_types(both, torch.float32)
     a = finetuned.to(base.device, kind)
@@ -60,13 +60,13 @@ def delta_between(base: Tensor, finetuned: Tensor) -> Delta:
 
 def combine(terms: Iterable[tuple[float | Tensor, Delta]]) -> Delta:
     """`sum_i c_i tau_i` of one tensor: products and sums in float64, in the order of the terms, rounded once, to
-    float32 or to the widest of the terms' types where that is wider. One term with coefficient 1 is that term.
+    float32 or the widest of the terms' types if that is wider. One term with coefficient 1 is that term.
 
-    Where an element of the sum is that of one term, its coefficient being 1, the term's remainder comes along.
+    If an element of the sum comes from a single term with coefficient 1, it keeps the term's remainder.
 
     Args:
-        terms: at least one pair of a coefficient, a number or a tensor that broadcasts, and a delta; they are asked for
-            one by one.
+        terms: at least one pair of a coefficient, a number or a tensor that broadcasts, and a delta; they are read one
+            by one.
     """
     total: Tensor | None = None
     only: Delta | None = None
@@ -80,7 +80,7 @@ def combine(terms: Iterable[tuple[float | Tensor, Delta]]) -> Delta:
         scaled = delta.value.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         scaled.mul_(c.to(scaled).broadcast_to(scaled.shape) if isinstance(c, Tensor) else c)
         total = scaled if total is None else total.add_(scaled)
-        del scaled  # so that the next delta finds its memory free
+        del scaled  # frees its memory for the next delta
         if delta.at is not None and delta.rest is not None:
             at = delta.at.long()
             rests.append((c, at, delta.value.reshape(-1)[at], delta.rest))
@@ -109,9 +109,9 @@ def combine(terms: Iterable[tuple[float | Tensor, Delta]]) -> Delta:
 
 
 def restore(base: Tensor, delta: Delta, dtype: torch.dtype | None = None) -> Tensor:
-    """`base + tau` of one tensor, summed in float64 and rounded once, to `dtype` (base's own). Of the difference that
-    fine-tuning made this is the fine-tuned tensor, bit for bit. An element whose difference is zero keeps the base's
-    bits, the sign of a zero included."""
+    """`base + tau` of one tensor, summed in float64 and rounded once, to `dtype` (base's own). For the difference made
+    by fine-tuning this is the fine-tuned tensor, bit for bit. An element whose difference is zero keeps the base's
+    bits, including the sign of a zero."""
     start, way = base.contiguous().view(-1), delta.value.contiguous().view(-1)
     out = torch.empty(start.shape, dtype=dtype or base.dtype, device=base.device)
     step = SUMMED_AT_ONCE if base.device.type == "cpu" else max(len(start), 1)

@@ -19,14 +19,14 @@ from .pickles import PICKLES
 from .tensors import INDEX, IS_SHARD, SINGLE, Kind, files_of, kinds_of, named_tensors, opened
 
 SHARD_BYTES = 100 << 20
-UNFINISHED = ".unfinished"  # the folder inside the target where shards gather until all are there
-PLAN = "plan.json"  # in it: what is being written, so that the same write goes on and another one starts anew
-# weights of other formats, and adapters: read together with what is written, or instead of it
+UNFINISHED = ".unfinished"  # the folder inside the target that collects shards until all are written
+PLAN = "plan.json"  # in it: the content being written, so that the same write resumes and another one starts again
+# weights of other formats, and adapters, which would be read together with the written files or instead of them
 OTHER_WEIGHTS = (
     "adapter_config.json", "adapter_model.*", "pytorch_model*.bin*", "tf_model*.h5*", "flax_model*.msgpack*",
     "consolidated*.pth", "consolidated*.safetensors",
 )  # fmt: skip
-AGAIN = "What is finished stays: run the same again"  # what an error of writing says at its end
+AGAIN = "Finished files stay: run the same again"  # what an error of writing says at its end
 
 
 def write_tensors(
@@ -39,17 +39,17 @@ def write_tensors(
     recipe: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write tensors one shard after another. What lay there before stays readable until all of the new is written. A
+    """Write tensors one shard after another. The old content stays readable until all of the new is written. A
     second write of the same folder waits for the first.
 
     Args:
-        path: a file that ends in `.safetensors`, or a folder: `model.safetensors`, or shards and an index in the way
-            of transformers where there are more than `shard_bytes` of them (default 100 MiB). A shard is in memory
-            when it is written, and so is a single file.
-        kinds: what there is to write. make: gives what is stored for a name (which may be more than one tensor).
-        metadata: text for the files' headers; `format: pt`, as transformers wants it, where none is given.
-        recipe: what the tensors are made of. A write that was interrupted resumes where the recipe is the same.
-        progress: told the bytes that each tensor settles.
+        path: a file that ends in `.safetensors`, or a folder: `model.safetensors`, or shards and an index as in
+        transformers if there are more than `shard_bytes` (default 100 MiB). A shard, or a single file, is in memory
+        while it is written.
+        kinds: the tensors to write. make: returns the tensors to store for a name (which may be several).
+        metadata: text for the files' headers; by default `format: pt`, which transformers expects. recipe: a
+            description of the sources. An interrupted write resumes if the recipe is the same. progress: called with
+            the bytes of each finished tensor.
 
     Raises:
         ConfigError: the folder holds weights of another format, or an adapter.
@@ -81,7 +81,7 @@ def write_tensors(
 
 
 def refuse_left_overs(folder: Path, patterns: Sequence[str], replaced: Container[str] = ()) -> None:
-    """Raise `ConfigError` where a folder holds another model's files, which would be read together with a new one's.
+    """Raise `ConfigError` if a folder holds another model's files, which would be read together with the new ones.
 
     Args:
         patterns: of names, as `Path.glob` has them. replaced: the names that are written again.
@@ -122,7 +122,7 @@ def _plan(kinds: Mapping[str, Kind], most: int) -> list[list[str]]:
 
 
 def _begin(scratch: Path, recipe: str | None, shards: list[list[str]]) -> None:
-    """An empty folder for the shards, unless what lies there is part of the same write."""
+    """Prepare an empty folder for the shards, unless it holds part of the same write."""
     plan = json.dumps({"recipe": recipe, "shards": shards}).encode()
     with writing(scratch / PLAN, AGAIN):
         if recipe is not None and (scratch / PLAN).exists() and (scratch / PLAN).read_bytes() == plan:
@@ -133,8 +133,8 @@ def _begin(scratch: Path, recipe: str | None, shards: list[list[str]]) -> None:
 
 
 def _move_in(path: Path, names: list[str]) -> None:
-    """Put finished shards in the place of what was there. At no moment between is the folder one that can be read: the
-    old index goes first, shards without an index are refused, the new index comes last."""
+    """Replace the old content by the finished shards. In between, the folder cannot be read as a mixture: the old index
+    is removed first, shards without an index are refused, and the new index is written last."""
     scratch = path / UNFINISHED
     stored = {name: kinds_of(named_tensors(scratch / name)) for name in names}
     with writing(path, AGAIN):

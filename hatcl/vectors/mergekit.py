@@ -1,4 +1,4 @@
-"""Following mergekit's recipes, file to file: each method with mergekit's options, tensor by tensor.
+"""Run mergekit's recipes, file to file: each method with mergekit's options, tensor by tensor.
 
 mergekit trims, counts and normalises within each tensor where papers do so over whole vectors, divides by other sums,
 and rescales otherwise. The options below give its results; `docs/merging.md` lists the differences.
@@ -34,7 +34,7 @@ from .tensors import Kind, kinds_of, named_tensors, stamps_of
 from .vocabulary import aligned_to, joint_vocabulary
 
 log = logging.getLogger(__name__)
-FLOOR = 1e-6  # mergekit's least norms and sums; those of careful fine-tunings lie below
+FLOOR = 1e-6  # mergekit's least norms and sums; those of light fine-tunings are smaller
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Parameter:
     """A parameter of a recipe.
 
     Attributes:
-        name: hatcl's option; "" = it changes nothing here. default: mergekit's; None = it has to be given.
+        name: hatcl's option; "" = it changes nothing here. default: mergekit's; None = it must be given.
         kind: `number`, `flag` or `whole`. change: from mergekit's value to the option's.
     """
 
@@ -54,13 +54,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class MergekitMethod:
-    """One of mergekit's methods by hatcl's.
+    """One of mergekit's methods in terms of hatcl's.
 
     Attributes:
-        method: hatcl's name. base: `needed`; `used` where there is one; `none`: it is one of the inputs.
+        method: hatcl's name. base: `needed`; `used` if there is one; `none`: it is one of the inputs.
         shared, each: parameters of the merge, and of each model (but the base, unless it is one of the inputs).
-        fixed: hatcl's options that mergekit has no parameter for. fewest, most: how many models it takes, without the
-            base.
+        fixed: hatcl's options that mergekit has no parameter for. fewest, most: the number of models it accepts,
+            without the base.
     """
 
     method: str
@@ -76,7 +76,7 @@ def _family(
     method: str, normalize: bool, *, rescale: bool | None = None, elect: bool = False, density: Parameter | None = None,
     **each: Parameter,
 ) -> MergekitMethod:  # fmt: skip
-    """mergekit's methods that mask, weigh and sum task vectors have their parameters in common."""
+    """The common parameters of mergekit's methods that mask, weight and sum task vectors."""
     idle = Parameter("", 1.0)
     shared = {
         "normalize": Parameter("normalise", normalize, "flag"),
@@ -157,18 +157,18 @@ def follow_recipe(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write what a recipe of mergekit says: weights, and, where the models are folders of transformers, config,
-    tokenizer and a model card, so that `from_pretrained` loads it. In memory are one shard and a tensor of each model.
+    """Write the result of a mergekit recipe: weights and, if the models are folders of transformers, config, tokenizer
+    and a model card, so that `from_pretrained` loads it. It needs memory for one shard and a tensor of each model.
 
-    A write that was interrupted is continued if it is called again with the same recipe and files.
+    Calling it again with the same recipe and files resumes an interrupted write.
 
     Args:
         content: the recipe, as its YAML says. out: a folder, or a file that ends in `.safetensors`.
-        folder: where paths of models start that do not exist as seen from here. text: the recipe as it was written, for
-            the card. progress: told the bytes that are settled and those in all.
+        folder: the base of models' paths that do not exist relative to the working directory. text: the recipe as it
+            was written, for the card. progress: called with the bytes that are finished and those in all.
 
     Raises:
-        ConfigError: a recipe that cannot be followed. VectorError: models that do not fit each other.
+        ConfigError: the recipe cannot be run. VectorError: the models do not fit each other.
         IntegrityError: a file is missing or damaged, or the disk is full.
     """
     recipe = read_recipe(content)
@@ -223,13 +223,13 @@ def follow_recipe(
 
 
 def _folder_of(model: str, folder: Path) -> tuple[Path, ...]:
-    """The paths that a model's name means: a checkpoint, and an adapter where it is written CHECKPOINT+ADAPTER."""
+    """The paths of a model's name: a checkpoint, and an adapter if it has the form CHECKPOINT+ADAPTER."""
     out = []
     for part in model.split("+"):
         found = next((p for p in (Path(part), folder / part) if p.exists()), None)
         if found is None:
             raise IntegrityError(
-                f"{part}: no such file or folder; models of a hub are downloaded first (hf download {part} --local-dir "
+                f"{part}: no such file or folder; download models of a hub first (hf download {part} --local-dir "
                 "FOLDER), and the recipe names the folder"
             )
         out.append(found)
@@ -292,7 +292,7 @@ def _settings(recipe: MergekitRecipe, made: TensorPlan) -> dict[str, Any]:
 
 
 def _check_parameters(recipe: MergekitRecipe) -> None:
-    """Raise `ConfigError` for a parameter that no method has, and say which ones this method does not have."""
+    """Raise `ConfigError` for a parameter that no method has, and warn of those that this method does not have."""
     method = MERGEKIT[recipe.merge_method]
     scopes = [recipe.parameters, recipe.module, *(p.parameters for p in recipe.slices)]
     scopes += [s.parameters for p in recipe.slices for s in p.sources]
@@ -300,7 +300,7 @@ def _check_parameters(recipe: MergekitRecipe) -> None:
         if key not in PARAMETERS:
             raise ConfigError(f"parameters: no method has {key!r}; did you mean {nearest(key, PARAMETERS)!r}?")
         if key not in method.shared and key not in method.each:
-            log.warning("%s has no parameter %s: it has no effect, in mergekit neither", recipe.merge_method, key)
+            log.warning("%s has no parameter %s: it has no effect, as in mergekit", recipe.merge_method, key)
 
 
 def _value(name: str, parameter: Parameter, scopes: Sequence[Settings], tensor: str, place: float) -> Any:
@@ -321,7 +321,7 @@ def _value(name: str, parameter: Parameter, scopes: Sequence[Settings], tensor: 
 
 
 def _merged_models(method: MergekitMethod, made: TensorPlan) -> list[str]:
-    """The models that the method gets, in its order: without the base where that counts as one."""
+    """The models for the method, in its order: without the base if that counts as the base."""
     if method.method == "slerp" and made.base in made.inputs:
         return sorted(made.inputs, key=lambda m: m != made.base)  # from the base to the other
     return [m for m in made.inputs if method.base == "none" or m != made.base]

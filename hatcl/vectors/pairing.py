@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: which tensor of one is which of the other, whatever the two were saved by."""
+"""Match the tensors of two checkpoints, even if different programs saved them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .tensors import Kind, Lazy, TensorSource, buffers_of, check_fit, kinds_of, 
 EMBEDDINGS = ("equal", "common")
 OURS, THEIRS = "the pretrained model", "the fine-tuned one"
 FIT = (
-    "Are they of one architecture and vocabulary? What only one of them has is left out by skip=, such as "
-    "skip='*.inv_freq'; or name what to compare by only="
+    "Do they have the same architecture and vocabulary? Leave out tensors that only one of them has with skip=, "
+    "such as skip='*.inv_freq', or choose the tensors to compare with only="
 )
 
 EXPERTS = (
@@ -39,26 +39,26 @@ def paired(
     skip: Patterns = (),
     embeddings: str = "equal",
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """The floating-point parameters of two models under the same names, those of the pretrained one.
+    """The floating-point parameters of two models, under the pretrained model's names.
 
-    Tied tensors come once, under the name that stands first in either model. Where the two have no name in common, but
-    would if one's began with a prefix (`transformer.h.0` and `h.0`), they are paired by what follows it. A tensor that
-    only one side stored, and that is there an equal copy of another (a tied head that was written out), is that other.
+    Tied tensors appear once, under the first name in either model. If the two have no name in common but one side's
+    names only have an additional prefix (`transformer.h.0` and `h.0`), they are matched without it. A tensor that only
+    one side stored and that is an equal copy of another there (a tied head that was written out) counts as that other.
 
     Args:
         pretrained, finetuned: modules, state dicts, safetensors files, or folders of them.
         buffers: also the running statistics of norms.
-        only, skip: patterns of names (`chosen_names`). A tied tensor goes by any of its names.
-        embeddings: `common`: of tables of other numbers of rows (a vocabulary that grew, and its head) compare the rows
-            that both have; the pretrained model's other rows count as unchanged.
+        only, skip: patterns of names (`chosen_names`). A tied tensor matches by any of its names.
+        embeddings: `common`: for tables with different numbers of rows (a vocabulary that grew, and its head) compare
+            the rows that both have; the pretrained model's other rows count as unchanged.
 
     Raises:
-        VectorError: names or shapes that differ, no parameters, quantised weights. ConfigError: patterns that match
-            nothing or leave nothing.
+        VectorError: names or shapes differ, there are no parameters, or weights are quantised. ConfigError: patterns
+            match nothing or leave nothing.
     """
     one_of("embeddings", embeddings, EMBEDDINGS)
     tied = {**tied_names(finetuned), **tied_names(pretrained)}
-    running = set() if buffers else buffers_of(pretrained) | buffers_of(finetuned)  # files do not tell them apart
+    running = set() if buffers else buffers_of(pretrained) | buffers_of(finetuned)  # files do not distinguish them
     choose = bool(only or skip)
     ours, theirs = (
         known_as(parameters_of(side, buffers, what=what, check=not choose), tied, running)
@@ -98,7 +98,7 @@ def _complex_names(source: TensorSource) -> list[str]:
 
 
 def _refuse_complex(pretrained: TensorSource, finetuned: TensorSource, kept: set[str] | None) -> None:
-    """Raise where complex numbers changed: a vector of real ones would leave them out without a word."""
+    """Raise if complex numbers changed: a real vector would silently leave them out."""
     a, b = named_tensors(pretrained), named_tensors(finetuned)
     for name in _complex_names(pretrained):
         if (kept is None or name in kept) and name in b and not torch.equal(a[name], b[name]):
@@ -109,7 +109,7 @@ def _refuse_complex(pretrained: TensorSource, finetuned: TensorSource, kept: set
 
 
 def grew(ours: int, theirs: int) -> str:
-    """The remedy where a vocabulary has another size."""
+    """The remedy for a vocabulary of another size."""
     return (
         f"the vocabulary has {ours} entries in {OURS} and {theirs} in {THEIRS}; resize the pretrained model first "
         f"(model.resize_token_embeddings({theirs})), or compare the rows that both have by embeddings='common'"
@@ -117,7 +117,7 @@ def grew(ours: int, theirs: int) -> str:
 
 
 def renamed(side: Mapping[str, Tensor], stored: Mapping[str, str]) -> Mapping[str, Tensor]:
-    """Some of the tensors under other names.
+    """Tensors under other names.
 
     Args:
         stored: new name -> the name in `side`.
@@ -127,7 +127,7 @@ def renamed(side: Mapping[str, Tensor], stored: Mapping[str, str]) -> Mapping[st
 
 
 def _made(like: Mapping[str, Tensor], kinds: Mapping[str, Kind], make: Callable[[str], Tensor]) -> Mapping[str, Tensor]:
-    """Tensors made at once, or where a side lies in files when asked for."""
+    """Tensors made at once, or on demand if a side is read from files."""
     return Lazy(kinds, make) if isinstance(like, Lazy) else {n: make(n) for n in kinds}
 
 
@@ -145,7 +145,7 @@ def _under_one_prefix(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) 
 
 
 def _prefix(longer: Iterable[str], shorter: Iterable[str]) -> str:
-    """What most names of one have in front of a name of the other; empty where none has."""
+    """The prefix that most names of one have before a name of the other; empty if there is none."""
     ends = set(shorter)
     found: Counter[str] = Counter()
     for name in longer:
@@ -178,8 +178,8 @@ def _copied(name: str, side: Mapping[str, Tensor], among: Iterable[str]) -> str 
 
 
 def _grown(ours: Mapping[str, Kind], theirs: Mapping[str, Kind]) -> tuple[int, int] | None:
-    """The two numbers of rows, where all tensors whose shapes differ do so in these, and one of them is a table. (What
-    has a bias of its own is a layer, such as a head of other classes.)"""
+    """The two numbers of rows, if all tensors with different shapes differ only in these, and one of them is a table.
+    (A tensor with a bias belongs to a layer, such as a head with other classes.)"""
     sizes = set()
     for name, kind in ours.items():
         if name in theirs and theirs[name].shape != kind.shape:
@@ -209,7 +209,7 @@ def _common_rows(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Ma
 
 
 def with_rows_of(base: Tensor, table: Tensor) -> Tensor:
-    """A table with as many rows as the base's: those that both have, and the base's own after them."""
+    """A table with as many rows as the base's: the common rows, then the base's own."""
     rows = min(len(base), len(table))
     kind = torch.promote_types(base.dtype, table.dtype)
     return torch.cat([table[:rows].to(base.device, kind), base[rows:].to(kind)])

@@ -1,6 +1,5 @@
-"""Which tensors of a source are parameters to compute with, and which are quantised weights: numbers that mean nothing
-without the scale that belongs to them. A difference cannot be added to those, and to leave them out without a word is
-to compute with half a model."""
+"""Separate a source's parameters from quantised weights, which mean nothing without their scale. A difference cannot be
+added to quantised weights, and silently leaving them out would mean computing with half a model."""
 
 from __future__ import annotations
 
@@ -28,7 +27,8 @@ def parameters_of(
     """The floating-point parameters of a source; with `buffers` also its floating-point running statistics.
 
     Args:
-        what: how to call the source. check: refuse a source that holds quantised weights, which are no parameters here.
+        what: the error's name for the source. check: refuse a source that holds quantised weights, which are not
+            parameters here.
 
     Raises:
         VectorError: quantised weights, by name.
@@ -44,13 +44,10 @@ def parameters_of(
 
 
 def refuse_quantised(source: Any, what: str = "the model") -> None:
-    """Raise where a source holds quantised weights (`quantised_in`), or where its configuration says that it does.
+    """Raise if a source holds quantised weights (`quantised_in`), or its configuration says so.
 
     Args:
-        what: how to call the source.
-
-    Raises:
-        VectorError: it does, by the first name.
+        what: the error's name for the source. Raises: VectorError: it does; the text has the first name.
     """
     method = _configured(source)
     if method:
@@ -59,11 +56,11 @@ def refuse_quantised(source: Any, what: str = "the model") -> None:
 
 
 def refuse_as_target(source: TensorSource, names: Iterable[str], what: str = "the model") -> None:
-    """Raise where differences cannot be added to some of a source's tensors, because they are no floating-point numbers
-    of 16 bits or more, or are not there in a source that is quantised.
+    """Raise if differences cannot be added to some of a source's tensors, because they are not floating-point numbers
+    of 16 bits or more, or are missing in a quantised source.
 
     Raises:
-        VectorError: by the first name.
+        VectorError: they cannot; the text has the first name.
     """
     kinds = kinds_of(named_tensors(source))
     found = quantised_in(source)
@@ -83,9 +80,9 @@ def refuse_all_of(found: Mapping[str, str], what: str) -> None:
 
 
 def quantised_in(source: TensorSource) -> dict[str, str]:
-    """Name -> what it is, of all quantised weights: tensors in 8 bits (int8, uint8, float8) of two or more dimensions,
-    integers with a scale next to them, and tensors that carry their own scale. Counters, indices and causal masks
-    `[1, 1, n, n]` are none. Nothing is read."""
+    """Name -> description of all quantised weights: tensors in 8 bits (int8, uint8, float8) of two or more dimensions,
+    integers with a scale next to them, and tensors that carry their own scale. Counters, indices and causal masks `[1,
+    1, n, n]` are not counted. Nothing is read."""
     tensors = named_tensors(source)
     kinds = kinds_of(tensors)
     temporary = buffers_of(source) - set(source.state_dict()) if isinstance(source, nn.Module) else set()
@@ -110,7 +107,7 @@ def _why(name: str, kind: Kind, tensors: Mapping[str, Tensor], kinds: Mapping[st
     if kind.dtype in EIGHT_BITS and len(kind.shape) > 1 and not _is_mask(kind.shape):
         return text
     beside = next((n for n in _scales_of(own, name) if n in kinds), None)
-    return f"{text} with {beside} beside it" if beside is not None and math.prod(kind.shape) > 1 else None
+    return f"{text} with {beside} next to it" if beside is not None and math.prod(kind.shape) > 1 else None
 
 
 def _scales_of(own: str, name: str) -> list[str]:
@@ -127,7 +124,7 @@ def _is_mask(shape: tuple[int, ...]) -> bool:
 
 
 def configuration_of(source: Any) -> dict[str, Any]:
-    """transformers' configuration of a module, a folder, or a file's folder; empty where there is none."""
+    """transformers' configuration of a module, a folder, or a file's folder; empty if there is none."""
     if isinstance(source, nn.Module):
         config = getattr(source, "config", None)
         to_dict = getattr(config, "to_dict", None)
@@ -137,7 +134,7 @@ def configuration_of(source: Any) -> dict[str, Any]:
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     try:
         return dict(read_json(folder / "config.json"))
-    except IntegrityError:  # it is not there, or is a file of something else: the tensors are what counts
+    except IntegrityError:  # missing, or another program's file: only the tensors count
         return {}
 
 

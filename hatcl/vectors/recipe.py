@@ -1,5 +1,5 @@
-"""mergekit's recipes (Goddard et al. 2024, arXiv 2403.13257): reading one, and which tensors of which models make each
-tensor of the result. `mergekit.py` follows them."""
+"""mergekit's recipes (Goddard et al. 2024, arXiv 2403.13257): read one, and find the models' tensors that make each
+tensor of the result. `mergekit.py` runs them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..errors import ConfigError, VectorError, nearest
 from .merging.layers import layer_of
 from .tensors import Kind
 
-# which tensors outside of the layers stand before them: those of the inputs. Others belong to the last slice
+# tensors outside the layers that precede them (those of the inputs); others belong to the last slice
 BEFORE = re.compile(r"embed(?!_out)|wte|wpe|(^|\.)shared\.|patch|token_type", re.IGNORECASE)
 NOT_HERE = {
-    "modules": "recipes of several modules are not read: which tensors each has stands in mergekit's own tables. Merge "
-    "each module's files by a recipe of its own",
-    "residual_weight": "mergekit itself makes no use of it; leave it out",
+    "modules": "recipes with several modules are not supported, since only mergekit's tables list each module's "
+    "tensors. Merge each module's files with a separate recipe",
+    "residual_weight": "mergekit itself does not use it; leave it out",
 }
 Settings = Mapping[str, Any]
 
@@ -28,8 +28,8 @@ class SliceSource:
     """One model in a slice.
 
     Attributes:
-        model: its path. layer_range: its layers from the first to before the second; None = all. parameters: options of
-            the method, for this model.
+        model: its path. layer_range: its layers from the first to before the second; None = all. parameters: the
+            method's options for this model.
     """
 
     model: str
@@ -39,7 +39,7 @@ class SliceSource:
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive layers of the result, made of as many layers of each source."""
+    """Consecutive layers of the result, made from as many layers of each source."""
 
     sources: tuple[SliceSource, ...]
     base_model: str | None = None
@@ -48,7 +48,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Whose embedding a token gets where a model lacks it.
+    """The embedding that a token gets if a model lacks it.
 
     Attributes:
         model: its path; None = zeros. token: another token of it instead; or token_id, a row. force: in all models.
@@ -62,15 +62,16 @@ class TokenSource:
 
 @dataclass(frozen=True)
 class MergekitRecipe:
-    """A recipe as mergekit has it.
+    """A recipe in mergekit's format.
 
     Attributes:
-        merge_method: mergekit's name of it. slices: of `models` there is one, of all layers.
-        dtype: what tensors are read as. out_dtype: what they are written as. tokenizer_source: `base`, `union`, a
-            model, or None: the base's tokenizer, and embeddings as they are. pad_to_multiple_of: of the vocabulary.
-        tokens: of the vocabulary, some that have an embedding of their own; those that no model has are added.
+        merge_method: mergekit's name. slices: with `models` there is one, with all layers.
+        dtype: the type for reading tensors. out_dtype: the type for writing them. tokenizer_source: `base`, `union`, a
+            model, or None: the base's tokenizer, and embeddings as they are. pad_to_multiple_of: for the vocabulary's
+                size. tokens: tokens with specified embeddings; those that no model has are added.
         chat_template: the result's, `auto` (that of most models), or None: the tokenizer's own.
-        parameters: of the whole. module: of the one module that a recipe with `modules` has; they come first.
+        parameters: those of the whole recipe. module: those of the only module in a recipe with `modules`; they take
+            precedence.
     """
 
     merge_method: str
@@ -87,7 +88,7 @@ class MergekitRecipe:
 
     @property
     def models(self) -> list[str]:
-        """Every model that is named, in their order, the base first."""
+        """All named models in their order, the base first."""
         named = [self.base_model, *(s.base_model for s in self.slices)]
         named += [source.model for s in self.slices for source in s.sources]
         return list(dict.fromkeys(m for m in named if m is not None))
@@ -99,10 +100,10 @@ class MergekitRecipe:
 
 
 def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
-    """A recipe from what its file holds.
+    """A recipe from the content of its file.
 
     Raises:
-        ConfigError: a key that is not known or not supported here, or a value of another kind.
+        ConfigError: a key is unknown or not supported here, or a value has another type.
     """
     given = dict(content)
     own = [f.name for f in fields(MergekitRecipe) if f.name not in ("pad_to_multiple_of", "tokens", "module")]
@@ -123,7 +124,7 @@ def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
             raise ConfigError(f"{key}: got {given[key]!r}, expected a text")
     if tokenizer is not None:
         if given.get("tokenizer_source") is not None:
-            raise ConfigError("tokenizer: given beside tokenizer_source; leave one of them out")
+            raise ConfigError("tokenizer: given together with tokenizer_source; leave one of them out")
         tokenizer = dict(_mapping("tokenizer", tokenizer))
         asked = _mapping("tokenizer.tokens", tokenizer.pop("tokens", None) or {})
         given["tokens"] = {str(token): _read_token(str(token), content) for token, content in asked.items()}
@@ -145,7 +146,7 @@ def read_recipe(content: Mapping[str, Any]) -> MergekitRecipe:
 
 
 def _only_module(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The models or slices of a recipe's one module, as mergekit writes recipes out, with its parameters."""
+    """The models or slices of a recipe's one module, as mergekit writes recipes, with its parameters."""
     modules = _mapping("modules", given["modules"])
     if len(modules) != 1:
         raise ConfigError(f"modules: got {', '.join(map(str, modules)) or 'none'}: {NOT_HERE['modules']}")
@@ -205,7 +206,7 @@ def _read_source(content: Any, where: str, *, layers: bool) -> SliceSource:
             raise ConfigError(f"layer_range: got {span!r}, expected [FIRST, LAST + 1], such as [0, 16]")
         span = (pair[0], pair[1])
     elif span is not None:
-        raise ConfigError("layer_range: is for slices; list the models under slices instead of models")
+        raise ConfigError("layer_range is for slices; list the models under slices instead of models")
     return SliceSource(given["model"], span, _read_parameters(given.get("parameters")))
 
 
@@ -240,7 +241,7 @@ def _read_parameters(value: Any) -> Settings:
 
 
 def _with_numbers(setting: Any) -> Any:
-    """YAML reads 1e-5 as a text; the parameters of no method are texts."""
+    """Convert texts to numbers, since YAML reads 1e-5 as a text and no parameter of a method is a text."""
     if isinstance(setting, str):
         try:
             return float(setting)
@@ -253,7 +254,7 @@ def _with_numbers(setting: Any) -> Any:
     return setting
 
 
-# ---- which tensors make which -----------------------------------------------------------------------------------
+# ---- the tensors to make -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -262,8 +263,8 @@ class TensorPlan:
 
     Attributes:
         name: its name. inputs: model -> the name of the tensor that it gives. base: the model that counts as the base.
-        place: how far along its slice, from 0 to 1 (see `layers.places`); 0 outside of layers.
-        part: the slice whose parameters count.
+        place: the position in its slice, from 0 to 1 (see `layers.places`); 0 outside layers. part: the slice whose
+            parameters apply.
     """
 
     name: str
@@ -274,15 +275,14 @@ class TensorPlan:
 
 
 def tensors_to_make(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kind]]) -> list[TensorPlan]:
-    """All tensors of the result: those before the layers, of the first slice; the layers, slice after slice; and those
-    after them, of the last slice.
+    """All tensors of the result: those before the layers, from the first slice; the layers, slice after slice; and
+    those after them, from the last slice.
 
     Args:
         kinds: model -> its tensors.
 
     Raises:
-        VectorError: a model that lacks a tensor, or has none of its layers. ConfigError: slices of a model that has
-            several stacks of layers.
+        VectorError: a model lacks a tensor or a layer. ConfigError: slices use a model with several stacks of layers.
     """
     out = []
     for names, part in ((True, recipe.slices[0]), (False, recipe.slices[-1])):
@@ -296,16 +296,16 @@ def tensors_to_make(recipe: MergekitRecipe, kinds: Mapping[str, Mapping[str, Kin
         lacking = next((m for m, n in one.inputs.items() if n not in kinds[m]), None)
         if lacking is not None:
             raise VectorError(
-                f"{lacking} has no tensor {one.inputs[lacking]}, which {one.name} of the result is to be made of; are "
-                "the models of one architecture, with the same tied weights?"
+                f"{lacking} has no tensor {one.inputs[lacking]}, which the result's {one.name} needs; do the models "
+                "have the same architecture and tied weights?"
             )
     made_of = {(m, n) for one in made for m, n in one.inputs.items()}
     for model in _models(recipe.slices[0]) if whole else ():
         extra = next((n for n in kinds[model] if (model, n) not in made_of), None)
         if extra is not None:
             raise VectorError(
-                f"{model} has the tensor {extra}, which {recipe.slices[0].sources[0].model} lacks; are the models of "
-                "one architecture, with the same tied weights?"
+                f"{model} has the tensor {extra}, which {recipe.slices[0].sources[0].model} lacks; do the models "
+                "have the same architecture and tied weights?"
             )
     return made
 

@@ -1,4 +1,5 @@
-"""Some of many: tensors by patterns of their names, and the largest of elements that do not fit into memory at once."""
+"""Select tensors by patterns of their names, and the largest elements of tensors that do not fit into memory at
+once."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, nearest
 
-DIGIT = 16  # bits that one pass over the tensors settles
+DIGIT = 16  # bits that one pass over the tensors determines
 
 Patterns = str | Sequence[str]
 
@@ -20,12 +21,12 @@ def chosen_names(names: Mapping[str, Sequence[str]], only: Patterns = (), skip: 
     """The tensors that patterns of names choose, in their order.
 
     Args:
-        names: a tensor's name -> all names that it goes by, such as those of tied tensors.
+        names: a tensor's name -> all its names, such as those of tied tensors.
         only: patterns (`fnmatch`: `*`, `?`, `[...]`; case counts), of which one must match; none = every tensor.
-        skip: patterns of those that are left out, such as `*.inv_freq` or `lm_head.*`.
+        skip: patterns of tensors to leave out, such as `*.inv_freq` or `lm_head.*`.
 
     Raises:
-        ConfigError: a pattern that matches no tensor (with the nearest name), or patterns that leave none.
+        ConfigError: a pattern matches no tensor (the text has the nearest name), or no tensor is left.
     """
     inside = _matched("only", only, names) if only else set(names)
     outside = _matched("skip", skip, names)
@@ -36,7 +37,7 @@ def chosen_names(names: Mapping[str, Sequence[str]], only: Patterns = (), skip: 
 
 
 def left_by(names: Iterable[str], only: Patterns = (), skip: Patterns = ()) -> list[str]:
-    """The names that patterns leave, which may be none: as `chosen_names`, where a pattern need not match."""
+    """The names that patterns leave, possibly none: like `chosen_names`, but a pattern need not match."""
 
     def matches(name: str, patterns: Patterns) -> bool:
         return any(fnmatch.fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
@@ -64,8 +65,8 @@ def _matched(option: str, patterns: Patterns, names: Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Cut:
-    """Which elements are among the k largest: those with a key above `key`, and of those equal to it each tensor's
-    first `ties[name]`."""
+    """The k largest elements: those with a key above `key`, and of those equal to it each tensor's first
+    `ties[name]`."""
 
     key: int
     ties: dict[str, int]
@@ -81,8 +82,8 @@ class Cut:
 
 
 def largest(tensors: Mapping[str, Tensor], k: int) -> Cut:
-    """The k elements of largest magnitude over all tensors, exactly k: of equal ones the first are taken, tensors in
-    the order of their names (files have them in another order than models).
+    """The k elements of largest magnitude over all tensors, exactly k: of equal ones the first are taken, with tensors
+    in the order of their names (files order them differently from models).
 
     A radix selection on the bits of the magnitude as float32: three passes over the tensors, one of which is in memory
     at a time.
@@ -102,7 +103,8 @@ def largest(tensors: Mapping[str, Tensor], k: int) -> Cut:
 
 
 def _digit(tensors: Mapping[str, Tensor], k: int, high: int | None) -> tuple[int, int]:
-    """The digit of the k-th largest key (the upper one, or the lower one below `high`), and how many lie above it."""
+    """The digit of the k-th largest key (the upper digit, or the lower one below `high`), and the number of keys above
+    it."""
     counts = torch.zeros(1 << DIGIT, dtype=torch.long)
     for t in tensors.values():
         keys = _magnitudes(t).view(-1)
@@ -116,5 +118,5 @@ def _digit(tensors: Mapping[str, Tensor], k: int, high: int | None) -> tuple[int
 
 
 def _magnitudes(x: Tensor) -> Tensor:
-    """The magnitude's bits: as integers they are ordered as the magnitudes are."""
+    """The bits of the magnitudes; as integers they have the same order."""
     return x.detach().abs().to(torch.float32).contiguous().view(torch.int32)

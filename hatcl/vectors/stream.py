@@ -1,4 +1,4 @@
-"""Composition of checkpoints as files, tensor by tensor, in the memory of one shard and a few tensors."""
+"""Compose checkpoints as files, tensor by tensor, with memory for only one shard and a few tensors."""
 
 from __future__ import annotations
 
@@ -43,36 +43,35 @@ def compose_files(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write `theta0 + sum_i c_i tau_i`, summed in float64 and rounded once: a single part with coefficient 1 gives its
-    fine-tuned checkpoint back bit for bit. The result is byte for byte that of the same vectors in memory.
+    """Write `theta0 + sum_i c_i tau_i`, summed in float64 and rounded once: a single part with coefficient 1 reproduces
+    its fine-tuned checkpoint bit for bit. The result is byte for byte that of the same vectors in memory.
 
-    Where the base is a folder of transformers and `out` a folder, its config and generation config, a tokenizer and a
+    If the base is a folder of transformers and `out` a folder, its config and generation config, a tokenizer and a
     model card are written too, so that `from_pretrained` loads the result.
 
-    A write that was interrupted resumes where it stopped if it is called again with the same files and options.
+    Calling it again with the same files and options resumes an interrupted write.
 
     Args:
         base: the pretrained checkpoint: a safetensors file, or a folder with one or with shards.
         parts: pairs of a path and a coefficient. A path is a fine-tuned checkpoint (its difference to `base` is taken),
             a saved task vector, or the folder of a peft LoRA adapter.
-        out: a folder, or a file that ends in `.safetensors` (which is put together in memory).
+        out: a folder, or a file that ends in `.safetensors` (which is assembled in memory).
         method: a merging method of `hatcl.merge` instead of the sum, with its `options`; it gets the vectors
             `c_i tau_i`.
         vector: write the task vector instead of the checkpoint.
-        buffers: compose also running statistics; otherwise they are the base's, as integers always are.
+        buffers: also compose running statistics; otherwise they are taken from the base, as integers always are.
         check: compare the base with the digests that saved task vectors hold.
-        only, skip: patterns (`fnmatch`) of the tensors that are composed, and of those that are not; the others are the
-            base's. A pattern needs to match in one of the files only.
-        embeddings: `common`: where a part's vocabulary has another size, the rows that it and the base have.
-        dtype: what floating-point tensors are stored as, such as `bfloat16`, once they are rounded to the base's own.
+        only, skip: patterns (`fnmatch`) of the tensors to compose, and of those to leave as in the base. A pattern
+        needs to match in only one of the files.
+        embeddings: `common`: if a part's vocabulary has another size, use the rows that it and the base have.
+        dtype: the type for storing floating-point tensors, such as `bfloat16`, after rounding to the base's own.
         tokenizer: `base`, or the part whose tokenizer the result gets. card: the recipe as the model card shows it.
-        progress: told the bytes that are settled and those in all.
+        progress: called with the bytes that are finished and those in all.
 
     Raises:
-        ConfigError: no parts, a coefficient that is not finite, an output that would replace what is read, or a folder
-            that holds another model's files.
-        VectorError: parts that do not fit the base. IntegrityError: a file is missing or damaged, a vector of another
-            base, or the disk is full.
+        ConfigError: there are no parts, a coefficient is not finite, the output would replace a file that is read, or
+            the folder holds another model's files. VectorError: a part does not fit the base. IntegrityError: a file is
+            missing or damaged, a vector has another base, or the disk is full.
     """
     if not parts:
         raise ConfigError("compose: no parts; pass at least one checkpoint, task vector or adapter")
@@ -99,7 +98,7 @@ def compose_files(
     theta0 = named_tensors(base)
     if only or skip:
         every = {name: [name] for path in (base, *(p for p, _ in parts)) for name in _names_in(path)}
-        chosen_names(every, only, skip)  # raises where a pattern matches in none of them
+        chosen_names(every, only, skip)  # raises if a pattern matches in none of them
     found = [_vector(base, path, buffers, only, skip, embeddings) for path, _ in parts]
     some = next((v for v in found if v is not None), None)
     if some is None:
@@ -116,7 +115,7 @@ def compose_files(
     if method is not None:
         given = {"pretrained": theta0} if "pretrained" in merge_info(method).needs else {}
         terms = [(1.0, merge([v * c for c, v in terms], method=method, **{**given, **(options or {})}))]
-    made = composed(theta0, terms, check=check)  # raises where a vector does not fit
+    made = composed(theta0, terms, check=check)  # raises if a vector does not fit
     if vector:
         summed = combined(terms, check=check)
         digests = digests_of(pick(theta0, list(summed)))
@@ -138,20 +137,20 @@ def compose_files(
 
 
 def files_read(path: Path) -> list[Path]:
-    """The files in which a checkpoint, a task vector or an adapter lies."""
+    """The files of a checkpoint, a task vector or an adapter."""
     return [path / CONFIG, path / WEIGHTS] if is_adapter(path) else files_of(path)
 
 
 def _names_in(path: AnyPath) -> set[str]:
-    """The names that the tensors of a file go by; an adapter's are the base's."""
+    """The names of a file's tensors; an adapter's are the base's."""
     return set() if is_adapter(path) else set(named_tensors(path))
 
 
 def _vector(
     base: AnyPath, path: AnyPath, buffers: bool, only: Patterns, skip: Patterns, embeddings: str
 ) -> TaskVector | None:
-    """A part's vector. Of patterns it takes those that match in it, since others may be meant for another part; where
-    they leave nothing of it, there is none."""
+    """A part's vector. Only patterns that match in it are applied, since others may be meant for another part; None if
+    they leave nothing of it."""
     adapter = is_adapter(path)
     saved = None if adapter or VECTOR_FORMAT not in read_metadata(path) else TaskVector.load(path)
     whole = TaskVector.between(base, path, buffers=buffers, embeddings=embeddings) if adapter else saved
@@ -166,7 +165,7 @@ def _vector(
     else:
         vector = restricted(whole, kept) if only or skip else whole
     if saved is None:
-        vector.base = None  # it is taken from this very base, so that nothing needs to be hashed
+        vector.base = None  # it was made from this very base, so nothing needs to be hashed
     return vector
 
 

@@ -1,4 +1,4 @@
-"""Task vectors: what fine-tuning added to a model, as something to compute with.
+"""Task vectors: the change that fine-tuning made to a model, with arithmetic.
 
 `tau = theta_ft - theta_pre` (Ilharco et al. 2023, arXiv 2212.04089), over floating-point parameters only.
 """
@@ -39,21 +39,21 @@ from .tensors import (
 from .to_lora import LoRAReport, write_lora
 
 VECTOR_FORMAT = "hatcl.task_vector"
-AT, REST = ":at", ":rest"  # endings of the names under which remainders are saved
+AT, REST = ":at", ":rest"  # suffixes of the names under which remainders are saved
 
 
 def combined(terms: Sequence[tuple[float, TaskVector]], *, check: bool = True) -> TaskVector:
-    """`sum_i c_i tau_i`, the one rule by which vectors add up: `+`, `-`, `*` and `/` of vectors, `compose` and
-    `hatcl merge` all come here, so that the same coefficients give the same bits.
+    """`sum_i c_i tau_i`, the single rule for sums of vectors: `+`, `-`, `*` and `/` of vectors, `compose` and `hatcl
+    merge` all use it, so that the same coefficients give the same bits.
 
-    Products and sums are in float64, in the order in which the terms stand (a product with a sum multiplies the
-    coefficients), rounded once, to float32 or the widest of the vectors' types. Terms with coefficient 0 are left out.
-    Where an element of the sum is that of one vector with coefficient 1, its remainder (`Delta`) comes along, so that
-    one vector with coefficient 1 gives its model back bit for bit. Tensors that an adapter's vector lacks count as
+    Products and sums are computed in float64, in the order of the terms (a product with a sum multiplies the
+    coefficients), and rounded once, to float32 or the widest of the vectors' types. Terms with coefficient 0 are left
+    out. If an element of the sum comes from a single vector with coefficient 1, it keeps its remainder (`Delta`), so
+    that one vector with coefficient 1 reproduces its model bit for bit. Tensors that an adapter's vector lacks count as
     zeros (`joined_kinds`).
 
     Args:
-        check: are the vectors to be of one base? Otherwise the sum has none.
+        check: require the vectors to have the same base; without it the sum has none.
 
     Raises:
         VectorError: the vectors differ in names or shapes, or belong to different bases.
@@ -86,13 +86,13 @@ def _sum(terms: Sequence[tuple[float, TaskVector]], kinds: Mapping[str, Kind], n
 
 
 def named_as_in(tied: Mapping[str, str], vector: TaskVector) -> TaskVector:
-    """A vector under the names that stand first in a model, where it has that of a tensor tied to it.
+    """A vector with names of tied tensors replaced by their first names in a model.
 
     Args:
         tied: `tied_names` of the model.
 
     Raises:
-        VectorError: it has several of one tensor's names and differs in them (of files: when the tensor is asked for).
+        VectorError: it has different tensors under several names of one tensor (for files: when the tensor is read).
     """
     names: dict[str, list[str]] = {}
     for name in vector:
@@ -121,11 +121,11 @@ def composed(
     model: TensorSource, terms: Sequence[tuple[float, TaskVector]], *, check: bool = True
 ) -> Mapping[str, Tensor]:
     """All tensors of a source, `theta + tau` with `tau = sum_i c_i tau_i` where the vectors cover them (`combined`,
-    `TaskVector.apply_to`): at once for what is in memory, when asked for from files.
+    `TaskVector.apply_to`): at once for tensors in memory, on demand for files.
 
     Raises:
-        VectorError: tensors that the model lacks, that have another shape or that are quantised.
-        IntegrityError: another base.
+        VectorError: the model lacks a tensor, has it in another shape, or quantised. IntegrityError: the base is
+            another one.
     """
     every = named_tensors(model)
     kinds = kinds_of(every)
@@ -143,7 +143,7 @@ def composed(
                 f"{len(problems)} tensors of the vector do not fit: {'; '.join(problems[:5])}"
                 f"{' ...' if len(problems) > 5 else ''}. Apply it to the model it was taken from"
             )
-    tau = combined(terms, check=False)  # below the bases are compared with the model's own
+    tau = combined(terms, check=False)  # the bases are compared with the model's own below
 
     def one(name: str) -> Tensor:
         x = every[name]
@@ -152,7 +152,7 @@ def composed(
         known = [v.base[name] for _, v in terms if name in v and v.base is not None] if check else []
         if known and set(known) != {digest_of(x)}:
             raise IntegrityError(
-                f"{name} is not what this vector was taken from; apply it to its own base, or pass check=False"
+                f"{name} differs from this vector's base; apply it to its own base, or pass check=False"
             )
         return restore(x, tau.delta(name).to(x.device))
 
@@ -160,22 +160,22 @@ def composed(
 
 
 class TaskVector(Mapping[str, Tensor]):
-    """The difference that fine-tuning made, tensor by tensor. `+`, `-`, `*` compute with it; `vector[name]` is one
-    tensor of it.
+    """The difference that fine-tuning made, tensor by tensor. It supports `+`, `-` and `*`; `vector[name]` is one
+    tensor.
 
-    Vectors made from files read them when a tensor is asked for, also through sums and products, so that a composition
-    of many checkpoints needs the memory of a few tensors. `in_memory()` ends that.
+    Vectors made from files read each tensor on demand, also in sums and products, so that a composition of many
+    checkpoints needs memory for only a few tensors. `in_memory()` reads everything.
 
-    A sum refers to its vectors and their coefficients (see `combined`), and computes a tensor each time it is asked for
-    it; `in_memory()` computes it once and lets go of them.
+    A sum refers to its vectors and their coefficients (see `combined`), and computes a tensor each time it is read;
+    `in_memory()` computes it once and releases them.
 
     Args:
         deltas: name -> difference.
         base: name -> digest of the base's tensor, which `apply_to` compares; None = applies to anything that fits.
-        partial: are tensors that it lacks known to be unchanged (a LoRA adapter's)?
+        partial: whether missing tensors are known to be unchanged (as for a LoRA adapter).
 
     Raises:
-        VectorError: not a single tensor, an integer tensor, or a number that is not finite.
+        VectorError: there is no tensor, a tensor of integers, or a number that is not finite.
     """
 
     def __init__(
@@ -189,14 +189,14 @@ class TaskVector(Mapping[str, Tensor]):
             raise VectorError("a task vector of no tensors; are there floating-point parameters in both models?")
         self.base = base
         self.partial = partial
-        self._terms: tuple[tuple[float, TaskVector], ...] = ()  # of a sum; empty for a vector of its own
+        self._terms: tuple[tuple[float, TaskVector], ...] = ()  # of a sum; otherwise empty
         self._deltas: Mapping[str, Any] = (
             Lazy(deltas.kinds, functools.partial(_read_delta, deltas))
             if isinstance(deltas, Lazy)
             else {name: _checked_delta(name, d) for name, d in deltas.items()}
         )
 
-    # ---- where it comes from -----------------------------------------------------------------------------------
+    # ---- making and loading -----------------------------------------------------------------------------------
 
     @classmethod
     def between(
@@ -214,19 +214,19 @@ class TaskVector(Mapping[str, Tensor]):
         Args:
             pretrained, finetuned: modules, state dicts, safetensors files, or folders of them. `finetuned` may also be
                 a peft model or the folder of a peft LoRA adapter: then the vector is the product `scaling * B A` of
-                each layer, and `pretrained` is only needed for its digest and for modules that were trained in full.
+                each layer, and `pretrained` is only needed for its digest and for fully trained modules.
             buffers: also the running statistics of norms.
-            only, skip: patterns of names (`fnmatch`), such as `skip="*.inv_freq"` for what one of the two lacks. What
-                is left out counts as unchanged.
-            embeddings: `common`: where the vocabulary has another size, the rows that both have; the pretrained
+            only, skip: patterns of names (`fnmatch`), such as `skip="*.inv_freq"` for tensors that one of the two
+            lacks. Tensors that are left out count as unchanged.
+            embeddings: `common`: if the vocabulary has another size, compare the rows that both have; the pretrained
                 model's other rows count as unchanged.
 
         Raises:
-            VectorError: names or shapes that differ (they are listed), nothing but integers, quantised weights, or an
-                adapter whose change is no sum or changes one of several tied layers.
-            IntegrityError: a file is missing or damaged. ConfigError: patterns that match nothing or leave nothing.
+            VectorError: names or shapes differ (the text lists them), there are only integers, weights are quantised,
+                or an adapter's change is not a sum or affects only one of several tied layers. IntegrityError: a file
+                is missing or damaged. ConfigError: patterns match nothing or leave nothing.
         """
-        from .adapters import is_adapter, lora_deltas  # a room of its own: it knows peft
+        from .adapters import is_adapter, lora_deltas  # imported here because it knows peft
         from .pairing import EMBEDDINGS, OURS, paired
 
         one_of("embeddings", embeddings, EMBEDDINGS)
@@ -252,12 +252,13 @@ class TaskVector(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TaskVector:
-        """What `save` wrote, read when asked for. Raises `IntegrityError` for a damaged file or one of another kind."""
+        """Open a file or folder of `save`; tensors are read on demand. Raises `IntegrityError` for a damaged file or
+        one of another kind."""
         tensors = named_tensors(path)
         meta = read_metadata(path)
         if VECTOR_FORMAT not in meta:
             raise IntegrityError(
-                f"{path}: not a task vector that hatcl saved; a checkpoint becomes one by "
+                f"{path} is not a task vector saved by hatcl; make one from a checkpoint with "
                 "TaskVector.between(pretrained, checkpoint)"
             )
         kinds = kinds_of(tensors)
@@ -273,9 +274,7 @@ class TaskVector(Mapping[str, Tensor]):
             about = parse_json(meta[VECTOR_FORMAT], path)
             base, partial = about["base"], bool(about["partial"])
         except (KeyError, TypeError, ValueError) as error:
-            raise IntegrityError(
-                f"{path}: what it says of its base cannot be read ({error!r}); save it again"
-            ) from error
+            raise IntegrityError(f"{path}: its record of the base cannot be read ({error!r}); save it again") from error
         if torn or (base is not None and not set(names) <= set(base)):
             raise IntegrityError(f"{path}: {(torn or names)[0]} lacks a part; save the vector again")
         return cls(Lazy({n: kinds[n] for n in names}, read), base, partial=partial)
@@ -308,11 +307,12 @@ class TaskVector(Mapping[str, Tensor]):
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
+        """The number of its elements."""
         return sum(math.prod(k.shape) for k in self.kinds.values())
 
     def in_memory(self) -> TaskVector:
-        """Read all of it now. Copies: what files give is mapped, at odd addresses, where sums are rounded otherwise."""
+        """Read everything now. Tensors are copied: those in mapped files may be unaligned, where sums are rounded
+        differently."""
         base = None if self.base is None else dict(self.base)
         lazy = self._in_files
         read = {n: Delta(*(x.clone() if lazy and x is not None else x for x in d)) for n, d in self._deltas.items()}
@@ -320,7 +320,7 @@ class TaskVector(Mapping[str, Tensor]):
 
     @property
     def _in_files(self) -> bool:
-        """Is any of it read when it is asked for?"""
+        """Whether any tensor is read on demand."""
         return any(v._in_files for _, v in self._terms) if self._terms else isinstance(self._deltas, Lazy)
 
     def __repr__(self) -> str:
@@ -330,7 +330,7 @@ class TaskVector(Mapping[str, Tensor]):
     # ---- computing ---------------------------------------------------------------------------------------------
 
     def map(self, fn: Callable[..., Tensor | Delta], *others: TaskVector) -> TaskVector:
-        """A vector of `fn(name, tau, *others' tau)`, tensor by tensor. Vectors that are read from files stay so.
+        """A vector of `fn(name, tau, *others' tau)`, tensor by tensor. Vectors in files stay there.
 
         Raises:
             VectorError: the vectors differ in names or shapes, or belong to different bases. (A tensor that an
@@ -363,7 +363,7 @@ class TaskVector(Mapping[str, Tensor]):
         return combined([(_finite_scale(scale), self)]) if _is_number(scale) else NotImplemented
 
     __rmul__ = __mul__
-    __array_ufunc__ = None  # NumPy's numbers leave the product to `__rmul__`
+    __array_ufunc__ = None  # so that NumPy's numbers use `__rmul__`
 
     def __truediv__(self, scale: float) -> TaskVector:
         if not _is_number(scale):
@@ -390,10 +390,10 @@ class TaskVector(Mapping[str, Tensor]):
         return self._map(lambda _, d: d.to(target))
 
     def mask(self, masks: Mapping[str, Tensor]) -> TaskVector:
-        """Zero where a mask is off. Masks broadcast; tensors without one stay.
+        """The vector with zeros where a mask is off. Masks broadcast; tensors without one stay.
 
         Raises:
-            VectorError: a mask for a tensor that is not there, or that does not broadcast.
+            VectorError: a mask belongs to no tensor, or does not broadcast.
         """
         kinds = self.kinds
         for name, m in masks.items():
@@ -416,11 +416,11 @@ class TaskVector(Mapping[str, Tensor]):
         return self._map(masked)
 
     def topk(self, keep: float, *, per_block: bool = False) -> TaskVector:
-        """Keep the elements of largest magnitude: the share `keep`, exactly `int(keep * N)` of them (of ties the
-        first), over all tensors or within each.
+        """Keep the elements of largest magnitude: the share `keep`, exactly `int(keep * N)` of them (the first among
+        ties), over all tensors or within each.
 
         Raises:
-            VectorError: a share outside 0 to 1.
+            VectorError: the share is outside 0 to 1.
         """
         if not 0 <= keep <= 1:
             raise VectorError(f"keep: got {keep!r}, expected a share between 0 and 1")
@@ -461,7 +461,7 @@ class TaskVector(Mapping[str, Tensor]):
         both = [n for n in self if n in other]
         return {n: float((self[n].double() * other[n].double()).sum()) for n in both}
 
-    # ---- putting it to use -------------------------------------------------------------------------------------
+    # ---- applying and saving -------------------------------------------------------------------------------------
 
     @overload
     def apply_to(self, model: nn.Module, scale: float = ..., *, check: bool = ...) -> nn.Module: ...
@@ -470,21 +470,21 @@ class TaskVector(Mapping[str, Tensor]):
         self, model: Mapping[str, Tensor] | str | os.PathLike[str], scale: float = ..., *, check: bool = ...
     ) -> Mapping[str, Tensor]: ...
     def apply_to(self, model: Any, scale: float = 1.0, *, check: bool = True) -> Any:
-        """`theta + scale * tau`: a new model, or new tensors for a state dict or files (from files: made when asked
-        for). With scale 1 on its own base this is the fine-tuned model, bit for bit; with scale 0 the base.
+        """`theta + scale * tau`: a new model, or new tensors for a state dict or files (for files, made on demand).
+        With scale 1 on its own base this is the fine-tuned model, bit for bit; with scale 0 the base.
 
-        The order of summation, here, in `compose` and in `hatcl merge`: the terms of tau are summed in float64, in the
-        order in which they stand, and rounded once to float32 or the vectors' own wider type (`combined`); then
-        theta + tau is summed in float64 and rounded once to theta's type. A vector that was saved, or read into memory,
-        in between gives the same bits. An element whose tau is zero keeps theta's bits, the sign of a zero included, so
-        that `0 * v` and `v - v` give theta back.
+        The order of summation, here, in `compose` and in `hatcl merge`: the terms of tau are summed in float64, in
+        their order, and rounded once to float32 or the vectors' own wider type (`combined`); then theta + tau is summed
+        in float64 and rounded once to theta's type. Saving a vector, or reading it into memory, in between does not
+        change the bits. An element whose tau is zero keeps theta's bits, including the sign of a zero, so that `0 * v`
+        and `v - v` reproduce theta.
 
         Args:
-            check: compare the model with the base the vector was taken from.
+            check: compare the model with the vector's base.
 
         Raises:
-            VectorError: tensors that the model lacks, that have another shape or that are quantised.
-            IntegrityError: another base.
+            VectorError: the model lacks a tensor, has it in another shape, or quantised. IntegrityError: the base is
+                another one.
         """
         new = composed(model, [(_finite_scale(scale), self)], check=check)
         if isinstance(model, nn.Module):
@@ -503,7 +503,7 @@ class TaskVector(Mapping[str, Tensor]):
         recipe: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Path:
-        """Write safetensors: one file, or a folder of shards where `path` has no ending `.safetensors`; see
+        """Write safetensors: one file, or a folder of shards if `path` does not end in `.safetensors`; see
         `files.write_tensors` for the options."""
         kinds = self.kinds
         about = {"base": None if self.base is None else dict(self.base), "partial": self.partial}
@@ -522,15 +522,15 @@ class TaskVector(Mapping[str, Tensor]):
         """Write the nearest LoRA adapter, `B A` of this rank for each weight (the leading singular values, Eckart and
         Young 1936), in peft's format: `PeftModel.from_pretrained(base, folder)` loads it.
 
-        It has linear layers, GPT-2's kind of them, and convolutions without groups. Biases, norms, embeddings and tied
-        weights have no place in it: the report lists them, and counts them in the error.
+        It covers linear layers, including GPT-2's kind, and convolutions without groups. It cannot hold biases, norms,
+        embeddings and tied weights: the report lists them and counts them in the error.
 
         Args:
-            rank: of every pair; where a matrix has less, the rest is zeros. base: the model it was taken from.
+            rank: the rank of every pair; if a matrix has a lower one, the rest is zeros. base: the vector's base model.
 
         Raises:
-            VectorError: another architecture, or nothing that LoRA has a place for. IntegrityError: another base, or
-            the disk is full. ConfigError: a rank below 1.
+            VectorError: the architecture is another one, or LoRA can hold no part of the vector. IntegrityError: the
+                base is another one, or the disk is full. ConfigError: the rank is below 1.
         """
         vector = named_as_in(tied_names(base), self)
         return write_lora(vector, vector.base, rank, base, Path(folder))
@@ -546,14 +546,13 @@ def _flat(name: str, d: Delta) -> dict[str, Tensor]:
 def _checked_delta(name: str, delta: Any) -> Delta:
     d = delta if isinstance(delta, Delta) else Delta(delta)
     if not d.value.dtype.is_floating_point:
-        raise VectorError(
-            f"{name}: got {d.value.dtype}, expected floating point; integers are no part of a task vector"
-        )
+        raise VectorError(f"{name}: got {d.value.dtype}, expected floating point; a task vector holds no integers")
     if d.value.dtype.itemsize < 2:
         raise VectorError(
-            f"{name}: got {d.value.dtype}, whose numbers mean nothing without a scale; dequantise it to 16 bits or more"
+            f"{name}: got {d.value.dtype}, whose numbers have no meaning without a scale; dequantise it to 16 bits "
+            "or more"
         )
-    # the sum in float64 is finite where all are (one pass; of float64 itself it may overflow, and then each is asked)
+    # the sum in float64 is finite if all are (one pass; for float64 itself it may overflow, then each is checked)
     if not bool(d.value.sum(dtype=torch.float64).isfinite()) and not bool(torch.isfinite(d.value).all()):
         bad = int((~torch.isfinite(d.value)).sum())
         raise VectorError(
@@ -574,10 +573,10 @@ def _each(
     lazy: bool,
     at_least: torch.dtype | None = None,
 ) -> Mapping[str, Any]:
-    """`fn(name, *tensors)` for every name, at once or, if lazy, when asked for.
+    """`fn(name, *tensors)` for every name, at once or, if lazy, on demand.
 
     Args:
-        at_least: what the results are promoted to besides the sides' own dtypes.
+        at_least: a dtype that results are promoted to, in addition to the sides' own.
     """
     if lazy:
         of = [_kinds(s) for s in sides]
@@ -600,7 +599,7 @@ def _kinds(side: Mapping[str, Any]) -> dict[str, Kind]:
 
 
 def _filled(v: TaskVector, kinds: Mapping[str, Kind]) -> Lazy[Delta]:
-    """A partial vector over tensors that it lacks, too."""
+    """A partial vector extended by the tensors that it lacks."""
     return Lazy(kinds, lambda n: v.delta(n) if n in v else Delta(torch.zeros(kinds[n].shape, dtype=kinds[n].dtype)))
 
 

@@ -1,4 +1,4 @@
-"""Named tensors, wherever they lie: in a module, a state dict, or files that are read tensor by tensor."""
+"""Named tensors in a module, a state dict, or files that are read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TensorSource = Union[nn.Module, Mapping[str, Tensor], str, "os.PathLike[str]"]
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 IS_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-FINETUNED = "finetuned.safetensors"  # beside which a run of `hatcl finetune` keeps what it started from
-# running statistics and counters: in files nothing else tells them from parameters
+FINETUNED = "finetuned.safetensors"  # a run of `hatcl finetune` keeps the pretrained weights next to it
+# running statistics and counters; in files only the names distinguish them from parameters
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Kind(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """A tensor's shape and dtype, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -37,7 +37,7 @@ Value = TypeVar("Value")
 
 
 class Lazy(Mapping[str, Value], Generic[Value]):
-    """Tensors (or what is made of them) that are made when asked for and not kept.
+    """Tensors (or values made from them) that are made on demand and not kept.
 
     Args:
         kinds: name -> shape and dtype. read: makes a tensor by name.
@@ -64,7 +64,7 @@ class Lazy(Mapping[str, Value], Generic[Value]):
 
 def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, Kind]:
     """Shape and dtype of every tensor, without reading any."""
-    known = getattr(tensors, "kinds", None)  # of `Lazy`, and of task vectors, which may be
+    known = getattr(tensors, "kinds", None)  # `Lazy` and task vectors have it
     if known is not None:
         return dict(known)
     return {name: Kind(tuple(t.shape), t.dtype) for name, t in tensors.items()}
@@ -72,11 +72,10 @@ def kinds_of(tensors: Mapping[str, Tensor]) -> dict[str, Kind]:
 
 def named_tensors(source: TensorSource) -> Mapping[str, Tensor]:
     """All tensors of a model, a state dict, a safetensors file or one that torch.save wrote, or a folder of them
-    (`find_file`). Tied tensors come once, under the name that stands first; files are not read before a tensor is asked
-    for.
+    (`find_file`). Tied tensors appear once, under their first name; files are read on demand.
 
     Raises:
-        IntegrityError: a file is missing, damaged, or holds something else. VectorError: something else than these.
+        IntegrityError: a file is missing, damaged, or holds something else. VectorError: the source is none of these.
     """
     if isinstance(source, nn.Module):
         return _once({**dict(source.named_parameters()), **dict(source.named_buffers())})
@@ -95,7 +94,7 @@ def named_tensors(source: TensorSource) -> Mapping[str, Tensor]:
 
 
 def buffers_of(source: Any) -> set[str]:
-    """The names of a module's buffers; other sources do not tell them from parameters."""
+    """The names of a module's buffers; other sources do not distinguish them from parameters."""
     return {n for n, _ in source.named_buffers()} if isinstance(source, nn.Module) else set()
 
 
@@ -109,10 +108,10 @@ def pick(tensors: Mapping[str, Tensor], names: list[str]) -> Mapping[str, Tensor
 def check_fit(
     expected: Mapping[str, Tensor], got: Mapping[str, Tensor], what: tuple[str, str], remedy: str = ""
 ) -> None:
-    """Raise `VectorError` where two sets of tensors differ in names or shapes.
+    """Raise `VectorError` if two sets of tensors differ in names or shapes.
 
     Args:
-        what: how to call the two. remedy: what to do about it, as the message's end.
+        what: the error's names for the two. remedy: what to do, at the end of the text.
     """
     ours, theirs = kinds_of(expected), kinds_of(got)
     problems = [f"{n} only in {what[0]}" for n in ours if n not in theirs]
@@ -130,8 +129,8 @@ def check_fit(
 
 
 def tied_names(source: Any) -> dict[str, str]:
-    """Name -> the name of the tensor that stands first, for all tensors of a module or state dict that share one.
-    Empty for files, which do not tell."""
+    """Name -> the first name of the tensor, for all tensors of a module or state dict that share one. Empty for files,
+    which do not show it."""
     if isinstance(source, nn.Module):
         named = {**dict(source.named_parameters(remove_duplicate=False)), **dict(source.named_buffers())}
     elif isinstance(source, Mapping) and not isinstance(source, Lazy):
@@ -143,8 +142,8 @@ def tied_names(source: Any) -> dict[str, str]:
 
 
 def _identity(t: Tensor) -> object:
-    """Equal for tensors that are the same elements in memory. (Those that wrap others, as quantised ones do, have no
-    memory of their own.)"""
+    """A key that is equal for tensors with the same elements in memory. (Wrapper tensors, such as quantised ones, have
+    no memory of their own.)"""
     if t.is_meta or not t.numel() or not t.data_ptr():
         return id(t)
     return t.data_ptr(), t.shape, t.stride(), t.dtype
@@ -156,7 +155,7 @@ def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_file(path: Path) -> Path:
-    """The file, or the index of shards, that a path (of either, or of a folder) means: in a folder its index, else
+    """The file, or the index of shards, for a path (of either, or of a folder): in a folder its index, else
     `model.safetensors`, whatever lies next to it, else the one file of its kind, else `pytorch_model.bin` or its index,
     else the fine-tuned weights of a run of `hatcl finetune`.
 
@@ -182,39 +181,39 @@ def find_file(path: Path) -> Path:
                 return path / name
         pickled = sorted(f for f in path.iterdir() if f.suffix in PICKLES)
         if pickled:
-            raise IntegrityError(f"{path}: holds no safetensors files; pass the path of the one to read, {pickled[0]}")
+            raise IntegrityError(f"{path} holds no safetensors files; pass the path of the one to read, {pickled[0]}")
     raise IntegrityError(
-        f"{path}: holds {len(files)} safetensors files and no {INDEX}; pass one file's path, or write the shards again "
+        f"{path} holds {len(files)} safetensors files and no {INDEX}; pass one file's path, or write the shards again "
         "(an interrupted write has no index)"
     )
 
 
 def shards_of(path: Path) -> dict[str, Path]:
-    """The file that each tensor of an index lies in.
+    """The file of each tensor in an index.
 
     Raises:
-        IntegrityError: not an index, or one that leads out of its folder.
+        IntegrityError: it is not an index, or names files outside its folder.
     """
     where = read_json(path).get("weight_map")
     if not isinstance(where, dict):
-        raise IntegrityError(f"{path}: not an index of safetensors shards (it has no weight_map); write it again")
+        raise IntegrityError(f"{path} is not an index of safetensors shards (it has no weight_map); write it again")
     for name, file in where.items():
         if not isinstance(file, str) or Path(file).is_absolute() or not {"", ".."}.isdisjoint(file.split("/")):
             raise IntegrityError(
-                f"{path}: {name} is to lie in {file!r}, expected a file in the same folder: an index names nothing "
-                "outside of it. Was it edited? Write it again"
+                f"{path}: {name} is assigned to {file!r}, expected a file in the same folder. Was it edited? Write "
+                "it again"
             )
     return {name: path.parent / file for name, file in where.items()}
 
 
 def files_of(path: str | os.PathLike[str]) -> list[Path]:
-    """The files of tensors that a path stands for."""
+    """The tensors' files for a path."""
     file = find_file(Path(path))
     return sorted(set(shards_of(file).values())) if file.suffix == ".json" else [file]
 
 
 def stamps_of(files: list[Path]) -> list[tuple[str, int, int]]:
-    """What tells a changed file from the one that it was: its path, size and time."""
+    """Path, size and time of each file, which reveal a changed file."""
     return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
@@ -231,7 +230,8 @@ def _lazy_files(path: Path) -> Lazy[Tensor]:
     missing = [n for n in where if n not in kinds]
     if missing:
         raise IntegrityError(
-            f"{file}: {where[missing[0]].name} lacks {missing[0]}; its shards are of another write, write them again"
+            f"{file}: {where[missing[0]].name} lacks {missing[0]}; its shards come from different writes, write "
+            "them again"
         )
     return Lazy(kinds, lambda name: _read_tensor(where[name], name))
 
@@ -266,12 +266,12 @@ def _read_tensor(path: Path, name: str) -> Tensor:
 
 
 def opened(path: Path) -> Any:
-    """`safetensors.safe_open`, with errors that say what is wrong with the file."""
+    """`safetensors.safe_open`, with errors that name what is wrong with the file."""
     try:
         return safe_open(path, "pt")
     except FileNotFoundError:
         raise IntegrityError(f"{path}: no such file; expected safetensors") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise IntegrityError(
-            f"{path}: not readable as safetensors ({error}); the file is truncated, damaged, or of another format"
+            f"{path} cannot be read as safetensors ({error}); the file is truncated, damaged, or of another format"
         ) from error

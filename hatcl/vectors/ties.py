@@ -1,5 +1,5 @@
-"""Adapters and tied tensors. An adapter on one of several layers that share a tensor changes what that layer computes;
-a task vector changes the tensor, and so all of the layers. Where the two are not the same, it is refused."""
+"""Adapters and tied tensors. An adapter on one of several layers that share a tensor changes only that layer; a task
+vector changes the tensor and therefore all of the layers. If the two differ, the adapter is refused."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def tied_in(model: nn.Module) -> dict[str, str]:
 def joined_ties(
     changed: Collection[str], tied: Mapping[str, str], same: Callable[[str, str], bool], together: bool
 ) -> dict[str, str]:
-    """The tensors that an adapter changes, each tied one once: its name in the base -> a name that the adapter has.
+    """The tensors that an adapter changes, each tied one once: its name in the base -> a name in the adapter.
 
     Args:
-        tied: name in the base -> the name that stands first, of all tensors that share one. same: does the adapter
-            change two of them in the same way? together: does the adapter's configuration say that it keeps the ties?
+        tied: name in the base -> the first name of the shared tensor. same: whether the adapter changes two of them in
+            the same way. together: whether the adapter's configuration says that it keeps the ties.
 
     Raises:
-        VectorError: it changes one of several and not the others, or changes them in different ways.
+        VectorError: the adapter changes only some of several tied tensors, or changes them in different ways.
     """
     members: dict[str, list[str]] = {}
     for name, first in tied.items():
@@ -54,8 +54,8 @@ def joined_ties(
         rest = [n for n in every if n not in changed]
         if rest and not together:
             raise VectorError(
-                f"the adapter changes {name} and not {rest[0]}; in the pretrained model it is tied to {rest[0]}, so "
-                f"that a task vector would change both: {UNTIE}"
+                f"the adapter changes {name} but not {rest[0]}; in the pretrained model the two are tied, so a task "
+                f"vector would change both: {UNTIE}"
             )
         other = next((n for n in here[1:] if not same(here[0], n)), None)
         if other is not None:
@@ -68,14 +68,14 @@ def joined_ties(
 
 
 def refuse_unknown_tie(name: str, shape: tuple[int, ...], base: Mapping[str, Kind], pretrained: Any) -> None:
-    """Raise where files do not tell whether an adapter's table is tied to a head, and it may be. They hold tied tensors
+    """Raise if files do not show whether an adapter's table is tied to a head but it may be. Files hold tied tensors
     once, under one name.
 
     Args:
-        base: the pretrained model's tensors, with those that the adapter changes. pretrained: where they are from.
+        base: the pretrained model's tensors, with those that the adapter changes. pretrained: their source.
     """
     if len(shape) != 2 or any(n != name and k.shape == shape for n, k in base.items()):
-        return  # there is a head of its own
+        return  # there is a separate head
     config = configuration_of(pretrained)
     config = {**config, **(config.get("text_config") or {})}
     says, built, size = config.get("tie_word_embeddings"), config.get("architectures"), config.get("vocab_size")
@@ -83,9 +83,11 @@ def refuse_unknown_tie(name: str, shape: tuple[int, ...], base: Mapping[str, Kin
         return
     if built and not any(str(a).endswith(HEADED) for a in built):
         return
-    why = "its config.json says that they are tied" if says else "files do not tell whether they are tied"
+    why = "its config.json says that they are tied" if says else "files do not show whether they are tied"
     there = (
-        "no pretrained model is given" if pretrained is None else "the pretrained model's files hold no head beside it"
+        "no pretrained model is given"
+        if pretrained is None
+        else "the pretrained model's files hold no head in addition"
     )
     raise VectorError(
         f"the adapter changes {name}, and {there}; {why}, and a task vector would "

@@ -1,4 +1,4 @@
-"""A LoRA adapter out of a full fine-tune: the nearest one of a rank, matrix by matrix, in peft's own format."""
+"""Turn a full fine-tune into the nearest LoRA adapter of a rank, matrix by matrix, in peft's own format."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class LoRAReport:
-    """What an adapter keeps of a vector.
+    """The part of a vector that an adapter keeps.
 
     Attributes:
-        folder: of the adapter. rank: of every layer's pair. errors: weight -> `||tau - B A||_F / ||tau||_F`.
-        left_out: what LoRA has no place for though it changed -> its share `||tau_i||_F / ||tau||_F` of the vector.
-        error: the same of the whole vector, what was left out included.
+        folder: the adapter's folder. rank: the rank of every layer's pair. errors: weight -> `||tau - B A||_F /
+        ||tau||_F`.
+        left_out: changed tensors that LoRA cannot hold -> their share `||tau_i||_F / ||tau||_F` of the vector. error:
+            the relative error of the whole vector, including tensors that were left out.
     """
 
     folder: Path
@@ -54,12 +55,12 @@ class LoRAReport:
 def write_lora(
     vector: Mapping[str, Tensor], digests: Mapping[str, str] | None, rank: int, base: nn.Module, folder: Path
 ) -> LoRAReport:
-    """What `TaskVector.to_lora` says. `digests` belong to the tensors that the vector was taken from."""
+    """See `TaskVector.to_lora`. `digests` belong to the tensors of the vector's base."""
     rank = whole("rank", rank)
     if not isinstance(base, nn.Module):
         raise VectorError(
-            f"base: got a {type(base).__name__}, expected the pretrained model as a module: files do not tell which "
-            "layers LoRA has a place for"
+            f"base: got a {type(base).__name__}, expected the pretrained model as a module: files do not show which "
+            "layers LoRA can adapt"
         )
     tensors = named_tensors(base)
     check_fit(
@@ -68,7 +69,7 @@ def write_lora(
     )  # fmt: skip
     for name in vector:
         if digests is not None and digests[name] != digest_of(tensors[name]):
-            raise IntegrityError(f"{name} is not what this vector was taken from; pass its own base")
+            raise IntegrityError(f"{name} differs from this vector's base; pass its own base")
     layers = _paired_layers(base)
     factors: dict[str, Tensor] = {}
     errors, left_out, lost, mass = {}, {}, [], []
@@ -93,7 +94,7 @@ def write_lora(
         factors[f"{key}.lora_B.weight"] = b.view(-1, rank, *[1] * (tau.dim() - 2)) if conv else b
     if not errors:
         raise VectorError(
-            "the vector changes no weight that LoRA has a place for; it takes linear layers and convolutions without "
+            "the vector changes no weight that LoRA can adapt; it takes linear layers and convolutions without "
             f"groups, the vector changes {', '.join(list(left_out)[:5]) or 'nothing'}"
         )
     config = _peft_config(
@@ -109,8 +110,9 @@ def write_lora(
 
 
 def _paired_layers(base: nn.Module) -> dict[str, nn.Module]:
-    """Name of a weight -> the layer that peft gives a pair. Not of weights that other layers hold as well (a tied
-    head): the pair would change one of them only; nor inside `nn.MultiheadAttention`, which does not call its own."""
+    """Name of a weight -> the layer that peft gives a pair. Without weights that other layers share (a tied head),
+    since the pair would change only one of them, and without those inside `nn.MultiheadAttention`, which does not call
+    its layers."""
     holders = Counter(id(p) for m in base.modules() for p in m.parameters(recurse=False))
     inside = {id(m) for a in base.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
     return {
@@ -123,12 +125,12 @@ def _paired_layers(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def _inputs_first(layer: nn.Module) -> bool:
-    """Does a layer hold its weight as [in, out]? Those that peft knows are transformers' Conv1D, as in GPT-2."""
+    """Whether a layer holds its weight as [in, out]; peft knows such layers as transformers' Conv1D, as in GPT-2."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
 
 
 def _lora_factors(tau: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A `[rank, in]` and B `[out, rank]`, float32, with equal singular values; zeros beyond those that there are."""
+    """A `[rank, in]` and B `[out, rank]`, float32, with equal singular values, padded with zeros."""
     u, s, vh = torch.linalg.svd(tau, full_matrices=False)
     root = s[:rank].sqrt()
     a, b = torch.zeros(rank, tau.shape[1]), torch.zeros(tau.shape[0], rank)
@@ -153,8 +155,8 @@ def _peft_config(base: nn.Module, rank: int, targets: list[str], turned: bool) -
 
 
 def peft_targets(base: nn.Module, targets: list[str]) -> list[str] | str:
-    """Layers as peft's configurations name them. A name in a list stands for every module that ends in it; where that
-    would be another one too, the names are an expression that must match in full."""
+    """Layers in the form of peft's configurations. A name in a list matches every module that ends in it; if it would
+    match others too, the names become a regular expression that must match in full."""
     paths = [path for path, _ in base.named_modules()]
     ambiguous = any(path.endswith(f".{target}") for target in targets for path in paths)
     return "|".join(map(re.escape, targets)) if ambiguous else targets

@@ -1,4 +1,4 @@
-"""One vocabulary for models whose tokenizers differ, as mergekit's `tokenizer_source` makes it. Read from and written
+"""One vocabulary for models whose tokenizers differ, as in mergekit's `tokenizer_source`. It is read from and written
 to tokenizer.json, the format of the tokenizers library."""
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .recipe import MergekitRecipe, TokenSource
 from .tensors import Kind, Lazy, kinds_of
 
 TOKENIZER_FILE = "tokenizer.json"
-POSITIONS = re.compile(r"wpe|position|token_type")  # their number of rows may be the vocabulary's by chance
+POSITIONS = re.compile(r"wpe|position|token_type")  # their number of rows may equal the vocabulary's by chance
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The result's.
+    """The result's vocabulary.
 
     Attributes:
-        tokens: token -> its row. rows: of its embeddings. source: the folder that the tokenizer's other files are from.
-        content: its tokenizer.json. base: the model whose embedding a token gets where others lack it.
-        ids: model -> token -> row. sizes: model -> its own number of rows. asked: token -> the model and the row of its
-            embedding that the recipe gives it, None = zeros. forced: those that every model gets so.
+        tokens: token -> its row. rows: the number of embeddings. source: the folder of the tokenizer's other files.
+            content: its tokenizer.json. base: the model whose embedding a token gets if others lack it. ids: model ->
+            token -> row. sizes: model -> its own number of rows. asked: token -> the model and row of the embedding
+            that the recipe assigns, None = zeros. forced: tokens for which every model gets this embedding.
     """
 
     tokens: Mapping[str, int]
@@ -47,11 +47,10 @@ class Vocabulary:
 
 
 def joint_vocabulary(recipe: MergekitRecipe, folders: Mapping[str, Path]) -> Vocabulary | None:
-    """The vocabulary that a recipe asks for; None where it asks for none.
+    """The vocabulary that a recipe requests; None if it requests none.
 
     Raises:
-        ConfigError: a source that is none of the models, or a token that it has not. IntegrityError: a tokenizer that
-            cannot be read.
+        ConfigError: a source is not one of the models, or lacks a token. IntegrityError: a tokenizer cannot be read.
     """
     source = recipe.tokenizer_source
     if source is None:
@@ -105,7 +104,7 @@ def _row_asked(
 
 
 def _tokens(content: Mapping[str, Any], size: int) -> dict[str, int]:
-    """Token -> id of a tokenizer.json, those that have an embedding."""
+    """Token -> id in a tokenizer.json, for tokens with an embedding."""
     vocab = content.get("model", {}).get("vocab", {})
     own = {token: i for i, (token, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
     own |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
@@ -121,9 +120,9 @@ def _added_tokens(token: str, row: int, content: Mapping[str, Any]) -> dict[str,
 def aligned_to(
     vocabulary: Vocabulary, model: str, tensors: Mapping[str, Tensor], models: Mapping[str, Mapping[str, Tensor]]
 ) -> Lazy[Tensor]:
-    """A model's tensors with the vocabulary's rows. A token that the model lacks has the row that the recipe gives it,
-    else that of the only model that has it, else the base's, else the mean of those that have it; one that no model has
-    has zeros.
+    """A model's tensors with the vocabulary's rows. A token that the model lacks gets the row that the recipe assigns,
+    else that of the only model that has it, else the base's, else the mean of those that have it; zeros if no model has
+    it.
 
     Args:
         models: all of them, as they are.
@@ -147,7 +146,7 @@ def aligned_to(
             elif token not in known:
                 out[row] = _borrowed(vocabulary, token, every, out[row])
         filled = max(vocabulary.tokens.values()) + 1
-        out[filled:] = out[:filled].double().mean(0).to(out.dtype)  # what padding adds, as in mergekit
+        out[filled:] = out[:filled].double().mean(0).to(out.dtype)  # the rows for padding, as in mergekit
         return out
 
     shapes = {n: Kind((vocabulary.rows, *k.shape[1:]), k.dtype) if n in mine else k for n, k in kinds.items()}

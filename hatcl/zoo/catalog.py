@@ -227,7 +227,7 @@ def find(pattern: str = "*", family: str | None = None) -> list[str]:
 
 
 def known(name: str) -> Known:
-    """What is behind a name.
+    """The model of a name.
 
     Raises:
         ConfigError: it is not in the catalog; names the nearest one.

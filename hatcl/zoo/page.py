@@ -1,4 +1,4 @@
-"""What the proofs gave, as a page, and as the list that ships with hatcl."""
+"""The results of the proofs as a page, and as the list that ships with hatcl."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def known_models() -> dict[str, dict[str, Any]]:
 
 
 def to_known(models: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
-    """What `known_models` reads, from rows of `prove_all`."""
+    """The content for `known_models`, from rows of `prove_all`."""
     return {
         name: {"family": row["family"], "parameters": row["parameters"], "known": round(row["known"], 4)}
         for name, row in models.items()

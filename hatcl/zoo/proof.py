@@ -1,4 +1,4 @@
-"""What must hold for a model: the proof that `hatcl zoo` runs, on one model, from conversion to a load elsewhere."""
+"""The proof that `hatcl zoo` runs on one model, from conversion to a load elsewhere."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_what_is_missing_is_named():
         adapt(which, x, batch_size=3)
     with pytest.raises(ConfigError, match="per_class: got 0"):
         adapt(which, x, per_class=0)
-    with pytest.raises(ConfigError, match="strong: the inputs are no images"):
+    with pytest.raises(ConfigError, match="strong: the inputs are not images"):
         adapt(which, torch.randn(5, 3))
 
 

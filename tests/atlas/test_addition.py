@@ -95,7 +95,7 @@ def test_what_is_missing_is_named():
     composer = parts.composer()
     with pytest.raises(ConfigError, match=r"tasks: got \[\], expected at least one"):
         add(composer, [])
-    with pytest.raises(ConfigError, match="each with a name of its own"):
+    with pytest.raises(ConfigError, match="each with its own"):
         add(composer, [tasks()[0]] * 3)
     with pytest.raises(ConfigError, match="task plain: no fine-tuned accuracy, and 2 tasks are not the 3 vectors' own"):
         add(composer, tasks()[:2])

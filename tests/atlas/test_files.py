@@ -69,7 +69,7 @@ def test_vectors_that_do_not_fit(pair):
     text = r"wrong.safetensors: 2 tensors do not fit: a.bias is \[5\], the base has \[4\]; c is \[1\], the base has no"
     with pytest.raises(VectorError, match=text):
         read_vector(folder / "wrong.safetensors", base)
-    with pytest.raises(ConfigError, match="is no task vector that hatcl saved; give the base it was fine-tuned from"):
+    with pytest.raises(ConfigError, match="is not a task vector saved by hatcl; give the base it was fine-tuned from"):
         read_vector(folder / "other.safetensors", None)
     assert len(read_vector(folder / "vector.safetensors", None)) == 4
     with pytest.raises(IntegrityError, match="no such file"):

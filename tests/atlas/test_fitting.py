@@ -287,9 +287,9 @@ def test_the_seed_decides():
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     path = tmp_path / "a.pt"
     noisy_fit(path, False)
-    with pytest.raises(ConfigError, match=r"was started with lr=0.1, now came 0.2; give the same to go on"):
+    with pytest.raises(ConfigError, match="was started with lr=0.1, now got 0.2; give the same value to continue"):
         noisy_fit(path, False, options={"lr": 0.2})
-    with pytest.raises(ConfigError, match=r"was started with coefficients=\[2, 4\], now came \[3, 4\]"):
+    with pytest.raises(ConfigError, match=r"was started with coefficients=\[2, 4\], now got \[3, 4\]"):
         _, _, composer = parts.tiny(3)
         options = AtlasOptions(epochs=5, lr=0.1, schedule="cosine", accumulate=3)
         fit(composer, loss_of(composer), parts.tiny_batches(), options=options, checkpoint=path)

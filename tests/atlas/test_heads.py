@@ -135,7 +135,7 @@ def test_a_trained_head_is_at_the_least_loss():
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(ConfigError, match="Linear is no timm, transformers or CLIP model; compose a module whose"):
+    with pytest.raises(ConfigError, match="Linear is not a timm, transformers or CLIP model; pass a module whose"):
         encoder(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="pool: got 'avg', expected one of auto, pooler"):
         encoder(parts.vit(), "avg")

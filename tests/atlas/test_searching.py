@@ -56,7 +56,7 @@ def test_a_partition_is_refined_by_its_multiples(k, more):
 def test_what_is_no_refinement_is_refused():
     shapes = {"a": (4, 3), "b": (4,)}
     block, whole, parts5 = (make_grain(g, shapes) for g in ("block", "global", "partition:5"))
-    with pytest.raises(VectorError, match="groups of block reach over several of partition:5; it is no refinement"):
+    with pytest.raises(VectorError, match="groups of block reach over several of partition:5; it is not a refinement"):
         refine(torch.zeros(1, 10), parts5, block)
     with pytest.raises(VectorError, match="groups of global reach over several of block"):
         refine(torch.zeros(1, 2), block, whole)

@@ -329,7 +329,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(here, tmp_path, 
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         code, _, err = call(capsys, *args, "--output", tmp_path / "cut")
-    assert code == 130 and f"stopped. Go on with: hatcl atlas {command[0]} --resume --output {tmp_path / 'cut'}" in err
+    assert code == 130 and f"stopped. Resume with: hatcl atlas {command[0]} --resume --output {tmp_path / 'cut'}" in err
     assert left(tmp_path / "cut") == {
         "config.json",
         "heads.safetensors",
@@ -393,8 +393,8 @@ def test_another_run_in_the_folder_is_refused(here, tmp_path, monkeypatch, capsy
         call(capsys, *ADD, "--output", folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for more, text in (
-        (["--lr", "0.01"], "was started with lr=0.05, now came 0.01; give the same to go on with it"),
-        (["--grain", "global"], "was started with grain=block, now came global"),
+        (["--lr", "0.01"], "was started with lr=0.05, now got 0.01; give the same value to continue it"),
+        (["--grain", "global"], "was started with grain=block, now got global"),
         (["--task", "x=b.safetensors:c.npz"], "was started with task="),
     ):
         code, _, err = call(capsys, *ADD, *more, "--resume", "--output", folder)
@@ -402,7 +402,7 @@ def test_another_run_in_the_folder_is_refused(here, tmp_path, monkeypatch, capsy
     code, _, err = call(capsys, *NEGATE, "--output", folder)
     assert code == 2 and "holds a run of hatcl atlas add, not of hatcl atlas negate; name another folder" in err
     code, _, err = call(capsys, *ADD, "--output", folder)
-    assert code == 2 and "already holds a run; add --resume to go on with it, or name another folder" in err
+    assert code == 2 and "already holds a run; add --resume to continue it, or name another folder" in err
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("base.safetensors", "a.safetensors", "b.safetensors", "a.npz", "b.npz"):
@@ -417,11 +417,11 @@ def test_another_run_in_the_folder_is_refused(here, tmp_path, monkeypatch, capsy
         call(capsys, *ADD, "--output", "own")
     shutil.copy(here / "c.npz", "a.npz")
     code, _, err = call(capsys, *ADD, "--resume", "--output", "own")
-    assert code == 2 and "a.npz is not what the run in own was started with: it changed since; put it back" in err
+    assert code == 2 and "a.npz has changed since the run in own was started; restore it" in err
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "config.json").write_text('{"flags": {}}')
     code, _, err = call(capsys, *ADD, "--output", tmp_path / "train")
-    assert code == 2 and "is not of a run of hatcl; name another folder" in err
+    assert code == 2 and "does not belong to a run of hatcl; name another folder" in err
 
 
 # --- looking ---
@@ -445,10 +445,10 @@ def test_cosine(here, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["a.safetensors"], "a.safetensors is no task vector that hatcl saved; give the base it was fine-tuned from"),
+        (["a.safetensors"], "a.safetensors is not a task vector saved by hatcl; give the base it was fine-tuned from"),
         (["a.safetensors", "--base", "base.safetensors"], "head.weight is [5, 64] in the pretrained model, [2, 64]"),
         (["none.safetensors"], "none.safetensors: no such file"),
-        (["b.safetensors", "b=c-vector.safetensors"], "vectors: two have one name; write NAME=PATH"),
+        (["b.safetensors", "b=c-vector.safetensors"], "vectors: two have the same name; write NAME=PATH"),
     ],
 )
 def test_cosine_refuses_with_one_clean_message(here, capsys, args, text):
@@ -467,7 +467,7 @@ def test_sweep_goes_through_the_pretrained_and_the_fine_tuned_model(here, tmp_pa
         assert words[at + 1 : at + 3] == [f"{100 * rows[row][n]['test']:.1f}" for n in "ab"]
     assert (tmp_path / "sweep.png").exists()
     code, _, err = call(capsys, *args, "--count", "0")
-    assert code == 2 and "expected at least one coefficient, upwards" in err
+    assert code == 2 and "expected at least one coefficient, in ascending order" in err
 
 
 # --- bad input ---
@@ -480,7 +480,7 @@ def test_sweep_goes_through_the_pretrained_and_the_fine_tuned_model(here, tmp_pa
         (["add", "base.safetensors", "--task", "x=none.safetensors:a.npz"], "none.safetensors: no such file"),
         (["add", "base.safetensors", "--task", "x=b.safetensors:none.npz"], "none.npz is not a file; expected an .npz"),
         (["add", "base.safetensors", "--task", "b.safetensors"], "got 'b.safetensors', expected NAME=VECTOR:DATA"),
-        (["add", "base.safetensors", "--task", A], "--task: the name 'a' comes twice"),
+        (["add", "base.safetensors", "--task", A], "--task: the name 'a' appears twice"),
         (["add", "base.safetensors", "--model", "test_vitt"], "--model: got 'test_vitt'; did you mean 'test_vit'?"),
         (["add", "base.safetensors", "--model", "hat_test_vit"], "--model: got 'hat_test_vit'; did you mean"),
         (["add", "base.safetensors", "--model", "test_vit.none"], "Invalid pretrained tag (none)"),
@@ -491,7 +491,7 @@ def test_sweep_goes_through_the_pretrained_and_the_fine_tuned_model(here, tmp_pa
         (["add", "base.safetensors", "--model-kwargs", "depth"], "--model-kwargs: got 'depth', expected key=value"),
         (["add", "base.safetensors", "--task", "x=wide.safetensors:a.npz"], "wide.safetensors: the pretrained model"),
         (["add", "base.safetensors", "--task", "x=foreign.safetensors:a.npz"], "foreign.safetensors: 1 tensors do not"),
-        (["add", "base.safetensors", "--task", "x=moved.safetensors:a.npz"], "is not what vector 2 was taken from"),
+        (["add", "base.safetensors", "--task", "x=moved.safetensors:a.npz"], "differs from the base of vector 2"),
         (["add", "base.safetensors", "--size", "33"], "a.npz: test_vit does not take images of [3, 33, 33]"),
         (["add", "base.safetensors", "--size", "0", "--task", "x=b.safetensors:odd.npz"], "odd.npz: test_vit does not"),
         (["add", "base.safetensors", "--fit", "crops"], "fit: got 'crops', expected one of crop, resize, pad; did"),
@@ -508,9 +508,9 @@ def test_sweep_goes_through_the_pretrained_and_the_fine_tuned_model(here, tmp_pa
         (["add", "base.safetensors", "--linearised", "--merge"], "--merge: a linearised composition has no weights"),
         (["add", "base.safetensors", "--device", "cuda:99"], "--device: 'cuda:99' cannot be used here"),
         (["negate", "base.safetensors", "--keep", "2"], "keep: got 2.0, expected a share"),
-        (["negate", "base.safetensors", "--target", "control=b.safetensors:b.npz"], "the name control is that of"),
+        (["negate", "base.safetensors", "--target", "control=b.safetensors:b.npz"], "the name control belongs to"),
         (["few-shot", "base.safetensors", "--shots", "many"], "--shots: got 'many', expected a number per class"),
-        (["few-shot", "base.safetensors", "--shots", "1000"], "has 24 examples, 1000 shots are asked for"),
+        (["few-shot", "base.safetensors", "--shots", "1000"], "has 24 examples, expected 1000 shots; ask for"),
         (["few-shot", "base.safetensors", "--budget", "3"], "--budget: got 3, expected 1 to 2, the number of vectors"),
         (
             ["few-shot", "base.safetensors", "--vector", "b.safetensors"],

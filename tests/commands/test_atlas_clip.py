@@ -174,11 +174,11 @@ def test_linearised_and_resumed(opened, tmp_path, capsys):
     good(capsys, *args)
     (tmp_path / "run" / "metrics.json").unlink()
     code, err = call(capsys, *args, "--resume", "--templates", "mnist=svhn")
-    assert code == 2 and "was started with templates.mnist=nothing, now came svhn" in err
+    assert code == 2 and "was started with templates.mnist=nothing, now got svhn" in err
     Path("mnist.txt").write_text("zero\none\ntwo\n")
     code, err = call(capsys, *args, "--resume")
     Path("mnist.txt").write_text("\n".join(DIGITS))
-    assert code == 2 and "mnist.txt is not what the run" in err
+    assert code == 2 and "mnist.txt has changed since the run" in err
     good(capsys, *args, "--resume")
 
 
@@ -266,7 +266,7 @@ def test_images_in_folders_bring_names_and_templates(opened, tmp_path, capsys):
     code, err = call(
         capsys, "few-shot", "base.safetensors", *args, "--shots", "2", "--output", tmp_path / "run", "--resume"
     )
-    assert code == 2 and f"dtd@{tmp_path} is not what the run" in err
+    assert code == 2 and f"dtd@{tmp_path} has changed since the run" in err
     folder = ["--data", tmp_path / "dtd", "--templates", "task=dtd"]
     good(capsys, "adapt", "base.safetensors", *args[:4], *folder, *QUICK, "--output", tmp_path / "folder")
     assert report_of(tmp_path / "folder")["prompts"] == report["prompts"]
@@ -282,7 +282,7 @@ def test_images_in_folders_bring_names_and_templates(opened, tmp_path, capsys):
         (["--templates", "x=svhn"], "--templates: there is no task 'x'"),
         (
             ["--class-names", "mnist=mnist.txt", "--templates", "mnist=none.txt"],
-            "none.txt: cannot be read as a text file",
+            "none.txt cannot be read as a text file",
         ),
         (["--class-names", "mnist=mnist.txt", "--size", "64"], "size: got 64; open_clip:local-dir:"),
         (

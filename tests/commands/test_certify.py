@@ -20,7 +20,7 @@ def test_certify_works_without_the_data_and_on_a_plain_model(run, tmp_path, caps
     config["options"]["task"] = [f"x={tmp_path / 'gone.npz'}"]
     (copy / "config.json").write_text(json.dumps(config))
     code, out, _ = call(capsys, "certify", copy)
-    assert code == 0 and "gone.npz is not there" in " ".join(out.split()) and "task 2: exact" in out
+    assert code == 0 and "gone.npz does not exist" in " ".join(out.split()) and "task 2: exact" in out
     code, out, _ = call(capsys, "certify", copy / "model")
     assert code == 0 and "no finished run's records here" in " ".join(out.split()) and "task 2: exact" in out
 

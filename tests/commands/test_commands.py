@@ -198,7 +198,7 @@ def test_a_run_resumes_is_fed_back_by_config_and_is_refused_to_others(here, tmp_
     before = files(output)
 
     code, _, err = call(capsys, *line, "--output", output)
-    assert code == 2 and "already holds a run; add --resume to go on with it, or name another folder" in err
+    assert code == 2 and "already holds a run; add --resume to continue it, or name another folder" in err
     code, out, err = call(capsys, *name.split(), "--resume", "--output", output, "--json")
     assert code == 0 and json.loads(out) == report, err
     other = [n for n in RUNS if n != name][0]
@@ -206,7 +206,7 @@ def test_a_run_resumes_is_fed_back_by_config_and_is_refused_to_others(here, tmp_
     assert code == 2 and f"holds a run of hatcl {name}, not of hatcl {other}; name another folder" in err
     if name != "graft":
         code, _, err = call(capsys, *name.split(), "--resume", "--output", output, "--batch-size", "7")
-        assert code == 2 and re.search("was started with batch_size=.*, now came 7; give the same", err)
+        assert code == 2 and re.search("was started with batch_size=.*, now got 7; give the same", err)
     assert files(output) == before
 
     again = tmp_path / "again"
@@ -229,7 +229,7 @@ def test_a_run_resumes_is_fed_back_by_config_and_is_refused_to_others(here, tmp_
     assert code == 2 and f"hatcl {name} has no option 'batch_sise'; did you mean 'batch_size'?" in err
     assert not (tmp_path / "other").exists()
     code, _, err = call(capsys, *other.split(), "--config", output / "config.json", "--output", tmp_path / "other")
-    assert code == 2 and f"is of hatcl {name}, not of hatcl {other}" in err
+    assert code == 2 and f"holds options of hatcl {name}, not of hatcl {other}" in err
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -238,7 +238,9 @@ def test_a_folder_where_a_process_is_at_work_is_refused(here, tmp_path, capsys, 
     output.mkdir()
     with held_by_one(output / runs.LOCK):
         code, _, err = call(capsys, *shlex.split(LINES[name]), "--output", output)
-    assert code == 2 and "another process is at work in this folder; wait for its end, stop it, or name another" in err
+    assert (
+        code == 2 and "another process is working in this folder; wait until it ends, stop it, or name another" in err
+    )
     assert list(output.iterdir()) == []
 
 

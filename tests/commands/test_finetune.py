@@ -133,7 +133,9 @@ def test_a_pair_for_a_causal_model_needs_a_template_that_ends_with_its_answer(he
     asked = ["finetune", "gpt2", "--mode", "autoregressive", "--task", "rte", "--data", "rte.json", "--k", "2", *SHORT,
              "--word", "not_entailment=terrible", "--word", "entailment=great", *QUICK]  # fmt: skip
     code, _, err = call(capsys, *asked, "--output", "gpt_rte")
-    assert code == 2 and "goes on after {mask}, which a causal model does not read; give one that ends with it" in err
+    assert (
+        code == 2 and "has text after {mask}, which a causal model does not read; give one that ends with {mask}" in err
+    )
     assert "such as '{text} {text2} {mask}'" in err and not (here / "gpt_rte").exists()
     code, _, err = call(capsys, *asked, "--template", "{text} {text2} It was {mask}", "--output", "gpt_rte")
     assert code == 0, err
@@ -177,7 +179,7 @@ def test_a_regression_has_no_table_of_grafts(here, capsys):
     options = ["--k", "2", *SHORT, *QUICK, "--output", "scores"]
     assert call(capsys, "finetune", "roberta", "--task", "sts-b", "--data", "sts-b.json", *options)[0] == 0
     code, _, err = call(capsys, "graft", "scores", "--sparsity", "0.1", "--device", "cpu")
-    assert code == 2 and "the table of hatcl graft is of classes, and this is a regression; learn its graft" in err
+    assert code == 2 and "hatcl graft measures classification, but this is a regression; learn its graft" in err
 
 
 def test_what_does_not_fit(here, capsys):
@@ -190,11 +192,13 @@ def test_what_does_not_fit(here, capsys):
     assert "task: got 'rta'" in refused("--task", "rta")
     assert "--data: there is no file nowhere" in refused("--task", "rte", "--data", "nowhere")
     assert "--data: there is no file gpt2" in refused("--data", "gpt2")  # a folder is read by a task's name
-    assert "task: rte is of texts, which mode image does not read" in refused("--task", "rte", "--mode", "image")
+    assert "task: rte is a task of texts, which mode image does not read" in refused("--task", "rte", "--mode", "image")
     err = refused("--task", "sts-b", "--mode", "labels", "--data", "x.json")
     assert "task: sts-b is a regression, which mode 'labels' does not learn" in err
-    assert "measure: pearson is of scores, and these are classes" in refused("--task", "rte", "--measure", "pearson")
-    assert "data: cr is not read from a hub" in refused("--task", "cr")
+    assert "measure: pearson needs scores, but the labels are classes" in refused(
+        "--task", "rte", "--measure", "pearson"
+    )
+    assert "data: cr cannot be read from a hub" in refused("--task", "cr")
 
 
 def as_pair(text):
@@ -236,5 +240,5 @@ def test_a_result_no_better_than_the_commonest_answer_is_said(tmp_path, capsys, 
     }  # fmt: skip
     show_finetuned(tmp_path, metrics)
     out = " ".join(capsys.readouterr().out.split())
-    assert "always the commonest answer" in out
-    assert ("on the test examples is no better than always giving the commonest answer (50.0 %)" in out) is said
+    assert "always the most common answer" in out
+    assert ("on the test examples is no better than always giving the most common answer (50.0 %)" in out) is said

@@ -99,7 +99,7 @@ def test_every_mode_of_texts_from_fine_tuning_to_a_graft(here, tmp_path, capsys,
     more = ["--mode", mode, *words, "--k", "2", "--max-steps", "4", "--data-seed", "3"]
     assert hatcl("finetune", model, *TEXT, *QUICK, *more, "--output", run) == 0
     out, _ = said(capsys)
-    assert "4 training, 4 validation and 8 test examples" in out and f"Go on with: hatcl graft {run}" in out
+    assert "4 training, 4 validation and 8 test examples" in out and f"Next: hatcl graft {run}" in out
     assert graft(run, "--sparsity", "0.05", "--steps", "2", "--by", "learned", "--by", "random") == 0
     stored = json.loads((run / "grafts" / "metrics.json").read_text())
     assert [g["by"] for g in stored["grafts"]] == ["learned", "random"]
@@ -113,11 +113,11 @@ def test_every_mode_of_texts_from_fine_tuning_to_a_graft(here, tmp_path, capsys,
 def test_fine_tuning_shows_a_finished_run_and_refuses_another_on_its_folder(here, capsys):
     before = files(here / "run")
     assert hatcl("finetune", "bert", *TEXT, *QUICK, "--output", "run") == 2
-    assert "run already holds a run; add --resume to go on with it, or name another folder" in said(capsys)[1]
+    assert "run already holds a run; add --resume to continue it, or name another folder" in said(capsys)[1]
     assert hatcl("finetune", "--resume", "--output", "run") == 0
     assert "run is finished already" in said(capsys)[0]
     assert hatcl("finetune", "--lr", "0.02", "--resume", "--output", "run") == 2
-    assert "was started with lr=0.01, now came 0.02" in said(capsys)[1]
+    assert "was started with lr=0.01, now got 0.02" in said(capsys)[1]
     assert files(here / "run") == before
 
 
@@ -150,7 +150,7 @@ def test_fine_tuning_that_is_stopped_says_how_it_goes_on(here, tmp_path, capsys,
 
     monkeypatch.setattr("hatcl.commands.finetune.finetune_run", stops)
     assert hatcl("finetune", "bert", *TEXT, *QUICK, "--output", tmp_path / "out") == 130
-    assert f"stopped. Go on with: hatcl finetune --resume --output {tmp_path / 'out'}" in said(capsys)[1]
+    assert f"stopped. Resume with: hatcl finetune --resume --output {tmp_path / 'out'}" in said(capsys)[1]
     assert not list(tmp_path.iterdir())
 
 
@@ -165,7 +165,7 @@ def test_the_table_and_the_figures(here, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli_graft, "draw_graft_curve", draw_graft_curve)
     assert graft("run", *ALL, "--steps", "3", "--ood", "others.json.gz", "--output", tmp_path / "g") == 0
     out, _ = said(capsys)
-    for word in ("gain kept", "agreed", "ECE", "others", "learned 0.1", "random 0.01", "fine-tuned ones in all models"):
+    for word in ("gain kept", "agreed", "ECE", "others", "learned 0.1", "random 0.01", "fine-tuned ones"):
         assert word in out, word
     for name in ("reliability.png", "curve.png"):
         assert (tmp_path / "g" / name).read_bytes()[:4] == b"\x89PNG"
@@ -212,7 +212,7 @@ def test_the_same_command_goes_on_after_an_interruption(here, tmp_path, capsys, 
     with monkeypatch.context() as m:
         m.setattr(finetuning_grafts, "select_graft", stops)
         assert graft("run", *more, "--output", killed) == 130
-    assert f"Go on with: hatcl graft --resume --output {killed}" in said(capsys)[1]
+    assert f"Resume with: hatcl graft --resume --output {killed}" in said(capsys)[1]
     assert sorted(p.name for p in killed.iterdir()) == [
         "config.json", "learned_0.01", "learned_0.1", "magnitude_0.01", "magnitude_0.1",
         "metrics.csv", "metrics.jsonl",
@@ -353,7 +353,7 @@ def test_scores_that_were_not_kept(here, tmp_path, capsys):
     assert graft("run", *more) == 0
     before = files(tmp_path)
     assert graft("run", *more, "--keep-scores", "--resume") == 2
-    assert "--keep-scores:" in (text := said(capsys)[1]) and "learned_0.1 was made without; name another" in text
+    assert "--keep-scores:" in (text := said(capsys)[1]) and "learned_0.1 was made without scores; name another" in text
     assert files(tmp_path) == before
     shutil.rmtree(tmp_path / "g" / "learned_0.1")
     assert graft("run", *more, "--keep-scores", "--resume") == 0 and graft("run", *more, "--resume") == 0
@@ -421,8 +421,8 @@ def test_errors_of_grafts(here, masks, tmp_path, capsys):
         (["--batch-size", "0"], "--batch-size: got 0, expected an integer of at least 1"),
         (["--steps", "0"], "steps: got 0"),
         (["--rule", "plane"], "did you mean 'plain'"),
-        (["--grain", "unit"], "--grain unit: is of --by magnitude and random"),
-        (["--per-layer"], "--per-layer: is of --by magnitude and random"),
+        (["--grain", "unit"], "--grain unit: works only with --by magnitude or random"),
+        (["--per-layer"], "--per-layer: works only with --by magnitude or random"),
         (["--by", "random", "--per-layer", "--grain", "unit"], "--per-layer: got --grain unit, expected element"),
         (["--by", "random", "--grain", "unti", "--sparsity", "0.1"], "got 'unti', expected one of element, unit"),
         (["--sparsity", "0.1234567", "--sparsity", "0.1234568"], "--sparsity: got 0.123457 twice"),  # one folder
@@ -430,28 +430,28 @@ def test_errors_of_grafts(here, masks, tmp_path, capsys):
         (["--no-train"], "--no-train: nothing to measure; give --mask-path"),
         (
             ["--no-train", "--mask-path", "bits.safetensors", "--checkpoint-location", "scores.safetensors"],
-            "give the one file to be measured",
+            "give only the file to measure",
         ),
         (["--no-train", "--mask-path", "bits.safetensors", "--sparsity", "0.1"], "which has its own size"),
         (["--no-train", "--mask-path", "none.safetensors"], "--mask-path: there is no file none.safetensors"),
         (["--no-train", "--checkpoint-location", "no.safetensors"], "--checkpoint-location: there is no file no.safe"),
         (["--no-train", "--mask-path", "other.safetensors"], "was it made for another model?"),
         (["--no-train", "--mask-path", "text.safetensors"], "text.safetensors"),
-        (["--no-train", "--mask-path", "run/finetuned.safetensors"], "does not say whether that is bits or scores"),
+        (["--no-train", "--mask-path", "run/finetuned.safetensors"], "does not state whether these are bits or scores"),
         (["--checkpoint-location", "x.pt"], "--checkpoint-location: got x.pt, expected a file that ends in .safet"),
         (
             ["--sparsity", "0.1", "--sparsity", "0.2", "--checkpoint-location", "x.safetensors"],
-            "holds one learned graft, but 2 are asked for",
+            "holds one learned graft, but 2 were requested",
         ),
-        (["--by", "random", "--checkpoint-location", "x.safetensors"], "but 0 are asked for"),
-        (["--by", "random", "--mask-path", "bits.safetensors"], "--mask-path: is where --by learned starts"),
-        ([*learn, "--mask-path", "bits.safetensors"], "it must be over the same tensors"),
+        (["--by", "random", "--checkpoint-location", "x.safetensors"], "but 0 were requested"),
+        (["--by", "random", "--mask-path", "bits.safetensors"], "--mask-path is the start of --by learned"),
+        ([*learn, "--mask-path", "bits.safetensors"], "both must have the same tensors"),
         (["--only", "*atention*"], "matches none of"),
         (["--only", "*attention*", "--skip", "encoder.*"], "leave"),
-        (["--only", "embeddings.*"], "none is left of the 18 tensors that fine-tuning has trained"),
+        (["--only", "embeddings.*"], "nothing is left of the 18 tensors that fine-tuning has trained"),
         ([*learn, "--ood", "none.json"], "none.json"),
         ([*learn, "--ood", "named.json.gz"], "--ood: named.json.gz has the label 'a', expected one of 0, 1"),
-        ([*learn, "--ood", "others.json.gz", "--ood", "others.json.gz"], "--ood: two files are called 'others'"),
+        ([*learn, "--ood", "others.json.gz", "--ood", "others.json.gz"], "--ood: two files are named 'others'"),
     ]
     before = files(here)
     for more, message in cases:
@@ -460,9 +460,9 @@ def test_errors_of_grafts(here, masks, tmp_path, capsys):
         assert not list(tmp_path.iterdir()), message
         assert files(here) == before, message
     assert graft("bert", "--output", tmp_path / "g") == 2
-    assert "holds something else than a run of hatcl finetune" in said(capsys)[1]
+    assert "holds something other than a run of hatcl finetune" in said(capsys)[1]
     assert graft("none", "--output", tmp_path / "g") == 2
-    assert "none: holds no run of hatcl finetune" in said(capsys)[1]
+    assert "none holds no run of hatcl finetune" in said(capsys)[1]
     for labels in (np.arange(5), np.array([0, 2, 2])):  # of 0 and 2 the file would make 0 and 1
         x = np.zeros((len(labels), 8, 8), np.uint8)
         np.savez(here / "other.npz", x_train=x, y_train=labels, x_test=x, y_test=labels)
@@ -479,13 +479,13 @@ def test_folders_that_hold_something_else(here, tmp_path, capsys):
     before = files(out)
     capsys.readouterr()
     assert graft("run", *random, "--seed", "1", "--resume") == 2
-    assert "was started with learning.seed=0, now came 1; give the same to go on with it" in said(capsys)[1]
+    assert "was started with learning.seed=0, now got 1; give the same value to continue it" in said(capsys)[1]
     assert graft("run", *random, "--only", "*attention*", "--resume") == 2
     assert "was started with parts.tensors=[" in said(capsys)[1]
     assert files(out) == before
     (out / "random_0.1" / "about.json").unlink()
     assert graft("run", *random, "--resume") == 2
-    assert "holds something else than a graft" in said(capsys)[1]
+    assert "holds something other than a graft" in said(capsys)[1]
     (tmp_path / "file").write_text("")
     assert graft("run", "--output", tmp_path / "file") == 2
     assert "is a file, expected a folder" in said(capsys)[1]

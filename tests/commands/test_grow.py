@@ -84,7 +84,7 @@ def test_bad_input(copied, run, tmp_path, capsys):
         (["--factor", "2", "--layer", "a=1"], "--factor, --layer: got both"),
         (["--layer", "nowhere=1"], "nowhere"),
         (["--layer", "conv1.0=few"], "--layer: got conv1.0=few, expected a whole number of new units"),
-        (["--num-classes", "3"], "--num-classes: is of the tasks that --add-tasks makes room for"),
+        (["--num-classes", "3"], "--num-classes belongs to the tasks that --add-tasks makes room for"),
         (["--add-tasks", "0"], "count: got 0, expected at least 1"),
         (["--add-tasks", "2", "--num-classes", "1", "--num-classes", "2", "--num-classes", "3"], "got 3 numbers for 2"),
         (["--output", str(run)], "a run is there; name another folder"),
@@ -104,7 +104,9 @@ def test_what_a_run_that_stopped_cannot_have(copied, capsys):
     (copied / "checkpoint").mkdir()
     (copied / "kept").rename(copied / "checkpoint" / "model")
     code, _, err = call(capsys, "grow", copied, "--add-tasks", "1")
-    assert code == 2 and "is not finished, and its tasks are those that it was started with; finish it first" in err
+    assert (
+        code == 2 and "is not finished, so its tasks are still those that it was started with; finish it first" in err
+    )
     (copied / "checkpoint" / "optimizer.pt").write_bytes(b"")
     code, _, err = call(capsys, "grow", copied)
     assert code == 2 and "optimizer.pt" in err

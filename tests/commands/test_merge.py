@@ -73,7 +73,7 @@ def test_merge_writes_vectors_and_merges(checkpoints, monkeypatch, capsys):
         (["no.safetensors"], "no.safetensors: no such file; expected safetensors"),
         (
             ["0.safetensors:half"],
-            "0.safetensors:half: no such file, and 'half' is no coefficient; expected PATH or PATH:COEF",
+            "0.safetensors:half: no such file, and 'half' is not a coefficient; expected PATH or PATH:COEF",
         ),
         (["0.safetensors:nan"], "coefficient of 0.safetensors: got nan, expected a finite number"),
         (["0.safetensors", "--shard-size", "many"], "--shard-size: got 'many', expected a size such as 100MB or 2GB"),
@@ -82,7 +82,7 @@ def test_merge_writes_vectors_and_merges(checkpoints, monkeypatch, capsys):
         (["0.safetensors", "--set", "x"], "--set: got 'x', expected key=value"),
         (["0.safetensors", "--set", "x=1"], "options: got x without a method that takes them"),
         (["0.safetensors", "--method", "tise"], "method: got 'tise'"),
-        (["vector.safetensors"], "is not what this vector was taken from; apply it to its own base"),
+        (["vector.safetensors"], "differs from this vector's base; apply it to its own base"),
         (["0.safetensors", "--output", "base.safetensors"], "base.safetensors would replace"),
     ],
 )
@@ -108,7 +108,7 @@ def test_merge_stopped_by_ctrl_c_goes_on(checkpoints, monkeypatch, capsys):
 
     monkeypatch.setattr(hatcl.vectors.files, "_write_file", stopping)
     code, _, err = call(capsys, *args)
-    assert code == 130 and "stopped. Go on with: the same command" in err
+    assert code == 130 and "stopped. Resume with: the same command" in err
     left[0] = 1  # one of three shards is left
     code, _, _ = call(capsys, *args)
     assert code == 0 and len(list(Path("out").glob("*.safetensors"))) == 3
@@ -163,7 +163,7 @@ def test_a_recipe_with_a_method(checkpoints, capsys):
         ({"base": "b", "parts": ["0"], "coeficients": [1]}, "no option 'coeficients'; did you mean 'coefficients'?"),
         ({"base": "b", "parts": ["0"], "coefficients": [1, 2]}, "expected parts as a list of paths and as many"),
         ({"base": "b", "parts": {"0": 1}, "coefficients": [1]}, "parts has coefficients already"),
-        ({"base": "b", "parts": {"0": "half"}}, "the coefficient 'half' is no number"),
+        ({"base": "b", "parts": {"0": "half"}}, "the coefficient 'half' is not a number"),
         ({"base": "b", "parts": ["0"], "options": [1]}, "options is [1], expected a mapping"),
         ({"base": "b", "parts": ["0"], "only": [1]}, "only is [1], expected a pattern of names, or a list of them"),
         ({"base": "b", "parts": ["0"], "dtype": 16}, "dtype is 16, expected a text"),
@@ -234,7 +234,7 @@ def test_a_run_or_a_model_with_tasks_is_not_replaced(checkpoints, tmp_path, caps
     (output / "config.json").write_text(json.dumps(known))
     args = ("merge", checkpoints / "base.safetensors", checkpoints / "base.safetensors", "--output", output)
     code, _, err = call(capsys, *args)
-    assert code == 2 and "is there" in err and "name another folder" in err
+    assert code == 2 and ("is there" in err or "holds a run" in err) and "name another folder" in err
     assert [path.name for path in output.iterdir()] == ["config.json"]
     (output / "config.json").write_text("{}")  # neither: the twin, which is written
     assert call(capsys, *args)[0] == 0 and len(list(output.iterdir())) > 1
@@ -261,7 +261,9 @@ def test_a_recipe_of_mergekit(models, tmp_path, monkeypatch, capsys):
     assert code == 0 and "again: " in out
     for words in (["--method", "ties"], ["--set", "density=1"], ["--dtype", "float16"], ["--only", "*"], ["--buffers"]):
         code, _, err = call(capsys, "merge", path, "--output", tmp_path / "no", *words)
-        assert code == 2 and f"{words[0]}: {path} is a recipe of mergekit, which says it all; write it there" in err
+        assert (
+            code == 2 and f"{words[0]}: {path} is a recipe of mergekit, which holds all options; write it there" in err
+        )
     code, _, err = call(capsys, "merge", recipe(tmp_path, {**content, "modelss": []}), "--output", tmp_path / "no")
     assert code == 2 and "recipe: no key 'modelss'; did you mean 'models'" in err
 
@@ -386,4 +388,4 @@ def test_the_card_repeats_the_merge(models, tmp_path, monkeypatch, capsys):
         want = f"\n# hatcl merge {path} --dtype bfloat16 --set density=0.3\n" if told is None else told
         assert path.read_text() + want + "```" in card
     code, _, err = call(capsys, "merge", path, "c", "--output", tmp_path / "no")
-    assert code == 2 and "own.yaml is a recipe, which names its parts; got c beside it, write it there" in err
+    assert code == 2 and "own.yaml is a recipe, which names its parts; also got c; write it in the recipe" in err

@@ -30,7 +30,7 @@ def test_a_run_that_is_not_finished(run, tmp_path, capsys):
     metrics = json.loads((copy / "metrics.json").read_text())
     (copy / "metrics.json").unlink()
     code, _, err = call(capsys, "show", copy)
-    assert code == 2 and f"has nothing to show yet; go on with: hatcl train --resume --output {copy}" in err
+    assert code == 2 and f"has nothing to show yet; continue with: hatcl train --resume --output {copy}" in err
     (copy / "checkpoint").mkdir()
     runs.write_json(copy / "checkpoint" / "progress.json", {"result": {**metrics, "details": {}}})
     code, out, err = call(capsys, "show", copy)
@@ -47,12 +47,12 @@ def test_a_run_all_of_whose_tasks_are_forgotten_is_finished(run, tmp_path, capsy
 
 def test_what_is_no_run(tmp_path, capsys):
     code, _, err = call(capsys, "show", tmp_path)
-    assert code == 2 and "holds no run of hatcl (no config.json of one); name the folder of a run" in err
+    assert code == 2 and "holds no run of hatcl (it has no config.json of a run); name the folder of a run" in err
     runs.write_json(tmp_path / "config.json", {"command": "cook", "options": {}})
     code, _, err = call(capsys, "show", tmp_path)
     assert code == 2 and "holds no run of hatcl" in err
     code, _, err = call(capsys, "show", tmp_path / "nowhere")
-    assert code == 2 and "nowhere: there is no such folder; name the folder of a run" in err
+    assert code == 2 and "nowhere: no such folder; name the folder of a run" in err
     code, _, err = call(capsys, "show", tmp_path, "--share", "1")
     assert code == 2 and "--share: got 1.0, expected a share between 0 and 1, without these" in err
 
@@ -100,12 +100,12 @@ def test_a_task_that_learned_nothing_is_said(run, tmp_path, capsys):
     metrics["matrix"] = [[0.9] * 3 for _ in range(3)]
     (copy / "metrics.json").write_text(json.dumps(metrics))
     shown = " ".join(call(capsys, "show", copy)[1].split())
-    assert "always the commonest answer" in shown and "no better than" not in shown
+    assert "always the most common answer" in shown and "no better than" not in shown
     metrics["matrix"][1][1] = 0.5
     (copy / "metrics.json").write_text(json.dumps(metrics))
     shown = " ".join(call(capsys, "show", copy)[1].split())
     assert (
-        "task 1 t1: 50.0 % just after learning is no better than always giving the commonest answer (50.0 %), so "
+        "task 1 t1: 50.0 % just after learning is no better than always giving the most common answer (50.0 %), so "
         "nothing shows that it was learned; try more steps (--max-steps)"
     ) in shown and shown.count("no better than") == 1
     del metrics["commonest"]  # a run of an earlier hatcl
@@ -223,4 +223,4 @@ def test_how_a_run_of_the_function_is_resumed(run, tmp_path, capsys):
     runs.write_json(copy / "config.json", {**config, "command": "learn_sequence"})
     (copy / "metrics.json").unlink()
     code, _, err = call(capsys, "show", copy)
-    assert code == 2 and "has nothing to show yet; go on by calling learn_sequence once more" in err
+    assert code == 2 and "has nothing to show yet; continue by calling learn_sequence again" in err

@@ -89,9 +89,9 @@ def test_options_reach_the_model_and_its_config(tmp_path, capsys):
 
 def test_a_finished_or_other_run_is_not_overwritten(run, capsys):
     code, _, err = call(capsys, "train", "--output", run, *FAST)
-    assert code == 2 and "already holds a run; add --resume to go on with it, or name another folder" in err
+    assert code == 2 and "already holds a run; add --resume to continue it, or name another folder" in err
     code, _, err = call(capsys, "train", "--output", run, "--resume", "--epochs", "3")
-    assert code == 2 and "was started with epochs=2, now came 3; give the same to go on with it" in err
+    assert code == 2 and "was started with epochs=2, now got 3; give the same value to continue it" in err
     code, _, err = call(capsys, "train", "--output", run, "--resume", "--epochs", "2", "--device", "cpu")
     assert code == 0
 
@@ -101,9 +101,9 @@ def test_more_tasks_for_a_finished_run_are_refused_with_the_remedy(run, capsys):
     more = [text for task in [*tasks, f"more={tasks[0].partition('=')[2] or tasks[0]}"] for text in ("--task", task)]
     before = (run / "metrics.json").read_bytes()
     code, _, err = call(capsys, "train", "--output", run, "--resume", *more, *FAST)
-    assert code == 2 and f"the run in {run} is finished with 3 tasks, and now came 4; it learns no more here" in err
+    assert code == 2 and f"the run in {run} is finished with 3 tasks, and now got 4; it cannot learn more here" in err
     assert f"model = hatcl.from_pretrained('{run / 'model'}') and hatcl.learn(model, 3, ...)" in err
-    assert "after hatcl grow --add-tasks 1 where there is no room" in err and "--output" in err
+    assert "after hatcl grow --add-tasks 1 if there is no room" in err and "--output" in err
     assert (run / "metrics.json").read_bytes() == before
     code, _, err = call(capsys, "train", "--output", run, "--resume", *more[2:], *FAST)  # other tasks, not more
     assert code == 2 and "was started with task=" in err
@@ -117,7 +117,7 @@ def test_a_router_of_what_has_no_classes_is_refused_before_anything_is_learned(t
     np.savez(path, **{n: as_other(a) if n.startswith("y") else a for n, a in arrays.items()})
     line = ["train", *given([path]), "--problem", problem, "--router", "--output", tmp_path / "run", *FAST]
     code, _, err = call(capsys, *line)
-    assert code == 2 and f"router: task 't0' is a {problem}, and a router finds tasks of one class per example" in err
+    assert code == 2 and f"router: task 't0' is a {problem}, but a router needs tasks with one class per example" in err
     assert "learn without --router" in err and not (tmp_path / "run").exists()
 
 
@@ -190,7 +190,7 @@ def test_a_task_of_one_class_is_refused_before_a_folder_is_made(tmp_path, capsys
     arrays = dict(np.load(path))
     np.savez(path, **{n: a * 0 if n.startswith("y") else a for n, a in arrays.items()})
     code, out, err = call(capsys, "train", *given([path]), "--output", tmp_path / "run")
-    assert code == 2 and "task 't0': has one class; expected at least 2 classes; give it images of another" in err
+    assert code == 2 and "task 't0' has one class; expected at least 2 classes; add images of another" in err
     assert not (tmp_path / "run").exists() and "run folder" not in out
 
 
@@ -209,11 +209,11 @@ def test_what_a_method_refuses_is_refused_before_the_first_line(tmp_path, capsys
     [
         (
             ["--task", "none.npz"],
-            "none.npz is not there; expected a file, a folder, NAME@FOLDER of torchvision, or hf:NAME",
+            "none.npz does not exist; expected a file, a folder, NAME@FOLDER of torchvision, or hf:NAME",
         ),
         (["--split", "5"], "--split: got '5', expected PLACE:5"),
         (["--split", "a.npz"], "expected PLACE:5"),
-        (["--split", "t0.npz:2"], "'t0' has 2 classes, which do not make 2 tasks of at least two classes"),
+        (["--split", "t0.npz:2"], "'t0' has 2 classes, too few for 2 tasks of at least two classes"),
         (["--split", "t0.npz:2x"], "--split: got '2x', expected a number of tasks (5), or tasks x classes (5x2)"),
         (["--column", "labl=y"], "column: got 'labl', expected one of text,"),
         (["--problem", "regresion"], "problem: got 'regresion'"),
@@ -227,12 +227,12 @@ def test_what_a_method_refuses_is_refused_before_the_first_line(tmp_path, capsys
         (["--set", "max_scal=3"], "did you mean 'max_scale'"),
         (["--set", "schedule=cosin"], "did you mean 'cosine'"),
         (["--method", "joint", "--model", "vit_tiny_patch16_224"], "does not take images of [3, 32, 32]"),
-        (["--method", "joint", "--rank", "3"], "--rank: has no effect on learning images by joint, which adapts"),
+        (["--method", "joint", "--rank", "3"], "--rank has no effect on learning images by joint, which adapts"),
         (["--method", "tasl", "--target", "no"], "peft cannot adapt this model"),
         (["--method", "tasel"], "--method: got 'tasel'"),
-        (["--word", "a:b=c"], "--word: has no effect on learning images; leave it out"),
+        (["--word", "a:b=c"], "--word has no effect on learning images; leave it out"),
         (["--validation", "0.01", "--score-on", "validation"], "a share of 0.01 holds out no image of 48"),
-        (["--set", "num_tasks=1"], "--set num_tasks: got 1, expected at least the 3 tasks at hand"),
+        (["--set", "num_tasks=1"], "--set num_tasks: got 1, expected at least 3, the number of tasks given"),
         (["--optimizer", "adamq"], "got 'adamq', expected a name of timm.optim.list_optimizers(); did you mean"),
         (["--schedule", "cosinus"], "schedule: got 'cosinus', expected one of constant, linear, cosine, tanh"),
         (["--epochs", "0"], "epochs: got 0, expected an integer of at least 1"),
@@ -356,7 +356,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert errors.decode().strip() == f"stopped. Go on with: hatcl train --resume --output {output}"
+    assert errors.decode().strip() == f"stopped. Resume with: hatcl train --resume --output {output}"
 
 
 def test_killed_at_3_random_moments_and_resumed(tmp_path):

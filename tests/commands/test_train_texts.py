@@ -135,7 +135,7 @@ def test_run_show_and_going_on(here, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr("hatcl.continual.learn_sequence", stops)
         assert run(killed) == 130
-    assert f"Go on with: hatcl train --resume --output {killed}" in " ".join(capsys.readouterr().err.split())
+    assert f"Resume with: hatcl train --resume --output {killed}" in " ".join(capsys.readouterr().err.split())
     assert hatcl("show", str(killed)) == 0
     assert "1 of 2 tasks are learned" in capsys.readouterr().out
     assert hatcl("train", "--resume", "--output", killed) == 0
@@ -171,9 +171,9 @@ def test_errors(here, tmp_path, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text("[]")
     cases = [
-        ({"tasks": ["a"]}, "/a is not there; expected a file, a folder, NAME@FOLDER of torchvision, or hf:NAME"),
+        ({"tasks": ["a"]}, "/a does not exist; expected a file, a folder, NAME@FOLDER of torchvision, or hf:NAME"),
         ({"tasks": ["a=a.json", "a=b.json"]}, "two are named 'a'"),
-        ({"tasks": ["a=none.json"]}, "none.json is not there"),
+        ({"tasks": ["a=none.json"]}, "none.json does not exist"),
         ({"tasks": [f"a={bad}"]}, "expected an object with train and test"),
         ({"model": "none"}, "transformers cannot load it"),
         ({"more": ["--method", "tasel"]}, "did you mean 'tasl'"),
@@ -185,8 +185,8 @@ def test_errors(here, tmp_path, capsys):
         ({"more": ["--word", "a:warm=red"], "model": "t5"}, "only with --form labels"),
         ({"more": ["--target", "qurey"]}, "it has the linear modules dense, key, query, value"),
         ({"more": ["--rank", "0"]}, "rank: got 0, expected an integer of at least 1"),
-        ({"more": ["--flip"]}, "--flip: has no effect on learning texts; leave it out"),
-        ({"tasks": ["a=a.json", "b=b.npz"]}, "b.npz is not there"),
+        ({"more": ["--flip"]}, "--flip has no effect on learning texts; leave it out"),
+        ({"tasks": ["a=a.json", "b=b.npz"]}, "b.npz does not exist"),
         ({"more": ["--epochs", "0"]}, "epochs: got 0"),
         ({"more": ["--max-output", "9999"], "model": "gpt2"}, "--max-output: got 9999, but the model has"),
         ({"more": ["--method", "tasl", "--set", "beta1=abc"]}, "beta1: got 'abc', expected a number between 0 and 1"),
@@ -208,8 +208,8 @@ def test_a_folder_that_holds_another_run(here, tmp_path, capsys):
     before = files(out)
     capsys.readouterr()
     for more, message in [
-        (["--method", "tasl"], "was started with method=sequential, now came tasl"),
-        (["--method", "sequential", "--rank", "3"], "was started with rank=2, now came 3"),
+        (["--method", "tasl"], "was started with method=sequential, now got tasl"),
+        (["--method", "sequential", "--rank", "3"], "was started with rank=2, now got 3"),
     ]:
         assert run(out, "--resume", *more) == 2
         assert message in " ".join(capsys.readouterr().err.split())
@@ -220,11 +220,11 @@ def test_a_folder_that_holds_another_run(here, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     assert run(tmp_path / "other") == 2
-    assert "is not of a run of hatcl" in " ".join(capsys.readouterr().err.split())
+    assert "does not belong to a run of hatcl" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file") == 2
     assert hatcl("show", str(tmp_path / "other")) == 2
-    assert "other: holds no run of hatcl" in " ".join(capsys.readouterr().err.split())
+    assert "other holds no run of hatcl" in " ".join(capsys.readouterr().err.split())
 
 
 def _texts_find_their_task(run, capsys, *, written):

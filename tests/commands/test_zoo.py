@@ -102,7 +102,7 @@ def test_zoo_takes_patterns_families_and_sizes(proving, capsys):
     sizes = {n: sum(p.numel() for p in timm.create_model(n).parameters()) for n in timm.list_models("test_resnet*")}
     assert asked("test_resnet", "resnet18", "--max-params", sizes["test_resnet"]) == ["test_resnet"]
     code, _, err = call(capsys, "zoo", "test_resnet", "resnet18", "--max-params", sizes["test_resnet"] - 1)
-    assert code == 2 and "--max-params 469,687 parameters: all models that match are larger" in err
+    assert code == 2 and "--max-params 469,687 parameters: all matching models are larger" in err
     assert asked("test_resnet", "resnet18") == ["test_resnet", "resnet18"]
     assert Path("benchmarks/results/zoo.json").exists()  # where the figures go by default
 

@@ -214,11 +214,9 @@ def test_a_chat_is_written_by_the_template_and_only_answers_are_learned(chatty):
     assert learned == ["red </s>", "green blue </s>"]
     # a conversation without the template would be other tokens
     plain = causal_task("t", TextData(pairs, [], pairs), tokenizer())
-    with pytest.raises(
-        ConfigError, match="task t: has chat messages, and the tokenizer has no chat template; give a ch"
-    ):
+    with pytest.raises(ConfigError, match="task t has chat messages, but the tokenizer has no chat template; use a ch"):
         plain.collate(pairs)
-    with pytest.raises(ConfigError, match=r"does not take the roles system, user \(no system here\)"):
+    with pytest.raises(ConfigError, match=r"does not accept the roles system, user \(no system here\)"):
         task.collate([(Chat([("system", "w1"), ("user", "w2")]), "red")])
 
 

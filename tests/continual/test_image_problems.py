@@ -60,7 +60,7 @@ def test_a_photo_is_stretched_or_padded_within_its_proportions(tmp_path):
     (task,) = image_tasks([data], {"size": 20})
     want = (1 - 0.485) / 0.229  # white, normalised as ImageNet's red is
     assert task.collate([0])[0][0, 0].mean().item() == pytest.approx(want, abs=1e-5)  # of float32
-    with pytest.raises(ConfigError, match="--size: the images of .* differ in size; give one to bring them to"):
+    with pytest.raises(ConfigError, match="--size: the images of .* differ in size; give the size to resize them to"):
         image_tasks([data], {"size": 0})
 
 
@@ -126,7 +126,7 @@ def test_a_measure_of_another_problem_and_an_unknown_policy(arrays):
         ({"fit": "crop", "augment": "nonsense-m9"}, "augment: timm makes no policy of 'nonsense-m9'"),
         ({"augment": "rand-m9"}, "augment: got 'rand-m9', which has no effect with fit=resize; take fit=crop"),
         ({"fit": "crop", "crop": 2}, "crop: got 2, which has no effect with fit=crop; take another fit"),
-        ({"fit": "crop", "size": 0}, "size: got 0, their own, with fit=crop, which brings images to one size"),
+        ({"fit": "crop", "size": 0}, r"size: got 0 \(keep their own\) with fit=crop, which resizes images to one size"),
     ):
         with pytest.raises(ConfigError, match=words):
             image_tasks([data], changes)

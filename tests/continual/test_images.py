@@ -164,7 +164,7 @@ def test_a_run_may_go_on_with_another_rate_and_precision(tmp_path, stream):
     assert {group["lr"] for group in state["optimizer"]["param_groups"]} == {options.lr / 4}
     result = learn(stream, slower, tmp_path)[1]
     assert result.details["exact"] and result.details["bit_equal"]
-    with pytest.raises(ConfigError, match="options.weight_decay=0.05, now came 0.1"):
+    with pytest.raises(ConfigError, match="options.weight_decay=0.05, now got 0.1"):
         learn(stream, dataclasses.replace(slower, weight_decay=0.1), tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_other_data_are_refused_on_resume(tmp_path, stream):
     with pytest.raises(Stop):
         learn(stream, folder=tmp_path, tell=stop_at(0, 2))
     other = [*stream[:2], dataclasses.replace(stream[2], x_test=stream[2].x_test ^ 1)]
-    with pytest.raises(IntegrityError, match="the data of the task blobs2 are not those that the run was started with"):
+    with pytest.raises(IntegrityError, match="the data of the task blobs2 has changed since the run was started"):
         learn(other, folder=tmp_path)
 
 
@@ -298,14 +298,20 @@ def test_rotations_are_classes_of_their_own_while_learning(stream):
 
 def test_rotations_that_do_not_fit(stream):
     for more, text in (
-        ({"one_head": True}, "rotate: got True for a head that all tasks share; it is for tasks of classes with"),
-        ({}, "task blobs0: its classes end at 8, and the model's head has 2; .* with rotate four times the classes"),
+        (
+            {"one_head": True},
+            "rotate: got True for a head that all tasks share; it works only for classification tasks with",
+        ),
+        (
+            {},
+            "task blobs0: its classes end at 8, but the model's head has 2;.* with rotate four times as many classes",
+        ),
     ):
         with pytest.raises(ConfigError, match=text):
             learn_sequence(new_model(stream), image_tasks(stream, {"rotate": True}, **more), "hat", OPTIONS)
     y = {f"y_{part}": getattr(stream[0], f"y_{part}")[:, None] + 0.5 for part in ("train", "test")}
     numbers = dataclasses.replace(stream[0], problem="regression", num_classes=1, **y)
-    with pytest.raises(ConfigError, match="rotate: got True for images that have no classes, one each"):
+    with pytest.raises(ConfigError, match="rotate: got True for images without exactly one class each"):
         image_tasks([numbers], {"rotate": True})
 
 
@@ -331,9 +337,11 @@ def test_options_are_checked(stream, changes, text):
 def test_a_head_that_is_too_narrow_and_a_model_without_features(stream):
     tasks = image_tasks(stream, one_head=True)
     with pytest.raises(
-        ConfigError, match="task blobs2: its classes end at 7, and the model's head has 5; give a model"
+        ConfigError, match="task blobs2: its classes end at 7, but the model's head has 5; give a model"
     ):
         learn_sequence(timm.create_model("test_resnet", num_classes=5), tasks, "joint", OPTIONS)
     assert "ilora" in list_continual_methods()
-    with pytest.raises(SkillError, match="Linear has no forward_features, by which timm's models give their hidden"):
+    with pytest.raises(
+        SkillError, match="Linear has no forward_features, which returns the hidden states of timm's models"
+    ):
         tasks[0].hidden(torch.nn.Linear(2, 2), tasks[0].collate([0]))

@@ -93,10 +93,12 @@ def test_bad_input():
     with pytest.raises(ConfigError, match="has the label 'cold', expected one of warm, red"):
         label_word_task("t", DATA, base, tokenizer(), labels=["warm", "red"])
     numbers = TextData([("w1", "0"), ("w2", "1")], [], [])
-    with pytest.raises(ConfigError, match=r"the label word '0' says nothing of what it means; .* \(--word t:0=bad\)"):
+    with pytest.raises(
+        ConfigError, match=r"the label word '0' carries no meaning; give words for.* \(--word t:0=bad\)"
+    ):
         label_word_task("t", numbers, base, tokenizer())
     headed = transformers.BertForSequenceClassification(
         transformers.BertConfig(vocab_size=vocabulary(), hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
-    with pytest.raises(ConfigError, match="gives no last_hidden_state; label words need a bare encoder"):
+    with pytest.raises(ConfigError, match="returns no last_hidden_state; label words need a bare encoder"):
         label_word_task("t", DATA, headed, tokenizer())

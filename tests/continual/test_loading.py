@@ -230,7 +230,7 @@ def test_measures_of_tasks(folder, monkeypatch):
             measures_of(specs, ["a"])
     model, words, form = adapted_model(str(folder / "bert"), TextOptions(rank=2, target=("query",)), 0)
     options = TextOptions(measure=("a=sari",), test=2)
-    with pytest.raises(ConfigError, match="--measure: a is scored by accuracy with --form labels; leave it out"):
+    with pytest.raises(ConfigError, match="--measure: with --form labels, a is scored by accuracy; leave it out"):
         text_tasks({"a": folder / "a.json"}, model, words, form, options, None)
     causal_lm().save_pretrained(folder / "gpt2")
     tokenizer().save_pretrained(folder / "gpt2")

@@ -88,8 +88,8 @@ def test_shares_are_the_batch_and_weigh_as_it_does(monkeypatch):
 def test_what_several_processes_cannot_do(monkeypatch):
     monkeypatch.setattr(sequence, "place", lambda: (0, 4))
     model = nn.Linear(6, 2)
-    with pytest.raises(ConfigError, match="joint: cannot be learned by 4 processes as one; start one process, or"):
+    with pytest.raises(ConfigError, match="joint: cannot be learned by 4 processes together; start one process, or"):
         learn_sequence(model, [vector_task("a", 0)], "joint")
     monkeypatch.setattr("hatcl.continual.methods.joint.Joint.together", True)
-    with pytest.raises(ConfigError, match="batch_size: got 3; task a then has a batch of 3, of which 4 pro"):
+    with pytest.raises(ConfigError, match="batch_size: got 3; task a then has a batch of 3, too few for 4"):
         learn_sequence(model, [vector_task("a", 0)], "joint", {"batch_size": 3})

@@ -63,7 +63,7 @@ def test_a_task_that_is_no_classification_is_refused(three_tasks):
         y_test=np.float32(three_tasks[1].y_test)[:, None],
         problem="regression", num_classes=1,
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="router: task 'blobs1' is a regression, and a router finds tasks of one"):
+    with pytest.raises(ConfigError, match="router: task 'blobs1' is a regression, but a router needs tasks with one"):
         image_router(sealed(three_tasks), [three_tasks[0], numbers], ImageOptions())
 
 
@@ -105,5 +105,5 @@ def test_texts_find_their_task():
         with hatcl.task(model, t):
             scores.append(of.score(model))
     assert abs(found["task_incremental"] - np.mean(scores)) < 1.5 / 48  # a tie may round otherwise in other batches
-    with pytest.raises(ConfigError, match="task 0: is none of texts, or made by hand; give ContinualTask"):
+    with pytest.raises(ConfigError, match="task 0 is not made of texts, or was made by hand; give ContinualTask"):
         readings([dataclasses.replace(sequence[0], reading=None)])

@@ -73,13 +73,15 @@ def test_what_is_not_there(tmp_path):
     written(tmp_path, "FOMC", "trace")
     with pytest.raises(
         ConfigError,
-        match=r"has no C-STANCE, MeetingBank, .*name the tasks at hand \(only=\['FOMC'\]; on the command",
+        match=r"has no C-STANCE, MeetingBank, .*name the available tasks \(only=\['FOMC'\]; on the command",
     ):
         read_benchmark("trace", tmp_path)
     assert list(read_benchmark("trace", tmp_path, only=["FOMC"])) == ["FOMC"]
     with pytest.raises(ConfigError, match="only: got 'FOMD', expected one of C-STANCE, .*did you mean 'FOMC'"):
         read_benchmark("trace", tmp_path, only=["FOMD"])
-    with pytest.raises(ConfigError, match="order: got 7, expected one of 1, 2, 3, 4, 5, 6, as long_sequence numbers"):
+    with pytest.raises(
+        ConfigError, match="order: got 7, expected one of 1, 2, 3, 4, 5, 6, the numbers of long_sequence"
+    ):
         read_benchmark("long_sequence", tmp_path, order=7)
     with pytest.raises(ConfigError, match="benchmark: got 'tracy', expected one of long_sequence, trace"):
         read_benchmark("tracy", tmp_path)
@@ -88,7 +90,7 @@ def test_what_is_not_there(tmp_path):
         ('{"a": 1}', "got a dict, expected a list of examples, or Instances"),
         (
             '[{"prompt": "x"}]',
-            "has the columns prompt, which are no texts with outputs; expected text and label, .*prompt and answer",
+            "has the columns prompt, which are not texts with outputs; expected text and label,.*prompt and answer",
         ),
         ("[]", "train is empty"),
     ):
@@ -115,9 +117,9 @@ def test_the_five_tasks_at_hand():
 def test_the_general_ability_delta():
     assert general_ability({"mmlu": 0.4, "bbh": 0.3}, {"mmlu": 0.3, "bbh": 0.5}) == pytest.approx(0.05)
     for after in ({}, {"mmlu": 0.3}):
-        with pytest.raises(ConfigError, match="general_ability: got scores of bbh, mmlu before and of"):
+        with pytest.raises(ConfigError, match="general_ability: got scores for bbh, mmlu before and for"):
             general_ability({"mmlu": 0.4, "bbh": 0.3}, after)
-    with pytest.raises(ConfigError, match="got scores of nothing before"):
+    with pytest.raises(ConfigError, match="got scores for nothing before"):
         general_ability({}, {})
 
 
@@ -130,5 +132,5 @@ def test_one_task_by_its_train_json(form, tmp_path):
     before = "Say it.\n" if form == "olora" else ""
     assert data.test == [(before + x, y) for x, y in rows("FOMC", "test")] and len(data.validation) == 2
     (path.parent / "test.json").unlink()
-    with pytest.raises(ConfigError, match="train.json: has no test.json beside it, expected one of the same form"):
+    with pytest.raises(ConfigError, match="train.json has no test.json next to it, expected one of the same form"):
         read_texts(path)

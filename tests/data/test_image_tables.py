@@ -104,14 +104,14 @@ def test_images_inside_of_a_data_set(folder):
 @pytest.mark.parametrize(
     ("table", "problem", "words"),
     [
-        (rows("cat", "cat"), "auto", r"task 'it': has one class \(cat\); expected at least 2 classes"),
+        (rows("cat", "cat"), "auto", r"task 'it' has one class \(cat\); expected at least 2 classes"),
         (
             [*rows("cat", "dog"), *rows("cow", parts=["test"])],
             "auto",
             "test has 'cow' in the column 'label', which tra",
         ),
         ([*rows("a|b", "b"), *rows("a|c", parts=["test"])], "auto", "test has 'c' in the column 'label', which train"),
-        (rows("a", "b"), "regression", "the column 'label' holds what is no number"),
+        (rows("a", "b"), "regression", "the column 'label' holds something other than numbers"),
         (rows(1.5, "nan"), "regression", "expected 2 for a regression: finite numbers"),
         (
             [{"path": "none.png", "label": "a", "split": "train"}, *rows("a", "b")],
@@ -123,7 +123,11 @@ def test_images_inside_of_a_data_set(folder):
             "auto",
             r"has no column for the label; it has pat",
         ),
-        ([{"kind": "a", "label": 1}] * 2, "auto", r"has no column for the image; .*name it \(--column image=NAME\)"),
+        (
+            [{"kind": "a", "label": 1}] * 2,
+            "auto",
+            r"has no column for the image; .*name another \(--column image=NAME\)",
+        ),
     ],
 )
 def test_tables_that_make_no_task(folder, table, problem, words):
@@ -142,5 +146,5 @@ def test_an_image_that_is_none_is_named(folder):
         task = images_of(Records(folder / "a", parts), "it")
         with pytest.raises(IntegrityError, match=words):
             list(task.x_train)
-    with pytest.raises(ConfigError, match="'3' in the column 'image' is no image; expected the path of a file"):
+    with pytest.raises(ConfigError, match="'3' in the column 'image' is not an image; expected the path of a file"):
         images_of(Records(folder / "a", {p: [{"image": 3, "label": c} for c in "ab"] for p in ("train", "test")}), "it")

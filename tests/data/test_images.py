@@ -63,7 +63,7 @@ def test_split_cuts_classes_and_remaps_labels():
     assert [part.y_train.tolist() for part in parts] == [[0, 1, 2], [0, 1], [0, 1]]
     assert [int(part.x_train[0, 0, 0]) for part in parts] == [0, 3, 5]
     assert [part.name for part in parts] == ["t 0-2", "t 3-4", "t 5-6"]
-    with pytest.raises(ConfigError, match="7 classes, which do not make 4 tasks"):
+    with pytest.raises(ConfigError, match="7 classes, too few for 4 tasks"):
         stream.split_classes(whole, 4)
 
 
@@ -212,7 +212,7 @@ def test_rotated_images_are_square():
     x, y = rotated(torch.arange(8.0).view(2, 1, 2, 2), torch.tensor([0, 1]), 3)
     assert x.shape == (8, 1, 2, 2) and y.tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
     assert x[2].flatten().tolist() == [1, 3, 0, 2] and torch.equal(x[6].rot90(1, (1, 2)), x[0])
-    with pytest.raises(ConfigError, match=r"rotate: got images of \[2, 3\], which a quarter turn makes another size"):
+    with pytest.raises(ConfigError, match=r"rotate: got images of \[2, 3\], whose size a quarter turn changes"):
         rotated(torch.zeros(1, 1, 2, 3), torch.tensor([0]), 2)
     for label in (-1, 2):
         with pytest.raises(ConfigError, match=f"rotate: got labels from {min(label, 0)} to .* expected classes 0 to 1"):

@@ -41,7 +41,7 @@ def test_each_kind_given_as_any_other_says_what_it_is(of_kind):
                 read_file(other)
                 continue
             with pytest.raises(
-                ConfigError, match=f"other{kind.ends[0]}: is {what} by its content, expected {kind.what}"
+                ConfigError, match=f"other{kind.ends[0]} is {what} by its content, expected {kind.what}"
             ):
                 read_file(other)
             if kind.what == "JSON lines":
@@ -51,16 +51,20 @@ def test_each_kind_given_as_any_other_says_what_it_is(of_kind):
 def test_a_csv_given_as_npz_says_so(tmp_path):
     path = tmp_path / "a.npz"
     path.write_text("path,label\na.png,cat\n")
-    with pytest.raises(ConfigError, match=r"a.npz: is a CSV table by its content, expected an .npz .*; call it a.csv"):
+    with pytest.raises(ConfigError, match="a.npz is a CSV table by its content, expected an .npz .*; call it a.csv"):
         read_file(path)
 
 
 def test_what_no_reader_reads(tmp_path):
     for name, write, words in (
-        ("a.png", lambda p: picture(p), "its name ends in '.png', and it is an image; read are .*.jsonl.*: JSON lines"),
+        (
+            "a.png",
+            lambda p: picture(p),
+            "its name ends in '.png', and it is an image; hatcl reads .*.jsonl.*: JSON lines",
+        ),
         ("a.npy", lambda p: np.save(p, np.zeros(3)), "and it is a single array of numpy"),
         ("a.csv.npz", lambda p: p.write_bytes(b"\x80\x04more"), "is a Python pickle by its content"),
-        ("a", lambda p: p.write_bytes(b"\xfe\xff\x00"), "a: its name has no ending; read are"),
+        ("a", lambda p: p.write_bytes(b"\xfe\xff\x00"), "a: its name has no ending; hatcl reads"),
         ("b.csv", lambda p: p.write_text(""), "b.csv: the file is empty"),
         ("c.csv", lambda p: p.write_bytes(gzip.compress(b"a,b\n1,2\n")), "is compressed by gzip by its content"),
     ):
@@ -90,5 +94,5 @@ def test_a_packed_file_and_a_line_longer_than_what_is_looked_at(tmp_path):
 
 
 def test_an_end_is_read_by_one_function():
-    with pytest.raises(ConfigError, match="file_kind: .csv is taken, it is a CSV table"):
+    with pytest.raises(ConfigError, match="file_kind: .csv is taken by a CSV table"):
         file_kind("another table", ".csv")(print)

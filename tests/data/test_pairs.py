@@ -70,13 +70,16 @@ def test_each_answer_of_a_conversation_is_an_output(said):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"messages": [{"role": "user", "content": "a"}]}, "has the roles user; expected an answer of the assistant"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "has the roles assistant; expected an answer"),
-        ({"messages": "hello"}, "'hello' is no message; expected an object with role and content"),
-        ({"messages": [{"role": "user"}]}, "is no message; expected an object with role and content, both texts"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "has the roles user; expected an assistant's answer"),
+        (
+            {"messages": [{"role": "assistant", "content": "a"}]},
+            "has the roles assistant; expected an assistant's answer",
+        ),
+        ({"messages": "hello"}, "'hello' is not a message; expected an object with role and content"),
+        ({"messages": [{"role": "user"}]}, "is not a message; expected an object with role and content, both texts"),
         ({"input": ["a"], "output": "b"}, "in the column 'input' is a list, expected a text or a number"),
-        ({"text": "a"}, "has the columns text, which are no texts with outputs; expected text and label"),
-        ({"label": "a", "input": "b"}, "has the columns label, input, which are no texts"),
+        ({"text": "a"}, "has the columns text, which are not texts with outputs; expected text and label"),
+        ({"label": "a", "input": "b"}, "has the columns label, input, which are not texts"),
     ],
 )
 def test_records_that_are_no_pairs(row, words):

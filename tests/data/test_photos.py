@@ -44,7 +44,7 @@ def test_arrays_are_taken_too(shape):
     x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     want = torch.from_numpy(np.broadcast_to(x.reshape(2, 4, 4, -1), (2, 4, 4, 3)).copy()).permute(0, 3, 1, 2).float()
     assert torch.equal(Pictured(to_tensor)(x), want)
-    with pytest.raises(ConfigError, match="images: are float64, expected uint8"):
+    with pytest.raises(ConfigError, match="images: got float64, expected uint8"):
         Pictured(to_tensor)(x / 255)
 
 
@@ -66,5 +66,5 @@ def test_the_digest_is_of_names_sizes_and_labels(photos, tmp_path):
     before = data.digest()
     (tmp_path / "3.png").write_bytes(b"longer than before" * 100)
     assert data.digest() != before
-    with pytest.raises(ConfigError, match="task 'it': has no images to test"):
+    with pytest.raises(ConfigError, match="task 'it' has no images to test"):
         ImageData("it", photos, y, photos[:0], y[:0], 5)

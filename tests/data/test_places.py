@@ -46,15 +46,15 @@ def test_a_whole_is_split_into_tasks_of_its_classes(tmp_path):
     assert [str(two[1].x_train.paths[i].parent.name) for i in two[1].x_train.ids] == list("cccddd")
     assert two[1].y_train.tolist() == [0, 0, 0, 1, 1, 1]
     for how, words in (
-        ("3", "have|has 5 classes, which do not make 3 tasks of at least two"),
-        ("3x2", "do not make 3 tasks of 2 classes; expected a number from 1 to 2"),
-        ("5x1", "do not make 5 tasks of at least two classes"),
+        ("3", "have|has 5 classes, too few for 3 tasks of at least two"),
+        ("3x2", "few for 3 tasks of 2 classes; expected a number from 1 to 2"),
+        ("5x1", "few for 5 tasks of at least two classes"),
         ("x", "--split: got 'x', expected a number of tasks"),
         ("2xa", "--split: got '2xa', expected a number of tasks"),
     ):
         with pytest.raises(ConfigError, match=words):
             split_task(whole, how)
-    with pytest.raises(ConfigError, match="cuts the classes of images; give each task of texts by itself"):
+    with pytest.raises(ConfigError, match="cuts the classes of images; give each task of texts separately"):
         split_task(next(iter(read(write_table(tmp_path / "a.csv", SAID)).values())), "2")
 
 
@@ -94,7 +94,7 @@ def test_arrays_of_other_problems(tmp_path):
     with pytest.raises(ConfigError, match="y_train is int64.*for a classification.*a multilabel has such"):
         read(tmp_path / "a.npz", problem="classification")
     np.savez(tmp_path / "b.npz", **{n: v for n, v in arrays.items() if n != "y_validation"})
-    with pytest.raises(ConfigError, match="b.npz holds x_validation alone, expected x_validation and y_validation"):
+    with pytest.raises(ConfigError, match="b.npz holds only x_validation, expected x_validation and y_validation"):
         read(tmp_path / "b.npz")
 
 
@@ -121,7 +121,7 @@ def test_the_text_of_a_place_and_back(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=words):
             TaskPlace.parsed(text)
     with pytest.raises(
-        ConfigError, match="none is not there; expected a file, a folder, NAME@FOLDER of torchvision, or"
+        ConfigError, match="none does not exist; expected a file, a folder, NAME@FOLDER of torchvision, or"
     ):
         read("none")
     with pytest.raises(ConfigError, match="torchvision.datasets has no 'CIFAR1000'; did you mean 'CIFAR100'"):

@@ -55,11 +55,11 @@ def test_from_the_users_files(tmp_path):
     for text, read, says in (
         ("a\nb\na\n", read_class_names, "names.txt: the name 'a' twice; expected one name per line"),
         ("a\n\nb\n", read_class_names, "names.txt: an empty line; expected one name per line"),
-        ("\n", read_class_names, "names.txt: is empty; expected one line each"),
+        ("\n", read_class_names, "names.txt is empty; expected one entry per line"),
         ("a photo", read_templates, r"got the template 'a photo', expected {} once"),
     ):
         names.write_text(text)
         with pytest.raises(ConfigError, match=says):
             read(str(names))
-    with pytest.raises(IntegrityError, match="none.txt: cannot be read as a text file .* or one of cars, cifar10"):
+    with pytest.raises(IntegrityError, match="none.txt cannot be read as a text file.* or one of cars, cifar10"):
         read_templates(str(tmp_path / "none.txt"))

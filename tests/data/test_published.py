@@ -199,7 +199,7 @@ def test_the_hubs_copy(task, monkeypatch):
 
 
 def test_no_hub(monkeypatch):
-    with pytest.raises(ConfigError, match="data: cr is not read from a hub; give your copy of it"):
+    with pytest.raises(ConfigError, match="data: cr cannot be read from a hub; give your copy of it"):
         read_published(PUBLISHED_TASKS["cr"], None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(

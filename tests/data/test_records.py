@@ -47,7 +47,7 @@ def test_a_folder_of_parts_and_a_column_of_them(tmp_path, end):
 
 def test_a_table_called_train_does_not_lose_its_other_parts(tmp_path):
     path = write_table(tmp_path / "train.csv", SAID)
-    with pytest.raises(ConfigError, match="is called train and has no test beside it; put one there, or give its fold"):
+    with pytest.raises(ConfigError, match="is called train and has no test next to it; add one, or give its fold"):
         read_texts(path)
     assert len(read_texts(tmp_path).test) == 2
     write_table(tmp_path / "test.csv", SAID[:3])
@@ -80,7 +80,7 @@ def test_what_datasets_has_saved(tmp_path):
     ):
         read_texts(tmp_path / "some")
     datasets.DatasetDict({"unsupervised": whole}).save_to_disk(tmp_path / "none")
-    with pytest.raises(ConfigError, match="has the parts unsupervised; expected train, and test"):
+    with pytest.raises(ConfigError, match="has the parts unsupervised; expected train and test"):
         read_folder(tmp_path / "none")
     whole.to_parquet(str(tmp_path / "a.parquet"))  # keeps the names of the classes
     assert set(read_texts(tmp_path / "a.parquet").labels) == {"no", "yes"}
@@ -113,7 +113,9 @@ def test_by_name_from_the_hub(tmp_path, monkeypatch):
         assert found[0] == name and len(found[1].train) == 20
     assert given == [("org/said", None), ("org/said", "en"), ("org/said", None)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: (_ for _ in ()).throw(ConnectionError("no way there")))
-    with pytest.raises(ConfigError, match=r"datasets cannot load org/said \(no way there\); give a file or a folder"):
+    with pytest.raises(
+        ConfigError, match=r"datasets cannot load org/said \(no way there\); give your own file or folder"
+    ):
         read_hub("org/said")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(
@@ -143,7 +145,7 @@ def test_columns_that_are_called_otherwise(tmp_path):
     ):
         TaskPlace.parsed(str(path)).read(DataOptions(column={"text": "bodi", "label": "mood"}))
     with pytest.raises(
-        ConfigError, match="has the columns body, mood, text, which are no texts with outputs; expected te"
+        ConfigError, match="has the columns body, mood, text, which are not texts with outputs; expected te"
     ):
         TaskPlace.parsed(str(path)).read(DataOptions())
 
@@ -153,7 +155,7 @@ def test_columns_that_are_called_otherwise(tmp_path):
     [
         ("a.csv", "text,text\na,b\n", "names in its first line are 'text', 'text'; expected each once, and none empty"),
         ("a.csv", "text,label\na\n", r"record 2 has 1 columns, expected the 2 of the first line \(text, label\)"),
-        ("a.csv", "text,label\n", "a.csv: has no rows"),
+        ("a.csv", "text,label\n", "a.csv has no rows"),
         (
             "a.csv",
             "text,label,split\na,b,trian\n",
@@ -168,7 +170,7 @@ def test_columns_that_are_called_otherwise(tmp_path):
             "in the column 'label' is a dict, expected a text or a num",
         ),
         ("a.jsonl", "[1]\n[2]\n", r"a.jsonl: line 1 is '\[1\]', expected an object with named values"),
-        ("train.json", '{"text": 1}', "train.json: holds text; expected train and test"),
+        ("train.json", '{"text": 1}', "train.json holds text; expected train and test"),
     ],
 )
 def test_tables_that_are_none(tmp_path, name, content, words):
@@ -181,13 +183,13 @@ def test_tables_that_are_none(tmp_path, name, content, words):
 
 def test_damaged_tables(tmp_path):
     for name, content, words in (
-        ("a.csv", b'text,label\n"a,b\n', "cannot be read as CSV .*is it whole, and quoted right"),
+        ("a.csv", b'text,label\n"a,b\n', "cannot be read as CSV .*is it complete and correctly quoted"),
         (
             "a.jsonl",
             b'{"text": "a", "label": "b"}\n{"text": \n',
             "line 2 cannot be read as JSON .*an object in each line",
         ),
-        ("a.parquet", b"PAR1 and no more", "a.parquet cannot be read as Parquet .*is the file whole"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet cannot be read as Parquet .*is the file complete"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(IntegrityError, match=words):
@@ -201,7 +203,7 @@ def test_damaged_tables(tmp_path):
     with pytest.raises(ConfigError, match="has train.csv and train.jsonl for train; keep one of them"):
         read_folder(tmp_path / "two")
     (tmp_path / "none").mkdir()
-    with pytest.raises(ConfigError, match="none: holds no table of records; expected train and test as .csv"):
+    with pytest.raises(ConfigError, match="none holds no table of records; expected train and test as .csv"):
         read_folder(tmp_path / "none")
 
 
@@ -242,5 +244,5 @@ def test_validation_is_never_of_the_test(tmp_path):
     assert len(taken.test) == 2 and sorted(taken.train + taken.test) == sorted((r["text"], r["label"]) for r in SAID)
     write_table(tmp_path / "q" / "train.csv", SAID[:3])
     write_table(tmp_path / "q" / "test.csv", SAID)
-    with pytest.raises(ConfigError, match="a share of 0.1 of 3 training examples is none"):
+    with pytest.raises(ConfigError, match="a share of 0.1 of 3 training examples is less than one"):
         read_texts(tmp_path / "q").on_validation()

@@ -179,7 +179,9 @@ def test_what_cannot_be_sampled_is_named():
         sample_shots(labels, 1)
     with pytest.raises(ConfigError, match="class 3 has no examples"):
         sample_shots([0, 1, 2], 1, num_classes=4)
-    with pytest.raises(ConfigError, match="class 0 has 2 examples, 3 shots are asked for; or at_most=True"):
+    with pytest.raises(
+        ConfigError, match="class 0 has 2 examples, expected 3 shots; ask for fewer, or pass at_most=True"
+    ):
         sample_shots([0, 0, 1, 1, 1], 3)
     assert len(sample_shots([0, 0, 1, 1, 1], 3, at_most=True)) == 5
     for shots in (0, -1, True, "4"):

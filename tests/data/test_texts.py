@@ -64,7 +64,7 @@ def test_cut_plain_and_renamed():
     assert data.plain().test[1] == ("one line", "Bad")
     assert data.plain(drop_question=False).train[0][0] == "What is it? Choose.\nText: good film"
     assert data.renamed({"Good": "fine", "Bad": "poor"}).test[1] == ("one line", "poor")
-    with pytest.raises(ConfigError, match="'Bad' has no word; given are Good"):
+    with pytest.raises(ConfigError, match="'Bad' has no word; words are given for Good"):
         data.renamed({"Good": "fine"})
     some = TextData([(str(i), "a") for i in range(10)], [], [("t", "a")]).cut(train=4)
     assert [x for x, _ in some.train] == ["0", "2", "6", "9"]  # drawn once for all, in their order
@@ -93,12 +93,12 @@ def test_other_forms(tmp_path, content, message):
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "a.json.gz").write_bytes(b"{}")
     for name in ("a.json.gz", "none.json"):
-        with pytest.raises(IntegrityError, match=f"{name} cannot be read .*is the path right, and the file whole"):
+        with pytest.raises(IntegrityError, match=f"{name} cannot be read .*is the path right, and the file complete"):
             read_texts(tmp_path / name)
     whole = bytearray(gzip.compress(b"{}" * 100))
     whole[12] ^= 255
     (tmp_path / "b.json.gz").write_bytes(whole)
-    with pytest.raises(IntegrityError, match="b.json.gz cannot be read .*is the path right, and the file whole"):
+    with pytest.raises(IntegrityError, match="b.json.gz cannot be read .*is the path right, and the file complete"):
         read_texts(tmp_path / "b.json.gz")
     (tmp_path / "c.json").write_text("[" * 50_000)
     with pytest.raises(IntegrityError, match="c.json cannot be read as JSON .it is nested too deeply"):

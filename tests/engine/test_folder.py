@@ -72,10 +72,13 @@ def test_twin_a_claim_that_is_not_taken_back(tmp_path, monkeypatch):
     "changes, text",
     [
         ({"command": "atlas add"}, "holds a run of hatcl train, not of hatcl atlas add; name another folder"),
-        ({"resume": False}, "already holds a run; add --resume to go on with it, or name another folder"),
-        ({"options": {**OPTIONS, "lr": 0.2}}, "was started with lr=0.1, now came 0.2; give the same to go on with it"),
-        ({"options": {**OPTIONS, "set_": {}}}, "was started with set_.grain=row, now came nothing"),
-        ({"options": {**OPTIONS, "task": ["a" * 99]}}, "now came .'a{57}…; give the same"),
+        ({"resume": False}, "already holds a run; add --resume to continue it, or name another folder"),
+        (
+            {"options": {**OPTIONS, "lr": 0.2}},
+            "was started with lr=0.1, now got 0.2; give the same value to continue it",
+        ),
+        ({"options": {**OPTIONS, "set_": {}}}, "was started with set_.grain=row, now got nothing"),
+        ({"options": {**OPTIONS, "task": ["a" * 99]}}, r"now got .'a{57}…; give the same"),
     ],
 )
 def test_a_folder_of_another_run_is_refused(tmp_path, changes, text):
@@ -94,7 +97,7 @@ def test_an_unfinished_run_of_another_version_is_refused(tmp_path, was):
         stored = json.loads((run.path / "config.json").read_text())
     made = {} if was is None else {"made_with": {"versions": {"hatcl": was}}}  # earlier ones did not note it
     checkpoints.write_json(run.path / "config.json", {**stored, "made_with": {}, **made})
-    text = "was started by hatcl 0.0.1, and" if was else "was started by an earlier hatcl, and"
+    text = "was started by hatcl 0.0.1 and" if was else "was started by an earlier hatcl and"
     with pytest.raises(ConfigError, match=f"{text} is not finished; resume it with that version"):
         RunFolder(run.path, "train", OPTIONS)
     checkpoints.write_json(run.path / "metrics.json", {})
@@ -113,8 +116,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "model" / "config.json").write_text('{"hidden_size": 3}')
     for name, text in (
         ("file", "file is a file, expected a folder"),
-        ("notes", r"holds something else than a run of hatcl \(todo.txt, and no config.json\)"),
-        ("model", "the config.json in .*model is not of a run of hatcl; name another folder"),
+        ("notes", r"holds something other than a run of hatcl \(todo.txt, and no config.json\)"),
+        ("model", "the config.json in .*model does not belong to a run of hatcl; name another folder"),
     ):
         with pytest.raises(ConfigError, match=text):
             RunFolder(tmp_path / name, "train", OPTIONS)
@@ -123,7 +126,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_another_process_in_the_folder(tmp_path):
     run = RunFolder(tmp_path / "run", "train", OPTIONS)
     with run.claimed():
-        with pytest.raises(ConfigError, match="run: another process is at work in this folder; wait for its end"):
+        with pytest.raises(ConfigError, match="run: another process is working in this folder; wait until it ends"):
             with RunFolder(tmp_path / "run", "train", OPTIONS).claimed():
                 raise AssertionError
         assert (run.path / ".lock").exists()
@@ -138,7 +141,7 @@ def test_inputs_that_changed(tmp_path):
     with run.claimed(inputs=run.same_inputs([tmp_path / "a.npz"])):
         assert list(run.same_inputs([tmp_path / "a.npz"])) == [str(tmp_path / "a.npz")]
     (tmp_path / "a.npz").write_text("b")
-    with pytest.raises(IntegrityError, match="a.npz is not what the run in .*run was started with: it changed since"):
+    with pytest.raises(IntegrityError, match="a.npz has changed since the run in .*run was started; restore it"):
         run.same_inputs([tmp_path / "a.npz"])
 
 
@@ -173,5 +176,5 @@ def test_a_finished_run_loses_what_interruptions_left(tmp_path):
 
 def test_the_first_difference_is_named():
     check_same_run("x", {"a": (1, 2), "b": {"c": 1}}, {"a": [1, 2], "b": {"c": 1}})
-    with pytest.raises(ConfigError, match=r"the run in x was started with b.c=1, now came 2.*\(--output\)"):
+    with pytest.raises(ConfigError, match=r"the run in x was started with b.c=1, now got 2.*\(--output\)"):
         check_same_run("x", {"a": 1, "b": {"c": 1}}, {"a": 1, "b": {"c": 2}})

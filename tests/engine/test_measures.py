@@ -101,7 +101,7 @@ def test_a_class_without_examples_has_no_accuracy():
 
 
 def test_no_examples_are_an_error():
-    with pytest.raises(ConfigError, match="hold no examples; is an iterator used up"):
+    with pytest.raises(ConfigError, match="hold no examples; perhaps an iterator is exhausted;"):
         accuracy(nn.Identity(), [])
 
 
@@ -292,9 +292,9 @@ def logits_of(value):
         ),
         (
             lambda: agreement(said([0], [0], of=2), said([0], [1], of=2)),
-            ConfigError, "of 1 and of 1 examples that are not the same",
+            ConfigError, "for 1 and 1 examples that are not the same",
         ),
-        (lambda: agreement(said([0], [0], of=2), said([0, 1], [0, 1], of=2)), ConfigError, "of 1 and of 2 examples"),
+        (lambda: agreement(said([0], [0], of=2), said([0, 1], [0, 1], of=2)), ConfigError, "for 1 and 2 examples"),
         (lambda: predictions_of(nn.LSTM(1, 1), [(torch.ones(2, 1), torch.zeros(2))]), ConfigError, "gives a tuple"),
     ],
 )  # fmt: skip

@@ -46,5 +46,7 @@ def test_a_run_without_test_examples():
 
     from hatcl.finetuning.grafts import Scene
 
-    with pytest.raises(ConfigError, match="the run has no test examples; fine-tune on a data file that has some"):
+    with pytest.raises(
+        ConfigError, match="the run has no test examples; fine-tune on a data file that has test examples"
+    ):
         Scene(SimpleNamespace(task=SimpleNamespace(test=[])), [], None, 15)

@@ -95,7 +95,7 @@ def test_a_regression_learns_soft_labels():
 
 def test_regressions_that_do_not_fit():
     make = {"model": masked(), "tokenizer": minilm(), "max_length": 32, "bounds": (0, 5)}
-    with pytest.raises(ConfigError, match="got 3 words, expected two: for the lowest score, the highest"):
+    with pytest.raises(ConfigError, match="got 3 words, expected two: for the lowest and the highest"):
         prompt_task(SCORED, words={**WORDS, "2": "good"}, **make)
     with pytest.raises(ConfigError, match="got the score 'good', expected a number from 0 to 5"):
         prompt_task(TextData([("a", "good")], [], [("b", "1")]), words=WORDS, **make)

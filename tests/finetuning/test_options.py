@@ -44,8 +44,8 @@ def test_a_rate_that_is_not_given_is_the_optimizers():
         options = FinetuneOptions(optimizer=name)
         made = make_optimizer([torch.nn.Parameter(torch.zeros(1))], options)
         assert made.param_groups[0]["lr"] == options.rate
-    known = "optimizer='lamb', only for sgd and adamw; give one"
-    with pytest.raises(ConfigError, match=f"lr: got none, and no rate is known for {known}"):
+    known = "optimizer='lamb' has no default rate, unlike sgd and adamw; give one"
+    with pytest.raises(ConfigError, match=f"lr: got none, and {known}"):
         FinetuneOptions(optimizer="lamb")
 
 
@@ -74,7 +74,7 @@ def test_steps():
         ({"evaluate_every": 0}, "evaluate_every: got 0"),
         (
             {"l1": 0.1, "optimizer": "lion", "lr": 1e-4},
-            "l1: got 0.1 with optimizer='lion'; the pull is known for adamw and sgd",
+            "l1: got 0.1 with optimizer='lion'; the pull works with adamw and sgd",
         ),
         ({"dropout": "no"}, "dropout: got 'no', expected True or False"),
         ({"fix_head": 1}, "fix_head: got 1, expected True or False"),

@@ -164,12 +164,12 @@ def test_a_finished_run_is_read(tmp_path, monkeypatch):
 def test_other_options_are_refused(tmp_path):
     options = options_of("prompt", tmp_path)
     finetune_run(options, LEARNING, tmp_path / "run")
-    with pytest.raises(ConfigError, match="was started with k=2, now came 1; give the same"):
+    with pytest.raises(ConfigError, match="was started with k=2, now got 1; give the same"):
         finetune_run(options.changed({"k": 1}), LEARNING, tmp_path / "run")
-    with pytest.raises(ConfigError, match="was started with l1=0.0, now came 0.1"):
+    with pytest.raises(ConfigError, match="was started with l1=0.0, now got 0.1"):
         finetune_run(options, LEARNING.changed({"l1": 0.1}), tmp_path / "run")
     task = make_task(options)
-    with pytest.raises(ConfigError, match="was started with cut=end, now came nothing"):
+    with pytest.raises(ConfigError, match="was started with cut=end, now got nothing"):
         finetune_run(task, LEARNING, tmp_path / "run")
 
 
@@ -180,7 +180,7 @@ def test_a_changed_input_is_noticed(tmp_path):
     text_file(tmp_path, data=dataclasses.replace(texts(), test=texts().train))
     for again in (lambda: load_run(tmp_path / "run"), lambda: finetune_run(options, LEARNING, tmp_path / "run")):
         with pytest.raises(
-            IntegrityError, match="films.json.gz is not what the run in .* was started with: it changed since"
+            IntegrityError, match="films.json.gz has changed since the run in .* was started; restore it"
         ):
             again()
     (tmp_path / "films.json.gz").unlink()
@@ -190,7 +190,7 @@ def test_a_changed_input_is_noticed(tmp_path):
     load_run(tmp_path / "run")
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(IntegrityError, match="model/config.json is not what the run in"):
+    with pytest.raises(IntegrityError, match="model/config.json has changed since the run in"):
         finetune_run(options, LEARNING, tmp_path / "run")
     load_run(tmp_path / "run")  # which does not need it
 
@@ -228,7 +228,7 @@ def test_a_folder_that_holds_something(tmp_path):
     (tmp_path / "full" / "x").write_text("x")
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    for name, words in (("full", "holds something else than a run"), ("file", "is a file, expected a folder")):
+    for name, words in (("full", "holds something other than a run"), ("file", "is a file, expected a folder")):
         with pytest.raises(ConfigError, match=words):
             finetune_run(options, LEARNING, tmp_path / name)
         with pytest.raises(ConfigError, match="holds no run of hatcl finetune"):
@@ -250,7 +250,7 @@ def test_damaged_runs(tmp_path):
         (folder / "config.json").write_text(json.dumps(fields))
 
     for changes, error, words in (
-        ({"command": "train"}, ConfigError, "holds something else than a run of hatcl finetune"),
+        ({"command": "train"}, ConfigError, "holds something other than a run of hatcl finetune"),
         ({"source": "gone", "trained": "gone"}, IntegrityError, "lacks source, trained; it was edited"),
         (
             {"source": {**config["source"], "class": "BertForNothing"}},
@@ -362,7 +362,7 @@ def test_models_that_cannot_be_loaded(tmp_path):
         make_task(options)
     model_folder(tmp_path / "bare", bare())
     with pytest.raises(
-        ConfigError, match="lacks cls.predictions.*no pretrained language model head.*take mode 'labels'"
+        ConfigError, match="lacks cls.predictions.*no pretrained language model head.*use mode 'labels'"
     ):
         make_task(options.changed({"model": str(tmp_path / "bare")}))
     weights = load_file(tmp_path / "bare" / "model.safetensors")
@@ -513,7 +513,7 @@ def test_a_task_in_memory_goes_on_too(tmp_path):
     killed(make_task(options), learning, tmp_path / "run", 5)
     again = finetune_run(make_task(options), learning, tmp_path / "run")
     assert same(whole.finetuned, again.finetuned)
-    with pytest.raises(ConfigError, match="was started with cut=nothing, now came end"):
+    with pytest.raises(ConfigError, match="was started with cut=nothing, now got end"):
         killed(make_task(options), learning, tmp_path / "other", 5)
         finetune_run(options, learning, tmp_path / "other")
 
@@ -540,9 +540,9 @@ def test_what_an_unfinished_run_refuses(tmp_path):
     options, learning = longer("momentum", tmp_path)
     folder = tmp_path / "run"
     killed(options, learning, folder, 3)
-    with pytest.raises(ConfigError, match="started with lr=0.001, now came 0.5; give the same"):
+    with pytest.raises(ConfigError, match="started with lr=0.001, now got 0.5; give the same"):
         finetune_run(options, learning.changed({"lr": 0.5}), folder)
-    with pytest.raises(ConfigError, match="this run is not finished; go on with: hatcl finetune --resume"):
+    with pytest.raises(ConfigError, match="this run is not finished; resume it with: hatcl finetune --resume"):
         load_run(folder)
     state = folder / "checkpoint" / "state.pt"
     whole = state.read_bytes()
@@ -557,5 +557,5 @@ def test_what_an_unfinished_run_refuses(tmp_path):
     with pytest.raises(IntegrityError, match=f"{first} had other values when this fine-tuning began"):
         tune.finetune_(task.model, task, learning, standing=standing.Standing(folder / "checkpoint", dict))
     (tmp_path / "films.json.gz").write_bytes(b"other")
-    with pytest.raises(IntegrityError, match="is not what the run in .* was started with: it changed since"):
+    with pytest.raises(IntegrityError, match="has changed since the run in .* was started; restore it"):
         finetune_run(options, learning, folder)

@@ -21,7 +21,7 @@ def test_sizes():
     [
         (-0.1, 10, "sparsity: got -0.1, expected a share of the elements between 0 and 1"),
         (math.nan, 10, "sparsity: got nan"),
-        (1e-4, 26, "sparsity: 0.0001 of 26 elements selects none; take at least 1/26"),
+        (1e-4, 26, "sparsity: 0.0001 of 26 elements selects none; use at least 1/26"),
         (1.0, 26, "sparsity: 1.0 of 26 elements selects all; that is the fine-tuned model"),
     ],
 )

@@ -194,7 +194,7 @@ def test_files_are_read_when_asked_for(tmp_path):
     new = g.apply_to(tmp_path / "pre.safetensors")
     assert parts.same(parts.bits({n: new[n] for n in new}), parts.bits(want.apply_to(pre)))
     other = g.apply_to(tmp_path / "ft.safetensors")
-    refused(IntegrityError, lambda: other["0.weight"], "0.weight is not what this graft was made for")
+    refused(IntegrityError, lambda: other["0.weight"], "0.weight differs from the tensor that this graft was made for")
     assert parts.same(parts.bits(g.vector(tmp_path / "pre.safetensors").apply_to(pre)), parts.bits(g.apply_to(pre)))
 
 
@@ -210,13 +210,13 @@ def test_sums_of_vectors_are_sums_of_grafts():
     ours, theirs = both.state_dict(), want.state_dict()
     assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours) < 6e-8
     assert isinstance(a.vector(pre), TaskVector) and dict(a.vector(pre).base) == dict(TaskVector.between(pre, ft).base)
-    refused(IntegrityError, lambda: a.vector(ft), "is not what this graft was made for")
+    refused(IntegrityError, lambda: a.vector(ft), "differs from the tensor that this graft was made for")
 
 
 def test_values_are_cast_to_a_model_in_another_precision():
     pre, ft = parts.pair("linear")
     g, half = parts.graft(pre, ft, 2), copy.deepcopy(pre).half()
-    refused(IntegrityError, lambda: g.apply_to(half), "is not what this graft was made for")
+    refused(IntegrityError, lambda: g.apply_to(half), "differs from the tensor that this graft was made for")
     assert parts.same(parts.bits(g.apply_to(half, check=False)), parts.bits(copy.deepcopy(ft).half()))
     before = parts.bits(half)
     with g.applied(half, check=False):
@@ -310,7 +310,7 @@ def test_a_graft_for_another_model():
             call,
             "3 of the 4 tensors do not fit: 0.weight is [4, 3]",
             "model has [5, 3]",
-            "one architecture?",
+            "the same architecture?",
         )
     assert parts.same(parts.bits(other), before)
     refused(GraftError, lambda: g.apply_to(parts.bert()), "0.weight is [4, 3], the model has no such tensor")
@@ -333,7 +333,7 @@ def test_another_base(how):
     }[how]  # fmt: skip
     refused(
         IntegrityError, call,
-        "0.weight is not what this graft was made for; apply it to its own pretrained model, or pass check=False",
+        "0.weight differs from the tensor that this graft was made for; apply it to its own pretrained model",
     )  # fmt: skip
     assert parts.same(parts.bits(other), before)
     call(check=False)
@@ -351,7 +351,7 @@ def test_bits_alone_cannot_be_applied():
     pre, ft = parts.pair("linear")
     g = parts.graft(pre, ft).bits()
     for call in (lambda: g.apply_to(pre), lambda: g.apply_(pre), lambda: g.vector(pre)):
-        refused(GraftError, call, "this graft holds bits alone, no values to apply; graft.fill(finetuned) takes them")
+        refused(GraftError, call, "this graft holds only bits and no values to apply; graft.fill(finetuned) takes them")
 
 
 def test_grafts_that_do_not_fit_each_other():
@@ -363,10 +363,10 @@ def test_grafts_that_do_not_fit_each_other():
             "w: 1 elements have different values in the grafts; union(grafts, overlap='mean') or 'first'",
         )
     refused(ConfigError, lambda: union([a, b], "median"), "overlap: got 'median', expected one of equal, mean, first")
-    refused(GraftError, lambda: union([]), "a union of no grafts")
-    refused(GraftError, lambda: a | b.bits(), "some grafts hold values, others bits alone; fill these (graft.fill)")
+    refused(GraftError, lambda: union([]), "union: got no grafts")
+    refused(GraftError, lambda: a | b.bits(), "some grafts hold values, others only bits; fill these (graft.fill)")
     refused(
-        GraftError, lambda: a | tiny([1], [2.0], (3, 2)), "w is [2, 3] in the first graft, [3, 2] in another; take both"
+        GraftError, lambda: a | tiny([1], [2.0], (3, 2)), "w is [2, 3] in the first graft, [3, 2] in another; make both"
     )
     for call in (
         lambda: a & tiny([1], None, (6,)),
@@ -379,7 +379,7 @@ def test_grafts_that_do_not_fit_each_other():
     refused(GraftError, lambda: a.overlap(tiny([])), "the other graft has no element, so no share of it can be in this")
     refused(GraftError, lambda: overlaps([a, tiny([])]), "has no element")
     half = Graft(a.shapes, a.indices, {"w": torch.tensor([1.0, 2.0]).half()})
-    refused(GraftError, lambda: a | half, "w is float32 in one graft, float16 in another; fill both alike")
+    refused(GraftError, lambda: a | half, "w is float32 in one graft, float16 in another; fill both in the same dtype")
     x, y = tiny([0], [1.0], base={"w": "one"}), tiny([1], [1.0], base={"w": "two"})
     refused(GraftError, lambda: x | y, "w: the grafts were made for different bases; all must start from one model")
     assert (x | tiny([1], [1.0])).base is None and (x | x).base == {"w": "one"}
@@ -390,8 +390,8 @@ def test_grafts_that_do_not_fit_each_other():
 @pytest.mark.parametrize(
     "call, text",
     [
-        (lambda: Graft({}, {}), "a graft of no tensors; which tensors took part?"),
-        (lambda: Graft({"a": (2,)}, {"b": torch.tensor([0])}), "b: has indices, but is not among the 1 tensors"),
+        (lambda: Graft({}, {}), "the graft has no tensors; which tensors took part?"),
+        (lambda: Graft({"a": (2,)}, {"b": torch.tensor([0])}), "b has indices, but is not among the 1 tensors"),
         (lambda: tiny([[0]]), "w: got indices of int32 [1, 1], expected integers [k]"),
         (lambda: Graft({"w": (2,)}, {"w": torch.tensor([0.0])}), "w: got indices of float32 [1], expected int"),
         (lambda: tiny([1, 1]), "w: expected ascending indices from 0 to 5, got [1, 1] ..."),
@@ -402,7 +402,7 @@ def test_grafts_that_do_not_fit_each_other():
         (lambda: tiny([1], [1]), "w: got values int64 [1], expected one number"),
         (lambda: Graft({"w": (2,)}, {"w": torch.tensor([0])}, {}), "w: got values none, expected one number"),
         (lambda: tiny([1], None, base={}), "w: no digest of the pretrained model's tensor; pass all, or base=None"),
-        (lambda: Graft.from_masks({"w": torch.ones(2)}), "w: got a mask of float32, expected bool; scores become"),
+        (lambda: Graft.from_masks({"w": torch.ones(2)}), "w: got a mask of float32, expected bool; turn scores into"),
     ],
 )  # fmt: skip
 def test_what_is_no_graft(call, text):

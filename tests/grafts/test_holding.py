@@ -115,7 +115,7 @@ def test_twin_without_putting_back_they_move(monkeypatch, name):
     model = network()
     optimizer, graft = OPTIMIZERS[name](model.parameters()), some(model)
     before = inside(model, graft)
-    with pytest.warns(UserWarning, match=r"0.weight: something else .* \(4 such tensors\); they are put back"):
+    with pytest.warns(UserWarning, match=r"0.weight: something other .* \(4 such tensors\); they are restored"):
         with hold(model, graft, optimizer):
             train(model, optimizer, batch(model))
     assert not parts.same(inside(model, graft), before)
@@ -291,7 +291,7 @@ def test_a_write_that_is_no_step_is_seen_and_undone():
     model = network()
     optimizer, graft = OPTIMIZERS["sgd"](model.parameters()), some(model, 2)
     before = inside(model, graft)
-    with pytest.warns(UserWarning, match=r"3.bias: something else than a step of an optimizer wrote .* put back"):
+    with pytest.warns(UserWarning, match=r"3.bias: something other than an optimizer's step wrote .* restored"):
         with hold(model, graft, optimizer), torch.no_grad():
             model[3].bias.add_(1)
     assert parts.same(inside(model, graft), before)
@@ -320,10 +320,10 @@ def test_refused():
         (GraftError, (nn.Linear(3, 3), graft, optimizer), "6 of the 6 tensors do not fit: 0.weight is [8, 3]"),
         (GraftError, (model.state_dict(), graft, optimizer), "hold: got OrderedDict, expected a module"),
         (GuardError, (model, graft, OPTIMIZERS["sgd"](network().parameters())),
-         "SGD holds none of this model's parameters; build it over the parameters of the model that is to be held"),
+         "SGD holds none of this model's parameters; build it over the parameters of the model to hold"),
         (GuardError, (model, graft, [optimizer, None]), "got NoneType, which has no step() and param_groups to guard"),
         (GraftError, (model, Graft.from_masks({"1.running_var": torch.ones(8, dtype=torch.bool)}), optimizer),
-         "1.running_var is a buffer, which a forward pass writes to and no optimizer"),
+         "1.running_var is a buffer, which forward passes write to, not optimizers"),
     ]  # fmt: skip
     for error, args, text in cases:
         with pytest.raises(error) as caught:

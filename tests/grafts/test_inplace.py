@@ -93,7 +93,7 @@ def test_of_grafts_that_overlap_the_last_comes_out_first(kind):
     refused(
         GraftError,
         lambda: a.remove_(pre),
-        "elements of this graft are also in one that was applied later; remove that f",
+        "elements of this graft are also in a graft that was applied later; remove that f",
     )
     assert parts.same(parts.bits(pre), both)
     b.remove_(pre)
@@ -120,7 +120,7 @@ def test_what_was_not_applied_cannot_be_removed():
     pre, ft = parts.pair("linear")
     g = parts.graft(pre, ft)
     refused(
-        GraftError, lambda: g.remove_(pre), "this graft is not applied to this Sequential", "has nothing to put back"
+        GraftError, lambda: g.remove_(pre), "this graft is not applied to this Sequential", "has nothing to restore"
     )
     g.apply_(pre)
     refused(GraftError, lambda: g.remove_(copy.deepcopy(pre)), "not applied to this")
@@ -184,7 +184,11 @@ def test_a_tensor_that_is_gone():
     before = parts.bits(pre)
     g.apply_(pre)
     pre[2] = nn.Identity()
-    refused(GraftError, lambda: g.remove_(pre), "2.weight: this Sequential no longer has it; put the module that was")
+    refused(
+        GraftError,
+        lambda: g.remove_(pre),
+        "2.weight: this Sequential no longer has it; undo the replacement or renaming of the module",
+    )
     pre[2] = last
     g.remove_(pre)
     assert parts.same(parts.bits(pre), before)

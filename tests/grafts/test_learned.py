@@ -570,8 +570,8 @@ def test_what_is_refused():
         full[: len(args)] = args
         return lambda: learn_graft(*full, **options)
 
-    refused(GraftError, go(pre.state_dict()), "pretrained: got OrderedDict", "module that computes")
-    refused(GraftError, go(pre, pre), "equal in all 6 tensors")
+    refused(GraftError, go(pre.state_dict()), "pretrained: got OrderedDict", "module to compute with")
+    refused(GraftError, go(pre, pre), "equal in all 6 participating tensors")
     refused(GraftError, go(pre, nn.Linear(2, 2)), "differ in")
     refused(GraftError, go(pre, ft, loss_of, batches, 1e-4), "selects none")
     refused(GraftError, go(pre, ft, loss_of, batches, 1.0), "selects all")
@@ -579,26 +579,26 @@ def test_what_is_refused():
     broken[0].bias.data[2] = math.nan
     refused(GraftError, go(pre, broken), "0.bias: the difference of 1 of 16")
     other = select_graft(pre, ft, 0.1, only="0.*")
-    refused(GraftError, go(start=other), "start: 1.weight is no part of it there and [16] among", "only=")
+    refused(GraftError, go(start=other), "start: 1.weight is no part of it in the start and [16] among", "only=")
     refused(GraftError, go(start=other, only="3.*"), "start: 3.weight")
     refused(ConfigError, go(pre, ft, loss_of, []), "batches: there are none")
-    refused(
-        ConfigError, go(pre, ft, loss_of, iter(batches)), "batches: got list_iterator", "passed over in every epoch"
-    )
+    refused(ConfigError, go(pre, ft, loss_of, iter(batches)), "batches: got list_iterator", "iterated in every epoch")
     refused(ConfigError, go(options={"learning_rate": 1.0}), "GraftOptions has no option 'learning_rate'")
     refused(ConfigError, go(only="4.*"), "only: '4.*' matches none")
-    refused(GraftError, go(pre, ft, lambda m, b: 1.0), "loss_fn: gave float", "scalar")
-    refused(GraftError, go(pre, ft, lambda m, b: m(b[0])), "loss_fn: gave a tensor of shape [16, 3]")
-    refused(GraftError, go(pre, ft, lambda m, b: loss_of(m, b).detach()), "loss_fn: gave a tensor of shape []")
+    refused(GraftError, go(pre, ft, lambda m, b: 1.0), "loss_fn: returned float", "scalar")
+    refused(GraftError, go(pre, ft, lambda m, b: m(b[0])), "loss_fn: returned a tensor of shape [16, 3]")
+    refused(GraftError, go(pre, ft, lambda m, b: loss_of(m, b).detach()), "loss_fn: returned a tensor of shape []")
     free = torch.ones((), requires_grad=True)
-    refused(GraftError, go(pre, ft, lambda m, b: free * 1), "no gradient by any of 6 tensors", "only=")
+    refused(
+        GraftError, go(pre, ft, lambda m, b: free * 1), "no gradient for any of the 6 participating tensors", "only="
+    )
     refused(NonFiniteLossError, go(pre, ft, lambda m, b: loss_of(m, b) * math.inf), "step 0: the loss is inf")
     constant = go(pre, ft, lambda m, b: loss_of(m, b) * 0)
     text = "the squares of the first step's gradients sum up to 0, expected a number above 0"
     refused(NonFiniteLossError, constant, text, "Is the loss constant")
     below = GraftScores({n: -torch.ones_like(p) for n, p in pre.named_parameters()})
     empty = go(start=below, options={"size": "free", "lr": 1e-9})
-    refused(GraftError, empty, "every mask has all of 227 elements or none", "size='fixed'")
+    refused(GraftError, empty, "every mask has either all 227 elements or none", "size='fixed'")
     refused(NonFiniteLossError, go(validate=lambda m: math.nan), "step 0: the validation is nan")
     assert unchanged(pre, was)
 

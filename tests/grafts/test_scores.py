@@ -85,15 +85,15 @@ def test_files_of_another_kind_and_damaged_ones(tmp_path):
     file = s.graft(0.5).save(tmp_path / "bits.safetensors")
     refused(
         GraftError, lambda: GraftScores.load(file),
-        "bits.safetensors: holds bits, expected scores; call Graft.load in place of GraftScores.load",
+        "bits.safetensors holds bits, expected scores; call Graft.load instead of GraftScores.load",
     )  # fmt: skip
     assert Graft.load(file).size == 1
     file = s.save(tmp_path / "s.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 64]))
-    refused(IntegrityError, lambda: GraftScores.load(file), "its content is not what was saved")
+    refused(IntegrityError, lambda: GraftScores.load(file), "its content has changed since it was saved")
     file.write_bytes(whole[: len(whole) // 2])
-    refused(IntegrityError, lambda: GraftScores.load(file), "not readable as safetensors")
+    refused(IntegrityError, lambda: GraftScores.load(file), "cannot be read as safetensors")
     files.write(file, files.SCORES, {"a": torch.tensor([math.nan])}, {"base": None})
     refused(IntegrityError, lambda: GraftScores.load(file), "its parts do not fit each other (a: 1 of 1 scores are NaN")
     files.write(file, files.SCORES, {"a": torch.tensor([1.0])}, {})
@@ -105,10 +105,13 @@ def test_files_of_another_kind_and_damaged_ones(tmp_path):
     "call, text",
     [
         (lambda: GraftScores({}), "scores of no tensors; which tensors take part?"),
-        (lambda: scores(a=[1, 2]), "a: got int64, expected floating-point scores; bits become a graft by Graft.from_m"),
+        (
+            lambda: scores(a=[1, 2]),
+            "a: got int64, expected floating-point scores; Graft.from_masks makes a graft from bits",
+        ),
         (lambda: scores(a=[1.0, math.inf]), "a: 1 of 2 scores are NaN or infinite, expected finite numbers"),
         (lambda: scores(a=[1.0, 2.0]).graft(0.5, 0.0), "got sparsity and threshold; pass one of them"),
-        (lambda: scores(a=[1.0, 2.0]).graft(0.4), "sparsity: 0.4 of 2 elements selects none; take at least 1/2"),
+        (lambda: scores(a=[1.0, 2.0]).graft(0.4), "sparsity: 0.4 of 2 elements selects none; use at least 1/2"),
         (lambda: scores(a=[1.0, 2.0]).graft(1.0), "sparsity: 1.0 of 2 elements selects all"),
         (
             lambda: scores(a=[1.0, 2.0]).graft(),

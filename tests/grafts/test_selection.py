@@ -194,15 +194,19 @@ def test_half_precision():
 
 
 def test_what_is_refused():
-    refused(GraftError, lambda: select_graft(PRE, PRE, 0.5), "equal in all 2 tensors", "nothing to graft")
-    refused(GraftError, lambda: select_graft(PRE, {**FT, "b": PRE["b"]}, 0.5, only="b"), "equal in all 1 tensors")
+    refused(GraftError, lambda: select_graft(PRE, PRE, 0.5), "equal in all 2 participating tensors", "nothing to graft")
+    refused(
+        GraftError,
+        lambda: select_graft(PRE, {**FT, "b": PRE["b"]}, 0.5, only="b"),
+        "equal in all 1 participating tensors",
+    )
     for bad in (math.nan, math.inf):
         broken = {**FT, "b": torch.tensor([0.5, bad, 0.1, bad])}
         refused(GraftError, lambda b=broken: select_graft(PRE, b, 0.5), "b: the difference of 2 of 4", "diverge")
     refused(GraftError, lambda: select_graft(PRE, FT, 0.09), "selects none", "0.09")
     refused(GraftError, lambda: select_graft(PRE, FT, 1.0), "selects all")
     refused(GraftError, lambda: select_graft(PRE, FT, 1.0, per_layer=True), "selects all")
-    refused(GraftError, lambda: select_graft(PRE, FT, 0.15, per_layer=True), "selects nothing of any tensor", "6")
+    refused(GraftError, lambda: select_graft(PRE, FT, 0.15, per_layer=True), "selects no element of any tensor", "6")
     refused(GraftError, lambda: select_graft(PRE, {"a": FT["a"]}, 0.5), "b only in the pretrained model")
     refused(GraftError, lambda: select_graft(PRE, {**FT, "b": torch.ones(5)}, 0.5), "b is [4] in the pre", "[5] in the")
     refused(GraftError, lambda: select_graft({"n": torch.ones(3).int()}, {"n": torch.zeros(3).int()}, 0.5), "integers")
@@ -215,7 +219,7 @@ def test_what_is_refused():
     refused(
         GraftError,
         lambda: select_graft(PRE, FT, 0.3, grain="block"),
-        "3 elements are less than the smallest of 2 groups of the grain block has, 4;",
+        "3 elements are fewer than the 4 of the smallest of 2 groups of the grain block;",
     )
 
 

@@ -124,7 +124,7 @@ def test_layers_whose_names_end_alike(tmp_path, monkeypatch):
     assert gap(loaded(base, tmp_path / "a"), graft.apply_to(base)) < SLACK
     masks["block.norm.bias"][:2] = masks["fc.bias"][1] = True
     graft = Graft.from_masks(masks, model, base)
-    with pytest.raises(GraftError, match="no elements that SHiRA has a place for: a part of the weight of a linear"):
+    with pytest.raises(GraftError, match="no elements that SHiRA can hold: part of the weight of a linear"):
         graft.to_peft(base, tmp_path / "b")  # each of them ends in fc
     assert not (tmp_path / "b").exists()
     monkeypatch.setattr(shira, "_with_namesakes", lambda base, modules: modules)
@@ -162,17 +162,17 @@ def test_what_peft_has_no_place_for(tmp_path):
 
     base, out = Own(), tmp_path / "out"
     for name, text in {
-        "scale": "scale belongs to no layer but to the model itself, .*leave it out of the graft",
-        "table.weight": "table.weight is held by several layers, of which peft would change one; untie them first",
-        "attention.out_proj.weight": "no elements that SHiRA has a place for",
+        "scale": "scale belongs to the model itself rather than a layer, .*leave it out of the graft",
+        "table.weight": "table.weight is shared by several layers, of which peft would change only one; untie them",
+        "attention.out_proj.weight": "no elements that SHiRA can hold",
     }.items():
         with pytest.raises(GraftError, match=text):
             of(base, name).to_peft(base, out)
-    with pytest.raises(GraftError, match="holds bits alone"):
+    with pytest.raises(GraftError, match="holds only bits and"):
         of(base, "scale").bits().to_peft(base, out)
     with pytest.raises(GraftError, match="to_peft: got OrderedDict, expected a module"):
         of(base, "scale").to_peft(base.state_dict(), out)
-    with pytest.raises(IntegrityError, match="scale is not what this graft was made for"):
+    with pytest.raises(IntegrityError, match="scale differs from the tensor that this graft was made for"):
         of(base, "scale").to_peft(tuned(base), out)
     assert not out.exists()
 
@@ -189,14 +189,14 @@ def test_adapters_that_are_no_graft_of_the_model(tmp_path):
     with pytest.raises(GraftError, match=r"weight has elements outside of \[16, 16\]; pass the adapter's own"):
         Graft.from_peft(tmp_path, base)
     save_file({**good, name: good[name][:, :3].contiguous()}, file)
-    with pytest.raises(IntegrityError, match="has no indices that fit its values; save the adapter again"):
+    with pytest.raises(IntegrityError, match="lacks indices that match its values; save the adapter again"):
         Graft.from_peft(tmp_path, base)
     save_file({**good, "base_model.model.classifier.weight": torch.zeros(2, 16)}, file)
     with pytest.raises(GraftError, match=r"classifier.weight is \[3, 16\] in the pretrained model, \[2, 16\] in the"):
         Graft.from_peft(tmp_path, base)
     save_file({**good, "base_model.model.bert.embeddings.position_ids": torch.zeros(1, 16)}, file)
-    with pytest.raises(GraftError, match="position_ids, which is no parameter; a graft holds parameters only"):
+    with pytest.raises(GraftError, match="position_ids, which is not a parameter; a graft holds parameters only"):
         Graft.from_peft(tmp_path, base)
     config.write_text(json.dumps({**json.loads(text), "peft_type": "LORA"}))
-    with pytest.raises(GraftError, match="the adapter is LORA, expected SHIRA; of LoRA take TaskVector.between"):
+    with pytest.raises(GraftError, match="the adapter is LORA, expected SHIRA; for LoRA use TaskVector.between"):
         Graft.from_peft(tmp_path, base)

@@ -178,9 +178,9 @@ def test_outputs_in_any_object_are_compared_and_their_layer_is_a_head(wrap):
 @pytest.mark.parametrize(
     ("wrap", "text"),
     [
-        (lambda y: float(y.sum()), "Holder: its forward gives a float, in which there is no tensor"),
-        (lambda y: None, "Holder: its forward gives None, in which there is no tensor, so there is nothing that could"),
-        (lambda y: (z for z in y), "Holder: output is a generator, and hatcl cannot look into it to compare"),
+        (lambda y: float(y.sum()), "Holder: its forward returns a float, which holds no tensor"),
+        (lambda y: None, "Holder: its forward returns None, which holds no tensor, so there is nothing to compare"),
+        (lambda y: (z for z in y), "Holder: output is a generator, whose content hatcl cannot read to compare"),
         (lambda y: (y, nn.Identity()), r"Holder: output\[1\] is a module \(Identity\)"),
     ],
 )

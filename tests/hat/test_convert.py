@@ -235,7 +235,7 @@ def test_names_that_hatcl_uses(name):
 def test_weights_that_a_hook_makes_are_refused(norm):
     source = nn.Sequential(nn.Flatten(), norm(nn.Linear(48, 16)), nn.ReLU(), nn.Linear(16, 4))
     with pytest.raises(
-        hatcl.ConversionError, match="1.weight: it is no parameter but .* use torch.nn.utils.parametriz"
+        hatcl.ConversionError, match="1.weight: it is not a parameter but .* use torch.nn.utils.parametriz"
     ):
         hatcl.convert(source, 2, parts.images("mlp"))
 

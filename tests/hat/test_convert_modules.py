@@ -184,7 +184,7 @@ def test_weights_that_a_hook_makes_before_every_forward(hook, where, run):
     }[where]()
     path, _, name = where.rpartition(".")
     HOOKS[hook](middle.get_submodule(path), name)
-    text = rf"middle.{where}: it is no parameter but .*parametrizations, or .* \(remove_weight_norm.*prune.remove\)"
+    text = rf"middle.{where}: it is not a parameter but .*parametrizations, or .* \(remove_weight_norm.*prune.remove\)"
     refuses(middle, text, run)
 
 

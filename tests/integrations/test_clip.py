@@ -160,8 +160,8 @@ def test_wrappers_are_taken_off_names(names, kind, want):
     [
         (["a.visual.proj", "b.visual.proj"], "open_clip", "it: holds 2 image towers as open_clip calls them"),
         (["blocks.0.weight"], "open_clip", "it: holds 0 image towers as open_clip calls them .*it holds blocks.0"),
-        (["vision_model.a"], "open_clip", "It is of transformers: give --model of transformers"),
-        (["visual.proj"], "transformers", "It is of open_clip: give --model of open_clip"),
+        (["vision_model.a"], "open_clip", "It belongs to transformers: give --model of transformers"),
+        (["visual.proj"], "transformers", "It belongs to open_clip: give --model of open_clip"),
     ],
 )
 def test_other_checkpoints_are_refused(names, kind, says):
@@ -185,7 +185,7 @@ def test_bad_names_are_refused_with_the_nearest(both, tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=says):
             clip_from_name(name, options)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ConfigError, match="is of the kind 'bert', expected 'clip'"):
+    with pytest.raises(ConfigError, match="has the kind 'bert', expected 'clip'"):
         clip_from_name(str(tmp_path))
     with pytest.raises(ConfigError, match="--text-from: openai is no file, and .* has no tags"):
         texts_from(both["transformers"][0], "openai")

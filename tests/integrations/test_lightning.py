@@ -289,5 +289,5 @@ def test_another_tasks_checkpoint_is_refused(tmp_path):
     module = Module()
     fit(module, 0, tmp_path)
     for name in ("epoch=0.ckpt", "last.ckpt"):  # in the middle, and finished
-        with pytest.raises(hatcl.TaskError, match="task: got 1, and the checkpoint to resume from is of task 0"):
+        with pytest.raises(hatcl.TaskError, match="task: got 1, but the checkpoint to resume from belongs to task 0"):
             fit(Module(copy.deepcopy(module.model)), 1, tmp_path / "other", resume=tmp_path / name)

@@ -48,7 +48,7 @@ def test_what_is_loaded_computes_the_same(tmp_path, options):
 def test_other_models_are_not_recognised_and_other_adapters_refused():
     model = adapted()
     source = source_of(model)
-    with pytest.raises(IntegrityError, match="the adapter is of another kind than LORA; pass base="):
+    with pytest.raises(IntegrityError, match="the adapter is not a LORA adapter; pass base="):
         build_source({**source, "config": {**source["config"], "peft_type": "LOHA"}})
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["query"]))
     assert source_of(model) is None

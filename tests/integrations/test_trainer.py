@@ -133,7 +133,7 @@ def test_another_tasks_checkpoint_is_refused(tmp_path, saved):
     trainer_of(converted(), 0, tmp_path, save_steps=6).train()
     model = copy.deepcopy(learned("bert")[0])
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    words = "task: got 1, and the checkpoint to resume from is of task 0; give each task an output_dir of its own"
+    words = "task: got 1, but the checkpoint to resume from belongs to task 0; give each task an output_dir of its own"
     with pytest.raises(hatcl.TaskError, match=words):
         trainer_of(model, 1, tmp_path).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{saved}"))
     assert hatcl.tasks(model) == [0]

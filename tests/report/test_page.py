@@ -43,7 +43,7 @@ def page(tmp_path_factory):
 
 def test_the_page_has_what_the_run_has(page):
     text = page.read_text()
-    for words in ("87.5", "always the commonest answer", "7 of 9 trained elements", "&lt;b&gt;{text}&lt;/b&gt;"):
+    for words in ("87.5", "always the most common answer", "7 of 9 trained elements", "&lt;b&gt;{text}&lt;/b&gt;"):
         assert words in text
     for words in ("SHA-256 dddd", "cccc, with changes", "hatcl graft x", "loss against step: loss from 1 to 0.03333"):
         assert words in text

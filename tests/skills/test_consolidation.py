@@ -450,16 +450,16 @@ def test_adapters_of_other_targets_or_ranks():
     remedy = "both need the same target_modules and rank: one LoraConfig for all tasks of a sequence"
     refused(
         SkillError, lambda: call(PAIR, more),
-        "k.lora_A.weight [4, 3] is in the current adapter and not in the previous adapter (2 such)", remedy,
+        "k.lora_A.weight [4, 3] is in the current adapter but not in the previous adapter (2 such)", remedy,
     )  # fmt: skip
     refused(
-        SkillError, lambda: call(more, PAIR), "k.lora_A.weight [4, 3] is in the previous adapter and not in the cur"
+        SkillError, lambda: call(more, PAIR), "k.lora_A.weight [4, 3] is in the previous adapter but not in the cur"
     )
     refused(
         SkillError, lambda: call({A: (4, 3), B: (5, 4)}, {A: (2, 3), B: (5, 2)}),
         f"{A} is [4, 3] in the previous adapter, [2, 3] in the current adapter; {remedy}",
     )  # fmt: skip
-    refused(SkillError, lambda: call({}, PAIR), "the previous adapter has no tensors; give those of skill_tensors(")
+    refused(SkillError, lambda: call({}, PAIR), "the previous adapter has no tensors; use skill_tensors(")
     refused(SkillError, lambda: call(PAIR, {}), "the current adapter has no tensors")
 
 
@@ -488,7 +488,7 @@ def test_scores_that_do_not_fit():
     pairs = scores("lora_pair", PAIR, PREVIOUS)
     refused(
         SkillError, lambda: consolidate(*adapters, pairs, scores("matrix", PAIR, [1.0, 2])),
-        "the previous scores speak in lora_pair, the current scores in matrix",
+        "the previous scores have the grain lora_pair, the current scores have matrix",
     )  # fmt: skip
     other = {A: (4, 3), B: (6, 4)}
     refused(
@@ -502,16 +502,16 @@ def test_scores_that_do_not_fit():
     renamed = {n.replace("q.", "k."): s for n, s in PAIR.items()}
     refused(
         SkillError, lambda: consolidate(*adapters, *[scores("lora_pair", renamed, PREVIOUS)] * 2),
-        "k.lora_A.weight [4, 3] is in the scores and not in the adapters (2 such)",
+        "k.lora_A.weight [4, 3] is in the scores but not in the adapters (2 such)",
     )  # fmt: skip
     refused(
         SkillError, lambda: consolidate(drawn(FULL, 1), drawn(FULL, 2), pairs, pairs),
-        f"{A} [4, 3] is in the scores and not in the adapters (2 such)",
+        f"{A} [4, 3] is in the scores but not in the adapters (2 such)",
     )  # fmt: skip
     more = {**PAIR, **renamed}
     refused(
         SkillError, lambda: consolidate(drawn(more, 1), drawn(more, 2), pairs, pairs),
-        "k.lora_A.weight [4, 3] is in the adapters and not in the scores (2 such)",
+        "k.lora_A.weight [4, 3] is in the adapters but not in the scores (2 such)",
     )  # fmt: skip
 
 
@@ -568,7 +568,9 @@ def test_every_option_belongs_to_a_mode():
 
 
 def test_a_share_beside_a_threshold_is_refused():
-    with pytest.raises(ConfigError, match="share: got 0.3, which has no effect with threshold=0.5; take the threshold"):
+    with pytest.raises(
+        ConfigError, match="share: got 0.3, which has no effect with threshold=0.5; remove the threshold"
+    ):
         ConsolidateOptions(share=0.3, threshold=0.5)
 
 

@@ -35,7 +35,7 @@ def test_the_error_is_the_mean_over_what_the_mask_leaves():
     [
         ((2, 4, 2), None, r"hidden states of \[2, 3, 2\] \(plastic\) and \[2, 4, 2\] \(stable\) differ"),
         ((2, 3, 2), torch.ones(2, 4), r"the mask is \[2, 4\], the hidden states are \[2, 3, 2\]"),
-        ((2, 3, 2), torch.zeros(2, 3), "the batch is nothing but padding"),
+        ((2, 3, 2), torch.zeros(2, 3), "the batch has only padding"),
     ],
 )
 def test_what_cannot_be_compared(shape, mask, text):
@@ -55,5 +55,5 @@ def test_an_encoder_alone_and_one_beside_a_decoder():
 def test_what_gives_no_hidden_states():
     with pytest.raises(SkillError, match="the batch is a Tensor, expected a mapping"):
         hidden_states_of(Gives(), torch.ones(1))
-    with pytest.raises(SkillError, match="Gives gave no hidden_states; pass hidden_states="):
+    with pytest.raises(SkillError, match="Gives returned no hidden_states; pass hidden_states="):
         hidden_states_of(Gives(), {})

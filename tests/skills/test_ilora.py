@@ -198,7 +198,7 @@ def prev_task_id(folder):
             assert same(dict(adapter_tensors(second.model, "stable")), dict(adapter_tensors(first.model, "stable")))
     with pytest.raises(SkillError, match="a holds the task 'a', expected prev_task_id 'b'"):
         made(previous_task_model=folder / "a", prev_task_id="b")
-    with pytest.raises(SkillError, match="prev_task_id is 'a', but it is not said where its stable adapter is"):
+    with pytest.raises(SkillError, match="prev_task_id is 'a', but the place of its stable adapter is"):
         made(prev_task_id="a")
 
 
@@ -302,7 +302,10 @@ def test_a_head_in_half_precision_is_warned_about(caplog):
     model.base_model.model.classifier.to(torch.bfloat16)
     with caplog.at_level(logging.WARNING):
         made(model)
-    assert "part of the stable adapter is in torch.bfloat16, where steps of 1 - ema_alpha = 0.001 vanish" in caplog.text
+    assert (
+        "part of the stable adapter is in torch.bfloat16, where rounding removes steps of 1 - ema_alpha = 0.001"
+        in caplog.text
+    )
 
 
 def test_running_statistics_of_a_head_go_along():
@@ -544,7 +547,7 @@ def test_loss_takes_the_memory_or_the_batch():
     ilora.on = "batch"
     ilora.loss(batch_of(texts(5)))
     assert seen[2:] == [5, 5]
-    with pytest.raises(ConfigError, match="batch: got none, but on='batch' holds the current batch's hidden states"):
+    with pytest.raises(ConfigError, match="batch: got none, but on='batch' compares the current batch's hidden states"):
         ilora.loss()
 
 
@@ -602,7 +605,10 @@ def test_what_is_off_goes_on_to_the_next_task_too():
         ({"on": "memroy"}, "on: got 'memroy', expected one of memory, batch; did you mean 'memory'"),
         ({"batch_size": 0}, "batch_size: got 0, expected an integer of at least 1"),
         ({"replay": -1.0}, "replay: got -1.0, expected a number of at least 0"),
-        ({"replay": 1.0, "on": "batch"}, "replay: got 1.0 with on='batch', expected 0; it is of the memory's examples"),
+        (
+            {"replay": 1.0, "on": "batch"},
+            "replay: got 1.0 with on='batch', expected 0; replay uses the memory's examples",
+        ),
     ],
 )
 def test_arguments_outside_their_range(options, text):
@@ -615,14 +621,14 @@ def test_models_and_adapters_that_do_not_fit():
         ({"adapter": "defalt"}, "no adapter 'defalt'; the model has default; did you mean 'default'"),
         (
             {"stable": "default"},
-            "the adapter 'default' is to be plastic and stable at once; name another one by stable=",
+            "the adapter 'default' cannot be both plastic and stable; name another with stable=",
         ),
     ):
         model = bert()
         with pytest.raises(SkillError, match=text):
             made(model, **options)
         assert list(model.peft_config) == ["default"]
-    with pytest.raises(SkillError, match="Linear is no peft model"):
+    with pytest.raises(SkillError, match="Linear is not a peft model"):
         made(nn.Linear(2, 2))
     model = bert()
     model.add_adapter("stable", peft.LoraConfig(r=3, target_modules=["query", "value"]))
@@ -646,7 +652,7 @@ def test_batches_that_do_not_fit():
         ilora.consistency(batch)
     ilora = made()
     for given, text in (
-        ({**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}, "the batch is nothing but padding"),
+        ({**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}, "the batch has only padding"),
         (batch["input_ids"], "the batch is a Tensor, expected a mapping for"),
     ):
         with pytest.raises(SkillError, match=text):
@@ -683,13 +689,15 @@ def test_labels_that_are_all_masked():
 
 def test_a_batch_in_place_of_examples_and_examples_that_make_no_batch():
     ilora = made()
-    with pytest.raises(SkillError, match="remember: got a dict, one batch, expected examples one by one"):
+    with pytest.raises(SkillError, match="remember: got a dict, one batch, expected single examples"):
         ilora.remember(batch_of(texts()))
-    with pytest.raises(SkillError, match="remember: got a DataLoader, whose items are batches, expected examples one"):
+    with pytest.raises(
+        SkillError, match="remember: got a DataLoader, whose items are batches, expected single examples"
+    ):
         ilora.remember(torch.utils.data.DataLoader([{"x": 1.0}] * 4, batch_size=2))
     assert not len(ilora.memory)
     ilora.remember({"input_ids": torch.ones(n, dtype=torch.long)} for n in (3, 4))
-    with pytest.raises(SkillError, match="default_collate makes no batch of the memory's examples .* pass collate="):
+    with pytest.raises(SkillError, match="default_collate cannot batch the memory's examples .* pass collate="):
         ilora.memory_batch()
 
 
@@ -703,11 +711,13 @@ def test_a_model_without_hidden_states_or_loss():
             return self.fc(x)
 
     ilora = made(adapted(Plain(), {"target_modules": ["fc"]}), selective_update=True)
-    with pytest.raises(SkillError, match="gave no hidden_states; pass hidden_states=, which gives a list of tensors"):
+    with pytest.raises(
+        SkillError, match="returned no hidden_states; pass hidden_states=, a function that returns a list of tensors"
+    ):
         ilora.consistency({"x": torch.ones(1, 4)})
     ilora.remember([{"x": torch.ones(4)}])
     with pytest.raises(
-        SkillError, match=r"model\(\*\*batch\) gave no loss, which selective_update and replay need; pass"
+        SkillError, match=r"model\(\*\*batch\) returned no loss, which selective_update and replay need; pass"
     ):
         ilora.step()
 
@@ -730,9 +740,7 @@ def test_what_is_trained_outside_the_adapter_is_refused():
     model = bert()
     name, p = next((n, p) for n, p in model.named_parameters() if "LayerNorm" in n)
     p.requires_grad_(True)
-    with pytest.raises(
-        SkillError, match=f"{name} is trained outside the adapter .1 such., so that both adapters would"
-    ):
+    with pytest.raises(SkillError, match=f"{name} is trained outside the adapter .1 such., so both adapters would"):
         made(model)
     assert "stable" not in model.peft_config
 

@@ -32,10 +32,10 @@ def test_options_are_json_and_come_back():
         ({"ema_alpha": "0.9"}, "ema_alpha: got '0.9', expected a number between 0 and 1"),
         ({"ema_alpha": None}, "ema_alpha: got None, expected a number between 0 and 1"),
         ({"ema_adapter_path": 3}, "ema_adapter_path: got 3, expected a folder"),
-        ({"current_task_id": "a/b"}, "current_task_id: got 'a/b', expected a name that can be a folder's"),
-        ({"prev_task_id": ".."}, "prev_task_id: got '..', expected a name"),
-        ({"ema_adapter_path": "adapter/x"}, "ema_adapter_path: got 'adapter/x', where something else is kept"),
-        ({"ema_adapter_path": "."}, "ema_adapter_path: got '.', where something else is kept"),
+        ({"current_task_id": "a/b"}, "current_task_id: got 'a/b', expected a valid name of a folder"),
+        ({"prev_task_id": ".."}, "prev_task_id: got '..', expected a valid name"),
+        ({"ema_adapter_path": "adapter/x"}, "ema_adapter_path: got 'adapter/x', which is used for something else"),
+        ({"ema_adapter_path": "."}, "ema_adapter_path: got '.', which is used for something else"),
         ({"ema_alhpa": 0.5}, "ILoRAConfig has no option 'ema_alhpa'; did you mean 'ema_alpha'"),
     ],
 )  # fmt: skip
@@ -56,7 +56,7 @@ def test_an_option_of_what_is_off_is_refused(name):
     with pytest.raises(ConfigError) as caught:
         ILoRA(nn.Linear(1, 1), {"use_ilora": False, name: CHANGED[name]})
     value = (0,) if name == "hidden_state_layers" else CHANGED[name]
-    assert f"{name}: got {value!r}, which has no effect with use_ilora=False; leave use_ilora at True" in str(
+    assert f"{name}: got {value!r}, which has no effect with use_ilora=False; set use_ilora to True" in str(
         caught.value
     )
 

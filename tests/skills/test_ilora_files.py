@@ -122,7 +122,7 @@ def test_the_only_task_in_a_folder_is_found(tmp_path):
     ilora.load(tmp_path, "a")
     assert ilora.steps == 5 and ilora.moves == 4
     learned(current_task_id="b").save(tmp_path)
-    with pytest.raises(SkillError, match=r"no task of I-LoRA in .*; there are a, b: name one by prev_task_id"):
+    with pytest.raises(SkillError, match="no task of I-LoRA in .*; there are a, b: name one with prev_task_id"):
         made(previous_task_model=tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_another_base_model(tmp_path):
     at = learned().save(tmp_path / "a")
     ilora = made(bert(seed=1))
     refused(
-        SkillError, r"the task was learned on another base model \(digest \w{12}, now came \w{12}\)", ilora,
+        SkillError, r"the task was learned on another base model \(digest \w{12}, now got \w{12}\)", ilora,
         lambda: ilora.load(at),
     )  # fmt: skip
 
@@ -214,7 +214,7 @@ def test_a_stable_adapter_that_a_later_task_wrote_over(tmp_path):
     second.save(tmp_path / "runs")
     ilora = made()
     refused(
-        IntegrityError, "slow: this is not the stable adapter that the task 'a' was saved with; it was written over or",
+        IntegrityError, "slow: this is not the stable adapter that the task 'a' was saved with; it was overwritten or",
         ilora, lambda: ilora.load(tmp_path / "runs", "a"),
     )  # fmt: skip
     ilora.load(tmp_path / "runs", "b")
@@ -236,10 +236,10 @@ def test_damaged_files(tmp_path):
 
     cases = [
         ("ilora.json", lambda p: p.write_text("{"), "ilora.json cannot be read as JSON"),
-        ("ilora.json", lambda p: p.write_text("{}"), "ilora.json: not of the format hatcl.ilora.2"),
+        ("ilora.json", lambda p: p.write_text("{}"), "ilora.json does not have the format hatcl.ilora.2"),
         ("memory.pt", lambda p: p.write_bytes(b"x"), "memory.pt cannot be read as tensors and plain values"),
         ("memory.pt", lambda p: p.unlink(), "memory.pt cannot be read as tensors and plain values"),
-        (f"adapter/{WEIGHTS}", lambda p: p.write_bytes(b"x"), "not readable as safetensors"),
+        (f"adapter/{WEIGHTS}", lambda p: p.write_bytes(b"x"), "cannot be read as safetensors"),
         ("adapter/adapter_config.json", lambda p: p.write_text("{"), "adapter_config.json cannot be read as JSON"),
     ]
     for name, write, text in cases:
@@ -260,13 +260,15 @@ def test_a_changed_number_in_the_stable_adapter(tmp_path):
 def test_a_memory_of_another_size(tmp_path):
     at = learned(ilora_buffer_size=4).save(tmp_path / "a")
     ilora = made(ilora_buffer_size=5)
-    refused(SkillError, "the state is of a memory of 4 examples, this one is of 5", ilora, lambda: ilora.load(at))
+    refused(SkillError, "the state belongs to a memory of 4 examples, this one has 5", ilora, lambda: ilora.load(at))
 
 
 def test_what_cannot_be_saved(tmp_path):
     ilora = made()
     ilora.remember([object()])
-    with pytest.raises(SkillError, match=r"the memory's examples \(object\) cannot be saved, nothing was; remember"):
+    with pytest.raises(
+        SkillError, match=r"the memory's examples \(object\) cannot be saved, so nothing was saved; remember"
+    ):
         ilora.save(tmp_path / "a")
     ilora = made()
     adapter_tensors(ilora.model, "stable")["base_model.model.classifier.modules_to_save.bias"].data[0] = float("nan")
@@ -280,12 +282,12 @@ def test_what_cannot_be_saved(tmp_path):
 def test_a_folder_with_something_else_in_it_is_not_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(
-        SkillError, match="holds thesis.txt, expected a folder of its own; name another one, or give curr"
+        SkillError, match="holds thesis.txt, expected a folder only for the task; name another, or give curr"
     ):
         made().save(tmp_path)
     with pytest.raises(SkillError, match="holds thesis.txt"):
         made(ema_adapter_path=tmp_path).save(tmp_path / "a")
-    with pytest.raises(SkillError, match="thesis.txt is a file, expected a folder of its own"):
+    with pytest.raises(SkillError, match="thesis.txt is a file, expected a folder only for the"):
         made().save(tmp_path / "thesis.txt")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     made(current_task_id="a").save(tmp_path)

@@ -241,9 +241,7 @@ def test_factor_pairs_are_found_by_segment():
     "name, other", [("q.lora_A.weight", "q.lora_B.weight"), ("q.lora_B.weight", "q.lora_A.weight")]
 )
 def test_a_factor_without_its_partner(name, other):
-    refused(
-        lambda: factor_pairs([name]), f"{name} has no partner {other}; give the adapter whole, both its A and its B"
-    )
+    refused(lambda: factor_pairs([name]), f"{name} has no partner {other}; give the complete adapter, both A and B")
 
 
 def test_what_does_not_fit_is_refused_with_shapes():
@@ -256,7 +254,7 @@ def test_what_does_not_fit_is_refused_with_shapes():
     )  # fmt: skip
     refused(
         lambda: best_factors([(a, torch.ones(3, 1), 1.0)], 1),
-        "pair 0: A [2, 4] has rank 2, B [3, 1] has rank 1; the LoRA of a convolution with groups", "average='factors'",
+        "pair 0: A [2, 4] has rank 2, B [3, 1] has rank 1; the LoRA of a grouped convolution", "average='factors'",
     )  # fmt: skip
     refused(
         lambda: best_factors([(a, torch.ones(3, 2, 3), 1.0)], 1),

@@ -106,7 +106,7 @@ def test_a_size_below_one(size):
 
 
 def test_an_empty_memory_and_nothing_to_draw():
-    with pytest.raises(SkillError, match=r"the memory is empty \(0 of 4 examples\); add examples of a task"):
+    with pytest.raises(SkillError, match=r"the memory is empty \(0 of 4 examples\); add examples of a learned task"):
         Reservoir(4).sample(2)
     with pytest.raises(ConfigError, match="n: got 0, expected at least 1"):
         filled(2).sample(0)
@@ -114,8 +114,10 @@ def test_an_empty_memory_and_nothing_to_draw():
 
 def test_a_state_that_does_not_fit_changes_nothing():
     r = filled(3)
-    with pytest.raises(SkillError, match="the state is of a memory of 5 examples, this one is of 4; make it with that"):
+    with pytest.raises(
+        SkillError, match="the state belongs to a memory of 5 examples, this one has 4; make it with that"
+    ):
         r.load_state_dict(filled(9, 5).state_dict())
-    with pytest.raises(SkillError, match="the state lacks 'seen', expected what Reservoir.state_dict"):
+    with pytest.raises(SkillError, match="the state lacks 'seen', expected the result of Reservoir.state_dict"):
         r.load_state_dict({"size": 4})
     assert r.examples == [0, 1, 2]

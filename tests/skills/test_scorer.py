@@ -415,7 +415,7 @@ def test_gradients_that_are_not_finite_are_named(bad, monkeypatch):
     loss_of(model, 0).backward()
     model.base_model.model.fc.lora_A["default"].weight.grad[1, 0] = bad
     scorer.update()
-    with pytest.raises(SkillError, match=r"the score of base_model.model.fc\[1\] is nan.*1 of 6 are not.*score anew"):
+    with pytest.raises(SkillError, match=r"the score of base_model.model.fc\[1\] is nan.*1 of 6 are not.*score again"):
         scorer.scores()
     with monkeypatch.context() as twin:  # without the check NaN would be taken for the most important
         twin.setattr(torch.Tensor, "isfinite", lambda t: torch.ones_like(t, dtype=torch.bool))
@@ -549,7 +549,9 @@ def test_full_fine_tuning():
         scorer = SkillScorer(model, grain)
         scorer.update()
         assert list(scorer.scores().labels) == list(names)
-    with pytest.raises(ConfigError, match="Net has no LoRA adapter; score what is trained in full by grain='matrix'"):
+    with pytest.raises(
+        ConfigError, match="Net has no LoRA adapter; score fully trained parameters with grain='matrix'"
+    ):
         SkillScorer(model)
 
 

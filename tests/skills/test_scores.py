@@ -262,7 +262,7 @@ def test_files_that_are_not_scores(tmp_path):
         SkillScores.load(tmp_path / "nothing.safetensors")
     other = tmp_path / "other.safetensors"
     save_file({"w": torch.ones(2)}, other)
-    with pytest.raises(SkillError, match="other.safetensors: holds w, expected scores that SkillScores.save wrote"):
+    with pytest.raises(SkillError, match="other.safetensors holds w, expected scores written by SkillScores.save"):
         SkillScores.load(other)
     about = {"hatcl.skills": json.dumps({"grain": "block", "shapes": {"p": [2]}})}
     save_file({"scores": torch.ones(3)}, other, about)
@@ -270,9 +270,9 @@ def test_files_that_are_not_scores(tmp_path):
         SkillScores.load(other)
     for text, error in (
         ("[" * 50_000, "other.safetensors cannot be read as JSON .it is nested too deeply"),
-        ("[]", "other.safetensors holds JSON of the kind list, expected dict"),
-        ("{}", r"other.safetensors: what it says of its scores cannot be read .KeyError.'shapes'..; save it again"),
-        ('{"grain": "block", "shapes": [2]}', "what it says of its scores cannot be read .AttributeError"),
+        ("[]", "other.safetensors holds a JSON list, expected dict"),
+        ("{}", r"other.safetensors: its metadata cannot be read .KeyError.'shapes'..; save it again"),
+        ('{"grain": "block", "shapes": [2]}', "its metadata cannot be read .AttributeError"),
     ):
         save_file({"scores": torch.ones(3)}, other, {"hatcl.skills": text})
         with pytest.raises(IntegrityError, match=error):
@@ -289,7 +289,7 @@ def test_files_that_are_not_scores(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_are_named(bad):
-    with pytest.raises(SkillError, match=rf"the score of m.q\[1\] is {bad}, expected finite .*2 of 5 are not.*anew"):
+    with pytest.raises(SkillError, match=rf"the score of m.q\[1\] is {bad}, expected finite .*2 of 5 are not.*again"):
         SkillScores("lora_pair", PAIRS, torch.tensor([0.0, bad, 1.0, bad, 0.0]))
 
 
@@ -306,7 +306,7 @@ def test_scores_that_are_not_finite_are_named(bad):
         (lambda: SkillScores("block", PAIRS, torch.ones(4, 1)), SkillError, r"got \[4, 1\] values for the 4 groups"),
         (lambda: Skill("block", PAIRS, torch.ones(5, dtype=torch.bool)), SkillError, r"got \[5\] values for the 4"),
         (lambda: Skill("block", PAIRS, torch.ones(4)), SkillError, "on: got float32, expected bool"),
-        (lambda: SkillScores("lora_pair", {"w": (2, 2)}, torch.ones(1)), ConfigError, "finds nothing to speak of"),
+        (lambda: SkillScores("lora_pair", {"w": (2, 2)}, torch.ones(1)), ConfigError, "finds no groups"),
     ],
 )
 def test_values_that_do_not_fit_their_shapes(make, error, text):
@@ -322,7 +322,7 @@ TURNED = dict(reversed(PAIRS.items()))
 @pytest.mark.parametrize(
     ("grain", "shapes", "text"),
     [
-        ("matrix", PAIRS, "speak in block, .* in matrix; score both in one grain"),
+        ("matrix", PAIRS, "the grain block,.*have matrix; score both with the same grain"),
         (
             "block",
             WIDER,

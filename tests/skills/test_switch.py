@@ -141,7 +141,7 @@ def test_other_variants_are_copied_whole(option):
 
 
 def test_what_is_no_peft_model_or_is_merged():
-    with pytest.raises(SkillError, match="Linear is no peft model; wrap it with peft.get_peft_model"):
+    with pytest.raises(SkillError, match="Linear is not a peft model; wrap it with peft.get_peft_model"):
         check_peft(nn.Linear(2, 2))
     native = plain_bert()
     native.add_adapter(peft.LoraConfig(target_modules=["query"]))
@@ -185,7 +185,7 @@ def test_what_peft_itself_cannot_hold_twice(monkeypatch):
         raise ValueError("only one")
 
     monkeypatch.setattr(model, "add_adapter", refuse, raising=False)
-    with pytest.raises(SkillError, match="peft cannot hold a second adapter beside 'default': only one"):
+    with pytest.raises(SkillError, match="peft cannot hold a second adapter in addition to 'default': only one"):
         add_copy(model, "default", "stable")
 
 

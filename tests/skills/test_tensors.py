@@ -94,7 +94,9 @@ def test_factors_of_stacked_experts_are_no_pairs():
         layer.lora_B["default"].weight.copy_(b)
     peft_says, pairs_say = layer.get_delta_weight("default").sum(0), layer.scaling["default"] * b @ a
     assert not torch.allclose(peft_says.squeeze(), pairs_say, atol=1e-2)
-    text = r"experts: its LoRA \(target_parameters\) is of 3 experts in one parameter, whose rows of A and columns of B"
+    text = (
+        r"experts: its LoRA \(target_parameters\) covers 3 experts in one parameter, where rows of A and columns of B"
+    )
     vector = hatcl.TaskVector({n: torch.ones_like(p) for n, p in model.named_parameters() if "lora_" in n})
     for error, call in (
         (SkillError, lambda: skill_tensors(model)), (SkillError, lambda: hatcl.SkillScorer(model)),

@@ -77,7 +77,7 @@ def test_auto_where_no_model_has_one(models):
 
 def test_what_is_refused(models):
     for asked in ("chatml", "no braces in all of this text"):
-        with pytest.raises(ConfigError, match="chat_template: got .*, expected auto or the text of a template"):
+        with pytest.raises(ConfigError, match="chat_template: got .*, expected auto or the text of a Jinja template"):
             joint_template(read_recipe(asking(asked, "a")), {"a": models / "a"})
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (models / "a" / file).unlink()

@@ -65,7 +65,7 @@ def test_another_parts_tokenizer(folders):
     assert tokenizer_folder("base", folders / "base", []) == folders / "base"
     with pytest.raises(ConfigError, match="tokenizer: got 'prat', expected base or one of the parts; did you mean"):
         tokenizer_folder("prat", folders / "base", [folders / "part"])
-    with pytest.raises(IntegrityError, match="bare holds no tokenizer; take another part's, or leave --tokenizer out"):
+    with pytest.raises(IntegrityError, match="bare holds no tokenizer; use another part's, or leave --tokenizer out"):
         tokenizer_folder(str(folders / "bare"), folders / "base", [folders / "bare"])
 
 
@@ -105,7 +105,7 @@ def test_layers_that_are_put_together_are_described_by_where_they_come_from(fold
     made = {"num_hidden_layers": 5, "layer_types": ["base0", "base1", "base2", "part2", "part3"]}
     assert result_config(recipe, configs) == {**configs["base"], **made}
     assert result_config(recipe, {"base": {}, "part": {}}) == {}
-    with pytest.raises(ConfigError, match="config.json has none of num_hidden_layers, n_layer, .*so that nothing says"):
+    with pytest.raises(ConfigError, match="config.json has none of num_hidden_layers, n_layer, .*so the number of"):
         result_config(recipe, {"base": {"a": 1}, "part": {}})
     whole = read_recipe({"merge_method": "linear", "models": [{"model": "base"}]})
     assert result_config(whole, configs) == configs["base"]

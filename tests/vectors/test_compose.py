@@ -482,7 +482,9 @@ def test_twin_without_writing_the_weights_again_the_gradients_are_refused(monkey
     monkeypatch.setattr(module._Again, "__call__", lambda self, _: None)
     loss = loss_of(composer, x)
     disturb(composer, x)
-    with pytest.raises(hatcl.VectorError, match="this gradient is of coefficients that the composer no longer holds"):
+    with pytest.raises(
+        hatcl.VectorError, match="this gradient belongs to coefficients that the composer no longer holds"
+    ):
         loss.backward()
 
 
@@ -952,7 +954,7 @@ def test_the_composition_as_one_vector(grain):
         assert torch.allclose(ours.get_parameter(n), p, rtol=0, atol=5e-7)
     assert composer.vector()["scale"].shape == ()
     other = moved(base, 7)
-    with pytest.raises(hatcl.IntegrityError, match="is not what this vector was taken from"):
+    with pytest.raises(hatcl.IntegrityError, match="differs from this vector's base"):
         composer.vector().apply_to(other)
 
 
@@ -1000,7 +1002,7 @@ def test_a_model_that_was_changed_since():
         base.cls_token.add_(1)
     for call in (lambda: composer(x), composer.merge, composer.vector):
         with pytest.raises(
-            hatcl.VectorError, match="cls_token: the model given to compose was changed since; compose it"
+            hatcl.VectorError, match="cls_token: the model given to compose has changed since; compose it"
         ):
             call()
     base.load_state_dict(base.state_dict())
@@ -1026,7 +1028,7 @@ def test_errors():
         ([hatcl.TaskVector({"x": torch.zeros(5)})], {}, hatcl.VectorError, "vector 0 has none of the model's param.*x"),
         ([v], {"grain": "blok"}, hatcl.ConfigError, "got 'blok', expected one of .*; did you mean 'block'"),
         ([v], {"grain": "unit"}, hatcl.ConfigError, "unit needs the map"),
-        ([v], {"grain": "lora_pair"}, hatcl.ConfigError, "lora_pair finds nothing to speak of"),
+        ([v], {"grain": "lora_pair"}, hatcl.ConfigError, "lora_pair finds no groups"),
         ([v], {"grain": "unit", "unit_map": parts.converted("mlp").hat_gates.unit_map}, hatcl.ConfigError,
          r"1.weight is \[32, 48\] in the map, \[2, 4\] here"),
         ([v], {"dtype": torch.int8}, hatcl.VectorError, "got torch.int8, expected floating point"),
@@ -1035,13 +1037,13 @@ def test_errors():
         with pytest.raises(kind, match=text):
             hatcl.compose(net, vectors, **options)
     other = moved(net, 2)
-    with pytest.raises(hatcl.IntegrityError, match="0.weight is not what vector 0 was taken from; compose it with its"):
+    with pytest.raises(hatcl.IntegrityError, match="0.weight differs from the base of vector 0; compose it with its"):
         hatcl.compose(other, [v])
     hatcl.compose(other, [v], check=False)
 
     small = nn.Sequential(nn.Linear(2, 2))
     unit_map = parts.converted("mlp").hat_gates.unit_map  # its first layer has another name
-    with pytest.raises(hatcl.VectorError, match="the grain unit speaks of none of the vectors' tensors"):
+    with pytest.raises(hatcl.VectorError, match="the grain unit covers none of the vectors' tensors"):
         hatcl.compose(small, [hatcl.TaskVector.between(small, moved(small, 1))], "unit", unit_map=unit_map)
     whole = nn.Linear(3, 3)
     whole.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)

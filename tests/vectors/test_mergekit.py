@@ -200,7 +200,7 @@ REFUSED = [
     ({"merge_method": "tise"}, ConfigError, "merge_method: got 'tise', expected one of .*did you mean 'ties'"),
     ({"merge_method": "ties"}, ConfigError, "base_model: ties needs one"),
     ({"merge_method": "linear", "models": [{"model": "a"}]}, ConfigError, "weight: no value for model.embed_tokens"),
-    ({"models": [{"model": "nowhere"}]}, IntegrityError, "nowhere: no such file or folder; models of a hub are"),
+    ({"models": [{"model": "nowhere"}]}, IntegrityError, "nowhere: no such file or folder; download models of a hub"),
     ({"parameters": {"wieght": 1}}, ConfigError, "parameters: no method has 'wieght'; did you mean 'weight'"),
     ({"parameters": {"normalize": "yes"}}, ConfigError, "normalize: got 'yes', expected True or False"),
     ({"models": [{"model": "a", "parameters": {"weight": "most"}}]}, ConfigError, "weight: got 'most', expected a"),
@@ -211,7 +211,7 @@ REFUSED = [
         {"merge_method": "model_stock", "models": [{"model": "a"}], "base_model": "base"},
         ConfigError, "model_stock: got 1 models for .*, expected 2 or more",
     ),
-    ({"chat_template": "chatml"}, ConfigError, "chat_template: got 'chatml', expected auto or the text of a template"),
+    ({"chat_template": "chatml"}, ConfigError, "chat_template: got 'chatml', expected auto or the text of a Jinja"),
     ({"tokenizer_source": "d"}, ConfigError, "tokenizer_source: got 'd', expected base, union or one of a, b"),
 ]  # fmt: skip
 
@@ -230,7 +230,7 @@ def test_it_does_not_replace_what_it_reads(models):
 
 def test_models_that_do_not_fit(models, folders, tmp_path):
     other = {"model": str(folders["tied head"] / "a"), "parameters": {"weight": 1.0}}
-    with pytest.raises(VectorError, match="has no tensor model.embed_tokens.weight, which .* is to be made of; are"):
+    with pytest.raises(VectorError, match="has no tensor model.embed_tokens.weight, which the result's .* needs; do"):
         follow_recipe(recipe("linear", [A, other]), tmp_path / "out")
     tensors = dict(named_tensors("a"))
     big = dict(tensors, **{"model.norm.weight": torch.ones(17)})
@@ -263,7 +263,7 @@ def test_integers_are_copied_and_must_agree(tmp_path, monkeypatch):
 def test_parameters_without_effect_are_said(models, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         follow_recipe(recipe("linear", with_density(0.5, 0.5)), tmp_path / "out")
-    assert "linear has no parameter density: it has no effect, in mergekit neither" in caplog.text
+    assert "linear has no parameter density: it has no effect, as in mergekit" in caplog.text
 
 
 def test_paths_as_seen_from_the_recipe(folders, tmp_path, monkeypatch):

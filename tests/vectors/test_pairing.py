@@ -121,7 +121,7 @@ def test_a_vocabulary_that_grew(stored):
         TaskVector.between(stored(BASE), stored(theirs), embeddings="comon")
     wider = {**MOVED, "wte": torch.zeros(6, 3)}
     with pytest.raises(
-        VectorError, match=r"wte is \[4, 2\] in the pretrained model, \[6, 3\] in the fine-tuned one. Are"
+        VectorError, match=r"wte is \[4, 2\] in the pretrained model, \[6, 3\] in the fine-tuned one. Do"
     ):
         TaskVector.between(stored(BASE), stored(wider), embeddings="common")
 

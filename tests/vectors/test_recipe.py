@@ -93,7 +93,7 @@ def test_what_stands_before_the_layers(name, before):
         ({"merge_method": T, "models": ["a"]}, "models: got 'a', expected a mapping"),
         ({"merge_method": T, "models": [{"modle": "a"}]}, "has no option 'modle'; did you mean 'model'"),
         ({"merge_method": T, "models": [{"model": 3}]}, "models: got the model 3, expected a path"),
-        ({"merge_method": T, "models": [source("a", 0, 1)]}, "layer_range: is for slices; list the models under"),
+        ({"merge_method": T, "models": [source("a", 0, 1)]}, "layer_range is for slices; list the models under"),
         (
             {"merge_method": "ties", "models": [source("a")] * 2},
             "sources: a twice in one slice, expected each model once",
@@ -107,7 +107,7 @@ def test_what_stands_before_the_layers(name, before):
             r"parameters: got \[1\], expected a map",
         ),
         ({**ONE, "dtype": 16}, "dtype: got 16, expected a text"),
-        ({"merge_method": T, "modules": {"vision": {}, "text": {}}}, "modules: got vision, text: recipes of several"),
+        ({"merge_method": T, "modules": {"vision": {}, "text": {}}}, "modules: got vision, text: recipes with several"),
         ({**ONE, "modules": {"default": {}}}, "models: given together with modules; leave one of them out"),
         (
             {"merge_method": T, "modules": {"default": {"model": []}}},
@@ -128,11 +128,11 @@ def test_what_stands_before_the_layers(name, before):
         ),
         (
             {"merge_method": T, "slices": [{"sources": [source("a", 0, 2)], "residual_weight": 0.5}]},
-            "residual_weight: mergekit itself makes no use of it",
+            "residual_weight: mergekit itself does not use it",
         ),
         (
             {**ONE, "tokenizer": {}, "tokenizer_source": "base"},
-            "tokenizer: given beside tokenizer_source; leave one of them out",
+            "tokenizer: given together with tokenizer_source; leave one of them out",
         ),
         (
             {**ONE, "tokenizer": {"tokens": {"<a>": {}}}},

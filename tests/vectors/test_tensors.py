@@ -139,7 +139,7 @@ def test_missing_and_empty(tmp_path):
     refused(IntegrityError, tmp_path / "none.safetensors", "none.safetensors: no such file; expected safetensors")
     refused(IntegrityError, tmp_path, "holds 0 safetensors files and no model.safetensors.index.json", "pass one file")
     (tmp_path / "empty.safetensors").write_bytes(b"")
-    refused(IntegrityError, tmp_path, "empty.safetensors: not readable as safetensors", "truncated, damaged")
+    refused(IntegrityError, tmp_path, "empty.safetensors cannot be read as safetensors", "truncated, damaged")
 
 
 def test_truncated_file(pair, tmp_path):
@@ -147,7 +147,7 @@ def test_truncated_file(pair, tmp_path):
     whole = file.read_bytes()
     for size in (4, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        refused(IntegrityError, file, "a.safetensors: not readable as safetensors", "truncated, damaged")
+        refused(IntegrityError, file, "a.safetensors cannot be read as safetensors", "truncated, damaged")
 
 
 def test_several_files_without_an_index(pair, tmp_path):
@@ -173,10 +173,12 @@ def test_shard_missing_truncated_or_of_another_write(pair, tmp_path):
     second = sorted(tmp_path.glob("*.safetensors"))[1]
     whole = second.read_bytes()
     second.write_bytes(whole[:-3])
-    refused(IntegrityError, tmp_path, f"{second.name}: not readable as safetensors")
+    refused(IntegrityError, tmp_path, f"{second.name} cannot be read as safetensors")
     save_file({"other": torch.zeros(1)}, second)
     refused(
-        IntegrityError, tmp_path, f"{second.name} lacks norm.weight; its shards are of another write, write them again"
+        IntegrityError,
+        tmp_path,
+        f"{second.name} lacks norm.weight; its shards come from different writes, write them again",
     )
     second.unlink()
     refused(IntegrityError, tmp_path, f"{second.name}: no such file")

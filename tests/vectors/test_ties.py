@@ -140,7 +140,7 @@ def test_messages():
     tied = {"a": "a", "b": "a", "c": "c"}
     assert joined_ties(["a", "b"], tied, lambda *_: True, False) == {"a": "a"}
     assert joined_ties(["b", "c"], tied, lambda *_: True, True) == {"a": "b", "c": "c"}
-    with pytest.raises(VectorError, match="changes b and not a; in the pretrained model it is tied to a, so that a"):
+    with pytest.raises(VectorError, match="changes b but not a; in the pretrained model the two are tied, so a"):
         joined_ties(["b"], tied, lambda *_: True, False)
     with pytest.raises(VectorError, match="changes a and b in different ways; in the pretrained model b is tied to a"):
         joined_ties(["a", "b"], tied, lambda *_: False, True)
@@ -149,9 +149,9 @@ def test_messages():
 def test_what_files_tell(tmp_path):
     table, other = Kind((30, 8), torch.float32), Kind((8, 8), torch.float32)
     alone = {"embed.weight": table, "fc.weight": other}
-    with pytest.raises(VectorError, match="files hold no head .*; files do not tell whether they are tied"):
+    with pytest.raises(VectorError, match="files hold no head .*; files do not show whether they are tied"):
         refuse_unknown_tie("embed.weight", (30, 8), alone, {})
-    with pytest.raises(VectorError, match="no pretrained model is given; files do not tell"):
+    with pytest.raises(VectorError, match="no pretrained model is given; files do not show"):
         refuse_unknown_tie("embed.weight", (30, 8), alone, None)
     refuse_unknown_tie("embed.weight", (30, 8), {**alone, "head.weight": table}, None)
     for config, fine in (

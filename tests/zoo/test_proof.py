@@ -188,7 +188,7 @@ def test_a_forward_that_gives_no_tensor_fails(tmp_path):
             super().forward(x)
             return "done"
 
-    with pytest.raises(hatcl.HATError, match="its forward gives a str, in which there is no tensor"):
+    with pytest.raises(hatcl.HATError, match="its forward returns a str, which holds no tensor"):
         prove(tmp_path, Silent(48, 4))
 
 

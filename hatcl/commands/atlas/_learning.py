@@ -1,4 +1,4 @@
-"""What the commands that learn coefficients share: their options, the run around a procedure, and how it is shown."""
+"""Shared by the commands that learn coefficients: their options, the run around a procedure, and its display."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Base = Annotated[
     ),
 ]
 DATA_FORMS = (
-    "an .npz file with x_train, y_train, x_test, y_test; DATASET@ROOT, such as dtd@/data, a data set by its name; or a "
-    "folder with train/ and test/ and in these a folder for each class"
+    "an .npz file with x_train, y_train, x_test, y_test; DATASET@ROOT, such as dtd@/data, a data set by its name; "
+    "or a folder with train/ and test/, each with one folder per class"
 )
 DataFile = Annotated[str, typer.Option(metavar="DATA", help=f"Images: {DATA_FORMS}.")]
 Vectors = Annotated[
@@ -74,10 +74,10 @@ def learned(
     vectors: Mapping[str, Path], data: Mapping[str, str], work: Callable[[Experiment], None],
     *, needs_validation: bool = False, stages: Collection[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Run a procedure, go on with an interrupted one, or give back what a finished one has found.
+    """Run a procedure, resume an interrupted one, or return the result of a finished one.
 
     Args:
-        stages: what is learned before the procedure's own coefficients.
+        stages: what else is learned before the procedure's own coefficients.
     """
     if reading.head not in (*FITTED_HEADS, TEXT):
         asked.options["head"] = absolute_path(reading.head)
@@ -138,7 +138,7 @@ def _tidied(folder: RunFolder) -> dict[str, Any]:
 
 
 def show_learned(run: Path, metrics: dict[str, Any]) -> None:
-    """Print what a procedure has found."""
+    """Print the result of a procedure."""
     out.print(accuracy_table(metrics["accuracy"]))
     fitted = metrics["fitted"][metrics["procedure"]]
     epoch, last = fitted["epoch"], len(fitted["history"])
@@ -149,12 +149,12 @@ def show_learned(run: Path, metrics: dict[str, Any]) -> None:
 
 
 def here(reading: Reading) -> Reading:
-    """With a device that can be used."""
+    """The same reading, on a device that can be used here."""
     return dataclasses.replace(reading, device=usable_device(reading.device))
 
 
 def task_specs(flag: str, texts: Sequence[str]) -> list[TaskSpec]:
-    """`NAME=VECTOR:DATA`. Of several colons the one counts at which two paths exist, else the last."""
+    """Read `NAME=VECTOR:DATA`. With several colons, it splits where both parts are existing paths, else at the last."""
     found = []
     for text in texts:
         name, equals, rest = text.partition("=")
@@ -169,7 +169,7 @@ def task_specs(flag: str, texts: Sequence[str]) -> list[TaskSpec]:
 
 
 def vector_paths(asked: Asked, texts: Sequence[str]) -> dict[str, Path]:
-    """`NAME=PATH`, which config.json then holds with absolute paths."""
+    """Read `NAME=PATH`; config.json then holds the paths in absolute form."""
     pairs = [text.partition("=") for text in texts]
     for text, (name, equals, path) in zip(texts, pairs, strict=True):
         if not (name and equals and path):
@@ -182,4 +182,4 @@ def vector_paths(asked: Asked, texts: Sequence[str]) -> dict[str, Path]:
 def _distinct(flag: str, names: Sequence[str]) -> None:
     twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
     if twice is not None:
-        raise ConfigError(f"{flag}: the name {twice!r} comes twice; each needs a name of its own")
+        raise ConfigError(f"{flag}: the name {twice!r} appears twice; each needs its own name")

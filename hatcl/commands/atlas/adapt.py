@@ -23,10 +23,10 @@ from ._learning import TASK, Base, DataFile, Vectors, learned, show_learned, vec
 def adapt_command(
     asked: Asked, base: Base, vector: Vectors, data: DataFile,
     images: Annotated[
-        str, typer.Option(help="Whose images are learned from, without their labels: test, or training.")
+        str, typer.Option(help="Which images to learn from, without their labels: test, or training.")
     ] = "test",
     objective: Annotated[
-        str, typer.Option(help="ufm (unsupervised FixMatch), or entropy of the predictions, to compare with.")
+        str, typer.Option(help="ufm (unsupervised FixMatch), or entropy of the predictions, for comparison.")
     ] = "ufm",
     per_class: Annotated[
         int | None, typer.Option(help="Images trusted per class; by default a tenth of images / classes, to 100.")
@@ -36,7 +36,7 @@ def adapt_command(
 ) -> dict[str, Any]:  # fmt: skip
     """Adapt at test time: learn coefficients from images without labels.
 
-    Labels of the training images fit the head; those of the test images are used nowhere but in the report.
+    Labels of the training images fit the head; labels of the test images are used only in the report.
     """
     paths = vector_paths(asked, vector)
     one_of("--images", images, ("test", "training"))

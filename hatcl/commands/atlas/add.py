@@ -21,8 +21,7 @@ def add_command(
 ) -> dict[str, Any]:  # fmt: skip
     """Make one model for several tasks: learn coefficients that minimise the sum of the tasks' losses.
 
-    As published, coefficients are learned from the held-out images and chosen by them; the test images are only
-    reported.
+    As published, coefficients are learned and chosen on the held-out images; the test images are only reported.
     """
     specs = task_specs("--task", task)
     one_of("--warm-start", warm_start, STARTS)

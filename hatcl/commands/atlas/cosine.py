@@ -35,7 +35,7 @@ def cosine(
     named = [text.partition("=") if "=" in text and not Path(text).exists() else ("", "", text) for text in vectors]
     paths = {name or Path(path).stem: Path(path) for name, _, path in named}
     if len(paths) < len(vectors):
-        raise ConfigError("vectors: two have one name; write NAME=PATH")
+        raise ConfigError("vectors: two have the same name; write NAME=PATH")
     ours = None if base is None else parameters_of(named_tensors(base))
     read = [read_vector(path, ours, without=without or ()) for path in paths.values()]
     with out.status("comparing"):

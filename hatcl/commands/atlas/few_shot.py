@@ -23,28 +23,28 @@ from ._learning import TASK, Base, DataFile, Vectors, learned, show_learned, vec
 def few_shot_command(
     asked: Asked, base: Base, vector: Vectors, data: DataFile,
     shots: Annotated[
-        str, typer.Option(help="Labelled images to learn from: so many of each class, a share such as 0.1, or all.")
+        str, typer.Option(help="Labelled images to learn from: a number per class, a share such as 0.1, or all.")
     ] = "16",
     head_from: Annotated[
         str,
-        typer.Option(help="What the head is fitted on: training (all but the held-out images), or shots (them alone)."),
+        typer.Option(help="Fit the head on training (all but the held-out images), or on shots (only these)."),
     ] = "training",
     classifier: Annotated[
         str,
         typer.Option(help="Besides the head: none, tip (Tip-Adapter, learned together), or lp++ (learned afterwards)."),
     ] = "none",
-    steps: Annotated[int, typer.Option(help="Of an epoch, at least; few images are repeated.")] = fewshot.STEPS,
+    steps: Annotated[int, typer.Option(help="Steps per epoch, at least; images may repeat.")] = fewshot.STEPS,
     budget: Annotated[
-        int, typer.Option(help="Keep only so many vectors, mixed from the most informative blocks; 0 = all.")
+        int, typer.Option(help="Keep this many vectors, mixed from the most informative blocks; 0 = all.")
     ] = 0,
     select_by: Annotated[
-        str, typer.Option(help="What --budget keeps: blocks, vectors (whole ones), or random (blocks).")
+        str, typer.Option(help="With --budget, keep blocks, vectors (whole ones), or random (blocks).")
     ] = "blocks",
     *, reading: Reading, writing: Writing, learning: atlas.AtlasOptions = fewshot.FEW_SHOT,
 ) -> dict[str, Any]:  # fmt: skip
-    """Learn a task from a few examples and the task vectors of others.
+    """Learn a task from a few examples and the task vectors of other tasks.
 
-    With --shots all --grain partition:K this is parameter-efficient fine-tuning. The epoch is chosen by the held-out
+    With --shots all --grain partition:K this is parameter-efficient fine-tuning. The epoch is chosen on the held-out
     images (with --validation 0 it is the last); the test images are only reported.
     """
     paths = vector_paths(asked, vector)
@@ -56,8 +56,8 @@ def few_shot_command(
         raise ConfigError(f"--select-by: got {select_by!r}, which has no effect without --budget; give one")
     if head_from != "training" and reading.head not in FITTED_HEADS:
         raise ConfigError(
-            f"--head-from: got {head_from!r}, which has no effect with --head {reading.head}, a head that no image is "
-            f"used for; give --head {' or '.join(FITTED_HEADS)}"
+            f"--head-from: got {head_from!r}, which has no effect with --head {reading.head}, which uses no images; "
+            f"give --head {' or '.join(FITTED_HEADS)}"
         )
     if budget and not 1 <= budget <= len(paths):
         raise ConfigError(f"--budget: got {budget}, expected 1 to {len(paths)}, the number of vectors, or 0")

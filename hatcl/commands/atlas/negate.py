@@ -23,19 +23,20 @@ def negate_command(
     target: Annotated[
         str, typer.Option(metavar="NAME=VECTOR:DATA", help="The task to unlearn: its name, task vector and images.")
     ],
-    control: Annotated[str, typer.Option(metavar="DATA", help="Images of what must stay, as those of --target.")],
+    control: Annotated[str, typer.Option(metavar="DATA", help="Images of the task to keep, in the form of "
+                                                              "--target's.")],
     keep: Annotated[float, typer.Option(help="Share of the pretrained control accuracy that must remain.")] = 0.95,
     warm_start: WarmStart = "zero",
     *, reading: Reading, writing: Writing, learning: atlas.AtlasOptions = negation.NEGATION,
 ) -> dict[str, Any]:  # fmt: skip
-    """Unlearn a task and keep another: the lowest accuracy on the target at which the control keeps its own.
+    """Unlearn a task and keep another: find the lowest accuracy on the target at which the control keeps its own.
 
-    It lowers accuracy on what it is shown and proves nothing. As published, coefficients are learned from the held-out
-    images and chosen by them; the test images are only reported.
+    It lowers accuracy on the images that it sees and proves nothing beyond that. As published, coefficients are learned
+    and chosen on the held-out images; the test images are only reported.
     """
     (spec,) = task_specs("--target", [target])
     if spec.name == "control":
-        raise ConfigError("--target: the name control is that of --control; choose another")
+        raise ConfigError("--target: the name control belongs to --control; choose another")
     one_of("--warm-start", warm_start, STARTS)
     number("--keep", keep, 0, 1, what="a share")
     asked.options["target"] = str(spec)

@@ -29,15 +29,17 @@ def sweep_command(
     last: Annotated[float, typer.Option("--to", help="The last coefficient.")] = 1.5,
     count: Annotated[int, typer.Option(help="How many coefficients, evenly spaced.")] = 11,
     part: Annotated[str, typer.Option(help="Which images: validation or test.")] = "validation",
-    seed: Annotated[int, typer.Option(help="Of the held-out images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed that draws the held-out images.")] = 0,
     picture: Annotated[Path | None, typer.Option(help="Draw the curves into this PNG.")] = None,
     *, reading: Reading,
 ) -> dict[str, Any]:  # fmt: skip
-    """Show the accuracy of each task against the coefficient of its own task vector, the same for all blocks."""
+    """Show each task's accuracy against the coefficient of its own task vector, which is the same for all blocks."""
     specs = task_specs("--task", task)
     one_of("--part", part, ("validation", "test"))
     if count < 1 or not first <= last:
-        raise ConfigError(f"--from {first} --to {last} --count {count}: expected at least one coefficient, upwards")
+        raise ConfigError(
+            f"--from {first} --to {last} --count {count}: expected at least one coefficient, in ascending order"
+        )
     scales = torch.linspace(first, last, count, dtype=torch.float64).tolist()
     loaded = Loaded(here(reading), seed)
     loaded.read(

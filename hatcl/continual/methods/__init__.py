@@ -1,5 +1,5 @@
-"""Ways to learn a sequence of tasks: one file per method. `learn_sequence` finds them by name, and every file of this
-folder is read, so a method in a file of its own needs no entry elsewhere."""
+"""Ways to learn a sequence of tasks, one file per method. Every file of this folder is read and `learn_sequence` finds
+methods by name, so a new file needs no entry elsewhere."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -1,4 +1,4 @@
-"""Grafts in sequence: each task trains around the grafts of those before it, and leaves a graft of its own (after
+"""Grafts in sequence: each task trains around the grafts of the tasks before it and then gets its own graft (after
 Panigrahi et al. 2023, arXiv 2302.06600, section 6)."""
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ SCORED = ("own", "all")
 class Grafts(Method):
     """Task t trains from `theta_pre` with the grafts of the tasks before it, whose elements stay bit-identical. Then
     its graft is taken, the share `sparsity` of all elements that holds most of what it learned, and everything outside
-    all grafts is put back to theta_pre, running statistics as well. A task is scored with the grafts up to its own:
-    what that computes never changes again, bit for bit, so that backward transfer is 0.
+    all grafts is reset to theta_pre, including running statistics. A task is scored with the grafts up to its own;
+    these outputs never change again, bit for bit, so backward transfer is 0.
 
-    Elements of earlier grafts are in no later one, so the grafts can be applied in any number. Their values, and those
-    of theta_pre at their elements, are kept with a run; each task's folder has its own as `graft.safetensors`.
+    No element is in two grafts, so any number of grafts can be applied together. A run keeps their values and those of
+    theta_pre at their elements; each task's folder has its graft as `graft.safetensors`.
     """
 
     @dataclass(frozen=True)
     class Options:
         """Args:
-        sparsity: share of what is trained that a task's graft has. by: how it is chosen, `magnitude` of the change,
-            `random`, or `learned` with the task's examples and loss (on which its mask is chosen as well: accuracy on
-            a small validation set would choose by chance).
-        scored: a task's score is that with the grafts up to its `own`, or with `all` there are.
-        only, skip: patterns of names that take part or do not; what takes no part is trained, and put back.
-        learn: `GraftOptions` for `learned`, or a mapping of what to change. batch_size: examples per batch there.
+        sparsity: the share of the trained elements in a task's graft. by: how they are chosen: by `magnitude` of the
+        change, at `random`, or `learned` with the task's examples and loss (which also choose the mask, since accuracy
+        on a small validation set would choose by chance). scored: score a task with the grafts up to its `own`, or with
+        `all` grafts. only, skip: patterns of names that take part or do not; tensors that do not are trained and then
+        reset. learn: `GraftOptions` for `learned`, or a mapping of the options to change. batch_size: examples per
+        batch there.
         """
 
         sparsity: float = 0.01
@@ -71,8 +71,8 @@ class Grafts(Method):
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
         self.tasks = tasks
-        self.grafts: list[Graft] = []  # task by task, with the values that it learned
-        self.under: list[Graft] = []  # the same elements with those of theta_pre
+        self.grafts: list[Graft] = []  # one per task, with the learned values
+        self.under: list[Graft] = []  # the same elements with theta_pre's values
         candidates(
             _learned_parameters(model), _learned_parameters(model), self.options.only, self.options.skip
         )  # raises for a wrong pattern
@@ -95,7 +95,7 @@ class Grafts(Method):
         graft = self._chosen(model, before, after, stage)
         if self.grafts:
             graft = graft - union(self.grafts)
-        # theta_pre, without the earlier grafts, is what this one can be applied to as well
+        # this graft can also be applied to theta_pre without the earlier grafts
         base = {n: digest_of(_put(before[n].clone(), n, self.under)) for n in graft.indices}
         self.grafts.append(Graft(graft.shapes, graft.indices, graft.values, base))
         self.under.append(self.grafts[-1].fill(before))
@@ -154,7 +154,7 @@ class _Batches:
 
 
 def _learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What learning changes; of parameters that share their elements the one that stands first."""
+    """The parameters that learning changes; of parameters that share elements only the first."""
     tied = tied_names(model)
     return {n: p for n, p in model.named_parameters() if p.requires_grad and tied[n] == n}
 

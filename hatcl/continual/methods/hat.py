@@ -1,4 +1,4 @@
-"""HAT: each task learns which units it uses, and what it learned stays bit for bit."""
+"""HAT: each task learns which units it uses, and keeps what it learned bit for bit."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from ..tasks import ContinualTask
 from .registry import Batch, Method, continual_method
 
 DIGESTS = "digests.json"
-PROBED = 8  # training examples that the certificate is taken on
-IN_ONE_FORWARD = 64  # training examples by which the task to start from is chosen, in one forward
+PROBED = 8  # training examples for the certificate
+IN_ONE_FORWARD = 64  # training examples, in one forward, that choose the task to start from
 
 
 @continual_method("hat", paper="Serra et al. 2018, arXiv 1801.01423")
 class HardAttention(Method):
-    """Learn each task inside `hatcl.learn`, with HAT's penalty, on a model that `hatcl.convert` made: of a network it
-    gates the channels, of a peft model the pairs. Each task is scored with its own gates, so that backward transfer is
-    0 by construction; a task that is not learned yet cannot be scored, and forward transfer is not known.
+    """Learn each task inside `hatcl.learn`, with HAT's penalty, on a model made by `hatcl.convert`, which gates the
+    channels of a network or the pairs of a peft model. Each task is scored with its own gates, so backward transfer is
+    0 by construction; a task cannot be scored before it is learned, so forward transfer is unknown.
 
-    Of each stage it tells `soft_score` (with the soft gates of the last scale), `units_used`, `units`, `loss` and
-    `penalty` (means over the last tenth of the steps), and digests of what the model says to the task (see
-    `ContinualTask.outputs`) at sealing and at the end of the run; of the whole the certificate (`hatcl.certify` on a
-    few training examples of the first task), and the units that each task uses in each layer.
+    For each stage it reports `soft_score` (with the soft gates of the last scale), `units_used`, `units`, `loss` and
+    `penalty` (means over the last tenth of the steps), and digests of the model's outputs for the task (see
+    `ContinualTask.outputs`) at sealing and at the end of the run; for the whole run the certificate (`hatcl.certify` on
+    a few training examples of the first task) and the units that each task uses in each layer.
 
-    Options are those of the model's `HATConfig`.
+    Its options are those of the model's `HATConfig`.
     """
 
     ahead = False
@@ -53,12 +53,12 @@ class HardAttention(Method):
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
         self.tasks = tasks
-        self.gates = gates_of(model)[0]  # raises where there are none
+        self.gates = gates_of(model)[0]  # raises if there are none
         sealed = self.gates.sealed.nonzero().flatten().tolist()
         if sealed or self.gates.num_tasks < len(tasks):
             raise TaskError(
                 f"hat: the model has room for {self.gates.num_tasks} tasks, of which {sealed or 'none'} are sealed; "
-                f"{len(tasks)} are to be learned, from the first on: convert it anew with num_tasks={len(tasks)}"
+                f"{len(tasks)} must be learned, starting with the first: convert it again with num_tasks={len(tasks)}"
             )
 
         for of in tasks:
@@ -130,11 +130,11 @@ class HardAttention(Method):
         return task(model, index)
 
     def adapters(self, model: nn.Module) -> list[str] | None:
-        """Of LoRA pairs a task's own adapter; other units are in no task's tensors alone."""
+        """For LoRA pairs a task's own adapter; other units have no tensors that belong to one task."""
         return None if adapters_of(model) else []
 
     def saving(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-        """The adapter that a task leaves behind is an ordinary one, and computes what the task computes."""
+        """Inside, the task's adapter is saved as an ordinary one that computes the same outputs as the task."""
         return as_adapter(model, self.stage) if adapters_of(model) else contextlib.nullcontext()
 
     def state(self) -> dict[str, Any]:
@@ -152,19 +152,19 @@ class HardAttention(Method):
 
 
 def _check_inputs(model: nn.Module, of: ContinualTask) -> None:
-    """Can the model be called with what the task's collate gives? The certificate needs it.
+    """Check that the model can be called with the result of the task's collate, which the certificate needs.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the model cannot be called with it.
     """
     try:
         with Evaluating(model), torch.no_grad():
             call(model, moved(of.inputs(), device_of(model)))
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
         raise ConfigError(
-            f"hat: task {of.name}: the model cannot be called with what its collate gives "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}), so no certificate could be "
-            "taken; let collate give what the model's forward takes, or that and labels"
+            f"hat: task {of.name}: the model cannot be called with the result of its collate "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}), so it could not be "
+            "certified; let collate return the inputs of the model's forward, or these and labels"
         ) from error
 
 
@@ -177,7 +177,7 @@ def _batches_of(of: ContinualTask) -> Iterator[Any]:
 
 
 def outputs_digest(model: nn.Module, of: ContinualTask, index: int) -> str:
-    """SHA-256 of the bits of what the model says to a task under its gates."""
+    """SHA-256 of the bits of the model's outputs for a task under its gates."""
     with task(model, index):
         said = of.said(model)
     return hashlib.sha256("\n".join(f"{name} {digest_of(said[name])}" for name in said).encode()).hexdigest()

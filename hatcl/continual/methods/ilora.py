@@ -31,18 +31,18 @@ COUNTS = "counts.json"
 @continual_method("ilora", paper="Ren et al. 2024, arXiv 2402.18865")
 class InterpolatedLoRA(Method):
     """The loss of a batch, plus `replay` times that of examples of earlier tasks, plus `consistency_weight` times the
-    mean squared error between the plastic and the stable adapter's hidden states of those; after each step
-    `stable = ema_alpha * stable + (1 - ema_alpha) * plastic`. The plastic adapter passes from task to task, and stays
-    the active one; what is scored is the stable one: `model.set_adapter("stable")` gives the scores reported.
+    mean squared error between the plastic and the stable adapter's hidden states for those; after each step `stable =
+    ema_alpha * stable + (1 - ema_alpha) * plastic`. The plastic adapter passes from task to task and stays the active
+    one; the stable one is scored: `model.set_adapter("stable")` gives the reported scores.
 
-    The authors' code has the mean of the two losses; up to the weight of the consistency that is `replay=1`. Examples
-    of several tasks are batched task by task, and the error is the mean over those batches. The memory is as in
+    The authors' code takes the mean of the two losses, which is `replay=1` up to the weight of the consistency.
+    Examples of several tasks are batched per task, and the error is the mean over these batches. The memory works as in
     `Replay`: a task's examples enter when it is finished.
 
-    All twelve options of `ILoRAConfig` are this method's too. `use_ilora=False` is plain training. Each task's folder
-    is also one that `ILoRA.load` reads, unless `save_ema_adapter=False`: a run over the next task continues from it by
-    `previous_task_model` (the run's folder, or the task's) and `prev_task_id` (the task's name). `current_task_id`
-    is the task's own name where none is given.
+    This method also has all twelve options of `ILoRAConfig`. `use_ilora=False` is plain training. Unless
+    `save_ema_adapter=False`, `ILoRA.load` can read each task's folder, and a run over the next task can continue from
+    it with `previous_task_model` (the run's folder, or the task's) and `prev_task_id` (the task's name).
+    `current_task_id` defaults to the task's name.
     """
 
     lora = "with_head"
@@ -50,7 +50,7 @@ class InterpolatedLoRA(Method):
     @dataclass(frozen=True)
     class Options(ILoRAConfig):
         """Args:
-        replay: weight of the loss on the memory's examples, 0 = none. samples: how many are drawn per step.
+        replay: weight of the loss on the memory's examples, 0 = none. samples: the number drawn per step.
         on: take the consistency on the `memory` or on the current `batch` (then `replay` must be 0).
         scored: which adapter is scored, `stable` or `plastic`.
         """
@@ -67,11 +67,11 @@ class InterpolatedLoRA(Method):
             whole("samples", self.samples)
             number("replay", self.replay, 0)
             if self.replay and self.on == "batch":
-                raise ConfigError(f"replay: got {self.replay!r} with on='batch', expected 0; it is of the memory")
+                raise ConfigError(f"replay: got {self.replay!r} with on='batch', expected 0; replay needs the memory")
 
         @property
         def config(self) -> ILoRAConfig:
-            """The part of it that is `ILoRA`'s."""
+            """The options that belong to `ILoRA`."""
             return ILoRAConfig(**{f.name: getattr(self, f.name) for f in fields(ILoRAConfig)})
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
@@ -79,7 +79,7 @@ class InterpolatedLoRA(Method):
         self.tasks = list(tasks)
         if o.current_task_id is not None and len(tasks) > 1:
             raise ConfigError(
-                f"current_task_id: got {o.current_task_id!r} for {len(tasks)} tasks, which have names of their own; "
+                f"current_task_id: got {o.current_task_id!r} for {len(tasks)} tasks, which have their own names; "
                 "leave it out"
             )
         if o.use_ilora and o.save_ema_adapter:
@@ -98,10 +98,10 @@ class InterpolatedLoRA(Method):
         self._know_again()
 
     def _know_again(self) -> None:
-        """The examples that a run before remembers, as tasks behind this run's own.
+        """Add the examples remembered by an earlier run as further tasks after this run's.
 
         Raises:
-            ConfigError: of a task that this run has no loss for.
+            ConfigError: they belong to a task for which this run has no loss.
         """
         state = self.two.memory.state_dict()
         if not state["examples"]:
@@ -126,7 +126,7 @@ class InterpolatedLoRA(Method):
         two = self.two
         if not two.enabled or (not stage and two.config.current_task_id is not None):
             return
-        # by the tasks' names, so that a process that resumes in this stage says the same
+        # by the tasks' names, so that a process that resumes in this stage gives the same result
         two.config = replace(two.config, current_task_id=_task_id(self.tasks[max(stage - 1, 0)].name))
         if stage:
             two.next_task(_task_id(self.tasks[stage].name))
@@ -179,19 +179,19 @@ class InterpolatedLoRA(Method):
 
 
 def _task_id(name: str) -> str:
-    """A task's name as a folder can have it."""
+    """A task's name in a form that a folder can have."""
     return re.sub(r"[/\\\0]", "_", name)
 
 
 def _as_stored(example: Any) -> Any:
-    """An example as a memory keeps it in a file: texts without what else they know, pairs as tuples."""
+    """An example in the form that a memory stores: plain texts, and pairs as tuples."""
     if isinstance(example, str):
         return str(example)
     return tuple(_as_stored(x) for x in example) if isinstance(example, tuple) else example
 
 
 def _hidden(model: nn.Module, batches: Sequence[Batch]) -> list[Hidden]:
-    """Of each batch one `Hidden` per stack of layers."""
+    """For each batch one `Hidden` per stack of layers."""
     out: list[Hidden] = []
     for batch in batches:
         tokens = batch.task.collate(batch.examples)
@@ -201,8 +201,8 @@ def _hidden(model: nn.Module, batches: Sequence[Batch]) -> list[Hidden]:
             given = list(hidden_states_of(model, tokens))
         else:
             raise SkillError(
-                f"task {batch.task.name}: its batches are of {type(tokens).__name__}, from which ilora knows no way "
-                "to hidden states; give ContinualTask(hidden=...), or consistency_weight=0"
+                f"task {batch.task.name}: its batches are {type(tokens).__name__}, for which ilora cannot compute "
+                "hidden states; give ContinualTask(hidden=...), or consistency_weight=0"
             )
         stacks = [h for h in given if isinstance(h, Hidden)]
         out += stacks or [Hidden([h for h in given if isinstance(h, Tensor)])]

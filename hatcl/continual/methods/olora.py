@@ -1,4 +1,4 @@
-"""O-LoRA: each task learns an adapter of its own, orthogonal to those before (Wang et al. 2023, arXiv 2310.14152)."""
+"""O-LoRA: each task learns its own adapter, orthogonal to the earlier ones (Wang et al. 2023, arXiv 2310.14152)."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ ADAPTERS = "adapters.json"
 
 @continual_method("olora", paper="Wang et al. 2023, arXiv 2310.14152")
 class OLoRA(Method):
-    """The model's output is that of the base and of all adapters together, `W + s sum_i B_i A_i`; while task t is
-    learned the earlier ones are frozen, and the loss gets
+    """The model uses the base and all adapters together, `W + s sum_i B_i A_i`. While task t is learned, the earlier
+    adapters are frozen, and the loss gets the term
 
         orthogonality * sum_{i<t} sum |A_i A_t^T|  +  l2 * sum (||A_t||_F + ||B_t||_F)
 
     over all adapted layers, as in the paper's code. After a task its adapter is kept as `olora_0`, `olora_1`, ... and
-    the adapter that is trained starts again, by peft's own initialisation.
+    the trained adapter starts again with peft's own initialisation.
 
-    A task's folder has in `adapter/` one adapter that is the model as it was scored, the sum of all so far: their
-    factors side by side, `A = [A_0; A_1; ...]`, `B = [B_0, B_1, ...]`, of so many times the rank, with the same
-    scaling. The tasks' own are inside, `adapter/olora_0` and so on.
+    `adapter/` in a task's folder is one adapter that gives the model as it was scored, the sum of all adapters so far:
+    their factors are concatenated, `A = [A_0; A_1; ...]`, `B = [B_0, B_1, ...]`, which multiplies the rank, with the
+    same scaling. The single adapters are in `adapter/olora_0` and so on.
     """
 
     lora = "alone"
@@ -65,9 +65,10 @@ class OLoRA(Method):
         beside = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
         if beside:
             raise SkillError(
-                f"olora: {beside[0]} is trained beside A and B ({len(beside)} such), which adapters that add up cannot "
-                "have each of their own; make the adapter without modules_to_save (a task_type for classification adds "
-                "the head), bias, use_dora and single tokens, or take another method"
+                f"olora: {beside[0]} is trained in addition to A and B ({len(beside)} such parameters), but "
+                "adapters that are summed cannot each have their own; make the adapter without modules_to_save (a "
+                "task_type for classification adds the head), bias, use_dora and single tokens, or use another "
+                "method"
             )
         taken = [n for n in adapters_of(model) if n.startswith("olora_")]
         if taken:
@@ -81,7 +82,7 @@ class OLoRA(Method):
 
     @torch.no_grad()
     def _keep(self, model: Any) -> None:
-        """Move the learned adapter to a frozen one, and start it again."""
+        """Move the learned adapter to a frozen one, and reinitialise it."""
         config = model.peft_config[self.adapter]
         kept = f"olora_{len(self.earlier)}"
         model.add_adapter(kept, config)
@@ -119,13 +120,14 @@ class OLoRA(Method):
         return self.earlier or [self.adapter]
 
     def write(self, model: Any, folder: Path) -> None:
-        """The sum, over what peft wrote for one adapter; and besides the earlier ones this task's own."""
+        """Replace the adapter that peft wrote by the sum of all, and write this task's adapter next to the earlier
+        ones."""
         count = len(self.earlier) + 1
         ours = skill_tensors(model, self.adapter)
         every = [*(skill_tensors(model, name) for name in self.earlier), ours]
         summed = {n: torch.cat([t[n].detach() for t in every], int(not _is_a(n))) for n in ours}
         config = copy.copy(model.peft_config[self.adapter])
-        # alpha / r, or with rsLoRA alpha / sqrt(r), stays
+        # keeps alpha / r, or with rsLoRA alpha / sqrt(r)
         scale = math.sqrt(count) if config.use_rslora else count
         config.r, config.lora_alpha = config.r * count, config.lora_alpha * scale
         config.rank_pattern = {n: r * count for n, r in config.rank_pattern.items()}
@@ -146,7 +148,7 @@ class OLoRA(Method):
 
 
 def _is_a(name: str) -> bool:
-    """Is it the factor that reads, [r, in]? The other one is [out, r]."""
+    """Whether it is the factor A, [r, in], which reads; B is [out, r]."""
     parts = name.split(".")
     at = factor_in(parts)
     return at is not None and parts[at].endswith("_A")

@@ -21,17 +21,17 @@ from .registry import Batch, Method, continual_method
 
 @continual_method("osf", paper="Nayak et al. 2025, arXiv 2504.07097")
 class OSF(Method):
-    """Orthogonal Subspace Fine-tuning, as peft has it: no adapter is added and the linear layers' own weights learn.
-    Before each task every weight is split by its singular values, `W = U_high S_high V_high + U_low S_low V_low`; the
-    task learns the low part, kept orthogonal to the high one, so that `U_high^T W V_high^T = S_high` stays. After the
-    task the parts are one weight again, which the next task splits anew.
+    """Orthogonal Subspace Fine-tuning with peft's implementation: no adapter is added; the linear layers' own weights
+    learn. Before each task every weight is split by its singular values, `W = U_high S_high V_high + U_low S_low
+    V_low`. The task learns the low part, kept orthogonal to the high one, so that `U_high^T W V_high^T = S_high` stays.
+    After the task the parts are merged into one weight, which the next task splits again.
 
-    Everything else is frozen, but for an image model's head. A task's folder has the weights as the task left them. The
-    parameters are new for each task, and so is the optimizer, whatever `fresh_optimizer` says.
+    Everything else is frozen except an image model's head. A task's folder has the weights at the end of the task. The
+    parameters are new for each task, and so is the optimizer, regardless of `fresh_optimizer`.
 
-    Deviations: peft's constant share for all layers in place of the paper's, which goes by each layer's importance
-    (eq. 5 and 6); after each step the factors are projected, not the gradients alone, since Adam's step leaves the
-    space that its gradient lies in.
+    Deviations: all layers have the same share, as in peft, while the paper's depends on each layer's importance (eq. 5
+    and 6); after each step the factors are projected, in addition to the gradients, since Adam's step leaves the space
+    of its gradient.
     """
 
     adapted, renews = False, True
@@ -39,8 +39,8 @@ class OSF(Method):
     @dataclass(frozen=True)
     class Options:
         """Args:
-        preserved: share of each weight's directions that the first task may not change (peft's default: half).
-            preserved_last: of the last one; the tasks between go up evenly. None = as the first.
+        preserved: the share of each weight's directions that the first task may not change (peft's default: half).
+        preserved_last: the same for the last task; tasks in between rise evenly. None = the first task's.
         """
 
         preserved: float = 0.5
@@ -53,8 +53,10 @@ class OSF(Method):
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
         if adapters_of(model) or any(True for _ in split_layers(model)):
-            kind = "a LoRA adapter" if adapters_of(model) else "OSF layers of peft's own"
-            raise SkillError(f"osf: learns the model's own weights, and the model has {kind}; give it without")
+            kind = "a LoRA adapter" if adapters_of(model) else "peft's own OSF layers"
+            raise SkillError(
+                f"osf learns the model's own weights, but the model has {kind}; give the model without them"
+            )
         self.count = len(tasks)
         self.head = _head_of(model)
         self.names = [
@@ -64,16 +66,16 @@ class OSF(Method):
         ]
         if not self.names:
             raise SkillError(
-                f"osf: {type(model).__name__} has no nn.Linear but its head, whose weight could be split; take a model "
-                "that is made of such layers, as most transformers are, or another method"
+                f"osf: {type(model).__name__} has no nn.Linear other than its head, so there is no weight to split; "
+                "use a model made of such layers, as most transformers are, or another method"
             )
         for task in tasks[:1]:
             self._check_calls(model, task)
         self._train(model, [model.get_submodule(name).weight for name in self.names])
 
     def _check_calls(self, model: nn.Module, task: ContinualTask) -> None:
-        """Raises where the model reads the weight of a layer that it does not call, as BEiT does with its `qkv`: OSF's
-        layer learns in its own forward, so nothing would be learned there."""
+        """Raise if the model reads the weight of a layer without calling it, as BEiT does with its `qkv`: OSF's layer
+        learns in its own forward, so nothing would be learned there."""
         layers = {name: model.get_submodule(name) for name in self.names}
         called: set[str] = set()
         hooks = [m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in layers.items()]
@@ -89,11 +91,11 @@ class OSF(Method):
         if read:
             raise SkillError(
                 f"osf: {type(model).__name__} reads the weights of {read[0]} ({len(read)} such layers) without calling "
-                "the layer, so OSF would learn nothing there; take another method, such as tasl or hat"
+                "the layer, so OSF would learn nothing there; use another method, such as tasl or hat"
             )
 
     def _train(self, model: nn.Module, weights: Sequence[Any]) -> None:
-        """Between tasks the weights themselves count as trained, so that a checkpoint has them."""
+        """Mark the weights themselves as trained between tasks, so that a checkpoint holds them."""
         model.requires_grad_(False)
         for p in (*weights, *(p for m in self.head for p in m.parameters())):
             p.requires_grad_(True)
@@ -114,7 +116,7 @@ class OSF(Method):
         self._train(model, [model.get_submodule(name).weight for name in self.names])
 
     def leave(self, model: nn.Module) -> None:
-        """What was learned until then is in the weights, as with a method that adds nothing."""
+        """Merge what was learned so far into the weights, as for a method that adds nothing."""
         self.end(model, -1)
 
     def state(self) -> dict[str, Any]:
@@ -122,12 +124,12 @@ class OSF(Method):
 
 
 def _head_of(model: Any) -> list[nn.Module]:
-    """timm's classifier, which each task learns in full."""
+    """timm's classifier, which each task trains fully."""
     name = getattr(model, "pretrained_cfg", {}).get("classifier")
     return [model.get_submodule(name)] if isinstance(name, str) else []
 
 
 def _tied(model: Any) -> list[nn.Module]:
-    """The layer that says the next word, whose weight most models share with the embeddings."""
+    """The layer that predicts the next word, whose weight most models share with the embeddings."""
     found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [] if found is None else [found]

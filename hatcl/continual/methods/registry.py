@@ -1,7 +1,7 @@
 """Methods of continual learning by name.
 
-A method is a class with what it does before, during and after a task. `@continual_method(name, paper=...)` above it is
-all that it takes to be found; its options are the fields of its dataclass `Options`.
+A method is a class with its actions before, during and after a task. The decorator `@continual_method(name, paper=...)`
+makes it findable; its options are the fields of its dataclass `Options`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Batch:
     """Some examples of one task.
 
     Attributes:
-        index: which task. task: the task itself. positions: which of its training examples.
-        weight: of its loss: where several processes have shares of one batch, by how much this one's is larger than
-            their mean.
+        index: the task's number. task: the task. positions: the indices of its training examples.
+        weight: the factor of its loss: if several processes share one batch, the size of this share relative to their
+            mean.
     """
 
     index: int
@@ -46,7 +46,7 @@ class Batch:
         return [self.task.train[i] for i in self.positions]
 
     def loss(self, model: nn.Module) -> Tensor:
-        """The task's own loss of them, weighted."""
+        """The task's own loss on them, weighted."""
         loss = self.task.loss(model, self.task.collate(self.examples))
         return loss if self.weight == 1 else self.weight * loss
 
@@ -58,21 +58,19 @@ class Saved(Protocol):
 
 
 class Method:
-    """What every method can do; alone it is plain training. A method overrides what it does differently.
+    """Base class of methods; by itself it is plain training. A method overrides the parts that it does differently.
 
     `begin` is called once per stage, then for each step `loss` of its batches, a backward pass, clipping, the
     optimizer's step and `after_step`, then `end`. All randomness comes from the global generators, which are seeded
     again for each stage.
 
     Attributes:
-        name: as registered. paper: who proposed it. options: of the class `Options`.
-        ahead: can a task be scored before it is learned?
-        together: can several processes learn as one, with the model in `DistributedDataParallel`?
-        lora: what `hatcl train` gives it to learn images with: `none` = the whole model; a LoRA adapter `with_head`,
-            which is trained as well, or `alone`.
-        adapted: does it learn texts with a LoRA adapter on the model, or else with the model's own weights?
-        renews: are the parameters of each task other ones, so that each has an optimizer of its own?
-        learning: how the run trains; `learn_sequence` sets it before `start`.
+        name: as registered. paper: its source. options: an instance of `Options`. ahead: whether a task can be scored
+            before it is learned. together: whether several processes can learn as one, with the model in
+            `DistributedDataParallel`. lora: how `hatcl train` trains it on images: `none` = the whole model; a LoRA
+            adapter `with_head`, which is trained as well, or `alone`. adapted: whether it learns texts with a LoRA
+            adapter; otherwise with the model's own weights. renews: whether each task has new parameters and therefore
+            a new optimizer. learning: how the run trains; `learn_sequence` sets it before `start`.
     """
 
     name: ClassVar[str]
@@ -86,7 +84,7 @@ class Method:
 
     @dataclass(frozen=True)
     class Options:
-        """This method has none."""
+        """This method has no options."""
 
     def __init__(self, options: Any = None) -> None:
         kind = type(self).Options
@@ -98,23 +96,23 @@ class Method:
             raise ConfigError(f"{self.name}: got options of {type(options).__qualname__}, expected {kind.__qualname__}")
 
     def stages(self, count: int) -> list[list[int]]:
-        """Which tasks are learned together, in order."""
+        """The tasks that are learned together in each stage, in order."""
         return [[i] for i in range(count)]
 
     def start(self, model: nn.Module, tasks: Sequence[ContinualTask], seed: int) -> None:
-        """Before the first stage, and before going on with an interrupted run.
+        """Called before the first stage, and before an interrupted run is resumed.
 
         Raises:
-            SkillError: a model that the method cannot learn with.
+            SkillError: the method cannot learn with this model.
         """
 
     def begin(self, model: nn.Module, stage: int) -> None:
-        """Before a stage; the optimizer is made after it, of what then requires a gradient."""
+        """Called before a stage. Afterwards the optimizer is made for the parameters that require a gradient."""
 
     def watching(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int
     ) -> contextlib.AbstractContextManager[Any]:
-        """Around a stage's steps. `start` of them were done before an interruption."""
+        """A context around a stage's steps. `start` of them were done before an interruption."""
         return contextlib.nullcontext()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -122,59 +120,59 @@ class Method:
         return batch.loss(model)
 
     def after_step(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        """After the optimizer's step, which these batches made."""
+        """Called after the optimizer's step, which used these batches."""
 
     def measured(self) -> dict[str, float]:
-        """What is known of the last step besides its loss, for progress and metrics.jsonl."""
+        """Further values of the last step, for progress and metrics.jsonl."""
         return {}
 
     def end(self, model: nn.Module, stage: int) -> None:
-        """After a stage's steps; the model is scored and saved as this leaves it."""
+        """Called after a stage's steps; afterwards the model is scored and saved."""
 
     def leave(self, model: nn.Module) -> None:
-        """After an error between `begin` and `end`: take out what `begin` has put into the model."""
+        """Called after an error between `begin` and `end`: undo the changes that `begin` made to the model."""
 
     def facts(self, model: nn.Module, stage: int) -> dict[str, Any]:
-        """What is known of the stage that has just ended besides its scores, JSON-able."""
+        """Further results of the stage that has just ended, JSON-able."""
         return {}
 
     def finish(self, model: nn.Module, facts: list[dict[str, Any]]) -> dict[str, Any]:
-        """After the last stage: what is known of the whole, JSON-able. `facts` of the stages may be added to."""
+        """Called after the last stage: results of the whole run, JSON-able. It may add to the stages' `facts`."""
         return {}
 
     def scoring(self, model: nn.Module, index: int) -> contextlib.AbstractContextManager[Any]:
-        """Around the scoring of a task."""
+        """A context around the scoring of a task."""
         return contextlib.nullcontext()
 
     def scores(self) -> Mapping[str, Saved]:
-        """What to save with a finished task: `scores` of the task, `cumulative` of all so far, `graft`."""
+        """The objects to save with a finished task: `scores` of the task, `cumulative` of all so far, `graft`."""
         return {}
 
     def adapters(self, model: nn.Module) -> list[str] | None:
-        """Which of the model's adapters to save with a finished task; None = the active one, or what a model without
-        LoRA has learned. Of an empty list nothing is saved."""
+        """The model's adapters to save with a finished task; None = the active one, or the learned weights of a model
+        without LoRA. With an empty list nothing is saved."""
         return None
 
     def saving(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-        """Around the saving of these adapters."""
+        """A context around the saving of these adapters."""
         return contextlib.nullcontext()
 
     def write(self, model: nn.Module, folder: Path) -> None:
-        """Further files of a finished task's folder, which holds its adapters already."""
+        """Write further files into a finished task's folder, which already holds its adapters."""
 
     def save(self, folder: Path) -> None:
-        """What the next stage needs besides the model."""
+        """Write the state that the next stage needs in addition to the model."""
 
     def load(self, folder: Path, model: nn.Module) -> None:
-        """Read what `save` wrote. It comes after `start` and before the model's tensors are read."""
+        """Read the files of `save`. Called after `start` and before the model's tensors are read."""
 
     def state(self) -> dict[str, Any] | None:
-        """Everything but the model's tensors that steps have changed since `begin`: plain values and tensors. None
-        means that it is not known; an interrupted task is then learned again from its beginning."""
+        """Everything that steps have changed since `begin`, except the model's tensors: plain values and tensors. None
+        means that it is unknown; an interrupted task is then learned again from its beginning."""
         return None
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` gave. It is called after `begin`."""
+        """Continue from the result of `state`. Called after `begin`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Name and options, JSON-able."""
@@ -188,7 +186,7 @@ def continual_method(name: str, *, paper: str) -> Callable[[MethodClass], Method
     """Class decorator: `learn_sequence` finds the method under this name.
 
     Raises:
-        ConfigError: a name that is taken, or a class that is no `Method`.
+        ConfigError: the name is taken, or the class is no `Method`.
     """
 
     def add(kind: MethodClass) -> MethodClass:
@@ -212,14 +210,15 @@ def list_continual_methods() -> dict[str, type[Method]]:
 
 
 def make_method(method: str | Method, options: Mapping[str, Any] | None = None) -> Method:
-    """A method by its name, with options changed; or the method itself.
+    """The method of a name, with options changed; or the given method itself.
 
     Raises:
-        ConfigError: an unknown name or option, with the nearest one; options together with a method that has its own.
+        ConfigError: a name or option is unknown (the text has the nearest one), or options were given together with a
+            method that has its own.
     """
     if isinstance(method, Method):
         if options:
-            raise ConfigError(f"method_options: the method {method.name} came with its own; leave them out")
+            raise ConfigError(f"method_options: the method {method.name} has its own options; leave them out")
         return method
     one_of("method", method, list(list_continual_methods()))
     return _METHODS[method](options or {})

@@ -23,18 +23,18 @@ MEMORY = "memory.pt"
 
 @continual_method("replay", paper="Chaudhry et al. 2019, arXiv 1902.10486")
 class Replay(Method):
-    """The mean loss over a batch and as many examples of earlier tasks, `(n_b L_b + n_m L_m) / (n_b + n_m)`, drawn from
-    a memory that reservoir sampling keeps uniform over all examples of the tasks that are finished.
+    """The loss is the mean over a batch and as many examples of earlier tasks, `(n_b L_b + n_m L_m) / (n_b + n_m)`,
+    drawn from a memory that reservoir sampling keeps uniform over all examples of the tasks that are finished.
 
-    It holds (task, position) instead of the examples, so that a run can go on from a small file. The paper fills it
-    while a task is learned; here a task's examples enter when it is finished, each once.
+    The memory holds (task, position) instead of the examples, so that a run can resume from a small file. The paper
+    fills it while a task is learned; here a task's examples enter once, when it is finished.
     """
 
     @dataclass(frozen=True)
     class Options:
         """Args:
-        buffer_size: how many examples are kept of all earlier tasks. samples: how many are drawn per step; None =
-            as many as the batch has.
+        buffer_size: the number of examples kept of all earlier tasks. samples: the number drawn per step; None = the
+        batch's size.
         """
 
         buffer_size: int = 500
@@ -72,7 +72,7 @@ class Replay(Method):
 
 
 def read_memory(memory: Reservoir, path: Path, tasks: Sequence[ContinualTask]) -> None:
-    """Read what a memory of (task, position) pairs wrote.
+    """Read the file of a memory of (task, position) pairs.
 
     Raises:
         IntegrityError: the file is damaged, or holds something else.
@@ -89,7 +89,7 @@ def read_memory(memory: Reservoir, path: Path, tasks: Sequence[ContinualTask]) -
 
 
 def together(tasks: Sequence[ContinualTask], drawn: Sequence[Any]) -> list[Batch]:
-    """(task, position) pairs as one batch for each task that is among them."""
+    """(task, position) pairs as one batch per task."""
     found: dict[int, list[int]] = {}
     for index, position in drawn:
         found.setdefault(int(index), []).append(int(position))

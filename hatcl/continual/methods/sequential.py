@@ -1,4 +1,4 @@
-"""Sequential fine-tuning: each task is learned as if there were no other."""
+"""Sequential fine-tuning: each task is learned as if there were no others."""
 
 from __future__ import annotations
 

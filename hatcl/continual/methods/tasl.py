@@ -1,5 +1,5 @@
-"""TaSL: find the units of the adapter that each task needs, and merge task after task by them (Feng et al. 2024, arXiv
-2408.05200)."""
+"""TaSL: find the adapter's units that each task needs, and merge task after task by their scores (Feng et al. 2024,
+arXiv 2408.05200)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ CUMULATIVE = "cumulative.safetensors"
 @continual_method("tasl", paper="Feng et al. 2024, arXiv 2408.05200")
 class TaSL(Method):
     """Train task k from the consolidated adapter of tasks 1 .. k-1, score the adapter's units at each step, consolidate
-    the adapter before and after the task by the scores of both, and take the task's scores into the memory
-    `C_k = N(0.3 N(I_k) + 0.7 N(C_{k-1}))`. The first task is not consolidated. No example of an earlier task is needed.
+    the adapters before and after the task by both scores, and update the cumulative scores `C_k = N(0.3 N(I_k) + 0.7
+    N(C_{k-1}))`. The first task is not consolidated. No example of an earlier task is needed.
 
-    What is trained besides A and B (heads in `modules_to_save`, DoRA's magnitudes, biases) has no score: it is averaged
-    as what is important to neither. (TaSL's code has nothing of that kind.)
+    Parameters trained in addition to A and B (heads in `modules_to_save`, DoRA's magnitudes, biases) have no score:
+    they are averaged like units that are important to neither task. (TaSL's code has no such parameters.)
     """
 
     lora = "with_head"
@@ -42,9 +42,8 @@ class TaSL(Method):
         grain, importance, beta1, beta2: see `SkillScorer`. timing: score with the weights `before` the optimizer's
             step, or `after` it.
         memory: the weights of the current and of the previous scores.
-        orthogonality: weight of the orthogonality regulariser on A and B, 0 = off; there is none without LoRA.
-            squared: of the squared norms.
-        consolidate: `ConsolidateOptions`, or a mapping of what to change.
+        orthogonality: weight of the orthogonality regulariser on A and B, 0 = off; it needs LoRA. squared: use squared
+        norms in it. consolidate: `ConsolidateOptions`, or a mapping of the options to change.
         """
 
         grain: str = "lora_pair"
@@ -72,7 +71,7 @@ class TaSL(Method):
         self.current: SkillScores | None = None
         self.cumulative: SkillScores | None = None
         self.regularised = bool(self.options.orthogonality) and bool(adapters_of(model))
-        self._scorer(model)  # raises where it does not fit
+        self._scorer(model)  # raises if it does not fit
 
     def _scorer(self, model: nn.Module) -> SkillScorer:
         o = self.options
@@ -128,7 +127,7 @@ class TaSL(Method):
 
 
 def _scored_and_beside(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """What has scores, and what else is trained."""
+    """The parameters with scores, and the other trained parameters."""
     scored = skill_tensors(model)
     known = {id(p) for p in scored.values()}
     return scored, {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in known}

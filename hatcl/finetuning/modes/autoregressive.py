@@ -28,19 +28,19 @@ def autoregressive_task(
     bounds: tuple[float, float] | None = None,
     measure: str | None = None,
 ) -> FinetuneTask:
-    """A task for a causal language model (transformers' AutoModelForCausalLM): its logits of the token after the
-    template over the label words' tokens.
+    """A task for a causal language model (transformers' AutoModelForCausalLM): its logits of the label words' tokens
+    for the position after the template.
 
     Args:
-        words: label -> word, one token each; default: the labels in their own words. Class i is the i-th of them.
-        template: around `{text}` (and `{text2}`); `{mask}` may stand last, to say by a space in front of it
-            that words have one (they also have where it is left out). max_length, cut: see `PromptReader`.
-        bounds: (low, high) of a regression, see `word_task`. measure: see `FinetuneTask`.
+        words: label -> word, one token each; default: the labels themselves. Class i is the i-th of them. template: a
+        text with `{text}` (and `{text2}`); `{mask}` may be last, and a space before it means that words start with a
+        space (this is also the default without `{mask}`). max_length, cut: see `PromptReader`.
+        bounds: (low, high) for a regression, see `word_task`. measure: see `FinetuneTask`.
 
-    Of GPT-2 the published code takes the last norm for part of the head; here the head is the output embeddings.
+    For GPT-2, the published code counts the last norm as part of the head; here the head is the output embeddings.
 
     Raises:
-        ConfigError: words, a template, a tokenizer or a model that do not fit; see `label_tokens`, `PromptReader`.
+        ConfigError: words, template, tokenizer or model do not fit; see `label_tokens`, `PromptReader`.
     """
     if "{mask}" not in template:
         template = template.rstrip(" ") + " {mask}"

@@ -33,16 +33,17 @@ def head_task(
     name: str = "task",
     measure: str | None = None,
 ) -> FinetuneTask:
-    """A task for a bare encoder or decoder (transformers' AutoModel): logits `W h + b` of the hidden state h of one
+    """A task for a bare encoder or decoder (transformers' AutoModel): logits `W h + b` from the hidden state h of one
     token, with new W `[C, d]` and b.
 
     Args:
-        token: whose state: `cls` (the first), `mask` (of the template; without one "{text} It was {mask}."), `last`.
-        head: `random` (torch's initialisation, from the seed), or `fitted`: logistic regression on the pretrained
+        token: the token to read: `cls` (the first), `mask` (the template's; by default "{text} It was {mask}."),
+        `last`.
+        head: `random` (torch's initialisation, from the seed), or `fitted`: by logistic regression on the pretrained
             model's features of the training examples.
 
     Raises:
-        ConfigError: labels, a tokenizer or a model that do not fit; see `PromptReader`.
+        ConfigError: labels, tokenizer or model do not fit; see `PromptReader`.
     """
     one_of("head", head, HEADS)
     labels = words_of_labels(name, data)

@@ -18,7 +18,7 @@ from ..options import HEADS, TaskOptions
 from ..tasks import FinetuneTask, LabelledBatch
 from .registry import finetune_mode
 
-VALIDATION = 0.1  # share of each class's training images that validate where there is no k
+VALIDATION = 0.1  # share of each class's training images for validation if k is not given
 
 
 def image_task(
@@ -35,19 +35,19 @@ def image_task(
     name: str | None = None,
     measure: str | None = None,
 ) -> FinetuneTask:
-    """A task of images for a timm model or any other whose last layer is linear; that layer is replaced for the task's
-    classes, on a copy of the model.
+    """A task of images for a timm model or any other whose last layer is linear; on a copy of the model, that layer is
+    replaced by one for the task's classes.
 
     Args:
-        prepare: None = by the mean and deviation of the training images, in their own size.
-        classifier: path of the last layer; None = what timm says of the model.
+        prepare: None = normalise by the training images' mean and deviation, in their own size.
+        classifier: the path of the last layer; None = timm's entry for the model.
         head: `random` (torch's initialisation, from the seed), or `fitted` on the pretrained model's features of the
             training examples.
-        k: so many of each class to learn from, and others to validate on; None = all, of which the share `validation`
-            of each class is held out. data_seed: of both.
+        k: the number of images of each class for training, and as many others for validation; None = all, with the
+            share `validation` of each class held out. data_seed: seeds both choices.
 
     Raises:
-        ConfigError: a classifier that is not linear, images that the model does not take, or too few of a class.
+        ConfigError: the classifier is not linear, the model does not accept the images, or a class has too few.
     """
     one_of("head", head, HEADS)
     images = Images(data.x_train, data.y_train, prepare or Preparation.of(data))
@@ -74,7 +74,7 @@ def image_task(
     return task
 
 
-@finetune_mode("image", loads="", paper="grafts of vision models, beside the paper", own=("head",))
+@finetune_mode("image", loads="", paper="grafts of vision models, not in the paper", own=("head",))
 def _image(options: TaskOptions, data: ImageData, model: nn.Module, tokenizer: Any, seed: int) -> FinetuneTask:
     prepare = preparation_for(
         data, getattr(model, "pretrained_cfg", None) or {}, size=options.size, fit=options.fit,
@@ -96,23 +96,23 @@ def _classifier(model: nn.Module) -> str:
     if not isinstance(found, str):
         raise ConfigError(
             f"classifier: timm names {found!r} for {type(model).__name__}, expected one linear layer; name it "
-            "(image_task(classifier=...)), or take another model"
+            "(image_task(classifier=...)), or use another model"
         )
     return found
 
 
 @torch.no_grad()
 def _try(model: nn.Module, images: Images, classes: int) -> None:
-    """Do two images pass through the model, and are there logits then?"""
+    """Check that the model accepts two images and returns logits."""
     x = images.prepare(images.x[:2]).to(next(model.parameters()).device)
     try:
         shape = list(model(x).shape)
     except (AssertionError, RuntimeError, ValueError, IndexError) as error:
         raise ConfigError(
-            f"data: {type(model).__name__} does not take images of {list(x.shape[1:])} ({str(error).splitlines()[0]}); "
-            "bring them to another size (--size), or give model_kwargs img_size"
+            f"data: {type(model).__name__} does not accept images of {list(x.shape[1:])} "
+            f"({str(error).splitlines()[0]}); resize them (--size), or give model_kwargs img_size"
         ) from error
     if shape != [len(x), classes]:
         raise ConfigError(
-            f"classifier: {type(model).__name__} gives {shape}, expected {[len(x), classes]}; name its last layer"
+            f"classifier: {type(model).__name__} returns {shape}, expected {[len(x), classes]}; name its last layer"
         )

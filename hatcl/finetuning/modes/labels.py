@@ -1,4 +1,4 @@
-"""The nearest label word, for encoders without a head for masked words."""
+"""The nearest label word, for encoders without a masked-word head."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ def labels_task(
     measure: str | None = None,
 ) -> FinetuneTask:
     """A task for a bare encoder (transformers' AutoModel): `scale cos(mean hidden state of the text, that of the
-    label's word or phrase)`; the labels' side is the pretrained model's and stays. There is no head to train.
+    label's word or phrase)`; the labels' vectors come from the pretrained model and stay fixed. There is no head to
+    train.
 
     Args:
-        words: label -> word or phrase, of any number of tokens. template: around `{text}`, without a mask.
+        words: label -> word or phrase, of any number of tokens. template: a text with `{text}`, without a mask.
 
     Raises:
-        ConfigError: words, a template, a tokenizer or a model that do not fit.
+        ConfigError: words, template, tokenizer or model do not fit.
     """
     found = words_of_labels(name, data, words)
     check_words(name, found)

@@ -28,16 +28,16 @@ def prompt_task(
     bounds: tuple[float, float] | None = None,
     measure: str | None = None,
 ) -> FinetuneTask:
-    """A task for a masked language model (transformers' AutoModelForMaskedLM): its logits at the mask over the label
-    words' tokens.
+    """A task for a masked language model (transformers' AutoModelForMaskedLM): its logits of the label words' tokens at
+    the mask.
 
     Args:
-        words: label -> word, one token each; default: the labels in their own words. Class i is the i-th of them.
-        template: around `{text}` (and `{text2}`), with `{mask}`. max_length, cut: see `PromptReader`.
-        bounds: (low, high) of a regression, see `word_task`. measure: see `FinetuneTask`.
+        words: label -> word, one token each; default: the labels themselves. Class i is the i-th of them. template: a
+        text with `{text}` (and `{text2}`) and `{mask}`. max_length, cut: see `PromptReader`.
+        bounds: (low, high) for a regression, see `word_task`. measure: see `FinetuneTask`.
 
     Raises:
-        ConfigError: words, a template, a tokenizer or a model that do not fit; see `label_tokens`, `PromptReader`.
+        ConfigError: words, template, tokenizer or model do not fit; see `label_tokens`, `PromptReader`.
     """
     return word_task("prompt", "mask", data, model, tokenizer, words, template, max_length, cut, name, bounds, measure)
 

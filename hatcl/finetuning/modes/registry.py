@@ -1,7 +1,7 @@
 """Modes of fine-tuning by name.
 
-A mode makes a `FinetuneTask` of a model, its data and `TaskOptions`. `@finetune_mode(name, ...)` above its function is
-all that it takes to be found.
+A mode makes a `FinetuneTask` from a model, its data and `TaskOptions`. The decorator `@finetune_mode(name, ...)` makes
+its function findable.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ class FinetuneMode:
     """A registered mode.
 
     Attributes:
-        make: takes (options, data, model, tokenizer, seed) and gives the task; it works on a copy of the model.
-        loads: which of transformers' `Auto...` classes loads its model; empty = timm. paper: where it is from.
-        texts: is its data texts (else images)? reads: which of the options that not all modes have (`OF_MODES`) it has.
+        make: (options, data, model, tokenizer, seed) -> the task; it works on a copy of the model.
+        loads: the transformers `Auto...` class that loads its model; empty = timm. paper: its source.
+        texts: whether its data are texts (else images). reads: the options it uses out of those that not all modes have
+            (`OF_MODES`).
     """
 
     name: str
@@ -55,14 +56,14 @@ _MODES: dict[str, FinetuneMode] = {}
 def finetune_mode(
     name: str, *, loads: str, paper: str, own: tuple[str, ...] = ()
 ) -> Callable[[MakeFunction], MakeFunction]:
-    """Function decorator: options with this `mode` are made a task by the function.
+    """Decorator for the function that makes tasks from options with this `mode`.
 
     Args:
-        loads: which of transformers' `Auto...` classes loads its model; empty = timm. paper: who proposed it.
-        own: fields of `TaskOptions` that it reads and other modes of texts, or of images, do not.
+        loads: the transformers `Auto...` class that loads its model; empty = timm. paper: its source.
+        own: fields of `TaskOptions` that it uses but other modes of the same kind of data do not.
 
     Raises:
-        ConfigError: a name that is taken.
+        ConfigError: the name is taken.
     """
 
     def add(make: MakeFunction) -> MakeFunction:
@@ -80,16 +81,16 @@ def list_finetune_modes() -> dict[str, FinetuneMode]:
 
 
 def mode_of(name: str) -> FinetuneMode:
-    """What is registered under a name. Raises `ConfigError` where nothing is, with the nearest name."""
+    """The mode of a name. Raises `ConfigError` with the nearest name if there is none."""
     one_of("mode", name, sorted(_MODES))
     return _MODES[name]
 
 
 def mode_for(options: TaskOptions) -> FinetuneMode:
-    """The mode that options ask for. Raises `ConfigError` also for an option that this mode does not read."""
+    """The mode that options name. Raises `ConfigError` also for an option that this mode does not use."""
     mode = mode_of(options.mode)
     for name in OF_MODES:
         if name not in mode.reads:
             others = [other.name for other in list_finetune_modes().values() if name in other.reads]
-            without_effect(options, [name], f"mode {mode.name!r}", f"take mode {' or '.join(map(repr, others))}")
+            without_effect(options, [name], f"mode {mode.name!r}", f"use mode {' or '.join(map(repr, others))}")
     return mode

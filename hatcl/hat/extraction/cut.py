@@ -1,4 +1,4 @@
-"""The cut itself: which units stay, and the smaller network that consists of them."""
+"""The cut: choose the units that stay, and build the smaller network of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .trace import Footprint
 
 ALIGNMENT = 8  # elements of two bytes in 16 bytes
 INNER = "norm"  # the smaller norm inside of one that selects the units that are on
-# attributes that count something else than units
+# attributes that do not count units
 NO_SIZE = re.compile(
     "heads|^n_?head$|groups|window|patch|kernel|stride|padding|dilation|depth|layers?$|img|image|grid|resolution|"
     "length|position|vocab|class|index|input_size|level|token|prefix|axis|bucket"
@@ -32,12 +32,12 @@ NO_SIZE = re.compile(
 
 @dataclass
 class Shaping:
-    """How the smaller network differs from one that its class makes, but for its tensors. JSON-able.
+    """The differences of the smaller network from one made by its class, except its tensors. JSON-able.
 
     Attributes:
         sizes: module path -> attribute -> its value.
-        norms: path of a norm that takes its statistics over some of the units that are there -> along which dimension,
-            their places (for each group of a group norm), how many are there, and how many its class says there are.
+        norms: path of a norm that takes its statistics over only some of its units -> the dimension, their places (for
+            each group of a group norm), the number of units present, and the number that its class declares.
     """
 
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -57,24 +57,25 @@ class Cutter:
     ) -> None:
         self.unit_map, self.seen, self.on = unit_map, seen, on
         self.fill(plain, weights)
-        self.left: set[type] = set()  # classes whose attributes are as they were
+        self.left: set[type] = set()  # classes with unchanged attributes
         self.rooted: set[type] = set()  # classes that divide by the root of a width that they take from a shape
-        self.scaled: set[str] = set()  # modules of which some rows are scaled
+        self.scaled: set[str] = set()  # modules with scaled rows
         self.rows = [*seen.rows, *self._grouped_rows()]
 
     def fill(self, plain: nn.Module, weights: Mapping[tuple[str, str], Tensor]) -> None:
-        """Cut this network from now on: the same with other values."""
+        """Cut this network from now on; it is the same network with other values."""
         self.plain, self.weights = plain, weights
         self.modules = dict(plain.named_modules())
         self.names = {id(p): n for n, p in plain.named_parameters()}
 
-    # ---- which units stay --------------------------------------------------------------------------------------
+    # ---- the units that stay --------------------------------------------------------------------------------------
 
     def _entry(self, path: str, name: str) -> Entry:
         return self.unit_map.entries[self.names[id(self.modules[path]._parameters[name])]]
 
     def _grouped_rows(self) -> list[Ints]:
-        """Every axis keeps one unit at least; the groups of a convolution stay equally wide."""
+        """Rows for constraints: every axis keeps at least one unit, and the groups of a convolution stay equally
+        wide."""
         rows = []
         for entry in self.unit_map.entries.values():
             for f in entry.factors:
@@ -97,8 +98,8 @@ class Cutter:
         return rows
 
     def alike_rows(self) -> list[Ints]:
-        """What layers of one kind write: their parameters have the same names up to numbers. A config has one width for
-        all of them."""
+        """The rows written by layers of one kind, whose parameters have the same names up to numbers. A config has one
+        width for all of them."""
         found: dict[tuple[str, int], dict[bytes, Ints]] = {}
         for entry in self.unit_map.entries.values():
             for f in entry.factors:
@@ -108,8 +109,8 @@ class Cutter:
         return [np.stack(list(rows.values())) for rows in found.values() if len(rows) > 1]
 
     def settled(self, held: Tensor) -> Tensor:
-        """`[U + 1]` bool: the units that are on, those that are held at full width, and as many more as it takes for
-        rows that must be equally long."""
+        """`[U + 1]` bool: the units that are on, those held at full width, and as many more as rows of equal length
+        need."""
         keep = (self.on | held).numpy().copy()
         keep[self.seen.whole] = keep[0] = True
         homes = self._homes(len(keep))
@@ -129,7 +130,7 @@ class Cutter:
         return torch.from_numpy(keep)
 
     def _homes(self, size: int) -> list[Ints | None]:
-        """Unit -> the shortest row (its head, its group) that it is in, of those that must be equally long."""
+        """Unit -> the shortest row (head, group) that contains it, among those that must be equally long."""
         out: list[Ints | None] = [None] * size
         for rows in sorted((r for r in self.rows if len(r) > 1), key=lambda r: -r.shape[1]):
             for row in rows:
@@ -153,7 +154,7 @@ class Cutter:
             else:
                 if sizes := self._sizes(path, small, keep):
                     shaping.sizes[path] = sizes
-            if isinstance(module, nn.TransformerEncoderLayer):  # its fused form would not ask its norms
+            if isinstance(module, nn.TransformerEncoderLayer):  # its fused form would bypass its norms
                 shaping.sizes.setdefault(path, {})["activation_relu_or_gelu"] = 0
             elif isinstance(module, nn.TransformerEncoder):
                 shaping.sizes.setdefault(path, {})["use_nested_tensor"] = False
@@ -195,7 +196,7 @@ class Cutter:
         return self.on[torch.from_numpy(units)].view(*shape)
 
     def _filled(self, value: Tensor, on: Tensor, entry: Entry, rows: int) -> Tensor:
-        """A weight whose rows will be standardised over all that they read, of which some is off."""
+        """A weight whose rows are standardised over all that they read, including units that are off."""
         if not entry.standardised or bool(on.all()):
             return value
         return over_some(value, on.to(value) * torch.ones_like(value[(slice(1),) * rows]), rows)
@@ -231,8 +232,7 @@ class Cutter:
         return b.clone()
 
     def _norm(self, path: str, keep: Tensor) -> dict[str, Any] | None:
-        """A norm over units among which there are some that are off, or one whose parameters could not make them
-        zero."""
+        """Handle a norm over units some of which are off, or one whose parameters cannot make them zero."""
         norm = self.unit_map.norms.get(path)
         if norm is None or not (norm.across or self.modules[path]._parameters.get("weight") is None):
             return None
@@ -260,8 +260,8 @@ class Cutter:
         return {"dim": dim, "places": [p for p in places if p], "width": len(stays), "known": len(norm.units)}
 
     def _sizes(self, path: str, small: Mapping[str, Tensor], keep: Tensor) -> dict[str, Any]:
-        """The attributes that hold another size now: those that the kind of layer has, and those that equal a size
-        which the module works with."""
+        """The attributes whose size has changed: those of the kind of layer, and those that equal a size that the
+        module works with."""
         module = self.modules[path]
         norm = self.unit_map.norms.get(path)
         if norm is not None:
@@ -288,7 +288,7 @@ class Cutter:
                 known = options.setdefault(old, [])
                 if new in known:
                     known.remove(new)
-                known.insert(0, new)  # the one that was seen last comes first
+                known.insert(0, new)  # the last one seen comes first
         splits = {
             tuple(n for n, _ in pieces): [n if x is None else next(x.sizes(keep))[1] for n, x in pieces]
             for pieces in self.seen.splits.get(path, ())
@@ -304,7 +304,7 @@ class Cutter:
         return sizes
 
     def _scale_queries(self, made: nn.Module, shaping: Shaping, keep: Tensor) -> None:
-        """Attention divides by the root of its width, which is another one now: the queries make up for it."""
+        """Scale the queries, since attention divides by the root of its width, which has changed."""
         done: set[tuple[str, int]] = set()
         self.scaled.clear()
         rooted = {p: x for p, x in self.seen.products.items() if type(self.modules[p]) in self.rooted}
@@ -346,7 +346,7 @@ class Cutter:
 
 
 def _fill_row(keep: Any, row: Ints, want: int, homes: Sequence[Ints | None]) -> bool:
-    """Keep so many more units of a row, first of the heads or groups that have fewest."""
+    """Keep more units of a row, first from the heads or groups that have the fewest."""
     of_home: dict[int, list[int]] = {}
     count: dict[int, int] = {}
     for unit in dict.fromkeys(row[~keep[row]].tolist()):
@@ -417,7 +417,7 @@ def _selecting(norm: nn.Module, dim: int, places: Sequence[Sequence[int]], width
 
 
 def _narrowed(norm: nn.Module, known: int, width: int, places: Sequence[int]) -> nn.Module:
-    """A norm of a class that is made for `known` units, with tensors of `width`, of those at some places alone."""
+    """A norm of a class made for `known` units, with tensors of `width`, over only the units at some places."""
     small = copy.deepcopy(norm)
     at = torch.tensor(places)
     for name, value in norm_sizes(small, known, len(places)).items():
@@ -436,7 +436,7 @@ def _narrowed(norm: nn.Module, known: int, width: int, places: Sequence[int]) ->
 
 
 def norm_sizes(norm: nn.Module, old: int, new: int) -> dict[str, Any]:
-    """The attributes of a norm over `old` units in which their number stands, for `new` units."""
+    """The attributes of a norm over `old` units that hold their number, changed to `new` units."""
     sizes: dict[str, Any] = {}
     for name, value in vars(norm).items():
         if type(value) is int and value == old != new and name != "num_groups":

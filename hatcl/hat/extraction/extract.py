@@ -35,23 +35,21 @@ from .plain import plain_copy, weights_of_task
 from .trace import Carried, Footprint, footprint
 
 log = logging.getLogger(__name__)
-TOLERANCE = 1e-5  # of the largest value; see docs/hat.md for what is measured
-STIRRED = 1e-4  # with noise on the weights, where what is wrong shows: it makes differences of 1e-2 and more
+TOLERANCE = 1e-5  # relative to the largest value; docs/hat.md has measurements
+STIRRED = 1e-4  # with noise on the weights, where an error shows: it makes differences of 1e-2 and more
 ATTEMPTS = 40
 
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What was cut.
-
-    Attributes:
-        task: which one. kept, total: elements of the smaller network's parameters and of the plain model's.
+    """The report of a cut. Attributes: task: the task. kept, total: elements of the smaller network's parameters and of
+    the plain model's.
         difference: the largest difference of an output value on the example inputs, divided by the largest value.
         multiply_adds, multiply_adds_before: of one forward on the example inputs, with the smaller network and with
             the plain model.
-        units, on: how many units the smaller network has, and how many of them are the task's; the others are zero and
-            there since a forward takes some sizes for equal.
-        full: module path -> why units that only it and its like work with are all there.
+        units, on: the number of units of the smaller network, and how many of them belong to the task; the others are
+        zeros that keep sizes equal where a forward requires it.
+        full: module path -> the reason why all units used only by it and similar modules were kept.
     """
 
     task: int
@@ -81,13 +79,13 @@ class ExtractReport:
 
 @dataclass
 class Extracted:
-    """A task as a model of its own.
+    """A task as a separate model.
 
     Attributes:
         model: the smaller network, in evaluation mode, an ordinary module.
         report: what was cut.
-        shaping: how it differs from what its class makes. source: how its class is made, if hatcl knows.
-        inputs: on which it was compared.
+        shaping: its differences from a model made by its class. source: how its class makes it, if hatcl knows. inputs:
+            the inputs on which it was compared.
     """
 
     model: nn.Module
@@ -97,14 +95,15 @@ class Extracted:
     source: dict[str, Any] | None = None
 
     def save(self, folder: str | os.PathLike[str], form: str = "safetensors") -> Path:
-        """Write the model as it is now, fine-tuned or not.
+        """Write the model in its current state, fine-tuned or not.
 
         Args:
-            form: `safetensors`: tensors and how to make the network (`hatcl.load_extracted` reads it); `pt2`: a program
-                of `torch.export`; `onnx`: for onnxruntime and others. Programs take any batch size.
+            form: `safetensors`: tensors and a description of the network (`hatcl.load_extracted` reads it); `pt2`: a
+                program of `torch.export`; `onnx`: for onnxruntime and others. Programs take any batch size.
 
         Raises:
-            ConfigError: no such form, or what writes it is not installed. ConversionError: no program can be made.
+            ConfigError: there is no such form, or a package that writes it is not installed. ConversionError: no
+                program can be made.
         """
         if check_format(form) != "safetensors":
             return write_program(folder, self.model.eval(), self.inputs, form)
@@ -112,22 +111,23 @@ class Extracted:
 
 
 def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tolerance: float = TOLERANCE) -> Extracted:
-    """The network that a sealed task computes with, as an ordinary smaller module: the task's units alone, its norms,
-    copies and head folded in, nothing of hatcl left. The model stays as it was.
+    """The network that a sealed task computes with, as an ordinary smaller module: only the task's units, with its
+    norms, copies and head folded in, and without hatcl. The model stays as it was.
 
-    Modules keep their classes and get smaller tensors. Where a forward takes sizes for equal (heads of attention,
-    halves that are split off, groups), units that are off fill them up as zeros; where it takes its sizes from nowhere
-    that could be changed, the units concerned all stay, and the report says where and why. What an output carries of
-    units is cut like everything else: features have the task's channels alone.
+    Modules keep their classes and get smaller tensors. Where a forward requires equal sizes (heads of attention, halves
+    that are split off, groups), units that are off fill them up as zeros; where a forward's sizes cannot be changed,
+    all units concerned stay, and the report says where and why. Outputs are cut like everything else: features have
+    only the task's channels.
 
     Args:
-        example_inputs: what the model's forward takes; default: random ones of the kind that it was converted with.
-            What is handed over agrees with the model on them.
-        tolerance: the largest difference of an output that may be, relative to the largest value.
+        example_inputs: inputs of the model's forward; default: random ones of the kind used at conversion. The result
+        agrees with the model on them.
+        tolerance: the largest allowed difference of an output, relative to the largest value.
 
     Raises:
-        TaskError: the task is not sealed, or there is no such task. ConfigError: no inputs, or none that fit.
-        ConversionError: the smaller network does not agree with the model. HATError: layers put together by hand.
+        TaskError: the task is not sealed, or there is no such task. ConfigError: there are no inputs, or they do not
+            fit. ConversionError: the smaller network does not agree with the model. HATError: the model was assembled
+                by hand.
     """
     gates = gates_of(model)
     task = check_task(model, task, sealed=True)
@@ -193,7 +193,7 @@ def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tol
 
 
 def _fitted(source: Any, made: nn.Module, inputs: Any, tolerance: float) -> dict[str, Any] | None:
-    """How the class of a model makes the smaller one by itself, if it can."""
+    """The description with which the model's class makes the smaller one, if it can."""
     fitted = fitted_source(source, made)
     if fitted is None:
         return None
@@ -210,7 +210,7 @@ def _fitted(source: Any, made: nn.Module, inputs: Any, tolerance: float) -> dict
 
 
 def example_inputs_of(model: nn.Module) -> Any:
-    """Inputs of the kind that the model was converted with, or for a model that says what it takes."""
+    """Inputs of the kind used at conversion, or those that the model itself declares."""
     some = next(model.parameters())
     if (takes := gates_of(model)[0].takes) is not None:
         return made_by(takes, some)
@@ -229,10 +229,10 @@ def example_inputs_of(model: nn.Module) -> Any:
 
 
 def outputs_under(model: nn.Module, inputs: Any, task: int | None) -> dict[str, Tensor]:
-    """What a task gives in evaluation, by name.
+    """A task's outputs in evaluation, by name.
 
     Raises:
-        ConfigError: inputs that the forward does not take.
+        ConfigError: the forward does not accept the inputs.
     """
     try:
         with torch.no_grad(), Evaluating(model):

@@ -83,7 +83,7 @@ def _resize(made: nn.Module, kept: dict[str, dict[str, Any]], task: int | None, 
 
 
 def tidy_up(module: nn.Module) -> None:
-    """A recurrent layer of torch keeps a list of its weights beside its parameters."""
+    """A recurrent layer of torch keeps a list of its weights in addition to its parameters."""
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [module._parameters.get(n) for n in module._flat_weights_names]
 

@@ -1,5 +1,5 @@
-"""What one forward of the plain model tells about cutting it: which sizes each module works with, which of them must
-stay equal, and which tensors carry which units."""
+"""Trace one forward of the plain model for cutting it: the sizes that each module works with, those that must stay
+equal, and the units that tensors carry."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Carried:
 
 @dataclass
 class Footprint:
-    """What was seen.
+    """The results of the trace.
 
     Attributes:
         rows: `[rows, n]` units each: a forward takes the rows for equally long, so the cut must leave them so.
@@ -279,7 +279,7 @@ def footprint(model: nn.Module, inputs: Any) -> Footprint:
 
 
 def _carried_along(x: Carried, dim: int) -> Carried | None:
-    """What a tensor carries along one dimension, if it does."""
+    """The units that a tensor carries along one dimension, if any."""
     ids = [i for i in x.ids if varying(i) == (dim,)]
     return Carried(x.shape, (ids[0],)) if ids else None
 

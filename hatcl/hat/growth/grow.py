@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GrowReport:
-    """What grew.
+    """The report of a growth.
 
     Attributes:
         layers: name of a layer that grew -> how many units it had and has. left: name of one that did not -> why.
@@ -147,8 +147,8 @@ def _growable(model: nn.Module) -> Gates:
     gates[0].notice()
     if (origin := gates[0].origin) is not None and origin.task is not None:
         raise TaskError(
-            f"grow: this is a copy that is averaged with a model that learns task {origin.task}, which could not go on "
-            "afterwards; hatcl.seal(copy) seals what it is now, or grow the model and make the copy again"
+            f"grow: this is a copy that is averaged with a model that learns task {origin.task}, which could not "
+            "continue afterwards; hatcl.seal(copy) seals what it is now, or grow the model and make the copy again"
         )
     return gates[0]
 
@@ -179,7 +179,7 @@ def _more_units(gates: Gates, factor: float | Mapping[str, int]) -> dict[str, in
 
 
 def _said_by(model: nn.Module, inputs: Any) -> dict[int | None, Any]:
-    """What task None and every sealed task give in evaluation."""
+    """The outputs of task None and every sealed task in evaluation."""
     return {t: outputs_under(model, inputs, t) for t in (None, *tasks(model))}
 
 
@@ -249,7 +249,7 @@ def _odd_module(expected: UnitMap, found: UnitMap) -> str | None:
 def _planned(
     model: nn.Module, gates: Gates, inputs: Any, wanted: dict[str, int], named: bool
 ) -> tuple[Growth, dict[str, str]]:
-    """What to do, and layer -> why it does not get what was wanted."""
+    """The plan, and layer -> the reason why it does not get the requested growth."""
     plain = plain_copy(model, None, len(gates.growths))
     unit_map: UnitMap = gates.unit_map
     seen = footprint(plain, inputs)

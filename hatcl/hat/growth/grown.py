@@ -1,4 +1,4 @@
-"""What a growth does to the map: every unit becomes itself and some new ones, wherever it stands.
+"""The effect of a growth on the map: every unit becomes itself and some new ones, wherever it appears.
 
 New units follow the unit that they belong to, in its numbering and along every axis that carries it. So what was one
 row of a head, of a group or of a residual stream stays one, and what was there before keeps its order. Where a head
@@ -77,8 +77,8 @@ class Growth:
         return np.concatenate([[0], self.bounds[first - 1] + 1 + unit - first]).astype(np.int64)
 
     def along(self, units: Ints, rows: int = 1) -> Grown:
-        """What an axis with these units becomes. A unit, or a block, that has several entries one after the other is
-        followed by as many of each new one. rows: into how many equal rows the axis is split, each of which grows by
+        """An axis with these units after the growth. A unit, or a block, that has several entries one after the other
+        is followed by as many of each new one. rows: into how many equal rows the axis is split, each of which grows by
         itself.
 
         Raises:
@@ -204,7 +204,7 @@ class GrownAxes:
 def grown_axes(
     growth: Growth, shape: tuple[int, ...], view: tuple[int, ...], axes: Sequence[tuple[Ints, tuple[int, ...], bool]]
 ) -> GrownAxes:
-    """What a parameter with these axes (units, shape over the view, owner) becomes.
+    """A parameter with these axes (units, shape over the view, owner) after the growth.
 
     Raises:
         ConversionError: the groups of a weight would grow in different ways.

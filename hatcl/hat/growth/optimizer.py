@@ -1,4 +1,4 @@
-"""An optimizer goes on with a network that grew: the new parameters in their groups, their moments carried over."""
+"""Adapt an optimizer to a network that grew: the new parameters enter their groups, and moments are carried over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...errors import GuardError
 from ...keeper import check_optimizers, same_direction, tensors_within, unwrapped
 from .apply import Replaced
 
-ANEW = "build it anew over model.parameters() after hatcl.grow"
+ANEW = "build it again over model.parameters() after hatcl.grow"
 
 
 class Carrier:
@@ -42,7 +42,7 @@ class Carrier:
             held = isinstance(value, (list, tuple)) and any(True for _ in tensors_within(value))
             if held and name != "param_groups":
                 raise GuardError(
-                    f"optimizer: {kind} keeps tensors in {name!r}, beside its state, which cannot be carried over; "
+                    f"optimizer: {kind} keeps tensors in {name!r}, outside its state, which cannot be carried over; "
                     f"{ANEW}"
                 )
         self.weights = {key for key, pairs in beside.items() if same_direction(pairs)}

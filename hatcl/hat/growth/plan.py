@@ -109,7 +109,7 @@ class Grower(Cutter):
     # ---- the larger network ------------------------------------------------------------------------------------
 
     def growth(self, counts: Tensor) -> Growth:
-        """What there is to do."""
+        """The planned growth."""
         growth = Growth(counts[1:].numpy().copy(), self.widths[1:].copy())
         for path, module in self.modules.items():
             sizes = self._sizes(path, self._grown_parameters(path, module, growth), counts)

@@ -344,7 +344,7 @@ class HATLayer(Derived):
         return value if same else value.view(raw.shape)
 
     def _hat_factor(self, name: str, axis: UnitAxis, task: int, dtype: torch.dtype) -> Tensor:
-        """What a parameter is multiplied with along an axis, in its shape and type."""
+        """The factor of a parameter along an axis, in its shape and type."""
 
         def make() -> Tensor:
             return self.hat_fold_gate(name, axis.units.gate_of(task)).to(dtype).view(axis.shape)
@@ -370,8 +370,8 @@ class HATLayer(Derived):
         return _where_on(folded, task, value, 0.0).view(raw.shape)
 
     def _hat_constant(self, name: str, raw: Tensor, task: int, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, kept until the task, its gates or `raw` change. It is handed out itself, so that a write
-        to it is noticed and has no effect."""
+        """The result of `make`, kept until the task, its gates or `raw` change. The object itself is returned, so that
+        a write to it is noticed and has no effect."""
         hat: Binding = self._hat
         if F.is_followed() or hat.gates.sharded or raw.is_inference():  # to such a tensor no write is seen
             return make()
@@ -473,7 +473,7 @@ def multiply(x: Tensor, units: Units, dim: int) -> Tensor:
 
 
 def gating(units: Units, dim: int, ndim: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """What multiplies a tensor of so many dimensions, of this type, with the active gates along `dim`."""
+    """The factor of the active gates along `dim` for a tensor of this many dimensions and this type."""
     gates = units.gates
     task = gates.task
     if task is None:

@@ -115,7 +115,7 @@ class _Crossing(_Norm):
         return hat.gates.is_soft(task) or (torch.compiler.is_compiling() and hat.gates.is_open(task))
 
     def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Around, _Around]:
-        """What is done with an input of so many dimensions before the plain norm, and with what that gives."""
+        """The changes to an input of this many dimensions before the plain norm, and to its result."""
         raise NotImplementedError
 
     def _hat_after(self, gate: Tensor, dim: int) -> _Around:

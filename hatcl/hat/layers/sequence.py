@@ -13,8 +13,8 @@ from .gated import HATLayer
 
 @register_layer(nn.RNNBase)
 class _Recurrent(HATLayer):
-    """torch keeps a recurrent layer's weights in a list beside its parameters; here the list is what the active task
-    sees."""
+    """torch keeps a recurrent layer's weights in a list in addition to its parameters; here the list holds the active
+    task's weights."""
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:

@@ -1,5 +1,5 @@
-"""What a forward changes beside buffers: attributes of modules (numbers, lists, caches in a dict) and buffers that come
-and go. Every task has its own.
+"""State that a forward changes in addition to buffers: attributes of modules (numbers, lists, caches in a dict) and
+buffers that come and go. Every task has its own.
 
 A task that is being learned reads and writes its own values. A sealed task begins every forward of the model with what
 it had when it was sealed: caches fill and counters count within a forward, and nothing of that outlives it. The values
@@ -42,7 +42,7 @@ _TORCHS = frozenset(nn.Module().__dict__) | {"call_super_init", "forward"}
 
 
 class States:
-    """What the modules of one model keep between forwards, per task.
+    """The state that the modules of one model keep between forwards, per task.
 
     Attributes:
         start: what they had at conversion. tasks: what a task has, of those that have begun.
@@ -64,7 +64,7 @@ class States:
         return mine[task]
 
     def reset(self, key: Key, tasks: Sequence[int]) -> None:
-        """These tasks begin anew with one of the attributes."""
+        """Reset one of the attributes for these tasks."""
         for t in tasks:
             if t in self.tasks:
                 self.tasks[t][key] = detached_copy(self.start[key])
@@ -89,7 +89,7 @@ class States:
 
 
 class _Local(threading.local):
-    """What sealed tasks have in the forward that a thread is running."""
+    """The state of sealed tasks in the forward that a thread is running."""
 
     def __init__(self) -> None:
         self.states: WeakKeyDictionary[States, dict[int, dict[Key, Any]]] = WeakKeyDictionary()
@@ -134,7 +134,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def parts_of(x: Any) -> list[tuple[str, Any]]:
-    """What an object consists of, such that it can be compared with what it is later."""
+    """The parts of an object, in a form that can be compared later."""
     return [(path, _frozen(part)) for path, part in inside(x)]
 
 
@@ -185,8 +185,8 @@ def copy_of(model: nn.Module, share: bool = False) -> nn.Module:
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Everything that a module keeps beside its parameters and submodules: attributes, buffers, and the containers and
-    tensors that its class keeps for all instances."""
+    """Everything that a module keeps in addition to its parameters and submodules: attributes, buffers, and the
+    containers and tensors that its class keeps for all instances."""
     for name, value in module.__dict__.items():
         if name not in _TORCHS and not name.startswith("_hat"):
             yield name, value
@@ -256,7 +256,7 @@ def classes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(module: Any, name: str) -> Any:
-    """What the plain model keeps under a name, else ABSENT."""
+    """The plain model's value under a name, else ABSENT."""
     for place in (module.__dict__, module.__dict__["_buffers"]):
         if name in place:
             return place[name]
@@ -347,7 +347,7 @@ def _apply(_: str) -> Callable[..., Any]:
 
 
 def state_attributes(names: Sequence[str]) -> tuple[tuple[str, Callable[[str], Any]], ...]:
-    """What the class of a module gets some of whose attributes are states (see `registry.derive`)."""
+    """The methods for the class of a module that has attributes with state (see `registry.derive`)."""
     own = (("__setattr__", _setattr), ("register_buffer", _register_buffer), ("_apply", _apply))
     return (*((n, task_state) for n in names), *own) if names else ()
 

@@ -1,4 +1,4 @@
-"""What a router keeps of one task, and how it is gathered from examples."""
+"""The statistics that a router keeps of one task, and how they are gathered from examples."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RouterOptions(Changeable):
 
 @dataclass
 class KnownTask:
-    """What a router keeps of one task.
+    """A router's statistics of one task.
 
     Attributes:
         labels: of the classes that have examples. counts: how many each has.
@@ -163,7 +163,7 @@ class Gathered:
                 sums[a] = sums[a].add_(of) if a in sums else of
 
     def known(self, digests: dict[str, str]) -> KnownTask:
-        """What the router keeps.
+        """The router's statistics.
 
         Raises:
             TaskError: there are examples of fewer than two classes, of a task that has more than one.

@@ -19,7 +19,7 @@ from .router import TaskRouter
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What `predict` says of a batch of B examples.
+    """The result of `predict` for a batch of B examples.
 
     Attributes:
         task, label: `[B]` int64: the task, and the class in the numbers of its own head. probability: `[B]`, of both

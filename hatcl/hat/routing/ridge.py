@@ -26,7 +26,7 @@ def lifted(features: Tensor, p: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sums:
-    """What is kept of one task's examples in one space: `S = sum phi phi^T` and `C = sum phi onehot(y)^T`, in float64.
+    """Sums over one task's examples in one space: `S = sum phi phi^T` and `C = sum phi onehot(y)^T`, in float64.
 
     Attributes:
         gram: S, `[(M + 1)(M + 2) / 2]`, its lower triangle row by row; or the diagonal d of `d + V V^T`, `[M + 1]`.
@@ -67,7 +67,7 @@ def ridge(every: Sequence[Sums], examples: int) -> Tensor:
         GCV(lambda) = n |Y - phi W|^2 / (n - tr phi (S + lambda n I)^-1 phi^T)^2
 
     Args:
-        examples: n, how many examples the sums are of. Each is of one class, so that `|Y|^2 = n`.
+        examples: n, the number of examples in the sums. Each has one class, so `|Y|^2 = n`.
     """
     gram = every[0].whole()
     for sums in every[1:]:

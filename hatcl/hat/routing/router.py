@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 ROUTER_ENTRY = "hatcl.router"  # of the file's metadata
 FORMAT = 1
 FUNCTION = "a function"  # in the file, in the place of one
-OF_TASK = ("labels", "counts", "dtype", "digests")  # of a task, beside its tensors
+OF_TASK = ("labels", "counts", "dtype", "digests")  # a task's entries in addition to its tensors
 TEMPERATURES = tuple(2 ** (k / 2) for k in range(17))  # that `calibrate` tries
 
 
@@ -149,7 +149,7 @@ class TaskRouter:
             gathered.add(labels, {a: self.seen(model, inputs, a, len(labels)) for a in [new, *others]})
         known = gathered.known(now)
         if old is not None:
-            log.info("task %d was sealed again: its statistics are taken anew, and it comes last in the order", new)
+            log.info("task %d was sealed again: its statistics are computed again, and it comes last in the order", new)
             self.remove_task(new)
         self._known[new] = known
         self._weights.clear()
@@ -189,7 +189,7 @@ class TaskRouter:
                 raise TaskError(
                     f"task {t} is not what it was when it was added to the router ({changed} is another one): it was "
                     f"learned again, or this is another model. Its statistics are void; router.add_task({t}, ...) "
-                    f"takes them anew, router.remove_task({t}) takes it out"
+                    f"computes them again, router.remove_task({t}) takes it out"
                 )
             seen.add(t)
         self._checked[gates] = seen, gates.epoch
@@ -251,7 +251,7 @@ class TaskRouter:
         if known is not None and known.dtype != str(h.dtype):
             warnings.warn(
                 f"task {space}: its features are {h.dtype} now and were {known.dtype} when it was added to the router: "
-                "they are rounded otherwise than its statistics; add the tasks anew where it counts",
+                "they are rounded differently from its statistics; add the tasks again where it matters",
                 stacklevel=3,
             )
         if not bool(torch.isfinite(h).all()):
@@ -372,7 +372,7 @@ class TaskRouter:
         """The router that `save` wrote.
 
         Args:
-            model: the model that it is of. features, prepare, logits: the functions that the router was made with, if
+            model: the router's model. features, prepare, logits: the functions that the router was made with, if
                 it was.
 
         Raises:

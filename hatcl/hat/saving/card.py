@@ -26,7 +26,7 @@ LIBRARIES = ("hatcl", "torch", "timm", "transformers", "peft")
 
 @dataclasses.dataclass(frozen=True)
 class CardFacts:
-    """What a model does not know of itself, for its card; all of it may be left out.
+    """Information for a model's card that the model does not have; every entry is optional.
 
     Args:
         names: of the tasks, by their numbers. classes: task -> the names of its classes.
@@ -78,17 +78,17 @@ def model_card(model: nn.Module, facts: CardFacts) -> str:
         "\n".join(front),
         f"# {name}: {_how_many(done)}",
         f"A {name} that learned its tasks one after another with hatcl, by hard attention to the task (HAT, "
-        "[arXiv 1801.01423](https://arxiv.org/abs/1801.01423)). Each task uses some of the network's units. What a "
-        "task computes does not depend on anything that is not its own, so that the tasks learned after it have not "
-        f"changed it, not by a bit. It has room for {gates.num_tasks} tasks and {count:,} parameters.",
+        "[arXiv 1801.01423](https://arxiv.org/abs/1801.01423)). Each task uses some of the network's units. The "
+        "outputs of a task do not depend on anything that is not its own, so the tasks learned after it have not "
+        f"changed it, not even by a bit. It has room for {gates.num_tasks} tasks and {count:,} parameters.",
         "## Tasks",
         _tasks_table(model, facts),
     ]
     if facts.matrix:
         parts += ["## Scores", _matrix_table(facts)]
     parts += ["## Certificate", facts.certificate or "None was taken when the model was saved."]
-    parts += ["What each sealed task uses was compared with its digest before the model was written. To prove that the "
-              "tasks are isolated on inputs of your own: `hatcl.certify(model, x)`."]  # fmt: skip
+    parts += ["Each sealed task was compared with its digest before the model was written. To prove that the "
+              "tasks are isolated on your own inputs: `hatcl.certify(model, x)`."]  # fmt: skip
     parts += ["## How to load it", _how_to_load(model, name, done), *facts.notes]
     differing = _unusual(gates.config)
     parts += [

@@ -228,7 +228,7 @@ def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str], grow: boo
         grow: where the file's model has grown since, let this one grow alike first; its optimizers are old then.
 
     Raises:
-        IntegrityError: as `from_pretrained`; or the file is of a model that was converted otherwise.
+        IntegrityError: as `from_pretrained`; or the file belongs to a model that was converted differently.
     """
     path = Path(folder) / WEIGHTS
     meta, tensors = _read_model(path, None)
@@ -289,7 +289,7 @@ def is_converted(model: nn.Module) -> bool:
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the header of a saved model's file says, checked: `config`, `source`, `map`, `digests` and so on.
+    """The checked header of a saved model's file: `config`, `source`, `map`, `digests` and so on.
 
     Raises:
         IntegrityError: as `from_pretrained`.
@@ -407,7 +407,8 @@ def _name_of(t: torch.Tensor) -> str:
 
 
 def _check_dtypes(tensors: dict[str, torch.Tensor], dtypes: dict[str, str], path: Path) -> None:
-    """A tensor of another dtype would pass for one that the user cast, whose digests are taken anew."""
+    """Check dtypes: a tensor of another dtype would count as cast by the user, and its digest would be computed
+    again."""
     wrong = [(n, _name_of(t), dtypes.get(n, "not there")) for n, t in tensors.items() if _name_of(t) != dtypes.get(n)]
     if wrong:
         name, found, saved = wrong[0]
@@ -426,7 +427,7 @@ def _check_digests(model: nn.Module, stored: dict[str, dict[str, str]], path: Pa
             "tasks); the file was edited"
         )
     gates.digests = {t: dict(stored[str(t)]) for t in sealed}
-    digests.check_sealed(model)  # names what changed; takes digests anew, of all there is and in the dtype that it has
+    digests.check_sealed(model)  # names changes; computes the digests again, for everything and in its current dtype
     for t in sealed:
         now, was = gates.digests[t], stored[str(t)]
         if wrong := sorted(n for n in {**now, **was} if now.get(n) != was.get(n)):

@@ -1,4 +1,4 @@
-"""What a model's forward takes, as a recipe: shapes, kinds and the range of integers, no example itself."""
+"""A recipe for inputs of a model's forward: shapes, kinds and the range of integers, without an example."""
 
 from __future__ import annotations
 

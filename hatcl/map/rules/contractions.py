@@ -174,8 +174,8 @@ def attention(call: Call, coupling: Coupling) -> Moved:
     heads = queries.shape[last - 2] if last > 1 else 1
 
     def one_position(x: Slot) -> Tensor:
-        """What holds at every position, for each head of the queries: a head of keys and values serves as many
-        query heads in a row as there are more of them (grouped-query and multi-query attention)."""
+        """The labels at every position, for each head of the queries: each head of keys and values serves several
+        consecutive query heads if there are more of them (grouped-query and multi-query attention)."""
         ids = coupling.couple_along(x.ids, [last - 1]).narrow(last - 1, 0, 1)
         if last < 2 or ids.shape[last - 2] == heads:
             return ids

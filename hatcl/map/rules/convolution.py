@@ -74,8 +74,8 @@ def _computed_weight(coupling: Coupling, sx: Shadow, sw: Shadow, sums: bool) -> 
 
 
 def _what_is_read(call: Call, coupling: Coupling, sx: Shadow) -> tuple[list[Slot], list[Slot]]:
-    """What the weight reads, as labels of the channels, and what goes through a 1x1 convolution to the output: units
-    that run along positions."""
+    """The labels of the channels that the weight reads, and the units along positions that a 1x1 convolution passes to
+    the output."""
     w, stride = call.args[1], call.args[3]
     by_position = all(n == 1 for n in w.shape[2:]) and all(n == 1 for n in stride)
     inputs: list[Slot] = []

@@ -142,8 +142,8 @@ def _tried(call: Call, zero: Collection[int], seed: int) -> list[Tensor] | None:
 
 
 def _of_parameters(call: Call, coupling: Coupling, wide: Wide) -> Shadow:
-    """Elementwise maths on parameters alone (weight standardisation, gains): the labels go on, and so do the axes by
-    which the value could be scaled."""
+    """Elementwise maths on parameters alone (weight standardisation, gains): the labels are passed on, and so are the
+    axes along which the value could be scaled."""
     groups: list[list[tuple[int, Slot]]] = []
     for i, s in enumerate(wide):
         for slot in s.slots if s is not None else ():

@@ -113,8 +113,8 @@ def pool3d(call: Call, coupling: Coupling) -> Moved:
 
 
 def within_channels(call: Call, coupling: Coupling, dims: int) -> Shadow | None:
-    """What a channel's positions (the last `dims` dimensions) give is the channel's, and zero if they are. Positions
-    that belong to different units forget them."""
+    """The result over a channel's positions (the last `dims` dimensions) belongs to the channel, and is zero if they
+    are. Positions that belong to different units lose their units."""
     s = call.shadows[0]
     if s is None:
         return None

@@ -1,4 +1,4 @@
-"""What moves values without computing with them: shadows go where the values go."""
+"""Operations that move values without computing with them: shadows move with the values."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def copy(call: Call, coupling: Coupling) -> Shadow:
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", reads=False)
 def view(call: Call, coupling: Coupling) -> Moved:
-    """Another shape for the same values; a parameter's labels are settled, for its slots are told apart by the
-    dimensions along which they run."""
+    """Another shape for the same values; a parameter's labels are settled, since its slots are distinguished by their
+    dimensions."""
     s = call.shadows[0]
     if s is None:
         return None

@@ -1,5 +1,5 @@
-"""Merging task vectors without training: one file per method. `merge` finds them by name, and every file of this
-folder is read, so a method in a file of its own needs no entry elsewhere."""
+"""Merging task vectors without training, one file per method. Every file of this folder is read and `merge` finds
+methods by name, so a new file needs no entry elsewhere."""
 
 from importlib import import_module
 from pkgutil import iter_modules

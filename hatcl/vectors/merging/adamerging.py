@@ -38,18 +38,18 @@ def adamerging(
     lr: float = 1e-3,
     forward: Forward = own_logits,
 ) -> TaskVector:
-    """`tau_l = sum_t lambda_tl tau_tl`, with the coefficients for which the merged model is surest of itself on
-    unlabelled test inputs:
+    """`tau_l = sum_t lambda_tl tau_tl`, with the coefficients that make the merged model most confident on unlabelled
+    test inputs:
 
         min over lambda of  sum_t  mean_{x of task t} H(p(y | x))
 
     by Adam, from 0.3, one batch of each task per step, in the order given. Needs the pretrained model and batches per
-    task; labels in them are not looked at.
+    task; labels in them are ignored.
 
     In the authors' code (github EnnengYang/AdaMerging, main_layer_wise_adamerging.py) a layer is a tensor as well. A
     step there has two batches of 16 of each task, drawn again: pass shuffled batches of 32 for the same. It clamps the
-    coefficients that the model sees to 0 to 1 and lets the parameter move on, where no gradient brings it back; here
-    the coefficients themselves are kept within 0 to 1, and return.
+    coefficients that the model sees to 0 to 1 while the parameter moves further, and no gradient brings it back; here
+    the coefficients themselves are clamped to 0 to 1 and can return.
 
     The model runs in evaluation mode: norms with running statistics use the base's. Such buffers in the vectors are
     averaged. Vectors are read into memory for the search.
@@ -60,8 +60,8 @@ def adamerging(
             [..., C]`, for instance with the task's own head.
 
     Raises:
-        ConfigError: not one of these per vector, another grain, or values outside their range. VectorError,
-        IntegrityError: the vectors are not of this model.
+        ConfigError: there is not one entry per vector, the grain is another one, or a value is outside its range.
+            VectorError, IntegrityError: the vectors do not belong to this model.
     """
     if grain not in LEARNED_GRAINS:
         raise ConfigError(f"grain: got {grain!r}, expected {' or '.join(LEARNED_GRAINS)}; hatcl.compose has the others")

@@ -1,4 +1,4 @@
-"""Arcee Fusion: of one fine-tuning the changes that matter. mergekit (Goddard et al. 2024, arXiv 2403.13257)."""
+"""Arcee Fusion: the important changes of one fine-tuning. mergekit (Goddard et al. 2024, arXiv 2403.13257)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ EPSILON = 1e-8  # added to probabilities (mergekit's)
     needs={"pretrained": "the pretrained model that the vector starts from, as a module, a state dict or a path"},
 )
 def arcee_fusion(vectors: Sequence[TaskVector], *, pretrained: TensorSource) -> TaskVector:
-    """Of each tensor the elements whose importance reaches a threshold, as they are; the others do not move:
+    """Keep the changes of a tensor's elements whose importance reaches a threshold; the others become zero:
 
         importance = |tau| KL(softmax(theta + tau) || softmax(theta)),   threshold = median + 1.5 (q3 - q1)
 
     with the softmax along the last dimension and the quartiles (the lower of two elements) of the whole tensor. Needs
-    the pretrained weights. In float32, as in mergekit; of small changes the divergence is rounding. mergekit estimates
-    the quartiles of more than a million elements from a random sample; here they are exact.
+    the pretrained weights. In float32, as in mergekit; for small changes the divergence is mostly rounding. mergekit
+    estimates the quartiles of more than a million elements from a random sample; here they are exact.
 
     Raises:
-        ConfigError: more than one vector. VectorError: a tensor that the pretrained model lacks.
+        ConfigError: there is more than one vector. VectorError: the pretrained model lacks a tensor.
     """
     if len(vectors) != 1:
         raise ConfigError(f"arcee_fusion: got {len(vectors)} vectors, expected 1; merge the others first")

@@ -35,26 +35,26 @@ def arithmetic(
     Needs no data, or a validation set: with `evaluate` the scale is the one of the grid that scores highest.
 
     Args:
-        scale: default 0.4, which Yadav et al. 2023 report as the authors' advice where nothing can be validated.
+        scale: default 0.4, which Yadav et al. 2023 report as the authors' advice without validation.
         weights: one per vector, default 1 each. normalise: divide by their sum.
-        evaluate: scores a candidate on a validation set, the higher the better. It gets the model with the candidate
-            applied where `model` is given, else the candidate vector.
+        evaluate: scores a candidate on a validation set; higher is better. It receives the model with the candidate
+        applied if `model` is given, otherwise the candidate vector.
         scales: the grid, default 0, 0.05, ..., 1. model: the base.
 
     Raises:
-        ConfigError: `scale` with `evaluate`, or `scales` or `model` without it; no scales; a score that is no finite
-            number.
+        ConfigError: `scale` is given with `evaluate`, or `scales` or `model` without it; there are no scales; or a
+            score is not a finite number.
     """
     flag("normalise", normalise)
     w = shares(weights, vectors)
     if evaluate is None:
         for option, value in (("scales", scales), ("model", model)):
             if value is not None:
-                raise ConfigError(f"{option}: is for the search of the scale; pass evaluate= as well")
+                raise ConfigError(f"{option} is for the search of the scale; pass evaluate= as well")
         factor = number("scale", 0.4 if scale is None else scale)
         return blockwise(vectors, lambda _, taus: summed(taus, w, normalise) * factor)
     if scale is not None:
-        raise ConfigError(f"scale: got {scale!r} beside evaluate, which searches for it; pass one of them")
+        raise ConfigError(f"scale: got {scale!r} together with evaluate, which searches for it; pass one of them")
     total = blockwise(vectors, lambda _, taus: summed(taus, w, normalise))
     scores = search_scale(total, evaluate, GRID if scales is None else scales, model)
     best = max(scores, key=lambda s: scores[s])  # of equal ones the first

@@ -1,4 +1,4 @@
-"""What the methods share: working tensor by tensor."""
+"""Shared by the methods: computing tensor by tensor."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ..task_vector import Delta, TaskVector
 Forward = Callable[[Any, Any, int], Tensor]
 PerVector = float | Sequence[float]  # an option that is one number for all vectors, or one for each
 RESCALES = ("expected", "l1", "none")
-LEAST_MASS = 1e-7  # an L1 norm below this is left alone (mergekit's)
+LEAST_MASS = 1e-7  # tensors with a smaller L1 norm are not rescaled (mergekit's)
 NO_TOTAL = 1e-8  # weights whose sum is smaller than this are not divided by it (mergekit's)
 
 
 def blockwise(vectors: Sequence[TaskVector], fn: Callable[[str, list[Tensor]], Tensor]) -> TaskVector:
-    """`fn(name, [tau_1, ..., tau_T])` for every tensor, in the vectors' own dtype. Lazy where a vector is.
+    """`fn(name, [tau_1, ..., tau_T])` for every tensor, in the vectors' own dtype. Lazy if a vector is.
 
-    A tensor that comes out as one of the vectors' keeps that one's remainders, so that one vector, or copies of it,
-    merged to itself still gives its model back bit for bit.
+    A result equal to one vector's tensor keeps that vector's remainders, so that one vector, or copies of it, still
+    reproduces its model bit for bit after merging.
     """
 
     def one(name: str, *deltas: Delta) -> Tensor | Delta:
@@ -54,7 +54,7 @@ def average(taus: Sequence[Tensor]) -> Tensor:
 
 
 def per_vector(option: str, values: object, vectors: Sequence[TaskVector], what: str) -> list:
-    """An option that has one value per vector. Raises `ConfigError` where it has not."""
+    """An option that has one value per vector. Raises `ConfigError` otherwise."""
     if not isinstance(values, (list, tuple)) or len(values) != len(vectors):
         got = f"{len(values)}" if isinstance(values, (list, tuple)) else f"a {type(values).__name__}"
         raise ConfigError(f"{option}: got {got}, expected a list of {len(vectors)}: one {what} per vector")
@@ -89,7 +89,7 @@ def summed(taus: Sequence[Tensor], weights: Sequence[float], normalise: bool) ->
 
 
 def rescaled(part: Tensor, whole: Tensor, how: str, keep: float | Tensor = 1.0) -> Tensor:
-    """What a mask left of a tensor, made as large as it was.
+    """Rescale the elements that a mask left of a tensor to the tensor's former size.
 
     Args:
         how: `expected` divides by the probability `keep` with which each element was kept; `l1` restores the sum of
@@ -111,18 +111,18 @@ def rescaling(how: str, choices: Sequence[str] = RESCALES) -> str:
 
 
 def own_logits(model: Any, inputs: Any, task: int = 0) -> Tensor:
-    """What a model says to inputs, whichever task they belong to: the `Forward` that methods take by default."""
+    """A model's logits for inputs of any task: the default `Forward` of the methods."""
     return outputs(model, inputs)
 
 
 def as_matrix(x: Tensor, convs: bool) -> Tensor | None:
-    """A weight as a matrix `[out, in]`: matrices as they are, with `convs` also filters, flattened; else None."""
+    """A weight as a matrix `[out, in]`: matrices as they are, with `convs` also flattened filters; otherwise None."""
     if not x.numel() or not (x.dim() == 2 or (convs and x.dim() in (3, 4, 5))):
         return None
     return aligned(rearrange(x, "o ... -> o (...)"))
 
 
 def aligned(x: Tensor) -> Tensor:
-    """The tensor at an address as an allocator gives it. Tensors in mapped files lie anywhere, and matrix products and
-    sums round differently there."""
+    """The tensor at an aligned address. Tensors in mapped files may be unaligned, where matrix products and sums round
+    differently."""
     return x if x.data_ptr() % 64 == 0 else x.clone()

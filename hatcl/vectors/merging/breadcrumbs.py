@@ -29,11 +29,11 @@ def breadcrumbs(
     rescale: str = "none",
 ) -> TaskVector:
     """`tau = scale * sum_t w_t m_t tau_t`, where the mask of a layer drops both tails of its magnitudes: the share
-    `outliers` of largest ones, and all but the share `density` of what follows.
+    `outliers` of the largest ones, and all but the share `density` of those that follow.
 
-    Needs no data. The defaults are the point from which the authors' search starts. A layer is a tensor here, as in the
-    paper's text; the authors' code masks each row of it. Tensors without dimensions are kept whole. Where the two
-    shares are more than 1 together, less of the largest are dropped, so that the density holds.
+    Needs no data. The defaults are the start of the authors' search. A layer is a tensor here, as in the
+    paper's text; the authors' code masks each row of it. Tensors without dimensions are kept. If the two shares sum to
+    more than 1, fewer of the largest are dropped, so that the density holds.
 
     Args:
         density, outliers: one for all vectors, or one per vector. weights: one per vector, default 1 each.
@@ -76,7 +76,7 @@ def breadcrumbs_ties(
 def banding(
     vectors: Sequence[TaskVector], density: PerVector, outliers: PerVector, rescale: str
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """What the masks leave of a tensor of each vector, rescaled. Raises `ConfigError`."""
+    """A function that applies the masks to a tensor of each vector and rescales it. Raises `ConfigError`."""
     keep, top = each("density", density, vectors, 0, 1), each("outliers", outliers, vectors, 0, 1)
     how = rescaling(rescale, ("l1", "none"))
 

@@ -34,14 +34,14 @@ def dare_linear(
     """`tau = scale * sum_t w_t m_t tau_t / (1 - p)`, each element dropped (`m = 0`) with probability p = `drop`: task
     arithmetic of sparse vectors whose expectation is the vectors themselves.
 
-    Needs no data. What is dropped depends on the seed, the vector's place in the list and the tensor's name alone (see
-    `kept`).
+    Needs no data. The dropped elements depend only on the seed, the vector's place in the list and the tensor's name
+    (see `kept`).
 
     Args:
         drop: one for all vectors, or one per vector. weights: one per vector, default 1 each.
         normalise: divide by the sum of the weights.
-        rescale: `expected` divides what is left by 1 - p (the paper's); `l1` gives each tensor the sum of magnitudes
-            that it had (mergekit's); `none` leaves it.
+        rescale: `expected` divides the rest by 1 - p (the paper's); `l1` restores each tensor's sum of magnitudes
+            (mergekit's); `none` does nothing.
 
     Raises:
         ConfigError: `drop` outside 0 to 1, 1 excluded.
@@ -65,7 +65,7 @@ def dare_ties(
     undecided: str = "zero",
     seed: int = 0,
 ) -> TaskVector:
-    """`ties` of vectors of which each element was dropped with probability p = `drop`, the rest divided by `1 - p`.
+    """`ties` of vectors whose elements were dropped with probability p = `drop` and the rest divided by `1 - p`.
 
     Needs no data.
 
@@ -92,8 +92,8 @@ def dare_ties(
 
 
 def dropping(vectors: Sequence[TaskVector], drop: PerVector, seed: int, rescale: str) -> Callable[..., list[Tensor]]:
-    """What dropping leaves of a tensor of each vector, rescaled: a function of the name, the tensors and the place in
-    the list of the first. Raises `ConfigError`."""
+    """A function (name, tensors, place of the first vector) that drops elements of each vector's tensor and rescales
+    the rest. Raises `ConfigError`."""
     rates = each("drop", drop, vectors, 0, 1, without="high")
     how, seed = rescaling(rescale), whole("seed", seed, 0)
 
@@ -108,11 +108,11 @@ def dropping(vectors: Sequence[TaskVector], drop: PerVector, seed: int, rescale:
 
 
 def kept(shape: Sequence[int], p: float | Tensor, seed: int, vector: int, name: str) -> Tensor:
-    """Which elements survive dropping with probability p: bool, of this shape.
+    """The elements that survive dropping with probability p: bool, of this shape.
 
     Counter-based: element i is kept if a 32-bit hash of its index, keyed by the seed, the vector's place and the
-    tensor's name, is at least `p * 2^32`. So a tensor read alone is dropped as in the whole, in any order, on any
-    device.
+    tensor's name, is at least `p * 2^32`. So the result does not depend on the order in which tensors are read, or on
+    the device.
 
     Args:
         p: a number, or one for each element.

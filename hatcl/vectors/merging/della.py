@@ -36,9 +36,9 @@ def della(
 
         p_i = density - epsilon + 2 epsilon (r_i - 1) / (n - 1),   r_i the rank of |tau_i| among the n of its row
 
-    Needs no data. What is kept depends on the seed, the vector's place in the list and the tensor's name alone (see
-    `dare.kept`). Of equal magnitudes the first has the lower rank; a vector is one row, and of a filter the rows lie
-    along its second dimension (mergekit's choice).
+    Needs no data. The kept elements depend only on the seed, the vector's place in the list and the tensor's name (see
+    `dare.kept`). Of equal magnitudes the first has the lower rank; a one-dimensional tensor is one row, and a filter's
+    rows lie along its second dimension (mergekit's choice).
 
     Args:
         density: the share that is kept; 1 keeps all. epsilon: half the width of the window around it (the paper's
@@ -83,7 +83,7 @@ def della_linear(
 def pruning(
     vectors: Sequence[TaskVector], density: PerVector, epsilon: PerVector, seed: int, rescale: str
 ) -> Callable[[str, Sequence[Tensor]], list[Tensor]]:
-    """What pruning leaves of a tensor of each vector, rescaled. Raises `ConfigError`."""
+    """A function that prunes a tensor of each vector and rescales the rest. Raises `ConfigError`."""
     dense, half = each("density", density, vectors, 0, 1), each("epsilon", epsilon, vectors, 0, 1)
     how, seed = rescaling(rescale), whole("seed", seed, 0)
     for d, e in zip(dense, half, strict=True):

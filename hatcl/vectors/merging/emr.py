@@ -19,9 +19,9 @@ def emr(vectors: Sequence[TaskVector]) -> TaskVector:
 
         gamma = sign(sum_t tau_t),   tau = gamma * max over {t : sign(tau_t) = gamma} of |tau_t|
 
-    Needs no data. This is what all tasks share; by itself it is larger than any task's vector, and the paper does not
-    use it alone: each task has its mask and its scale, see `emr_parts`. Where both signs have the same mass the result
-    is 0, by the paper's formula (the authors' code takes the negative sign).
+    Needs no data. All tasks share this vector; by itself it is larger than any task's, and the paper does not use it
+    alone: each task has its mask and its scale, see `emr_parts`. Where both signs have the same mass the result is 0,
+    by the paper's formula (the authors' code takes the negative sign).
     """
     return blockwise(vectors, lambda _, taus: unified(taus))
 
@@ -40,9 +40,9 @@ def emr_parts(vectors: Sequence[TaskVector]) -> list[tuple[float, TaskVector]]:
 
         m_t = 1[tau_t * tau > 0],   lambda_t = sum |tau_t| / sum |m_t * tau|
 
-    `lambda_t * (m_t * tau)` is the task's own vector. As a graft (`hatcl.grafts.task_grafts`) it is a bit per element
-    and one number besides the one tau. Reads every tensor once. The sums are over all elements, as in the paper; the
-    authors' code sums the means of the tensors, so that a bias counts as much as a matrix.
+    `lambda_t * (m_t * tau)` is the task's own vector. As a graft (`hatcl.grafts.task_grafts`) it takes one bit per
+    element and one number in addition to tau. Reads every tensor once. The sums are over all elements, as in the paper;
+    the authors' code sums the means of the tensors, so that a bias counts as much as a matrix.
     """
     kinds = vectors[0]._map(lambda _, d, *others: d, *vectors[1:]).kinds
     mass: list[list[float]] = [[] for _ in vectors]

@@ -48,19 +48,19 @@ def fisher(
     model. The base drops out of it: `tau = sum_t w_t F_t tau_t / sum_t w_t F_t`.
 
     Needs the pretrained model and some batches per task (labels only with `labels="given"`), or the diagonals.
-    Tensors of which no diagonal speaks (buffers) are averaged.
+    Tensors without a diagonal (buffers) are averaged.
 
     Args:
         model, batches, labels, seed, forward: see `diagonal_fisher`, which is run on each fine-tuned model.
         fishers: the diagonals, one mapping per vector, if they are known. weights: w, default 1 each.
         normalise: divide each diagonal by its norm over all tensors first, so that no task counts more because its
-            model is less sure (as in the authors' code). floor: the least a diagonal's element counts; where nobody
-            knows anything this makes it the mean.
+            model is less confident (as in the authors' code). floor: the least value of a diagonal's element; where all
+            are below it, the result is the mean.
 
     The authors' code (github mmatena/model_merging) takes the exact expectation over the classes (`labels="expected"`)
     on 4096 examples, leaves heads out, and chooses the weights on a validation set: 51 points for two models, drawn
     from a Dirichlet distribution for more. It applies the same floor before normalising, where it depends on the size
-    of the gradients, and by default to the first model alone, whose weights then stay where nobody knows anything.
+    of the gradients, and by default only to the first model, whose weights then win where all diagonals are below it.
 
     Raises:
         ConfigError: not one of these per vector, weights that are not positive, or a floor that is not.
@@ -110,8 +110,8 @@ def diagonal_fisher(
 
         F = 1/N sum_x E_{y ~ p(y | x)} (d log p(y | x) / d theta)^2
 
-    One backward pass per example (per example and class with `expected`): squaring a batch's gradient is something
-    else. The model stays as it is; it is run in evaluation mode.
+    One backward pass per example (per example and class with `expected`): squaring a batch's gradient would be
+    something else. The model is run in evaluation mode and not changed.
 
     Args:
         batches: inputs, `(inputs, labels)`, or mappings of keyword arguments. labels: `expected` takes the expectation
@@ -155,7 +155,7 @@ def diagonal_fisher(
 
 
 def _targets(labels: str, log_p: Tensor, given: Any, generator: torch.Generator) -> list[tuple[int, float]]:
-    """Classes and what each counts."""
+    """Classes and their weights."""
     if labels == "given":
         if not 0 <= int(given) < len(log_p):
             raise ConfigError(f"batches: got class {int(given)}, the model has {len(log_p)}, from 0")
@@ -167,7 +167,7 @@ def _targets(labels: str, log_p: Tensor, given: Any, generator: torch.Generator)
 
 
 def _fitting(diagonal: Any, vectors: Sequence[TaskVector], i: int) -> Mapping[str, Tensor]:
-    """The diagonal's tensors of which the vectors speak."""
+    """The diagonal's tensors that the vectors have."""
     if not isinstance(diagonal, Mapping):
         raise ConfigError(
             f"fishers: diagonal {i} is a {type(diagonal).__name__}, expected a mapping of tensors by name"

@@ -25,9 +25,10 @@ def iso_c(vectors: Sequence[TaskVector], *, scale: float = 1.0, convs: bool = Fa
     Needs no data. Tensors that are no matrices are averaged (times the scale), as published. The scale is the paper's
     alpha, which it chooses on validation data.
 
-    Deviation: directions that no update has (singular values that are rounding errors, as all but a few are in sums of
-    LoRA's updates) stay without, and the mean is over the others. The authors' code gives them the mean as well, so
-    that it depends on what the decomposition happens to return there. For matrices of full rank both are the same.
+    Deviation: directions that no update has (singular values that are rounding errors, as are all but a few in sums of
+    LoRA's updates) stay zero, and the mean is over the others. The authors' code gives them the mean as well, so its
+    result depends on the arbitrary vectors that the decomposition returns there. For matrices of full rank both are the
+    same.
 
     Args:
         convs: also filters, flattened to `[out, in * kernel]` (not in the paper, which has transformers).

@@ -19,17 +19,17 @@ from .tsv import thin_svd
 def knots(
     vectors: Sequence[TaskVector], *, density: float = 0.2, scale: float = 1.0, convs: bool = False
 ) -> TaskVector:
-    """KnOTS-TIES (3.2): the updates of each matrix side by side have one basis U of outputs, and `ties` merges what
-    each task does in it, instead of the weights:
+    """KnOTS-TIES (3.2): the concatenated updates of each matrix have one basis U of outputs, and `ties` merges the
+    tasks' coordinates in it instead of the weights:
 
         [tau_1 ... tau_T] = U S [V_1' ... V_T'],   tau = scale * U * ties(S V_1', ..., S V_T')
 
-    Trimmed is each task's whole representation, the share `density` of all its `S V_t'`. Needs no data. Tensors that
+    Each task's whole representation, all its `S V_t'`, is trimmed to the share `density`. Needs no data. Tensors that
     are no matrices are averaged (times the scale); the authors' code leaves them out by default. Their scale is chosen
     on validation data.
 
     Made for LoRA: the representations (rank times width, per task and matrix) are kept in memory, which for updates of
-    full rank is as much as the vectors. The rank is what is above float32's rounding errors, in their code what is
+    full rank is as much as the vectors. The rank counts singular values above float32's rounding errors, in their code
     above 1e-5.
 
     Args:

@@ -3,7 +3,7 @@
     hatcl.merge(vectors, "ties", density={"layers": [0.1, 0.5]})
     hatcl.merge(vectors, "mean", weights=[1.0, {"layers": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]}])
 
-`{"layers": SETTING}` stands where a number does. A setting is written as in mergekit's recipes: a value; a list of
+`{"layers": SETTING}` takes the place of a number. A setting is written as in mergekit's recipes: a value; a list of
 values, which are interpolated from the first layer to the last (a gradient); or a list of mappings with `value` and,
 except for the last, `filter`: the first whose filter is part of the tensor's name counts.
 """
@@ -27,21 +27,21 @@ LAYER = re.compile(r"\.(\d+)\.|^(\d+)\.")  # the first number in a tensor's name
 
 
 def differs(value: object) -> bool:
-    """Does an option differ from layer to layer?"""
+    """Whether an option differs from layer to layer."""
     if isinstance(value, (list, tuple)):
         return any(differs(v) for v in value)
     return isinstance(value, Mapping) and list(value) == [LAYERS]
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
-    """Where a tensor stands: the stack of layers that it is in, and which of them. None outside of all stacks."""
+    """The stack of layers of a tensor, and its layer's number there. None outside all stacks."""
     found = LAYER.search(name)
     return (name[: found.start()], int(found[1] or found[2])) if found else None
 
 
 def places(names: Iterable[str]) -> dict[str, float]:
-    """How far along its stack each tensor is: 0 in the first layer and outside of the stacks, 1 in the last layer (and
-    where a stack has one only), as in mergekit."""
+    """The relative position of each tensor in its stack: 0 in the first layer and outside the stacks, 1 in the last
+    layer (and in a stack with only one), as in mergekit."""
     found = {n: layer_of(n) for n in names}
     last: dict[str, int] = {}
     for at in found.values():
@@ -51,10 +51,10 @@ def places(names: Iterable[str]) -> dict[str, float]:
 
 
 def setting_at(option: str, setting: Any, name: str, place: float) -> Any:
-    """The value of a setting for one tensor; None where no filter fits.
+    """The value of a setting for one tensor; None if no filter fits.
 
     Args:
-        option: how errors call it. place: from 0 (the first layer) to 1.
+        option: its name in errors. place: from 0 (the first layer) to 1.
 
     Raises:
         ConfigError: not a setting.
@@ -81,7 +81,7 @@ def setting_at(option: str, setting: Any, name: str, place: float) -> Any:
     at = place * (len(setting) - 1)
     below = int(at)
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in setting):
-        return setting[below]  # words and switches have nothing between them
+        return setting[below]  # words and switches cannot be interpolated
     above = min(below + 1, len(setting) - 1)
     return setting[below] + (at - below) * (setting[above] - setting[below])
 
@@ -89,11 +89,11 @@ def setting_at(option: str, setting: Any, name: str, place: float) -> Any:
 def by_layers(
     vectors: Sequence[TaskVector], method: Callable[..., TaskVector], options: Mapping[str, Any]
 ) -> TaskVector:
-    """Tensors that get the same options are merged together, apart from the others: a method that looks at a whole
-    vector (the threshold of `ties`) sees those.
+    """Merge tensors with the same options together, separately from the others: a method that uses a whole vector (the
+    threshold of `ties`) sees only these.
 
     Raises:
-        ConfigError: a setting that cannot be read, or has nothing for a tensor.
+        ConfigError: a setting cannot be read, or has no value for a tensor.
     """
     first, *others = vectors
     whole = [first._map(lambda _, *ds, i=i: ds[i], *others) for i in range(len(vectors))]  # adapters' zeros filled in
@@ -123,7 +123,7 @@ def _resolved(option: str, value: Any, name: str, place: float) -> Any:
 
 
 def restricted(vector: TaskVector, names: Sequence[str]) -> TaskVector:
-    """Some tensors of a vector; those that it then lacks are known to be unchanged."""
+    """A vector with only some of its tensors; the missing ones count as unchanged."""
     kinds, base = vector.kinds, vector.base
     deltas: Lazy[Tensor | Delta] = Lazy({n: kinds[n] for n in names}, vector.delta)
     digests = None if base is None else Lazy({n: kinds[n] for n in names}, base.__getitem__)

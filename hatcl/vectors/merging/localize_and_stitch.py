@@ -17,12 +17,12 @@ from .ties import cut
 @merge_method("localize_and_stitch", paper="He et al. 2025, arXiv 2408.13656")
 def localize_and_stitch(vectors: Sequence[TaskVector], *, density: float = 0.05) -> TaskVector:
     """The share `density` of largest magnitude of each whole vector, averaged where several tasks have an element, and
-    not shrunk where one alone has it (eq. 4, the dataless version, with the masks of section 3.3):
+    not shrunk where only one has it (eq. 4, the dataless version, with the masks of section 3.3):
 
         tau = sum_t m_t tau_t / max(sum_t m_t, 1)
 
     Needs no data. Each masked vector is a graft (`hatcl.select_graft(base, model, sparsity=density)`), and the result
-    is their union with `overlap="mean"`. The paper's version with data takes the same union of grafts that were learned
+    is their union with `overlap="mean"`. The paper's version with data takes the same union of learned grafts
     (`hatcl.learn_graft`, with its 1 % and an L1 penalty). The authors' code takes 0.05 for language models and 0.1 for
     vision ones, and keeps one element less.
 

@@ -19,7 +19,7 @@ def mean(vectors: Sequence[TaskVector], *, weights: PerVector | None = None, nor
             rule).
 
     Raises:
-        ConfigError: weights that are no numbers, or not one per vector.
+        ConfigError: weights are not numbers, or not one per vector.
     """
     flag("normalise", normalise)
     w = shares(weights, vectors)

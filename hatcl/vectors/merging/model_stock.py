@@ -28,8 +28,8 @@ def model_stock(vectors: Sequence[TaskVector], *, rows: bool = False, floor: flo
 
     Args:
         rows: an angle for each row (along the last dimension) instead, mergekit's `filter_wise`.
-        floor: products of two norms are taken to be at least this. mergekit has 1e-6, which is larger than those of
-            many tensors of careful fine-tunings and draws these to the pretrained weights.
+        floor: products of two norms are taken to be at least this. mergekit has 1e-6, which exceeds those of many
+            tensors in light fine-tunings and pulls them to the pretrained weights.
 
     Raises:
         ConfigError: fewer than two vectors, or a negative floor.

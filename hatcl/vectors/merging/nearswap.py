@@ -1,5 +1,5 @@
-"""Of two models the weights that lie close to each other. alchemonaut 2024 (the model QuartetAnemoi-70B-t0.0001, named
-by mergekit, Goddard et al. 2024, arXiv 2403.13257)."""
+"""Merge only weights of two models that are close to each other. alchemonaut 2024 (the model QuartetAnemoi-70B-t0.0001,
+named by mergekit, Goddard et al. 2024, arXiv 2403.13257)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .registry import merge_method
 
 @merge_method("nearswap", paper="alchemonaut 2024, as in Goddard et al. 2024, arXiv 2403.13257")
 def nearswap(vectors: Sequence[TaskVector], *, t: float = 1e-4, floor: float = 0.0) -> TaskVector:
-    """Element by element `w tau` with `w = min(1, t / max(|tau|, floor))`: a change of up to t is taken as it is, of a
-    larger one t, by its sign.
+    """Element by element `w tau` with `w = min(1, t / max(|tau|, floor))`: changes of up to t are kept, larger ones are
+    cut to t with their sign.
 
-    Needs no data. mergekit gives it a base, which one model is drawn to, and so it takes one vector here.
+    Needs no data. It takes one vector, since in mergekit it pulls one model to a base.
 
     Args:
-        t: how far an element may move. floor: changes below it count as so large (mergekit has 1e-6, which matters
-            where t is less).
+        t: how far an element may move. floor: smaller changes count as this (mergekit has 1e-6, which matters if t is
+            smaller).
 
     Raises:
         ConfigError: more than one vector, or a negative t or floor.

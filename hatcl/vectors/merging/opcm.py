@@ -1,4 +1,4 @@
-"""OPCM: merging models as they come, by orthogonal projection. Tang et al. 2025, arXiv 2501.09522."""
+"""OPCM: merge models one by one as they arrive, by orthogonal projection. Tang et al. 2025, arXiv 2501.09522."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tsv import thin_svd
 
 @dataclass(frozen=True)
 class Continual:
-    """What `opcm` knows after some tasks: no vector of an earlier task is needed for the next one.
+    """The state of `opcm` after some tasks: the next one needs no vector of an earlier task.
 
     Attributes:
         total: `lambda_t` times the merged vector, before it is brought to size. norms: of the vectors so far.
@@ -37,8 +37,8 @@ class Continual:
 
 @merge_method("opcm", paper="Tang et al. 2025, arXiv 2501.09522", symmetric=False)
 def opcm(vectors: Sequence[TaskVector], *, alpha: float = 0.5, convs: bool = False) -> TaskVector:
-    """One vector after another is added to what is merged so far, without its part in the leading directions of that,
-    and the result is brought to the mean norm of the vectors so far (eq. 6 to 9). D_1 = tau_1, and for each matrix
+    """Each vector is added to the merged one without its part in that one's leading directions, and the result is
+    scaled to the mean norm of the vectors so far (eq. 6 to 9). D_1 = tau_1, and for each matrix
 
         D_(t-1) = U S V',   P(tau) = tau - U_r U_r' tau V_r V_r' - sum_(i > r) (u_i' tau v_i) u_i v_i'
         D_t = D_(t-1) + P(tau_t),   tau = D_T * mean_t ||tau_t|| / ||D_T||   (lambda_t = ||D_t|| / mean norm)
@@ -46,10 +46,10 @@ def opcm(vectors: Sequence[TaskVector], *, alpha: float = 0.5, convs: bool = Fal
     with r the number of leading singular values whose share of their sum is at most alpha. Needs no data. Other tensors
     are added. The order of the vectors matters; with models that come one at a time, `opcm_step` does one step.
 
-    P is that of the authors' code (fusion_bench, method/opcm), which takes the leading block and the diagonal out and
-    leaves what maps leading directions to others. Directions that D does not have (rounding errors) keep their
-    diagonal; in that code it depends on what the decomposition happens to return. Reads every tensor once more than
-    asked, for the norms.
+    P is that of the authors' code (fusion_bench, method/opcm), which removes the leading block and the diagonal and
+    keeps the maps between leading and other directions. Directions that D does not have (rounding errors) keep their
+    diagonal; in that code they depend on arbitrary vectors of the decomposition. Every tensor is read once more, for
+    the norms.
 
     Args:
         alpha: 0 to 1, the paper's 0.5. convs: also filters, flattened to `[out, in * kernel]`.
@@ -69,7 +69,7 @@ def opcm(vectors: Sequence[TaskVector], *, alpha: float = 0.5, convs: bool = Fal
 
 
 def opcm_step(before: Continual | None, vector: TaskVector, *, alpha: float = 0.5, convs: bool = False) -> Continual:
-    """One step of `opcm`, in the memory of two vectors: `state = opcm_step(state, vector)`, from None;
+    """One step of `opcm`, which needs memory for two vectors: `state = opcm_step(state, vector)`, from None;
     `state.vector` is what is merged so far. Arguments and errors are those of `opcm`."""
     share = number("alpha", alpha, 0, 1)
     if before is None:

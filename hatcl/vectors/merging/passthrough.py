@@ -13,7 +13,7 @@ from .registry import merge_method
 
 @merge_method("passthrough", paper="mergekit; Goddard et al. 2024, arXiv 2403.13257")
 def passthrough(vectors: Sequence[TaskVector], *, scale: float = 1.0) -> TaskVector:
-    """`tau = scale * tau_1`: recipes take layers of one model so. Needs no data.
+    """`tau = scale * tau_1`: recipes use it to copy layers of one model. Needs no data.
 
     Raises:
         ConfigError: more than one vector.

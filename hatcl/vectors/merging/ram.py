@@ -17,16 +17,16 @@ FEWEST = 1e-5  # what a vector's own elements are counted as at least (mergekit'
 
 @merge_method("ram", paper="2026, arXiv 2601.13572")
 def ram(vectors: Sequence[TaskVector], *, epsilon: float = 1e-5, rescue: float = 0.0, most: float = 0.2) -> TaskVector:
-    """An element that one vector alone changes is kept, one that several change is the mean of those:
+    """An element that only one vector changes is kept; one that several change becomes their mean:
 
         tau = sum_t l_t c_t tau_t / max(1, C),   c_t = [|tau_t| > epsilon],   C = sum_t c_t
 
     where `l_t = 1 + rescue * min(rho_t, most)` on the elements of one vector alone, with rho_t the number of its shared
-    elements over that of its own within the tensor, makes up for what the mean takes from a vector (RAM+; mergekit's
-    `ramplus_tl`, with rescue 0.1); elsewhere, and by default, `l_t = 1`. Needs no data.
+    elements over that of its own within the tensor, compensates a vector for its loss through the mean (RAM+;
+    mergekit's `ramplus_tl`, with rescue 0.1); elsewhere, and by default, `l_t = 1`. Needs no data.
 
     Args:
-        epsilon: a change of up to it is none.
+        epsilon: changes up to it count as none.
 
     Raises:
         ConfigError: a negative number.

@@ -3,8 +3,8 @@
     merged = hatcl.merge([v1, v2, v3], method="ties", density=0.2)
     model = merged.apply_to(pretrained)
 
-A method is a function of task vectors and keyword options that gives a task vector. `@merge_method(name, ...)` above it
-is all that it takes to be found. `layers.py` gives every method options that differ from layer to layer.
+A method is a function from task vectors and keyword options to a task vector. The decorator `@merge_method(name, ...)`
+makes it findable. `layers.py` gives every method options that differ from layer to layer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ class MergeMethod:
     """A registered method.
 
     Attributes:
-        function: takes the vectors and the options. paper: where it is from.
-        needs: option -> what to pass, for data that it cannot do without. instead: an option that stands in for those.
-        symmetric: is the result the same for any order of the vectors?
-        options: option -> default; `inspect.Parameter.empty` where it has none.
+        function: takes the vectors and the options. paper: its source. needs: option -> its description, for required
+            data. instead: an option that replaces these. symmetric: whether the result is the same for any order of the
+            vectors. options: option -> default; `inspect.Parameter.empty` if it has none.
     """
 
     name: str
@@ -47,7 +46,7 @@ class MergeMethod:
 
 
 _MERGES: dict[str, MergeMethod] = {}
-# what people type elsewhere -> the method here
+# names in other libraries -> the method here
 ALIASES = {
     "linear": "mean",
     "average": "mean",
@@ -76,11 +75,11 @@ def merge_method(
     """Function decorator: `merge` finds the function under this name.
 
     Args:
-        paper: who proposed it. needs: option -> what to pass, for data that it cannot do without.
-        instead: an option that stands in for those. symmetric: does the order of the vectors not matter?
+        paper: its source. needs: option -> its description, for required data. instead: an option that replaces these.
+            symmetric: whether the order of the vectors does not matter.
 
     Raises:
-        ConfigError: a name that is taken, or data that the function has no option for.
+        ConfigError: the name is taken, or the function has no option for some required data.
     """
 
     def add(function: MergeFunction) -> MergeFunction:
@@ -91,7 +90,7 @@ def merge_method(
         lacking = [o for o in [*(needs or {}), *([instead] if instead else [])] if o not in options]
         if lacking:
             raise ConfigError(
-                f"merge_method: {name!r} needs {lacking[0]!r}, which is no keyword option of its function"
+                f"merge_method: {name!r} needs {lacking[0]!r}, which is not a keyword option of its function"
             )
         _MERGES[name] = MergeMethod(name, function, paper, dict(needs or {}), instead, symmetric, options)
         return function
@@ -105,26 +104,25 @@ def list_merges() -> list[str]:
 
 
 def merge_info(method: str) -> MergeMethod:
-    """What is registered under a name, or what `ALIASES` says that it is called here. Raises `ConfigError` where
-    nothing is."""
+    """The method of a name or of an alias in `ALIASES`. Raises `ConfigError` if there is none."""
     method = ALIASES.get(method, method)
     one_of("method", method, list_merges())
     return _MERGES[method]
 
 
 def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -> TaskVector:
-    """One task vector of many, without training. `docs/merging.md` says which method to take and what each needs.
+    """Merge task vectors into one without training. `docs/merging.md` explains the choice of a method and its needs.
 
-    Vectors that are read from files stay there with methods that need no data: the result makes a tensor when it is
-    asked for (computed again each time; `in_memory()` keeps them).
+    With methods that need no data, vectors stay in their files: the result computes a tensor on demand (each time
+    again; `in_memory()` keeps them).
 
     Args:
-        vectors: of one model. method: one of `list_merges()`, or one of `ALIASES`. options: the method's own. One that
-            differs from layer to layer is `{"layers": SETTING}` (see `layers.py`), where the method needs no data.
+        vectors: of one model. method: one of `list_merges()`, or one of `ALIASES`. options: the method's own. An option
+            that differs from layer to layer is `{"layers": SETTING}` (see `layers.py`), for methods that need no data.
 
     Raises:
-        VectorError: no vectors, or vectors of different bases, names or shapes. ConfigError: an unknown method or
-            option, data missing that the method needs, or given twice.
+        VectorError: there are no vectors, or they differ in base, names or shapes. ConfigError: the method or an option
+            is unknown, or required data is missing or given twice.
     """
     if isinstance(vectors, TaskVector):
         raise VectorError("merge: got one task vector, expected a list of them; pass [v1, v2, ...]")
@@ -147,8 +145,7 @@ def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -
         for option in chosen.needs:
             if options.get(option) is not None:
                 raise ConfigError(
-                    f"{option}: given beside {chosen.instead}, which stands in for it, so that it would have no "
-                    "effect; pass one of them"
+                    f"{option}: given together with {chosen.instead}, which replaces it; pass only one of them"
                 )
     else:
         for option, what in chosen.needs.items():
@@ -157,7 +154,7 @@ def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -
                     f"{method} needs {option}: pass {option}={what}"
                     + (f", or {chosen.instead}= instead" if chosen.instead else "")
                 )
-    # raises where they do not belong together, before a method has read anything
+    # raises if they do not belong together, before a method reads anything
     vectors[0]._map(lambda _, d, *others: d, *vectors[1:])
     model = options.get("model")
     if model is not None and not isinstance(model, nn.Module):
@@ -181,7 +178,7 @@ def merge(vectors: Sequence[TaskVector], method: str = "ties", **options: Any) -
 
 
 def _say_what_is_averaged(method: str, vector: TaskVector) -> None:
-    """Warn where most elements are filters: a method for matrices would be little more than the mean."""
+    """Warn if most elements are filters, for which a method for matrices is little more than the mean."""
     kinds = vector.kinds.values()
     filters = sum(math.prod(k.shape) for k in kinds if len(k.shape) in (3, 4, 5))
     total = sum(math.prod(k.shape) for k in kinds)

@@ -1,4 +1,4 @@
-"""RegMean: what a layer would give on every task's inputs, in closed form. Jin et al. 2023, arXiv 2212.09849."""
+"""RegMean: match each layer's outputs on every task's inputs, in closed form. Jin et al. 2023, arXiv 2212.09849."""
 
 from __future__ import annotations
 
@@ -49,12 +49,13 @@ def regmean(
         W = (sum_t W_t G_t) (sum_t G_t)^-1,   off-diagonals of G_t times alpha
 
     The base drops out of it: the same holds for the updates. Needs the pretrained model and some batches per task, or
-    the matrices. Filters (`nn.Conv2d`) are linear layers of the patches they see. All else is averaged, as in the
-    paper: biases, norms, embeddings, and weights that are not used by their own layer's forward (such as those of
+    the matrices. Filters (`nn.Conv2d`) are linear layers of the patches they see. Everything else is averaged, as in
+    the paper: biases, norms, embeddings, and weights that are not used by their own layer's forward (such as those of
     `nn.MultiheadAttention`); the log lists them by name.
 
-    G_t is divided by the number of inputs, so that tasks count alike however many batches each has. Where no task's
-    inputs reach (a singular sum, possible only for alpha = 1 or an input that is always 0) the mean is taken.
+    G_t is divided by the number of inputs, so that tasks count equally regardless of their number of batches. In
+    directions that no task's inputs reach (a singular sum, possible only for alpha = 1 or an input that is always 0)
+    the mean is taken.
 
     Args:
         model, batches, forward: see `input_grams`, which is run on each fine-tuned model. grams: the matrices, one
@@ -141,7 +142,7 @@ def _layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a layer multiplies with its weight, `[groups, rows, in]`, in at least float32."""
+    """The inputs that a layer multiplies with its weight, `[groups, rows, in]`, in at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if not isinstance(layer, nn.Conv2d):
         return rearrange(x, "... i -> 1 (...) i")

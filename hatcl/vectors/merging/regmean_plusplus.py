@@ -1,4 +1,4 @@
-"""RegMean++: RegMean whose inputs are those that the merged model gives. Nguyen et al. 2025, arXiv 2508.03121."""
+"""RegMean++: RegMean with the inputs of the merged model. Nguyen et al. 2025, arXiv 2508.03121."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def regmean_plusplus(
     alpha: float = 0.9,
 ) -> TaskVector:
     """`regmean`, block after block: a block is merged with the inputs that each task's own block sees when all earlier
-    blocks are the merged ones (3.2), so that the inputs are those of the model that comes out:
+    blocks are the merged ones (3.2), so that the inputs are those of the resulting model:
 
         X_t = what a layer of task t's block l sees behind the merged blocks 1 ... l-1,   G_t = X_t' X_t / N
         W = (sum_t W_t G_t) (sum_t G_t)^-1
 
-    Needs the pretrained model and some batches per task, which are passed over once per block: lists, no generators.
-    All that `regmean` averages is averaged here too, and stands in the merged model before the blocks are run
+    Needs the pretrained model and some batches per task, which are iterated once per block: lists, not generators.
+    Everything that `regmean` averages is averaged here too, and is in the merged model before the blocks are run
     (embeddings), or with its block.
 
-    A block is what one number names, at the innermost (`encoder.layer.3`, `blocks.0`, `layer1.0`); a layer without a
-    number is a block of its own. They are taken in the order in which the model runs them.
+    A block is named by the innermost number in a path (`encoder.layer.3`, `blocks.0`, `layer1.0`); a layer without a
+    number is its own block. They are taken in the order in which the model runs them.
 
     Args:
         model, batches, forward: as in `regmean`. alpha: the paper takes 0.95 for ViT-B/32 and L/14.

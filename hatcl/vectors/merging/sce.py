@@ -14,7 +14,7 @@ from .blocks import blockwise, weighted
 from .registry import merge_method
 from .ties import UNDECIDED
 
-LEAST_SHARE = 1e-6  # what is divided by at least (mergekit's)
+LEAST_SHARE = 1e-6  # the least divisor (mergekit's)
 
 
 @merge_method("sce", paper="Wan et al. 2024, arXiv 2408.07990")

@@ -23,9 +23,9 @@ def slerp(vectors: Sequence[TaskVector], *, t: float = 0.5) -> TaskVector:
 
         tau = sin((1 - t) w) / sin(w) tau_1 + sin(t w) / sin(w) tau_2
 
-    Needs no data. It interpolates the task vectors, not the weights (whose angle is next to nothing). Where the two are
-    nearly parallel or opposite (|cos w| > 0.9995), `(1 - t) tau_1 + t tau_2`; where one is zero, the angle is taken to
-    be right. Symmetric at t = 0.5; else exchanging the vectors exchanges t and 1 - t.
+    Needs no data. It interpolates the task vectors, not the weights (whose angle is next to nothing). If the two are
+    nearly parallel or opposite (|cos w| > 0.9995), it is `(1 - t) tau_1 + t tau_2`; if one is zero, a right angle is
+    assumed. Symmetric at t = 0.5; otherwise exchanging the vectors exchanges t and 1 - t.
 
     Raises:
         ConfigError: not two vectors, or t outside 0 to 1.

@@ -18,7 +18,7 @@ from .registry import merge_method
 def consensus(
     vectors: Sequence[TaskVector], *, threshold: float = 0.4, agree: int = 2, scale: float = 0.4
 ) -> TaskVector:
-    """The sum of the vectors where at least `agree` tasks need it (eq. 5 and 6): elements that one task alone needs
+    """The sum of the vectors where at least `agree` tasks need it (eq. 5 and 6): elements that only one task needs
     (selfish) or none (catastrophic) are zero.
 
         tau = scale * 1[sum_t m_t >= agree] * sum_t tau_t,   m_t: the `tall_masks`
@@ -46,8 +46,8 @@ def tall_masks(vectors: Sequence[TaskVector], threshold: float | Sequence[float]
 
         m_t = 1[ |tau_t| > threshold * |sum_s tau_s - tau_t| ]
 
-    As a graft (`hatcl.grafts.task_grafts`) it is a bit per element besides the one sum. The inequality is strict, as in
-    the authors' code, so that what no task has changed is in no mask (the paper's text has `>=`).
+    As a graft (`hatcl.grafts.task_grafts`) it takes one bit per element in addition to the sum. The inequality is
+    strict, as in the authors' code, so that elements that no task changed are in no mask (the paper's text has `>=`).
 
     Args:
         threshold: one for all tasks or one per task; the paper takes the best of 0.2, 0.3, ..., 0.6 on validation data.
@@ -68,5 +68,5 @@ def tall_masks(vectors: Sequence[TaskVector], threshold: float | Sequence[float]
 
 
 def tall_mask(tau: Tensor, total: Tensor, threshold: float) -> Tensor:
-    """Bool: where a task's update is large compared with what the others add to it."""
+    """Bool: where a task's update is large compared with the sum of the others."""
     return tau.double().abs() > threshold * (total - tau).abs()

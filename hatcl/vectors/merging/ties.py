@@ -34,15 +34,15 @@ def ties(
         gamma = sign(sum_t w_t tau'_t)
         tau = scale * sum of {w_t tau'_t : sign(w_t tau'_t) = gamma} / sum of their w_t
 
-    Needs no data. Exactly `int(density * N)` elements are kept (but one where that is 0 and the density is not), of
-    equal ones the first by name and place. The paper has no weights (each is 1) and averages.
+    Needs no data. Exactly `int(density * N)` elements are kept (but one if that is 0 and the density is not); of equal
+    ones the first by name and place. The paper has no weights (each is 1) and averages.
 
     Args:
         density: one for all vectors, or one per vector. weights: one per vector, default 1 each.
         normalise: divide by the weights of those that agree; False gives their sum.
-        rescale: `l1` gives each trimmed tensor the sum of magnitudes that it had; `none` is the paper's.
-        undecided: where both signs have the same mass. `zero`: the result is 0, by the paper's formula (the authors'
-            code takes the sign that more elements of the whole model have, which no single tensor knows);
+        rescale: `l1` restores each trimmed tensor's sum of magnitudes; `none` is the paper's.
+        undecided: the result where both signs have the same mass. `zero`: the result is 0, by the paper's formula (the
+            authors' code takes the sign of most elements of the whole model, which a single tensor does not show);
             `positive`: the positive ones count, as in mergekit.
 
     Raises:
@@ -69,7 +69,7 @@ def cut(vector: TaskVector, read: Callable[[str], Tensor], share: float) -> Cut:
 
 
 def trimmed(name: str, taus: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
-    """Zero outside of the cuts."""
+    """The tensors with zeros outside the cuts."""
     return [torch.where(c.mask(name, tau), tau, 0) for c, tau in zip(cuts, taus, strict=True)]
 
 

@@ -15,15 +15,15 @@ from .registry import merge_method
 
 @merge_method("tsv", paper="Gargiulo et al. 2025, arXiv 2412.00081")
 def tsv(vectors: Sequence[TaskVector], *, scale: float = 1.0, convs: bool = False) -> TaskVector:
-    """Each matrix's update keeps its `k = floor(min(m, n) / T)` leading singular vectors per task; side by side, made
-    orthogonal across tasks, they are put together again:
+    """Each matrix's update keeps its `k = floor(min(m, n) / T)` leading singular vectors per task; concatenated and
+    made orthogonal across tasks, they form the merged update:
 
         tau_t ~ U_t S_t V_t',   U = [U_1 ... U_T] = P D Q',   U* = P Q' (the nearest orthogonal one; V likewise)
         tau = scale * U* diag(S_1, ..., S_T) V*'
 
     Needs no data. Tensors that are no matrices, and matrices with less than T rows or columns, are averaged (times
-    the scale). Directions that the updates do not have (beyond the rank of LoRA's, or common to equal tasks) stay
-    without; the paper takes whatever the decomposition returns there.
+    the scale). Directions that the updates do not have (beyond the rank of LoRA's, or common to equal tasks) stay zero;
+    the paper uses the decomposition's arbitrary vectors there.
 
     Args:
         convs: also filters, flattened to `[out, in * kernel]` (not in the paper, which has transformers).

@@ -178,7 +178,7 @@ def test_learned_grafts_are_chosen_by_the_tasks_own_training_loss(monkeypatch):
 
 
 def test_nothing_learned_is_an_error_that_names_the_way_out():
-    with pytest.raises(GraftError, match="sparsity: 0.001 of 99 elements selects none; take at least 1/99"):
+    with pytest.raises(GraftError, match="sparsity: 0.001 of 99 elements selects none; use at least 1/99"):
         learned(sparsity=0.001)
 
 

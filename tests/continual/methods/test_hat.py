@@ -56,7 +56,9 @@ def test_backward_transfer_is_zero_and_forward_transfer_not_known():
 def test_a_task_whose_batches_the_model_does_not_take_is_refused_before_anything_is_learned(tmp_path):
     tasks = text_tasks(bert(), 2)
     tasks[1] = dataclasses.replace(tasks[1], collate=lambda pairs: [text for text, _ in pairs])
-    with pytest.raises(ConfigError, match="hat: task task 1: the model cannot be called with what its collate gives"):
+    with pytest.raises(
+        ConfigError, match="hat: task task 1: the model cannot be called with the result of its collate"
+    ):
         run("hat", tmp_path / "run", tasks=tasks)
     assert not (tmp_path / "run").exists()
 
@@ -66,6 +68,6 @@ def test_a_model_without_gates_or_room_is_refused():
         run("hat", model=adapted())
     fourth = dataclasses.replace(text_tasks(bert(), 1)[0], name="fourth")
     with pytest.raises(
-        TaskError, match=r"room for 3 tasks, of which none are sealed; 4 are to be learned, from the fir"
+        TaskError, match="room for 3 tasks, of which none are sealed; 4 must be learned, starting with the fir"
     ):
         run("hat", tasks=[*text_tasks(bert()), fourth])

@@ -99,5 +99,5 @@ def test_its_terms_are_told_of_each_step():
 def test_hidden_states_that_nobody_knows_how_to_get():
     method, model, tasks = started(on="batch", replay=0.0)
     task = dataclasses.replace(tasks[0], hidden=None)
-    with pytest.raises(SkillError, match="task task 0: its batches are of tuple, .*give ContinualTask"):
+    with pytest.raises(SkillError, match="task task 0: its batches are tuple, .*give ContinualTask"):
         method.loss(model, Batch(0, task, (0, 1)))

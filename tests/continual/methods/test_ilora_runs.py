@@ -172,7 +172,7 @@ def test_labels_that_another_run_knows_are_refused(here, capsys):
 
 def test_one_name_for_several_tasks(here, capsys):
     code, _, err = learn(capsys, "never", "a", "--task", "b=b.json", "--set", "current_task_id=x")
-    assert code == 2 and "current_task_id: got 'x' for 2 tasks, which have names of their own; leave it out" in err
+    assert code == 2 and "current_task_id: got 'x' for 2 tasks, which have their own names; leave it out" in err
 
 
 def test_examples_that_no_file_can_hold():

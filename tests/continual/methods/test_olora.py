@@ -81,6 +81,6 @@ def test_the_adapter_of_a_task_is_the_model_that_was_scored(options, tmp_path):
 )
 def test_olora_refuses_what_is_trained_beside_the_pairs_before_it_learns(option):
     model = adapted(**option)
-    with pytest.raises(SkillError, match="olora: .* is trained beside A and B .* without modules_to_save"):
+    with pytest.raises(SkillError, match="olora: .* is trained in addition to A and B .* without modules_to_save"):
         learn_sequence(model, text_tasks(bert(), 2), "olora", QUICK)
     assert list(model.peft_config) == ["default"]

@@ -111,12 +111,12 @@ def test_a_layer_that_shares_the_embeddings_is_left_alone():
 @pytest.mark.parametrize(
     "model, text",
     [
-        (adapted, "osf: learns the model's own weights, and the model has a LoRA adapter"),
+        (adapted, "osf learns the model's own weights, but the model has a LoRA adapter"),
         (
             lambda: peft.get_peft_model(bert(), peft.OSFConfig(target_modules=["query"])),
-            "osf: learns the model's own weights, and the model has OSF layers of peft's own",
+            "osf learns the model's own weights, but the model has peft's own OSF layers",
         ),
-        (lambda: nn.Conv1d(1, 2, 3), "osf: Conv1d has no nn.Linear but its head"),
+        (lambda: nn.Conv1d(1, 2, 3), "osf: Conv1d has no nn.Linear other than its head"),
     ],
 )
 def test_what_is_refused(model, text):
@@ -143,9 +143,7 @@ class ReadsWeights(nn.Module):
 def test_a_model_that_reads_a_layers_weight_itself_is_refused(monkeypatch):
     model = ReadsWeights()
     before, required = state(model), [p.requires_grad for p in model.parameters()]
-    text = (
-        "osf: ReadsWeights reads the weights of qkv .1 such layers. without calling the layer, .* take another method"
-    )
+    text = "osf: ReadsWeights reads the weights of qkv .1 such layers. without calling the layer, .* use another method"
     with pytest.raises(SkillError, match=text):
         learn_sequence(model, [vector_task("a", 0)], "osf", QUICK)
     assert same(before, state(model)) and [p.requires_grad for p in model.parameters()] == required
@@ -183,7 +181,7 @@ def test_twin_an_error_would_leave_the_split_layers(monkeypatch):
     monkeypatch.setattr(osf.OSF, "leave", lambda self, model: None)
     model, names = interrupted()
     assert [name for name, _ in model.named_modules()] != names
-    with pytest.raises(SkillError, match="has OSF layers of peft's own"):
+    with pytest.raises(SkillError, match="has peft's own OSF layers"):
         learn_sequence(model, [vector_task("a", 0)], "osf", QUICK)
 
 

@@ -38,7 +38,7 @@ def test_models_that_do_not_fit():
     with pytest.raises(ConfigError, match="Linear has no config.hidden_size"):
         head_task(DATA, nn.Linear(2, 2), minilm())
     task = head_task(DATA, masked(), minilm(), max_length=32)
-    with pytest.raises(ConfigError, match="gives no last_hidden_state; mode finetune needs a bare encoder"):
+    with pytest.raises(ConfigError, match="returns no last_hidden_state; mode finetune needs a bare encoder"):
         logits(task)
     model = bare()
     model.add_module("head", nn.Linear(16, 2))

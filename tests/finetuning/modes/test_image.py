@@ -98,10 +98,10 @@ def test_errors(data):
     with pytest.raises(ConfigError, match="classifier: 'no' of Small is NoneType"):
         image_task(data, Small(), classifier="no")
     vit = timm.create_model("test_vit", dynamic_img_size=False)
-    with pytest.raises(ConfigError, match=r"does not take images of \[3, 16, 16\].*--size"):
+    with pytest.raises(ConfigError, match=r"does not accept images of \[3, 16, 16\].*--size"):
         image_task(data, vit)
     inner = nn.Sequential(nn.Flatten(), nn.Linear(768, 4), nn.Linear(4, 2))
-    with pytest.raises(ConfigError, match=r"Sequential gives \[2, 2\], expected \[2, 3\]; name its last layer"):
+    with pytest.raises(ConfigError, match=r"Sequential returns \[2, 2\], expected \[2, 3\]; name its last layer"):
         image_task(data, nn.Sequential(nn.Flatten(), Ends()), classifier="1.first")
     assert image_task(data, inner, classifier="2").model[2].out_features == 3
 

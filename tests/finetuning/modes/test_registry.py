@@ -32,5 +32,5 @@ def test_an_option_of_another_mode_is_refused(mode, name):
     if name in mode_of(mode).reads:
         assert mode_for(options) is mode_of(mode)
     else:
-        with pytest.raises(ConfigError, match=f"{name}: got .*, which has no effect with mode '{mode}'; take mode '"):
+        with pytest.raises(ConfigError, match=f"{name}: got .*, which has no effect with mode '{mode}'; use mode '"):
             mode_for(options)

@@ -235,11 +235,11 @@ def test_an_optimizer_whose_state_cannot_be_carried():
     model, x = parts.converted("mlp", 2), parts.images("mlp")
     factored = torch.optim.SGD(model.parameters(), 0.1)
     factored.state[model[1]._parameters["weight"]]["row"] = torch.ones(32)
-    text = r"optimizer: SGD keeps 'row' of shape \[32\] for a parameter of shape \[32, 48\], .*build it anew"
+    text = r"optimizer: SGD keeps 'row' of shape \[32\] for a parameter of shape \[32, 48\], .*build it again"
     refused(model, hatcl.GuardError, text, 1.5, optimizer=factored, example_inputs=x)
     beside = torch.optim.SGD(model.parameters(), 0.1)
     beside.slow = [p.detach().clone() for p in model.parameters()]
-    refused(model, hatcl.GuardError, "SGD keeps tensors in 'slow', beside its state", 1.5, optimizer=beside)
+    refused(model, hatcl.GuardError, "SGD keeps tensors in 'slow', outside its state", 1.5, optimizer=beside)
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
     refused(model, hatcl.GuardError, "holds none of this model's parameters", 1.5, optimizer=other)
 
@@ -296,7 +296,7 @@ def test_a_state_of_a_model_that_grew_otherwise(tmp_path):
     for more in (8, 8):
         hatcl.grow(twice, {"1": more}, example_inputs=x)
     hatcl.grow(once, {"1": 16}, example_inputs=x)
-    with pytest.raises(RuntimeError, match="growth_key: this state is of a model that grew otherwise"):
+    with pytest.raises(RuntimeError, match="growth_key: this state belongs to a model that grew differently"):
         once.load_state_dict(twice.state_dict())
     hatcl.save_pretrained(twice, tmp_path)
     with pytest.raises(hatcl.IntegrityError, match=r"converted otherwise than this one \(growths: its sizes differ\)"):
@@ -368,7 +368,7 @@ def test_an_averaged_copy_grows_once_it_is_sealed():
 
     parts.train(model, 0, optimizer, (x, y), 4, inside=average)
     units = gates_of(ema)[0].num_units
-    with pytest.raises(hatcl.TaskError, match="averaged with a model that learns task 0, which could not go on"):
+    with pytest.raises(hatcl.TaskError, match="averaged with a model that learns task 0, which could not continue"):
         hatcl.grow(ema, 1.5)
     assert gates_of(ema)[0].num_units == units
     hatcl.seal(ema)

@@ -172,7 +172,7 @@ def test_a_task_that_was_learned_again_is_named_until_it_is_added_anew(model):
     router = filled(model)
     hatcl.forget_task(model, 1)
     parts.train(model, 1, torch.optim.SGD(model.parameters(), lr=0.1), task_data(1), steps=2)
-    with pytest.raises(hatcl.TaskError, match=r"task 1 is not what it was .* router.add_task\(1, ...\) takes them"):
+    with pytest.raises(hatcl.TaskError, match=r"task 1 is not what it was .* router.add_task\(1, ...\) computes them"):
         router.check(model, [1])
     with pytest.raises(hatcl.TaskError, match="not what it was"):
         hatcl.predict(model, X, router=router)

@@ -307,7 +307,7 @@ def test_a_header_that_lacks_something(tmp_path, key):
     (None, "its header says nothing of hatcl; expected what hatcl.save_pretrained wrote, as it wrote it"),
     ({"hatcl": "{"}, r"cannot be read as JSON \(Expecting property name"),
     ({"hatcl": "[" * 50_000}, "cannot be read as JSON .it is nested too deeply"),
-    ({"hatcl": "[]"}, "holds JSON of the kind list, expected dict"),
+    ({"hatcl": "[]"}, "holds a JSON list, expected dict"),
 ])  # fmt: skip
 def test_a_header_of_something_else(tmp_path, header, text):
     folder, _ = saved(tmp_path)
@@ -687,7 +687,7 @@ def test_load_state_dict_says_what_does_not_fit():
 def test_a_run_keeps_its_config(tmp_path):
     model = hatcl.convert(parts.plain("mlp"), 2, parts.images("mlp", 2))
     (tmp_path / "config.json").write_text('{"command": "train", "options": {}}')
-    with pytest.raises(hatcl.ConfigError, match="a run of hatcl is there, whose config.json would be replaced; name"):
+    with pytest.raises(hatcl.ConfigError, match="a run of hatcl, whose config.json would be replaced; name"):
         hatcl.save_pretrained(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 

@@ -311,7 +311,7 @@ def test_a_plain_trainers_checkpoints_load(tmp_path):
         report_to=[], disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     trainer = transformers.Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=[HATCallback(task=1)])
-    with pytest.raises(hatcl.ConfigError, match="load_best_model_at_end: of a model of peft .* use HATTrainer"):
+    with pytest.raises(hatcl.ConfigError, match="load_best_model_at_end: for a peft model .* use HATTrainer"):
         trainer.train()
 
 

@@ -46,16 +46,16 @@ def test_arithmetic_scores_models_where_one_is_given():
     x = torch.ones(1, 1)
     found = merge([vector], "arithmetic", model=base, evaluate=lambda m: -abs(m(x).item() - 2.5), scales=[0.5, 0.75])
     assert found.apply_to(base)(x).item() == 2.5 and base(x).item() == 1.0
-    with pytest.raises(IntegrityError, match="weight is not what this vector was taken from"):
+    with pytest.raises(IntegrityError, match="weight differs from this vector's base"):
         merge([vector], "arithmetic", model=other, evaluate=lambda m: 0.0)
 
 
 def test_arithmetic_refuses():
     two = of_rows([1.0], [3.0])
-    with pytest.raises(ConfigError, match="scale: got 0.5 beside evaluate, which searches for it"):
+    with pytest.raises(ConfigError, match="scale: got 0.5 together with evaluate, which searches for it"):
         merge(two, "arithmetic", scale=0.5, evaluate=lambda v: 0.0)
     for option, value in (("scales", [0.5]), ("model", nn.Linear(1, 1))):
-        with pytest.raises(ConfigError, match=f"{option}: is for the search of the scale; pass evaluate="):
+        with pytest.raises(ConfigError, match=f"{option} is for the search of the scale; pass evaluate="):
             merge(two, "arithmetic", **{option: value})
     with pytest.raises(ConfigError, match="scales: got none, expected at least one"):
         merge(two, "arithmetic", evaluate=lambda v: 0.0, scales=[])

@@ -191,7 +191,7 @@ def test_refused_by_the_diagonal(base, batches):
         diagonal_fisher(base, batches[0], forward=lambda m, x, t: m(x)[0])
     with pytest.raises(ConfigError, match="batches: got a batch of 0 parts"):
         diagonal_fisher(base, [()])
-    with pytest.raises(ConfigError, match="the model gives a tuple, expected logits: .* pass a forward="):
+    with pytest.raises(ConfigError, match="the model gives a tuple, expected logits: .* pass forward="):
         diagonal_fisher(Pair(), [torch.ones(1, 1)])
 
 

@@ -56,9 +56,9 @@ def test_an_own_method_is_one_decorator(two, unregister):
         merge(two, "counted")
     with pytest.raises(ConfigError, match="'first' is taken by .*first"):
         merge_method("first", paper="me")(first)
-    with pytest.raises(ConfigError, match="'other' needs 'model', which is no keyword option"):
+    with pytest.raises(ConfigError, match="'other' needs 'model', which is not a keyword option"):
         merge_method("other", paper="me", needs={"model": "the model"})(first)
-    with pytest.raises(ConfigError, match="'other' needs 'grams', which is no keyword option"):
+    with pytest.raises(ConfigError, match="'other' needs 'grams', which is not a keyword option"):
         merge_method("other", paper="me", instead="grams")(first)
 
 
@@ -154,7 +154,7 @@ def test_values_outside_their_range(method, option, two):
 
 @pytest.mark.parametrize("method, instead", [("fisher", "fishers"), ("regmean", "grams")])
 def test_data_beside_what_stands_in_for_it_is_refused(two, method, instead):
-    with pytest.raises(ConfigError, match=f"batches: given beside {instead}, which stands in for it"):
+    with pytest.raises(ConfigError, match=f"batches: given together with {instead}, which replaces it"):
         merge(two, method, **{"batches": [[], []], instead: [{}, {}]})
 
 

@@ -95,7 +95,7 @@ def test_blocks_by_their_names():
 
 def test_batches_that_are_used_up_after_one_pass_are_refused():
     base, _, vectors, batches = world()
-    with pytest.raises(ConfigError, match="batches of task 1: got generator, expected batches that can be passed over"):
+    with pytest.raises(ConfigError, match="batches of task 1: got generator, expected batches that can be iterated"):
         merge(vectors, "regmean_plusplus", model=base, batches=[batches[0], (b for b in batches[1]), batches[2]])
 
 
