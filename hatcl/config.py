@@ -91,8 +91,8 @@ class HATConfig:
             units that no sealed task uses, so that no two tasks share anything and forgetting one erases all of it.
         own_share: share of the weights that are copied for every task, the smallest parameters first (see
             `hat/own_copies.py`): 0 = one network for all tasks, 1 = a network for each, which can start from another's.
-        start_from: the sealed task that a new one starts from (see `hatcl.learn`): its number, `previous`, `best`; None
-            = no task.
+        start_from: the sealed task that a new one starts from (see `hatcl.learn`): its number (that task itself starts
+            from none), `previous`, `best`; None = no task.
         start_hold: for a task that starts from another, the share of its steps in which it keeps the gates it started
             with; after that they are learned.
         heads: how the copies of a head begin. `plain`: all with the plain model's values. `drawn`: the first task's

@@ -224,7 +224,8 @@ def learn(
     with replicas.together():
         digests.check_sealed(model)
         if start_from == CONFIGURED:
-            start_from = None if has_begun(model, task) else gates[0].config.start_from
+            planned = gates[0].config.start_from
+            start_from = None if has_begun(model, task) or planned == task else planned
         source = source_for(model, task, start_from, examples) if start == 0 else None
     learning = Learning(model, task, steps, epochs, start)
     optimizers: Sequence[Any] = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]

@@ -74,6 +74,15 @@ def test_the_config_says_it_and_the_argument_has_the_last_word():
     assert start(copy.deepcopy(model), 2, start_from=None)["lineage"] == {1: [0]}
 
 
+def test_the_task_that_all_start_from_starts_from_none():
+    assert lineage(learned(count=3, start_from=0)) == {1: [0], 2: [0]}
+    model = parts.converted("mlp", 3, start_from=1)
+    with pytest.raises(hatcl.TaskError, match="start_from: task 1 is not sealed"):
+        parts.train(model, 0, adam(model), parts.problem(SHAPE))
+    with pytest.raises(hatcl.TaskError, match="start_from: got 1, which is the task that is to be learned"):
+        parts.train(model, 1, adam(model), parts.problem(SHAPE), start_from=1)
+
+
 def test_previous_is_the_one_that_was_sealed_last():
     model = parts.pretend(parts.converted("mlp", 5), [0, 4, 1], share=0.4)
     assert source_for(model, 2, "previous") == 1 and source_for(model, 3, "previous") == 1
