@@ -215,6 +215,11 @@ def _check_modules(model: nn.Module) -> None:
                 f"{where}: it is compiled by torch.jit, and what it does inside cannot be seen; convert the module "
                 "that it was made from, and compile the converted model with torch.compile"
             )
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise ConversionError(
+                f"{where}: it is a {type(module).__name__}, which runs copies of the module inside; convert that one "
+                "(its attribute module), and put the converted model into DistributedDataParallel"
+            )
         if type(module).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized")) and not any(
             True for _ in module.parameters()
         ):

@@ -180,6 +180,7 @@ class _Plain(nn.Module):
     (_Plain, r"got the class _Plain, expected an instance of it; pass _Plain\(...\)"),
     (len, "got builtin_function_or_method, expected a torch.nn.Module"),
     (torch.compile(nn.Linear(3, 2), backend="eager"), "Linear: it is compiled by torch.compile;"),
+    (nn.DataParallel(nn.Linear(3, 2)), r"it is a DataParallel, .* convert that one \(its attribute module\), and put"),
 ])  # fmt: skip
 def test_what_is_no_module_to_convert(given, text):
     with pytest.raises(hatcl.ConversionError, match=text):
