@@ -16,6 +16,7 @@ from .. import functional as F
 from .active import CHOICES
 from .gates import Gates
 from .growth.grown import Spread
+from .soft import kept_norm_gates, picked_gates
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -32,6 +33,7 @@ class Units:
         self.run = slice(first - 1, first - 1 + n) if run else None
         self._known: tuple[Any, dict[Any, Any]] = (None, {})
         always = self.numbers == 0
+        self.key = (first, n) if run else self.numbers.tobytes()  # the same for the same units
         self._index: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
         if not run:
             index = torch.as_tensor(np.maximum(self.numbers - 1, 0))
@@ -88,8 +90,21 @@ class Units:
         if self.run is not None:
             return self.gates.select(task, self.run)
         index, always = self._on(self.gates.masks.device)
+        soft = self.gates.soft_now(task)
+        if soft is not None:
+            return soft.once((self.key, "gate"), lambda: picked_gates(soft.all, index, always))
         a = self.gates.select(task, index)
         return a if always is None else torch.where(always, 1.0, a)
+
+    def norm_gates(self, task: Any, groups: int = 1) -> tuple[Tensor, Tensor]:
+        """What a norm over these units multiplies with under a task (see `functional.norm_gates`)."""
+        made: tuple[Tensor, Tensor]
+        soft = self.gates.soft_now(task)
+        if soft is None:
+            made = self.once(task, ("norm", groups), lambda: F.norm_gates(self.gate_of(task), groups))
+        else:
+            made = soft.once((self.key, groups), lambda: kept_norm_gates(self.gate_of(task), groups))
+        return made
 
     def share(self, task: int) -> float:
         """The share of entries that a task has on, never quite zero."""
@@ -242,7 +257,9 @@ class Binding:
         moment, saying, kept = self.now  # one read: another thread may replace it
         gates, said = self.gates, CHOICES.get().saying
         if gates.__dict__["moment"] is moment and said is saying:
-            return kept
+            origin = gates.__dict__["origin"]  # averaged with it, the gates follow it
+            if origin is None or origin.averaged(gates) is None:
+                return kept
         moment = gates.moment
         if not gates.is_quiet():
             return None
