@@ -370,8 +370,11 @@ class HATLayer:
             return factor if len(axis.shape) == 1 else factor.view(axis.shape)
 
         units, key = axis.units, (kind, axis.shape, dtype)
-        lasts = soft is not None and units.gates is self._hat.gates and (kind is None or self.hat_fold_lasts)
-        factor: Tensor = soft.once((units.key, *key), make) if lasts else units.once(task, key, make)  # type: ignore[union-attr]
+        factor: Tensor
+        if soft is not None and units.gates is self._hat.gates and (kind is None or self.hat_fold_lasts):
+            factor = soft.once((units.key, *key), make)
+        else:
+            factor = units.once(task, key, make)
         return factor
 
     def _hat_cut(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
