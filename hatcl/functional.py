@@ -96,11 +96,10 @@ def gate_slope(
     e: Tensor, scale: Tensor, hardened: Tensor | None, max_scale: float, clamp: float, exact: bool
 ) -> Tensor:
     """The derivative of `soft_gate`, including HAT's compensation."""
-    half = torch.sigmoid(e)
-    beyond = torch.relu((scale * e).abs() - clamp)
-    factor = max_scale * half * (1 - half) * torch.exp(-beyond)
+    half, steep = torch.sigmoid(e), scale * e
+    factor = max_scale * half * (1 - half) * torch.exp((clamp - steep.abs()).clamp(max=0.0))
     if not exact:
-        x = (scale * e).float().clamp(max=50.0)  # beyond that 1 - a is 0 anyway
+        x = steep.float().clamp(max=50.0)  # beyond that 1 - a is 0 anyway
         factor = factor * ((1 - torch.sigmoid(x)) / torch.sigmoid(-x)).to(factor.dtype)
     return factor if hardened is None else torch.where(hardened > 0, 0.0, factor)
 
@@ -213,17 +212,41 @@ def centre(
         weight: `centring(gate)`, if it has been computed.
     """
     if x.dtype in (torch.float16, torch.bfloat16):  # a mean with eight bits is too coarse to centre
-        return centre(x.float(), gate.float(), dim, over, share).to(x.dtype)
+        return centre(x.float(), gate.float(), dim, over, share, None if weight is None else weight.float()).to(x.dtype)
     shape = [1] * x.dim()
     shape[dim] = -1
     if share is not None:
         return torch.addcmul(x, x.mean(over, keepdim=True), gate.view(shape), value=-1 / share)
     weight = centring(gate) if weight is None else weight
-    last = dim % x.dim() == x.dim() - 1 and len(over) == 1
-    if last and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        out: Tensor = _Centre.apply(x, weight)[0]
-        return out
+    inner = len(over) == 1 and (x.stride(dim) == 1 or dim % x.dim() == x.dim() - 1)  # nothing is copied
+    if inner and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        out: Tensor = _Centre.apply(x.movedim(dim, -1), weight)[0]
+        return out.movedim(-1, dim)
     return torch.addcmul(x, x.mean(over, keepdim=True), weight.view(shape), value=-1)
+
+
+def norm_gates(gate: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """What a norm over units, in groups of `U_g` with `n_g = sum a`, multiplies with, `[U]` each:
+
+    - `(a != 0) * sqrt(n_g / U_g)`, which its weight is folded with;
+    - `a * U_g / n_g`, by which the mean over all units of a group becomes that over those that are on.
+    """
+    by_group = gate.view(groups, -1)
+    total, size = by_group.sum(1, keepdim=True), by_group.shape[1]
+    share = (total / size).clamp(min=SMALLEST_GATE)
+    fold = (by_group != 0) * share.sqrt()
+    return fold.view(-1), (by_group * (size / total.clamp(min=SMALLEST_GATE))).view(-1)
+
+
+def norm_gates_backward(gate: Tensor, to_fold: Tensor, to_centring: Tensor, groups: int = 1) -> Tensor:
+    """The gradient of `norm_gates`' argument, from those of what it gives."""
+    by_group, to_centring = gate.view(groups, -1), to_centring.view(groups, -1)
+    total, size = by_group.sum(1, keepdim=True), by_group.shape[1]
+    part = (size / total.clamp(min=SMALLEST_GATE)) * to_centring
+    root = (total / size).clamp(min=SMALLEST_GATE).rsqrt() / (2 * size)
+    through = ((by_group != 0) * to_fold.view(groups, -1)).sum(1, keepdim=True) * root * (total > size * SMALLEST_GATE)
+    through = through - (part * by_group).sum(1, keepdim=True) / total.clamp(min=SMALLEST_GATE)
+    return (part + through).view(-1)
 
 
 class _Centre(torch.autograd.Function):
@@ -250,6 +273,44 @@ class _Centre(torch.autograd.Function):
             to_mean = to_mean / len(weight)
             to_x = to_mean.expand(*mean.shape[:-1], len(weight)) if grad is None else grad + to_mean
         return to_x, to_weight
+
+
+def centre_groups(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """`x - weight * mean x`, the mean over each of several groups of units. Shapes: x `[B, U, ...]`, weight `[U]`."""
+    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        out: Tensor = _CentreGroups.apply(x, weight, groups)[0]
+        return out
+    return _centred_groups(x, weight, groups)[0]
+
+
+def _in_groups(x: Tensor, groups: int) -> Tensor:
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, math.prod(x.shape[2:]))
+
+
+def _centred_groups(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    parts = _in_groups(x, groups)
+    mean = parts.mean((2, 3), keepdim=True)
+    return (parts - mean * weight.view(groups, -1, 1)).view(x.shape), mean
+
+
+class _CentreGroups(torch.autograd.Function):
+    """`centre_groups`. The mean is an output, too, as that of `_Centre`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        out, mean = _centred_groups(x, weight, groups)
+        ctx.groups = groups
+        ctx.save_for_backward(weight, mean)
+        return out, mean
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, to_mean: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, mean = ctx.saved_tensors
+        parts = _in_groups(grad, ctx.groups)
+        rows = parts.sum(3, keepdim=True)
+        through = to_mean - (rows * weight.view(ctx.groups, -1, 1)).sum(2, keepdim=True)
+        to_x = parts + through / (parts.shape[2] * parts.shape[3])
+        return to_x.view(grad.shape), -(rows * mean).sum(0).view(-1), None
 
 
 def hashed(x: Tensor) -> Tensor:

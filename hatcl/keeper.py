@@ -17,6 +17,12 @@ from .errors import GuardError
 from .functional import INTEGERS, local, same_bits
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
+SMALLEST_MOMENT = 1e-30
+"""Below it no second moment of a kept element falls. Its gradient is 0, so that it would be 0, or decay into denormal
+floats: of both a CPU takes the root several times slower than of other numbers. To a step it is no other than 0."""
+RAISED_EVERY = 100
+"""After how many steps of an optimizer that is seen to."""
 SHORTEST_RUN = 4
 """From how many elements on a run is written faster than by a mask."""
 SMALL_MASK = 1 << 14
@@ -67,16 +73,20 @@ class Kept:
 
     def put(self) -> None:
         """Write the kept values to where they belong."""
-        if not self.masked:
-            put_back(self.param, self)
-            return
-        p = local(self.param)
+        p = self.param if type(self.param) is nn.Parameter else local(self.param)
         where, views = (p.data_ptr(), p.dtype, p.device), self._views
         if views is None or views[0] != where:  # a cast, or other memory
+            if self.which is None or not (self.masked or p.is_contiguous()):
+                put_back(self.param, self)
+                return
             x = p.detach()
-            self._views = views = (where, _bits(x), _bits(self.old.to(x)))
+            view, old = (_bits(x), _bits(self.old.to(x))) if self.masked else (_at(x, self)[0], self.old.to(x))
+            self._views = views = (where, view, old)
         assert self.which is not None
-        views[1].bitwise_and_(self.which).bitwise_or_(views[2])
+        if self.masked:
+            views[1].bitwise_and_(self.which).bitwise_or_(views[2])
+        else:
+            views[1].index_copy_(0, self.which, views[2])
 
 
 @dataclass
@@ -121,6 +131,7 @@ class Keeper:
         self._running: list[_Step] = []
         self._stored: dict[int, StoredWeights] = {}
         self._known: dict[int, tuple[int, list[Kept], bool]] = {}
+        self._ended: dict[int, int] = {}
         self._active = False
         self.lock = threading.RLock()
 
@@ -250,6 +261,10 @@ class Keeper:
         del self._running[at:]
         put_all_back(self._mine(optimizer)[0])
         self._sync(optimizer)
+        ended = self._ended.get(id(optimizer), 0)
+        self._ended[id(optimizer)] = ended + 1
+        if ended % RAISED_EVERY == 0:  # after the first step, too, which makes the moments
+            self._raise_moments(optimizer)
         if done:
             for outer in self._running:
                 outer.inner = True
@@ -278,7 +293,17 @@ class Keeper:
             for key in FIRST_MOMENTS:
                 moment = state.get(key)
                 if k.which is not None and isinstance(moment, Tensor) and moment.shape == k.param.shape:
-                    _clear(local(moment), k)
+                    _clear(local(moment.detach()), k)
+
+    def _raise_moments(self, optimizer: Any) -> None:
+        for k in self._mine(optimizer)[0]:
+            state = _state_of(optimizer, k.param) if k.which is not None else {}
+            for key in SECOND_MOMENTS:
+                moment = state.get(key)
+                if not isinstance(moment, Tensor) or moment.device.type != "cpu":
+                    continue
+                if moment.shape == k.param.shape and moment.dtype in (torch.float32, torch.float64, torch.bfloat16):
+                    _raise(local(moment.detach()), k)
 
     def _sync(self, optimizer: Any) -> None:
         """Put back what an optimizer stores of weights."""
@@ -328,7 +353,7 @@ class StoredWeights:
         for k in self._kept:
             for key, x in _state_of(self._optimizer, k.param).items():
                 if isinstance(x, Tensor) and x.shape == k.param.shape and not self._is_weight.get(key):
-                    x.zero_() if k.which is None else _clear(local(x), k)
+                    x.zero_() if k.which is None else _clear(local(x.detach()), k)
 
     def _look(self) -> Iterator[tuple[Kept, Tensor]]:
         params = [p for group in getattr(self._optimizer, "param_groups", ()) for p in group["params"]]
@@ -421,7 +446,7 @@ def _zero(k: Kept) -> Callable[[Tensor], None]:
             values = grad.values().masked_fill(_mask(p, k)[tuple(grad.indices())], 0)
             p.grad = torch.sparse_coo_tensor(grad.indices(), values, grad.shape, check_invariants=False)
         else:
-            _clear(local(grad), k)
+            _clear(local(grad.detach() if grad.requires_grad else grad), k)
 
     return hook
 
@@ -461,8 +486,8 @@ def _at(x: Tensor, k: Kept) -> tuple[Tensor, Any]:
     return x, torch.unravel_index(which, x.shape)
 
 
-@torch.no_grad()
 def _clear(x: Tensor, k: Kept) -> None:
+    """Zero, where elements are kept. x: it needs no gradient."""
     assert k.which is not None
     if k.masked:
         _bits(x).bitwise_and_(k.which)
@@ -472,6 +497,15 @@ def _clear(x: Tensor, k: Kept) -> None:
         view.index_fill_(0, at, 0)
     else:
         view[at] = 0
+
+
+def _raise(x: Tensor, k: Kept) -> None:
+    """No less than `SMALLEST_MOMENT`, where elements are kept."""
+    if k.masked:
+        x.copy_(torch.where(_mask(x, k), x.clamp(min=SMALLEST_MOMENT), x))
+        return
+    view, at = _at(x, k)
+    view[at] = view[at].clamp(min=SMALLEST_MOMENT)
 
 
 def taken(k: Kept) -> Tensor:
@@ -489,12 +523,16 @@ def taken(k: Kept) -> Tensor:
 @torch.no_grad()
 def put_all_back(kept: Sequence[Kept]) -> None:
     """Write the kept values of many parameters: those that are kept whole at once."""
-    whole = [k for k in kept if k.which is None]
-    if whole:
-        torch._foreach_copy_([local(k.param.detach()) for k in whole], [k.old for k in whole])
+    whole: list[Tensor] = []
+    was: list[Tensor] = []
     for k in kept:
         if k.which is not None:
             k.put()
+            continue
+        whole.append(k.param if type(k.param) is nn.Parameter else local(k.param.detach()))
+        was.append(k.old)
+    if whole:
+        torch._foreach_copy_(whole, was)
 
 
 @torch.no_grad()

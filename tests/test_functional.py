@@ -233,6 +233,42 @@ def test_the_derivative_of_centring(shape):
         assert check(lambda x, a: F.centre(x, a, -1, (-1,)), (x, gate))
 
 
+@pytest.mark.parametrize("shape", [(3, 8), (3, 8, 5), (2, 8, 3, 2)])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_the_derivative_of_centring_groups(shape, groups):
+    torch.manual_seed(1)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(8, dtype=torch.float64, requires_grad=True)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, a: F.centre_groups(x, a, groups), (x, weight))
+    with torch.no_grad():
+        assert torch.equal(
+            F.centre_groups(x, weight, groups),
+            torch.func.vmap(lambda w: F.centre_groups(x, w, groups))(weight[None])[0],
+        )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_gates_of_a_norm_and_their_derivative(groups):
+    torch.manual_seed(1)
+    gate = torch.rand(8, dtype=torch.float64)
+    gate[1] = 0  # and a group of none, where there are four
+    gate[0] = 0
+    fold, centring = F.norm_gates(gate, groups)
+    for a, f, c in zip(*(x.view(groups, -1) for x in (gate, fold, centring)), strict=True):
+        if a.any():
+            assert torch.allclose(f, (a > 0) * a.mean().sqrt()) and torch.allclose(c, a / a.mean())
+        else:
+            assert not f.any() and not c.any()
+    ways = [torch.randn(8, dtype=torch.float64) for _ in range(2)]
+    gate.requires_grad_()
+    made = F.norm_gates(gate, groups)
+    (want,) = torch.autograd.grad(sum((x * way).sum() for x, way in zip(made, ways, strict=True)), gate)
+    live = gate.detach().view(groups, -1).any(1).repeat_interleave(8 // groups)
+    got = F.norm_gates_backward(gate.detach(), *ways, groups)
+    assert torch.allclose(got[live], want[live], rtol=1e-12, atol=1e-12)
+
+
 @settings(max_examples=20)
 @given(st.sampled_from([torch.float16, torch.bfloat16]), st.integers(0, 100))
 def test_centring_in_half_precision_is_that_of_float32_rounded(dtype, seed):

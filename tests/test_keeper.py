@@ -553,3 +553,30 @@ def test_a_mask_of_a_convolution_costs_what_it_keeps():
     k = keeper.Kept(conv.weight, (torch.rand(16, 16, 1, 1) < 0.25).expand(16, 16, 3, 3))
     kept = int(keeper._mask(conv.weight, k).sum())
     assert k.run == 9 and k.which.numel() * 9 == kept == keeper.taken(k).numel()
+
+
+def moments_after(steps, kind):
+    """A weight of which a part is kept, and its second moment, after some steps of an optimizer that is new."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(8, 8))
+    adam = kind == "adam"  # whose weight decay is no part of the gradient
+    optimizer = torch.optim.AdamW([p], lr=0.1, weight_decay=0.1) if adam else torch.optim.RMSprop([p], lr=0.1)
+    mask = torch.rand(8, 8) < 0.5
+    with keeper.Keeper([keeper.Kept(p, mask)], [optimizer]):
+        for _ in range(steps):
+            p.grad = None
+            (p.square().sum() / 2).backward()
+            optimizer.step()
+    return p.detach(), optimizer.state[p]["exp_avg_sq" if adam else "square_avg"], mask
+
+
+@pytest.mark.parametrize("kind", ["adam", "rmsprop"])
+def test_second_moments_of_what_is_kept_are_no_zeros(kind, monkeypatch):
+    """A CPU takes the root of zeros and of denormal floats several times slower than of other numbers."""
+    monkeypatch.setattr(keeper, "RAISED_EVERY", 3)
+    p, moment, mask = moments_after(5, kind)
+    kept = moment[mask]
+    assert bool(((kept > torch.finfo().tiny) & (kept <= keeper.SMALLEST_MOMENT)).all())
+    monkeypatch.setattr(keeper, "_raise", lambda x, k: None)
+    other, zero, _ = moments_after(5, kind)
+    assert not zero[mask].any() and torch.equal(moment[~mask], zero[~mask]) and torch.equal(p, other)

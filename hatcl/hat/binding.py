@@ -17,6 +17,7 @@ from ..errors import TaskError
 from .active import CHOICES
 from .gates import Gates
 from .growth.grown import Spread
+from .soft import kept_norm_gates, picked_gates
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -33,6 +34,7 @@ class Units:
         self.run = slice(first - 1, first - 1 + n) if run else None
         self._known: tuple[Any, dict[Any, Any]] = (None, {})
         always = self.numbers == 0
+        self.key = (first, n) if run else self.numbers.tobytes()  # the same for the same units
         self._index: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
         if not run:
             index = torch.as_tensor(np.maximum(self.numbers - 1, 0))
@@ -90,8 +92,21 @@ class Units:
         if self.run is not None:
             return self.gates.select(task, self.run)
         index, always = self._on(self.gates.masks.device)
+        soft = self.gates.soft_now(task)
+        if soft is not None:
+            return soft.once((self.key, "gate"), lambda: picked_gates(soft.all, index, always))
         a = self.gates.select(task, index)
         return a if always is None else torch.where(always, 1.0, a)
+
+    def norm_gates(self, task: Any, groups: int = 1) -> tuple[Tensor, Tensor]:
+        """What a norm over these units multiplies with under a task (see `functional.norm_gates`)."""
+        made: tuple[Tensor, Tensor]
+        soft = self.gates.soft_now(task)
+        if soft is None:
+            made = self.once(task, ("norm", groups), lambda: F.norm_gates(self.gate_of(task), groups))
+        else:
+            made = soft.once((self.key, groups), lambda: kept_norm_gates(self.gate_of(task), groups))
+        return made
 
     def share(self, task: int) -> float:
         """The share of entries that a task has on, never quite zero."""
@@ -263,7 +278,9 @@ class Binding:
         masks, version = own["looked"]
         same = masks is not None and own["_buffers"]["masks"] is masks and masks._version == version
         if same and own["moment"] is moment and said is saying:
-            return kept
+            origin = own["origin"]  # averaged with it, the gates follow it
+            if origin is None or origin.averaged(gates) is None:
+                return kept
         now = gates.look()
         if self.others or F.is_followed() or not gates.is_quiet():
             return None

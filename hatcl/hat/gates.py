@@ -66,14 +66,19 @@ class Origin:
 
     def follow(self, copied: Gates) -> bool:
         """Has the copy been averaged with a model that has learned on, another task than the one followed so far?"""
+        task = self.averaged(copied)
+        self.task = self.task if task is None else task
+        return task is not None
+
+    def averaged(self, copied: Gates) -> int | None:
+        """The task that the copy is to follow from now on, if it is another one."""
         source = self.gates()
         task = None if source is None else source.learned
         if task is None or task == self.task or task in self._sealed or task in self.own:
-            return False
+            return None
         if task >= len(self._versions) or copied.embeddings[task]._version == self._versions[task]:
-            return False  # only a copy; nothing was written to it
-        self.task = task
-        return True
+            return None  # only a copy; nothing was written to it
+        return task
 
 
 class Gates(nn.Module):
@@ -235,6 +240,7 @@ class Gates(nn.Module):
         """A copy that has been averaged with a model that is learning follows it."""
         if self.origin is not None and self.origin.follow(self):
             self.task = self.origin.task
+            self.moment = object()
 
     def is_open(self, task: int | None) -> bool:
         """May this task's gates change from one step to the next? A sealed task's are constants. (Of a task that is a
@@ -247,8 +253,8 @@ class Gates(nn.Module):
         """May what the active task sees be kept for as long as `moment` and what was chosen stay the same?"""
         if self.lock is not None or self.sharded or self.training or not self.cut:
             return False
-        if self.origin is not None and self.origin.gates() is not None:
-            return False  # averaged with it, it may follow it at any time
+        if self.origin is not None and self.origin.averaged(self) is not None:
+            return False
         task = self.task
         return task is None or (isinstance(task, int) and not self.is_open(task))
 
@@ -305,6 +311,10 @@ class Gates(nn.Module):
             a = kept_gate(e, scale, self._hardened(), None if c.reuse == "all" else self._taken(task), options)
             self._soft_now = soft = SoftGates(key, (e, c), a, [(start, stop) for _, start, stop in self.layers])
         return soft
+
+    def soft_now(self, task: Any) -> SoftGates | None:
+        """A task's soft gates, where its gates are soft and may be kept for a step."""
+        return self.soft_gates(task) if self.is_soft(task) else None
 
     def drop_soft_gates(self) -> None:
         """The model is about to run: what was written to embeddings so that torch does not know of it (`e.data`) counts
@@ -535,8 +545,11 @@ class Gates(nn.Module):
         task = self.learning if self.learning is not None else 0
         soft = self.soft_gates(task)
         a = self._soft(unsharded(self.embeddings[task])) if soft is None else soft.all
-        bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
         used = self._kept("used", (self.masks, self.sealed), self.used)
+        if c.penalty != "layer" and not c.forgiven and a.dtype == torch.float32 and not torch.compiler.is_compiling():
+            free = self._kept("free", (used,), lambda: (~used).float() / (~used).sum().clamp(min=1))
+            return c.penalty_weight * torch.dot(a, free)
+        bounds = [(start, stop) for _, start, stop in self.layers] if c.penalty == "layer" else None
         return c.penalty_weight * F.sparsity_penalty(a, used, bounds, c.forgiven or 0.0)
 
     # ---- torch's own -------------------------------------------------------------------------------------------

@@ -6,14 +6,17 @@ model's step: a sigmoid and its derivative, a slice, and in backward a tensor of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
+from torch.compiler import is_compiling
 
 from .. import functional as F
 from ..errors import GuardError
+
+_transformed, _traced = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
 class SoftGates:
@@ -30,6 +33,7 @@ class SoftGates:
         pairs = list(zip(cuts, cuts[1:], strict=False))
         parts = all.split([stop - start for start, stop in pairs]) if len(pairs) > 1 else (all,)
         self._runs = dict(zip(pairs, parts, strict=True))
+        self._made: dict[Any, Any] = {}
 
     def run(self, where: slice) -> Tensor:
         """The gates of consecutive units."""
@@ -38,15 +42,20 @@ class SoftGates:
             self._runs[key] = self.all[where]
         return self._runs[key]
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` makes of them, once. Its graph must be one that backward does not free: views and casts of them,
+        and the functions below."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
 
 def soft_key(e: Tensor, scale: Tensor, *more: Any) -> Any:
     """All that soft gates depend on: where any of it has changed, they are computed again. None where nothing may be
     kept: while a graph is compiled or traced, under `torch.func`, of a tensor that has no version."""
-    if type(e) is not nn.Parameter or torch.compiler.is_compiling() or e.is_inference():
+    if type(e) is not nn.Parameter or is_compiling() or e.is_inference() or _transformed() or _traced() is not None:
         return None
-    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
-        return None
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    grad, inference = is_grad_enabled(), is_inference_mode_enabled()
     return (e._version, e.data_ptr(), e.dtype, scale._version, grad, inference, *more)
 
 
@@ -76,6 +85,36 @@ class _Kept(torch.autograd.Function):
         return grad * (slope if taken is None else torch.where(taken, 0.0, slope)), None, None, None, None
 
 
+class _Picked(torch.autograd.Function):
+    """Some of the gates, with a graph that backward does not free, as that of `_Kept`."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, index: Tensor, always: Tensor | None) -> Tensor:
+        ctx.arguments = (len(gates), index, always)
+        picked = gates.index_select(0, index)
+        return picked if always is None else torch.where(always, 1.0, picked)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        units, index, always = ctx.arguments
+        grad = grad if always is None else torch.where(always, 0.0, grad)
+        return grad.new_zeros(units).index_add(0, index, grad), None, None
+
+
+class _NormGates(torch.autograd.Function):
+    """`functional.norm_gates`, with a graph that backward does not free, as that of `_Kept`."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        ctx.arguments = (gate, groups)
+        return F.norm_gates(gate, groups)
+
+    @staticmethod
+    def backward(ctx: Any, to_fold: Tensor, to_centring: Tensor) -> tuple[Tensor, None]:
+        gate, groups = ctx.arguments
+        return F.norm_gates_backward(gate, to_fold, to_centring, groups), None
+
+
 def kept_gate(
     e: Tensor, scale: Tensor, hardened: Tensor | None, taken: Tensor | None, options: tuple[Any, ...]
 ) -> Tensor:
@@ -86,3 +125,15 @@ def kept_gate(
     """
     kept: Tensor = _Kept.apply(e, scale, hardened, taken, options)
     return kept
+
+
+def picked_gates(gates: Tensor, index: Tensor, always: Tensor | None) -> Tensor:
+    """Some of the gates, 1 where `always`, in a graph that can be gone through more than once."""
+    picked: Tensor = _Picked.apply(gates, index, always)
+    return picked
+
+
+def kept_norm_gates(gate: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """`functional.norm_gates`, in a graph that can be gone through more than once."""
+    made: tuple[Tensor, Tensor] = _NormGates.apply(gate, groups)
+    return made

@@ -301,9 +301,39 @@ def test_nothing_is_kept_where_it_may_change(pickled):
     copied = copy.deepcopy(pickle.loads(pickled))
     with torch.no_grad(), hatcl.task(copied, 0):
         assert copied.fc._hat.of_now() is not None  # the model that it was copied from is gone
-    followed = copy.deepcopy(model)
-    with torch.no_grad(), hatcl.task(followed, 0):
-        assert followed.fc._hat.of_now() is None and same_bits(said(followed), said(pickle.loads(pickled)))
+    beside = copy.deepcopy(model)
+    with torch.no_grad(), hatcl.task(beside, 0):
+        assert beside.fc._hat.of_now() is not None  # that model has learned nothing since
+        assert same_bits(said(beside), said(pickle.loads(pickled)))
+
+
+def read_after_averaging(pickled):
+    """A copy's weight, read for itself, before and after the copy was averaged with a model that learns; and that of a
+    copy of it that keeps nothing."""
+    model = pickle.loads(pickled)
+    copied = copy.deepcopy(model).eval()
+    hatcl.set_task(copied, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with hatcl.learn(model, 2, optimizer, steps=2), torch.no_grad():
+        before = copied.fc.weight.clone()
+        assert same_bits(copied.fc.weight, before) and "weight" in copied.fc._hat.now[2]
+        copied.hat_gates.embeddings[2].lerp_(model.hat_gates.embeddings[2], 0.5)
+        after = copied.fc.weight.clone()
+        return before, after, copied.hat_gates.default
+
+
+@pytest.mark.filterwarnings("ignore:task 2 is sealed")
+def test_a_copy_keeps_what_it_computes_with_until_it_follows_its_model(pickled):
+    before, after, task = read_after_averaging(pickled)
+    assert task == 2 and not same_bits(before, after)
+
+
+@pytest.mark.filterwarnings("ignore:task 2 is sealed")
+def test_twin_without_asking_whether_it_was_averaged_the_task_before_counts(pickled, monkeypatch):
+    of_now = Binding.of_now
+    monkeypatch.setattr(Binding, "of_now", lambda self: self.now[2] or of_now(self))
+    before, after, task = read_after_averaging(pickled)
+    assert task == 0 and same_bits(before, after)
 
 
 def test_other_parameters_in_a_functional_call(pickled):

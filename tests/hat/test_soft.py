@@ -9,6 +9,8 @@ from torch.nn import functional as tf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hatcl
+from hatcl import functional
+from hatcl.hat import binding
 from hatcl.hat import gates as gates_file
 from hatcl.hat.gates import gates_of
 
@@ -118,9 +120,8 @@ def test_several_forwards_and_backwards_of_one_step_share_them(made):
         optimizer.step()
 
 
-@pytest.mark.parametrize("reuse", ["all", "none"])
-def test_a_part_of_the_model_is_gone_through_twice_in_a_step(made, reuse):
-    """As with timm's `forward_features`, which no hook of the model sees."""
+def part_twice(made, reuse):
+    """A part of the model, twice in a step, as with timm's `forward_features`, which no hook of the model sees."""
     model = copy.deepcopy(made).train()
     gates = gates_of(model)[0]
     gates.config = gates.config.replace(reuse=reuse)
@@ -131,6 +132,30 @@ def test_a_part_of_the_model_is_gone_through_twice_in_a_step(made, reuse):
         for _ in range(2):
             model.norm(model.bn(model.stem(X)).flatten(2).transpose(1, 2)).square().sum().backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("reuse", ["all", "none"])
+def test_a_part_of_the_model_is_gone_through_twice_in_a_step(made, reuse):
+    part_twice(made, reuse)
+
+
+def test_twin_gates_of_norms_in_a_graph_that_is_freed_cannot_be_gone_through_twice(made, monkeypatch):
+    monkeypatch.setattr(binding, "kept_norm_gates", functional.norm_gates)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        part_twice(made, "all")
+
+
+def test_the_penalty_is_that_of_the_formula(made):
+    model = copy.deepcopy(made).train()
+    gates = gates_of(model)[0]
+    gates.masks[1, ::3], gates.sealed[1] = True, True
+    gates._changed([1])
+    _, block = learning(model)
+    with block as learned:
+        spread(model)
+        got, a = learned.penalty(), gates.soft_gates(0).all
+        want = gates.config.penalty_weight * functional.sparsity_penalty(a, gates.used())
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)  # sums in another order
 
 
 def test_a_backward_after_the_step_is_refused(made):

@@ -3,14 +3,15 @@ that directly follows (which would cancel it otherwise). Shapes: x `[B, in, ...]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from ...errors import ConfigError
 from ..registry import register_layer
-from .gated import HATLayer, task_parameter
+from .gated import HATLayer, multiply, task_parameter
 
 
 class _Conv(HATLayer):
@@ -26,7 +27,22 @@ class _Conv(HATLayer):
         return {"out_channels": out, "in_channels": read * groups, "groups": groups}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 1 and not kwargs and (gated := self._hat_by_output(args[0])) is not None:
+            return gated
         return self._hat_gate_output(super().forward(*args, **kwargs))  # type: ignore[misc]
+
+    def _hat_by_output(self, x: Tensor) -> Tensor | None:
+        """While gates are soft: `a * (W conv x + b)`, where that is less to multiply than the weight is."""
+        if type(self) not in (HATConv1d, HATConv2d, HATConv3d) or not is_grad_enabled():
+            return None
+        raw, owner = self._parameters.get("weight"), self._hat_gate_of_rows("weight")  # type: ignore[attr-defined]
+        if owner is None or x.dim() != raw.dim() or x.numel() == 0:
+            return None
+        places = x.numel() // (x.shape[1] * math.prod(self.stride))  # type: ignore[attr-defined]
+        if places >= raw[0].numel():
+            return None
+        bias = self._parameters["bias"]  # type: ignore[attr-defined]
+        return multiply(self._conv_forward(x, raw, bias), owner, 1)  # type: ignore[attr-defined]
 
     def _hat_bind_by_hand(self, num_tasks: Any, units: Any, reads: Any, config: Any) -> None:
         if (groups := getattr(self, "groups", 1)) > 1 and reads is not None:

@@ -24,6 +24,7 @@ from ...shards import is_shard
 from ..binding import Binding, ParameterPlan, TaskCopy, UnitAxis, Units
 from ..gates import Gates, row
 from ..registry import Derived, derive, register_layer
+from ..soft import SoftGates
 
 
 def task_parameter(name: str) -> property:
@@ -44,6 +45,12 @@ def task_parameter(name: str) -> property:
         if plan is None or (type(raw) is not nn.Parameter and is_shard(raw)):
             return raw  # nobody computes with a shard: it is `fully_shard` that looks after it
         task = hat.gates.task
+        if kept is None and isinstance(task, int):  # the way of every step, as short as it can be
+            own = self._hat_copy(task)._parameters if plan.copied else params
+            soft = hat.gates.soft_now(task) if plan.fold and not hat.formers else None
+            if soft is not None:
+                return self._hat_by_folds(name, own[name], plan, task, soft)
+            return self._hat_folded(name, own[name], task)
         if task is None:
             bare = plan.copied or not hat.formers
             return hat.read(name, params, kept, lambda: raw if bare else hat.under(None).placed(name, raw))
@@ -143,6 +150,7 @@ class HATLayer(Derived):
         hat_direct: its parameters are contracted with the input as they are, so that zeros for what a task does not use
             change nothing.
         hat_always: convert also instances that hold nothing of their own.
+        hat_fold_lasts: what `_hat_fold_of` gives of soft gates has a graph that backward does not free.
     """
 
     hat_owner_dims: ClassVar[Mapping[str, int]] = {}
@@ -153,6 +161,7 @@ class HATLayer(Derived):
     hat_fold_output: ClassVar[bool] = False
     hat_direct: ClassVar[bool] = False
     hat_always: ClassVar[bool] = False
+    hat_fold_lasts: ClassVar[bool] = False
     hat_is_norm: ClassVar[bool] = False
     _hat: Binding
     hat_tasks: Any
@@ -332,7 +341,9 @@ class HATLayer(Derived):
         owned = all(i in plan.fold for i, axis in enumerate(plan.axes) if axis.owner)
         return (self.hat_direct or owned) and self._hat.output is None and not plan.standardised
 
-    def _hat_by_folds(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
+    def _hat_by_folds(
+        self, name: str, raw: Tensor, plan: ParameterPlan, task: int, soft: SoftGates | None = None
+    ) -> Tensor:
         if self._hat.formers and not plan.copied:
             raw = self._hat.under(task).placed(name, raw)
         same = raw.shape == plan.view
@@ -340,16 +351,25 @@ class HATLayer(Derived):
         if plan.standardised:
             value = plan.over_units_on(value, task)
         for i in plan.fold:
-            value = value * self._hat_factor(name, plan.axes[i], task, value.dtype)
+            value = value * self._hat_factor(name, plan.axes[i], task, value.dtype, soft)
         return value if same else value.view(raw.shape)
 
-    def _hat_factor(self, name: str, axis: UnitAxis, task: int, dtype: torch.dtype) -> Tensor:
-        """The factor of a parameter along an axis, in its shape and type."""
+    def _hat_factor(
+        self, name: str, axis: UnitAxis, task: int, dtype: torch.dtype, soft: SoftGates | None = None
+    ) -> Tensor:
+        """The factor of a parameter along an axis, in its shape and type. soft: where it may be kept."""
+        kind = self.hat_fold_key(name)
 
         def make() -> Tensor:
-            return self.hat_fold_gate(name, axis.units.gate_of(task)).to(dtype).view(axis.shape)
+            factor = self._hat_fold_of(name, axis.units, task).to(dtype)
+            return factor if len(axis.shape) == 1 else factor.view(axis.shape)
 
-        factor: Tensor = axis.units.once(task, (self.hat_fold_key(name), axis.shape, dtype), make)
+        units, key = axis.units, (kind, axis.shape, dtype)
+        factor: Tensor
+        if soft is not None and units.gates is self._hat.gates and (kind is None or self.hat_fold_lasts):
+            factor = soft.once((units.key, *key), make)
+        else:
+            factor = units.once(task, key, make)
         return factor
 
     def _hat_cut(self, name: str, raw: Tensor, plan: ParameterPlan, task: int) -> Tensor:
@@ -398,9 +418,30 @@ class HATLayer(Derived):
         """By what a parameter is multiplied where its gate is `gate`."""
         return gate
 
+    def _hat_fold_of(self, name: str, units: Units, task: Any) -> Tensor:
+        """By what a parameter is multiplied along these units under a task."""
+        return self.hat_fold_gate(name, units.gate_of(task))
+
     def hat_fold_key(self, name: str) -> Any:
         """Layers with the same gate and the same key have the same `hat_fold_gate`; None: the gate itself."""
         return None if type(self).hat_fold_gate is HATLayer.hat_fold_gate else (self, name)
+
+    def _hat_gate_of_rows(self, name: str) -> Units | None:
+        """While gates are soft: the units with which a weight's rows and the bias are folded, and nothing else is. What
+        the layer puts out may be multiplied with their gate instead."""
+        hat: Binding | None = self.__dict__.get("_hat")
+        if hat is None or hat.output is not None or hat.formers or not hat.gates.is_soft(hat.gates.task):
+            return None
+        params = self._parameters  # type: ignore[attr-defined]
+        plan, raw, bias = hat.params.get(name), params.get(name), params.get("bias")  # a parametrized one is not there
+        if plan is None or raw is None or plan.copied or plan.standardised or len(plan.fold) != 1:
+            return None
+        of_bias = hat.params.get("bias")
+        if bias is not None and (of_bias is None or of_bias.copied or not of_bias.fold):
+            return None
+        owner = plan.axes[plan.fold[0]]
+        whole = owner.owner and len(owner.units) == raw.shape[0]
+        return owner.units if whole else None
 
     def _hat_gate_output(self, out: Tensor) -> Tensor:
         hat: Binding | None = self.__dict__.get("_hat")

@@ -37,19 +37,10 @@ class HATLinear(HATLayer, nn.Linear):
         return {"out_features": out, "in_features": read}
 
     def forward(self, x: Tensor) -> Tensor:
-        hat: Binding | None = self.__dict__.get("_hat")
-        if hat is None or not is_grad_enabled() or not hat.gates.is_soft(hat.gates.task):
-            return self._hat_gate_output(super().forward(x))
-        plan = hat.params.get("weight")
-        raw: Any = self._parameters.get("weight")  # a parametrized one is not there
-        if plan is not None and x.numel() < raw.shape[1] ** 2:
-            if not plan.copied and type(self) is HATLinear:
-                fold = [plan.axes[i] for i in plan.fold]
-                if len(fold) == 1 and fold[0].owner and hat.output is None:
-                    # fewer rows than inputs: gating the output costs less than gating the weight
-                    bias = self._parameters["bias"]
-                    if bias is None or (b := hat.params.get("bias")) is not None and b.fold and not b.copied:
-                        return multiply(tf.linear(x, raw, bias), fold[0].units, -1)
+        if type(self) is HATLinear and is_grad_enabled() and (owner := self._hat_gate_of_rows("weight")) is not None:
+            raw: Any = self._parameters["weight"]
+            if x.numel() < raw.shape[1] ** 2:  # fewer rows than inputs
+                return multiply(tf.linear(x, raw, self._parameters["bias"]), owner, -1)
         return self._hat_gate_output(super().forward(x))
 
 

@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 import torch
 from timm.layers import norm as timm_norm
 from torch import Tensor, nn
-from torch.nn.functional import threshold
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ... import functional as F
-from ..binding import Binding
+from ..binding import Binding, Units
 from ..registry import register_layer
 from .gated import HATLayer, gating, multiply, task_buffer, task_parameter, unchanged
 
@@ -107,6 +106,8 @@ class _TaskIndexedInstanceNorm(_PerChannel):
 class _Crossing(_Norm):
     """Statistics cross units: something is done before the plain norm, and something after it."""
 
+    hat_fold_lasts: ClassVar[bool] = True
+
     def _hat_no_share(self, hat: Binding, task: Any) -> bool:
         """Soft gates, those of a compiled graph that may be others in the next step, and those of several tasks at once
         have no share that is known as a number."""
@@ -118,11 +119,21 @@ class _Crossing(_Norm):
         """The changes to an input of this many dimensions before the plain norm, and to its result."""
         raise NotImplementedError
 
-    def _hat_after(self, gate: Tensor, dim: int) -> _Around:
+    def _hat_groups(self) -> int:
+        """Into how many groups the units are parted, whose statistics are apart."""
+        return 1
+
+    def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
+        return gate if name == "bias" else F.norm_gates(gate, self._hat_groups())[0]
+
+    def _hat_fold_of(self, name: str, units: Units, task: Any) -> Tensor:
+        return units.gate_of(task) if name == "bias" else units.norm_gates(task, self._hat_groups())[0]
+
+    def _hat_after(self, gate: Callable[[], Tensor], dim: int) -> _Around:
         """The gate along `dim`, where no weight carries it."""
         if self._hat_has_affine():
             return unchanged
-        fold = self.hat_fold_gate("weight", gate)
+        fold = self.hat_fold_gate("weight", gate())
         return lambda out: out * along(fold, out, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,9 +158,6 @@ class _OverUnits(_Crossing):
 
     def _hat_dims(self) -> tuple[int, ...]:
         return tuple(range(-len(self.normalized_shape), 0))  # type: ignore[attr-defined]
-
-    def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
-        return gate if name == "bias" else (gate != 0) * share_on(gate).sqrt()
 
     def hat_fold_key(self, name: str) -> Any:
         return None if name == "bias" else _OverUnits
@@ -183,7 +191,7 @@ class _OverUnits(_Crossing):
         share = None if self._hat_no_share(hat, task) else units.share(task)
         clean = gating(units, dim, ndim, dtype) if hat.dirty else unchanged
         over = self._hat_dims() if len(self._hat_dims()) > 1 else (dim,)
-        weight = units.once(task, ("centring", dtype), lambda: F.centring(gate)) if share is None else None
+        weight = units.norm_gates(task)[1].to(dtype) if share is None and self.hat_centred else None
 
         def before(x: Tensor) -> Tensor:
             x = clean(x)
@@ -192,7 +200,7 @@ class _OverUnits(_Crossing):
             return x / share_on(gate).sqrt() if isinstance(task, Tensor) else x  # which scales eps by n / U
 
         # with all units on it is the plain norm
-        return (unchanged if share == 1.0 else before), self._hat_after(gate, dim)
+        return (unchanged if share == 1.0 else before), self._hat_after(lambda: gate, dim)
 
 
 @register_layer(nn.LayerNorm)
@@ -225,28 +233,20 @@ class TaskIndexedGroupNorm(_Crossing, nn.GroupNorm):
     """Group norm over the units of each group that are on; per task: weight and bias. Shapes: x `[B, U, ...]`.
 
     The input is centred over the units that are on and scaled by `sqrt(U_g / n_g)`, so that the group's variance is
-    that of its n_g units; the weight takes the scale back.
+    that of its n_g units; the weight takes the scale back. While gates are soft the input is not scaled, which matters
+    to eps alone.
     """
 
-    def _hat_by_group(self, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """`[groups, units of a group]`: the gate, and `[groups, 1]`: n_g / U_g, never quite zero."""
-        by_group = gate.view(self.num_groups, -1)
-        return by_group, threshold(by_group.mean(1, keepdim=True), F.SMALLEST_GATE, F.SMALLEST_GATE)
-
-    def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
-        if name == "bias":
-            return gate
-        by_group, share = self._hat_by_group(gate)
-        return ((by_group != 0) * share.sqrt()).view(-1)
+    def _hat_groups(self) -> int:
+        return self.num_groups
 
     def hat_fold_key(self, name: str) -> Any:
         return None if name == "bias" else (TaskIndexedGroupNorm, self.num_groups)
 
-    def _hat_centring(self, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """`[1, groups, units of a group, 1]`: `a U_g / n_g`, by which the mean over a group's U_g units is multiplied,
-        and `[1, groups, 1, 1]`: `sqrt(U_g / n_g)`, by which the input is."""
-        by_group, share = self._hat_by_group(gate)
-        return (by_group / share)[None, ..., None], share.rsqrt()[None, ..., None]
+    def _hat_spread(self, gate: Tensor) -> Tensor:
+        """`[1, groups, 1, 1]`: `sqrt(U_g / n_g)`, by which the input is multiplied."""
+        share = gate.view(1, self.num_groups, -1, 1).mean(2, keepdim=True)
+        return share.clamp(min=F.SMALLEST_GATE).rsqrt()
 
     def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Around, _Around]:
         hat = self._hat_active
@@ -254,15 +254,21 @@ class TaskIndexedGroupNorm(_Crossing, nn.GroupNorm):
             return unchanged, self._hat_gate_output
         units, task = hat.norm[1], hat.gates.task
         assert task is not None
-        gate = units.gate_of(task).to(dtype)
         clean = gating(units, 1, ndim, dtype) if hat.dirty else unchanged
         kept = (self.num_groups, dtype)
-        weight, spread = units.once(task, ("centring", kept), lambda: self._hat_centring(gate))
+
+        def gate() -> Tensor:
+            return units.gate_of(task).to(dtype)
+
+        weight = units.norm_gates(task, self.num_groups)[1].to(dtype)
+        soft = hat.gates.is_soft(task)
+        spread = None if soft else units.once(task, ("spread", kept), lambda: self._hat_spread(gate()))
 
         def before(x: Tensor) -> Tensor:
-            groups = clean(x).reshape(x.shape[0], *weight.shape[1:3], -1) * spread
-            mean = groups.mean((2, 3), keepdim=True) * weight
-            return (groups - mean if torch.is_grad_enabled() else groups.sub_(mean)).view(x.shape)
+            x = clean(x)
+            if spread is not None:
+                x = (x.reshape(len(x), self.num_groups, -1, math.prod(x.shape[2:])) * spread).view(x.shape)
+            return F.centre_groups(x, weight, self.num_groups)
 
         whole = not self._hat_no_share(hat, task) and units.share(task) == 1.0
         # with all units on it is the plain norm

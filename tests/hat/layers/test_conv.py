@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import parts
 import pytest
+import torch
 from torch import nn
 
 import hatcl
+from hatcl.hat.layers import conv
 
 CONVS = {
     "1d": (hatcl.HATConv1d, nn.Conv1d, (3, 12)),
@@ -58,3 +62,26 @@ def six(**options):
 def test_layers_that_do_not_fit_say_so(make, text):
     with pytest.raises(hatcl.ConfigError, match=text):
         make()
+
+
+@pytest.mark.filterwarnings("ignore:task 0")
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("places", [2, 12])
+def test_where_few_places_are_computed_the_output_is_gated_instead_of_the_weight(places, padding_mode, monkeypatch):
+    torch.manual_seed(0)
+    layer = hatcl.HATConv2d(6, 8, 3, padding=1, padding_mode=padding_mode, num_tasks=1).double()
+    x = torch.randn(2, 6, places, places, dtype=torch.float64)
+    got = {}
+    for way in ("by output", "by weight"):
+        made = copy.deepcopy(layer)
+        if way == "by weight":
+            monkeypatch.setattr(conv._Conv, "_hat_by_output", lambda self, x: None)
+        optimizer = torch.optim.SGD(made.parameters(), 0.1)
+        with hatcl.learn(made, 0, optimizer, steps=2):
+            if way == "by output":
+                assert (made._hat_by_output(x) is not None) == (places == 2)
+            out = made(x)
+            out.square().sum().backward()
+            got[way] = [out.detach(), *(p.grad for p in made.parameters())]
+    for a, b in zip(*got.values(), strict=True):  # in float64: 3e-15 was seen
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
