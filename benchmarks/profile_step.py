@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, beside that of the plain model.
+"""Where the time of a training step goes, compared with the plain model.
 
     OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python benchmarks/profile_step.py [--cases NAME ...] [--seconds 4]
 
@@ -39,7 +39,7 @@ CAUSES = {
     "putting frozen elements back": (keeper, "put_all_back"),
     "after the step: embeddings, scale": (Guard, "after_step"),
 }
-"""What a step does beside the plain one, and in which function. (Its derivatives are in the rest of backward.)"""
+"""The work of a step that the plain one does not have, and its function. (Derivatives count as backward.)"""
 
 
 @contextmanager

@@ -226,7 +226,7 @@ def centre(
 
 
 def norm_gates(gate: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """What a norm over units, in groups of `U_g` with `n_g = sum a`, multiplies with, `[U]` each:
+    """The factors, `[U]` each, of a norm over units in groups of `U_g` with `n_g = sum a`:
 
     - `(a != 0) * sqrt(n_g / U_g)`, which its weight is folded with;
     - `a * U_g / n_g`, by which the mean over all units of a group becomes that over those that are on.

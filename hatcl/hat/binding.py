@@ -99,7 +99,7 @@ class Units:
         return a if always is None else torch.where(always, 1.0, a)
 
     def norm_gates(self, task: Any, groups: int = 1) -> tuple[Tensor, Tensor]:
-        """What a norm over these units multiplies with under a task (see `functional.norm_gates`)."""
+        """The factors of a norm over these units under a task (see `functional.norm_gates`)."""
         made: tuple[Tensor, Tensor]
         soft = self.gates.soft_now(task)
         if soft is None:

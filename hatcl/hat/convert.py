@@ -166,7 +166,7 @@ def convert(
 
 
 def _no_module(model: Any) -> str:
-    """What to pass instead of something that is no module."""
+    """The text of the refusal of something that is no module: it says what to pass instead."""
     if isinstance(model, str):
         return (
             f"model: got the text {model!r}, expected a torch.nn.Module; timm.create_model('hat_{model}', "
@@ -251,7 +251,7 @@ def _check_modules(model: nn.Module) -> None:
 
 
 def _check_memory(model: nn.Module, inplace: bool) -> None:
-    """What is overwritten and put back must count its writes, and must have memory of its own for each element."""
+    """Tensors that are overwritten and put back must count their writes, and each element must have its own memory."""
     inside = torch.is_inference_mode_enabled()
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         if inside or (inplace and x.is_inference()):

@@ -86,7 +86,7 @@ def derive(layer: type, cls: Any, attributes: tuple[tuple[str, Callable[[str], A
 
 
 class Derived:
-    """What instances of derived classes have in common: they can be copied and pickled."""
+    """Base of derived classes: their instances can be copied and pickled."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         source = getattr(type(self), "_hat_source", None)
