@@ -43,8 +43,8 @@ class SoftGates:
         return self._runs[key]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The result of `make` for them, computed once. Its graph must be one that backward does not free: views and casts
-        of them, and the functions below."""
+        """The result of `make` for them, computed once. Its graph must be one that backward does not free: views and
+        casts of them, and the functions below."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
