@@ -14,7 +14,8 @@ the rate falls after each epoch. (Avalanche's PackNet does not support batch nor
 
 Told: accuracy with the task told, right after learning and at the end; what is forgotten, the mean difference of the
 two; accuracy over all classes without the task, by the largest logit, for hatcl also by `hatcl.predict`; seconds;
-MiB of parameters and buffers. `--validate` scores on held-out training images: options were chosen there. Resumes.
+MiB of parameters and buffers. `--validate` scores on held-out training images. The rate was chosen there, by
+`transfer.py`; Avalanche's options were not tuned. Resumes.
 """
 
 from __future__ import annotations
