@@ -187,7 +187,9 @@ def _check_names(model: nn.Module) -> None:
                 )
         layer = layer_for(type(module))
         for name in [n for said in NAMING for n in vars(layer).get(said, ())]:  # what it inherits may be of others
-            if not hasattr(module, name):
+            places = (module._parameters, module._buffers, module.__dict__)
+            # its class is asked, not the module: reading a parametrized weight may change it (spectral_norm)
+            if not any(name in place for place in places) and not hasattr(type(module), name):
                 has = [*module._parameters, *module._buffers]
                 raise ConversionError(
                     f"{path or type(model).__name__}: {layer.__name__}, which takes the place of "

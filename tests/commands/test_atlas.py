@@ -492,7 +492,7 @@ def test_sweep_goes_through_the_pretrained_and_the_fine_tuned_model(here, tmp_pa
         (["add", "base.safetensors", "--task", "x=wide.safetensors:a.npz"], "wide.safetensors: the pretrained model"),
         (["add", "base.safetensors", "--task", "x=foreign.safetensors:a.npz"], "foreign.safetensors: 1 tensors do not"),
         (["add", "base.safetensors", "--task", "x=moved.safetensors:a.npz"], "differs from the base of vector 2"),
-        (["add", "base.safetensors", "--size", "33"], "a.npz: test_vit does not take images of [3, 33, 33]"),
+        (["add", "base.safetensors", "--size", "33"], "a.npz: test_vit does not accept images of [3, 33, 33]"),
         (["add", "base.safetensors", "--size", "0", "--task", "x=b.safetensors:odd.npz"], "odd.npz: test_vit does not"),
         (["add", "base.safetensors", "--fit", "crops"], "fit: got 'crops', expected one of crop, resize, pad; did"),
         (["add", "base.safetensors", "--head", "train"], "head: got 'train', expected one of trained, prototypes"),

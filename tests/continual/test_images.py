@@ -86,6 +86,7 @@ def test_a_run_ends_with_every_task_bit_equal(finished, stream):
 @pytest.mark.filterwarnings("ignore:task 1. something else")
 def test_twin_without_the_guard_the_digests_move(stream, monkeypatch):
     monkeypatch.setattr("hatcl.keeper.put_back", lambda *args: None)
+    monkeypatch.setattr("hatcl.keeper.Kept.put", lambda k: None)
     monkeypatch.setattr("hatcl.keeper._zero", lambda which: lambda p: None)
     monkeypatch.setattr("hatcl.hat.digests.check_sealed", lambda *args: None)
     found = types.SimpleNamespace(exact=False, max_abs_diff={})  # the certificate would raise

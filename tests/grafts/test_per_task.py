@@ -94,7 +94,7 @@ def test_what_cannot_be_is_refused(world, tmp_path):
         made.graft(3, base)
     with pytest.raises(GraftError, match="got 3 masks and 2 scales, expected one of each per task"):
         TaskGrafts(made.vector, made.masks, made.scales[:2])
-    with pytest.raises(IntegrityError, match="differs from the tensor that this"):
+    with pytest.raises(IntegrityError, match="differs from this vector's base"):
         made.graft(0, vectors[0].apply_to(base))
     folder = made.save(tmp_path / "tasks")
     (folder / "task_grafts.json").write_text(json.dumps({"scales": "one"}))

@@ -153,6 +153,7 @@ def undone_but_for_an_interruption(line):
         pass
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(True)  # inside of torch's own __exit__, an interruption leaves gradients off
         changes.undo()  # as a conversion does
     return x, was, ran[0] >= line
 

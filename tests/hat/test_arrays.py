@@ -183,7 +183,7 @@ def test_they_survive_a_file_and_tasks_that_are_added(tmp_path):
     assert torch.equal(gates_of(again)[0].given, gates_of(arrayed())[0].given)
     assert gates_of(again)[0].config.masks == "array:2" and hatcl.describe(again).room.tasks_left == 4
     before = parts.snapshot(again)
-    with pytest.raises(hatcl.ConfigError, match="num_tasks: got 5, masks='array:2' has room for 2 x 2 = 4 tasks; take"):
+    with pytest.raises(hatcl.ConfigError, match="num_tasks: got 5, masks='array:2' has room for 2 x 2 = 4 tasks; use"):
         hatcl.add_tasks(again, 1)
     assert parts.same(before, again.state_dict())
 

@@ -161,7 +161,7 @@ def test_inputs_of_a_certificate_that_the_forward_does_not_take(model):
     x = parts.images("mlp")
     nothing_changes(
         model, lambda: hatcl.certify(model, (x, torch.zeros(len(x)))), hatcl.HATError,
-        "certify: Sequential: its forward failed on inputs = (float32[",
+        "certify: HATSequential: its forward failed on inputs = (float32[",
         "TypeError: ", "pass what hatcl.convert gets as example_inputs: a tensor, a tuple (positional) or a dict",
     )  # fmt: skip
 

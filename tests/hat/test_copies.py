@@ -149,7 +149,9 @@ def test_a_copy_that_learns_by_itself_follows_nobody():
 
 def test_what_cannot_be_sealed():
     model, _ = learned()
-    with pytest.raises(hatcl.TaskError, match="seal: Sequential is no copy that was averaged with a model that learns"):
+    with pytest.raises(
+        hatcl.TaskError, match="seal: HATSequential is no copy that was averaged with a model that learns"
+    ):
         hatcl.seal(copy.deepcopy(model))
     with hatcl.learn(model, 1, adamw(model), steps=1), pytest.raises(hatcl.TaskError, match="task 1 is being learned"):
         hatcl.seal(model, 1)

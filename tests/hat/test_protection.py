@@ -373,7 +373,7 @@ def test_gradients_that_a_scaler_throws_away_do_not_count():
 def test_shards_are_refused(options, monkeypatch):
     model = sealed(**options)
     monkeypatch.setattr("hatcl.shards.sharded_modules", lambda m: [m])
-    text = "learn: protection='.*': the parameters of Sequential are shards .*; protect exactly, or do not shard it"
+    text = "learn: protection='.*': the parameters of HATSequential are shards .*; protect exactly, or do not shard it"
     with pytest.raises(hatcl.HATError, match=text):
         learn(model, 1)
     assert hatcl.tasks(model) == [0]

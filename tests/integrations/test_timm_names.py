@@ -177,6 +177,7 @@ def test_timms_options_are_passed_on():
 @pytest.fixture
 def weights(tmp_path):
     base = timm.create_model("test_resnet", num_classes=parts.CLASSES).eval()
+    base.fc.weight.data.mul_(2)  # as in a head that has learned
     torch.save(base.state_dict(), tmp_path / "w.pth")
     save_file(base.state_dict(), tmp_path / "w.safetensors")
     return base, tmp_path

@@ -97,7 +97,7 @@ def test_twin_without_its_config_a_model_needs_its_base(name, tmp_path):
 def test_twin_the_config_is_what_is_loaded(tmp_path):
     model = sealed(classifier)
     model.hat_gates.source["config"]["hidden_size"] = 36
-    with pytest.raises(hatcl.ConversionError, match="the map says shape .*, it has"):
+    with pytest.raises(hatcl.IntegrityError, match="the map says shape .*, it has"):
         hatcl.from_pretrained(hatcl.save_pretrained(model, tmp_path))
 
 

@@ -41,6 +41,7 @@ def test_what_the_first_task_computes_stays():
 
 def test_twin_without_the_guard_it_moves(monkeypatch):
     monkeypatch.setattr("hatcl.keeper.put_back", lambda *args: None)
+    monkeypatch.setattr("hatcl.keeper.Kept.put", lambda k: None)
     monkeypatch.setattr("hatcl.keeper._zero", lambda which: lambda p: None)
     monkeypatch.setattr("hatcl.hat.digests.check_sealed", lambda *args: None)
     monkeypatch.setattr("hatcl.continual.methods.hat.HardAttention.finish", lambda *args: {})  # which would raise

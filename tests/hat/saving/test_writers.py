@@ -177,7 +177,7 @@ def test_twin_without_the_other_shapes_huggingface_hubs_mixin_makes_a_plain_netw
 def test_what_lies_around_a_converted_model_is_not_lost_in_silence(tmp_path, before):
     model = hatcl.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), 2, torch.randn(2, 4))
     whole = nn.Sequential(hatcl.HATMask(4, 2), model) if before else nn.Sequential(model, nn.Linear(3, 3))
-    with pytest.raises(hatcl.HATError, match=r"lies outside of the converted Sequential \(\d such parameters\)"):
+    with pytest.raises(hatcl.HATError, match=r"lies outside of the converted HATSequential \(\d such parameters\)"):
         hatcl.save_pretrained(whole, tmp_path / "m")
     assert not (tmp_path / "m").exists()
     hatcl.save_pretrained(nn.Sequential(nn.Flatten(), model), tmp_path / "m")
