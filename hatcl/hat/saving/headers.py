@@ -23,8 +23,8 @@ def making_model(folder: Path) -> Iterator[None]:
         yield
     except ConversionError as error:
         raise IntegrityError(
-            f"{folder}: base=, or what the folder says of its model, is another model than the one that was converted, or "
-            f"has other sizes ({error})"
+            f"{folder}: base=, or what the folder says of its model, is another model than the one that was converted, "
+            f"or has other sizes ({error})"
         ) from error
     except HATError:
         raise
