@@ -1,1 +1,1 @@
-"""The map of the network: units, the trace that finds them, and the grains in which methods speak."""
+"""The map of the network: units, the trace that finds them, and the grains that methods work on."""

@@ -1,8 +1,8 @@
-"""Couple labels while the model runs: the state of one trace and the operations by which rules change it.
+"""Couple labels while the model runs: the state of one trace, and the operations with which rules change it.
 
 Labels that turn out to be the same channel are *coupled*. A parameter's label *owns* the unit that it writes and
-*reads* the unit that it multiplies; where it meets "always on" it is *forced*, where no rule covers how it is met it is
-*dropped*. A *fold* says where a parameter is multiplied by its units' gate.
+*reads* the unit that it multiplies. A label that meets "always on" is *forced*; one used in a way that no rule covers
+is *dropped*. A *fold* is a place where a parameter is multiplied by its units' gate.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ Use = tuple[str, ParameterAxis]  # (path of the module at work, axis)
 
 @dataclass
 class NormSeen:
-    """The input of a norm module: the labels along each dimension that carries units, whether off units were zero,
-    whether its statistics are taken across units, and along which of its dimensions those run, how many dimensions it
-    has; kind: see `hatcl.register`."""
+    """The input of a norm module.
+
+    Attributes:
+        ids: for each dimension that carries units, the labels along it.
+        clean: whether off units were zero.
+        across: whether the norm takes its statistics across units. over: the dimensions of those units.
+        ndim: the number of dimensions.
+        kind: see `hatcl.register`.
+    """
 
     ids: dict[int, Ints]
     clean: bool
@@ -47,21 +53,22 @@ class Trace:
     """The results of one run of the model.
 
     Attributes:
-        labels: every label, coupled, with the roles that it plays.
-        first: for each axis of a parameter, its first label.
-        joint: for each grouped convolution's weight, its view by groups, the shape in which the labels of what it reads
-            broadcast over that view, and the first of those labels.
-        folds: where a parameter is multiplied by the gate of what it writes.
-        read_dirty: where a weight reads what is not zero where its unit is off, so that it is multiplied by the gate of
-            what it reads.
-        outputs: the labels that the model's outputs carry.
-        norms: what entered each norm.
-        mixing: what entered other modules without children that reduce over units: maybe norms.
-        seen: the parameters that the forward used.
-        standardised: the weights that go through a batch norm of their own before use.
-        notes: what fell back, by module path.
-        places: labels, and where each of them was met, where those at another place mean something else.
-        units: the number of each label's unit, once `resolve` has numbered them.
+            labels: every label, coupled, with its roles.
+            first: for each axis of a parameter, its first label.
+            joint: for the weight of each grouped convolution: its view by groups, the shape in which the labels that it
+                reads broadcast over that view, and the first of those labels.
+            folds: where a parameter is multiplied by the gate of the unit that it writes.
+            read_dirty: where a weight reads a unit that is not zero when off. The weight is multiplied there by that
+                unit's gate.
+            outputs: the labels that the model's outputs carry.
+            norms: the input of each norm.
+            mixing: the input of every other module without children that reduces over units, and so may be a norm.
+            seen: the parameters that the forward used.
+            standardised: the weights that a batch norm of their own normalises before use.
+            notes: by module path, what the trace could not follow and what it did instead.
+            places: pairs of labels and the place where each label was met, for dimensions whose indices are computed
+                apart.
+            units: the unit number of each label, once `resolve` has numbered the units.
     """
 
     labels: Labels = field(default_factory=Labels)
@@ -80,13 +87,13 @@ class Trace:
 
 
 class Coupling:
-    """The state of one trace. found: what it has told so far. Labels live on the CPU, wherever the model is."""
+    """The state of one trace. found: the results so far. Labels live on the CPU, on whatever device the model is."""
 
     def __init__(self, model: nn.Module, norms: Callable[[nn.Module], bool]) -> None:
         self.found = Trace()
         self.labels = self.found.labels
         self.shadows = Shadows()
-        self.remade: set[str] = set()  # norms that multiply by something else than their weight, such as 1 + weight
+        self.remade: set[str] = set()  # norms that multiply by something other than their weight, such as 1 + weight
         self._modules = dict(model.named_modules())
         self._is_norm = norms
         self._entered: dict[str, Shadow] = {}
@@ -115,7 +122,7 @@ class Coupling:
         return self._is_norm(self._modules[self.here])
 
     def enter(self, path: str, args: Sequence[Any]) -> None:
-        """A module begins: what a norm is given is seen, and what a module without children is given remembered."""
+        """Called when a module begins: record the input of a norm, and remember that of a module without children."""
         self._path.append(path)
         shadow = self.shadow(next((a for a in args if isinstance(a, Tensor)), None))
         if shadow is not None and self.in_norm:
@@ -124,17 +131,17 @@ class Coupling:
             self._entered[path] = shadow
 
     def leave(self) -> None:
-        """The module at work ends."""
+        """Called when the module at work ends."""
         self._path.pop()
 
     def note(self, what: str) -> None:
-        """Say what fell back in the module at work; the first note of a module stays."""
+        """Record what fell back in the module at work; a module keeps its first note."""
         self.found.notes.setdefault(self.here, what)
 
     # ---- shadows -----------------------------------------------------------------------------------------------
 
     def shadow(self, x: Any) -> Shadow | None:
-        """The shadow of a tensor; None for constants and for what is no tensor."""
+        """The shadow of a tensor; None for constants and for anything that is not a tensor."""
         return self.shadows.get(x)
 
     def keep(self, x: Tensor, shadow: Shadow) -> None:
@@ -143,8 +150,8 @@ class Coupling:
             self.shadows[x] = shadow if shadow.of_parameters else self._distinct(shadow)
 
     def _distinct(self, shadow: Shadow) -> Shadow:
-        """Without slots that say nothing: of one unit that spans the whole tensor and is not zero where it is off
-        (it is always on, then), and those that say the same as another."""
+        """Remove slots without information: duplicates, and a slot with one unit for the whole tensor if the tensor is
+        not zero when that unit is off. Such a unit becomes always on."""
         kept: list[Slot] = []
         for slot in shadow.slots:
             if not varying(slot.ids) and (not slot.clean or not bool(small(slot.ids).any())):
@@ -154,7 +161,7 @@ class Coupling:
         return shadow if len(kept) == len(shadow.slots) else replace(shadow, slots=tuple(kept))
 
     def commit(self, shadow: Shadow | None) -> None:
-        """Something reads this value gated, so that its pending folds act."""
+        """Apply the pending folds of this value, because an operation reads it gated."""
         if shadow is not None:
             self.found.folds |= shadow.pending
 
@@ -165,8 +172,8 @@ class Coupling:
         self.labels.mark(role, flat_ids(ids))
 
     def place(self, ids: Tensor, dims: Collection[int]) -> None:
-        """The labels at one index of these dimensions are computed apart from those at another (the heads of an
-        attention, the groups of a convolution), so that none of them could stand in for one elsewhere."""
+        """Record that labels at different indices of these dimensions are computed apart (heads of an attention, groups
+        of a convolution), so that none can replace one at another index."""
         apart, few = [d for d in varying(ids) if d in dims], small(ids)
         if apart:
             index = torch.zeros((), dtype=torch.long)
@@ -175,7 +182,7 @@ class Coupling:
             self.found.places.append((flat_ids(ids), index.expand(few.shape).reshape(-1).numpy()))
 
     def drop(self, slot: Slot) -> None:
-        """A parameter met in a way that no rule covers: one-sided nowhere, a copy per task instead."""
+        """Drop a parameter that no rule covers here: it is frozen one-sided nowhere, and each task gets a copy."""
         self.mark("dropped", slot.ids)
 
     def own(self, param: Slot, ids: Tensor) -> None:
@@ -186,11 +193,12 @@ class Coupling:
         self.labels.mark("forced", p[a == 0])
 
     def carry(self, p: Slot) -> tuple[Slot, set[Use]]:
-        """A contraction's output carries the weight's own labels; also the folds that this leaves pending."""
+        """The slot of a contraction's output, which carries the weight's own labels, and the folds that become
+        pending."""
         self.mark("owns", p.ids)
         self.mark("carried", p.ids)
         axes = self.axes_of(p)
-        if p.folds is None:  # scaled away (weight standardisation): the module's output takes the gate instead
+        if p.folds is None:  # weight standardisation would cancel the gate, so it acts on the module's output
             self.note("the gate would cancel in the weight's own normalisation: it acts on the layer's output")
             axes = frozenset((*a, "output") for a in axes)
         return Slot(p.ids, True), {(self.here, a) for a in axes}
@@ -208,7 +216,7 @@ class Coupling:
                 self.read_dirty(b)
 
     def read_dirty(self, labels: Ints) -> None:
-        """The module at work reads, by these labels, what is not zero where its unit is off."""
+        """Record that the module at work reads, through these labels, units that are not zero when off."""
         self.found.read_dirty |= {(self.here, axis) for axis in self.labels.axes_of(labels)}
 
     def as_activation(self, slots: Sequence[Slot], dims: set[int]) -> list[Slot]:
@@ -222,25 +230,26 @@ class Coupling:
         return [replace(slot, clean=slot.folds is not None, folds=None) for slot in kept]
 
     def fold(self, slot: Slot) -> None:
-        """Multiply by the gate what this parameter value is made of, along this slot."""
+        """Multiply the parameters from which this value is computed by the gate, along this slot."""
         self.found.folds |= self.uses_of(slot)
 
     def uses_of(self, slot: Slot) -> set[Use]:
-        """The folds by which the module at work would gate this parameter value."""
+        """The folds with which the module at work would gate this parameter value."""
         return {(self.here, a) for a in self.axes_of(slot)}
 
     def axes_of(self, slot: Slot) -> frozenset[ParameterAxis]:
-        """The parameters' axes of which the slot's values are made."""
+        """The axes of the parameters from which the slot's values are computed."""
         return slot.folds if slot.folds is not None else frozenset(self.labels.axes_of(flat_ids(slot.ids)))
 
     def across(self, seen: NormSeen, ids: Tensor) -> None:
-        """A norm takes its statistics across these units."""
+        """Record that a norm takes its statistics across these units."""
         units = np.unique(self.labels.find(flat_ids(ids)))
         seen.across = True
         seen.over |= {d for d, at in seen.ids.items() if np.isin(self.labels.find(at), units).any()}
 
     def mixes(self, what: str, ids: Tensor) -> None:
-        """A reduction runs over these units: a norm takes statistics across them, anything else forgets them."""
+        """Record a reduction over these units: a norm takes statistics across them, any other module loses track of
+        them."""
         if self.here in self.found.norms:
             self.across(self.found.norms[self.here], ids)
             return
@@ -251,11 +260,12 @@ class Coupling:
     # ---- labels that meet --------------------------------------------------------------------------------------
 
     def couple(self, left: Tensor, right: Tensor) -> None:
-        """Labels that meet in the same element are one channel; nothing is coupled with "always on"."""
+        """Couple the labels that meet in the same element: they are one channel. Nothing is coupled with "always
+        on"."""
         self.labels.union(*self._pairs(left, right))
 
     def couple_along(self, ids: Tensor, dims: Sequence[int]) -> Tensor:
-        """Make one unit of what differs along `dims` alone."""
+        """Couple the labels that differ only along `dims` into one unit."""
         first = ids
         for d in dims:
             first = first.narrow(d, 0, 1)
@@ -263,12 +273,12 @@ class Coupling:
         return self.canonical(first.expand(ids.shape))
 
     def canonical(self, ids: Tensor) -> Tensor:
-        """The slot with coupled labels made equal, so that what has become constant is kept as such."""
+        """The slot with coupled labels made equal, and with stride 0 along dimensions that became constant."""
         return settle(torch.from_numpy(self.labels.find(small(ids).numpy())).expand(ids.shape))
 
     def adopt(self, ids: Tensor, slots: Sequence[Slot]) -> Slot | None:
-        """Which of a parameter's slots runs along the activation's labels, if any; of several, the one that would
-        couple the fewest of the activation's units."""
+        """The parameter's slot that runs along the activation's labels, if any; of several, the one whose coupling
+        would merge the fewest of the activation's units."""
         dims = set(varying(ids))
         options = [s for s in slots if dims & set(varying(s.ids))]
         if len(options) < 2:
@@ -276,14 +286,14 @@ class Coupling:
         return min(options, key=lambda s: self._spread(ids, s.ids))
 
     def _pairs(self, left: Tensor, right: Tensor) -> tuple[Ints, Ints]:
-        """Which labels meet, each pair once."""
+        """The pairs of labels that meet, each pair once."""
         a, b = side_by_side(left, right)
         keys = np.sort(a * len(self.labels.parent) + b)
         keys = keys[np.diff(keys, prepend=-1) != 0]  # np.unique's hashing takes seconds where most keys differ
         return np.divmod(keys, len(self.labels.parent))
 
     def _spread(self, act: Tensor, param: Tensor) -> int:
-        """Into how few units would coupling collapse the activation's: the most labels that one parameter label
+        """How many of the activation's units coupling would merge into one: the most labels that one parameter label
         meets."""
         a, b = self._pairs(act, param)
         b = b[(a != 0) & (b != 0)]
@@ -291,5 +301,5 @@ class Coupling:
 
 
 def _say_the_same(a: Slot, b: Slot) -> bool:
-    """Do two slots say the same?"""
+    """Do two slots hold the same information?"""
     return a.clean == b.clean and a.ids.stride() == b.ids.stride() and torch.equal(small(a.ids), small(b.ids))

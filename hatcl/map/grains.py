@@ -1,17 +1,22 @@
-"""Grains: at what size a method speaks. A method is a vector over some grain, expanded onto tensors, multiplied in.
+"""Grains: the sizes of the parts that methods work on. A method has one number per part, and `expand` turns these
+numbers into tensors to multiply with.
 
     grain = make_grain("block", {name: p.shape for name, p in model.named_parameters()})
     scores = grain.reduce(gradients)      # tensors -> one number per block
     masks = grain.expand(scores > 0.5)    # a vector -> tensors that broadcast over the parameters
 
-`element`: every element by itself. `unit`: the elements that a unit owns (or, where nothing owns them, reads), by the
-map; number 0 collects what is always on. `matrix`: each tensor of two or more dimensions. `block`: each tensor.
-`global`: all there is. `row`: each index of a tensor's first dimension. `qkv`: as `block`, with fused query-key-value
-tensors in three: those with `qkv` in a part of their name, and `in_proj_weight` and `in_proj_bias`, which write the
-queries, then the keys, then the values, of equal size (timm's and PyTorch's attention; not the `query_key_value` of
-Bloom and GPT-NeoX, which goes head by head and stays one block).
-`lora_pair`: row r of A with column r of B. `partition:K`: each tensor's elements in K random parts, by a counter-based
-hash of their index.
+`element`: every element by itself.
+`unit`: the elements that a unit owns (or reads, where nothing owns them), by the map; number 0 collects the elements
+that are always on.
+`matrix`: each tensor of two or more dimensions.
+`block`: each tensor.
+`global`: all elements together.
+`row`: each index of a tensor's first dimension.
+`qkv`: as `block`, but fused query-key-value tensors are split in three: those with `qkv` in a part of their name, and
+`in_proj_weight` and `in_proj_bias`. They hold the queries, then the keys, then the values, of equal size (timm's and
+PyTorch's attention). The `query_key_value` of Bloom and GPT-NeoX is ordered by heads and stays one block.
+`lora_pair`: row r of A with column r of B.
+`partition:K`: each tensor's elements in K random parts, by a counter-based hash of their index.
 """
 
 from __future__ import annotations
@@ -38,9 +43,9 @@ class Grain:
     """A partition of the elements of some tensors.
 
     Attributes:
-        name: as given to `make_grain`. size: how many groups there are, `G`.
-        shapes: of the tensors that take part. labels: what each group is called, where it has a name.
-        index: tensor name -> group numbers, computed when asked for; they broadcast over the tensor.
+            name: as given to `make_grain`. size: the number of groups, `G`.
+            shapes: the shapes of the tensors that take part. labels: the names of the groups, where they have names.
+            index: tensor name -> function that computes its group numbers; they broadcast over the tensor.
     """
 
     name: str
@@ -67,7 +72,7 @@ class Grain:
             x = tensors[name]
             if tuple(x.shape) != shape:
                 raise VectorError(f"{name}: got shape {list(x.shape)}, expected {list(shape)}")
-            # sum what shares a number by broadcasting first, so that no index of the tensor's own size is needed
+            # first sum the elements that share a number by broadcasting, which avoids an index of the tensor's size
             ids = self.index[name]().to(x.device)
             x = x.to(kind)
             over = [d for d in range(x.dim()) if ids.dim() == 0 or ids.shape[d] == 1]
@@ -83,10 +88,10 @@ class Grain:
         return out / count.clamp(min=1) if how == "mean" else out
 
     def expand(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector `[G]` as tensors that broadcast over the parameters (of their full shape only where they must be).
+        """A vector `[G]` as tensors that broadcast over the parameters, at full shape only where necessary.
 
         Raises:
-            VectorError: a vector of another length.
+            VectorError: the vector has another length.
         """
         if vector.shape != (self.size,):
             raise VectorError(f"vector: got shape {list(vector.shape)}, the grain {self.name} has {self.size} groups")
@@ -97,15 +102,15 @@ def make_grain(name: str, shapes: Shapes, unit_map: UnitMap | None = None, seed:
     """A grain over tensors of these shapes.
 
     Args:
-        unit_map: the map, for `unit`. seed: of the random parts, for `partition:K`.
+            unit_map: the map, for `unit`. seed: seed of the random parts, for `partition:K`.
 
     Raises:
-        ConfigError: an unknown grain, or nothing in `shapes` that it could group.
+            ConfigError: the grain is unknown, or `shapes` has nothing that it could group.
     """
     sized = {n: tuple(int(i) for i in s) for n, s in shapes.items()}
     kind, colon, arg = name.partition(":")
     if colon and kind != "partition":
-        kind = name  # nothing else takes a number
+        kind = name  # only `partition` takes a number
     if kind == "element":
         starts, total = {}, 0
         for n, s in sized.items():
@@ -154,14 +159,15 @@ def _named(
 
 
 def _is_fused(name: str, shape: tuple[int, ...]) -> bool:
-    """Are this tensor's rows those of query, key and value, one after another?"""
+    """Does this tensor hold the rows of query, key and value, one after another?"""
     parts = name.split(".")
     named = any("qkv" in part.lower() for part in parts) or parts[-1] in ("in_proj_weight", "in_proj_bias")
     return named and bool(shape) and shape[0] % 3 == 0
 
 
 def _rows(name: str, shapes: dict[str, tuple[int, ...]], parts: Mapping[str, Sequence[object]]) -> Grain:
-    """The first dimension of some tensors in equal parts of these names, the others whole."""
+    """A grain that splits the first dimension of some tensors into equal parts with these names and leaves the others
+    whole."""
     index: dict[str, Callable[[], Tensor]] = {}
     labels: list[str] = []
     for n, s in shapes.items():
@@ -173,12 +179,12 @@ def _rows(name: str, shapes: dict[str, tuple[int, ...]], parts: Mapping[str, Seq
 
 
 def _repeated(start: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """`count` numbers from `start` on, each for as many rows as the next."""
+    """`count` consecutive numbers from `start`, each for an equal share of the rows."""
     ids = torch.arange(start, start + count).repeat_interleave(shape[0] // max(count, 1))
     return ids.view(-1, *[1] * (len(shape) - 1))
 
 
-# what follows makes indices: functions of a module with their arguments, so that grains can be pickled
+# The functions below compute indices. They belong to the module and take arguments, so grains can be pickled.
 
 
 def _constant(i: int) -> Callable[[], Tensor]:
@@ -187,12 +193,12 @@ def _constant(i: int) -> Callable[[], Tensor]:
 
 
 def _range(start: int, shape: tuple[int, ...]) -> Tensor:
-    """A number for each element, from `start` on."""
+    """Consecutive numbers from `start`, one for each element."""
     return torch.arange(start, start + math.prod(shape)).view(shape)
 
 
 def _units(entry: Entry) -> Tensor:
-    """The units that own a parameter's elements, else those that they read."""
+    """The units that own a parameter's elements, or else those that they read."""
     owners = [f for f in entry.factors if f.owner] or list(entry.factors)
     if not owners:
         return torch.zeros((), dtype=torch.long)
@@ -210,14 +216,14 @@ def _hashed(block: int, shape: tuple[int, ...], parts: int, seed: int) -> Tensor
 
 
 def _along(start: int, count: int, dim: int, dims: int) -> Tensor:
-    """Numbers from `start` on along one dimension."""
+    """Consecutive numbers from `start` along one dimension."""
     shape = [1] * dims
     shape[dim] = count
     return torch.arange(start, start + count).view(shape)
 
 
 def _lora_pairs(shapes: dict[str, tuple[int, ...]]) -> Grain:
-    """Each rank of each pair of LoRA factors, in both of them."""
+    """A grain with one group per rank of each pair of LoRA factors, across both factors."""
     kept: dict[str, tuple[int, ...]] = {}
     index: dict[str, Callable[[], Tensor]] = {}
     labels: list[str] = []

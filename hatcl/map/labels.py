@@ -1,7 +1,7 @@
 """Labels and their coupling: a union-find over every index of every parameter dimension.
 
-A *label* stands for one index of one dimension of one parameter (label 0 stands for "always on"). While the model runs,
-labels that meet in the same channel are coupled; what is coupled in the end is one unit.
+A *label* stands for one index of one dimension of one parameter; label 0 stands for "always on". While the model runs,
+labels that meet in the same channel are coupled. Labels that are coupled at the end are one unit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Labels:
         return first
 
     def _take(self, size: int) -> None:
-        """Look at the first labels of the room that was made."""
+        """Use the first `size` entries of the allocated arrays as the labels."""
         self.parent = self._parent[:size]
         self.flags = dict(zip(self.ROLES, self._flags[:, :size], strict=True))
 
@@ -54,7 +54,7 @@ class Labels:
             root = up
 
     def union(self, left: Ints, right: Ints) -> None:
-        """Couple labels pairwise. Pairs with a label 0 are left alone: nothing is coupled to "always on"."""
+        """Couple labels pairwise. Pairs with label 0 are skipped: nothing is coupled to "always on"."""
         both = (left != 0) & (right != 0)
         left, right = left[both], right[both]
         while left.size:
@@ -65,12 +65,12 @@ class Labels:
             np.minimum.at(self.parent, high, low)
 
     def mark(self, role: str, labels: Ints) -> None:
-        """Give labels a role; "always on" plays none."""
+        """Give labels a role; "always on" never has one."""
         self.flags[role][labels] = True
         self.flags[role][0] = False
 
     def axes_of(self, labels: Ints) -> list[tuple[Any, ...]]:
-        """The (parameter, dimension) axes that the labels belong to."""
+        """The (parameter, dimension) axes to which the labels belong."""
         found = np.unique(np.searchsorted(self.starts, labels[labels != 0], side="right") - 1)
         return [self.axes[i] for i in found]
 

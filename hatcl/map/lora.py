@@ -1,5 +1,5 @@
-"""peft's names of LoRA factors (`....q.lora_A.<adapter>.weight`), matched by path segment, so that nothing matches by
-accident."""
+"""peft's names of LoRA factors (`....q.lora_A.<adapter>.weight`), matched by whole path segments, which avoids
+accidental matches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FACTORS = (*PARTNER, *PARTNER.values())
 
 
 def factor_in(parts: list[str]) -> int | None:
-    """Which segment of a name says that it is a LoRA factor."""
+    """The index of the name segment that marks a LoRA factor, if any."""
     return next((i for i, part in enumerate(parts) if part in FACTORS), None)
 
 
@@ -28,9 +28,9 @@ def merged_layer(model: nn.Module) -> str | None:
 
 
 def no_pairs(model: Any) -> str | None:
-    """Why the factors of a model are no pairs, by its first layer where they are not; None where they are. Of experts
-    in one parameter (`target_parameters`) peft stores A expert by expert, `[experts * r, in]`, and B rank by rank,
-    `[out, r * experts]`, so that row i of A is not the partner of column i of B."""
+    """Why the factors of a model are not pairs, for the first layer where they are not; None if all are. For experts in
+    one parameter (`target_parameters`) peft stores A expert by expert, `[experts * r, in]`, and B rank by rank, `[out,
+    r * experts]`, so that row i of A does not belong to column i of B."""
     for name, m in model.named_modules() if isinstance(model, nn.Module) else ():
         if getattr(m, "num_experts", 1) > 1 and hasattr(m, "lora_A") and hasattr(m, "parameter_name"):
             return (
@@ -41,7 +41,7 @@ def no_pairs(model: Any) -> str | None:
 
 
 def starts_at_zero(name: str) -> bool:
-    """Is this the factor that peft starts at zero, so that a new pair changes nothing?"""
+    """Is this the factor that peft initialises to zero, so that a new pair changes nothing?"""
     parts = name.split(".")
     at = factor_in(parts)
     return at is not None and parts[at] in ("lora_B", "lora_embedding_A")

@@ -1,7 +1,7 @@
-"""Shadows: what a tensor's elements belong to, carried next to the tensor while the model runs.
+"""Shadows: the units to which a tensor's elements belong, tracked next to the tensor while the model runs.
 
-A shadow is a list of *slots*. A slot is an integer tensor of the tensor's shape that holds a label per element, kept
-with stride 0 where it is constant. A slot is *clean* when the element is exactly zero whenever its unit is off.
+A shadow is a list of *slots*. A slot is an integer tensor of the tensor's shape with a label per element, and with
+stride 0 along constant dimensions. A slot is *clean* if each element is exactly zero whenever its unit is off.
 """
 
 from __future__ import annotations
@@ -21,8 +21,14 @@ ParameterAxis = tuple[Any, ...]  # (parameter name, dimension or "joint"[, "outp
 
 @dataclass(frozen=True)
 class Slot:
-    """ids: labels, of the tensor's shape. clean: zero where the unit is off. folds: for what is computed from
-    parameters alone, the axes to multiply by the gate so that the value is scaled by it once (None: no such axes)."""
+    """One label per element of a tensor.
+
+    Attributes:
+        ids: the labels, of the tensor's shape.
+        clean: whether elements are zero where their unit is off.
+        folds: for a value computed from parameters alone, the axes to multiply by the gate so that it scales the value
+            once; None: there are none.
+    """
 
     ids: Tensor
     clean: bool = True
@@ -35,8 +41,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Shadow:
-    """slots: the units an element belongs to. sources: parameters this value is computed from alone (empty for an
-    activation). pending: axes to fold if anything but a batch norm reads this value."""
+    """The units of a tensor's elements.
+
+    Attributes:
+        slots: the units to which an element belongs.
+        sources: the parameters from which alone this value is computed; empty for an activation.
+        pending: the axes to fold if anything but a batch norm reads this value.
+    """
 
     slots: tuple[Slot, ...] = ()
     sources: frozenset[str] = frozenset()
@@ -52,13 +63,13 @@ class Shadow:
         return replace(self, slots=tuple(s.map(view) for s in self.slots))
 
     def slot(self, at: int, shape: Sequence[int]) -> Slot:
-        """A slot by its place; "always on" in a tensor of this shape where there are fewer."""
+        """A slot by its index; if there are fewer, "always on" for a tensor of this shape."""
         return self.slots[at] if at < len(self.slots) else Slot(always_on(shape))
 
 
 class Shadows:
-    """The shadow of each tensor that is alive. Views of one storage share what is written to it: a write counts up the
-    base's version, and a view that is behind takes its shadow from the base again."""
+    """The shadow of each tensor that is alive. Views of one storage share writes: a write increments the version of the
+    base, and a view with an older version takes its shadow from the base again."""
 
     def __init__(self) -> None:
         self._of = WeakTensorKeyDictionary()
@@ -75,7 +86,7 @@ class Shadows:
         return list(self._of.values())
 
     def get(self, x: Any) -> Shadow | None:
-        """The shadow of a tensor; None for constants and for what is no tensor."""
+        """The shadow of a tensor; None for constants and for anything that is not a tensor."""
         if not isinstance(x, Tensor):
             return None
         found = self._of.get(x)
@@ -87,7 +98,7 @@ class Shadows:
         return found
 
     def write(self, x: Tensor, shadow: Shadow | None) -> None:
-        """An in-place operation gave `x` this shadow; a view writes through to its base."""
+        """Store the shadow that an in-place operation gave `x`; for a view, also write it through to the base."""
         base, new = x._base, shadow or Shadow()
         if base is None or not base.numel():
             self._of[x] = new
@@ -106,12 +117,12 @@ class Shadows:
 
 
 def _like_storage(ids: Tensor, base: Tensor) -> Tensor:
-    """A copy of the labels with the strides of the tensor that they belong to."""
+    """A copy of the labels with the strides of their tensor."""
     return torch.empty_strided(base.size(), base.stride(), dtype=torch.long).copy_(ids)
 
 
 def _window(ids: Tensor, x: Tensor, base: Tensor) -> Tensor:
-    """The part of a base's labels (with its strides) that its view `x` sees."""
+    """The part of a base's labels (with the base's strides) that its view `x` sees."""
     return ids.as_strided(x.size(), x.stride(), x.storage_offset() - base.storage_offset())
 
 
@@ -121,7 +132,7 @@ def always_on(shape: Sequence[int]) -> Tensor:
 
 
 def varying(ids: Tensor) -> tuple[int, ...]:
-    """The dimensions along which a slot is not constant by its strides."""
+    """The dimensions with a stride other than 0, along which a slot may vary."""
     return tuple(d for d in range(ids.dim()) if ids.size(d) > 1 and ids.stride(d) != 0)
 
 
@@ -134,7 +145,7 @@ def small(ids: Tensor) -> Tensor:
 
 
 def flat_ids(ids: Tensor) -> Ints:
-    """The labels of a slot as a vector, constant dimensions once."""
+    """The labels of a slot as a vector, with constant dimensions reduced to one entry."""
     return small(ids).reshape(-1).numpy()
 
 
@@ -145,7 +156,7 @@ def side_by_side(left: Tensor, right: Tensor) -> tuple[Ints, Ints]:
 
 
 def settle(ids: Tensor) -> Tensor:
-    """Give stride 0 to every dimension along which the labels are in fact equal."""
+    """Give stride 0 to every dimension along which the labels are equal."""
     shape, ids = ids.shape, small(ids)
     for d in range(ids.dim()):
         if ids.size(d) > 1 and bool((ids == ids.narrow(d, 0, 1)).all()):
@@ -167,7 +178,7 @@ def placed(ids: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
 
 
 def reshape(ids: Tensor, shape: Sequence[int]) -> Tensor:
-    """`ids.reshape(shape)` that keeps stride 0 for every group of dimensions in which the ids are constant."""
+    """`ids.reshape(shape)`, but with stride 0 kept for every group of dimensions in which the ids are constant."""
     old, new = list(ids.shape), list(shape)
     if -1 in new:
         known = 1
@@ -205,7 +216,7 @@ def reshape(ids: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def apply_as_is(func: Any, args: tuple, kwargs: dict, ids: Sequence[Tensor]) -> Any:
-    """Run a view-like operation on ids. Some kernels know no integers; float64 holds every label exactly."""
+    """Run a view-like operation on ids. Some kernels do not support integers; float64 holds every label exactly."""
     try:
         return func(*args, **kwargs)
     except (RuntimeError, NotImplementedError):

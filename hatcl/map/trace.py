@@ -1,14 +1,14 @@
-"""The trace: run the model's own forward once and see which unit every parameter element writes and reads.
+"""The trace: run the model's own forward once, and find which unit every parameter element writes and reads.
 
-Next to every tensor goes a `Shadow` (see `shadow.py`). Five kinds of rules (see `rules/`) move it on:
+Every tensor has a `Shadow` (see `shadow.py`). Five kinds of rules (see `rules/`) pass it from inputs to outputs:
 
 1. view-like operations act on the shadow as on the tensor;
-2. elementwise operations couple the labels that meet along the same dimensions; a parameter takes the unit of what it
+2. elementwise operations couple the labels that meet along the same dimensions; a parameter takes the unit that it
    meets;
 3. contractions (linear, convolution, matmul, attention) give the output the weight's own labels, and couple each input
-   index of the weight with the unit it reads; where both sides are activations, the contracted labels are coupled;
-4. a reduction over differing units is noted and forgets them;
-5. an operation that is not known forgets the units of its inputs, and its parameters get a copy per task.
+   index of the weight with the unit that it reads; if both sides are activations, the contracted labels are coupled;
+4. a reduction over different units loses track of them, and is noted;
+5. an unknown operation loses track of the units of its inputs, and its parameters get a copy per task.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .shadow import Shadow, flat_ids
 
 
 class Tracer(TorchDispatchMode):
-    """Sees every operation of one forward and hands it to its rule. at: module path and operation that the trace is at
-    work on, so that whatever fails meanwhile is its own fault."""
+    """Intercepts every operation of one forward and passes it to its rule. at: the module path and the operation in
+    progress, to which an error is attributed."""
 
     def __init__(self, coupling: Coupling, watch: Callable[[Call, Coupling], None] | None = None) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run an operation, and move the shadows of its inputs to its outputs."""
         if func is torch.ops.aten.embedding_renorm_.default:
-            return args[0]  # it would scale rows of the model's table in place; they belong to what they belonged to
+            return args[0]  # it would scale rows of the model's table in place; their units stay the same
         kwargs = kwargs or {}
         flat, spec = tree_flatten((args, kwargs))
         shadows = [self.coupling.shadows.get(x) for x in flat]
@@ -64,13 +64,13 @@ class Tracer(TorchDispatchMode):
         return out
 
     def enter(self, path: str, args: tuple) -> None:
-        """A module begins."""
+        """Called when a module begins."""
         self.at = (path, "what the module is given")
         self.coupling.enter(path, args)
         self.at = None
 
     def _on_cpu(self) -> contextlib.AbstractContextManager[Any]:
-        """Where rules make new labels."""
+        """Set the CPU as the device on which rules create new labels."""
         return torch.device("cpu") if self._elsewhere else contextlib.nullcontext()
 
     def _keep(self, step: Call, moved: Moved) -> None:
@@ -86,7 +86,8 @@ class Tracer(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """Module paths while the model runs; evaluation mode, no fused fast paths; everything put back afterwards."""
+    """Track module paths while the model runs in evaluation mode without fused fast paths; restore everything
+    afterwards."""
     handles = []
     for path, module in model.named_modules():
         handles.append(
@@ -116,8 +117,11 @@ def trace(
     norms: Callable[[nn.Module], bool],
     watch: Callable[[Call, Coupling], None] | None = None,
 ) -> Trace:
-    """Run `model` on `inputs` once and return what was seen. `norms` says which modules are norm layers that
-    gate their own output. `watch` is shown each operation when its outputs have their shadows.
+    """Run `model` on `inputs` once and return the results.
+
+    Args:
+        norms: whether a module is a norm layer that gates its own output.
+        watch: is called with each operation once its outputs have their shadows.
 
     Raises:
         ConversionError: a rule failed.
@@ -138,10 +142,10 @@ def trace(
             "please report the model"
         ) from error
     found = coupling.found
-    for path in sorted(coupling.remade):  # its weight does not carry the gate, so what it does is to be tried
+    for path in sorted(coupling.remade):  # its weight does not carry the gate, so its behaviour must be tried
         if found.norms[path].across:
             found.mixing[path] = found.norms.pop(path)
-    leaves = tensors_of(out) or list(values_of(out).values())  # the latter says why there is nothing
+    leaves = tensors_of(out) or list(values_of(out).values())  # if there is none, values_of raises
     carried = [flat_ids(slot.ids) for x in leaves if (s := coupling.shadow(x)) for slot in s.slots]
     outputs = np.concatenate([found.outputs, *carried])
     found.outputs = outputs[outputs != 0]

@@ -1,8 +1,8 @@
-"""The map: for every element of every parameter, which unit owns it and which unit it reads from.
+"""The map: for every element of every parameter, the unit that owns it and the unit that it reads from.
 
 A parameter's entry is a product of *factors*: one vector of unit numbers per dimension that carries units (0 = always
 on), broadcast over the parameter. An element is live for a task when the gates of all its factors are 1. Units are
-numbered from 1 in the order of the parameters that write them, so that the same model gives the same numbers in every
+numbered from 1 in the order of the parameters that write them, so the same model gets the same numbers in every
 process.
 """
 
@@ -26,9 +26,13 @@ NORM = "norm"  # why a parameter is copied
 
 @dataclass(frozen=True)
 class Factor:
-    """units: `[n]` unit numbers along one axis of a parameter, 0 = always on. shape: n as it broadcasts over
-    `Entry.view`.
-    owner: whether the axis is written (else read)."""
+    """The units along one axis of a parameter.
+
+    Attributes:
+        units: `[n]` unit numbers, 0 = always on.
+        shape: the shape in which they broadcast over `Entry.view`.
+        owner: whether the axis is written (else read).
+    """
 
     axis: int | str
     units: Ints
@@ -42,10 +46,15 @@ class Factor:
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter on the map. copied: no unit owns it, so each task has its own copy (M5). why: the reason, if so.
-    head: its first dimension is what the output consists of (classes). classes: for a head, the first parameter that
-    writes the same ones. lost: the share of its elements of which it is not known what they read. standardised: its
-    rows are normalised over what they read before they are used."""
+    """One parameter on the map.
+
+    Attributes:
+        copied: no unit owns it, so each task has its own copy (M5). why: the reason, if so.
+        head: its first dimension is the model's output (classes).
+        classes: for a head, the first parameter that writes the same classes.
+        lost: the share of its elements whose reader is unknown.
+        standardised: its rows are normalised over their inputs before use.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -60,12 +69,12 @@ class Entry:
 
     @property
     def unexplained(self) -> bool:
-        """Is it copied per task because nothing is known of it? (A norm's or a head's copy is what is wanted.)"""
+        """Is it copied per task because nothing is known about it? (Copies of norms and heads are intended.)"""
         return self.copied and self.why != NORM and not self.head
 
     @property
     def known(self) -> float:
-        """Share of the elements of which both owner and reader are known."""
+        """Share of the elements whose owner and reader are both known."""
         if self.unexplained:
             return 0.0
         owned = (
@@ -83,8 +92,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class NormInput:
-    """The input of a norm: the dimension that carries units, their numbers, whether off units are exactly zero
-    there, and whether the norm takes its statistics across units. kind: see `hatcl.register_layer`."""
+    """The input of a norm.
+
+    Attributes:
+        dim: the dimension that carries units. units: their numbers along it.
+        clean: whether off units are exactly zero there.
+        across: whether the norm takes its statistics across units.
+        kind: see `hatcl.register_layer`.
+    """
 
     dim: int
     units: Ints
@@ -103,13 +118,14 @@ class UnitMap:
             excluded.
         entries: one per parameter name.
         folds: for (module path, parameter name), the factors to multiply by the gate where that module uses it.
-        outputs: for module path, the units by which its output is multiplied instead of its weight.
-        norms: what enters each norm.
-        notes: what fell back, by module path.
-        buffers: for module path, the buffers of which every task has its own because a forward writes them.
-        states: for module path, whatever else a forward changes (see `hat/layers/state.py`).
-        places: `[U]`; units with different numbers are computed apart (heads of an attention, groups of a convolution),
-            so that one could not stand in for the other. None: the map was written before this was seen.
+            outputs: for module path, the units whose gate multiplies its output instead of its weight.
+            norms: for module path, the norm's input.
+            notes: by module path, what the trace could not follow and what it did instead.
+            buffers: for module path, the buffers that a forward writes, so that every task has its own.
+            states: for module path, other state that a forward changes (see `hat/layers/state.py`).
+            places: `[U]`; units with different numbers are computed apart (heads of an attention, groups of a
+                convolution), so that one cannot replace the other. None: the map was written by a version that did not
+                record this.
     """
 
     num_units: int
@@ -125,13 +141,13 @@ class UnitMap:
 
     @property
     def known(self) -> float:
-        """Share of the parameters' elements of which both owner and reader are known. An end can be always on: the
-        image that is read, the classes that a head writes."""
+        """Share of the parameters' elements whose owner and reader are both known. Either can be always on: the image
+        that is read, the classes that a head writes."""
         total = sum(math.prod(e.shape) for e in self.entries.values())
         return sum(math.prod(e.shape) * e.known for e in self.entries.values()) / max(total, 1)
 
     def with_copies(self, names: Collection[str], why: str) -> UnitMap:
-        """The map on which every task has its own copy of these parameters too."""
+        """The map on which every task also has its own copy of these parameters."""
         entries = {name: replace(e, copied=True, why=why) if name in names else e for name, e in self.entries.items()}
         return replace(self, entries=entries)
 
@@ -194,7 +210,7 @@ class UnitMap:
 
 
 def runs(values: Ints) -> list[list[int]]:
-    """Consecutive or constant runs: [first, count, step] with step 0 or 1."""
+    """The values as runs [first, count, step], constant or consecutive: step is 0 or 1."""
     out: list[list[int]] = []
     for v in values.tolist():
         if out:
@@ -218,11 +234,12 @@ def unrun(segments: Iterable[Sequence[int]]) -> Ints:
 def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> UnitMap:
     """Number the units of a trace and write every parameter's entry.
 
-    In a model with LoRA adapters, what is not trained (`requires_grad=False`) is their base and belongs to no task: the
-    units it owns are always on, and it is never copied. What is left as units are the adapters' pairs.
+    In a model with LoRA adapters, parameters that are not trained (`requires_grad=False`) are the base and belong to no
+    task: the units that they own are always on, and they are never copied. The remaining units are those of the
+    adapters' pairs.
 
     Args:
-        copied: parameters that belong to the task whatever owns them (the affine parameters of norms).
+            copied: parameters that belong to the task whichever unit owns them (the affine parameters of norms).
     """
     labels = found.labels
     roots = labels.find(np.arange(len(labels.parent)))
@@ -234,10 +251,10 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     is_unit &= ~labels.any_in_component("whole")
     is_unit[0] = False
     names = [n for n, _ in model.named_parameters()]
-    # elsewhere what is not trained may be as little as a table of positions
+    # without adapters, the parameters that are not trained may be just a table of positions
     adapted = any(map(is_factor, names))
     fixed = {n for n in names if not model.get_parameter(n).requires_grad} if adapted else set()
-    base = np.zeros(len(roots), dtype=bool)  # the components that it owns
+    base = np.zeros(len(roots), dtype=bool)  # the components that the base owns
     for (name, d), first in found.first.items():
         if name in fixed:
             here = slice(first, first + model.get_parameter(name).shape[d])
@@ -246,7 +263,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     counts = ~(labels.flags["forced"] | labels.flags["dropped"])
     held = np.zeros(len(roots), dtype=bool)
     held[roots[counts]] = True
-    is_unit &= held[roots]  # else no parameter would have it
+    is_unit &= held[roots]  # else no parameter would have the unit
     leaders = np.flatnonzero(is_unit & (roots == np.arange(len(roots))))
     number = np.zeros(len(roots), dtype=np.int64)
     number[leaders] = np.arange(1, len(leaders) + 1)
@@ -284,7 +301,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
         elif name in copied:
             why = NORM
         elif adds and any(bool((f.units != 0).all()) for f in factors):
-            pass  # it writes what the base writes too; the units it reads say whose it is (B of a LoRA pair)
+            pass  # it writes units of the base; the units that it reads decide (B of a LoRA pair)
         elif not owned:
             why = "no unit owns it" if name in found.seen else "not used by the forward pass"
         start0 = found.first.get((name, 0))
@@ -327,13 +344,14 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
 
 
 def _places(met: Sequence[tuple[Ints, Ints]], unit_of: Ints, units: int) -> Ints:
-    """One number per unit: the same for those that were met at the same place wherever places mean something."""
+    """One number per unit; units have the same number if they were met at the same index of all dimensions computed
+    apart."""
     places = np.zeros(units, dtype=np.int64)
     for labels, index in met:
         first = np.full(units + 1, np.iinfo(np.int64).max)
         np.minimum.at(first, unit_of[labels], index)
         index = np.unique(first[1:], return_inverse=True)[1]
-        places = np.unique(places * (units + 1) + index, return_inverse=True)[1]  # of pairs numpy would sort bytes
+        places = np.unique(places * (units + 1) + index, return_inverse=True)[1]  # for pairs, numpy would sort bytes
     return places
 
 

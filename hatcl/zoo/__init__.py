@@ -1,1 +1,1 @@
-"""Which models convert, proved model by model."""
+"""The models that convert, each proved by itself."""

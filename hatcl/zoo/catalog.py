@@ -1,5 +1,5 @@
 """Models by name: timm's, torchvision's (`torchvision/resnet18`), and small random ones of transformers' real classes
-(`hf/llama`). A timm name can carry options: `deepseek_vit_412m:depth=2` is that model with two of its blocks."""
+(`hf/llama`). A timm name can carry options: `deepseek_vit_412m:depth=2` is that model with two blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..integrations.timm_names import PREFIX, example_input, timm_source
 
 Made = tuple[nn.Module, Any]
 
-# The smallest sizes at which every part of a transformer is there: two layers, several heads, unequal widths.
+# the smallest sizes at which a transformer still has every part: two layers, several heads, unequal widths
 TEXT = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -29,7 +29,7 @@ VISION = {
     "patch_size": 8,
 }  # fmt: skip
 GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}  # grouped-query attention
-LATENT = {  # attention through a narrow latent, with values of another size than queries, and experts
+LATENT = {  # attention through a narrow latent, with values and queries of different sizes, and experts
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "head_dim": 4, "v_head_dim": 6,
     "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
     "moe_intermediate_size": 24, "first_k_dense_replace": 1,
@@ -47,7 +47,7 @@ T5 = {
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A class of transformers, the options of its config, and what kind of inputs its forward takes."""
+    """A class of transformers, the options of its config, and the kind of inputs that its forward takes."""
 
     cls: str
     options: Mapping[str, Any]
@@ -198,9 +198,9 @@ class Known:
     """A model that can be made from its name.
 
     Attributes:
-        family: timm's module (`resnet`), `torchvision/` and its module, or the `hf/` name.
-        make: gives the plain model, random weights, and example inputs.
-        recipe: how `hatcl.from_pretrained` makes the plain model again, where the name alone says it.
+            family: timm's module (`resnet`), `torchvision/` and its module, or the `hf/` name.
+            make: returns the plain model with random weights, and example inputs.
+            recipe: how `hatcl.from_pretrained` makes the plain model again, if the name alone determines it.
     """
 
     name: str
@@ -219,18 +219,18 @@ def names() -> list[str]:
 
 
 def find(pattern: str = "*", family: str | None = None) -> list[str]:
-    """The names that match a shell pattern, of one family if given; of a timm name also with `hat_` in front. Options
-    after the pattern come with each."""
+    """The names that match a shell pattern, within one family if given. A timm name also matches with `hat_` in front.
+    Options after the pattern are added to each name."""
     pattern, colon, options = pattern.removeprefix(PREFIX).partition(":")
     found = [f"{n}{colon}{options}" for n in fnmatch.filter(names(), pattern)]
     return [n for n in found if known(n).family == family] if family else found
 
 
 def known(name: str) -> Known:
-    """The model of a name.
+    """The model with a name.
 
     Raises:
-        ConfigError: it is not in the catalog; names the nearest one.
+            ConfigError: the name is not in the catalog; the message names the nearest one.
     """
     kind, _, rest = name.rpartition("/")
     if kind == "hf" and rest in HF:
@@ -247,7 +247,7 @@ def known(name: str) -> Known:
 
 
 def parameters(name: str) -> int:
-    """How many parameters a model has, without its weights."""
+    """The number of parameters of a model, counted without allocating its weights."""
     with torch.device("meta"):
         if name.startswith("hf/"):
             return sum(p.numel() for p in _hf_model(HF[name[3:]]).parameters())
@@ -263,7 +263,7 @@ def _options(name: str) -> tuple[str, dict[str, int]]:
     """The model's own name, and its options `key=integer,...`.
 
     Raises:
-        ConfigError: options of another form.
+        ConfigError: the options have another form.
     """
     plain, _, text = name.partition(":")
     options: dict[str, int] = {}
@@ -283,7 +283,7 @@ def _made_by_timm(name: str, options: dict[str, int]) -> Made:
 
 def _torchvision(builder: Callable[..., nn.Module]) -> Made:
     torch.manual_seed(0)
-    # these two draw truncated normals for longer than the proof takes
+    # these two take longer to draw truncated normals than the proof takes
     model = builder(init_weights=False) if builder.__name__ in ("googlenet", "inception_v3") else builder()
     size = 299 if builder.__name__ == "inception_v3" else 224
     return model, torch.randn(2, 3, size, size)

@@ -1,4 +1,4 @@
-"""The results of the proofs as a page, and as the list that ships with hatcl."""
+"""The results of the proofs as a page, and as the list that hatcl ships."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ star says that a part stays at full width since sizes stand in the model's code 
 
 
 def known_models() -> dict[str, dict[str, Any]]:
-    """The models that passed when this hatcl was made: name -> family, parameters, known share."""
+    """The models that passed at this release of hatcl: name -> family, parameters, known share."""
     return dict(read_json(KNOWN))
 
 
 def to_known(models: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
-    """The content for `known_models`, from rows of `prove_all`."""
+    """The content of `known_models`, from rows of `prove_all`."""
     return {
         name: {"family": row["family"], "parameters": row["parameters"], "known": round(row["known"], 4)}
         for name, row in models.items()
@@ -50,7 +50,7 @@ def to_known(models: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
 
 
 def kinds(models: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
-    """The rows by where their models come from."""
+    """The rows, grouped by the library of their models."""
     out: dict[str, dict[str, Row]] = {"timm": {}, "torchvision": {}, "transformers": {}}
     for name, row in models.items():
         kind = {"hf": "transformers", "torchvision": "torchvision"}.get(name.rpartition("/")[0], "timm")

@@ -1,4 +1,4 @@
-"""The proof that `hatcl zoo` runs on one model, from conversion to a load elsewhere."""
+"""The proof that `hatcl zoo` runs on one model, from conversion to loading in another process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..hat.learn import learn
 from ..hat.saving.pretrained import from_pretrained, read_config, save_pretrained
 from ..hat.tasks import task as active
 
-# about half of each task's units off, and they stay so: a few steps do not turn an embedding of 6 around
+# about half of each task's units are off and stay off: a few steps do not change the sign of an embedding of 6
 PROOF_CONFIG = HATConfig(num_tasks=2, init="sparse", init_density=0.5, init_value=6.0, penalty_weight=0.0)
 EXPECTED = "expected.pt"
 MASK_SUFFIX = "attention_mask"
@@ -40,12 +40,13 @@ class Proof:
     """Figures of a model that passed.
 
     Attributes:
-        known: share of its parameters' elements whose owner and reader are known (`UnitMap.known`). unknown: for the
-            others, why -> share. notes: what the trace could not follow, each text once.
-        shares: as in `hatcl.Description`. use: share of the units that each task uses.
-        extracted: share of the elements that the cut out tasks keep, on average. difference: their largest difference
-            from the model, relative to the largest output. full: how many modules keep units at full width in them.
-        forward_seconds, trace_seconds, seconds: one plain forward, the trace, everything.
+            known: share of the parameters' elements whose owner and reader are known (`UnitMap.known`). unknown: for
+                the others, reason -> share. notes: what the trace could not follow, each text once.
+            shares: as in `hatcl.Description`. use: share of the units that each task uses.
+            extracted: mean share of the elements that the extracted tasks keep. difference: their largest difference
+                from the model, relative to the largest output. full: the number of modules in them that keep units at
+                full width.
+            forward_seconds, trace_seconds, seconds: times of one plain forward, of the trace, and of the whole proof.
     """
 
     parameters: int
@@ -64,26 +65,26 @@ class Proof:
 
 
 class ProofFailed(AssertionError):
-    """A model converts, and something that was promised does not hold."""
+    """A model converts, but something promised does not hold."""
 
 
 def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] | None = None, steps: int = 3) -> Proof:
     """Prove that a model can learn task after task; leaves the saved model and its outputs in `folder` for `reload`.
 
-    a. it converts, in evaluation and in training mode, to the same map, and stays as it was;
-    b. without a task the outputs are the source's bit for bit, in both modes;
-    c. two tasks are learned; the certificate is exact, and the first task's outputs are what they were at sealing;
-    d. a deep copy and (`reload`) the saved model in another process give the same outputs;
-    g. each task is cut out as a smaller module without hatcl in it, which agrees with the model.
+    a. It converts, in evaluation and in training mode, to the same map, and stays unchanged.
+    b. Without a task the outputs are the source's bit for bit, in both modes.
+    c. It learns two tasks; the certificate is exact, and the first task's outputs are the same as at sealing.
+    d. A deep copy and (in `reload`) the saved model in another process give the same outputs.
+    g. Each task is extracted as a smaller module without hatcl, which agrees with the model.
 
-    Of inputs with masks for padding all of it holds without the masks too: attention then takes other kernels, in which
-    the heads of grouped keys stay grouped.
+    For inputs with padding masks, all of this must also hold without the masks: attention then uses other kernels, in
+    which the heads of grouped keys stay grouped.
 
     Args:
-        source: the plain model; it is used up. recipe: how `hatcl.from_pretrained` makes it again.
+            source: the plain model; the proof changes it. recipe: how `hatcl.from_pretrained` makes it again.
 
     Raises:
-        ProofFailed: says what does not hold. Whatever conversion and learning raise comes through.
+            ProofFailed: says what does not hold. Errors of conversion and learning are passed on.
     """
     began = time.perf_counter()
     before = _model_digest(source)
@@ -154,10 +155,10 @@ def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] |
 
 
 def reload(folder: Path, make: Callable[[], nn.Module]) -> None:
-    """Load what `prove` saved and compare its outputs. `make` gives the plain module where hatcl cannot make it.
+    """Load what `prove` saved and compare its outputs. `make` returns the plain module if hatcl cannot make it itself.
 
     Raises:
-        ProofFailed: a task gives other outputs.
+        ProofFailed: a task gives different outputs.
     """
     expected = torch.load(folder / EXPECTED, weights_only=True)
     alone = read_config(folder)["source"] is not None
@@ -169,7 +170,7 @@ def reload(folder: Path, make: Callable[[], nn.Module]) -> None:
 
 
 def _cut_out(model: nn.Module, task: int, inputs: Any) -> ExtractReport:
-    """A task as a smaller module. That it agrees with the model is what `extract_task` has checked."""
+    """Extract a task as a smaller module. `extract_task` itself checks that it agrees with the model."""
     found = extract_task(model, task, inputs)
     theirs = [p for p, m in found.model.named_modules() if type(m).__module__.split(".")[0] == "hatcl"]
     _hold(not theirs, f"cut out, task {task} has something of hatcl in it: {theirs[:3]}")
@@ -177,7 +178,7 @@ def _cut_out(model: nn.Module, task: int, inputs: Any) -> ExtractReport:
 
 
 def _without_masks(inputs: Any) -> list[dict[str, Any]]:
-    """The inputs of a text model without their masks for padding, where they have some."""
+    """The inputs of a text model without their padding masks; empty if they have none."""
     bare = (
         {name: x for name, x in inputs.items() if not name.endswith(MASK_SUFFIX)} if isinstance(inputs, Mapping) else {}
     )
@@ -193,11 +194,11 @@ def _model_digest(model: nn.Module) -> str:
 
 
 def _outputs(model: nn.Module, forms: list[Any], training: bool = False) -> list[Tensor]:
-    """Every value that the model puts out for each of its inputs."""
+    """Every value that the model outputs for each of its inputs."""
     found = []
     for form in forms:
         random.seed(0)
-        np.random.seed(0)  # transformers masks audio with it
+        np.random.seed(0)  # transformers draws its audio masks from it
         torch.manual_seed(0)
         with torch.no_grad():
             found += [t.clone() for t in values_of(call(model.train(training), form)).values()]
@@ -205,7 +206,7 @@ def _outputs(model: nn.Module, forms: list[Any], training: bool = False) -> list
 
 
 def _objective(out: Any, seed: int) -> Tensor:
-    """Cross-entropy of the first floating-point output with random classes."""
+    """Cross-entropy between the first floating-point output and random classes."""
     y = next(t for t in tensors_of(out) if t.is_floating_point() and t.requires_grad)
     y = y.flatten(0, -2) if y.dim() > 1 else y.unsqueeze(0)
     target = torch.randint(0, y.shape[1], (y.shape[0],), generator=torch.Generator().manual_seed(seed))
@@ -213,7 +214,8 @@ def _objective(out: Any, seed: int) -> Tensor:
 
 
 def _timed(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """In seconds of this thread's processor time, which a busy machine does not change."""
+    """Run, and measure the time in seconds of this thread's CPU time, which does not depend on how busy the machine
+    is."""
     began = time.thread_time()
     out = run(*args)
     return time.thread_time() - began, out

@@ -1,4 +1,4 @@
-"""The proof for many models: each in processes of its own, so that none can take the others with it."""
+"""Proofs of many models, each in its own processes, so that a crash in one cannot stop the others."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ import torch
 from ..engine.folder import read_json, write_json
 from . import catalog, proof
 
-Row = dict[str, Any]  # family, passed; of a model that passed the figures of `proof.Proof`, else the failure
+Row = dict[str, Any]  # family, passed; then the figures of `proof.Proof`, or the failure
 
 
 def prove_all(
     names: Iterable[str], results: Path, *, seconds: float = 600.0, memory_gb: float = 16.0, again: bool = False
 ) -> Iterator[tuple[str, Row]]:
-    """Prove models one after another and write each row into `results` as soon as it is there.
+    """Prove models one after another and write each row into `results` as soon as it is known.
 
     Args:
-        results: a JSON file. Models that it holds are yielded as they are, so that an interrupted run resumes.
-        seconds, memory_gb: what one model may take; more is a failure of this model.
-        again: also the models that `results` holds.
+            results: a JSON file. Models that it already holds are yielded unchanged, so that an interrupted run
+                resumes.
+            seconds, memory_gb: the limits for one model; exceeding them counts as a failure of this model.
+            again: also prove the models that `results` holds.
     """
     content = read_json(results) if results.exists() else {"models": {}}
     for name in names:
@@ -60,7 +61,7 @@ def prove_one(name: str, *, seconds: float = 600.0, memory_gb: float = 16.0) -> 
 def isolated(
     work: Callable[..., Any], *args: Any, seconds: float, memory_gb: float
 ) -> tuple[Any, None] | tuple[None, str]:
-    """Run `work(*args)` in a process of its own. Returns its value, or why there is none."""
+    """Run `work(*args)` in its own process. Returns its value, or the reason why there is none."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":  # the libraries are imported once
@@ -89,7 +90,7 @@ def _inside(pipe: Connection, memory_gb: float, work: Callable[..., Any], args: 
 
         limit = int(memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+    with contextlib.suppress(BrokenPipeError):  # the parent no longer waits
         try:
             pipe.send((work(*args), None))
         except BaseException as error:

@@ -1,5 +1,5 @@
-"""The effect of each operation on units, one small function per kind of operation. Every file of this folder is read,
-so a new file needs no entry elsewhere."""
+"""The effect of each operation on units, one small function per kind of operation. Every file of this folder is
+imported, so a new file needs no entry elsewhere."""
 
 from importlib import import_module
 from pkgutil import iter_modules

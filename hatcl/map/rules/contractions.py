@@ -1,5 +1,5 @@
-"""Contractions: a weight's rows write units of their own, its columns read those of what it multiplies. Where both
-sides are activations, the labels that are summed over are coupled."""
+"""Contractions: a weight's rows write units of their own, and its columns read the units of its input. If both sides
+are activations, the labels along the summed dimension are coupled."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _multiplied(call: Call, coupling: Coupling, a: Tensor, b: Tensor) -> Shadow:
 
 def contract(coupling: Coupling, left: Shadow, right: Shadow, k: int) -> Shadow:
     """Multiply and sum over dimension `k` of the common frame."""
-    if left.of_parameters and right.of_parameters:  # learned queries: what a weight multiplies is data
+    if left.of_parameters and right.of_parameters:  # learned queries: the input of a weight is data
         left = Shadow(tuple(coupling.as_activation(left.slots, {k})))
     if not left.of_parameters and not right.of_parameters:
         for x in (*left.slots, *right.slots):
@@ -75,8 +75,8 @@ def contract(coupling: Coupling, left: Shadow, right: Shadow, k: int) -> Shadow:
 
 
 def with_bias(coupling: Coupling, result: Shadow, bias: Tensor, place: Callable[[Tensor], Tensor]) -> Shadow:
-    """Add a bias: its labels take the units that they meet, and its fold is pending with the weight's. place: its
-    labels over the output."""
+    """Add a bias: its labels take the units that they meet, and its fold is pending together with the weight's. place:
+    gives the bias's labels over the output."""
     s = coupling.shadow(bias)
     if s is None and not bias.is_meta and not bool((bias != 0).any()):
         return result
@@ -94,9 +94,9 @@ def with_bias(coupling: Coupling, result: Shadow, bias: Tensor, place: Callable[
     return Shadow(tuple(slots), pending=frozenset(pending))
 
 
-@rule("_grouped_mm", "grouped_mm_fallback")  # torch's, and what transformers puts in its place
+@rule("_grouped_mm", "grouped_mm_fallback")  # torch's, and the replacement in transformers
 def grouped(call: Call, coupling: Coupling) -> Shadow:
-    """Rows `[M, K]` times the matrix `[E, K, N]` of the expert that each goes to: one matmul as far as units go."""
+    """Rows `[M, K]`, each times its expert's matrix in `[E, K, N]`: for units this is one matmul."""
     x, w = call.args[:2]
     sx, sw = coupling.shadow(x) or Shadow(), coupling.shadow(w) or Shadow()
     if sx.of_parameters or not sw.of_parameters or x.dim() != 2 or w.dim() != 3:
@@ -132,8 +132,8 @@ def embedding(call: Call, coupling: Coupling) -> Shadow:
 
 @rule("mkldnn_rnn_layer")
 def lstm(call: Call, coupling: Coupling) -> Moved:
-    """All steps of a layer in one operation, on a CPU: four rows of each weight are one unit, which the second weight
-    reads. With its rows zero a unit stays zero: its cell is `0.5 c + 0.5 tanh(0)`, from 0 on."""
+    """All steps of a layer in one operation, on a CPU. Four rows of each weight are one unit, and the second weight
+    reads that unit. If these rows are zero, the unit stays zero: its cell is `0.5 c + 0.5 tanh(0)`, starting from 0."""
     x, hidden = call.args[0], call.args[10]
     parts = [coupling.shadow(a) or Shadow() for a in call.args[1:5]]
     state = [coupling.shadow(a) for a in call.args[5:7]]
@@ -168,14 +168,16 @@ def lstm(call: Call, coupling: Coupling) -> Moved:
     "_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention",
 )  # fmt: skip
 def attention(call: Call, coupling: Coupling) -> Moved:
-    """The channels of a head's queries are one unit each with those of its keys; its output carries its values'."""
+    """Each channel of a head's queries is one unit with the same channel of its keys; the output carries the units of
+    its values."""
     queries = call.args[0]
     last = queries.dim() - 1
     heads = queries.shape[last - 2] if last > 1 else 1
 
     def one_position(x: Slot) -> Tensor:
-        """The labels at every position, for each head of the queries: each head of keys and values serves several
-        consecutive query heads if there are more of them (grouped-query and multi-query attention)."""
+        """The labels at every position, for each head of the queries. If there are more query heads than heads of keys
+        and values, each of the latter serves several consecutive query heads (grouped-query and multi-query
+        attention)."""
         ids = coupling.couple_along(x.ids, [last - 1]).narrow(last - 1, 0, 1)
         if last < 2 or ids.shape[last - 2] == heads:
             return ids
@@ -189,5 +191,5 @@ def attention(call: Call, coupling: Coupling) -> Moved:
         for y in k.slots:
             if last in varying(x.ids) and last in varying(y.ids):
                 coupling.couple(one_position(x), one_position(y))
-                coupling.mark("read", x.ids)  # also where a cache gives the keys out
+                coupling.mark("read", x.ids)  # also where a cache returns the keys
     return [Shadow(tuple(replace(x, ids=one_position(x).expand(call.outs[0].shape)) for x in v.slots))]

@@ -1,4 +1,4 @@
-"""Convolutions, also transposed, grouped and depthwise ones."""
+"""Convolutions, including transposed, grouped and depthwise ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .registry import Call, disown, rule
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
 def convolution(call: Call, coupling: Coupling) -> Shadow:
-    """A contraction over channels; the positions of a channel are one unit."""
+    """A contraction over channels; all positions of a channel are one unit."""
     x, w, bias, _, _, _, transposed, _, groups = call.args[:9]
     sx, sw = coupling.shadow(x) or Shadow(), coupling.shadow(w) or Shadow()
     if not sw.of_parameters:
@@ -60,7 +60,8 @@ def convolution(call: Call, coupling: Coupling) -> Shadow:
 
 
 def _computed_weight(coupling: Coupling, sx: Shadow, sw: Shadow, sums: bool) -> Shadow:
-    """Both sides are activations. sums: over all channels, so that those of input and weight are one unit each."""
+    """A convolution of two activations. sums: whether it sums over all channels; then each channel of the input is one
+    unit with the same channel of the weight."""
 
     def channels(ids: Tensor) -> Tensor:
         return ids if ids.dim() == 2 else channels(ids.select(-1, 0))
@@ -74,7 +75,7 @@ def _computed_weight(coupling: Coupling, sx: Shadow, sw: Shadow, sums: bool) -> 
 
 
 def _what_is_read(call: Call, coupling: Coupling, sx: Shadow) -> tuple[list[Slot], list[Slot]]:
-    """The labels of the channels that the weight reads, and the units along positions that a 1x1 convolution passes to
+    """The labels of the channels that the weight reads, and the units along positions that a 1x1 convolution keeps in
     the output."""
     w, stride = call.args[1], call.args[3]
     by_position = all(n == 1 for n in w.shape[2:]) and all(n == 1 for n in stride)
@@ -93,7 +94,7 @@ def _what_is_read(call: Call, coupling: Coupling, sx: Shadow) -> tuple[list[Slot
 
 
 def _own_channels(coupling: Coupling, written: Slot, inputs: Sequence[Slot]) -> None:
-    """A depthwise convolution gives each channel back: what it writes is the unit that it reads."""
+    """A depthwise convolution keeps its channels: the unit that it writes is the unit that it reads."""
     for slot in inputs:
         coupling.own(written, slot.ids)
         if not slot.clean:
@@ -101,7 +102,8 @@ def _own_channels(coupling: Coupling, written: Slot, inputs: Sequence[Slot]) -> 
 
 
 def _read_groups(coupling: Coupling, w: Tensor, p: Slot, inputs: Sequence[Slot], groups: int, channels: int) -> None:
-    """In a grouped convolution element (o, j) reads input channel `group(o) * width + j`: one joint axis for both."""
+    """In a grouped convolution, element (o, j) reads input channel `group(o) * width + j`: o and j share one joint
+    axis."""
     axes = coupling.labels.axes_of(flat_ids(p.ids))
     if len(axes) != 1:
         coupling.drop(p)

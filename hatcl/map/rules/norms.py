@@ -17,8 +17,8 @@ from .registry import Call, Moved, rule
     "_batch_norm_no_update", "_batch_norm_with_update", "batch_norm", "miopen_batch_norm", reads=False,
 )  # fmt: skip
 def batch_norm(call: Call, coupling: Coupling) -> Moved:
-    """Takes the gate into its own weight and bias, so that what is pending on its input need not act: it would cancel a
-    factor in front of it."""
+    """A batch norm takes the gate into its own weight and bias and would cancel a factor in front of it. So the folds
+    that are pending on its input need not act."""
     given, (w, b) = call.args[0], (coupling.shadow(a) for a in call.args[1:3])
     x = coupling.shadow(given) or Shadow()
     w, b = (s and s.map(lambda ids: placed(ids, 1, given.shape)) for s in (w, b))
@@ -40,7 +40,8 @@ def batch_norm(call: Call, coupling: Coupling) -> Moved:
 
 
 def _takes_gate(coupling: Coupling, slot: Slot, affine: tuple[Shadow | None, ...]) -> bool:
-    """Fold the gate into the weight and the bias that meet these units. Is there one?"""
+    """Fold the gate into the weight and the bias that meet these units. Returns whether there is a weight or a bias to
+    fold it into."""
     found = False
     for s in affine:
         mine = coupling.adopt(slot.ids, s.slots) if s is not None and s.of_parameters else None
@@ -53,7 +54,7 @@ def _takes_gate(coupling: Coupling, slot: Slot, affine: tuple[Shadow | None, ...
 
 def _standardised(coupling: Coupling, x: Shadow, w: Shadow | None, b: Shadow | None) -> Shadow:
     """A weight normalised by `F.batch_norm`: scaling it cancels, scaling its gain does not."""
-    # over what it reads: with a task, over the units that are on (`ParameterPlan.standardised`)
+    # with a task, it is normalised over those of its inputs that are on (`ParameterPlan.standardised`)
     alone = len(x.sources) == 1 and all(slot.folds is not None for slot in x.slots)
     if alone:
         coupling.found.standardised |= x.sources
@@ -74,7 +75,7 @@ def _standardised(coupling: Coupling, x: Shadow, w: Shadow | None, b: Shadow | N
 
 @rule("native_group_norm")
 def group_norm(call: Call, coupling: Coupling) -> Moved:
-    """Statistics over channels and positions; the affine parameters run along the channels."""
+    """A group norm takes its statistics over channels and positions; its affine parameters run along the channels."""
     shape = call.args[0].shape
     w, b = (coupling.shadow(a) for a in call.args[1:3])
     for slot in (coupling.shadow(call.args[0]) or Shadow()).slots:
@@ -85,7 +86,8 @@ def group_norm(call: Call, coupling: Coupling) -> Moved:
 
 @rule("native_layer_norm", "_fused_rms_norm")
 def layer_norm(call: Call, coupling: Coupling) -> Moved:
-    """Statistics over the last dimensions, along which the affine parameters run. An RMS norm has no bias."""
+    """A layer norm takes its statistics over the last dimensions, and its affine parameters run along them. An RMS norm
+    has no bias."""
     shape = call.args[0].shape
     w, b = coupling.shadow(call.args[2]), coupling.shadow(call.args[3]) if call.name == "native_layer_norm" else None
     over = range(len(shape) - len(call.args[1]), len(shape))
@@ -96,7 +98,7 @@ def _normalised(
     call: Call, coupling: Coupling, over: Collection[int], w: Shadow | None, b: Shadow | None,
     place: Callable[[Tensor], Tensor],
 ) -> list[Shadow]:  # fmt: skip
-    """A norm with statistics over the dimensions `over`. place: an affine parameter's labels over the input."""
+    """A norm with statistics over the dimensions `over`. place: gives an affine parameter's labels over the input."""
     x, own, over = coupling.shadow(call.args[0]) or Shadow(), coupling.in_norm, set(over)
     if x.of_parameters:
         x = Shadow(tuple(coupling.as_activation(x.slots, over)))
@@ -117,7 +119,8 @@ def _normalised(
 
 @rule("_weight_norm_interface")
 def weight_norm(call: Call, coupling: Coupling) -> Moved:
-    """`g * v / |v|` with one norm per index of `dim`: an index's elements hang together, whatever they read."""
+    """`g * v / |v|` with one norm per index of `dim`: all elements of an index depend on each other, whichever units
+    they read."""
     v, g = (coupling.shadow(a) or Shadow() for a in call.args[:2])
     dim = call.args[2] if len(call.args) > 2 else 0
     kept = []

@@ -1,7 +1,7 @@
-"""Elementwise operations: what meets in an element is one unit.
+"""Elementwise operations: the labels that meet in an element are one unit.
 
-Whether an off unit stays exactly zero through an operation is not listed but tried: the operation is run on single
-numbers with zeros where an off unit would be.
+Whether an off unit stays exactly zero through an operation is not listed but tested: the operation runs on single
+numbers, with zeros for the off unit.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..coupling import Coupling
 from ..shadow import ParameterAxis, Shadow, Slot, small, varying
 from .registry import Call, rule
 
-Wide = Sequence[Shadow | None]  # the shadow of each argument, as it broadcasts over the output
+Wide = Sequence[Shadow | None]  # the shadow of each argument, broadcast over the output
 FAILS = (RuntimeError, TypeError, IndexError, ValueError)  # single numbers do not fit
 
 
 @dataclass
 class _Meeting:
-    """Slots of activations that run along the same dimensions, and the parameters' slots that meet them there, by
+    """The slots of activations that run along the same dimensions, and the slots of parameters that meet them there, by
     argument. ids: the labels of the output."""
 
     ids: Tensor
@@ -44,7 +44,7 @@ class _Meeting:
     "log_sigmoid_forward", "rrelu_with_noise",
 )  # fmt: skip
 def pointwise(call: Call, coupling: Coupling) -> Shadow:
-    """Labels that meet along the same dimensions are coupled; a parameter takes the unit of what it meets."""
+    """Couple the labels that meet along the same dimensions; a parameter takes the unit that it meets."""
     shape = next(x for x in call.outs if isinstance(x, Tensor)).shape
     wide = [s and s.map(lambda ids: ids.expand(shape)) for s in call.shadows]
     if not any(s is not None and not s.of_parameters for s in wide):
@@ -69,7 +69,7 @@ def pointwise(call: Call, coupling: Coupling) -> Shadow:
 
 
 def _told_apart(x: Tensor, s: Shadow | None, ids: Tensor) -> set[int]:
-    """The dimensions along which these labels meet, in `x`, values that are no unit's and differ (the angles of a
+    """The dimensions along which these labels meet different values of `x` that belong to no unit (the angles of a
     rotation)."""
     own = {d for slot in (s.slots if s is not None else ()) for d in varying(slot.ids)}
     wide = {d: d - ids.dim() for d in varying(ids) if d - ids.dim() >= -x.dim() and d not in own}
@@ -94,7 +94,8 @@ def _met(coupling: Coupling, wide: Wide) -> list[_Meeting]:
 
 
 def _gated(call: Call, coupling: Coupling, m: _Meeting) -> bool:
-    """Is the output zero where its unit is off, if need be by folds on the parameters that it is computed from?"""
+    """Is the output zero where its unit is off? Where necessary, this folds the gate into the parameters of the
+    operation."""
     zero = m.zero()
     if _stays_zero(call, zero):
         return True
@@ -102,16 +103,16 @@ def _gated(call: Call, coupling: Coupling, m: _Meeting) -> bool:
         for slot in m.owners.values():
             coupling.fold(slot)
         return True
-    for slot in m.owners.values():  # neither zero nor foldable: a copy per task
+    for slot in m.owners.values():  # folding does not make the output zero: a copy per task
         coupling.drop(slot)
     return False
 
 
 def _stays_zero(call: Call, zero: Collection[int]) -> bool:
-    """Is the output zero, whatever the other arguments are, where these are zero?"""
+    """Is the output zero where these arguments are zero, for any values of the other arguments?"""
     if not zero:
         return False
-    for seed in range(4):  # positive numbers, then negative ones; what is true and false in turn
+    for seed in range(4):  # positive, then negative numbers; booleans alternate
         outs = _tried(call, zero, seed)
         if outs is None or any(bool((x != 0).any()) or not bool(torch.isfinite(x).all()) for x in outs):
             return False
@@ -119,7 +120,8 @@ def _stays_zero(call: Call, zero: Collection[int]) -> bool:
 
 
 def _tried(call: Call, zero: Collection[int], seed: int) -> list[Tensor] | None:
-    """The operation's outputs on single numbers, zero in these arguments; None where it takes none."""
+    """The operation's outputs on single numbers, with zero for these arguments; None if it does not accept such
+    numbers."""
     rng = np.random.default_rng(seed)
     sign = 1 if seed < 2 else -1
     values: list[Any] = []
@@ -142,8 +144,8 @@ def _tried(call: Call, zero: Collection[int], seed: int) -> list[Tensor] | None:
 
 
 def _of_parameters(call: Call, coupling: Coupling, wide: Wide) -> Shadow:
-    """Elementwise maths on parameters alone (weight standardisation, gains): the labels are passed on, and so are the
-    axes along which the value could be scaled."""
+    """Elementwise maths on parameters alone (weight standardisation, gains): the output keeps the labels, and the axes
+    along which its value can be scaled."""
     groups: list[list[tuple[int, Slot]]] = []
     for i, s in enumerate(wide):
         for slot in s.slots if s is not None else ():
@@ -164,7 +166,7 @@ def _of_parameters(call: Call, coupling: Coupling, wide: Wide) -> Shadow:
 
 
 def _folds(call: Call, wide: Wide, axes: dict[int, frozenset[ParameterAxis]]) -> frozenset[ParameterAxis] | None:
-    """The axes by which the output is scaled once. axes: those of each argument."""
+    """The axes that scale the output exactly once. axes: those of each argument."""
     folds = None
     for i, mine in axes.items():
         others = frozenset().union(*[s.sources for j, s in enumerate(wide) if s is not None and j != i])

@@ -1,4 +1,5 @@
-"""Operations along dimensions: reductions, softmax and its kin, pooling. Over differing units they forget them."""
+"""Operations along dimensions: reductions, softmax and similar ones, pooling. Over different units they lose track of
+the units."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from ..coupling import Coupling
 from ..shadow import Shadow, Slot, reshape, varying
 from .registry import Call, Moved, disown, rule
 
-LINEAR = {"mean", "sum", "amax", "amin", "linalg_vector_norm", "norm"}  # scaled as what they run over
+LINEAR = {"mean", "sum", "amax", "amin", "linalg_vector_norm", "norm"}  # their result scales with their input
 DIM_BY_PLACE = {"max", "min", "argmax", "argmin", "any", "all", "prod", "median"}
-NOT_ZERO = {"logsumexp", "argmax", "argmin", "all"}  # of zeros
+NOT_ZERO = {"logsumexp", "argmax", "argmin", "all"}  # for an input of zeros
 
 
 @rule(
@@ -20,7 +21,8 @@ NOT_ZERO = {"logsumexp", "argmax", "argmin", "all"}  # of zeros
     "logsumexp", "prod", "argmax", "argmin", "any", "all", "median",
 )  # fmt: skip
 def reduce(call: Call, coupling: Coupling) -> Shadow:
-    """A unit stays where a reduction runs within it. Branches that are added share their channels, one unit each."""
+    """A unit is kept if the reduction runs within it. Branches that are added share their channels, and each channel is
+    one unit."""
     s = call.shadows[0]
     if s is None:
         return Shadow()
@@ -68,7 +70,7 @@ def _dims(call: Call) -> list[int]:
     "_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "logcumsumexp", "_safe_softmax", "softmax", "log_softmax"
 )
 def softmax(call: Call, coupling: Coupling) -> Moved:
-    """Softmax and its kin keep positions, but nothing that was zero stays zero."""
+    """Softmax and similar operations keep positions, but zeros do not stay zero."""
     s = call.shadows[0]
     if s is None:
         return None
@@ -114,7 +116,7 @@ def pool3d(call: Call, coupling: Coupling) -> Moved:
 
 def within_channels(call: Call, coupling: Coupling, dims: int) -> Shadow | None:
     """The result over a channel's positions (the last `dims` dimensions) belongs to the channel, and is zero if they
-    are. Positions that belong to different units lose their units."""
+    are. Positions that belong to different units lose them."""
     s = call.shadows[0]
     if s is None:
         return None

@@ -1,4 +1,4 @@
-"""The rules by the operation that they are for, and what a rule is given."""
+"""The table of rules by operation, and the arguments of a rule."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Call:
     Attributes:
         func: the operation (an overload of an ATen operation, or of a library's own).
         args, kwargs: its arguments.
-        flat: all arguments one after another, those in lists too. spec: how they are put together again.
-        shadows: the shadow of each of `flat`; None for constants and for what is no tensor.
+            flat: all arguments in one list, including those within lists. spec: how to put them together again.
+            shadows: the shadow of each of `flat`; None for constants and for anything that is not a tensor.
         out: its output.
     """
 
@@ -38,7 +38,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The operation's name without its library; an in-place operation has the name of the one that is not."""
+        """The operation's name without its library; an in-place operation has the name of the ordinary one."""
         return _operation(self.func)[0]
 
     @property
@@ -48,11 +48,11 @@ class Call:
 
     @cached_property
     def outs(self) -> list[Any]:
-        """Its outputs one after another."""
+        """Its outputs as one list."""
         return tree_flatten(self.out)[0]
 
     def argument(self, at: int, name: str, default: Any) -> Any:
-        """An argument that may be given by its place or by its name."""
+        """An argument given by position or by name."""
         return self.args[at] if len(self.args) > at else self.kwargs.get(name, default)
 
     def on(self, flat: Sequence[Any]) -> list[Any]:
@@ -61,8 +61,8 @@ class Call:
         return tree_flatten(self.func(*args, **kwargs))[0]
 
     def on_labels(self, ids: Tensor) -> list[Tensor]:
-        """The outputs of the same operation on the labels of its first argument. Other tensors (indices) follow the
-        labels to the CPU."""
+        """The outputs of the same operation on the labels of its first argument. Other tensors (indices) are moved to
+        the CPU, where the labels are."""
         rest = [v.cpu() if isinstance(v, Tensor) else v for v in self.flat[1:]]
         args, kwargs = tree_unflatten([ids, *rest], self.spec)
         return tree_flatten(apply_as_is(self.func, args, kwargs, [ids]))[0]
@@ -70,20 +70,21 @@ class Call:
 
 @cache
 def _operation(func: Any) -> tuple[str, bool]:
-    """An operation's name without its library and without the mark of an in-place operation; is it one?"""
+    """An operation's name without its library and without the mark of an in-place operation, and whether it is
+    in-place."""
     name: str = func._schema.name.partition("::")[2]
     inplace = name.endswith("_") and not name.startswith("__")
     return name.removesuffix("_") if inplace else name, inplace
 
 
-# One shadow for every output, or one for each (outputs that are left out carry nothing); None: nothing is carried.
+# One shadow for every output, or one each (None: that output carries no units); None alone: no output carries units.
 Moved = Shadow | Sequence[Shadow | None] | None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """apply: couples the labels that meet in an operation, and gives the shadows of its outputs. reads: whether the
-    operation reads its inputs' values gated, so that what is pending on them acts."""
+    """apply: couples the labels that meet in an operation, and returns the shadows of its outputs. reads: whether the
+    operation reads its inputs gated, so that their pending folds act."""
 
     apply: Callable[[Call, Coupling], Moved]
     reads: bool = True
@@ -95,19 +96,19 @@ TRACE_RULES: dict[str | torch.Tag, Rule] = {}
 def rule(
     *operations: str | torch.Tag, reads: bool = True
 ) -> Callable[[Callable[[Call, Coupling], Moved]], Callable[[Call, Coupling], Moved]]:
-    """Say what operations do to units.
+    """Register a rule: the effect of some operations on units.
 
-    The decorated function takes the `Call` and the trace's `Coupling`. It couples labels by the verbs of `Coupling`
-    and returns the shadow of the outputs. It takes the place of an earlier rule for the same operation.
+    The decorated function takes the `Call` and the trace's `Coupling`. It couples labels with the methods of `Coupling`
+    and returns the shadow of the outputs. It replaces an earlier rule for the same operation.
 
     Args:
-        operations: names without their library (`"mm"` for `aten::mm`; `"relu"` is `relu_` too), or torch's tags for
-            all operations that no rule names.
-        reads: False where values only move or are computed with elsewhere, so that a fold can still be taken over by
-            what comes next.
+            operations: names without their library (`"mm"` for `aten::mm`; `"relu"` includes `relu_`), or torch's tags
+                for all operations that no rule names.
+            reads: False if the operation only moves values, or if another operation computes with them, so that this
+                later operation can still take over a fold.
 
     Raises:
-        ConfigError: no operation is named, or one with its library.
+            ConfigError: no operation is named, or a name includes its library.
 
     Example::
 
@@ -129,16 +130,16 @@ def rule(
 
 
 def apply_rule(call: Call, coupling: Coupling) -> Moved:
-    """The shadows of an operation's outputs, by the rule for its name, else for one of its tags, else as `unknown`."""
+    """The shadows of an operation's outputs, by the rule for its name, else for one of its tags, else by `unknown`."""
     found = TRACE_RULES.get(call.name) or next((TRACE_RULES[t] for t in call.func.tags if t in TRACE_RULES), UNKNOWN)
     if found.reads:
-        for shadow in call.shadows:  # whatever reads a value, in whichever argument, reads it gated
+        for shadow in call.shadows:  # an operation reads the values of all its arguments gated
             coupling.commit(shadow)
     return found.apply(call, coupling)
 
 
 def unknown(call: Call, coupling: Coupling) -> Shadow:
-    """An operation that no rule knows: its output belongs to no unit, and parameters get a copy per task."""
+    """The rule for unknown operations: the output belongs to no unit, and parameters get a copy per task."""
     for shadow in call.shadows:
         if shadow is not None:
             coupling.commit(shadow)
@@ -152,7 +153,7 @@ def unknown(call: Call, coupling: Coupling) -> Shadow:
 
 
 def disown(shadow: Shadow, coupling: Coupling) -> Shadow:
-    """Parameters that go where no unit can be followed: each gets a copy per task."""
+    """Give each of these parameters a copy per task, because the trace cannot follow their units here."""
     for slot in shadow.slots:
         coupling.drop(slot)
     return Shadow()

@@ -19,20 +19,20 @@ from .registry import Call, Moved, rule, unknown
     reads=False,
 )  # fmt: skip
 def fresh(call: Call, coupling: Coupling) -> None:
-    """Takes no values from its inputs, at most their shape."""
+    """The output takes no values from the inputs, at most their shape."""
 
 
 @rule(
     "clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy", "positive", "to", "lift", "_conj", reads=False
 )
 def identity(call: Call, coupling: Coupling) -> Moved:
-    """The values where they are."""
+    """The output has the values of the input in the same places."""
     return call.shadows[0]
 
 
 @rule("as_strided", reads=False)
 def as_strided(call: Call, coupling: Coupling) -> Moved:
-    """Known where only the memory format changes."""
+    """The units are known only if nothing but the memory format changes."""
     same_shape = tuple(call.args[1]) == tuple(call.args[0].shape)
     return call.shadows[0] if same_shape else unknown(call, coupling)
 
@@ -45,7 +45,7 @@ def copy(call: Call, coupling: Coupling) -> Shadow:
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", reads=False)
 def view(call: Call, coupling: Coupling) -> Moved:
-    """Another shape for the same values; a parameter's labels are settled, since its slots are distinguished by their
+    """The same values in another shape. A parameter's labels are settled, since its slots are told apart by their
     dimensions."""
     s = call.shadows[0]
     if s is None:
@@ -70,7 +70,7 @@ def expand(call: Call, coupling: Coupling) -> Moved:
     "alias_copy", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "im2col", reads=False,
 )  # fmt: skip
 def move(call: Call, coupling: Coupling) -> Moved:
-    """The operation acts on the labels as on the values."""
+    """The operation moves the labels as it moves the values."""
     s = call.shadows[0]
     if _picks_unknown(call):
         return unknown(call, coupling)
@@ -79,7 +79,7 @@ def move(call: Call, coupling: Coupling) -> Moved:
 
 @rule("index", "gather", "index_select", reads=False)
 def index(call: Call, coupling: Coupling) -> Moved:
-    """Values picked by index. Units in the index alone are forgotten."""
+    """Values selected by an index. Units that only the index carries are lost."""
     if call.shadows[0] is None and not _picks_unknown(call):
         return unknown(call, coupling) if any(s and s.slots for s in call.shadows[1:]) else Shadow()
     return move(call, coupling)
@@ -87,7 +87,7 @@ def index(call: Call, coupling: Coupling) -> Moved:
 
 @rule("constant_pad_nd", reads=False)
 def pad(call: Call, coupling: Coupling) -> Moved:
-    """A border belongs to its channel; it is zero where the unit is off if it is zero."""
+    """A border belongs to its channel. It is zero when the unit is off if its value is zero."""
     s = call.shadows[0]
     if s is None:
         return None
@@ -106,7 +106,7 @@ def pad(call: Call, coupling: Coupling) -> Moved:
 
 
 def _picks_unknown(call: Call) -> bool:
-    """Are there tensors without values among the arguments, so that nobody knows what is picked?"""
+    """Does an argument lack values (a meta tensor), so that the selected elements are unknown?"""
     return any(isinstance(x, Tensor) and x.is_meta for x in call.flat[1:])
 
 
@@ -117,13 +117,13 @@ def _on_labels(call: Call, slot: Slot) -> list[Slot]:
 
 
 def _for_outputs(call: Call, s: Shadow, moved: Sequence[Sequence[Slot]]) -> list[Shadow]:
-    """The outputs' shadows. moved: for each slot of the input, those of the outputs."""
+    """The outputs' shadows. moved: for each slot of the input, the slots of the outputs."""
     return [replace(s, slots=tuple(slots[i] for slots in moved)) for i in range(len(call.outs))]
 
 
 @rule("index_put", reads=False)
 def index_put(call: Call, coupling: Coupling) -> Shadow:
-    """Values are put where an index says."""
+    """Values are written to the places that an index names."""
     target, where, source = call.args[:3]
     x, values = coupling.shadow(target) or Shadow(), coupling.shadow(source) or Shadow()
     where = [None if i is None else i.cpu() for i in where]
@@ -156,14 +156,14 @@ def cat(call: Call, coupling: Coupling) -> Shadow:
 
 @dataclass
 class _Row:
-    """Slots of the parts that become one slot. dims: the dimensions along which they run."""
+    """Slots of the joined tensors that become one slot of the result. dims: the dimensions along which they run."""
 
     slots: list[Slot | None]
     dims: set[int]
 
 
 def _join(coupling: Coupling, parts: list[Shadow | None], shapes: list[Sequence[int]], dim: int, out: Tensor) -> Shadow:
-    """Concatenate shadows; slots are matched by the dimensions they run along, `dim` itself aside."""
+    """Concatenate shadows; slots are matched by the dimensions along which they run, except `dim`."""
     given = [s for s in parts if s is not None]
     acts = any(not s.of_parameters for s in given)
     rows = _in_rows([s if s is not None and not (acts and s.of_parameters) else None for s in parts], dim)
@@ -192,7 +192,7 @@ def _in_rows(parts: list[Shadow | None], dim: int) -> list[_Row]:
 
 
 def _take_in(coupling: Coupling, rows: list[_Row], parts: list[Shadow | None], dim: int) -> None:
-    """A parameter next to activations (a class token): its labels along their dimensions become its units."""
+    """A parameter that is joined to activations (a class token): its labels along their dimensions become its units."""
     for i, s in enumerate(parts):
         if s is None or not s.of_parameters:
             continue
@@ -207,7 +207,7 @@ def _take_in(coupling: Coupling, rows: list[_Row], parts: list[Shadow | None], d
 
 
 def _one_slot(row: _Row, shapes: list[Sequence[int]], dim: int, out: Tensor) -> Slot:
-    """One slot of the output. A part without one is always on there."""
+    """One slot of the output. It is always on in the parts that have no slot."""
     constant = [
         d for d in range(out.dim()) if d != dim and all(f is None or d not in varying(f.ids) for f in row.slots)
     ]
