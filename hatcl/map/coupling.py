@@ -53,22 +53,21 @@ class Trace:
     """The results of one run of the model.
 
     Attributes:
-            labels: every label, coupled, with its roles.
-            first: for each axis of a parameter, its first label.
-            joint: for the weight of each grouped convolution: its view by groups, the shape in which the labels that it
-                reads broadcast over that view, and the first of those labels.
-            folds: where a parameter is multiplied by the gate of the unit that it writes.
-            read_dirty: where a weight reads a unit that is not zero when off. The weight is multiplied there by that
-                unit's gate.
-            outputs: the labels that the model's outputs carry.
-            norms: the input of each norm.
-            mixing: the input of every other module without children that reduces over units, and so may be a norm.
-            seen: the parameters that the forward used.
-            standardised: the weights that a batch norm of their own normalises before use.
-            notes: by module path, what the trace could not follow and what it did instead.
-            places: pairs of labels and the place where each label was met, for dimensions whose indices are computed
-                apart.
-            units: the unit number of each label, once `resolve` has numbered the units.
+        labels: every label, coupled, with its roles.
+        first: for each axis of a parameter, its first label.
+        joint: for the weight of each grouped convolution: its view by groups, the shape in which the labels that it
+            reads broadcast over that view, and the first of those labels.
+        folds: where a parameter is multiplied by the gate of the unit that it writes.
+        read_dirty: where a weight reads a unit that is not zero when off. The weight is multiplied there by that unit's
+            gate.
+        outputs: the labels that the model's outputs carry.
+        norms: the input of each norm.
+        mixing: the input of every other module without children that reduces over units, and so may be a norm.
+        seen: the parameters that the forward used.
+        standardised: the weights that a batch norm of their own normalises before use.
+        notes: by module path, what the trace could not follow and what it did instead.
+        places: pairs of labels and the place where each label was met, for dimensions whose indices are computed apart.
+        units: the unit number of each label, once `resolve` has numbered the units.
     """
 
     labels: Labels = field(default_factory=Labels)

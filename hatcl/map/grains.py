@@ -43,9 +43,9 @@ class Grain:
     """A partition of the elements of some tensors.
 
     Attributes:
-            name: as given to `make_grain`. size: the number of groups, `G`.
-            shapes: the shapes of the tensors that take part. labels: the names of the groups, where they have names.
-            index: tensor name -> function that computes its group numbers; they broadcast over the tensor.
+        name: as given to `make_grain`. size: the number of groups, `G`.
+        shapes: the shapes of the tensors that take part. labels: the names of the groups, where they have names.
+        index: tensor name -> function that computes its group numbers; they broadcast over the tensor.
     """
 
     name: str
@@ -102,10 +102,10 @@ def make_grain(name: str, shapes: Shapes, unit_map: UnitMap | None = None, seed:
     """A grain over tensors of these shapes.
 
     Args:
-            unit_map: the map, for `unit`. seed: seed of the random parts, for `partition:K`.
+        unit_map: the map, for `unit`. seed: seed of the random parts, for `partition:K`.
 
     Raises:
-            ConfigError: the grain is unknown, or `shapes` has nothing that it could group.
+        ConfigError: the grain is unknown, or `shapes` has nothing that it could group.
     """
     sized = {n: tuple(int(i) for i in s) for n, s in shapes.items()}
     kind, colon, arg = name.partition(":")

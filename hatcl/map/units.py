@@ -118,14 +118,13 @@ class UnitMap:
             excluded.
         entries: one per parameter name.
         folds: for (module path, parameter name), the factors to multiply by the gate where that module uses it.
-            outputs: for module path, the units whose gate multiplies its output instead of its weight.
-            norms: for module path, the norm's input.
-            notes: by module path, what the trace could not follow and what it did instead.
-            buffers: for module path, the buffers that a forward writes, so that every task has its own.
-            states: for module path, other state that a forward changes (see `hat/layers/state.py`).
-            places: `[U]`; units with different numbers are computed apart (heads of an attention, groups of a
-                convolution), so that one cannot replace the other. None: the map was written by a version that did not
-                record this.
+        outputs: for module path, the units whose gate multiplies its output instead of its weight.
+        norms: for module path, the norm's input.
+        notes: by module path, what the trace could not follow and what it did instead.
+        buffers: for module path, the buffers that a forward writes, so that every task has its own.
+        states: for module path, other state that a forward changes (see `hat/layers/state.py`).
+        places: `[U]`; units with different numbers are computed apart (heads of an attention, groups of a convolution),
+            so that one cannot replace the other. None: the map was written by a version that did not record this.
     """
 
     num_units: int
@@ -239,7 +238,7 @@ def resolve(found: Trace, model: nn.Module, copied: Collection[str] = ()) -> Uni
     adapters' pairs.
 
     Args:
-            copied: parameters that belong to the task whichever unit owns them (the affine parameters of norms).
+        copied: parameters that belong to the task whichever unit owns them (the affine parameters of norms).
     """
     labels = found.labels
     roots = labels.find(np.arange(len(labels.parent)))

@@ -198,9 +198,9 @@ class Known:
     """A model that can be made from its name.
 
     Attributes:
-            family: timm's module (`resnet`), `torchvision/` and its module, or the `hf/` name.
-            make: returns the plain model with random weights, and example inputs.
-            recipe: how `hatcl.from_pretrained` makes the plain model again, if the name alone determines it.
+        family: timm's module (`resnet`), `torchvision/` and its module, or the `hf/` name.
+        make: returns the plain model with random weights, and example inputs.
+        recipe: how `hatcl.from_pretrained` makes the plain model again, if the name alone determines it.
     """
 
     name: str
@@ -227,10 +227,10 @@ def find(pattern: str = "*", family: str | None = None) -> list[str]:
 
 
 def known(name: str) -> Known:
-    """The model with a name.
+    """The model with this name.
 
     Raises:
-            ConfigError: the name is not in the catalog; the message names the nearest one.
+        ConfigError: the name is not in the catalog; the message names the nearest one.
     """
     kind, _, rest = name.rpartition("/")
     if kind == "hf" and rest in HF:

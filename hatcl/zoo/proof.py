@@ -40,13 +40,13 @@ class Proof:
     """Figures of a model that passed.
 
     Attributes:
-            known: share of the parameters' elements whose owner and reader are known (`UnitMap.known`). unknown: for
-                the others, reason -> share. notes: what the trace could not follow, each text once.
-            shares: as in `hatcl.Description`. use: share of the units that each task uses.
-            extracted: mean share of the elements that the extracted tasks keep. difference: their largest difference
-                from the model, relative to the largest output. full: the number of modules in them that keep units at
-                full width.
-            forward_seconds, trace_seconds, seconds: times of one plain forward, of the trace, and of the whole proof.
+        known: share of the parameters' elements whose owner and reader are known (`UnitMap.known`). unknown: for the
+            others, reason -> share. notes: what the trace could not follow, each text once.
+        shares: as in `hatcl.Description`. use: share of the units that each task uses.
+        extracted: mean share of the elements that the extracted tasks keep. difference: their largest difference from
+            the model, relative to the largest output. full: the number of modules in them that keep units at full
+            width.
+        forward_seconds, trace_seconds, seconds: times of one plain forward, of the trace, and of the whole proof.
     """
 
     parameters: int
@@ -81,10 +81,10 @@ def prove(source: nn.Module, inputs: Any, folder: Path, recipe: dict[str, Any] |
     which the heads of grouped keys stay grouped.
 
     Args:
-            source: the plain model; the proof changes it. recipe: how `hatcl.from_pretrained` makes it again.
+        source: the plain model; the proof changes it. recipe: how `hatcl.from_pretrained` makes it again.
 
     Raises:
-            ProofFailed: says what does not hold. Errors of conversion and learning are passed on.
+        ProofFailed: says what does not hold. Errors of conversion and learning are passed on.
     """
     began = time.perf_counter()
     before = _model_digest(source)
@@ -214,8 +214,7 @@ def _objective(out: Any, seed: int) -> Tensor:
 
 
 def _timed(run: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """Run, and measure the time in seconds of this thread's CPU time, which does not depend on how busy the machine
-    is."""
+    """The seconds of CPU time that a run takes in this thread, which a busy machine does not change, and its value."""
     began = time.thread_time()
     out = run(*args)
     return time.thread_time() - began, out

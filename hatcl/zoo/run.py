@@ -27,10 +27,9 @@ def prove_all(
     """Prove models one after another and write each row into `results` as soon as it is known.
 
     Args:
-            results: a JSON file. Models that it already holds are yielded unchanged, so that an interrupted run
-                resumes.
-            seconds, memory_gb: the limits for one model; exceeding them counts as a failure of this model.
-            again: also prove the models that `results` holds.
+        results: a JSON file. Models that it already holds are yielded unchanged, so that an interrupted run resumes.
+        seconds, memory_gb: the limits for one model; exceeding them counts as a failure of this model.
+        again: also prove the models that `results` holds.
     """
     content = read_json(results) if results.exists() else {"models": {}}
     for name in names:

@@ -23,8 +23,8 @@ class Call:
     Attributes:
         func: the operation (an overload of an ATen operation, or of a library's own).
         args, kwargs: its arguments.
-            flat: all arguments in one list, including those within lists. spec: how to put them together again.
-            shadows: the shadow of each of `flat`; None for constants and for anything that is not a tensor.
+        flat: all arguments in one list, including those within lists. spec: how to put them together again.
+        shadows: the shadow of each of `flat`; None for constants and for anything that is not a tensor.
         out: its output.
     """
 
@@ -102,13 +102,13 @@ def rule(
     and returns the shadow of the outputs. It replaces an earlier rule for the same operation.
 
     Args:
-            operations: names without their library (`"mm"` for `aten::mm`; `"relu"` includes `relu_`), or torch's tags
-                for all operations that no rule names.
-            reads: False if the operation only moves values, or if another operation computes with them, so that this
-                later operation can still take over a fold.
+        operations: names without their library (`"mm"` for `aten::mm`; `"relu"` includes `relu_`), or torch's tags for
+            all operations that no rule names.
+        reads: False if the operation only moves values, or if another operation computes with them, so that this later
+            operation can still take over a fold.
 
     Raises:
-            ConfigError: no operation is named, or a name includes its library.
+        ConfigError: no operation is named, or a name includes its library.
 
     Example::
 
