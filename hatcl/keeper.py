@@ -1,5 +1,5 @@
-"""Elements of parameters kept bit for bit around any optimizer: while it steps, when it fails, and whatever else
-writes."""
+"""Keep elements of parameters bit for bit around any optimizer: while it steps, when it fails, and if other code writes
+to them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,19 @@ SMALL_MASK = 1 << 14
 
 @dataclass
 class Kept:
-    """Elements of a parameter that stay. which: None = all; a bool mask of the parameter's shape; or flat indices
-    (int64, fewer than all), which cost memory by their number alone. old: their values.
+    """Elements of a parameter that must not change.
 
-    A mask is kept in one of two forms, which are written several times faster. One that is the same along the last
-    dimensions, as that of a convolution is over its kernel, becomes indices, each of `run` elements one after the
-    other. Any other becomes integers in the order of the parameter's memory, 0 where an element stays and -1 (all bits)
-    where it is free: `masked` then. Of one that is the same along other dimensions, as that of an embedding is for all
-    rows, these integers are there once."""
+    A mask is converted to one of two forms that are written several times faster. A mask that is the same along the
+    last dimensions (as a convolution's is over its kernel) becomes indices, each for `run` consecutive elements. Any
+    other mask becomes integers in the memory order of the parameter, 0 where an element is kept and -1 (all bits) where
+    it is free; `masked` is then True. If it is the same along other dimensions (as an embedding's is for all rows),
+    these integers are stored only once.
+
+    Attributes:
+        which: None = all elements; a bool mask of the parameter's shape; or flat indices (int64, fewer than all), whose
+            memory depends only on their number.
+        old: the values of these elements.
+    """
 
     param: nn.Parameter
     which: Tensor | None
@@ -68,14 +73,14 @@ class Kept:
             self.which, self.masked = torch.empty_like(p, dtype=kind).copy_(mask).sub_(1), True
 
     def take(self) -> None:
-        """Take the current values as those to keep."""
+        """Store the current values as those to keep."""
         self.old, self._views = taken(self), None
 
     def put(self) -> None:
-        """Write the kept values to where they belong."""
+        """Write the kept values back."""
         p = self.param if type(self.param) is nn.Parameter else local(self.param)
         where, views = (p.data_ptr(), p.dtype, p.device), self._views
-        if views is None or views[0] != where:  # a cast, or other memory
+        if views is None or views[0] != where:  # the parameter was cast or has other memory
             if self.which is None or not (self.masked or p.is_contiguous()):
                 put_back(self.param, self)
                 return
@@ -91,8 +96,8 @@ class Kept:
 
 @dataclass
 class _Step:
-    """An optimizer's step in progress. by_wrapper: seen by our wrapper, else by torch's hook alone. inner: another
-    optimizer has stepped within it (Lookahead, SAM)."""
+    """An optimizer's step in progress. by_wrapper: our wrapper saw it, not only torch's hook. inner: another optimizer
+    has stepped within it (Lookahead, SAM)."""
 
     optimizer: Any
     by_wrapper: bool
@@ -103,21 +108,21 @@ class _Step:
 class Keeper:
     """Keeps elements of parameters bit-identical, whatever optimizer steps.
 
-    - Gradient hooks zero their gradient as it arrives, so that clipping sees the true norm. A parameter that is kept
-      whole has no gradient at all.
-    - After every step of an optimizer that holds such parameters they are put back, also where the step raised. That
-      is so for the optimizers given, and for every other `torch.optim.Optimizer`: one inside another, or one that
-      nobody mentioned.
+    - Gradient hooks zero the gradient of kept elements as it arrives, so that clipping sees the true norm. A parameter
+      that is kept whole has no gradient at all.
+    - After every step of an optimizer that holds such parameters, the kept elements are put back, even if the step
+      raised. This holds for the optimizers given and for every other `torch.optim.Optimizer`: one inside another, or
+      one that was not mentioned.
     - Copies of weights that an optimizer stores (the z of schedule-free methods, Lookahead's slow weights) are put back
       as well; otherwise it would write them into the parameters later.
-    - On leaving they are compared with what they were, and put back if anything else wrote to them.
+    - On leaving, the kept elements are compared with their former values, and put back if other code wrote to them.
 
     Args:
-        kept: what stays. optimizers: those that will step. Parameters may join them later.
+        kept: the elements to keep. optimizers: those that will step. Parameters may be added to them later.
 
     Attributes:
         stepped: the optimizers that stepped. lock: held by the thread that steps. written: after leaving, the
-        parameters that something else wrote to.
+            parameters that other code wrote to.
     """
 
     def __init__(self, kept: Sequence[Kept], optimizers: Sequence[Any]) -> None:
@@ -135,20 +140,20 @@ class Keeper:
         self._active = False
         self.lock = threading.RLock()
 
-    # ---- what else happens around a step -----------------------------------------------------------------------
+    # ---- hooks for subclasses around a step ---------------------------------------------------------------------
 
     def before_step(self, optimizer: Any) -> Any:
-        """Called before an optimizer steps; what it returns is given to `after_step`."""
+        """Called before an optimizer steps; its result is passed to `after_step`."""
 
     def after_step(self, optimizer: Any, state: Any, innermost: bool) -> None:
         """Called after a step that did not raise, with the kept elements back in place.
 
         Args:
-            innermost: no other optimizer stepped within it.
+            innermost: no other optimizer stepped within this step.
         """
 
     def concerns(self, p: Tensor) -> bool:
-        """Is this a parameter whose optimizer is to be watched, though nothing of it is kept?"""
+        """Must this parameter's optimizer be watched, even if none of its elements are kept?"""
         return False
 
     # ---- on and off --------------------------------------------------------------------------------------------
@@ -166,7 +171,7 @@ class Keeper:
         return self
 
     def hold(self) -> None:
-        """Take the values of now as those that stay."""
+        """Store the current values as those to keep."""
         for k in self.kept:
             k.take()
             if k.param.requires_grad:
@@ -174,7 +179,7 @@ class Keeper:
         self._known, self._stored = {}, {}
 
     def hold_instead(self, kept: Sequence[Kept]) -> None:
-        """Keep these from now on, as they are now."""
+        """From now on, keep these elements instead, with their current values."""
         for h in self._hooks:
             h.remove()
         self._hooks, self.kept = [], list(kept)
@@ -187,19 +192,19 @@ class Keeper:
         for h in (*self._hooks, *self._around):
             h.remove()
         for o, wrapped, had in self._wrapped:
-            if vars(o).get("step") is wrapped:  # else a scheduler wrapped it in turn, and ours passes calls through
+            if vars(o).get("step") is wrapped:  # else a scheduler wrapped ours, which passes calls through
                 if had:
                     o.step = wrapped.__dict__["_hat_inner"]
                 else:
                     del o.step
         try:
             self.written = self.put_back()
-        except BaseException:  # an interruption just here: what stays, stays
+        except BaseException:  # interrupted during `put_back`: put everything back first
             self.put_back()
             raise
 
     def put_back(self) -> list[str]:
-        """Put every kept element back. Returns the names of the parameters that had been written to."""
+        """Put every kept element back. Returns the names of the parameters that other code had written to."""
         names = []
         for k in self.kept:
             if not same_bits(taken(k), k.old):
@@ -212,8 +217,8 @@ class Keeper:
     # ---- around a step -----------------------------------------------------------------------------------------
 
     def _wrap(self, optimizer: Any) -> None:
-        """Torch's hooks around every step do not run where it raises, nor for optimizers that are not torch's: those
-        that are given get a `step` of their own."""
+        """Give an optimizer a `step` of our own. Torch's hooks around a step do not run if it raises, nor for
+        optimizers that are not torch's."""
         had, inner = "step" in vars(optimizer), optimizer.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -242,8 +247,8 @@ class Keeper:
     def _begin(self, optimizer: Any, by_wrapper: bool = False) -> None:
         running = next((s for s in self._running if s.optimizer is optimizer), None)
         if running is not None and running.by_wrapper:
-            return  # torch's hook within the wrapper
-        if running is not None:  # a step that raised, of which torch's hook tells nothing
+            return  # torch's hook, called within our wrapper
+        if running is not None:  # this step raised, which torch's hook does not report
             del self._running[self._running.index(running) :]
         kept, watched = self._mine(optimizer)
         if watched:
@@ -263,7 +268,7 @@ class Keeper:
         self._sync(optimizer)
         ended = self._ended.get(id(optimizer), 0)
         self._ended[id(optimizer)] = ended + 1
-        if ended % RAISED_EVERY == 0:  # after the first step, too, which makes the moments
+        if ended % RAISED_EVERY == 0:  # also after the first step, which creates the moments
             self._raise_moments(optimizer)
         if done:
             for outer in self._running:
@@ -287,7 +292,8 @@ class Keeper:
     # ---- copies that optimizers store -----------------------------------------------------------
 
     def _zero_moments(self, optimizer: Any) -> None:
-        """Or they decay into denormal floats, which cost a CPU more than the step."""
+        """Zero the first moments of kept elements. Otherwise they decay into denormal floats, which cost a CPU more
+        than the step."""
         for k in self.kept:
             state = _state_of(optimizer, k.param)
             for key in FIRST_MOMENTS:
@@ -306,7 +312,7 @@ class Keeper:
                     _raise(local(moment.detach()), k)
 
     def _sync(self, optimizer: Any) -> None:
-        """Put back what an optimizer stores of weights."""
+        """Put back the copies of weights that an optimizer stores."""
         stored = self._stored.get(id(optimizer))
         if stored is None:
             self._stored[id(optimizer)] = stored = StoredWeights(optimizer, self._mine(optimizer)[0])
@@ -314,17 +320,19 @@ class Keeper:
 
 
 _WEIGHTS: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
-"""Optimizer -> under which keys it stores weights, as was seen when they appeared: later they may have gone their
-ways."""
+"""Optimizer -> key -> whether it stores weights there, as decided when it first appeared: later they may differ from the
+parameters too much to tell."""
 _SOME = 4096
 
 
 class StoredWeights:
-    """Tensors that an optimizer keeps of the weights themselves, and writes into them later: the z of schedule-free
-    methods, Lookahead's slow weights, a backup. They are found by what they are, not by name: tensors of the
-    parameters' shapes, under one key of the optimizer's state or in a list as long as its parameters, which all
-    together point where the parameters do (cosine above .9) and have their size (a half to twice) when they are first
-    seen."""
+    """Copies of the weights that an optimizer stores and later writes into them: the z of schedule-free methods,
+    Lookahead's slow weights, a backup.
+
+    They are recognised by their values, not by name. They are tensors of the parameters' shapes, under one key of the
+    optimizer's state or in a list as long as its parameters. When first seen, they must all together point in the
+    parameters' direction (cosine above .9) and have about their size (a half to twice).
+    """
 
     def __init__(self, optimizer: Any, kept: Sequence[Kept]) -> None:
         self._optimizer, self._kept = optimizer, list(kept)
@@ -333,7 +341,7 @@ class StoredWeights:
         self._found: list[tuple[Kept, Tensor]] = []
 
     def look(self) -> None:
-        """Find them, if anything is new."""
+        """Look for them again if the optimizer's state has grown or shrunk."""
         state = getattr(self._optimizer, "state", {})
         size = sum(len(s) for s in state.values() if isinstance(s, dict))
         if size != self._size:
@@ -346,7 +354,7 @@ class StoredWeights:
 
     @torch.no_grad()
     def begin_again(self) -> None:
-        """The elements were given other values on purpose: what is stored of them becomes these, their moments 0."""
+        """The elements got other values on purpose: set the stored copies to these values, and the moments to 0."""
         for k in self._kept:
             k.take()
         self.put_back()
@@ -374,7 +382,7 @@ class StoredWeights:
 
 
 def same_direction(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
-    """Do the second of each pair, all together, point where the first do, with about their size?"""
+    """Do the second tensors of all pairs together point in the direction of the first, with about their size?"""
     both = one = other = 0.0
     for a, b in pairs:
         a, b = (local(x.detach()).flatten()[:_SOME].double() for x in (a, b))
@@ -383,7 +391,7 @@ def same_direction(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that really steps: accelerate and Lightning wrap it, and call it only when gradients are
+    """The optimizer that really steps: accelerate and Lightning wrap it, and call it only once gradients are
     complete."""
     while True:
         inner = getattr(optimizer, "optimizer", None)
@@ -410,10 +418,10 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Any], remedy: str) -
     """The ids of all parameters that the optimizers hold.
 
     Args:
-        remedy: what to do about an optimizer of another model, as the message's end.
+        remedy: the end of the message about an optimizer of another model: what to do.
 
     Raises:
-        GuardError: something that has no `step()` to guard, or that holds none of the model's parameters.
+        GuardError: an optimizer has no `step()` to guard, or holds none of the model's parameters.
     """
     mine = {id(p) for p in model.parameters()}
     covered: set[int] = set()
@@ -452,8 +460,8 @@ def _zero(k: Kept) -> Callable[[Tensor], None]:
 
 
 def _one_index(mask: Tensor, p: Tensor) -> Tensor | None:
-    """The part of a mask of which the rest are repetitions, where it lies along the parameter's memory: then it is as
-    fast as one of all elements. None otherwise."""
+    """The part of a mask that the rest repeats, if it lies along the parameter's memory, where it is as fast as a full
+    mask; None otherwise."""
     again = [d for d in range(mask.dim()) if mask.stride(d) == 0 and mask.shape[d] > 1]
     nearest = min((d for d in range(p.dim()) if p.shape[d] > 1), key=p.stride, default=None)
     if not again or nearest is None or nearest in again or p.element_size() not in INTEGERS:
@@ -464,7 +472,7 @@ def _one_index(mask: Tensor, p: Tensor) -> Tensor | None:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The same memory as integers."""
+    """The same memory, viewed as integers."""
     return x.view(INTEGERS[x.element_size()])
 
 
@@ -477,8 +485,8 @@ def _mask(x: Tensor, k: Kept) -> Tensor:
 
 
 def _at(x: Tensor, k: Kept) -> tuple[Tensor, Any]:
-    """A view and what to index it with, for elements given by indices: flat where the elements of `x` lie in order,
-    else one index per dimension."""
+    """A view and its index for elements given by indices: flat if the elements of `x` are contiguous, else one index
+    per dimension."""
     assert k.which is not None
     if x.is_contiguous():
         return x.view(-1) if k.run == 1 else x.view(-1, k.run), k.which
@@ -487,7 +495,7 @@ def _at(x: Tensor, k: Kept) -> tuple[Tensor, Any]:
 
 
 def _clear(x: Tensor, k: Kept) -> None:
-    """Zero, where elements are kept. x: it needs no gradient."""
+    """Zero the kept elements of `x`, which must not need a gradient."""
     assert k.which is not None
     if k.masked:
         _bits(x).bitwise_and_(k.which)
@@ -500,7 +508,7 @@ def _clear(x: Tensor, k: Kept) -> None:
 
 
 def _raise(x: Tensor, k: Kept) -> None:
-    """No less than `SMALLEST_MOMENT`, where elements are kept."""
+    """Raise the kept elements to at least `SMALLEST_MOMENT`."""
     if k.masked:
         x.copy_(torch.where(_mask(x, k), x.clamp(min=SMALLEST_MOMENT), x))
         return
@@ -509,8 +517,7 @@ def _raise(x: Tensor, k: Kept) -> None:
 
 
 def taken(k: Kept) -> Tensor:
-    """A copy of the kept elements as they are now; where they are given by a mask, of the whole tensor with zeros for
-    the others."""
+    """A copy of the current values of the kept elements; for a mask, of the whole tensor with zeros elsewhere."""
     x = local(k.param.detach())
     if k.which is None:
         return x.clone()
@@ -522,7 +529,7 @@ def taken(k: Kept) -> Tensor:
 
 @torch.no_grad()
 def put_all_back(kept: Sequence[Kept]) -> None:
-    """Write the kept values of many parameters: those that are kept whole at once."""
+    """Write back the kept values of many parameters; parameters that are kept whole are written in one call."""
     whole: list[Tensor] = []
     was: list[Tensor] = []
     for k in kept:
@@ -537,7 +544,7 @@ def put_all_back(kept: Sequence[Kept]) -> None:
 
 @torch.no_grad()
 def put_back(p: Tensor, k: Kept) -> None:
-    """Write the kept values to where they belong, in a tensor of the parameter's shape."""
+    """Write the kept values back into a tensor of the parameter's shape."""
     x = local(p.detach())
     if k.which is None:
         x.copy_(k.old)

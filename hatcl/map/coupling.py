@@ -181,7 +181,8 @@ class Coupling:
             self.found.places.append((flat_ids(ids), index.expand(few.shape).reshape(-1).numpy()))
 
     def drop(self, slot: Slot) -> None:
-        """Drop a parameter that no rule covers here: it is frozen one-sided nowhere, and each task gets a copy."""
+        """Drop a parameter that no rule covers here: it is never frozen one-sided; each task gets its own copy
+        instead."""
         self.mark("dropped", slot.ids)
 
     def own(self, param: Slot, ids: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The cut: choose the units that stay, and build the smaller network of them."""
+"""The cut: choose the units to keep, and build the smaller network from them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ NO_SIZE = re.compile(
 
 @dataclass
 class Shaping:
-    """The differences of the smaller network from one made by its class, except its tensors. JSON-able.
+    """The differences, apart from tensors, between the smaller network and one made by its class. JSON-able.
 
     Attributes:
         sizes: module path -> attribute -> its value.
-        norms: path of a norm that takes its statistics over only some of its units -> the dimension, their places (for
-            each group of a group norm), the number of units present, and the number that its class declares.
+        norms: path of a norm that takes its statistics over only some of its units -> the dimension, the places of
+            these units (for each group of a group norm), the number of units present, and the number that its class
+            declares.
     """
 
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -45,7 +46,8 @@ class Shaping:
 
 
 class Cutter:
-    """Cuts one plain model. keep: a unit that stays though it is off is zero wherever it is."""
+    """Cuts one plain model. keep: the units of the smaller network; one that is kept although it is off is zero
+    everywhere."""
 
     def __init__(
         self,
@@ -58,17 +60,17 @@ class Cutter:
         self.unit_map, self.seen, self.on = unit_map, seen, on
         self.fill(plain, weights)
         self.left: set[type] = set()  # classes with unchanged attributes
-        self.rooted: set[type] = set()  # classes that divide by the root of a width that they take from a shape
+        self.rooted: set[type] = set()  # classes that divide by the root of a width read from a shape
         self.scaled: set[str] = set()  # modules with scaled rows
         self.rows = [*seen.rows, *self._grouped_rows()]
 
     def fill(self, plain: nn.Module, weights: Mapping[tuple[str, str], Tensor]) -> None:
-        """Cut this network from now on; it is the same network with other values."""
+        """From now on, cut this network: the same one with other values."""
         self.plain, self.weights = plain, weights
         self.modules = dict(plain.named_modules())
         self.names = {id(p): n for n, p in plain.named_parameters()}
 
-    # ---- the units that stay --------------------------------------------------------------------------------------
+    # ---- the units to keep ---------------------------------------------------------------------------------------
 
     def _entry(self, path: str, name: str) -> Entry:
         return self.unit_map.entries[self.names[id(self.modules[path]._parameters[name])]]
@@ -87,7 +89,7 @@ class Cutter:
                         rows.append(f.units.reshape(entry.view[0], -1))
         for path, m in self.modules.items():
             if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
-                found = [f.units for f in self._entry(path, "in_proj_weight").factors]  # one width for all of them
+                found = [f.units for f in self._entry(path, "in_proj_weight").factors]  # all have one width
                 rows.append(np.concatenate([u.reshape(-1, m.embed_dim) for u in found]))
             groups = getattr(m, "groups", 1)
             if isinstance(groups, int) and groups > 1 and isinstance(m._parameters.get("weight"), nn.Parameter):
@@ -98,8 +100,8 @@ class Cutter:
         return rows
 
     def alike_rows(self) -> list[Ints]:
-        """The rows written by layers of one kind, whose parameters have the same names up to numbers. A config has one
-        width for all of them."""
+        """The rows written by layers of one kind, whose parameters have the same names except for numbers. A config has
+        one width for all of them."""
         found: dict[tuple[str, int], dict[bytes, Ints]] = {}
         for entry in self.unit_map.entries.values():
             for f in entry.factors:
@@ -109,8 +111,8 @@ class Cutter:
         return [np.stack(list(rows.values())) for rows in found.values() if len(rows) > 1]
 
     def settled(self, held: Tensor) -> Tensor:
-        """`[U + 1]` bool: the units that are on, those held at full width, and as many more as rows of equal length
-        need."""
+        """`[U + 1]` bool: the units that are on, those held at full width, and the further units needed to keep rows
+        equally long."""
         keep = (self.on | held).numpy().copy()
         keep[self.seen.whole] = keep[0] = True
         homes = self._homes(len(keep))
@@ -130,7 +132,7 @@ class Cutter:
         return torch.from_numpy(keep)
 
     def _homes(self, size: int) -> list[Ints | None]:
-        """Unit -> the shortest row (head, group) that contains it, among those that must be equally long."""
+        """Unit -> the shortest row (head, group) that contains it, among the rows that must be equally long."""
         out: list[Ints | None] = [None] * size
         for rows in sorted((r for r in self.rows if len(r) > 1), key=lambda r: -r.shape[1]):
             for row in rows:
@@ -141,7 +143,7 @@ class Cutter:
     # ---- the smaller network -----------------------------------------------------------------------------------
 
     def cut(self, keep: Tensor) -> tuple[nn.Module, Shaping]:
-        """The network of these units."""
+        """The network with only these units."""
         shared = {id(p): p for p in self.plain.parameters()}
         made = copy.deepcopy(self.plain, shared)
         shaping = Shaping()
@@ -196,13 +198,13 @@ class Cutter:
         return self.on[torch.from_numpy(units)].view(*shape)
 
     def _filled(self, value: Tensor, on: Tensor, entry: Entry, rows: int) -> Tensor:
-        """A weight whose rows are standardised over all that they read, including units that are off."""
+        """A weight whose rows are standardised over all units that they read, including those that are off."""
         if not entry.standardised or bool(on.all()):
             return value
         return over_some(value, on.to(value) * torch.ones_like(value[(slice(1),) * rows]), rows)
 
     def _cut_grouped(self, value: Tensor, entry: Entry, keep: Tensor) -> Tensor:
-        """Per group, the rows and columns that stay; of a depthwise convolution with several outputs, whole groups."""
+        """Per group, the rows and columns to keep; for a depthwise convolution with several outputs, whole groups."""
         groups, rows = entry.view[:2]
         full = value.reshape(groups, rows, value.shape[1], *value.shape[2:])
         owner = next((keep[torch.from_numpy(f.units)].view(groups, rows) for f in entry.factors if f.axis == 0), None)
@@ -232,7 +234,8 @@ class Cutter:
         return b.clone()
 
     def _norm(self, path: str, keep: Tensor) -> dict[str, Any] | None:
-        """Handle a norm over units some of which are off, or one whose parameters cannot make them zero."""
+        """The description of a norm that has off units among those it normalises, or whose parameters cannot make them
+        zero."""
         norm = self.unit_map.norms.get(path)
         if norm is None or not (norm.across or self.modules[path]._parameters.get("weight") is None):
             return None
@@ -260,8 +263,8 @@ class Cutter:
         return {"dim": dim, "places": [p for p in places if p], "width": len(stays), "known": len(norm.units)}
 
     def _sizes(self, path: str, small: Mapping[str, Tensor], keep: Tensor) -> dict[str, Any]:
-        """The attributes whose size has changed: those of the kind of layer, and those that equal a size that the
-        module works with."""
+        """The attributes whose size has changed: those known for the kind of layer, and those that equal a size in the
+        module's operations."""
         module = self.modules[path]
         norm = self.unit_map.norms.get(path)
         if norm is not None:
@@ -274,13 +277,13 @@ class Cutter:
                 groups = shapes["weight"][0]
         try:
             known: dict[str, Any] = layer_for(type(module)).hat_sizes(shapes, groups)
-        except KeyError:  # a parametrized one has its weight elsewhere
+        except KeyError:  # a parametrized layer has its weight elsewhere
             known = {}
         sizes = {**(self.resizes(path, keep) if type(module) not in self.left else {}), **known}
         return {n: v for n, v in sizes.items() if getattr(module, n, v) != v}
 
     def resizes(self, path: str, keep: Tensor) -> dict[str, Any]:
-        """Attributes that equal a size with which a module works and that is another one now."""
+        """Attributes that equal a size in a module's operations, where that size has changed."""
         module = self.modules[path]
         options: dict[int, list[int]] = {}
         for x in self.seen.work.get(path, ()):
@@ -288,7 +291,7 @@ class Cutter:
                 known = options.setdefault(old, [])
                 if new in known:
                     known.remove(new)
-                known.insert(0, new)  # the last one seen comes first
+                known.insert(0, new)  # the last size seen comes first
         splits = {
             tuple(n for n, _ in pieces): [n if x is None else next(x.sizes(keep))[1] for n, x in pieces]
             for pieces in self.seen.splits.get(path, ())
@@ -346,7 +349,7 @@ class Cutter:
 
 
 def _fill_row(keep: Any, row: Ints, want: int, homes: Sequence[Ints | None]) -> bool:
-    """Keep more units of a row, first from the heads or groups that have the fewest."""
+    """Keep more units of a row, starting with the heads or groups that have the fewest."""
     of_home: dict[int, list[int]] = {}
     count: dict[int, int] = {}
     for unit in dict.fromkeys(row[~keep[row]].tolist()):
@@ -377,7 +380,7 @@ def _resized(value: Any, options: Mapping[int, list[int]]) -> Any:
 
 
 def shaped(model: nn.Module, shaping: Shaping) -> nn.Module:
-    """Give a network its sizes and its norms over some of the units, in place. Its tensors are the caller's."""
+    """Give a network its sizes and its norms over some of the units, in place. The caller sets its tensors."""
     for path, sizes in shaping.sizes.items():
         module = model.get_submodule(path)
         for name, value in sizes.items():
@@ -394,8 +397,8 @@ def shaped(model: nn.Module, shaping: Shaping) -> nn.Module:
 
 
 def _selecting(norm: nn.Module, dim: int, places: Sequence[Sequence[int]], width: int, known: int) -> fx.GraphModule:
-    """A norm over some of the entries along `dim`; the others become zero. Groups have a norm each. As a graph it is
-    torch's own: nothing of hatcl is in it."""
+    """A norm over some of the entries along `dim`; the others become zero. Each group has its own norm. The result is a
+    graph of torch modules only, without hatcl."""
     root, graph = nn.Module(), fx.Graph()
     x = graph.placeholder("x")
     parts = []
@@ -417,7 +420,7 @@ def _selecting(norm: nn.Module, dim: int, places: Sequence[Sequence[int]], width
 
 
 def _narrowed(norm: nn.Module, known: int, width: int, places: Sequence[int]) -> nn.Module:
-    """A norm of a class made for `known` units, with tensors of `width`, over only the units at some places."""
+    """A norm whose class was made for `known` units, with tensors of `width`, over only the units at some places."""
     small = copy.deepcopy(norm)
     at = torch.tensor(places)
     for name, value in norm_sizes(small, known, len(places)).items():
@@ -436,7 +439,7 @@ def _narrowed(norm: nn.Module, known: int, width: int, places: Sequence[int]) ->
 
 
 def norm_sizes(norm: nn.Module, old: int, new: int) -> dict[str, Any]:
-    """The attributes of a norm over `old` units that hold their number, changed to `new` units."""
+    """The attributes of a norm that hold its number of units, changed from `old` to `new`."""
     sizes: dict[str, Any] = {}
     for name, value in vars(norm).items():
         if type(value) is int and value == old != new and name != "num_groups":

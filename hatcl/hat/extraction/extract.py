@@ -1,4 +1,4 @@
-"""`extract_task`: the network of M1, cut down to a task's units, as an ordinary smaller module."""
+"""`extract_task`: cut the network of M1 down to a task's units, as an ordinary smaller module."""
 
 from __future__ import annotations
 
@@ -36,20 +36,22 @@ from .trace import Carried, Footprint, footprint
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5  # relative to the largest value; docs/hat.md has measurements
-STIRRED = 1e-4  # with noise on the weights, where an error shows: it makes differences of 1e-2 and more
+STIRRED = 1e-4  # with noise on the weights, where an error causes differences of 1e-2 and more
 ATTEMPTS = 40
 
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """The report of a cut. Attributes: task: the task. kept, total: elements of the smaller network's parameters and of
-    the plain model's.
+    """The report of a cut.
+
+    Attributes:
+        task: the task. kept, total: elements of the smaller network's parameters and of the plain model's.
         difference: the largest difference of an output value on the example inputs, divided by the largest value.
-        multiply_adds, multiply_adds_before: of one forward on the example inputs, with the smaller network and with
-            the plain model.
+        multiply_adds, multiply_adds_before: those of one forward on the example inputs, with the smaller network and
+            with the plain model.
         units, on: the number of units of the smaller network, and how many of them belong to the task; the others are
-        zeros that keep sizes equal where a forward requires it.
-        full: module path -> the reason why all units used only by it and similar modules were kept.
+            zeros that keep sizes equal where a forward requires it.
+        full: module path -> why all units used only by this module and similar ones were kept.
     """
 
     task: int
@@ -251,18 +253,18 @@ def _elements(model: nn.Module) -> int:
 
 
 def _multiply_adds(model: nn.Module, inputs: Any) -> int:
-    """Of matrix products, convolutions and attention."""
+    """The multiply-adds of matrix products, convolutions and attention in one forward."""
     with lent(model, ()), FlopCounterMode(display=False) as counter, seeded(device=device_of(model)):
         call(model, inputs)
     return counter.get_total_flops() // 2
 
 
-# ---- how much can be cut -------------------------------------------------------------------------------------------
+# ---- how much can be cut --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """Where and why a smaller network is not what it must be. runs: it computes something."""
+    """Where and why a smaller network is wrong. runs: its forward finishes, with different outputs."""
 
     path: str
     why: str
@@ -270,8 +272,8 @@ class Misfit:
 
 
 class Search:
-    """Cuts all that is off, and where the forward of a module does not bear that, leaves the units there at full width:
-    those that only this module and its like meet first, then all that it meets."""
+    """Cuts all units that are off. Where a module's forward cannot work with the smaller sizes, it keeps units there at
+    full width: first those that only this module and similar ones use, then all that it uses."""
 
     def __init__(
         self, model: nn.Module, task: int, inputs: Any, want: dict[str, Tensor], cutter: Cutter, tolerance: float
@@ -280,11 +282,11 @@ class Search:
         self.cutter, self.tolerance = cutter, tolerance
         self.held = torch.zeros(cutter.seen.units + 1, dtype=torch.bool)
         self.within = _within(cutter.seen)
-        self.one_width: dict[type, list[Any]] = {}  # class -> rows: what has one number of entries keeps one number
-        self.asked: set[tuple[int, type]] = set()  # what was tried for a class
+        self.one_width: dict[type, list[Any]] = {}  # class -> rows that must stay equally long
+        self.asked: set[tuple[int, type]] = set()  # the choices tried for a class
 
     def run(self) -> tuple[Tensor, dict[str, str]]:
-        """Which units stay, and why some do."""
+        """The units to keep, and the reasons for keeping some of them at full width."""
         full: dict[str, str] = {}
         where, why = "", ""
         for _ in range(ATTEMPTS):
@@ -310,7 +312,7 @@ class Search:
         made, _ = self.cutter.cut(keep)
         try:
             got = self._run_followed(made, stack)
-        except Exception as error:  # the same inputs went through the whole model, so it is the cut's, whatever it is
+        except Exception as error:  # the plain model accepts these inputs, so the cut causes any error
             log.debug("a forward that was cut fails", exc_info=True)
             text = str(error).splitlines()[0][:120] if str(error) else ""
             why = f"its forward has sizes of its own ({type(error).__name__}: {text})"
@@ -325,8 +327,8 @@ class Search:
             return _run(made, self.inputs)
 
     def _with_sizes_left(self, keep: Tensor, misfit: Misfit) -> Misfit | None:
-        """The same with the attributes of a class as they are (one that equals a size may be another number), or with
-        queries scaled by the root of their width. A class keeps to that where it comes further."""
+        """Try again with a class's attributes unchanged (one may only happen to equal a size), or with queries scaled
+        by the root of their width. A change that gets the forward further is kept for the class."""
         order = {path: i for i, path in enumerate(self.cutter.seen.outputs)}
         path = misfit.path
         while True:
@@ -351,7 +353,7 @@ class Search:
             path = path.rpartition(".")[0]
 
     def _hold(self, path: str) -> bool:
-        """Leave more units at full width; False where all are."""
+        """Keep more units at full width; False if all units already are."""
         path = self._at_fault(path)
         seen, cls = self.cutter.seen, type(self.cutter.modules.get(path))
         like = [p for p, m in self.cutter.modules.items() if type(m) is cls]
@@ -381,8 +383,8 @@ class Search:
         return False
 
     def _at_fault(self, path: str) -> str:
-        """The module whose code is to blame where this one fails: a layer, or a chain of them, takes what it is
-        given."""
+        """The module whose code causes a failure at this path: a simple layer, or a chain of layers, only passes on its
+        input."""
         while path:
             module = self.cutter.modules.get(path)
             simple = module is not None and not module._modules and type(module).__module__.startswith("torch.nn.")
@@ -392,13 +394,13 @@ class Search:
         return path
 
     def _local(self, path: str) -> Any:
-        """The units that a module meets and that are met nowhere but in what it is a part of."""
+        """The units that a module meets and that are met only within its parent module."""
         units = self.cutter.seen.units_at(path)
         parent = path.rpartition(".")[0]
         return units[[self.within[u] == parent or f"{self.within[u]}.".startswith(f"{parent}.") for u in units]]
 
     def difference(self, want: dict[str, Tensor], got: dict[str, Tensor], keep: Tensor) -> tuple[float, str]:
-        """The largest difference of an output, relative to the largest value, and where it is."""
+        """The largest difference of an output, relative to the largest value, and its place."""
         if got.keys() != want.keys():
             return float("inf"), "its output has other parts"
         worst, where = 0.0, ""
@@ -409,7 +411,7 @@ class Search:
         return worst, where
 
     def _first_that_differs(self, made: nn.Module, keep: Tensor) -> str:
-        """The first module whose output is another one, in the order in which they end."""
+        """The first module with a different output, in the order in which modules end."""
         with active(self.model, self.task):
             want = _module_outputs(self.model, self.inputs)
         got = _module_outputs(made, self.inputs)
@@ -421,7 +423,7 @@ class Search:
 
 
 def _within(seen: Footprint) -> list[str]:
-    """Unit -> the longest module path within which it is met."""
+    """Unit -> the longest module path within which all its uses lie."""
     out: list[str | None] = [None] * (seen.units + 1)
     for path in seen.work:
         for u in seen.units_at(path):
@@ -463,7 +465,7 @@ def _run(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _followed(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """While the model runs, `stack` has the paths of the modules at work; what fails stays on it."""
+    """While the model runs, `stack` holds the paths of the modules at work; a module that fails stays on it."""
     handles = []
     for path, m in model.named_modules():
         handles.append(m.register_forward_pre_hook(lambda m, a, path=path: stack.append(path)))
@@ -476,7 +478,7 @@ def _followed(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
 
 def _module_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
-    """Module path -> the first tensor that it gave, in the order in which they end."""
+    """Module path -> the first tensor that the module returned, in the order in which modules end."""
     out: dict[str, Tensor] = {}
 
     def note(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""An extracted task on disk: tensors and how to make the network that they fit, or a program for other runtimes."""
+"""An extracted task on disk: its tensors and a description of their network, or a program for other runtimes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ FORMATS = {"safetensors": TENSORS, "pt2": "model.pt2", "onnx": "model.onnx"}
 def write_extracted(
     folder: str | os.PathLike[str], model: nn.Module, shaping: Shaping, source: Any, report: Mapping[str, Any]
 ) -> Path:
-    """Write what `load_extracted` reads, in one file, and a copy of its header to look at."""
+    """Write the file that `load_extracted` reads, and a readable copy of its header."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Any, str] = {}
-    by_class = can_fit(source) and shaping == Shaping()  # the class makes it by itself, and transformers loads it
+    by_class = can_fit(source) and shaping == Shaping()  # its class alone can make it, so transformers can load it
     for name, t in (model.state_dict(keep_vars=True) if by_class else _every_tensor(model)).items():
         key = (t.data_ptr(), t.storage_offset(), t.shape)
         if t.numel() and key in first:
@@ -59,15 +59,15 @@ def write_extracted(
 
 
 def load_extracted(folder: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Module:
-    """The smaller network that `Extracted.save` wrote, in evaluation mode: an ordinary module, nothing of hatcl in it.
-    No code or pickle in the folder is run.
+    """The smaller network that `Extracted.save` wrote, in evaluation mode: an ordinary module without hatcl. No code or
+    pickle in the folder is run.
 
     Args:
-        base: the plain module that was converted, for models whose class hatcl cannot make by itself (anything but
-            names of timm and models of transformers); its values do not matter. It is not changed.
+        base: the plain module that was converted, needed if hatcl cannot make its class (anything but timm names and
+            models of transformers). Its values do not matter, and it is not changed.
 
     Raises:
-        IntegrityError: the file is missing, damaged or of something else, or its tensors do not fit.
+        IntegrityError: the file is missing, damaged or of another kind, or its tensors do not fit.
     """
     path = Path(folder) / TENSORS
     about, tensors = _read(path)
@@ -98,7 +98,7 @@ def load_extracted(folder: str | os.PathLike[str], base: nn.Module | None = None
 
 
 def _every_tensor(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, also those that are not part of a state dict, each under all of its names."""
+    """Parameters and buffers, including those that are not part of a state dict, each under all of its names."""
     named: list[Any] = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return dict(named)
 
@@ -115,7 +115,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def check_format(name: str) -> str:
-    """A format's name, if what writes it is installed.
+    """A format's name, if the packages that write it are installed.
 
     Raises:
         ConfigError: there is no such format, or a package is missing.
@@ -137,7 +137,7 @@ def write_program(folder: str | os.PathLike[str], model: nn.Module, inputs: Any,
     """Write a model as a program with any batch size: `torch.export`'s, or ONNX.
 
     Raises:
-        ConversionError: the program cannot be made; says what torch says.
+        ConversionError: the program cannot be made; the message quotes torch.
     """
     args, kwargs = _as_call(inputs)
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
@@ -165,7 +165,7 @@ def write_program(folder: str | os.PathLike[str], model: nn.Module, inputs: Any,
 
 
 def _as_parameters(model: nn.Module, dims: Any) -> Any:
-    """As torch.export wants them where the forward's parameters are `*args` or `**kwargs`."""
+    """The dimensions in the form that torch.export needs if the forward's parameters are `*args` or `**kwargs`."""
     for name, parameter in inspect.signature(model.forward).parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL and not isinstance(dims, dict):
             return {name: tuple(dims)}
@@ -183,7 +183,7 @@ def _as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def _batch_dims(given: Any, batch: Any) -> Any:
-    """The first dimension of every tensor is the batch."""
+    """Mark the first dimension of every tensor as the batch."""
     if isinstance(given, dict):
         return dict(zip(given, _batch_dims(tuple(given.values()), batch), strict=True))
     return tuple({0: batch} if isinstance(x, Tensor) and x.dim() else None for x in given)

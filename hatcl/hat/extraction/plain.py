@@ -1,4 +1,4 @@
-"""The plain network that is in a HAT model, and what a task sees of its tensors."""
+"""The plain network inside a HAT model, and its tensors as a task sees them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _HATCL_HOOKS = ("_forward_pre_hooks", "_load_state_dict_pre_hooks")
 
 
 def plain_copy(model: nn.Module, task: int | None, stage: int | None = None) -> nn.Module:
-    """The network that was converted, as modules of its own classes, with the shared values of the parameters and with
-    what else the task's modules keep (buffers, states). It shares no memory with the model. stage: with the sizes that
-    it had after so many growths; default: those that the task has."""
+    """The network that was converted, with modules of its original classes, the shared values of the parameters, and
+    the task's buffers and states. It shares no memory with the model. stage: use the sizes after this many growths;
+    default: the task's."""
     refresh_copy(model)
     made = copy_of(model)
     with active(made, task):
@@ -55,7 +55,7 @@ def plain_copy(model: nn.Module, task: int | None, stage: int | None = None) -> 
 
 
 def _resize(made: nn.Module, kept: dict[str, dict[str, Any]], task: int | None, stage: int) -> None:
-    """Parameters, buffers and sizes as they were after so many growths."""
+    """Set parameters, buffers and sizes to those after this many growths."""
     known: dict[int, nn.Parameter] = {}
     for path, module in made.named_modules():
         hat: Binding | None = module.__dict__.get("_hat") if isinstance(module, HATLayer) else None
@@ -67,7 +67,7 @@ def _resize(made: nn.Module, kept: dict[str, dict[str, Any]], task: int | None, 
         for name, p in module._parameters.items():
             plan = then.params.get(name)
             mine = own._parameters.get(name) if own is not None else None
-            if p is None or (mine is None and plan is not None and plan.copied):  # the plain value is as it was
+            if p is None or (mine is None and plan is not None and plan.copied):  # the plain value is unchanged
                 continue
             value = then.placed(name, p) if mine is None else mine
             if value is not p:
@@ -83,13 +83,13 @@ def _resize(made: nn.Module, kept: dict[str, dict[str, Any]], task: int | None, 
 
 
 def tidy_up(module: nn.Module) -> None:
-    """A recurrent layer of torch keeps a list of its weights in addition to its parameters."""
+    """Renew the list of weights that torch's recurrent layers keep in addition to their parameters."""
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [module._parameters.get(n) for n in module._flat_weights_names]
 
 
 def _plain_class(cls: type) -> type:
-    """The class that a HAT class was derived from."""
+    """The class from which a HAT class was derived."""
     while issubclass(cls, Derived):
         source = cls.__dict__.get("_hat_source")
         cls = source[1] if source is not None else next(c for c in cls.__mro__ if not issubclass(c, Derived))
@@ -106,8 +106,8 @@ def _kept(layer: Any) -> dict[str, Any]:
 
 
 def weights_of_task(model: nn.Module, task: int) -> dict[tuple[str, str], Tensor]:
-    """(module path, parameter) -> what the task sees of it: zero where it is not the task's. Of a norm over units, the
-    task's own values as they are, and of a weight that is standardised those that were not filled up yet."""
+    """(module path, parameter) -> its value for the task: zero where it is not the task's. For a norm over units: the
+    task's own values, not zeroed. For a standardised weight: the values before the missing ones are filled in."""
     out: dict[tuple[str, str], Tensor] = {}
     norms = gates_of(model)[0].unit_map.norms
     with active(model, task), torch.no_grad():

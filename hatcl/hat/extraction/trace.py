@@ -23,28 +23,28 @@ from ...map.units import resolve
 from ..layers.state import classes_kept, copy_of
 from ..registry import layer_for
 
-ALIGNED = {"_grouped_mm", "grouped_mm_fallback"}  # of operands whose rows are multiples of 16 bytes
+ALIGNED = {"_grouped_mm", "grouped_mm_fallback"}  # their operands need rows that are multiples of 16 bytes
 SPLITTING = {"view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten"}
 
 
 @dataclass(frozen=True)
 class Carried:
-    """A tensor that carries units. ids: for each of its slots, the unit of each element, with size 1 along dimensions
-    in which it is constant. shape: of the tensor."""
+    """A tensor that carries units. ids: for each of its slots, the unit of each element, with size 1 along constant
+    dimensions. shape: the tensor's shape."""
 
     shape: tuple[int, ...]
     ids: tuple[Tensor, ...]
 
     def kept(self, keep: Tensor) -> Tensor:
-        """Which elements the cut tensor has: `[*shape]` bool, from `keep`, `[U + 1]` bool."""
+        """The elements that the cut tensor keeps: `[*shape]` bool, from `keep`, `[U + 1]` bool."""
         mask = torch.ones((), dtype=torch.bool)
         for ids in self.ids:
             mask = mask & keep[ids]
         return mask.expand(self.shape)
 
     def sizes(self, keep: Tensor) -> Iterator[tuple[int, int]]:
-        """Size of each dimension that carries units, before and after the cut. keep: `[U + 1]`, how many of each unit
-        there are afterwards."""
+        """The size of each dimension that carries units, before and after the cut. keep: `[U + 1]`, how many of each
+        unit remain."""
         for ids in self.ids:
             on = keep[ids]
             last = max(varying(ids), default=-1)
@@ -59,18 +59,20 @@ class Footprint:
     """The results of the trace.
 
     Attributes:
-        rows: `[rows, n]` units each: a forward takes the rows for equally long, so the cut must leave them so.
-        work: module path -> what its own operations gave, in order.
-        given: module path -> the tensors that it was given by place.
-        splits: module path -> pieces of unlike sizes into which it splits a tensor, old sizes and what they carry.
-        outputs: module path -> the first tensor that it gave. results: path in the model's output -> a tensor there.
-        buffers: name of a buffer -> dimension and the units along it.
-        queries: path of an attention that divides by the root of a head's width by itself -> that width, and which rows
-            of which parameters write its queries. products: the same where two activations are multiplied.
+        rows: `[rows, n]` units each. The forward assumes that these rows are equally long, so the cut must keep them
+            so.
+        work: module path -> the results of its own operations, in order.
+        given: module path -> its positional tensor inputs.
+        splits: module path -> pieces of different sizes into which it splits a tensor: their old sizes and their units.
+        outputs: module path -> the first tensor that it returned. results: path in the model's output -> a tensor
+            there.
+        buffers: name of a buffer -> the dimension that carries units, and these units.
+        queries: path of an attention that itself divides by the root of a head's width -> that width, and which rows of
+            which parameters write its queries. products: the same where two activations are multiplied.
         norm_dims: path of a norm -> its input's number of dimensions.
-        aligned: units of which as many stay as make a multiple of 16 bytes.
-        whole: units that stay, since they meet, one by one, what belongs to no unit and is computed meanwhile (the
-            rotation of a position, the weights of attention).
+        aligned: units whose kept number must make a multiple of 16 bytes.
+        whole: units that must stay because they meet, one by one, values that belong to no unit and are computed during
+            the forward (the rotation of a position, the weights of attention).
     """
 
     units: int = 0
@@ -88,7 +90,7 @@ class Footprint:
     whole: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def of_one_width(self, path: str) -> list[Ints]:
-        """`[rows, n]` units each: what a module meets in one and the same number n along some dimension."""
+        """`[rows, n]` units each: for each size n, the units along the dimensions of this size that a module meets."""
         inner = [x for p, x in self.outputs.items() if p.rpartition(".")[0] == path and p]
         found: dict[int, dict[bytes, Ints]] = {}
         for x in (*self.work.get(path, ()), *self.given.get(path, ()), *inner):
@@ -98,7 +100,7 @@ class Footprint:
         return [np.stack(list(rows.values())) for rows in found.values() if len(rows) > 1]
 
     def units_at(self, path: str, inside: bool = False) -> Ints:
-        """The units that a module's own operations meet; inside: those of the modules in it too."""
+        """The units that a module's own operations meet; inside: also those of the modules in it."""
         found = [
             ids.reshape(-1).numpy()
             for where, tensors in self.work.items()
@@ -111,7 +113,7 @@ class Footprint:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes each operation of a trace; labels become units when the trace is over."""
+    """Records each operation of a trace; labels become units when the trace is over."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -134,7 +136,7 @@ class _Watch(TorchFunctionMode):
             self._note_query(self.products, step.args[0])
         if step.name in ALIGNED:
             self.steps += [(coupling.here, step.name, 0, 0, [g]) for x in step.flat if (g := self._of(x)) is not None]
-        if "scaled_dot_product" in step.name:  # a bias of attention has a head for each of the queries'
+        if "scaled_dot_product" in step.name:  # an attention bias has one entry per query head
             for x in step.flat[3:]:
                 self.met += [(i.reshape(-1, 1), None) for i in (self._of(x) or ((), []))[1] if i.numel() > 1]
         if step.name == "split_with_sizes":
@@ -152,7 +154,8 @@ class _Watch(TorchFunctionMode):
             self._note_meeting(step)
 
     def _note_meeting(self, step: Call) -> None:
-        """Where one tensor carries units along a dimension and the other, as long there, does not."""
+        """Record where one tensor carries units along a dimension and another one of the same length carries none
+        there."""
         ndim = max((x.dim() for x in step.outs if isinstance(x, Tensor)), default=0)
         given = [x for x in step.flat if isinstance(x, Tensor) and x.dim() and id(x) not in self._names]
         for x in given:
@@ -181,7 +184,7 @@ class _Watch(TorchFunctionMode):
             size = end - start if by == 1 else 0
         if 0 < size < n and n % size == 0 and start % size == 0:
             self.steps.append((self.coupling.here, "pieces", dim, size, [given]))
-        elif step.name == "split":  # pieces of which the last is smaller
+        elif step.name == "split":  # the last piece is smaller
             self.met += [(_first(ids, dim), None) for ids in given[1] if ids.shape[dim] == n]
 
     def _note_buffer(self, name: str, b: Tensor, step: Call, out: tuple[tuple[int, ...], list[Tensor]]) -> None:
@@ -198,7 +201,7 @@ class _Watch(TorchFunctionMode):
                 where.append((self.coupling.here, query.shape[-1], ids))
 
     def leave(self, path: str, given: tuple, out: Any) -> None:
-        """A module ends."""
+        """Called when a module ends."""
         if self.coupling is None:
             return
         self.given[path] = [seen for x in given if (seen := self._of(x)) is not None]
@@ -221,12 +224,12 @@ class _Watch(TorchFunctionMode):
 
 
 def _first(ids: Tensor, dim: int) -> Tensor:
-    """With one dimension in front, and all others as one."""
+    """The labels with one dimension in front, and all others flattened into one."""
     return ids.movedim(dim, 0).reshape(ids.shape[dim], -1)
 
 
 def footprint(model: nn.Module, inputs: Any) -> Footprint:
-    """Run a plain model once and see what must be known to cut it. The model stays as it was."""
+    """Run a plain model once and record all that a cut needs. The model stays unchanged."""
     trial = copy_of(model)
     watch = _Watch(trial)
     for path, m in trial.named_modules():
@@ -257,7 +260,7 @@ def footprint(model: nn.Module, inputs: Any) -> Footprint:
                 split.setdefault((path, parts.shape[1]), []).append(parts)
     for parts_of_one_size in split.values():
         if any(len(parts) > 1 for parts in parts_of_one_size):
-            # what a module splits into pieces of one size, by one attribute, stays of one size
+            # pieces of one size into which a module splits tensors, by one attribute, must stay equally long
             together = np.unique(np.concatenate(parts_of_one_size), axis=0)
             rows[together.tobytes()] = together
     made.rows = list(rows.values())
@@ -285,7 +288,7 @@ def _carried_along(x: Carried, dim: int) -> Carried | None:
 
 
 def _never_cut(met: list[tuple[Ints, Ints | None]]) -> Ints:
-    """The units that meet what belongs to none."""
+    """The units that meet values of no unit."""
     found = [np.zeros(1, dtype=np.int64)]
     for mine, other in met:
         if (mine == mine[:1]).all():
