@@ -2,10 +2,11 @@
 
     python benchmarks/array_masks.py [--net resnet convnext] [--width 1] [--epochs 10] [--methods array ...] [--bf16]
 
-The tasks: ten of five `cifar100_even` classes, fashion_mnist, notmnist, and cifar10 and mnist in halves. Besides array
-masks the same network with learned ones, and for each task a network of a quarter of the width. All tasks must be
-bit-equal at the end; then task 5 is forgotten, the others must stay as they are, and an attacker who kept its gates,
-copies and statistics puts them back. Resumes: methods that are in the results are skipped.
+The tasks: ten of five `cifar100_even` classes, fashion_mnist, notmnist, and two halves each of cifar10 and mnist. Array
+masks are compared with learned masks in the same network, and with a separate network of a quarter of the width for
+each task. At the end all tasks must be bit-equal. Then task 5 is forgotten and the others must stay unchanged, while an
+attacker who kept task 5's gates, copies and statistics puts them back. Resumes: methods that are in the results are
+skipped.
 """
 
 from __future__ import annotations

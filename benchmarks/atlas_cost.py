@@ -2,10 +2,10 @@
 
     python benchmarks/atlas_cost.py [--model vit_base_patch32_224] [--batch 8] [--rounds 9]
 
-Time: steps of plain AdamW fine-tuning and of composers over T = 1, 4, 8 task vectors, in float32 and in bfloat16,
-take turns in one process; reported are the medians of CPU time as ratios to fine-tuning's, with their quartiles.
-Memory: one process per T takes three steps while its anonymous memory is polled; reported is the peak above import, in
-multiples of the parameters' own size.
+Time: in one process, steps of plain AdamW fine-tuning alternate with steps of composers over T = 1, 4, 8 task vectors,
+in float32 and in bfloat16. The result is the median CPU time as a ratio to fine-tuning's, with quartiles. Memory: one
+process per T takes three steps while its anonymous memory is polled. The result is the peak above the memory after
+imports, in multiples of the parameters' own size.
 """
 
 from __future__ import annotations

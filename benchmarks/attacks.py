@@ -1,11 +1,11 @@
-"""Attacks on the promise that what a sealed task computes does not move by a bit, wherever people train.
+"""Attacks on the promise that the outputs of a sealed task do not change by a bit, in any way of training.
 
     python benchmarks/attacks.py [--model NAME] [--only TEXT] [--json]
 
 The models are an MLP, a convolutional network with batch norm, a vision transformer, a language model with grouped
 queries, and `own`: small networks that are attacks themselves. NAME is one of them, a timm name, or
-`package.module:function`, which returns a model and inputs for its forward. Each model learns two tasks, and every
-attack begins with a copy of that and ends in one of three ways:
+`package.module:function`, which returns a model and inputs for its forward. Each model learns two tasks. Every attack
+starts from a copy of the trained model and ends in one of three ways:
 
     exact      the outputs of every sealed task have the same bits as before, in evaluation with and without gradients,
                and hatcl.certify finds nothing
@@ -13,7 +13,7 @@ attack begins with a copy of that and ends in one of three ways:
     BROKEN     anything else
 
 The exit status is 1 if anything is broken. A new attack is one function below `@attack("what it does")`: it gets a
-`Target`, does its worst, and raises `Broken` where it sees by itself that something is wrong.
+`Target`, attacks it, and raises `Broken` if it detects by itself that something is wrong.
 """
 
 from __future__ import annotations

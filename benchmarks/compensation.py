@@ -1,6 +1,6 @@
-"""HAT's gradient compensation as its own float32 code computes it (`hat`), against the closed form (`exact`): five
-tasks of two digits, an MLP of width 48, 300 steps a task, HAT's own settings. Accuracy is on a fifth of the training
-images that is held out. `python benchmarks/compensation.py` writes results/compensation.json in two minutes."""
+"""HAT's gradient compensation as its own float32 code computes it (`hat`), compared with the closed form (`exact`):
+five tasks of two digits, an MLP of width 48, 300 steps a task, HAT's own settings. Accuracy is measured on a held-out
+fifth of the training images. `python benchmarks/compensation.py` writes results/compensation.json in two minutes."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
     python benchmarks/compose_memory.py [--parts 8] [--model vit_base_patch16_224]
     python benchmarks/compose_memory.py --parts 3 --recipe ties      # a recipe of mergekit instead of the sum
 
-The composition runs in a process of its own while its anonymous memory is polled (RssAnon of /proc/<pid>/status: pages
-of files that are mapped count as resident too, but the kernel takes them back when it wants them). Limit: 400 MB above
-what the process holds after its imports. The result is compared, tensor by tensor, with the same vectors composed in
-memory. All weights are random and unrelated: the worst case, as many elements need remainders (a fine-tune of small
+The composition runs in its own process while its anonymous memory is polled (RssAnon of /proc/<pid>/status; pages of
+mapped files also count as resident, but the kernel can reclaim them at any time). Limit: 400 MB above the memory of the
+process after its imports. The result is compared, tensor by tensor, with the same vectors composed in memory. All
+weights are random and unrelated. This is the worst case, since many elements need remainders (a fine-tune of small
 steps needs none). The files lie in a temporary folder and are removed afterwards.
 """
 

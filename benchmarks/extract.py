@@ -4,12 +4,13 @@ model.
     python benchmarks/extract.py [--models resnet50 vit_small_patch16_224 bert] [--rounds 7] [--batch 8]
     python benchmarks/extract.py --zoo ['hf/*' 'test_*'] [--max-params 30e6]
 
-Random weights, evenly spaced units (of each layer every second, third, fourth), CPU, one thread per OMP_NUM_THREADS.
-The smaller models and the plain one run in turn, round by round; the median of the rounds counts. `quantised`: linear
-layers in 8 bits (torch.ao, dynamic). `onnxruntime`: the exported program. `difference` compares each with the module.
+The networks have random weights and evenly spaced units (every second, third or fourth of each layer), and run on a CPU
+with OMP_NUM_THREADS threads. The smaller models and the plain one take turns, round by round; the result is the median
+of the rounds. `quantised`: linear layers in 8 bits (torch.ao, dynamic). `onnxruntime`: the exported program.
+`difference` compares each of them with the module.
 
-`--zoo`: of each family of the zoo the smallest model (or those that are named), each unit on with probability 1/2,
-noise on the parameters; no model learns here, which `hatcl zoo` does. The results of models that are there are kept.
+`--zoo`: the smallest model of each family of the zoo (or the named models), each unit on with probability 1/2, and
+noise on the parameters. No model learns here (`hatcl zoo` does that). Results that are already there are kept.
 """
 
 from __future__ import annotations

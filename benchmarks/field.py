@@ -3,19 +3,19 @@
     python benchmarks/field.py [--data cifar10 cifar100_even] [--rows default fork ...] [--seeds 0 1 2] [--width 16]
         [--epochs 10] [--lr 3e-3] [--validate]
 
-All rows have the four-block ResNet of `transfer.py` and its loop: a new Adam for each task, batch 64, flips, the rate
-falls to zero along each task. `default`, `fork` (`start_from="previous"`), `all` (the same with `masks="all",
-own_share=0.3`) and `array` (`masks="array:q"`) are hatcl, certified and compared bit for bit; `separate` has a network
-for each task, `sequential` one with nothing held, `joint` learns all tasks at once. The rows of Avalanche (`ewc`, `si`,
-`lwf`, `replay` of 200 images) run where its library is installed, with a head for each task and the same optimizer;
-the rate falls after each epoch. (Avalanche's PackNet does not support batch norms.)
+All rows use the four-block ResNet of `transfer.py` and its loop: a new Adam for each task, batch 64, flips, and a rate
+that falls to zero along each task. `default`, `fork` (`start_from="previous"`), `all` (the same with `masks="all",
+own_share=0.3`) and `array` (`masks="array:q"`) are hatcl, certified and compared bit for bit. `separate` has a network
+for each task, `sequential` one network with nothing frozen, and `joint` learns all tasks at once. The rows of Avalanche
+(`ewc`, `si`, `lwf`, `replay` of 200 images) run where its library is installed, with a head for each task and the same
+optimizer; there the rate falls after each epoch. (Avalanche's PackNet does not support batch norms.)
 
     bash benchmarks/field_env.sh FOLDER && FOLDER/bin/python benchmarks/field.py --rows ewc si lwf replay
 
-Told: accuracy with the task told, right after learning and at the end; what is forgotten, the mean difference of the
-two; accuracy over all classes without the task, by the largest logit, for hatcl also by `hatcl.predict`; seconds;
-MiB of parameters and buffers. `--validate` scores on held-out training images. The rate was chosen there, by
-`transfer.py`; Avalanche's options were not tuned. Resumes.
+Results: accuracy with the task given, right after learning and at the end; forgetting, the mean difference of the two;
+accuracy over all classes without the task, by the largest logit, for hatcl also by `hatcl.predict`; seconds; MiB of
+parameters and buffers. `--validate` scores on held-out training images. `transfer.py` chose the rate on those;
+Avalanche's options were not tuned. Resumes.
 """
 
 from __future__ import annotations

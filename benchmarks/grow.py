@@ -1,6 +1,6 @@
-"""Growth twice in a run of tasks: ten tasks of five `cifar100_even` classes in a small convolutional network that is
-soon full. It stays as it is (`fixed`), or grows by half before tasks 3 and 6 (`grown`). After the last task every
-task's logits must be bit-equal on its test images. A run ends where no unit is left.
+"""Growth twice in a run of tasks: ten tasks of five `cifar100_even` classes in a small convolutional network that soon
+runs out of units. It keeps its size (`fixed`), or grows by half before tasks 3 and 6 (`grown`). After the last task
+every task's logits must be bit-equal on its test images. A run ends when no unit is left.
 
     python benchmarks/grow.py [--epochs 10] [--seeds 3]        # writes results/grow.json
 """

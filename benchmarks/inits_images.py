@@ -1,13 +1,13 @@
-"""How a task's embeddings start, how the scale runs, and what the compensation computes, on images: split CIFAR-10
-(five tasks of two classes) and ten tasks of five `cifar100_even` classes.
+"""Starts of a task's embeddings, schedules of the scale, and forms of the compensation, on images: split CIFAR-10 (five
+tasks of two classes) and ten tasks of five `cifar100_even` classes.
 
     python benchmarks/inits_images.py [--epochs 6] [--seeds 3]        # writes results/inits_images.json
 
-A network of three convolutions (width 16) with batch norms, learned with Adam at 3e-3, or with SGD at .05 and momentum
-.9; batches of 50, mirrored. Accuracy is on a fifth of the training images that is held out. All rows but
-`hat` have the compensation `exact`. `hat-cl`: its own recipe, a dense start, its cosine, the penalty per layer that
-forgives 1/T, and s_max = 100; once as it is, and once with embeddings that move 20 times as fast. Resumes: runs that
-are in the results are skipped.
+A network of three convolutions (width 16) with batch norms learns with Adam at 3e-3, or with SGD at .05 and momentum
+.9; batches of 50, mirrored. Accuracy is measured on a held-out fifth of the training images. All rows but `hat` have
+the compensation `exact`. `hat-cl` is its own recipe: a dense start, its cosine, the penalty per layer that forgives
+1/T, and s_max = 100; once unchanged, and once with embeddings that move 20 times as fast. Resumes: runs that are in the
+results are skipped.
 """
 
 from __future__ import annotations

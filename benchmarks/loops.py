@@ -1,16 +1,16 @@
-"""One short seeded run of each kind of loop, and the sha256 of the weights that it ends with.
+"""One short seeded run of each kind of loop, and the sha256 of its final weights.
 
     python benchmarks/loops.py            compares with benchmarks/results/loops.json
     python benchmarks/loops.py --write    writes it
 
-The digests are those of four loops that each had its own code, before one took their place (recorded on one machine;
-another machine or another torch may round differently, so compare two versions of the code on one). Four were recorded
+The digests were recorded with four separate loops, before one loop replaced them. They come from one machine; another
+machine or another torch may round differently, so compare two versions of the code on the same one. Four were recorded
 again when images became tasks like all others:
 
-- images (three runs): the order of images, dropout and augmentation are drawn from torch's generators, by which every
-  loop resumes, no longer from numpy's by seed, task, epoch and batch. With the former order put in, and without dropout
-  and augmentation, the weights of all three had the same bits before and after.
-- sequence, joint: biases and norms no longer decay, as they did not for images before.
+- images (three runs): the order of images, dropout and augmentation are now drawn from torch's generators, with which
+  every loop resumes, instead of numpy's by seed, task, epoch and batch. With the former order, and without dropout and
+  augmentation, the weights of all three had the same bits before and after.
+- sequence, joint: biases and norms no longer decay; for images they never did.
 """
 
 from __future__ import annotations

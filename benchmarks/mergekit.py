@@ -2,10 +2,10 @@
 
     pip install mergekit && python benchmarks/mergekit.py
 
-The recipes and tiny checkpoints (four fine-tunings of a Llama-like network of four layers, the GPT-2-like one with a
-tied head for a few) are those of tests/recipe_parts.py. Methods that draw masks at random are compared with the same
-masks: mergekit's `torch.bernoulli` is replaced by hatcl's counter-based draws for the same probabilities. A sample of
-each of mergekit's results is recorded, for the tests of machines without mergekit.
+The recipes and tiny checkpoints come from tests/recipe_parts.py: four fine-tunings of a four-layer network like
+Llama's, and for a few recipes one like GPT-2 with a tied head. Methods that draw masks at random are compared with the
+same masks: mergekit's `torch.bernoulli` is replaced by hatcl's counter-based draws for the same probabilities. A sample
+of each of mergekit's results is recorded for tests on machines without mergekit.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A comparison of merging methods of the literature, on the networks and tasks of `atlas.py`.
+"""Merging methods from the literature, compared on the networks and tasks of `atlas.py`.
 
     python benchmarks/merges.py [--network minilm] [--seed 0] [--methods iso_c opcm ...]
     python benchmarks/merges.py --table [--network minilm]     # over all seeds, with the rows that atlas.py measured
 
-Scales and thresholds are chosen by the validation examples. `tall_masks` and `emr` give one model per task (base, one
-vector, and each task's mask), which is measured on its own task; the others give one model for all. `... of rank 16`
-are the vectors cut to 16 singular values per matrix, as LoRA's are. Networks and vectors are kept in `--work`, results
-are written after each method, and a method that is there is not run again.
+Scales and thresholds are chosen on the validation examples. `tall_masks` and `emr` give one model per task (base, one
+vector, and each task's mask), which is measured on its own task; the others give one model for all tasks. `... of rank
+16` are the vectors cut to 16 singular values per matrix, as LoRA's are. Networks and vectors are kept in `--work`.
+Results are written after each method; methods that are there are skipped.
 """
 
 from __future__ import annotations

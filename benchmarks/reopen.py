@@ -1,7 +1,7 @@
-"""A task that comes back: five pairs of digits, an MLP of width 48, each task learned from eight images, then task 0
-reopened and learned on with 100 others, five seeds. `cosine` is the scale of a reopened task, `linear` one that rises
-from almost 0. Accuracy is on images that neither saw. `python benchmarks/reopen.py` writes results/reopen.json in a
-minute."""
+"""A task that comes back: five pairs of digits, an MLP of width 48, five seeds. Each task is learned from eight images;
+then task 0 is reopened and learns from 100 others. `cosine` is the scale of a reopened task, `linear` one that rises
+from almost 0. Accuracy is measured on images that were used in neither. `python benchmarks/reopen.py` writes
+results/reopen.json in a minute."""
 
 from __future__ import annotations
 

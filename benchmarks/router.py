@@ -1,20 +1,24 @@
-"""Prediction without a given task: the share of images whose task and class are found, compared with other ways.
+"""Prediction without a given task: the share of images whose task and class are found, compared with other methods.
 
     python benchmarks/router.py [--data cifar100_even cifar10] [--seeds 0 1 2] [--epochs 10] [--rotate]
 
 A small ResNet (test_resnet of timm, widths 16, 24, 32, 48) learns ten tasks of five classes of cifar100_even, or five
-of two of cifar10, with hatcl's defaults. All images have one mean and spread, those of all training images: those of a
-task's own would tell the task. Per seed and data set about three minutes on one CPU core. Resumes: runs already in the
-results are skipped.
+tasks of two classes of cifar10, with hatcl's defaults. All images are normalised with the mean and spread of all
+training images, because those of a single task would reveal the task. A seed takes about three minutes per data set on
+one CPU core. Resumes: runs already in the results are skipped.
 
-Task id: the router (width 512, temperature 8, and with a temperature chosen on a tenth of the training images that no
-sum has seen), the largest logit, and the smallest Mahalanobis distance to a class's mean in each task's own features,
-recentred per task by its training images' mean distance. Class-incremental: the router, and without a task id the
-nearest class mean and FeCAM's class covariances in the features of the first task, and RanPAC's ridge in the same
-(they are the exemplar-free methods that need one fixed backbone). Rejection: one task after another is taken out; at
-the threshold under which 5 % of the other tasks' test images fall, the share of its images that is rejected, and the
-area under the curve (0.5: no better than chance). With `--rotate` each image is learned in its four rotations, as
-classes of their own, which takes four times as long; all else is the same.
+Task id: the router (width 512, with temperature 8 and with one chosen on a tenth of the training images that is in no
+sum), the largest logit, and the smallest Mahalanobis distance to a class's mean in each task's own features, recentred
+per task by its training images' mean distance.
+
+Class-incremental: the router; and without a task id, in the features of the first task, the nearest class mean, FeCAM's
+class covariances and RanPAC's ridge (the exemplar-free methods that need one fixed backbone).
+
+Rejection: each task in turn is taken out. The results are the share of its images that is rejected, at the threshold
+under which 5 % of the other tasks' test images fall, and the area under the curve (0.5: no better than chance).
+
+With `--rotate` each image is learned in its four rotations, as separate classes, which takes four times as long; all
+else is the same.
 """
 
 from __future__ import annotations

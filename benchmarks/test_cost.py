@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 PYTHONPATH=benchmarks pytest benchmarks/test_cost.py --benchmark-only -k "not large"
 
 Steps of both models alternate within one run, in both orders, and ratios are medians over pairs of CPU time, so that a
-busy machine slows both. The second of three tasks is measured: half of the units are a sealed task's, so that a quarter
-of the elements is frozen, and gates are soft. No one flushes denormals. Next to the time is the number of operations a
-step is, which does not depend on the machine.
+busy machine slows both. The second of three tasks is measured: half of the units belong to a sealed task, so a quarter
+of the elements is frozen, and gates are soft. Nothing flushes denormals. The table also has the number of operations of
+a step, which does not depend on the machine.
 """
 
 from __future__ import annotations

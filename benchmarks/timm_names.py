@@ -1,9 +1,10 @@
-"""Every model that timm lists, made by its `hat_` name on the meta device, where large ones cost nothing.
+"""Every model that timm lists, made by its `hat_` name on the meta device, where large models take no memory.
 
     python benchmarks/timm_names.py [PATTERN]
 
-Resumes after an interruption. Per model: units, share of elements whose owner and reader are known, seconds of
-processor time; or the error. Mapped, not verified: there are no weights to attack (`hatcl zoo` does that).
+Resumes after an interruption. The result per model is its units, the share of elements whose owner and reader are
+known, and seconds of CPU time, or the error. The models are mapped, not verified: without weights there is nothing to
+attack (`hatcl zoo` does that).
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python benchmarks/transfer.py [--rows default previous separate ...] [--lr 3e-3] [--width 32] [--validate]
 
-Accuracy of each task right after it was learned, which for hatcl is also what it stays. `separate` trains a network for
-each task, `sequential` one network with a head per task and nothing held (it forgets: the average at the end is given
-too). All rows have the same network, loop and steps: Adam (`--lr`) new per task, batch 64, flips, the rate falls to
-zero along each task. `--validate` holds out a fifth of each class's training images and scores on those: settings were
-chosen there. Resumes by row and seed.
+The result is the accuracy of each task right after it was learned; for hatcl it stays the same. `separate` trains a
+network for each task; `sequential` trains one network with a head per task and nothing frozen (it forgets, so its
+average at the end is also given). All rows have the same network, loop and steps: Adam (`--lr`) new per task, batch 64,
+flips, and a rate that falls to zero along each task. `--validate` holds out a fifth of each class's training images and
+scores on those; settings were chosen that way. Resumes by row and seed.
 """
 
 from __future__ import annotations

@@ -320,8 +320,8 @@ class Keeper:
 
 
 _WEIGHTS: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
-"""Optimizer -> key -> whether it stores weights there, as decided when it first appeared: later they may differ from the
-parameters too much to tell."""
+"""Optimizer -> key -> whether it stores weights there, as decided when the key first appeared. Later the stored weights
+may differ too much from the parameters to be recognised."""
 _SOME = 4096
 
 

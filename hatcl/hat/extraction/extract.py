@@ -113,23 +113,23 @@ class Extracted:
 
 
 def extract_task(model: nn.Module, task: int, example_inputs: Any = None, *, tolerance: float = TOLERANCE) -> Extracted:
-    """The network that a sealed task computes with, as an ordinary smaller module: only the task's units, with its
-    norms, copies and head folded in, and without hatcl. The model stays as it was.
+    """The network that a sealed task uses, as an ordinary smaller module: only the task's units, with its norms, copies
+    and head folded in, and without hatcl. The model stays unchanged.
 
-    Modules keep their classes and get smaller tensors. Where a forward requires equal sizes (heads of attention, halves
-    that are split off, groups), units that are off fill them up as zeros; where a forward's sizes cannot be changed,
-    all units concerned stay, and the report says where and why. Outputs are cut like everything else: features have
-    only the task's channels.
+    Modules keep their classes and get smaller tensors. Where a forward requires equal sizes (attention heads, halves of
+    a split, groups), units that are off fill them up as zeros. Where a forward's sizes cannot be changed, all units
+    concerned stay, and the report says where and why. Outputs are cut too: features have only the task's channels.
 
     Args:
-        example_inputs: inputs of the model's forward; default: random ones of the kind used at conversion. The result
-        agrees with the model on them.
+        example_inputs: inputs of the model's forward, on which the result must agree with the model; default: random
+            ones of the kind used at conversion.
         tolerance: the largest allowed difference of an output, relative to the largest value.
 
     Raises:
-        TaskError: the task is not sealed, or there is no such task. ConfigError: there are no inputs, or they do not
-            fit. ConversionError: the smaller network does not agree with the model. HATError: the model was assembled
-                by hand.
+        TaskError: the task is not sealed, or there is no such task.
+        ConfigError: there are no inputs, or they do not fit.
+        ConversionError: the smaller network does not agree with the model.
+        HATError: the model was assembled by hand.
     """
     gates = gates_of(model)
     task = check_task(model, task, sealed=True)
