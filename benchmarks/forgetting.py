@@ -4,8 +4,8 @@
 
 Results per model: tasks 0 and 2 are bit-equal before and after; every element that the dry run listed was erased; the
 freed capacity learns a new task. An attacker who kept task 1's gates, head, norms and statistics puts them back, and
-leaves, zeroes or rescales the re-drawn elements: the accuracy of that attack. For comparison, the 16-shot relearning
-curves of the forgotten task and of the same task in a model that never saw it.
+leaves, zeroes or rescales the re-drawn elements; the result is task 1's accuracy. For comparison, the 16-shot
+relearning curves of the forgotten task and of the same task in a model that never saw it.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ tasks of two classes of cifar10, with hatcl's defaults. All images are normalise
 training images, because those of a single task would reveal the task. A seed takes about three minutes per data set on
 one CPU core. Resumes: runs already in the results are skipped.
 
-Task id: the router (width 512, with temperature 8 and with one chosen on a tenth of the training images that is in no
-sum), the largest logit, and the smallest Mahalanobis distance to a class's mean in each task's own features, recentred
-per task by its training images' mean distance.
+Task id: the router (width 512, with temperature 8 and with one chosen on a tenth of the training images, held out from
+the router), the largest logit, and the smallest Mahalanobis distance to a class's mean in each task's own features,
+recentred per task by its training images' mean distance.
 
 Class-incremental: the router; and without a task id, in the features of the first task, the nearest class mean, FeCAM's
 class covariances and RanPAC's ridge (the exemplar-free methods that need one fixed backbone).

@@ -1,6 +1,5 @@
-"""TaSL's scores from before the optimizer's step, at the weights of the gradient (the paper's formula and hatcl's
-default), compared with those from after it (TaSL's code): how much do they differ, and does it change the
-consolidation?
+"""TaSL's scores from before the optimizer's step (the paper's formula and hatcl's default) compared with those from
+after it (TaSL's code): how much do they differ, and does that change the consolidated adapter?
 
     python benchmarks/skills_timing.py [--steps 40]
 

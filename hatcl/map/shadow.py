@@ -45,7 +45,7 @@ class Shadow:
 
     Attributes:
         slots: the units to which an element belongs.
-        sources: the parameters from which alone this value is computed; empty for an activation.
+        sources: for a value computed from parameters alone, these parameters; empty for an activation.
         pending: the axes to fold if anything but a batch norm reads this value.
     """
 

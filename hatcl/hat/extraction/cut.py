@@ -65,7 +65,7 @@ class Cutter:
         self.rows = [*seen.rows, *self._grouped_rows()]
 
     def fill(self, plain: nn.Module, weights: Mapping[tuple[str, str], Tensor]) -> None:
-        """From now on, cut this network: the same one with other values."""
+        """From now on, cut this network, which is the same network with other values."""
         self.plain, self.weights = plain, weights
         self.modules = dict(plain.named_modules())
         self.names = {id(p): n for n, p in plain.named_parameters()}

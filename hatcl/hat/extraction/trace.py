@@ -59,8 +59,7 @@ class Footprint:
     """The results of the trace.
 
     Attributes:
-        rows: `[rows, n]` units each. The forward assumes that these rows are equally long, so the cut must keep them
-            so.
+        rows: `[rows, n]` units each. The forward needs rows of equal length, so the cut must keep them equally long.
         work: module path -> the results of its own operations, in order.
         given: module path -> its positional tensor inputs.
         splits: module path -> pieces of different sizes into which it splits a tensor: their old sizes and their units.
@@ -70,7 +69,7 @@ class Footprint:
         queries: path of an attention that itself divides by the root of a head's width -> that width, and which rows of
             which parameters write its queries. products: the same where two activations are multiplied.
         norm_dims: path of a norm -> its input's number of dimensions.
-        aligned: units whose kept number must make a multiple of 16 bytes.
+        aligned: groups of units of which the cut keeps as many as fill a multiple of 16 bytes.
         whole: units that must stay because they meet, one by one, values that belong to no unit and are computed during
             the forward (the rotation of a position, the weights of attention).
     """
