@@ -212,8 +212,8 @@ def over_some(value: Tensor, mask: Tensor, rows: int) -> Tensor:
 
 
 def _in_turn(off: Tensor, rows: int) -> Tensor:
-    """Alternating +1 and -1 where `off` is 1, with sum 0 and mean square 1 per row; an odd count ends in sqrt(3/2),
-    -sqrt(3/2) and 0 in some order of signs."""
+    """Alternating -1 and +1 where `off` is 1, with sum 0 and mean square 1 per row; an odd count ends in -sqrt(3/2),
+    sqrt(3/2), 0."""
     flat = off.flatten(rows)
     rank, count = flat.cumsum(-1), flat.sum(-1, keepdim=True)
     sign = 1 - 2 * (rank % 2)
