@@ -84,7 +84,7 @@ class _ScaledRows(torch.autograd.Function):
 @register_layer(nn.Embedding)
 class HATEmbedding(HATLayer, nn.Embedding):
     """`y = a * W[i]`: the gate multiplies the looked-up rows. In evaluation of a sealed task, the gate multiplies the
-    whole table once, as soon as as many rows were looked up as the table has.
+    whole table once, when the number of looked-up rows reaches the number of rows in the table.
 
     Shapes: i integers of any shape `S`, y `[*S, dim]`, gate `[dim]`.
     """
