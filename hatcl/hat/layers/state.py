@@ -311,7 +311,7 @@ def _put_state(module: Any, name: str, value: Any) -> None:
     hat, states = module.__dict__.get("_hat"), module.__dict__.get(STATES)
     if hat is None or states is None or not states.tasks or (active is not None and not hat.gates.is_open(active[2])):
         return
-    if same(value, states.start[hat.path, name]):  # a reset, as when `train()` clears caches: reset other open tasks
+    if same(value, states.start[hat.path, name]):  # a reset, as when `train()` clears caches: reset all unsealed tasks
         others = [t for t in states.tasks if (active is None or t != active[2]) and not bool(hat.gates.sealed[t])]
         states.reset((hat.path, name), others)
 
