@@ -72,8 +72,7 @@ def middle_block(model: nn.Module) -> str:
 
 
 def _is_a_layer(module: nn.Module) -> bool:
-    """Does it hold nothing but weights of its own? Of a module with layers in it, what enters the weight is not what
-    enters the module."""
+    """Are all parameters of a module its own? If it contains layers, their inputs are not the module's input."""
     own = ("hat_tasks", GATES, "gates")
     return not any(any(True for _ in child.parameters()) for name, child in module.named_children() if name not in own)
 

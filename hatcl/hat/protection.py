@@ -119,8 +119,8 @@ class Attribution:
 
     @torch.no_grad()
     def of_step(self) -> list[Tensor] | None:
-        """Each unit's importance by the current gradients, `[U]` for each gates; None if a gradient is not finite, since
-        a gradient scaler then skips the step."""
+        """Each unit's importance by the current gradients, `[U]` for each gates; None if a gradient is not finite,
+        since a gradient scaler then skips the step."""
         sums = [g.importance.new_zeros(g.num_units + 1) for g in self.gates]
         of_gates = {id(g): total for g, total in zip(self.gates, sums, strict=True)}
         for i, h in enumerate(self.parts):

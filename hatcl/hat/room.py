@@ -87,7 +87,7 @@ def room_of(model: nn.Module) -> Room:
 
 
 def check_room(model: nn.Module, task: int) -> None:
-    """Raise `CapacityError` if a task could learn only its head, because sealed tasks hold all elements that it may use.
+    """Raise `CapacityError` if a task could learn only its head: sealed tasks hold all elements that it may use.
 
     Warns:
         UserWarning: under `reuse="none"` a layer has no unit left, so its output is zero; sealed tasks hold all
