@@ -1,8 +1,7 @@
-"""Tensors overwritten in place with random values and put back bit for bit, without a copy of the large ones.
+"""Overwrites tensors in place with random values and restores them bit for bit, without a copy of the large ones.
 
-A large tensor's bits are altered by what can be undone: the bits of its mantissas are turned over by random ones
-(exclusive or), and its exponents are shifted up until the largest elements are large. Small tensors, and those of other
-types, are kept as copies.
+A large tensor's bits are changed reversibly: mantissas by an exclusive or with random bits, and exponents by a shift
+that makes the largest elements large. Small tensors, and those of other types, are kept as copies.
 """
 
 from __future__ import annotations
@@ -19,17 +18,20 @@ from ..functional import INTEGERS, bits_of
 LARGE = 1 << 16  # elements
 BLOCK = 1 << 18  # elements that are altered at once
 FIELDS = {torch.float32: (23, 8), torch.float64: (52, 11), torch.bfloat16: (7, 8), torch.float16: (10, 5)}
-"""Type -> the bits of its mantissa and of its exponent."""
+"""Type -> number of bits of its mantissa and of its exponent."""
 
 Where = Callable[[], Tensor] | None
-"""Which elements, in the tensor's shape; None: all. It is asked again when they are put back."""
+"""A function that gives a mask of elements in the tensor's shape; None: all. It is called again for restoring."""
 
 
 @dataclass
 class _Altered:
-    """A tensor that is altered block by block. back: from a block's number and content to what was there. start: how
-    often the tensor had been written to before. written: how many blocks were altered. end: how often the tensor had
-    been written to when the first of them was about to be put back."""
+    """A tensor that is altered block by block.
+
+    Attributes:
+        back: (number of a block, its content) -> its former content. start: the tensor's version before. written:
+            number of altered blocks. end: the tensor's version before the first block was restored.
+    """
 
     x: Tensor
     blocks: list[Tensor]
@@ -39,8 +41,8 @@ class _Altered:
     end: int | None = None
 
     def undo(self) -> None:
-        """Put back as many blocks as were written, the last one first. The tensor itself counts its writes, so that
-        nothing is lost where this is interrupted anywhere, and begun again."""
+        """Restore the written blocks, last one first. The tensor's version counts the writes, so this can be
+        interrupted anywhere and called again."""
         if self.written is None:
             self.written = self.x._version - self.start
         if self.end is None:
@@ -50,14 +52,14 @@ class _Altered:
 
 
 class Altered:
-    """Tensors that are altered until `undo` puts them back, in the reverse order."""
+    """Tensors that are altered until `undo` restores them, in the reverse order."""
 
     def __init__(self, seed: int = 0) -> None:
         self._seed, self._done = seed, list[_Altered]()
         self._random: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def undo(self, down_to: int = 0) -> None:
-        """Put everything back that was altered, but for the first `down_to`; an interruption is heard afterwards."""
+        """Restore all altered tensors except the first `down_to`; a KeyboardInterrupt is raised afterwards."""
 
         def back() -> None:
             with torch.no_grad():
@@ -71,13 +73,14 @@ class Altered:
         return len(self._done)
 
     def replace(self, x: Tensor, new: Tensor) -> None:
-        """Overwrite a tensor with another's values, keeping a copy."""
+        """Overwrite a tensor with the values of another, keeping a copy."""
         old = x.detach().clone()
         self._write(x, [x.detach()], lambda i, now: new, lambda i, now: old)
 
     def turned_over(self, x: Tensor, zeros: Callable[[Tensor], Tensor]) -> None:
-        """Multiply every element of a large tensor with a random factor from 1/2 to 2 that is not 1, by its mantissa;
-        what is zero or below all normal numbers is set to values of `zeros`, which gives some of a tensor's shape."""
+        """Multiply every element of a large tensor by a random factor from 1/2 to 2 that is not 1, by changing its
+        mantissa. Zeros and subnormal numbers get values from `zeros`, a function that gives values in a tensor's
+        shape."""
         mantissa, exponents, turn = FIELDS[x.dtype][0], _exponents(x), len(self._done)
         most, mask = 1 << (mantissa - 1), (1 << mantissa) - 1
         kept: dict[int, tuple[Tensor, np.ndarray]] = {}
@@ -103,9 +106,10 @@ class Altered:
         self._write(x, blocks_of(x), change, back)
 
     def overwrite(self, x: Tensor, where: Where, noise: Callable[[], Tensor], top: float) -> int:
-        """Overwrite some elements of a tensor with random values up to `top`: of a small one by `noise`. Of a large one
-        all exponents are shifted so that zeros get the one of `top` and the largest element the one below, and signs
-        and mantissas are turned over. Returns how many elements were overwritten."""
+        """Overwrite some elements of a tensor with random values up to `top`. A small tensor gets the values of
+        `noise`. In a large one all exponents are shifted so that the largest element gets the exponent below that of
+        `top`, zeros get that of `top`, and signs and mantissas are changed at random. Returns the number of elements
+        overwritten."""
         on = None if where is None else where()
         number = x.numel() if on is None else int(on.count_nonzero())
         shift = self._shift(x, top) if is_large(x) else None
@@ -114,7 +118,7 @@ class Altered:
             return number
         (by, highest), turn = shift, len(self._done)
         exponents, rest, blocks = _exponents(x), ~_exponents(x), blocks_of(x)
-        masks: list[Tensor] = []  # one byte an element, so they are not kept meanwhile
+        masks: list[Tensor] = []  # one byte per element, so they are not kept until restoring
 
         def some(i: int, new: Tensor, now: Tensor) -> Tensor:
             if where is None:
@@ -152,8 +156,8 @@ class Altered:
             done.written = len(blocks)
 
     def _shift(self, x: Tensor, top: float) -> tuple[int, int] | None:
-        """The number to add to the bits of a tensor's elements, and the bits of the exponent for zeros; None where the
-        smallest element would not stay a normal number, or not every element is finite."""
+        """The number to add to the bits of a tensor's elements, and the bits of the exponent for zeros; None if the
+        smallest element would become subnormal, or an element is not finite."""
         mantissa, width = FIELDS[x.dtype]
         exponents, first, last = _exponents(x), 1 << width, 0
         for block in blocks_of(x):
@@ -165,7 +169,7 @@ class Altered:
         return None if last == (1 << width) - 1 or first + by < 1 else (by << mantissa, highest << mantissa)
 
     def _key(self, block: Tensor, i: int, turn: int) -> Tensor:
-        """Random bits for a block in a turn, the same each time: a window of what is drawn once."""
+        """Random bits for a block in a turn, the same at each call: a window of bits that are drawn once."""
         dtype = INTEGERS[block.element_size()]
         drawn = self._random.get((dtype, block.device))
         if drawn is None or len(drawn) < block.numel() + BLOCK:
@@ -178,7 +182,7 @@ class Altered:
 
 
 def uninterrupted(work: Callable[[], None]) -> None:
-    """Do what may be begun again at any time until it is done; an interruption is heard afterwards."""
+    """Run restartable work to its end, even if interrupted; a KeyboardInterrupt is raised afterwards."""
     try:
         work()
     except KeyboardInterrupt:
@@ -187,7 +191,7 @@ def uninterrupted(work: Callable[[], None]) -> None:
 
 
 def is_large(x: Tensor) -> bool:
-    """Is a tensor altered by its bits?"""
+    """Is a tensor altered bit by bit, without a copy?"""
     return x.numel() >= LARGE and x.dtype in FIELDS and type(x) in (Tensor, torch.nn.Parameter) and x.dim() > 0
 
 
@@ -197,6 +201,6 @@ def blocks_of(x: Tensor) -> list[Tensor]:
 
 
 def _exponents(like: Tensor) -> int:
-    """The bits of the exponent of a type."""
+    """A bit mask of the exponent of a type."""
     mantissa, width = FIELDS[like.dtype]
     return ((1 << width) - 1) << mantissa

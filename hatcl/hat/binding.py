@@ -1,4 +1,4 @@
-"""Bindings of a layer's parameters to units of its gates."""
+"""Bindings of a layer's parameters to the units of its gates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Units:
-    """Some units of some gates: what one axis of a parameter belongs to. Entries that are 0 are always on."""
+    """The units that one axis of a parameter belongs to. An entry of 0 is always on."""
 
     def __init__(self, gates: Gates, numbers: np.ndarray) -> None:
         self.gates = gates
@@ -44,7 +44,7 @@ class Units:
         return len(self.numbers)
 
     def clear(self) -> None:
-        """Drop what was kept of any task."""
+        """Drop the cached values of all tasks."""
         self._known = (None, {})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Units:
 
     def once(self, task: Any, key: Any, make: Callable[[], Any]) -> Any:
         """The result of `make` for a task's gates of these units, computed once for a sealed task. While gates are
-        learned it is made at each call: its graph is freed by the first backward through it."""
+        learned it is recomputed at each call, because the first backward frees its graph."""
         gates = self.gates
         if F.is_followed() or gates.is_open(task):
             return make()
@@ -109,7 +109,7 @@ class Units:
         return made
 
     def share(self, task: int) -> float:
-        """The share of entries that a task has on, never quite zero."""
+        """The share of entries that a task has on, at least `SMALLEST_GATE`."""
         if torch.compiler.is_compiling():
             return self._share_of_sealed(task, self.gates.sealings.get(task, 0))
         share: float = self.once(task, "share", lambda: self._share_of(self.on(task)))
@@ -118,7 +118,7 @@ class Units:
     def _share_of(self, on: Tensor) -> float:
         try:
             return max(int(on.sum()) / max(len(on), 1), F.SMALLEST_GATE)
-        except RuntimeError as error:  # each kind of tracing has its own
+        except RuntimeError as error:  # each kind of tracing has its own subclass
             if type(on) is Tensor and not F.is_followed():
                 raise
             raise TaskError(
@@ -130,11 +130,11 @@ class Units:
 
     @torch.compiler.assume_constant_result
     def _share_of_sealed(self, task: int, sealings: int) -> float:
-        """A constant of a compiled graph, until the task is sealed again."""
+        """A constant in a compiled graph until the task is sealed again."""
         return self._share_of(self._of(self.gates.masks[task]))
 
     def hard(self, task: int) -> Tensor:
-        """A task's hard gate per entry as sealed, or as sealing would make it now, `[n]` bool."""
+        """A task's sealed gate per entry, or the gate that sealing would give now, `[n]` bool."""
         return self._of(self.gates.hard(task))
 
     def _of(self, on: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class Units:
 
 @dataclass
 class UnitAxis:
-    """One factor of a parameter: its units, and the shape in which their gates broadcast over the parameter's view."""
+    """One axis of a parameter: its units, and the shape in which their gates broadcast over the parameter's view."""
 
     units: Units
     shape: tuple[int, ...]
@@ -155,8 +155,13 @@ class UnitAxis:
 
 @dataclass
 class ParameterPlan:
-    """How a parameter depends on the task. axes: its factors. fold: which of them multiply it. copied: a copy per
-    task. standardised: its rows are normalised before use, with a task over the units that are on."""
+    """How a parameter depends on the task.
+
+    Attributes:
+        view: the shape in which the axes index the parameter. axes: its owners and readers. fold: indices of the axes
+            whose gates multiply it. copied: each task has its own copy. standardised: its rows are normalised before
+            use; under a task, over the units that are on.
+    """
 
     view: tuple[int, ...]
     axes: tuple[UnitAxis, ...] = ()
@@ -166,16 +171,16 @@ class ParameterPlan:
 
     @property
     def main(self) -> UnitAxis:
-        """The axis that the parameter writes; else one that it reads."""
+        """The owner's axis; if there is none, the first reader's."""
         return next((axis for axis in self.axes if axis.owner), self.axes[0])
 
     def over_units_on(self, value: Tensor, task: int) -> Tensor:
-        """A weight whose rows are about to be normalised over all `N` elements that they read, made such that this is
-        the normalisation over the `n` of units that are on.
+        """Change a weight so that a normalisation of its rows over all `N` elements equals one over the `n` elements
+        whose units are on.
 
-        Those are centred; the others, which only ever meet zeros, become +s and -s in turn, `s` the spread of the n.
-        So all N have the mean and variance of the n (where a single element is off it stays 0, and the variance is
-        `n / N` of that).
+        These n are centred. The others, which are only multiplied by zeros, alternate between +s and -s, where `s` is
+        the standard deviation of the n. So all N have the mean and variance of the n. (A single off element stays 0,
+        and the variance is then `n / N` of that of the n.)
         """
         read = [axis for axis in self.axes if not axis.owner]
         if not read:
@@ -196,19 +201,19 @@ class ParameterPlan:
 
 
 def over_some(value: Tensor, mask: Tensor, rows: int) -> Tensor:
-    """`ParameterPlan.over_units_on` of a value whose first dimensions, `rows` many, are rows; mask: 1 where what they
-    read is on."""
+    """`ParameterPlan.over_units_on` of a value whose first `rows` dimensions are rows. mask: 1 where the units that
+    they read are on."""
     over = tuple(range(rows, value.dim()))
     on = mask.sum(over, keepdim=True).clamp(min=1.0)
-    value = torch.where(mask > 0, value, 0.0)  # zero times another task's infinity would be no zero
+    value = torch.where(mask > 0, value, 0.0)  # zero times another task's infinity would be NaN
     centred = (value - value.sum(over, keepdim=True) / on) * mask
     spread = (centred.square().sum(over, keepdim=True) / on).clamp(min=torch.finfo(value.dtype).tiny).sqrt()
     return centred + spread * _in_turn(1 - mask, rows)
 
 
 def _in_turn(off: Tensor, rows: int) -> Tensor:
-    """+1 and -1 in turn where `off` is 1, with sum 0 and mean square 1 per row; an odd count ends in sqrt(3/2), its
-    negative and 0."""
+    """Alternating -1 and +1 where `off` is 1, with sum 0 and mean square 1 per row; an odd count ends in -sqrt(3/2),
+    sqrt(3/2), 0."""
     flat = off.flatten(rows)
     rank, count = flat.cumsum(-1), flat.sum(-1, keepdim=True)
     sign = 1 - 2 * (rank % 2)
@@ -219,14 +224,19 @@ def _in_turn(off: Tensor, rows: int) -> Tensor:
 
 @dataclass
 class Binding:
-    """The binding of a layer to gates. others: those of the units that it reads, where they are not the same ones
-    (layers by hand). output: units (and their dimension) that the layer's output is multiplied with.
-    norm: units (and their dimension) over which a norm takes its statistics; dirty: its input is not zero where off.
-    buffers: those that a training forward writes, of which every task has its own. path: where the module was when it
-    was converted. shapes: of its parameters then.
+    """The binding of a layer to gates.
 
-    formers: the binding as it was before each growth of the network, for the tasks sealed by then. A former
-    one says in addition: spreads: where its tensors are in those of now. sizes: the layer's attributes as they were."""
+    Attributes:
+        others: gates of the units that the layer reads, if these are different gates (layers by hand).
+        params: name -> plan. output: (dimension, units) whose gate multiplies the layer's output.
+        norm: (dimension, units) over which a norm takes its statistics. dirty: the norm's input is not zero where units
+            are off.
+        buffers: buffers that a training forward writes; each task has its own.
+        path: the module's path at conversion. shapes: the shapes of its parameters at conversion.
+        formers: the binding before each growth of the network, for the tasks sealed by then. Only a former binding has
+            `spreads`: the places of its tensors' elements in the current tensors, and `sizes`: the layer's former
+            attributes.
+    """
 
     gates: Gates
     others: tuple[Gates, ...] = ()
@@ -244,11 +254,11 @@ class Binding:
     sizes: dict[str, Any] = field(default_factory=dict)
 
     def under(self, task: Any) -> Binding:
-        """The binding under a task: that at the task's sealing, if the network has grown since."""
+        """A task's binding: the one at its sealing, if the network has grown since."""
         return self.at(self.gates.stage_of(task)) if self.formers else self
 
     def at(self, stage: int) -> Binding:
-        """The binding after this many growths."""
+        """The binding after `stage` growths."""
         return self.formers[stage] if stage < len(self.formers) else self
 
     def placed(self, name: str, x: Tensor) -> Tensor:
@@ -257,8 +267,8 @@ class Binding:
         return x if spread is None else spread.of_before(x)
 
     def key_of_kept(self, raw: Tensor, task: Any, held: bool = False) -> Any:
-        """On what a sealed task's constant depends. held: what is written to `raw` now is undone. (The address tells
-        that other memory was put in its place, as long as the memory of before is kept, too.)"""
+        """Everything that a sealed task's constant depends on. held: writes to `raw` are undone, so its version does
+        not count. (The address detects replaced memory, as long as the former memory is kept alive.)"""
         every = (self.gates, *self.others)
         for g in every:
             g.look()
@@ -266,10 +276,10 @@ class Binding:
         return (task, epochs, None if held else raw._version, raw.data_ptr(), raw.dtype)
 
     def of_now(self) -> dict[Any, Any] | None:
-        """Where to keep what depends on the gates and on the active task alone, in evaluation without gradients:
-        another place as soon as one of them changes. None where a task is open, or may become so unseen.
+        """The cache for values that depend only on the gates and the active task, in evaluation without gradients. It
+        is replaced as soon as either changes. None if a task is open, or may become open unnoticed.
 
-        Most of what evaluation costs beyond the plain model is asking for this, so it takes the shortest way."""
+        This call is most of the overhead of evaluation over the plain model, so it is written for speed."""
         if is_grad_enabled() or is_compiling():
             return None
         moment, saying, kept = self.now  # one read: another thread may replace it
@@ -278,7 +288,7 @@ class Binding:
         masks, version = own["looked"]
         same = masks is not None and own["_buffers"]["masks"] is masks and masks._version == version
         if same and own["moment"] is moment and said is saying:
-            origin = own["origin"]  # averaged with it, the gates follow it
+            origin = own["origin"]  # a copy that was averaged with its origin follows it
             if origin is None or origin.averaged(gates) is None:
                 return kept
         now = gates.look()
@@ -288,20 +298,21 @@ class Binding:
         return kept
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The result of `make`, which depends only on the gates and the active task; computed once if it may be
-        kept."""
+        """The result of `make`, which depends only on the gates and the active task; computed once if it can be
+        cached."""
         kept = self.of_now()
         if kept is None:
             return make()
         if key not in kept:
             if F.is_followed():
                 return make()
-            with torch.inference_mode(False), torch.no_grad():  # outside of inference mode it is asked for as well
+            with torch.inference_mode(False), torch.no_grad():  # the result is also used outside inference mode
                 kept[key] = make()
         return kept[key]
 
     def seen(self, name: str, kept: dict[Any, Any]) -> Tensor | None:
-        """The result of an earlier read of a parameter or buffer, if a read would give the same now. kept: `of_now`."""
+        """The cached result of an earlier read of a parameter or buffer; None if a new read could differ. kept: the
+        result of `of_now`."""
         hit = kept.get(name)
         if hit is None:
             return None
@@ -317,11 +328,12 @@ class Binding:
         make: Callable[[], Tensor],
         key: str = "",
     ) -> Tensor:
-        """The result of `make` for the tensor `name` of a module, kept for `seen`.
+        """The result of `make` for the tensor `name` of a module, cached for `seen`.
 
         Args:
-            place: the dictionary that it is in, so that another tensor in its place is noticed. kept: what `of_now`
-                gave before it was asked which task is active. key: under which name it is `seen`; by default its own.
+            place: the dictionary that contains the tensor, so that a replacement is detected.
+            kept: the result of `of_now`, called before the active task was read.
+            key: the name under which `seen` finds it; default: `name`.
         """
         raw = place[name]
         if kept is None or type(raw) not in _PLAIN or raw.is_inference() or F.is_followed():
@@ -329,13 +341,14 @@ class Binding:
         version, address = raw._version, raw.data_ptr()
         value = make()
         if type(value) in _PLAIN and not value.is_inference():
-            # the alias keeps the memory, or other values might come to stand at the same address
+            # the alias keeps the memory alive; otherwise other values might get the same address
             constant, alias = self.cache.get(name), raw.detach()
             kept[key or name] = (value, value._version, constant, place, name, raw, version, alias, address)
         return value
 
     def plain_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter of the layer itself. What every task has a copy of stays as it was converted."""
+        """The expected shape of a parameter of the layer itself. The plain model's value of a parameter with a copy per
+        task keeps its shape from conversion."""
         copied = (plan := self.params.get(name)) is not None and plan.copied
         return (self.at(0) if copied else self).shapes[name]
 
@@ -343,7 +356,7 @@ class Binding:
         return {**self.__dict__, "cache": {}, "now": (None, None, {})}
 
     def clear(self) -> None:
-        """Drop what was kept of any task."""
+        """Drop the cached values of all tasks."""
         self.cache.clear()
         self.now = (None, None, {})
         for plan in self.params.values():

@@ -1,4 +1,4 @@
-"""Features of a task: what enters its head."""
+"""Features of a task: the inputs of its head."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .layers.gated import HATLayer
 from .tasks import task as active
 
 Features = str | Callable[[nn.Module, Any], Tensor] | None
-"""Where features come from: None, what the heads of the map read; the path of another module that reads them; or a
+"""Where features come from: None, the inputs of the map's heads; the path of another module whose input is used; or a
 function of the model and a batch's inputs that gives them, `[B, F]`."""
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module of every head: what writes the classes, by the map; in a model put together by hand, the layers of
-    which every task has its own weight.
+    """Path -> module of every head: the modules that write the classes according to the map; in a model assembled by
+    hand, the layers with a weight per task.
 
     Raises:
-        HATError: there is none.
+        HATError: the model has no head.
     """
     root = _root(model)
     found: dict[str, nn.Module] = {}
@@ -36,7 +36,7 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
         entries = gates_of(root)[0].unit_map.entries
         paths = [e.name.rpartition(".")[0] for e in entries.values() if e.head and len(e.shape) > 1]
         modules = {path: root.get_submodule(path) for path in paths}
-        found = {path: m for path, m in modules.items() if not isinstance(m, nn.Embedding)}  # a head tied to it
+        found = {path: m for path, m in modules.items() if not isinstance(m, nn.Embedding)}  # an embedding tied to it
     else:
         for path, module in model.named_modules():
             plan = module._hat.params.get("weight") if isinstance(module, HATLayer) and "_hat" in vars(module) else None
@@ -53,8 +53,8 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def middle_block(model: nn.Module) -> str:
-    """The path of the block in the middle of the longest stack of blocks. What it reads serves to tell tasks apart that
-    are learned on one pretrained base: early blocks say what a text is about, late ones what its task asks of it.
+    """The path of the middle block in the longest stack of blocks. Its inputs serve to tell tasks on one pretrained
+    base apart: early blocks represent the topic of a text, late ones the answer to its task.
 
     Raises:
         HATError: there is no stack of blocks.
@@ -72,19 +72,18 @@ def middle_block(model: nn.Module) -> str:
 
 
 def _is_a_layer(module: nn.Module) -> bool:
-    """Does it hold nothing but weights of its own? Of a module with layers in it, what enters the weight is not what
-    enters the module."""
+    """Are all parameters of a module its own? If it contains layers, their inputs are not the module's input."""
     own = ("hat_tasks", GATES, "gates")
     return not any(any(True for _ in child.parameters()) for name, child in module.named_children() if name not in own)
 
 
 def _root(model: nn.Module) -> nn.Module | None:
-    """The converted model itself, not what it is wrapped in."""
+    """The converted model itself, without wrappers."""
     return next((m for m in model.modules() if GATES in m._modules), None)
 
 
 def _readers(model: nn.Module, features: str | None) -> dict[str, nn.Module]:
-    """Path -> module of what reads the features."""
+    """Path -> module of the modules that read the features."""
     if features is None:
         return head_modules(model)
     root = _root(model) or model
@@ -99,7 +98,7 @@ def _readers(model: nn.Module, features: str | None) -> dict[str, nn.Module]:
 
 @contextlib.contextmanager
 def watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Any]]]:
-    """Inside, every forward of this thread leaves what entered these modules here, and what came out, by path."""
+    """Inside the block, record the input and output of these modules, by path, at every forward of this thread."""
     seen: dict[str, tuple[Tensor, Any]] = {}
     mine = threading.get_ident()
 
@@ -120,23 +119,22 @@ def watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor
 
 
 def features_of(model: nn.Module, inputs: Any) -> Tensor:
-    """The features of `features_and_outputs` alone."""
+    """Only the features of `features_and_outputs`."""
     return features_and_outputs(model, inputs)[0]
 
 
 def features_and_outputs(model: nn.Module, inputs: Any, features: Features = None) -> tuple[Tensor, Any]:
-    """The inputs of the heads under the active task, `[B, F]`, and the model's output, from one forward. Where there
-    are several positions (`[B, N, F]` of a linear head, `[B, F, H, W]` of a convolution) the features are those of the
-    position whose answer the model gives (a language model's last token), else their mean, over tokens that are no
-    padding where the inputs have an `attention_mask`; of several heads one after the other. A unit that is off is 0
-    there.
+    """The inputs of the heads under the active task, `[B, F]`, and the model's output, from one forward. With several
+    positions (`[B, N, F]` for a linear head, `[B, F, H, W]` for a convolution), the features are those of the position
+    whose answer the model gives (a language model's last token), else the mean over positions, without padding if the
+    inputs have an `attention_mask`. Features of several heads are concatenated. A unit that is off is 0.
 
     Args:
         features: other features than these, see `Features`.
 
     Raises:
-        HATError: no head, or none that the forward calls. ConfigError: `features` names no module, or gives something
-            else than `[B, F]`.
+        HATError: no head, or none that the forward calls. ConfigError: `features` names no module, or does not give
+            `[B, F]`.
     """
     inputs = moved(inputs, device_of(model))
     plain = getattr(model, "_orig_mod", model)  # a compiled graph calls no hooks
@@ -150,7 +148,7 @@ def features_and_outputs(model: nn.Module, inputs: Any, features: Features = Non
     modules = _readers(model, features)
     with watched(modules) as seen:
         out = call(plain, inputs)
-    parts: dict[int, Tensor] = {}  # two heads that read the same, such as a class and its score, read it once
+    parts: dict[int, Tensor] = {}  # an input that two heads read, such as a class and its score, counts once
     for path in [path for path in modules if path in seen]:
         read, said = seen[path]
         if isinstance(modules[path], nn.modules.conv._ConvNd):
@@ -168,8 +166,8 @@ def features_and_outputs(model: nn.Module, inputs: Any, features: Features = Non
 
 
 def _at_the_answer(x: Tensor, said: Any, out: Any, inputs: Any) -> Tensor:
-    """Of positions `[B, N, F]`, the one where the head says what the model says; else the mean of those that are no
-    padding: how far a batch is padded depends on the other examples in it."""
+    """From positions `[B, N, F]`, the one where the head's output equals the model's; else the mean over positions
+    that are not padding, since the padding depends on the other examples in the batch."""
     answer = out if isinstance(out, Tensor) else getattr(out, "logits", None)
     if isinstance(said, Tensor) and isinstance(answer, Tensor) and answer.dim() == 2:
         each = said.flatten(1, -2)

@@ -1,4 +1,4 @@
-"""Forgetting: what only one task used is drawn again, everything else stays bit for bit (M8)."""
+"""Forgetting: redraw the elements that only one task uses; everything else stays bit-identical (M8)."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class ForgetReport:
     """The report of forgetting a task.
 
     Attributes:
-        erased: shared elements live for the task and for no other sealed task, per parameter. own: elements of its
-            copies.
-        kept: shared elements that stay because other sealed tasks use them too.
-        units_freed: units that no sealed task uses any more.
-        descendants: tasks that were started from this one, directly or by way of others. forgotten: the tasks that are
-            forgotten, all that the numbers cover: this one, and its descendants where they are to be forgotten too.
-        changed: sealed tasks that are not locked and lose elements that they shared with it.
+        erased: parameter -> number of shared elements that are live for the task and for no other sealed task.
+        own: number of elements of its copies.
+        kept: number of shared elements that stay because other sealed tasks use them too.
+        units_freed: number of units that no sealed task uses any more.
+        descendants: tasks that were started from this one, directly or through others. forgotten: the tasks that the
+            numbers cover: this one, and its descendants if they are forgotten too.
+        changed: sealed tasks that are not locked and lose elements that they shared with the forgotten ones.
     """
 
     task: int
@@ -83,30 +83,30 @@ def forget_task(
     dry_run: bool = False,
     descendants: str = "keep",
 ) -> ForgetReport:
-    """Forget a sealed task: every element live for it and for no other sealed task is drawn again by its layer's own
-    initialiser (by zeros, where it is the factor of a LoRA pair that peft starts at zero), its gates, copies and head
-    are dropped, and its index is free to be learned again. Every other task stays bit-identical. If the task is the
-    default, the plain model becomes it. Nothing of the task is left in the model: what was kept of it for speed and all
-    gradients of what was erased are gone too. What lies elsewhere is for you to delete: checkpoints and saved models,
-    metrics and logs of the task, its data, the state of optimizers that trained it, and its
-    statistics in a router (`TaskRouter.remove_task`).
+    """Forget a sealed task: the layers' own initialisers redraw every element that is live for it and for no other
+    sealed task. (Factors of LoRA pairs that peft starts at zero become zero.) Its gates, copies and head are dropped,
+    and its index can be learned again. Every other task stays bit-identical. If the task is the default, the plain
+    model becomes the default. Nothing of the task is left in the model: its cached values and the gradients of erased
+    elements are removed too. Delete what is stored elsewhere yourself: checkpoints and saved models, metrics and logs
+    of the task, its data, the state of optimizers that trained it, and its statistics in a router
+    (`TaskRouter.remove_task`).
 
     Args:
-        locked: the sealed tasks that stay as they are; default: all others. A task left out loses what it shares with
-            the forgotten one, which is then gone altogether, and is sealed as what is left of it.
+        locked: the sealed tasks that stay unchanged; default: all others. A task left out loses the elements that it
+            shares with the forgotten one, which is then erased completely, and is sealed with its remaining elements.
         dry_run: only report; the report then lists exactly what a real run would erase.
-        descendants: what happens to tasks that were started from this one (`hatcl.learn(start_from=)`) and carry what
-            it knew. Forgetting is complete only along this lineage. `keep`: they stay, with a warning that names them.
-            `refuse`: nothing is forgotten while there are any. `forget`: they are forgotten with it.
+        descendants: what happens to tasks that were started from this one (`hatcl.learn(start_from=)`) and carry its
+            knowledge. Forgetting is complete only if they are forgotten too. `keep`: they stay, with a warning that
+            names them. `refuse`: an error if there are any. `forget`: they are forgotten with it.
 
     Raises:
-        TaskError: no such task, it is not sealed, `locked` names one that is forgotten or not sealed, a task is being
-            learned, another one is reopened, some `with hatcl.task(...)` of this context has the task active, or there
-            are descendants that are to be refused. ConfigError: no such word for descendants. IntegrityError: a sealed
-            task changed.
+        TaskError: no such task, it is not sealed, `locked` names a task that is forgotten or not sealed, a task is
+            being learned, another one is reopened, a `with hatcl.task(...)` block of this context has the task active,
+            or there are descendants under `refuse`. ConfigError: an unknown value of `descendants`. IntegrityError: a
+            sealed task changed.
 
     Warns:
-        UserWarning: descendants keep what was transplanted.
+        UserWarning: descendants keep transplanted weights.
     """
     check_whole(model, "forget_task")
     task = check_task(model, task, sealed=True)
@@ -148,7 +148,7 @@ def forget_task(
     warn_of_descendants(task, [t for t in carriers if t not in gone])
     if dry_run:
         return report
-    with brought_up(model, gone):  # whoever learns with these numbers next may use all units
+    with brought_up(model, gone):  # a task that is learned next under these indices may use all units
         writes = _draw(model, gone, plan)  # everything is drawn before anything is written
     with torch.no_grad():
         for x, new in writes:
@@ -171,7 +171,7 @@ def forget_task(
 
 
 def _draw(model: nn.Module, gone: Sequence[int], plan: dict[int, tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Tensors, and what takes their place."""
+    """Pairs of a tensor and its new values."""
     writes: list[tuple[Tensor, Tensor]] = []
     done: set[int] = set()
     drawn = drawn_heads(model)
@@ -186,7 +186,7 @@ def _draw(model: nn.Module, gone: Sequence[int], plan: dict[int, tuple[str, Tens
         for task in gone if "hat_tasks" in module._modules else ():
             old, first = module.hat_tasks[task], module._hat_new_copy()
             start = dict(first.named_parameters())
-            for name, p in old.named_parameters():  # in place, as an optimizer may hold p
+            for name, p in old.named_parameters():  # written in place, since an optimizer may hold p
                 same = p.shape == start[name].shape and id(module._parameters[name]) not in drawn
                 writes.append((p, (start[name] if same else module._hat_redrawn({name: p.shape})[name]).detach()))
             writes += list(zip(old.buffers(), first.buffers(), strict=True))

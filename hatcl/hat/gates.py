@@ -1,4 +1,4 @@
-"""Gates: every task's embeddings over the units, and what is sealed."""
+"""Gates: every task's embeddings over the units, and the masks of sealed tasks."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _context_keys = itertools.count()
 
 
 class Origin:
-    """Which gates some gates were copied from, and which task those were learning when they last wrote to the copy: an
-    averaged copy of a model (EMA) evaluates the task that the model is learning.
+    """The gates that a copy was made from. An averaged copy of a model (EMA) evaluates the task that the source was
+    learning when the average was last updated.
 
     Attributes:
-        task: the one that the copy follows. own: tasks that the copy sealed by itself. kept: tensors of the copy, which
-            of their elements those tasks use (None: all), and their values. seen: the versions of its tensors when what
-            is sealed was last put back.
+        task: the task that the copy follows. own: tasks that the copy sealed itself. kept: (tensor of the copy, mask of
+            the elements that those tasks use or None for all, their values). seen: the versions of the copy's tensors
+            when sealed values were last restored.
     """
 
     def __init__(self, source: Gates, copied: Gates) -> None:
@@ -50,7 +50,7 @@ class Origin:
         self.forget_writes(copied)
 
     def forget_writes(self, copied: Gates) -> None:
-        """Writes to the copy until now, such as a loaded state, do not count as averages."""
+        """Do not count past writes to the copy, such as a loaded state, as averages."""
         self._versions = [e._version for e in copied.embeddings]
 
     def model(self) -> nn.Module | None:
@@ -59,68 +59,68 @@ class Origin:
         return None if source is None or source.model is None else source.model()
 
     def reopen(self, task: int, copied: Gates) -> None:
-        """A task that the copy has sealed was reopened there. It may follow that task, once it is averaged again."""
+        """The copy reopens a task that it sealed, so it may follow that task after the next average."""
         self.own.discard(task)
         self._sealed.discard(task)
         self.forget_writes(copied)
 
     def follow(self, copied: Gates) -> bool:
-        """Has the copy been averaged with a model that has learned on, another task than the one followed so far?"""
+        """Follow the task that the copy was last averaged for. True if this is a new task."""
         task = self.averaged(copied)
         self.task = self.task if task is None else task
         return task is not None
 
     def averaged(self, copied: Gates) -> int | None:
-        """The task that the copy is to follow from now on, if it is another one."""
+        """The new task that the copy must follow; None if it has not changed."""
         source = self.gates()
         task = None if source is None else source.learned
         if task is None or task == self.task or task in self._sealed or task in self.own:
             return None
         if task >= len(self._versions) or copied.embeddings[task]._version == self._versions[task]:
-            return None  # only a copy; nothing was written to it
+            return None  # nothing was written to the copy
         return task
 
 
 class Gates(nn.Module):
     """The gates of `U` units for `T` tasks.
 
-    A task's gate is `a = sigmoid(s * e)` while it is learned and exactly 0 or 1 once sealed. What a layer computes
-    follows the active task (`task`), what is frozen follows the task being learned (`learning`).
+    A task's gate is `a = sigmoid(s * e)` while it is learned and exactly 0 or 1 once sealed. The active task (`task`)
+    determines the output of a layer; the task being learned (`learning`) determines which elements are frozen.
 
     Attributes:
         embeddings: T parameters `[U]`.
         masks: `[T, U]` bool, the hard gates of sealed tasks. sealed: `[T]` bool.
-        given: `[T, U]` bool, hard gates that a task is given. given_until: `[T]`, for which share of its steps it is
-            held to them: 0 not at all, 1 always (see `hatcl.hold_gates`). holding: is the task being learned held now?
-        order: `[T]` int64, 1, 2, ... in the order of sealing; 0: never sealed, or forgotten; negative: it was sealed as
-            the k-th and is reopened, so that nothing holds what it uses until it is sealed again.
-        drift: `[T, 2]`, of a sealed task under `HATConfig.protection="adahat"`: the largest change of an output that a
-            later task made, and the smallest share of rows with the same answer.
-        importance: `[T, U]`, under `HATConfig.protection="fg_adahat"` alone: how much a unit matters to a task (see
+        given: `[T, U]` bool, hard gates that a task is given. given_until: `[T]`, the share of its steps during which
+            it is held to them: 0 never, 1 always (see `hatcl.hold_gates`). holding: is the task being learned held now?
+        order: `[T]` int64, 1, 2, ... in the order of sealing; 0: never sealed, or forgotten; -k: sealed as the k-th and
+            reopened, so its elements are not frozen until it is sealed again.
+        drift: `[T, 2]`, for sealed tasks under `HATConfig.protection="adahat"`: the largest change that later tasks
+            made to an output, and the smallest share of rows with the same answer.
+        importance: `[T, U]`, only under `HATConfig.protection="fg_adahat"`: how much a unit matters to a task (see
             `protection.py`).
-        digests: sealed task -> name -> digest of what the task uses. digest_table: `[T, 256, 16]` uint8, the same in a
-            fixed size for state dicts (see `digests.table_of`).
-        learned: the task that is being learned, or was last. learner: the thread that is learning. lock: what it holds
-            while an optimizer steps, during which frozen elements may be away from their place.
-        cut: a task with hard gates computes with its live elements alone, zeros for all others, so that nothing else
-            enters its arithmetic. Without it, it computes by the folds of the map, as while it is learned.
-        lineage: `[T, T]` uint8, which task carries what was transplanted from which (see `lineage.py`).
-        sharded: are the model's parameters shards (`fully_shard`)? They are gathered into memory that is used again, so
-            nothing made of them is kept.
-        hardened: 1 while the task being learned settles, its gates hard already; a tensor, so that a compiled program
-            stays the same. settled: the same for Python.
-        moment: another object whenever an attribute changes on which it depends which task is active, what it sees, and
-            whether that may be kept.
-        looked: the table of hard gates, and its version, that `moment` stands for (see `look`).
-        epoch: counts whatever changes gates. sealings: task -> how often its hard gates changed, on which compiled
-            graphs depend.
-        unit_map: the map the model was converted on (None for layers put together by hand).
-        source: how to make the plain model again (its timm name, say), for `from_pretrained`.
-        takes: a recipe of what the model's forward takes, as it was converted with (see `taken.py`).
+        digests: sealed task -> name -> digest of the elements that the task uses. digest_table: `[T, 256, 16]` uint8,
+            the same digests in a fixed size for state dicts (see `digests.table_of`).
+        learned: the task being learned, else the one learned last. learner: the thread that is learning. lock: held by
+            that thread during an optimizer step, when frozen elements may be moved temporarily.
+        cut: a task with hard gates computes with its live elements and zeros, so no other values enter its arithmetic.
+            If false, it computes with folded gates, as while it is learned.
+        lineage: `[T, T]` uint8, which task received transplanted weights from which (see `lineage.py`).
+        sharded: are the model's parameters shards (`fully_shard`)? These are gathered into reused memory, so values
+            computed from them are not cached.
+        hardened: 1 while the task being learned settles with hard gates; a tensor, so that a compiled program does not
+            change. settled: the same as a Python bool.
+        moment: an object that is replaced whenever an attribute changes that determines the active task, its gates, or
+            whether they may be cached.
+        looked: the table of hard gates and its version to which `moment` belongs (see `look`).
+        epoch: counts all changes of gates. sealings: task -> how often its hard gates changed; compiled graphs depend
+            on it.
+        unit_map: the map that the model was converted with (None for layers assembled by hand).
+        source: how `from_pretrained` builds the plain model (its timm name, for example).
+        takes: a recipe of the forward's inputs at conversion (see `taken.py`).
         layers: (name, start, stop) bounds of the layers' units, 0-based, for penalties per layer and tables.
-        bound: paths of the modules that the map bound to these gates, as they were at conversion.
-        growths: how the network grew since then. maps: its map before each of them.
-        stages: per task, after how many of them it was sealed, also where it is reopened; task None has 0.
+        bound: paths, at conversion, of the modules that the map bound to these gates.
+        growths: all growths of the network since conversion. maps: its map before each growth.
+        stages: per task, the number of growths before it was sealed, also if it is reopened; task None has 0.
     """
 
     masks: Tensor
@@ -185,7 +185,7 @@ class Gates(nn.Module):
         self.register_load_state_dict_post_hook(_loaded)
 
     def forward(self, x: Any) -> Any:
-        """Nothing: a compiler may take the gates of a converted `nn.Sequential` for one of its steps."""
+        """Return the input: a compiler may treat the gates of a converted `nn.Sequential` as one of its layers."""
         return x
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -198,7 +198,7 @@ class Gates(nn.Module):
 
     @property
     def task(self) -> int | None:
-        """The active task: this context's, else the default; in a recomputation that of its forward."""
+        """The active task: this context's, else the default. A recomputation uses the task of its forward."""
         if torch.compiler.is_compiling():
             return active.chosen_task(self.key, self._default) if self._ever_active else None
         if self.origin is not None:
@@ -211,13 +211,13 @@ class Gates(nn.Module):
 
     @task.setter
     def task(self, task: int | None) -> None:
-        """Set the default of all threads."""
+        """Set the default task for all threads."""
         self._default = task
         self._unasked = False
         self._ever_active |= task is not None
 
     def _say_that_no_task_is_active(self) -> None:
-        """Once for gates that were loaded with sealed tasks: who forgets to choose one gets numbers of no task."""
+        """Warn once after loading gates with sealed tasks: without a chosen task the output belongs to no task."""
         self._unasked = False
         sealed = self.sealed.nonzero().flatten().tolist()
         warnings.warn(
@@ -229,28 +229,28 @@ class Gates(nn.Module):
 
     @property
     def default(self) -> int | None:
-        """The active task of every context that chose none."""
+        """The active task in every context that did not choose one."""
         return self._default
 
     def choose(self) -> None:
-        """Some context is about to choose a task."""
+        """Record that a context is about to choose a task."""
         self._ever_active = True
 
     def notice(self) -> None:
-        """A copy that has been averaged with a model that is learning follows it."""
+        """Follow the source model if this copy has been averaged with it while it learns."""
         if self.origin is not None and self.origin.follow(self):
             self.task = self.origin.task
             self.moment = object()
 
     def is_open(self, task: int | None) -> bool:
-        """May this task's gates change from one step to the next? A sealed task's are constants. (Of a task that is a
-        tensor, and stands for several sealed ones, nothing is kept either.)"""
+        """May this task's gates change from one step to the next? A sealed task's gates are constants. (A task that is
+        a tensor stands for several sealed tasks and counts as open, so nothing is cached for it.)"""
         if isinstance(task, Tensor):
             return True
         return task is not None and (task == self.learning or (self.origin is not None and task == self.origin.task))
 
     def is_quiet(self) -> bool:
-        """May what the active task sees be kept for as long as `moment` and what was chosen stay the same?"""
+        """May the active task's values be cached for as long as `moment` and the chosen task stay the same?"""
         if self.lock is not None or self.sharded or self.training or not self.cut:
             return False
         if self.origin is not None and self.origin.averaged(self) is not None:
@@ -259,17 +259,17 @@ class Gates(nn.Module):
         return task is None or (isinstance(task, int) and not self.is_open(task))
 
     def look(self) -> Any:
-        """`moment`, after a look at the hard gates: they may have been written to, or others put in their place, past
-        what is said here (a state that is loaded into a model's tensors, `torch.func.functional_call`)."""
+        """`moment`, after a check of the hard gates: other code may have written to them or replaced them (a state that
+        is loaded into the model's tensors, `torch.func.functional_call`)."""
         masks, (looked, version) = self.masks, self.looked
         if masks is not looked or masks._version != version:
-            # writes to an inference tensor cannot be seen, so that it is another one each time
+            # writes to an inference tensor cannot be detected, so it always counts as changed
             self.looked = (None, 0) if masks.is_inference() else (masks, masks._version)
             self.epoch += 1
         return self.moment
 
     def is_soft(self, task: int | None) -> bool:
-        """Are a task's gates soft now? In evaluation without gradients they are what sealing would give."""
+        """Are a task's gates soft now? In evaluation without gradients they are hard, as after sealing."""
         if task is None or isinstance(task, Tensor) or task != self.learning or self.holding:
             return False
         return self.soft or self.training or torch.is_grad_enabled()
@@ -299,8 +299,8 @@ class Gates(nn.Module):
         return self.on(task)[index].to(self.embeddings[task].dtype)
 
     def soft_gates(self, task: int) -> SoftGates | None:
-        """The soft gates of all units, while nothing that they depend on changes; None where none may be kept."""
-        every: Any = self._modules["embeddings"]  # a list of parameters looks its length up each time
+        """The soft gates of all units, cached until a dependency changes; None if they cannot be cached."""
+        every: Any = self._modules["embeddings"]  # indexing a ParameterList would compute its length each time
         e, c, scale = every._parameters[str(task)], self.config, self.scale
         key = None if self.sharded else soft_key(e, scale, task, self.epoch, self.settled)
         if key is None:
@@ -313,12 +313,12 @@ class Gates(nn.Module):
         return soft
 
     def soft_now(self, task: Any) -> SoftGates | None:
-        """A task's soft gates, where its gates are soft and may be kept for a step."""
+        """A task's soft gates; None if its gates are not soft or cannot be cached."""
         return self.soft_gates(task) if self.is_soft(task) else None
 
     def drop_soft_gates(self) -> None:
-        """The model is about to run: what was written to embeddings so that torch does not know of it (`e.data`) counts
-        from now on, as do other hard gates."""
+        """Before a forward: drop the cached soft gates, since torch does not count writes through `e.data`, and check
+        the hard gates."""
         if self._soft_now is not None:
             self._soft_now = None
         self.look()
@@ -328,18 +328,18 @@ class Gates(nn.Module):
         return F.soft_gate(e, self.scale, c.max_scale, c.compensation_clamp, self._hardened(), c.compensation)
 
     def harden(self, settled: bool, holding: bool = False) -> None:
-        """Are the gates of the task being learned hard by now, or held to those that it is given?"""
+        """Set whether the gates of the task being learned are hard now, and whether it is held to given gates."""
         self.hardened.fill_(float(settled))
         self.settled = settled
         self.epoch += self.holding != holding
         self.holding = holding
 
     def is_given(self, task: int) -> bool:
-        """Is a task held to given gates for all of its steps?"""
+        """Is a task held to given gates during all of its steps?"""
         return self.given_share(task) >= 1
 
     def given_share(self, task: int) -> float:
-        """For which share of its steps a task is held to given gates."""
+        """The share of its steps during which a task is held to given gates."""
         shares: list[float] = self._kept("shares", (self.given_until,), self.given_until.tolist)
         return shares[task]
 
@@ -353,11 +353,11 @@ class Gates(nn.Module):
         return kept[1]
 
     def _hardened(self) -> Tensor | None:
-        """The buffer by which a compiled graph checks whether gates are hard; outside a graph, None if they are not."""
+        """The buffer that a compiled graph checks for hard gates; outside a graph, None if gates are not hard."""
         return self.hardened if torch.compiler.is_compiling() or self.settled else None
 
     def on(self, task: int) -> Tensor:
-        """`[U]` bool: a task's hard gates, without asking a device whether it is sealed."""
+        """`[U]` bool: a task's hard gates, without a device synchronisation."""
         if isinstance(task, Tensor):
             return row(self.masks, task)
         if task == self.learning:
@@ -365,7 +365,7 @@ class Gates(nn.Module):
         return self.hard(task) if self.is_open(task) else self.masks[task]
 
     def hard(self, task: int) -> Tensor:
-        """`[U]` bool: a task's gates as sealed, or as sealing would make them now."""
+        """`[U]` bool: a task's sealed gates, or the gates that sealing would give now."""
         return self.masks[task] if bool(self.sealed[task]) else self._hard_now(task)
 
     def _hard_now(self, task: int) -> Tensor:
@@ -382,31 +382,31 @@ class Gates(nn.Module):
     # ---- growth ------------------------------------------------------------------------------------------------
 
     def stage_of(self, task: Any) -> int:
-        """After how many growths of the network a task was sealed: with the sizes of then it computes. (Several tasks
-        at once are all of now.)"""
+        """The number of growths before a task was sealed: it computes with the sizes from that time. (A tensor of
+        several tasks uses the current sizes.)"""
         if task is None:
             return 0
         return len(self.growths) if isinstance(task, Tensor) else self.stages[task]
 
     def map_at(self, stage: int) -> Any:
-        """The map after so many growths."""
+        """The map after `stage` growths."""
         return self.maps[stage] if stage < len(self.maps) else self.unit_map
 
     def number_from(self, stage: int) -> Tensor:
-        """`[U + 1]`: the numbers that units of that stage have now."""
+        """`[U + 1]`: the current numbers of the units of that stage."""
         number = torch.arange((self.map_at(stage).num_units if self.growths else self.num_units) + 1)
         for growth in self.growths[stage:]:
             number = torch.from_numpy(growth.number)[number]
         return number
 
     def within(self, task: int) -> Tensor:
-        """`[U]` bool: the units that there are at the sizes that a task has."""
+        """`[U]` bool: the units that exist at a task's sizes."""
         there = torch.zeros_like(self.masks[0])
         there[self.number_from(self.stages[task])[1:].to(there.device) - 1] = True
         return there
 
     def set_stages(self, stages: Sequence[int]) -> None:
-        """The same also as a buffer, so that a state dict has it, once the network has grown."""
+        """Set `stages`; once the network has grown, also as a buffer, so that state dicts contain it."""
         self.stages = list(stages)
         if self.growths:
             device = self.masks.device
@@ -414,7 +414,7 @@ class Gates(nn.Module):
             self.register_buffer("growth_key", key_of(self.growths).to(device))
 
     def grow(self, growth: Growth, grown_map: Any) -> None:
-        """Each unit becomes itself and some more, which no sealed task has on."""
+        """Keep each unit and add the new ones; no sealed task has the new ones on."""
         at = torch.from_numpy(growth.number[1:] - 1).to(self.masks.device)
         units = int(growth.bounds[-1])
         for t, old in enumerate(self.embeddings):
@@ -427,7 +427,7 @@ class Gates(nn.Module):
         masks, given = (self.masks.new_zeros(self.num_tasks, units) for _ in range(2))
         masks[:, at], given[:, at] = self.masks, self.given
         plans = (self.planned(self.growths), self.planned([*self.growths, growth]))
-        for t, (was, now) in enumerate(zip(*plans, strict=True)):  # a task with its part gets its part of what is new
+        for t, (was, now) in enumerate(zip(*plans, strict=True)):  # a task with planned gates gets its new units too
             if torch.equal(self.given[t].cpu(), was):
                 given[t] = now.to(given.device)
         self.masks, self.given = masks, given
@@ -440,14 +440,14 @@ class Gates(nn.Module):
         self.maps.append(self.unit_map)
         self.growths.append(growth)
         self.unit_map = grown_map
-        self.origin = None  # it is averaged with no model any more
+        self.origin = None  # it can no longer be averaged with its source
         self.set_stages(self.stages)
         self._changed(range(self.num_tasks))
 
     # ---- life of a task ----------------------------------------------------------------------------------------
 
     def fresh_embedding(self, units: int, like: Tensor | None = None) -> nn.Parameter:
-        """A new embedding by `config.init`."""
+        """A new embedding, drawn as `config.init` says."""
         e = F.drawn_embedding(units, self.config)
         return nn.Parameter(e if like is None else e.to(like))
 
@@ -467,8 +467,8 @@ class Gates(nn.Module):
         self._changed([task])
 
     def planned(self, growths: Sequence[Growth]) -> list[Tensor]:
-        """For each task the gates, `[U]` bool, that `config.masks` plans for a network that has grown so; none where it
-        plans none."""
+        """Each task's gates, `[U]` bool, that `config.masks` plans for a network after these growths; an empty list if
+        it plans none."""
         if self.config.masks == "all":
             return [
                 torch.ones(int(growths[-1].bounds[-1]) if growths else self.num_units, dtype=torch.bool)
@@ -478,20 +478,20 @@ class Gates(nn.Module):
         return array_masks((self.maps or [self.unit_map])[0], self.config.array, self.num_tasks, growths)
 
     def _changed(self, tasks: Iterable[int]) -> None:
-        """The hard gates of these tasks are others than before: whatever was kept of them is old."""
+        """The hard gates of these tasks have changed: invalidate their cached values."""
         self.epoch += 1
         for t in tasks:
             self.sealings[t] = self.sealings.get(t, 0) + 1
 
     def unseal(self, task: int, reopened: bool = False) -> None:
-        """Take a task's row away. reopened: it is learned on from the gates that it was sealed with. Else it is
-        forgotten, and no gates are given to it any more but those of the model's plan."""
+        """Reset a task's row. reopened: learning continues from the gates that it was sealed with. Otherwise the task
+        is forgotten, and of the gates given to it only those of the model's plan remain."""
         on = self.masks[task].clone()
         held = bool(self.given_until[task] > 0) and (reopened or self.config.masks != "learned")
         if not held:
             self.give(task, None)
         elif reopened:
-            self.given[task] = on  # the ones that it was held to at first may have been learned on
+            self.given[task] = on  # learning may have changed the gates that it was first held to
         self.masks[task] = False
         self.sealed[task] = False
         self.order[task] = -self.order[task] if reopened else 0
@@ -508,7 +508,7 @@ class Gates(nn.Module):
         """Hold a task to hard gates, `[U]` bool, from its next step on; None: its gates are learned."""
         self.given[task] = False if on is None else on
         self.given_until[task] = 0.0 if on is None else until
-        if on is not None:  # where it is learned afterwards, from these gates
+        if on is not None:  # if it is learned afterwards, it starts from these gates
             with torch.no_grad():
                 self.embeddings[task].copy_(self.embedding_of(self.given[task]))
         self._changed([task])
@@ -519,7 +519,7 @@ class Gates(nn.Module):
         return torch.where(on, size, -size)
 
     def reopened(self) -> list[int]:
-        """The tasks that were sealed, and are to be learned on."""
+        """The tasks that were sealed and reopened."""
         return (self.order < 0).nonzero().flatten().tolist()
 
     def add(self, tasks: int) -> None:
@@ -538,7 +538,8 @@ class Gates(nn.Module):
         self.epoch += 1
 
     def penalty(self) -> Tensor:
-        """`penalty_weight` times the sparsity penalty of the task being learned, over units no sealed task uses."""
+        """`penalty_weight` times the sparsity penalty of the task being learned, over units that no sealed task
+        uses."""
         c = self.config
         if self.holding:
             return self.scale.new_zeros(())
@@ -555,7 +556,7 @@ class Gates(nn.Module):
     # ---- torch's own -------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle is not being learned, also where it was made inside a `hatcl.learn` block."""
+        """A copy or a pickle is never being learned, even if it was made inside a `hatcl.learn` block."""
         state = {
             **self.__dict__,
             "_soft_now": None,
@@ -574,7 +575,7 @@ class Gates(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "looked": (None, 0)})
         self.moment = object()
-        self.key = next(_context_keys)  # a choice of a context is for one model, not for its copies
+        self.key = next(_context_keys)  # a task chosen in a context applies to one model, not to its copies
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
         made: Gates = self.__class__.__new__(self.__class__)
@@ -594,7 +595,7 @@ class Gates(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Gates:
         kept = {name: self._buffers.get(name) for name in ("scale", "hardened", "importance")}
         super()._apply(fn, recurse)
-        for name, x in kept.items():  # in float32: bfloat16 has too few steps for an annealing or a running mean
+        for name, x in kept.items():  # keep float32: bfloat16 is too coarse for annealing or a running mean
             if x is not None:
                 self._buffers[name] = x.to(self.masks.device)
         self.epoch += 1
@@ -613,7 +614,7 @@ class Gates(nn.Module):
         if self.growths:
             self.stages = self.stage_table.tolist()
         if f"{prefix}digest_table" in state_dict:
-            self.digests = {}  # they are of what was there before; the table tells what belongs to the new
+            self.digests = {}  # these belong to the former state; the loaded table replaces them
         self._changed(range(self.num_tasks))
 
     def extra_repr(self) -> str:
@@ -627,7 +628,7 @@ def _loaded(gates: Gates, _: Any) -> None:
 
 
 def gates_of(model: nn.Module) -> list[Gates]:
-    """Every `Gates` of a model: one for a converted model, one per layer where layers were put together by hand."""
+    """Every `Gates` of a model: one for a converted model, one per layer if layers were assembled by hand."""
     found = [m for m in model.modules() if isinstance(m, Gates)]
     if not found:
         raise TaskError(
@@ -643,8 +644,7 @@ def roots_of(model: nn.Module) -> list[nn.Module]:
 
 
 def groups_of(model: nn.Module) -> Iterator[tuple[str, Gates, int, int]]:
-    """Every group of gates that has units: the name of its layer, the gates, and the bounds of its units in them,
-    0-based."""
+    """Every group of gates with at least one unit: (name of its layer, gates, start, stop), bounds 0-based."""
     by_hand = {id(g): path.removesuffix(".gates") for path, g in model.named_modules() if isinstance(g, Gates)}
     for g in gates_of(model):
         for name, start, stop in g.layers:
@@ -653,5 +653,5 @@ def groups_of(model: nn.Module) -> Iterator[tuple[str, Gates, int, int]]:
 
 
 def row(table: Tensor, task: Tensor) -> Tensor:
-    """The row of a task that is a tensor of no dimensions, one of several under `torch.vmap`."""
+    """The row of a task that is a 0-dimensional tensor, one of several under `torch.vmap`."""
     return table.index_select(0, task.reshape(1)).squeeze(0)

@@ -1,4 +1,4 @@
-"""Gates that are given: a task learns with hard gates that somebody chose, instead of learning which it needs."""
+"""Given gates: a task learns with hard gates chosen in advance, instead of learning its gates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Masks = Callable[[int, str, int], Tensor] | Sequence[Mapping[str, Tensor]]
 
 
 def masks_of(model: nn.Module, task: int) -> dict[str, Tensor]:
-    """A sealed task's hard gates: the name of a layer, as `describe` has it, to `[U]` bool.
+    """A sealed task's hard gates: name of a layer, as in `describe`, -> `[U]` bool.
 
     Raises:
         TaskError: no such task, or it is not sealed.
@@ -29,21 +29,21 @@ def masks_of(model: nn.Module, task: int) -> dict[str, Tensor]:
 
 
 def hold_gates(model: nn.Module, task: int, masks: Mapping[str, Tensor] | None, until: float = 1.0) -> None:
-    """Give a task hard gates. `hatcl.learn` then holds them: nothing is annealed, no gate is soft, `penalty()` is 0,
-    and the task's embeddings get no gradient and stay. Sealing records these gates. They are kept by `state_dict`,
-    `save_pretrained` and copies, until the task is forgotten.
+    """Give a task hard gates. `hatcl.learn` then holds the task to them: nothing is annealed, no gate is soft,
+    `penalty()` is 0, and the task's embeddings get no gradient and do not change. Sealing records these gates.
+    `state_dict`, `save_pretrained` and copies keep them until the task is forgotten.
 
     Args:
-        task: one that is not sealed.
-        masks: name of a layer, as `hatcl.describe` has it, to `[U]` bool: which of its units are on. All layers. None:
-            the task's gates are learned, as those of any other task.
-        until: for which share of the task's steps they are held, above 0 and at most 1. Below 1 the gates are learned
-            from then on, from these ones, with the scale annealed over the steps that are left.
+        task: a task that is not sealed.
+        masks: for every layer, name as in `hatcl.describe` -> `[U]` bool, the units that are on. None: the task's gates
+            are learned, like those of any other task.
+        until: the share of the task's steps during which it is held, above 0 and at most 1. Below 1 the gates are
+            learned afterwards, starting from these, with the scale annealed over the remaining steps.
 
     Raises:
-        TaskError: no such task, it is sealed, or a task is being learned; masks that do not fit, or that have no unit
-            of a layer on; names the layer. ConfigError: `until`; one below 1 where `HATConfig.masks` says that tasks
-            keep the gates that they are given.
+        TaskError: no such task, it is sealed, or a task is being learned; masks that do not fit, or with no unit of a
+            layer on (names the layer). ConfigError: `until` out of range, or below 1 if `HATConfig.masks` makes tasks
+            keep their given gates.
     """
     check_whole(model, "hold_gates")
     task = check_task(model, task, sealed=False)
@@ -71,7 +71,7 @@ def hold_gates(model: nn.Module, task: int, masks: Mapping[str, Tensor] | None, 
 
 
 def given_by(model: nn.Module, masks: Masks) -> Sequence[Mapping[str, Tensor]]:
-    """For each task of a converted model its masks, from what `hatcl.convert` was given."""
+    """The masks of each task of a converted model, from the argument of `hatcl.convert`."""
     count = gates_of(model)[0].num_tasks
     if callable(masks):
         sizes = {name: stop - start for name, _, start, stop in groups_of(model)}
@@ -86,8 +86,8 @@ def given_by(model: nn.Module, masks: Masks) -> Sequence[Mapping[str, Tensor]]:
 
 
 def hold_all(model: nn.Module, masks: Masks | None = None) -> None:
-    """Give all tasks their gates: those that `hatcl.convert` was given, or those that the config plans. Tasks that are
-    sealed, or have theirs, keep what they have.
+    """Give all tasks their gates: those passed to `hatcl.convert`, or those that the config plans. Tasks that are
+    sealed, or that already have given gates, keep theirs.
 
     Raises:
         TaskError: masks that do not fit; names task and layer.
@@ -135,13 +135,13 @@ def _mask_of_units(name: str, mask: Any, units: int) -> Tensor:
     found = f"{str(mask.dtype)[6:]} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (units,):
         raise TaskError(f"masks[{name!r}]: got {found}, expected a bool tensor of shape [{units}], one per unit")
-    if not bool(mask.any()) and not is_factor(name):  # past a LoRA layer without pairs goes its base
+    if not bool(mask.any()) and not is_factor(name):  # a LoRA layer without pairs still has its base
         raise TaskError(f"masks[{name!r}]: no unit is on, so nothing would pass there; switch at least one on")
     return mask
 
 
 def check_given(model: nn.Module, task: int) -> None:
-    """Raise `TaskError` where a task cannot be learned with the gates that it is given, or is given none."""
+    """Raise `TaskError` if a task cannot be learned with its given gates, or needs given gates and has none."""
     config = gates_of(model)[0].config
     if config.masks != "learned" and not gates_of(model)[0].is_given(task):
         raise TaskError(

@@ -1,4 +1,4 @@
-"""The guard: what is frozen while a task is learned stays as it is, whatever the optimizer does."""
+"""The guard: keeps frozen elements unchanged while a task is learned, whatever the optimizer does."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .protection import FINE, Attribution, Before, after_step, before_step, by_d
 
 
 class Guard(Keeper):
-    """Keeps what is frozen bit-identical while a task is learned. What that is depends on the task alone.
+    """Keeps frozen elements bit-identical while a task is learned.
 
     Args:
-        locked: sealed tasks that are held.
-        after: called with the number of steps taken, when that has grown.
-        start: steps that are done already.
+        locked: the sealed tasks whose elements are frozen.
+        after: called with the number of steps taken, after each step that counts.
+        start: steps already done.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Guard(Keeper):
         self._check(model, optimizers)
 
     def _frozen(self, locked: Sequence[int]) -> list[Kept]:
-        """Determine the elements that must stay while the task is learned."""
+        """Determine the elements that must not change while the task is learned."""
         self.locked = list(locked)
         self.shared: list[tuple[str, nn.Parameter]] = []
         self.heldless: list[str] = []
@@ -90,7 +90,7 @@ class Guard(Keeper):
         return frozen
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """The current tensors that no step may write to; a cast replaces tensors."""
+        """The buffers that no step may write to. Read again at each use, since a cast replaces tensors."""
         if self.locked:
             yield from shared_buffers(self.model, unsaved=True)
         for t in self.locked:
@@ -102,7 +102,7 @@ class Guard(Keeper):
             yield f"gates {i}, order", g.order
 
     def relock(self, locked: Sequence[int]) -> None:
-        """A state was loaded: from now on hold what it brought."""
+        """After a state was loaded: keep its values from now on."""
         self.hold_instead(self._frozen(locked))
 
     def _check(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
@@ -149,19 +149,19 @@ class Guard(Keeper):
 
     def before_step(self, optimizer: Any) -> tuple[list[tuple[Gates, nn.Parameter, Tensor]], Before, Any]:
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not _skips(optimizer):  # fused optimizers skip a step by themselves under a scaler
+        if not _skips(optimizer):  # under a scaler, fused optimizers skip a step themselves
             self.check_finite(gradients=True)
         pairs = zip(self.gates, self.embeddings, strict=True)
         embeddings = [(g, e, local(e.detach()).clone()) for g, e in pairs if id(e) in ids]
         of_step = None
-        if self.attribution is not None and self._counts.get(id(optimizer), 0) == self.steps:  # it is one that counts
+        if self.attribution is not None and self._counts.get(id(optimizer), 0) == self.steps:  # a step that counts
             of_step = self.attribution.of_step()
         return embeddings, before_step(self.eased, ids, self.gates), of_step
 
     @torch.no_grad()
     def after_step(self, optimizer: Any, state: Any, innermost: bool) -> None:
-        """Scale and clamp a step's change of the embeddings, or undo it where the gates are hard. Elements that
-        are protected by degrees take their share of the step that they were to take."""
+        """Scale and clamp a step's change of the embeddings, or undo it if the gates are hard. Elements that are
+        protected by degrees take only their share of the step."""
         embeddings, values, of_step = state
         if innermost:
             after_step(values)
@@ -175,7 +175,7 @@ class Guard(Keeper):
             now.clamp_(-c.clamp, c.clamp)
         if innermost and not _skips(optimizer):
             self._counts[id(optimizer)] = self._counts.get(id(optimizer), 0) + 1
-            if self._counts[id(optimizer)] > self.steps:  # the one of several optimizers that steps most
+            if self._counts[id(optimizer)] > self.steps:  # of several optimizers, the one that steps most counts
                 self.steps += 1
                 if self.attribution is not None:
                     self.attribution.add(of_step, self.steps)
@@ -189,7 +189,7 @@ class Guard(Keeper):
         with torch.no_grad():
             for k, module in zip(self.kept, self._modules, strict=True):
                 put = module._parameters.get(k.name.rpartition(".")[2])
-                if put is not None and put is not k.param and put.shape == k.param.shape:  # another in its place
+                if put is not None and put is not k.param and put.shape == k.param.shape:  # the parameter was replaced
                     put_back(put, k)
                     names.append(k.name)
             for name, b in self._buffers():
@@ -200,8 +200,8 @@ class Guard(Keeper):
         return names
 
     def store_weights(self) -> None:
-        """The task is sealed: what the optimizers store of the weights that it uses is set to what was sealed, or they
-        would write other values later (a schedule-free method's `eval()`, Lookahead's sync)."""
+        """After sealing: set the weights that optimizers store for the task's elements to the sealed values. Otherwise
+        they would write other values later (a schedule-free method's `eval()`, Lookahead's sync)."""
         every = [
             Kept(h.param, None if h.task == self.task else part_of(h.live(self.task), h.param), h.name)
             for h in held(self.model)
@@ -214,9 +214,9 @@ class Guard(Keeper):
             StoredWeights(o, [k for k in every if id(k.param) in ids]).put_back()
 
     def check_finite(self, gradients: bool = False) -> None:
-        """A loss that is not finite reaches every embedding's gradient, or where gates are given that of every head, so
-        it is seen before any weight takes the step. It is the one look of a step at a number, which waits for a device:
-        what the step itself makes of the embeddings is seen in the next, or on leaving."""
+        """Raise if the loss was not finite, before any weight takes the step. Such a loss reaches every embedding's
+        gradient, or every head's if gates are given. This is the only device synchronisation of a step; non-finite
+        embeddings after the step are detected in the next step or on leaving."""
         seen: Sequence[Tensor] = self.embeddings
         if self.gates[0].holding:
             seen = [p for p in self.own_params if p.grad is not None] or [p for _, p in self.shared]
@@ -231,7 +231,7 @@ class Guard(Keeper):
             )
 
     def repair(self, model: nn.Module) -> list[str]:
-        """Set shared elements that are not finite to zero: a later task may start from them."""
+        """Set non-finite shared elements to zero, because a later task may start from them; redraw the task's own."""
         names = []
         with torch.no_grad():
             for name, p in self.shared:
@@ -250,13 +250,13 @@ class Guard(Keeper):
 
 
 def _skips(optimizer: Any) -> bool:
-    """Is this a step that the optimizer skips, since a gradient scaler found an infinity?"""
+    """Does the optimizer skip this step, because a gradient scaler found an infinity?"""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
 
 def _refill(x: Tensor, fresh: Tensor) -> None:
-    """Replace what is not finite."""
+    """Replace non-finite elements by fresh values, or by zeros if the shapes differ."""
     if not x.is_floating_point() and not x.is_complex():
         return
     bad = ~torch.isfinite(x)

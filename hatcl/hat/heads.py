@@ -1,4 +1,4 @@
-"""Heads: how many classes each task has, and its own copy of the head in that width."""
+"""Heads: the number of classes of each task, and its own copy of the head with that width."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from .gates import Gates, gates_of
 from .layers.gated import HATLayer
 from .layers.linear import TaskIndexedLinear
 
-HeadParts = list[tuple[str, str, str]]  # path of the module, name there and name in the map of each parameter of a head
+HeadParts = list[tuple[str, str, str]]  # per parameter of a head: (path of its module, name there, name in the map)
 
 Classes = int | Sequence[int]
 
 
 def class_counts(num_classes: Any, num_tasks: int, which: str = "") -> dict[str | None, list[int]]:
-    """Path of a head (None: of all) -> one number of classes per task. which: how errors call such tasks."""
+    """Path of a head (None: all heads) -> one number of classes per task. which: an adjective for the tasks in
+    errors."""
     if num_classes is None:
         return {}
     found: dict[str | None, list[int]] = {}
@@ -48,11 +49,11 @@ def class_counts(num_classes: Any, num_tasks: int, which: str = "") -> dict[str 
 def heads_of(
     model: nn.Module, unit_map: UnitMap, widths: Mapping[str | None, list[int]]
 ) -> list[tuple[HeadParts, list[int]]]:
-    """The heads that get other widths, and which. What writes the same classes is one head: a weight and its bias, two
-    modules that share a parameter or whose outputs are added, a factor per class.
+    """The heads that get other widths, and these widths. All parameters that write the same classes are one head: a
+    weight and its bias, two modules that share a parameter or whose outputs are added, a factor per class.
 
     Raises:
-        ConfigError: there is no such head, it is not said which, or its width cannot differ.
+        ConfigError: there is no such head, it is ambiguous which one is meant, or its width cannot differ.
     """
     if not widths:
         return []
@@ -60,7 +61,7 @@ def heads_of(
     heads: dict[str, HeadParts] = {}
     for path, module in model.named_modules():
         for name, p in module._parameters.items():
-            entry = None if p is None else unit_map.entries.get(names[id(p)])  # none of a task's own copy
+            entry = None if p is None else unit_map.entries.get(names[id(p)])  # a task's copy has no entry
             if entry is not None and entry.head:
                 heads.setdefault(entry.classes, []).append((path, name, entry.name))
     if not heads:
@@ -95,15 +96,15 @@ def heads_of(
 
 
 def widen(model: nn.Module, head: HeadParts, num_classes: Sequence[int], first: int = 0) -> None:
-    """Give each task's copy of a head its own number of classes, drawn by the layer's initialiser. first: the task to
-    which the first number belongs."""
+    """Give each task's copy of a head its own number of classes, drawn by the layer's initialiser. first: the task that
+    the first number belongs to."""
     drawn: dict[tuple[str, int], Tensor] = {}
     for path, name, entry in head:
         module: Any = model.get_submodule(path)
         for task, n in enumerate(num_classes, first):
             if n != module._parameters[name].shape[0]:
                 own = module.hat_tasks[task]._parameters
-                if (entry, task) not in drawn:  # what is one parameter in two modules is drawn once
+                if (entry, task) not in drawn:  # a parameter shared by two modules is drawn once
                     shape = (n, *own[name].shape[1:])
                     drawn[entry, task] = module._hat_redrawn({name: shape})[name].to(own[name])
                 own[name] = nn.Parameter(drawn[entry, task].clone())
@@ -123,12 +124,12 @@ def head_ids(model: nn.Module) -> set[int]:
 
 
 def is_untrained(module: nn.Module) -> bool:
-    """Does a linear layer or a convolution still have what torch's own initialiser drew?
+    """Does a linear layer or a convolution still have the values from torch's own initialiser?
 
-    That is U(-b, b) for weight and bias, `b = 1 / sqrt(fan_in)`, with a mean square of `b^2 / 3`. A step of training
-    moves some of the values that are close to b beyond it, and decay makes the mean square smaller. The mean square of
-    n values has a standard error of `b^2 sqrt(4 / (45 n))`; five of them are allowed. A small layer after a few steps,
-    which has hardly learned anything, may be taken for an untrained one.
+    It draws weight and bias from U(-b, b) with `b = 1 / sqrt(fan_in)`, so their mean square is `b^2 / 3`. A training
+    step moves some of the values near b beyond it, and weight decay lowers the mean square. The mean square of n values
+    has a standard error of `b^2 sqrt(4 / (45 n))`; the test allows five of them. A small layer after a few steps may
+    still count as untrained.
     """
     plain = getattr(type(module), "_hat_source", (None, type(module)))[1]
     weight = module._parameters.get("weight")
@@ -143,7 +144,7 @@ def is_untrained(module: nn.Module) -> bool:
 
 
 def drawn_heads(model: nn.Module) -> set[int]:
-    """The ids of the plain parameters of heads that begin with other values for each task (see `HATConfig.heads`)."""
+    """The ids of the plain parameters of heads whose copies each task draws afresh (see `HATConfig.heads`)."""
     config, ids = gates_of(model)[0].config, head_ids(model)
     found: set[int] = set()
     for module in [m for m in model.modules() if isinstance(m, HATLayer) and "hat_tasks" in m._modules]:
@@ -154,10 +155,10 @@ def drawn_heads(model: nn.Module) -> set[int]:
 
 
 def draw_heads(model: nn.Module, tasks: Iterable[int]) -> None:
-    """Give these tasks' copies of heads the values that they begin with, where these are not the plain model's.
+    """Draw the start values of these tasks' copies of heads, unless these are the plain model's values.
 
-    All processes draw the same: the seed comes from the plain model's values, and from the task. Random numbers that
-    the caller draws stay as they are."""
+    All processes draw the same values: the seed depends on the plain model's values and the task. The caller's random
+    state is unchanged."""
     heads, drawn = drawn_heads(model), dict[tuple[int, int], Tensor]()
     for module in [m for m in model.modules() if isinstance(m, HATLayer) and "hat_tasks" in m._modules]:
         for name, plain in module._parameters.items():
@@ -165,9 +166,9 @@ def draw_heads(model: nn.Module, tasks: Iterable[int]) -> None:
                 continue
             for task in tasks:
                 own = module.hat_tasks[task]._parameters.get(name)
-                if own is None or own.shape != plain.shape:  # of another width it was drawn already
+                if own is None or own.shape != plain.shape:  # a copy of another width is already drawn
                     continue
-                if (id(plain), task) not in drawn:  # what is one parameter in two modules is drawn once
+                if (id(plain), task) not in drawn:  # a parameter shared by two modules is drawn once
                     with seeded(int(digest_of(plain)[-7:], 16) + task, plain.device):
                         drawn[id(plain), task] = module._hat_redrawn()[name].to(own)
                 with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Every parameter and buffer of a HAT model, with what it belongs to: a task, units, or everybody."""
+"""Every parameter and buffer of a HAT model, and whether it belongs to a task, to units, or to all tasks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from .layers.gated import HATLayer
 
 @dataclass
 class Held:
-    """A parameter of a HAT model. task: whose own it is (None: shared). plan: its axes, for a shared one. plain: the
-    plain model's value of what every task has a copy of. module: where it is."""
+    """A parameter of a HAT model.
+
+    Attributes:
+        task: the task that owns this copy (None: shared). plan: the axes of a shared parameter. plain: is it the plain
+            model's value of a parameter with a copy per task? module: the module that holds it.
+    """
 
     name: str
     param: nn.Parameter
@@ -28,8 +32,8 @@ class Held:
     plain: bool = False
 
     def live(self, task: int, *others: int) -> Tensor:
-        """Which elements are live for a task, or for any of several, in the parameter's shape; repeated (stride 0)
-        along dimensions that no unit runs along."""
+        """Bool mask in the parameter's shape: the elements that are live for a task, or for any of several. Its stride
+        is 0 along dimensions without units."""
         if self.plan is None:
             return torch.ones(self.param.shape, dtype=torch.bool, device=self.param.device)
         mask = self.plan.live(task, self.param.device)
@@ -39,7 +43,7 @@ class Held:
 
 
 def held(model: nn.Module) -> list[Held]:
-    """Every parameter of a HAT model once, with what it belongs to.
+    """Every parameter of a HAT model once, with its owner.
 
     Raises:
         HATError: a parameter is shared by layers that belong to different gates (two models sharing parameters).
@@ -84,7 +88,7 @@ def own_buffers(model: nn.Module, task: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def shared_buffers(model: nn.Module, *, unsaved: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that all tasks read and none may write: those that are no task's own, and are saved unless `unsaved`."""
+    """Buffers that all tasks read and none may write. unsaved: include non-persistent buffers."""
     for path, module in model.named_modules():
         if isinstance(module, (Gates, TaskCopy)):
             continue
@@ -96,7 +100,7 @@ def shared_buffers(model: nn.Module, *, unsaved: bool = False) -> Iterator[tuple
 
 
 def live_for(h: Held, tasks: Sequence[int]) -> Tensor | None:
-    """Which elements are live for any of the tasks; None where there are none."""
+    """Bool mask of the elements that are live for any of the tasks; None if there are no tasks."""
     return h.live(*tasks) if tasks else None
 
 
@@ -110,13 +114,14 @@ def shared_path(names: Sequence[str]) -> str:
 
 
 def check_structure(model: nn.Module) -> None:
-    """Every module that was bound to gates at conversion is still there, bound, and has parameters of the same shapes.
+    """Check that every module bound to gates at conversion is still there and bound, with parameters of the same
+    shapes.
 
-    Wrapping the model or its modules is allowed (DistributedDataParallel, `fully_shard`, `torch.compile`, peft): a
-    module is known by its binding, not by where it is.
+    Wrapping the model or its modules is allowed (DistributedDataParallel, `fully_shard`, `torch.compile`, peft): the
+    check identifies a module by its binding, not by its path.
 
     Raises:
-        HATError: names the module or the parameter.
+        HATError: names the module or the parameter that differs.
     """
     bound: dict[int, dict[str, Any]] = {}
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""`learn`: the block in which a task is learned, and at whose end it is sealed."""
+"""`learn`: the block in which a task is learned; leaving it seals the task."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from .transplant import begun
 
 log = logging.getLogger(__name__)
 
-CONFIGURED = "configured"  # what `HATConfig.start_from` says
+CONFIGURED = "configured"  # use `HATConfig.start_from`
 
 
 class Learning:
-    """A task being learned. What `hatcl.learn` yields.
+    """A task being learned, as yielded by `hatcl.learn`.
 
     Attributes:
-        task: its index. step: optimizer steps done. steps: steps in all. scale: the current s. reopened: was the task
-            sealed before, so that its gates begin hard, at s_max?
+        task: its index. step: optimizer steps done. steps: total number of steps. scale: the current s. reopened: was
+            the task sealed before? If so, the scale starts at s_max, where gates are hard.
     """
 
     def __init__(self, model: nn.Module, task: int, steps: int, epochs: int, start: int) -> None:
@@ -72,8 +72,8 @@ class Learning:
 
     @contextlib.contextmanager
     def soft(self) -> Iterator[None]:
-        """Inside, evaluation too computes with the soft gates at the current scale (for measuring what hardening
-        costs)."""
+        """Inside the block, evaluation also uses the soft gates at the current scale (to measure the cost of
+        hardening)."""
         for g in self.gates:
             g.soft = True
         try:
@@ -109,10 +109,9 @@ class Learning:
 
 
 class _Statistics:
-    """Running statistics of the task being learned, from when its gates are hard: those of soft gates lag behind what
-    hard gates give, so they start again. The k-th step moves them by `max(1/k, m)` of the way to the batch's, `m` the
-    momentum: an average of the first steps, then the moving average that the layer has anyway. The layers themselves
-    compute the same program as before."""
+    """Restarts the running statistics of the task being learned once its gates are hard, because those of soft gates
+    lag behind. The k-th step moves them by `max(1/k, m)` of the way to the batch's statistics, with the momentum `m`:
+    first an average over the steps, then the layer's usual moving average. The layers' own computation is unchanged."""
 
     def __init__(self, model: nn.Module, task: int) -> None:
         self._layers: list[tuple[Any, float | None]] = []
@@ -126,15 +125,15 @@ class _Statistics:
     def restart(self, again: bool = False) -> None:
         for own, momentum in () if again else self._layers:
             if momentum is None and own.get("num_batches_tracked") is not None:
-                own["num_batches_tracked"].zero_()  # a cumulative average, which torch takes over this count
+                own["num_batches_tracked"].zero_()  # torch computes the cumulative average from this count
         self._remember()
 
     def adopt(self, step: int) -> None:
-        """After step 1, 2, ... since then."""
+        """Correct the statistics after step 1, 2, ... since the restart."""
         pairs = [(x, m) for x, m in zip(self._layers, self._before, strict=False) if x[1]]
         for (own, momentum), (mean, var, count) in pairs:
             assert momentum is not None
-            moved = 1 - (1 - momentum) ** (int(own["num_batches_tracked"]) - count)  # by all forwards of this step
+            moved = 1 - (1 - momentum) ** (int(own["num_batches_tracked"]) - count)  # over all forwards of this step
             if moved and moved * step < 1:
                 with torch.no_grad():
                     own["running_mean"].copy_(mean + (own["running_mean"] - mean) / (moved * step))
@@ -161,42 +160,43 @@ def learn(
     start_from: int | str | None = CONFIGURED,
     examples: Any = None,
 ) -> Iterator[Learning]:
-    """Learn a task: inside the block the model computes with its soft gates, the scale follows the optimizer's steps,
-    and what sealed tasks use is held bit for bit. Leaving the block hardens the gates and seals the task; leaving it by
-    an exception seals nothing and leaves sealed tasks as they were. The task stays the active one after sealing.
+    """Learn a task: inside the block the model computes with soft gates, the scale follows the optimizer's steps, and
+    frozen elements stay bit-identical. Leaving the block hardens the gates and seals the task; leaving it by an
+    exception seals nothing and leaves sealed tasks unchanged. The task stays active after sealing.
 
-    What sealed tasks use is put back after every step of any optimizer, also where the step raises, and again on
-    leaving. A state that is loaded inside the block (`load_state_dict`) is held as it came; one in which the task is
-    sealed already, or in which a sealed task of the model is not, is refused before anything is loaded.
+    Frozen elements are restored after every step of any optimizer, even if the step raises, and again on leaving. If a
+    state is loaded inside the block (`load_state_dict`), its values are kept from then on. A state is refused before
+    anything is loaded if the task is sealed in it, or if a sealed task of the model is not.
 
     Args:
-        model: a HAT model, or what wraps it (DistributedDataParallel, `torch.compile`, peft).
+        model: a HAT model, also wrapped (DistributedDataParallel, `torch.compile`, peft).
         task: the index of a task that is not sealed.
         optimizer: the optimizer, or a list of all that are stepped. Built once for all tasks, or one for each.
-        steps: optimizer steps in all, over which the scale is annealed. Of several optimizers the one that steps most
-            counts; steps that a gradient scaler skips do not.
-        epochs: annealing cycles within them (HAT anneals once per epoch), unless `HATConfig.cycles` says otherwise.
+        steps: total number of optimizer steps, over which the scale is annealed. Of several optimizers the one that
+            steps most counts; steps that a gradient scaler skips do not count.
+        epochs: annealing cycles within the steps (HAT anneals once per epoch), unless `HATConfig.cycles` is set.
         start: steps already done, to resume an interrupted task.
-        start_from: a sealed task to start from: its number, "previous" (the one sealed last), "best" (the one in
-            whose features separate the examples best by their nearest neighbours), or None. By default what
-            `HATConfig.start_from` says. The task gets most of the source's units and others in place of the rest, into
-            which the source's weights are copied (see `hat/transplant.py`), and keeps these gates. `hatcl.describe`
-            shows who started from whom, and `hatcl.forget_task` says it. The first task of all starts from none. With
-            `start` above 0 a task continues with what it has; so does, unless `start_from` is given here, one that can
-            be continued (it was started from another and left by an exception, or it is reopened).
-        examples: of the new task, which "best" needs: (inputs, labels), or batches of them.
+        start_from: a sealed task to start from: its number, "previous" (the one sealed last), "best" (the one whose
+            features separate the examples best by their nearest neighbours), or None. Default: `HATConfig.start_from`.
+            The task gets most of the source's units; others replace the rest and receive copies of the source's weights
+            (see `hat/transplant.py`). It keeps these gates. `hatcl.describe` and `hatcl.forget_task` report which task
+            started from which. The first task starts from none. With `start` above 0 a task continues with its own
+            weights. Unless `start_from` is given here, so does a task that was started from another and left by an
+            exception, or that is reopened.
+        examples: examples of the new task for "best": (inputs, labels), or batches of them.
 
     Raises:
-        TaskError: no such task, or it is sealed already; inside a `with hatcl.task(...)` block; a state that does not
-            fit; gates that it is given and cannot have. GuardError: an optimizer that cannot be guarded. HATError: a
-            module was replaced after conversion; shards under protection by degrees. CapacityError: it could learn
-            nothing but its head, sealed tasks hold all. IntegrityError: a sealed task changed since it was sealed.
-        NonFiniteLossError: the loss became NaN or infinite. ConfigError: `start_from` or `examples` that cannot be.
+        TaskError: no such task, or it is already sealed; inside a `with hatcl.task(...)` block; a state that does not
+            fit; given gates that the task cannot have. GuardError: an optimizer that cannot be guarded. HATError: a
+            module was replaced after conversion; shards under protection by degrees. CapacityError: the task could
+            learn only its head, because sealed tasks hold everything else. IntegrityError: a sealed task changed since
+            it was sealed.
+        NonFiniteLossError: the loss became NaN or infinite. ConfigError: an invalid `start_from` or `examples`.
 
     Warns:
-        UserWarning: something else than an optimizer's step wrote to what is frozen (it is put back); another number of
-            steps was taken than `steps`; a layer is left without units; sealed tasks hold all that the task could
-            share, so that it learns with its own norms and its head.
+        UserWarning: something other than an optimizer's step wrote to frozen elements (they are restored); the number
+            of steps taken differs from `steps`; a layer has no units left; sealed tasks hold everything that the task
+            could share, so it learns only its own norms and its head.
     """
     task = check_task(model, task, sealed=False)
     if steps < 1 or epochs < 1 or not 0 <= start <= steps:
@@ -296,7 +296,7 @@ def _warn_of(learning: Learning, guard: Guard) -> None:
             stacklevel=4,
         )
     if learning.gates[0].holding:
-        return  # gates that are given are hard at any step
+        return  # given gates are hard at every step
     if learning.step < learning.steps:
         seen = f"{learning.step} of {learning.steps} steps"
         warnings.warn(
@@ -315,10 +315,10 @@ def _warn_of(learning: Learning, guard: Guard) -> None:
 
 
 def _warn_if_full(model: nn.Module, task: int) -> None:
-    """One task has taken everything, and others are to come."""
+    """Warn if the task uses every unit and other tasks are to follow."""
     gates = gates_of(model)
     if gates[0].config.masks != "learned":
-        return  # it was not the task that took them
+        return  # the plan gave them to the task
     units = [bool(g.masks[task, a:b].all()) for g in gates for name, a, b in g.layers if b > a and not is_factor(name)]
     if units and all(units) and not bool(gates[0].sealed.all()):
         c = gates[0].config
@@ -332,7 +332,7 @@ def _warn_if_full(model: nn.Module, task: int) -> None:
 
 
 class _Loads:
-    """A state that is loaded while a task is learned is checked before it is loaded, and held from then on."""
+    """Check a state before it is loaded while a task is learned, and keep its values from then on."""
 
     def __init__(self, model: nn.Module, task: int, guard: Guard) -> None:
         self.model, self.task, self.guard, self._loaded = model, task, guard, False
@@ -355,7 +355,7 @@ class _Loads:
     def before(self, module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
         paths = [path for path, g in module.named_modules() if isinstance(g, Gates)]
         rows = [state[name] for path in paths if (name := f"{prefix}{path}.sealed") in state]
-        if self.guard is None or not rows:  # in a copy that was made inside the block
+        if self.guard is None or not rows:  # no guard: in a copy that was made inside the block
             return
         now, then = set(tasks(self.model)), set(rows[0].nonzero().flatten().tolist())
         if self.task in then or not now <= then:
@@ -381,7 +381,7 @@ def _leave(before: list[tuple[Gates, int | None]]) -> None:
 
 def _check_layers(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        # frozen batch norms have running statistics too, but no momentum: they are constants
+        # frozen batch norms also have running statistics, but no momentum: these are constants
         moving = module._buffers.get("running_mean") is not None and hasattr(module, "momentum")
         if moving and not isinstance(module, HATLayer):
             if not path.split(".")[-1].isdigit() or "hat_tasks" not in path:

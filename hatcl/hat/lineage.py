@@ -1,9 +1,9 @@
-"""Lineage: which task carries what was transplanted from which (M13).
+"""Lineage: which task carries weights that were transplanted from which task (M13).
 
-`Gates.lineage` is `[T, T]` uint8. In row t, column s: `CARRIES` where task t, or one that it was started from, was
-started from task s; `FORGOTTEN` where that task s has been forgotten since. So a row has all ancestors, and a task that
-takes a number again that was freed is none of them. On the diagonal `BEGUN` says that a task was started from
-another, or was sealed, so that it can be continued, and `FORKED` that it has the gates of its start.
+`Gates.lineage` is `[T, T]` uint8. Row t, column s: `CARRIES` if task t, or a task that it was started from, was started
+from task s; `FORGOTTEN` if that task s has been forgotten since. So a row marks all ancestors, and a new task with a
+freed number does not count as one. On the diagonal, `BEGUN` marks a task that was started from another, or was sealed,
+so that it can be continued; `FORKED` marks a task that has the gates of its start.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ DESCENDANTS = ("keep", "refuse", "forget")
 
 
 def lineage(model: nn.Module) -> dict[int, list[int]]:
-    """Task -> the tasks whose knowledge was transplanted into it, directly or by way of others; those that have any.
-    Tasks that have begun and are not sealed are among them."""
+    """Task -> the tasks whose weights were transplanted into it, directly or through others. It lists only tasks with
+    such ancestors, also tasks that have begun and are not sealed."""
     return _marked(model, CARRIES)
 
 
 def forgotten_lineage(model: nn.Module) -> dict[int, list[int]]:
-    """Task -> the numbers that tasks had whose knowledge it carries and that have been forgotten since."""
+    """Task -> the former numbers of forgotten tasks whose knowledge it carries."""
     return _marked(model, FORGOTTEN)
 
 
@@ -39,13 +39,14 @@ def _marked(model: nn.Module, mark: int) -> dict[int, list[int]]:
 
 
 def descendants_of(model: nn.Module, task: int) -> list[int]:
-    """The tasks that carry what was transplanted from this one."""
+    """The tasks that carry weights transplanted from this one."""
     return [t for t, ancestors in lineage(model).items() if task in ancestors]
 
 
 def inherit(model: nn.Module, task: int, source: int | None, forked: bool = False) -> None:
-    """Record that a task begins, from a source or from none. Whatever it is started from, it can take elements that an
-    unfinished task had been given, so it carries what that one carries. forked: its gates are those of its start."""
+    """Record that a task begins, from a source or from none. In either case it can use elements that were transplanted
+    into an unfinished task, so it inherits the lineage of all unfinished tasks. forked: its gates are those of its
+    start."""
     sealed = set(tasks(model))
     for g in gates_of(model):
         unfinished = [t for t in range(g.num_tasks) if t not in sealed and t != task]
@@ -70,12 +71,13 @@ def has_begun(model: nn.Module, task: int) -> bool:
 
 
 def has_forked(model: nn.Module, task: int) -> bool:
-    """Are the gates that a task is given those of an earlier start of it, and nobody's wish?"""
+    """Do a task's given gates come from an earlier start, and not from a caller?"""
     return bool(gates_of(model)[0].lineage[task, task] & FORKED)
 
 
 def disinherit(model: nn.Module, forgotten: Sequence[int]) -> None:
-    """Tasks are forgotten: they carry nothing, and who carries what they knew carries what was forgotten."""
+    """Record that tasks are forgotten: clear their rows, and mark them as `FORGOTTEN` in the rows of tasks that carry
+    their knowledge."""
     for g in gates_of(model):
         for t in forgotten:
             g.lineage[t] = 0
@@ -85,10 +87,10 @@ def disinherit(model: nn.Module, forgotten: Sequence[int]) -> None:
 
 
 def to_forget(model: nn.Module, task: int, descendants: str) -> list[int]:
-    """The tasks that are forgotten with one: itself, and what descends from it where `descendants` says so.
+    """The tasks that are forgotten with one: itself, and its descendants under `descendants="forget"`.
 
     Raises:
-        ConfigError: another word than `DESCENDANTS`. TaskError: there are descendants, and they are to be refused.
+        ConfigError: `descendants` is none of `DESCENDANTS`. TaskError: there are descendants under `refuse`.
     """
     one_of("descendants", descendants, DESCENDANTS)
     carriers = descendants_of(model, task)
@@ -102,7 +104,7 @@ def to_forget(model: nn.Module, task: int, descendants: str) -> list[int]:
 
 
 def warn_of_descendants(task: int, carriers: Sequence[int]) -> None:
-    """Forgetting is not complete."""
+    """Warn that forgetting is incomplete, because these tasks carry transplanted weights."""
     if carriers:
         warnings.warn(
             f"forget_task: {spoken(carriers)} started from task {task} and keep what was transplanted from it, so it "
@@ -112,5 +114,5 @@ def warn_of_descendants(task: int, carriers: Sequence[int]) -> None:
 
 
 def spoken(numbers: Sequence[int]) -> str:
-    """Tasks by their numbers, in a sentence."""
+    """Task numbers as text for a sentence."""
     return f"task{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

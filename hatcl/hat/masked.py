@@ -1,5 +1,5 @@
-"""A gate for each input feature of a converted model: which of its inputs a task looks at (HAT-CL's masker in front of
-a model)."""
+"""A gate for each input feature of a converted model: each task chooses the inputs that it uses (HAT-CL's masker in
+front of a model)."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ MASK = "masked_inputs"  # the name of the layer in front
 
 
 class InputFeatures(nn.Conv1d):
-    """`y = w * x`, one weight for each feature, which is 1 and does not learn: a depthwise convolution of width 1. Its
-    channels are units of their own on the map, and multiplied by their gates."""
+    """`y = w * x` with one fixed weight of 1 per feature: a depthwise convolution of width 1. On the map its channels
+    are separate units, and their gates multiply them."""
 
     def __init__(self, features: int) -> None:
         super().__init__(features, features, 1, groups=features, bias=False)
         self.weight.requires_grad_(False)
 
     def reset_parameters(self) -> None:
-        """Reset the weights, as forgetting a task does."""
+        """Reset the weights to one, also when a task is forgotten."""
         nn.init.ones_(self.weight)
 
 
 class MaskedInputs(nn.Module):
-    """A model behind a gate for each of its input features: what `hatcl.convert(..., mask_inputs=True)` converts. The
-    features are the elements of a row of the first floating-point tensor that the model's forward takes, in the order
-    of its parameters, whatever the order in which a call names them.
+    """A model behind a gate for each of its input features; `hatcl.convert(..., mask_inputs=True)` converts it. The
+    features are the elements of a row of the first floating-point tensor among the inputs of the model's forward, in
+    the order of its parameters, even if a call names them in another order.
 
     Args:
-        model: the plain model. features: how many elements a row of its input has.
+        model: the plain model. features: number of elements in a row of its input.
     """
 
     def __init__(self, model: nn.Module, features: int) -> None:
@@ -53,7 +53,7 @@ class MaskedInputs(nn.Module):
         self.training = self.masked_inputs.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own, with its features multiplied by the active task's gates."""
+        """The model's own forward, with its features multiplied by the active task's gates."""
         key = _masked_key(self._order, args, kwargs)
         if isinstance(key, int):
             args = (*args[:key], self._masked(args[key]), *args[key + 1 :])
@@ -77,14 +77,14 @@ class MaskedInputs(nn.Module):
         if x.is_contiguous():
             return y
         strides = x.stride()
-        order = sorted(range(x.dim()), key=lambda d: -strides[d])  # the layout decides how the model computes
+        order = sorted(range(x.dim()), key=lambda d: -strides[d])  # keep the layout: torch chooses kernels by it
         return y.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
 
     def features_of(self, task: int) -> Tensor:
-        """`[features]` bool: which input features a sealed task looks at.
+        """`[features]` bool: the input features that a sealed task uses.
 
         Raises:
-            TaskError: it is not sealed, or the model is not converted.
+            TaskError: the task is not sealed, or the model is not converted.
         """
         hat: Binding | None = self.masked_inputs.__dict__.get("_hat")
         if hat is None:
@@ -94,7 +94,7 @@ class MaskedInputs(nn.Module):
 
 
 def _masked_key(order: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
-    """The place or the name of the input that is masked."""
+    """The position or the name of the input that is masked."""
     named = sorted(kwargs, key=lambda name: order.index(name) if name in order else len(order))
     values: list[tuple[int | str, Any]] = [*enumerate(args), *((name, kwargs[name]) for name in named)]
     return next((k for k, x in values if isinstance(x, Tensor) and x.is_floating_point()), None)
@@ -104,8 +104,8 @@ def mask_inputs_of(model: nn.Module, example_inputs: Any, config: HATConfig) -> 
     """The model behind gates for its input features.
 
     Raises:
-        ConfigError: options under which tasks could not look at the same inputs. ConversionError: no floating-point
-            tensor with rows is among the example inputs.
+        ConfigError: options under which tasks could not use the same inputs. ConversionError: the example inputs
+            contain no floating-point tensor with rows.
     """
     for name, value in (("reuse", "none"), ("masks", "array")):
         if str(getattr(config, name)).startswith(value):
@@ -127,7 +127,7 @@ def mask_inputs_of(model: nn.Module, example_inputs: Any, config: HATConfig) -> 
 
 
 def check_masked(unit_map: UnitMap) -> None:
-    """Raise `ConversionError` where nothing in a network tells its input features apart."""
+    """Raise `ConversionError` if the input features of a network are not units on its map."""
     if not any(name == f"{MASK}.weight" for name, *_ in unit_map.layers):
         raise ConversionError(
             "mask_inputs: on the map of this model no input feature is a unit (of a model with an adapter, only the "
@@ -136,7 +136,7 @@ def check_masked(unit_map: UnitMap) -> None:
 
 
 def behind_mask(plain: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
-    """A plain model as it was converted: behind a mask if the parameters of these names and shapes have one."""
+    """The plain model in the form that was converted: behind a mask if these parameters (name -> shape) include one."""
     shape = shapes.get(f"{MASK}.weight")
     return plain if shape is None or isinstance(plain, MaskedInputs) else MaskedInputs(plain, shape[0])
 

@@ -1,9 +1,9 @@
-"""Parameters that tasks could share and of which every task has its own copy by choice, the smallest first: between one
-network for all tasks and a network for each.
+"""An option between one network for all tasks and one network per task: parameters that tasks could share, smallest
+first, get a copy per task instead.
 
-Early layers hold few of a network's weights, and tasks crowd there first: in a layer of 16 units, ten tasks find one
-unit each. A copy has no such limit. No element of it is frozen for another task, all of it is erased with its task, and
-a task that starts from another begins with the copy of its source.
+Early layers hold few of a network's weights and fill up first: in a layer of 16 units, ten tasks get about one unit
+each. A copy has no such limit. None of its elements is ever frozen, forgetting the task erases all of it, and a task
+that starts from another begins with the source's copy.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ CHOSEN = "own_share: one of the smallest parameters"
 
 
 def with_own_share(unit_map: UnitMap, model: nn.Module, share: float) -> UnitMap:
-    """The map on which the smallest parameters are copied for each task, as many as make up at most `share` of the
-    elements that tasks would share without it. Of equally large ones those that come first; no parameter that several
-    modules hold.
+    """The map with the smallest parameters copied for each task. Together they have at most `share` of the elements
+    that tasks would share otherwise. Of equally large parameters the first are chosen; parameters that several modules
+    hold are never chosen.
 
     Raises:
         ConfigError: a model with LoRA, whose pairs are the units.

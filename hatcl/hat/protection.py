@@ -1,31 +1,30 @@
 """Protection by degrees: AdaHAT (Wang et al. 2024, doi 10.1007/978-3-031-70352-2_9) and FG-AdaHAT (by the same authors'
-implementation, CLArena 1.1.0), for who prefers learning to exactness. Sealed tasks drift, by choice, and how far is
+implementation, CLArena 1.1.0). They trade exactness for more learning: sealed tasks drift by design, and the drift is
 measured.
 
 An element of importance I moves by the share `r / (I + r)` of an optimizer's step, with
 
     r = alpha / (epsilon + sparsity)          sparsity = sum a (1 - used) / sum (1 - used)   over the units of its layer
 
-(AdaHAT's eq. 8 and 9; a: the gates of the task being learned, the layer is that of the unit which the element writes,
-or else of the one that it reads). Under `adahat` I is the number of sealed tasks that use the element at both of its
-ends. An element that no sealed task uses moves as ever.
+(AdaHAT's eq. 8 and 9; a: the gates of the task being learned; the layer: that of the element's owner, or of its reader
+if it has no owner). Under `adahat`, I is the number of sealed tasks that use the element at both of its ends. An
+element that no sealed task uses moves by the whole step.
 
-Under `fg_adahat` (fine-grained) the tasks do not count alike: I is the sum over sealed tasks that use both ends of the
-smaller of the ends' importances, and r is divided by `t + 10` when the t-th task is learned. A unit's importance to a
-task is, over the steps in which the task was learned,
+Under `fg_adahat` (fine-grained) tasks are weighted: I sums, over the sealed tasks that use both ends, the smaller of
+the two ends' importances, and r is divided by `t + 10` when the t-th task is learned. A unit's importance to a task is
 
     mean_k [ a_k (g_k - min g_k) / (max g_k - min g_k) ] + 0.01       g_k = sum |dL/dw|  over the elements that write it
 
-with minimum and maximum over the units of its layer: CLArena's attribution by input gradients ("IG"), its step-wise
-mask, its base values and its importance scheduler `linear_sparsity_reg`. An end that is always on, or that nothing
-writes that learns (a layer that is frozen, an input behind a mask), has the importance 1.01, the largest that there is,
-so that the other end decides.
+with the mean over the task's steps k, and minimum and maximum over the units of its layer. This is CLArena's
+attribution by input gradients ("IG"), with its step-wise mask, its base values and its importance scheduler
+`linear_sparsity_reg`. An end that is always on, or that no learning parameter writes (a frozen layer, an input behind a
+mask), has the largest possible importance, 1.01, so that the other end decides.
 
-Deviations. AdaHAT multiplies the gradient. Here it is the step, which is the same for SGD without momentum, and
-protects with any other optimizer too: Adam divides a gradient by its own size, and would take a full step however small
-it was made. AdaHAT takes the smaller of the two ends' own counts (FG-AdaHAT: of their sums) for I, and so also protects
+Deviations. AdaHAT scales the gradient; here the step is scaled. This is the same for SGD without momentum, and also
+protects with other optimizers: Adam divides a gradient by its own size, and would take a full step even for a tiny
+gradient. AdaHAT uses the smaller of the two ends' own counts for I (FG-AdaHAT: of their sums), and so also protects
 elements whose ends were used by different tasks; here a task counts if it uses both (M4). In float32 a step below a
-relative 6e-8 of a weight is rounded away, so that little moves at alpha = 1e-6, AdaHAT's own.
+relative 6e-8 of a weight is rounded away, so little moves at AdaHAT's own alpha = 1e-6.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ BASE_IMPORTANCE, BASE_TASKS = 0.01, 10.0  # CLArena's b_I and b_L; its b_R is `p
 
 
 def by_degrees(model: nn.Module) -> bool:
-    """May a later task move what a sealed one uses?"""
+    """May a later task change elements that a sealed one uses?"""
     return gates_of(model)[0].config.protection != "exact"
 
 
@@ -61,7 +60,7 @@ class Eased:
     importance: Tensor
 
     def share(self, rates: dict[int, Tensor]) -> Tensor:
-        """`[*shape]`: by which share of a step each element moves. rates: of each gates, r per unit, `[U + 1]`."""
+        """`[*shape]`: the share of a step that each element takes. rates: id of gates -> r per unit, `[U + 1]`."""
         plan, p = self.held.plan, self.held.param
         assert plan is not None
         units = plan.main.units
@@ -71,7 +70,7 @@ class Eased:
 
 
 def eased(model: nn.Module, locked: Sequence[int]) -> list[Eased]:
-    """The parameters of which locked tasks use elements."""
+    """The parameters with elements that locked tasks use."""
     out = []
     for h in held(model):
         if h.task is None and not h.plain and h.plan is not None and h.plan.axes:
@@ -84,7 +83,7 @@ def eased(model: nn.Module, locked: Sequence[int]) -> list[Eased]:
 
 
 def importance_to(h: Held, task: int) -> Tensor:
-    """`[*shape]`: a shared parameter's part of I that a sealed task gives; 0 where it does not use the element."""
+    """`[*shape]`: a sealed task's contribution to I of a shared parameter; 0 where it does not use the element."""
     assert h.plan is not None
     if h.plan.axes[0].units.gates.config.protection != FINE:
         return h.live(task)
@@ -100,11 +99,11 @@ def importance_to(h: Held, task: int) -> Tensor:
 
 
 class Attribution:
-    """Follows how much each unit matters to the task being learned, in `Gates.importance`: the mean over its steps, so
-    that a state saved in between holds everything needed to resume.
+    """Keeps each unit's importance to the task being learned in `Gates.importance`, as the mean over the steps so far.
+    So a state saved in between holds everything needed to resume.
 
     Args:
-        start: steps that are done already.
+        start: steps already done.
     """
 
     def __init__(self, model: nn.Module, task: int, start: int) -> None:
@@ -120,8 +119,8 @@ class Attribution:
 
     @torch.no_grad()
     def of_step(self) -> list[Tensor] | None:
-        """How much each unit matters by the gradients that are there now, `[U]` for each gates; None where they are not
-        finite, so that a gradient scaler will skip the step."""
+        """Each unit's importance by the current gradients, `[U]` for each gates; None if a gradient is not finite,
+        since a gradient scaler then skips the step."""
         sums = [g.importance.new_zeros(g.num_units + 1) for g in self.gates]
         of_gates = {id(g): total for g, total in zip(self.gates, sums, strict=True)}
         for i, h in enumerate(self.parts):
@@ -150,8 +149,8 @@ class Attribution:
         return [total[1:] for total in sums]
 
     def add(self, of_step: list[Tensor] | None, taken: int) -> None:
-        """Take in a step, the `taken`-th in this block. Of several optimizers the one that steps most counts, as for
-        the scale; each of them is asked before it steps, and its parameters' gradients are still there."""
+        """Add the `taken`-th step of this block to the mean. Of several optimizers the one that steps most counts, as
+        for the scale; `of_step` is computed before it steps, while the gradients still exist."""
         for g, now in zip(self.gates, of_step or (), strict=bool(of_step)):
             mean = g.importance[self.task]
             mean += (now - mean) / (self.start + taken)
@@ -159,7 +158,7 @@ class Attribution:
 
 @torch.no_grad()
 def rates_of(gates: Gates) -> Tensor:
-    """r per unit, `[U + 1]`, of the task being learned; entry 0 is that of what is always on, at sparsity 0."""
+    """r per unit, `[U + 1]`, of the task being learned; entry 0 is for entries that are always on, with sparsity 0."""
     c = gates.config
     assert gates.learning is not None
     a, used = gates.select(gates.learning, slice(None)), gates.used(without=gates.learning)
@@ -171,12 +170,12 @@ def rates_of(gates: Gates) -> Tensor:
     return c.protection_alpha / ((c.protection_epsilon + sparsity) * tasks)
 
 
-Before = list[tuple[Eased, Tensor, Tensor]]  # a parameter, its values before a step, and the shares that it will take
+Before = list[tuple[Eased, Tensor, Tensor]]  # (parameter, its values before a step, the shares of the step it takes)
 
 
 @torch.no_grad()
 def before_step(parts: Sequence[Eased], ids: set[int], gates: Sequence[Gates]) -> Before:
-    """The values from which an optimizer of these parameters steps."""
+    """The values before a step of an optimizer that holds the parameters `ids`."""
     mine = [e for e in parts if id(e.held.param) in ids]
     rates = {id(g): rates_of(g) for g in gates} if mine else {}
     return [(e, e.held.param.detach().clone(), e.share(rates)) for e in mine]
@@ -184,16 +183,16 @@ def before_step(parts: Sequence[Eased], ids: set[int], gates: Sequence[Gates]) -
 
 @torch.no_grad()
 def after_step(was: Before) -> None:
-    """Take the share of the step that was taken."""
+    """Reduce the step just taken to each element's share."""
     for e, old, share in was:
         now = e.held.param.detach()
         now.copy_(torch.where(e.importance > 0, old + share * (now - old), now))
 
 
 class Drift:
-    """How far sealed tasks move while another is learned: the largest change of an output, and the share of rows with
-    the same answer (the same largest entry of the first output), on the first batch that the model is given in the
-    block. It is one of the new task, and is kept until the block is left."""
+    """Measures how far sealed tasks move while another is learned: the largest change of an output, and the share of
+    rows with the same answer (the same largest entry of the first output). It uses the first batch that the model gets
+    in the block, a batch of the new task, and keeps it until the block is left."""
 
     def __init__(self, model: nn.Module, tasks: Sequence[int]) -> None:
         self.model, self.tasks = model, list(tasks)
@@ -223,13 +222,13 @@ class Drift:
         return out
 
     def close(self) -> None:
-        """Look no further."""
+        """Remove the hook."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
     def note(self) -> None:
-        """The task is sealed: write what has moved into the gates (see `Gates.drift`)."""
+        """On leaving the block: record the drift in the gates (see `Gates.drift`)."""
         self.close()
         if not self.before:
             return

@@ -1,7 +1,7 @@
-"""Which HAT layer takes the place of which module class.
+"""The registry of HAT layers: which layer replaces which module class.
 
-`@register_layer(nn.Linear)` above a class says: convert instances of `nn.Linear`, and of its subclasses, to this one. A
-subclass keeps its own forward: the HAT class goes in front of it in the method resolution order.
+`@register_layer(nn.Linear)` above a class registers it for instances of `nn.Linear` and its subclasses. A subclass
+keeps its own forward: the HAT class precedes it in the method resolution order.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def register_layer(*bases: type[nn.Module], kind: str = "") -> Callable[[Layer],
     """Class decorator: the decorated HAT layer replaces instances of `bases` when a model is converted.
 
     Args:
-        kind: only for instances that the trace found to be of this kind, such as a norm of a class that nobody
-            registered (`rms`, `centred`).
+        kind: restrict it to instances that the trace recognised as this kind, such as norms of unregistered classes
+            (`rms`, `centred`).
 
     Raises:
         ConfigError: the decorated class is no HAT layer, or has an attribute `hat_...` that no HAT layer has.
@@ -40,10 +40,10 @@ def register_layer(*bases: type[nn.Module], kind: str = "") -> Callable[[Layer],
 
 
 def _check_layer(layer: Any) -> None:
-    """A slip in a name would otherwise leave the default in place without a word."""
+    """Check the names of `hat_...` attributes: a typo would otherwise silently leave the default in place."""
     name = getattr(layer, "__qualname__", layer)
     above = [c for c in getattr(layer, "__mro__", ())[1:] if any(n.startswith("hat_") for n in vars(c))]
-    if not above and _LAYERS:  # the first class that is registered is the base of all others
+    if not above and _LAYERS:  # the class registered first is the base of all others
         raise ConfigError(f"register_layer: {name} is no HAT layer; derive it from hatcl.HATLayer")
     known = {n for c in above for n in vars(c) if n.startswith("hat_")}
     unknown = [n for n in vars(layer) if n.startswith("hat_") and n not in known]
@@ -75,8 +75,8 @@ def registered(kind: str = "") -> dict[type[nn.Module], type]:
 
 @cache
 def derive(layer: type, cls: Any, attributes: tuple[tuple[str, Callable[[str], Any]], ...]) -> type:
-    """The class that a converted instance of `cls` gets: `layer` in front of `cls`, with task-aware attributes (name,
-    how it is made)."""
+    """The class that a converted instance of `cls` gets: `layer` in front of `cls`. attributes: the task-aware ones,
+    (name, function that makes the property)."""
     missing = {n: make(n) for n, make in attributes if not isinstance(getattr(layer, n, None), property)}
     if issubclass(layer, cls) and not missing:
         return layer
@@ -86,7 +86,7 @@ def derive(layer: type, cls: Any, attributes: tuple[tuple[str, Callable[[str], A
 
 
 class Derived:
-    """Base of derived classes: their instances can be copied and pickled."""
+    """Base of derived classes that lets their instances be copied and pickled."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         source = getattr(type(self), "_hat_source", None)

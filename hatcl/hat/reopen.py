@@ -1,4 +1,4 @@
-"""Reopening: a sealed task is learned on from where it was."""
+"""Reopening: continue learning a sealed task from its sealed state."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ReopenReport:
     """The report of a reopened task.
 
     Attributes:
-        own: shared elements that are live for the task and for no other locked task. held: those that other locked
-            tasks use too, which stay frozen. copies: elements of its own copies (head, norms), which it can change too.
-        units: how many units it starts with.
+        own: number of shared elements that are live for the task and for no other locked task. held: number of those
+            that other locked tasks use too, which stay frozen. copies: number of elements of its own copies (head,
+            norms), which it can change too. units: number of units that it starts with.
     """
 
     task: int
@@ -50,25 +50,24 @@ class ReopenReport:
 
 
 def reopen_task(model: nn.Module, task: int) -> ReopenReport:
-    """Open a sealed task again, in place, to learn it on: `hatcl.learn(model, task, ...)` then continues from its
-    weights, its head, its norms and its units, and seals what comes of it. The task may take further units. Elements
-    that other sealed tasks share with it stay frozen, and those tasks stay bit-equal.
+    """Reopen a sealed task, in place, to continue learning it: `hatcl.learn(model, task, ...)` then continues from its
+    weights, head, norms and units, and seals the result. The task may take further units. Elements that other sealed
+    tasks share with it stay frozen, and those tasks stay bit-equal.
 
-    Of a sealed task only the bits of its gates are needed: it starts from embeddings of +e where a unit was on and -e
-    where it was off, with e = |`HATConfig.init_value|`, or 1 where that is 0. Its scale does not rise from almost 0 but
-    falls from s_max and rises again (`HATConfig.schedule="cosine"`), so that it begins as what was sealed.
+    The embeddings start again from the sealed gates: +e for units that were on and -e for others, with
+    e = |`HATConfig.init_value`|, or 1 if that is 0. The scale starts at s_max, falls and rises again
+    (`HATConfig.schedule="cosine"`), instead of rising from almost 0, so the task starts out as it was sealed.
 
-    A reopened task is not sealed: it cannot be computed with, and nothing freezes what it uses. So no other task can be
-    learned or forgotten until it is sealed again, by `hatcl.learn`, or as it is by `hatcl.seal(model, task)`.
+    A reopened task is not sealed: it cannot be evaluated, and its elements are not frozen. So no other task can be
+    learned or forgotten until it is sealed again, by `hatcl.learn`, or unchanged by `hatcl.seal(model, task)`.
 
-    If the network has grown since the task was sealed, it keeps the sizes of then, without the new units: an attention
-    would divide by another width with them, so that the task would not begin as what was sealed.
+    If the network has grown since the task was sealed, the task keeps its former sizes, without the new units: with
+    them an attention would divide by another width, so the task would not start out as it was sealed.
 
     Raises:
-        TaskError: no such task, or it is not sealed; a task is being learned, or another one is reopened; some `with
-            hatcl.task(...)` of this context has the task active. CapacityError: every shared element that the task uses
-            is held by other sealed tasks, so it has nothing of its own to learn with. IntegrityError: a sealed task
-            changed.
+        TaskError: no such task, or it is not sealed; a task is being learned, or another one is reopened; a `with
+            hatcl.task(...)` block of this context has the task active. CapacityError: other sealed tasks hold every
+            shared element that the task uses, so it could learn nothing. IntegrityError: a sealed task changed.
     """
     check_whole(model, "reopen_task")
     task = check_task(model, task, sealed=True)

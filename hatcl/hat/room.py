@@ -1,4 +1,4 @@
-"""Room, counted in weights: which elements no sealed task holds, and what another task would find of them."""
+"""Room, counted in weights: the elements that no sealed task holds, and how many of them another task could use."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ class Room:
     """Shared elements that a task could learn.
 
     Attributes:
-        elements: layer -> how many shared elements it has: those that write its units, or of those that write none
-            (factors of LoRA pairs) the ones that read them. free: layer -> how many of them no sealed task holds; under
-            `reuse="none"`, of the ones between units that no sealed task uses.
-        task_size: how many elements a mask of the expected size has: that of the sealed tasks on average in each layer,
-            before the first one what `init` switches on, for gates that are given theirs.
-        task_free: how many of them are free.
+        elements: layer -> number of shared elements that write its units; elements that write no unit (factors of LoRA
+            pairs) count for the layer whose units they read. free: layer -> number of these elements that no sealed
+            task holds; under `reuse="none"`, counted only between units that no sealed task uses.
+        task_size: number of elements of a task of the expected size: per layer the average over sealed tasks; before
+            the first one, the share that `init` switches on; for given gates, their own size.
+        task_free: number of these elements that are free.
         tasks_left: an estimate of how many more such tasks fit without sharing: `free / task_size`; under
-            `reuse="none"` by units, in the layer that has the fewest; with gates that are given the tasks that are
-            left.
+            `reuse="none"` counted in units, in the fullest layer; with given gates the number of tasks left.
     """
 
     elements: dict[str, int]
@@ -46,7 +45,7 @@ class Room:
 
     @property
     def closed(self) -> list[str]:
-        """Layers in which nothing is free."""
+        """Layers without free elements."""
         return [name for name, n in self.elements.items() if n and not self.free[name]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,12 +87,11 @@ def room_of(model: nn.Module) -> Room:
 
 
 def check_room(model: nn.Module, task: int) -> None:
-    """Raise `CapacityError` if a task could learn nothing but its head: of the elements that it may use, sealed tasks
-    hold all.
+    """Raise `CapacityError` if a task could learn only its head: sealed tasks hold all elements that it may use.
 
     Warns:
-        UserWarning: under `reuse="none"` a layer has no unit left, so nothing passes there; sealed tasks hold all, and
-            what is left to learn are the task's own norms and its head.
+        UserWarning: under `reuse="none"` a layer has no unit left, so its output is zero; sealed tasks hold all
+            elements, and the task can only learn its own norms and its head.
     """
     gates = gates_of(model)
     allowed = {id(g): _allowed(g, task) for g in gates}
@@ -108,7 +106,7 @@ def check_room(model: nn.Module, task: int) -> None:
                 stacklevel=4,
             )
     if any(bool((allowed[id(g)] & ~g.used(without=task)).any()) for g in gates):
-        return  # a unit that no sealed task uses: whatever writes it is free
+        return  # no sealed task uses this unit, so all elements that write it are free
     shared = False
     for _, mask in _free(model, locked_tasks(model), lambda g: allowed[id(g)]):
         shared = True
@@ -124,7 +122,7 @@ def check_room(model: nn.Module, task: int) -> None:
         f"{gates[0].config.embedding_lr_scale:g}) for earlier tasks, or use a wider model"
     )
     if any(e.why == CHOSEN for g in gates if g.unit_map is not None for e in g.unit_map.entries.values()):
-        return  # copies of its own, which it can learn
+        return  # it can learn its own copies
     if gates[0].config.reuse == "none" or not _own_norms(model, task):
         raise CapacityError(f"task {task}: no room left, {held_by} could learn; {remedy}")
     warnings.warn(
@@ -135,7 +133,7 @@ def check_room(model: nn.Module, task: int) -> None:
 
 
 def _own_norms(model: nn.Module, task: int) -> bool:
-    """Has a task parameters of its own in norms, which scale and move what frozen weights give?"""
+    """Has a task its own parameters in norms, which scale and shift the outputs of frozen weights?"""
     layers = (m for m in model.modules() if isinstance(m, HATLayer) and m.hat_is_norm and "hat_tasks" in m._modules)
     return any(p.requires_grad for m in layers for p in m.hat_tasks[task].parameters())
 
@@ -151,7 +149,7 @@ def _allowed(g: Gates, task: int | None) -> Tensor:
 def _free(
     model: nn.Module, sealed: Sequence[int], allowed: Callable[[Gates], Tensor]
 ) -> Iterator[tuple[ParameterPlan, Tensor]]:
-    """Every shared parameter's plan, and which of its elements are free, in the plan's view."""
+    """Every shared parameter's plan, with a bool mask of its free elements in the plan's view."""
     device = gates_of(model)[0].masks.device  # not the parameter's, which may be the meta device
     for h in held(model):
         if h.task is not None or h.plain or h.plan is None or not h.plan.axes:
@@ -171,7 +169,7 @@ def _of_units(axis: UnitAxis, values: Tensor) -> Tensor:
 
 
 def _expected(g: Gates, sealed: Sequence[int]) -> Tensor:
-    """`[U]`: how probable it is that a task uses a unit."""
+    """`[U]`: the probability that a task uses each unit."""
     left = [t for t in range(g.num_tasks) if t not in sealed]
     given = [t for t in left if g.is_given(t)]
     if given:

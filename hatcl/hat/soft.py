@@ -1,7 +1,7 @@
-"""The soft gates of the task that is being learned: those of all units are computed once, and handed out in parts.
+"""The soft gates of the task being learned: computed once for all units, and returned in parts.
 
-A step asks for gates once per parameter. Computed for each by itself they would be most of the operations of a small
-model's step: a sigmoid and its derivative, a slice, and in backward a tensor of all units' zeros for each.
+A step needs gates once per parameter. Computing them separately would be most of the operations in a small model's
+step: a sigmoid, its derivative and a slice for each, and in backward a zero tensor over all units for each.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class SoftGates:
     """One task's soft gates, for as long as `key` and `made_of` stay the same.
 
     Attributes:
-        all: a, `[U]`, in one autograd graph that can be gone through more than once.
-        made_of: the embedding and the config. key: their state, and that of whatever else they depend on.
+        all: a, `[U]`, in one autograd graph that backward does not free.
+        made_of: the embedding and the config. key: the state of these and of all other dependencies (`soft_key`).
     """
 
     def __init__(self, key: Any, made_of: tuple[Any, ...], all: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
@@ -43,16 +43,16 @@ class SoftGates:
         return self._runs[key]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """The result of `make` for them, computed once. Its graph must be one that backward does not free: views and
-        casts of them, and the functions below."""
+        """The result of `make` for these gates, computed once. Backward must not free its graph, so it may only consist
+        of views, casts and the functions below."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
 
 def soft_key(e: Tensor, scale: Tensor, *more: Any) -> Any:
-    """All that soft gates depend on: where any of it has changed, they are computed again. None where nothing may be
-    kept: while a graph is compiled or traced, under `torch.func`, of a tensor that has no version."""
+    """Everything that soft gates depend on; they are recomputed when it changes. None if they cannot be cached: while a
+    graph is compiled or traced, under `torch.func`, or for a tensor without a version."""
     if type(e) is not nn.Parameter or is_compiling() or e.is_inference() or _transformed() or _traced() is not None:
         return None
     grad, inference = is_grad_enabled(), is_inference_mode_enabled()
@@ -60,8 +60,8 @@ def soft_key(e: Tensor, scale: Tensor, *more: Any) -> Any:
 
 
 class _Kept(torch.autograd.Function):
-    """`functional.soft_gate` with a graph that backward does not free: the forward passes and the backward passes of
-    one step share it. What it is made of must not change until backward, as in any graph."""
+    """`functional.soft_gate` with a graph that backward does not free: all forward and backward passes of a step share
+    it. As in any graph, its inputs must not change until backward."""
 
     @staticmethod
     def forward(
@@ -86,7 +86,7 @@ class _Kept(torch.autograd.Function):
 
 
 class _Picked(torch.autograd.Function):
-    """Some of the gates, with a graph that backward does not free, as that of `_Kept`."""
+    """Some of the gates, with a graph that backward does not free, like that of `_Kept`."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, index: Tensor, always: Tensor | None) -> Tensor:
@@ -102,7 +102,7 @@ class _Picked(torch.autograd.Function):
 
 
 class _NormGates(torch.autograd.Function):
-    """`functional.norm_gates`, with a graph that backward does not free, as that of `_Kept`."""
+    """`functional.norm_gates` with a graph that backward does not free, like that of `_Kept`."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ class _NormGates(torch.autograd.Function):
 def kept_gate(
     e: Tensor, scale: Tensor, hardened: Tensor | None, taken: Tensor | None, options: tuple[Any, ...]
 ) -> Tensor:
-    """`functional.soft_gate` in a graph that can be gone through more than once.
+    """`functional.soft_gate` with a graph that backward does not free.
 
     Args:
         taken: bool, units whose gate is 0. options: max_scale, clamp, whether the compensation is exact.
@@ -128,12 +128,12 @@ def kept_gate(
 
 
 def picked_gates(gates: Tensor, index: Tensor, always: Tensor | None) -> Tensor:
-    """Some of the gates, 1 where `always`, in a graph that can be gone through more than once."""
+    """Some of the gates, 1 where `always`, with a graph that backward does not free."""
     picked: Tensor = _Picked.apply(gates, index, always)
     return picked
 
 
 def kept_norm_gates(gate: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """`functional.norm_gates`, in a graph that can be gone through more than once."""
+    """`functional.norm_gates` with a graph that backward does not free."""
     made: tuple[Tensor, Tensor] = _NormGates.apply(gate, groups)
     return made

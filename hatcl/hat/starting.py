@@ -1,4 +1,4 @@
-"""Which sealed task a new one starts from."""
+"""The choice of the sealed task that a new one starts from."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ IN_A_FORWARD = 256  # in one forward
 
 
 def source_for(model: nn.Module, task: int, start_from: int | str | None, examples: Any = None) -> int | None:
-    """The sealed task that `start_from` names for a new one; None where it names none, or where "previous" or "best" is
-    asked for the first task of all.
+    """The sealed task that `start_from` names; None if it names none, or for "previous" or "best" before any task is
+    sealed.
 
     Raises:
-        ConfigError: another word; "best" without examples, or with some that cannot be compared. TaskError: no such
-            task, it is the new one, it is not sealed (or was forgotten), or it uses no unit; the new one is reopened
-            and older than a growth.
+        ConfigError: an unknown word; "best" without examples, or with examples that cannot be compared. TaskError: no
+            such task, it is the new one, it is not sealed (or was forgotten), or it uses no unit; the new one is
+            reopened and was sealed before a growth.
     """
     start_from = check_start(start_from)
     if start_from is None:
@@ -73,16 +73,16 @@ def _uses_units(model: nn.Module, task: int) -> bool:
 
 
 def _nearest(model: nn.Module, done: list[int], examples: Any) -> int:
-    """The task whose features separate the new task's examples best, classified by the nearest neighbour among the
-    others (leave-one-out, by the cosine). The later one among equals."""
+    """The task whose features separate the new task's examples best, by leave-one-out classification with the nearest
+    neighbour under cosine similarity. Among equals, the task with the higher number."""
     inputs, labels = _gathered_examples(examples)
     scores = {t: nearest_neighbours(features_under(model, inputs, t), labels) for t in done}
     return max(done, key=lambda t: (scores[t], t))
 
 
 def nearest_neighbours(features: Tensor, labels: Tensor) -> float:
-    """The share of examples whose nearest neighbour, by the cosine, has their label; features: `[B, F]`, labels:
-    `[B]`."""
+    """The share of examples whose nearest neighbour under cosine similarity has their label. Shapes: features `[B, F]`,
+    labels `[B]`."""
     x = torch.nn.functional.normalize(features, dim=1)
     near = x @ x.T
     near.fill_diagonal_(-torch.inf)

@@ -1,4 +1,4 @@
-"""Converted containers: their steps are those of the plain model, and its gates are none of them."""
+"""Converted containers: their steps are those of the plain model, without the gates."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .registry import Derived, derive
 
 
 class _Container(Derived):
-    """Length, iteration and indexing give what they gave before the conversion. A slice is an ordinary container of the
-    gated steps: the task that is active in the model is active there too.
+    """Length, iteration and indexing work as before the conversion. A slice is an ordinary container of the gated
+    steps: the model's active task is active there too.
 
     Raises:
-        ConversionError: a step is added or removed, since the gates belong to the steps that were there.
+        ConversionError: on adding or removing a step, since the gates belong to the converted steps.
     """
 
     _modules: Any
@@ -81,7 +81,7 @@ class HATModuleDict(_Container, nn.ModuleDict):
 
 
 def without_gates(model: nn.Module) -> None:
-    """Give a converted container a class by which its gates are none of its steps."""
+    """Give a converted container a class that does not count its gates as a step."""
     kinds: tuple[Any, ...] = (HATSequential, HATModuleList, HATModuleDict)
     for kind in kinds:
         if isinstance(model, kind.hat_plain) and not isinstance(model, _Container):

@@ -1,4 +1,4 @@
-"""Which task a model computes with, and which it has sealed."""
+"""The active task of a model, and its sealed tasks."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def tasks(model: nn.Module) -> list[int]:
 
 
 def locked_tasks(model: nn.Module) -> list[int]:
-    """The sealed tasks that are held while another is learned (`HATConfig.locked`)."""
+    """The sealed tasks whose elements are frozen while another is learned (`HATConfig.locked`)."""
     chosen = gates_of(model)[0].config.locked
     return [t for t in tasks(model) if chosen is None or t in chosen]
 
 
 def set_task(model: nn.Module, task: int | None) -> None:
-    """Make `task` the default of the model, in every thread: 0, 1, ... computes with that task's gates, None is the
-    plain model. `with hatcl.task(...)` chooses for one thread, and for a while.
+    """Make `task` the model's default in every thread: 0, 1, ... computes with that task's gates, None is the plain
+    model. `with hatcl.task(...)` chooses a task for one thread and one block.
 
     Raises:
         TaskError: there is no such task, or it is neither sealed nor being learned; inside `with hatcl.task(...)`,
-            where the default does not count; from another thread than the one that is learning a task.
+            where the default has no effect; from a thread other than the one that is learning a task.
     """
     gates = gates_of(model)
     task = _usable(gates, model, task)
@@ -51,8 +51,8 @@ def set_task(model: nn.Module, task: int | None) -> None:
 
 @contextlib.contextmanager
 def task(model: nn.Module, task: int | None) -> Iterator[nn.Module]:
-    """`with hatcl.task(model, 2): ...` computes with task 2's gates inside the block, in this thread (or asyncio task)
-    alone. So several threads can serve several tasks of one model:
+    """`with hatcl.task(model, 2): ...` computes with task 2's gates inside the block, only in this thread (or asyncio
+    task). So several threads can serve several tasks of one model:
 
         def answer(task, x):
             with hatcl.task(model, task), torch.no_grad():
@@ -111,10 +111,10 @@ def check_task(model: nn.Module, task: int | None, *, sealed: bool | None = None
 
 
 def check_none_reopened(model: nn.Module, what: str, task: int | None = None) -> None:
-    """Raise `TaskError` if a task other than this one is reopened: nothing would hold what it uses.
+    """Raise `TaskError` if a task other than this one is reopened, since its elements would not be frozen.
 
     Args:
-        what: is about to be done, as the error's beginning.
+        what: the planned action, as the beginning of the error.
     """
     others = [t for t in gates_of(model)[0].reopened() if t != task]
     if others:

@@ -1,4 +1,4 @@
-"""One batch of several tasks: each row under its own task."""
+"""One batch for several tasks: each row under its own task."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def forward(model: nn.Module, x: Any, tasks: Tensor | Sequence[int], *, fused: b
 
         hatcl.forward(model, images, tasks=torch.tensor([0, 2, 0, 1]))
 
-    Rows of one task are computed together, so the result is bit for bit what `with hatcl.task(model, t): model(rows)`
-    gives for them. The model is lent: its modes are as they were afterwards, and no task is left active.
+    Rows of one task are computed together, so the result is bit-equal to `with hatcl.task(model, t): model(rows)` for
+    these rows. Afterwards the modes of the model's modules are restored, and the active task is unchanged.
 
-    Shapes: `B` rows. x: a tensor `[B, ...]`, or a tuple (positional) or mapping (keywords) of which every tensor has B
+    Shapes: `B` rows. x: a tensor `[B, ...]`, or a tuple (positional) or mapping (keywords) in which every tensor has B
     rows. tasks: `[B]` integers.
 
     Args:
         model: a HAT model; every task in `tasks` is sealed.
-        fused: compute all tasks in one forward (`torch.vmap` over them), which rounds otherwise (2e-7 relative,
-            measured). Each task is padded to as many rows as the largest has, and every weight is there once per task.
+        fused: compute all tasks in one forward (`torch.vmap` over them), which rounds differently (2e-7 relative,
+            measured). Each task is padded to the rows of the largest, and every weight exists once per task.
 
     Returns:
-        The model's output with the rows in the order of x: a tensor `[B, ...]`; where tasks give rows of different
-        shapes, such as heads of different widths, a list of B rows. Of an output with several tensors, each of them so.
+        The model's output with the rows in the order of x: a tensor `[B, ...]`, or a list of B rows if tasks give rows
+        of different shapes, such as heads of different widths. If the output has several tensors, this holds for each.
 
     Raises:
         TaskError: tasks that do not fit the rows or are not sealed, an output that has no row per example, or, under
@@ -69,7 +69,7 @@ def forward(model: nn.Module, x: Any, tasks: Tensor | Sequence[int], *, fused: b
 
 
 def row_counts(x: Any) -> set[int | None]:
-    """How many rows the tensors of a batch have; None where one has none."""
+    """The numbers of rows of a batch's tensors; None for a tensor without dimensions."""
     return {len(v) if v.dim() else None for v in tree_flatten(_as_dict(x))[0] if isinstance(v, Tensor)}
 
 
@@ -79,12 +79,12 @@ def said_rows(rows: set[int | None]) -> str:
 
 
 def picked(x: Any, at: Tensor) -> Any:
-    """Some rows of a batch of which every tensor has a row per example."""
+    """Some rows of a batch in which every tensor has a row per example."""
     return tree_map(lambda v: v[at.to(v.device)] if isinstance(v, Tensor) else v, _as_dict(x))
 
 
 def _as_dict(x: Any) -> Any:
-    """A mapping as a dict: torch looks into no other, such as a tokenizer's `BatchEncoding`."""
+    """A mapping as a dict: torch does not look into other mappings, such as a tokenizer's `BatchEncoding`."""
     return dict(x) if isinstance(x, Mapping) else x
 
 
@@ -94,7 +94,7 @@ def _of_task(model: nn.Module, x: Any, t: int, at: Tensor) -> Any:
 
 
 def _fused(model: nn.Module, x: Any, groups: dict[int, Tensor]) -> Iterator[Any]:
-    """Each task's output, all from one forward in which the active task is a tensor."""
+    """Each task's output, from one forward in which the active task is a tensor."""
     gates = gates_of(model)
     keeping = [g.unit_map.states for g in gates if g.unit_map is not None and g.unit_map.states]
     if keeping:
@@ -143,7 +143,7 @@ def _is_flat(tasks: Any) -> bool:
 
 
 def _merged(parts: Sequence[tuple[Tensor, Tensor]], rows: int) -> Any:
-    """Parts of a batch, each with the places of its rows, as one."""
+    """Merge parts of a batch, each with the positions of its rows."""
     if len({(y.shape[1:], y.dtype) for _, y in parts}) == 1:
         order = torch.cat([at for at, _ in parts]).argsort().to(parts[0][1].device)
         return torch.cat([y for _, y in parts])[order]

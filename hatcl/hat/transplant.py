@@ -1,5 +1,6 @@
-"""Starting a task from a sealed one: a mask that shares most of its units and replaces some by others, into which their
-weights are copied (*fork*). What the source knows is there from the first step; what is frozen stays as it is.
+"""Starting a task from a sealed one, its source. The task's mask (a *fork*) shares most of the source's units and
+replaces some by others, which receive copies of the replaced units' weights. So the task has the source's knowledge
+from the first step, and frozen elements stay unchanged.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from .tasks import tasks
 
 @dataclass(frozen=True)
 class Fork:
-    """Where a task starts from.
+    """The start of a task.
 
     Attributes:
         source: the sealed task. masks: per gates `[U]` bool, the new task's units. phi: per gates `[U]`, the source's
-            unit that each of them stands in for: itself where it is shared. Other entries mean nothing.
+            unit that each of the new task's units replaces; a shared unit itself; -1 if it replaces none. Entries of
+            other units have no meaning.
     """
 
     source: int
@@ -43,9 +45,9 @@ class Fork:
 def begun(
     model: nn.Module, task: int, source: int | None, locked: Sequence[int], optimizers: Sequence[Any], again: bool
 ) -> Iterator[None]:
-    """A task begins from a source, or from none: inside the block it has its gates already; on leaving it the weights
-    are written and the lineage recorded. After an error in it everything is as before. again: the task continues with
-    its own weights."""
+    """Begin a task from a source, or from none. Inside the block the task already has its gates; on leaving, the
+    weights are written and the lineage is recorded. An error inside leaves everything unchanged. again: the task
+    continues with its own weights."""
     plan = None
     if source is not None:
         every = gates_of(model)
@@ -73,18 +75,18 @@ def begun(
 def fork(
     model: nn.Module, task: int, source: int, locked: Sequence[int], masks: Sequence[Tensor] | None = None
 ) -> Fork:
-    """Choose a task's units from those of a sealed one.
+    """Choose a task's units from those of a sealed one, the source.
 
-    Of each kind of unit (of the units that could stand in for each other), `ceil(free / tasks left)` of the source's
-    are replaced by others, the rest is shared. Those that come in are units whose elements, towards the units that
-    the new task has, are held by the fewest sealed tasks: free units first.
+    Units of one kind can replace each other. For each kind, `ceil(free / tasks left)` of the source's units are
+    replaced by others, and the rest are shared. The replacements are the units with the fewest frozen elements towards
+    the source's units, so free units come first.
 
     Args:
-        locked: the sealed tasks that are held. masks: the new task's units, where they are given already, per gates:
-            those that are not the source's then stand in for those of the source that are not there.
+        locked: the sealed tasks whose elements are frozen. masks: per gates, the new task's units if they are already
+            given: its units that the source lacks then replace the source's units that it lacks.
 
     Raises:
-        HATError: a model that was saved before it was known which units can stand in for each other.
+        HATError: the model was saved before hatcl recorded which units can replace each other.
     """
     every = gates_of(model)
     left = every[0].num_tasks - len(tasks(model))
@@ -111,20 +113,20 @@ def fork(
             mine[gone] = False
             mine[hosts] = True
             stands_for[hosts[:pairs]] = gone[:pairs]
-            stands_for[hosts[pairs:]] = -1  # nothing to stand in for: it starts as it is
+            stands_for[hosts[pairs:]] = -1  # it replaces no unit and keeps its weights
         chosen.append(mine)
         phi.append(stands_for)
     return Fork(source, tuple(chosen), tuple(phi))
 
 
 def _spread(n: int, count: int, task: int) -> Tensor:
-    """Which of `n` are replaced: drawn by the task's number, so that all processes agree and tasks differ."""
+    """Which of `n` units are replaced: drawn with the task's number as seed, so processes agree and tasks differ."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(task))[:count].sort().values
 
 
 def _alike(model: nn.Module) -> list[Tensor]:
-    """Per gates, `[U]`: units with the same number could stand in for each other. They are met at the same places (see
-    `UnitMap.places`), and occur equally often along every axis of every parameter.
+    """Per gates, `[U]`: the kind of each unit. Units of the same kind can replace each other: they occur at the same
+    places (see `UnitMap.places`), and equally often along every axis of every parameter.
 
     Raises:
         HATError: see `fork`.
@@ -156,7 +158,7 @@ def _axes(model: nn.Module) -> Iterator[tuple[str, UnitAxis]]:
 
 
 def _crowded(model: nn.Module, source: int, locked: Sequence[int]) -> list[Tensor]:
-    """Per gates, `[U]`: how many elements of a unit, towards the source's units, are held by sealed tasks."""
+    """Per gates, `[U]`: how many of a unit's elements towards the source's units are frozen."""
     every = gates_of(model)
     at = {id(g): i for i, g in enumerate(every)}
     crowded = [torch.zeros(g.num_units + 1, dtype=torch.float64, device=g.masks.device) for g in every]
@@ -183,7 +185,7 @@ def _on_the_map(model: nn.Module) -> list[Held]:
 
 
 def _shape(axis: UnitAxis) -> tuple[int, ...]:
-    """The shape in which an axis broadcasts, in numbers."""
+    """The shape in which an axis broadcasts, with -1 replaced by its length."""
     return tuple(len(axis.units) if n == -1 else n for n in axis.shape)
 
 
@@ -191,16 +193,15 @@ def _shape(axis: UnitAxis) -> tuple[int, ...]:
 
 
 def transplant(model: nn.Module, task: int, plan: Fork, locked: Sequence[int], optimizers: Sequence[Any] = ()) -> int:
-    """Write `W[a, b] <- W[phi(a), phi(b)]` for every element that is live for the new mask and that no sealed task
-    holds, and the same for what the task has of its own: a norm's parameters and running statistics. Its head stays as
-    it is. Moments that optimizers have of what was written are set to zero. Returns how many shared elements were
-    written.
+    """Write `W[a, b] <- W[phi(a), phi(b)]` for every element that is live under the new mask and not frozen. Do the
+    same for the task's own copies: parameters and running statistics of norms. Its head stays unchanged. Optimizers'
+    moments of written elements are set to zero. Returns the number of shared elements written.
 
     Everything is computed before anything is written.
     """
     phi = {id(g): p for g, p in zip(gates_of(model), plan.phi, strict=True)}
     masks = {id(g): m for g, m in zip(gates_of(model), plan.masks, strict=True)}
-    writes: list[tuple[Tensor, Tensor, Tensor | None, str]] = []  # a tensor, what is written, where, its name
+    writes: list[tuple[Tensor, Tensor, Tensor | None, str]] = []  # (tensor, new values, where, name)
     for h in _on_the_map(model):
         assert h.plan is not None
         live = torch.ones((), dtype=torch.bool, device=h.param.device)
@@ -221,7 +222,7 @@ def transplant(model: nn.Module, task: int, plan: Fork, locked: Sequence[int], o
     written = [Kept(x, which, name) for x, _, which, name in writes if isinstance(x, nn.Parameter)]
     stored = [StoredWeights(o, written) for o in map(unwrapped, optimizers)]
     for s in stored:
-        s.look()  # stored weights are recognised by their likeness to the parameters, before these change
+        s.look()  # stored weights are recognised by their similarity to the parameters, before these change
     with torch.no_grad():
         for x, value, which, _ in writes:
             x.copy_(value if which is None else torch.where(which, value, x))
@@ -231,8 +232,8 @@ def transplant(model: nn.Module, task: int, plan: Fork, locked: Sequence[int], o
 
 
 def _on_and_moved(units: Units, masks: dict[int, Tensor], phi: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-    """Per entry of an axis: is it on for the new task (and known where its values come from), and do they come from
-    elsewhere?"""
+    """Two masks over the entries of an axis: entries that are on for the new task and have a source, and entries whose
+    values come from another unit."""
     mask, stands_for = masks[id(units.gates)], phi[id(units.gates)]
     numbers = torch.as_tensor(units.numbers, device=mask.device)
     at, always = (numbers - 1).clamp(min=0), numbers == 0
@@ -241,7 +242,7 @@ def _on_and_moved(units: Units, masks: dict[int, Tensor], phi: dict[int, Tensor]
 
 
 def _sources(units: Units, phi: dict[int, Tensor]) -> Tensor:
-    """Per entry of an axis, the index whose values it takes: of the same occurrence of the unit that it stands for."""
+    """Per entry of an axis, the index of the entry that it copies: the same occurrence of the unit that it replaces."""
     stands_for = phi[id(units.gates)].cpu()
     numbers = torch.as_tensor(units.numbers)
     order = numbers.argsort(stable=True)
@@ -261,7 +262,7 @@ def _through(value: Tensor, view: Sequence[int], axes: Sequence[UnitAxis], phi: 
         torch.arange(n, device=value.device).view([n if d == i else 1 for i in range(len(view))])
         for d, n in enumerate(view)
     ]
-    for axis in sorted(axes, key=lambda axis: axis.owner):  # where both say the group, it is the same, or the owner's
+    for axis in sorted(axes, key=lambda axis: axis.owner):  # the owner comes last, so it decides the group
         shape = _shape(axis)
         dims = [d for d, n in enumerate(shape) if n != 1]
         if dims:
@@ -274,10 +275,10 @@ def _through(value: Tensor, view: Sequence[int], axes: Sequence[UnitAxis], phi: 
 def _of_its_own(
     module: Any, task: int, source: int, masks: dict[int, Tensor], phi: dict[int, Tensor], heads: set[int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, str]]:
-    """Copy the task's own tensors in a module that is not a head from the source, through phi."""
+    """The writes that copy the source's own tensors of a module, except heads, to the task's, through phi."""
     hat: Binding = module._hat
     mine, theirs = module.hat_tasks[task], module.hat_tasks[source]
-    stage = hat.gates.stages[source]  # the source may have the sizes of before a growth
+    stage = hat.gates.stages[source]  # the source may have the sizes from before a growth
     for name, p in mine._parameters.items():
         if id(module._parameters[name]) in heads:
             continue

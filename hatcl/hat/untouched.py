@@ -1,4 +1,4 @@
-"""A plain model stays as it was: its parameters while it is tried, its modules where its conversion fails (M9)."""
+"""Keeps a plain model unchanged: its parameters during trial forwards, and its modules if the conversion fails (M9)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ WRITES = (
 
 
 class _Unwritten(TorchDispatchMode):
-    """Refuses an operation that would write to one of a model's parameters. The rows of an embedding with `max_norm`
-    are not scaled meanwhile."""
+    """Refuses operations that would write to one of a model's parameters. It skips the scaling of an embedding's rows
+    by `max_norm`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def _memory(x: Tensor) -> int:
 
 
 def _sums(model: nn.Module) -> dict[str, int]:
-    def of(p: Tensor) -> int:  # of few elements at a time: torch casts what it sums
+    def of(p: Tensor) -> int:  # block by block, because torch casts the elements before it sums them
         return sum(int(block.sum(dtype=torch.int64)) for block in blocks_of(bits_of(p)))
 
     return {n: of(p) for n, p in model.named_parameters() if p.numel() and not p.is_meta}
@@ -60,7 +60,7 @@ def _sums(model: nn.Module) -> dict[str, int]:
 
 @contextlib.contextmanager
 def parameters_unwritten(model: nn.Module) -> Iterator[None]:
-    """Inside, no operation writes to the model's parameters. What writes past torch is noticed on leaving.
+    """Inside the block, no torch operation writes to the model's parameters. Other writes are detected on leaving.
 
     Raises:
         ConversionError: names the parameter.
@@ -81,7 +81,7 @@ class Structure:
         self._kept = [(m, type(m), dict(m.__dict__), _containers(m)) for m in model.modules()]
 
     def restore(self) -> None:
-        """Make the modules what they were."""
+        """Restore the modules."""
         uninterrupted(self._restore)
 
     def _restore(self) -> None:
@@ -105,7 +105,7 @@ def _containers(module: nn.Module) -> dict[str, dict[Any, Any]]:
 
 @contextlib.contextmanager
 def restored_on_failure(model: nn.Module) -> Iterator[Structure]:
-    """Where something fails inside, the model's modules are what they were."""
+    """Restore the model's modules if the block raises."""
     structure = Structure(model)
     try:
         yield structure

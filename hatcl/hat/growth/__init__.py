@@ -1,1 +1,1 @@
-"""More units for a network that is full."""
+"""Growing: more units for a full network."""

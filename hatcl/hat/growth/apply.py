@@ -1,4 +1,4 @@
-"""Growing a model in place on a plan that is known to work: parameters, gates, bindings, sizes."""
+"""Grows a model in place by a verified plan: parameters, gates, bindings, sizes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..layers.gated import HATLayer, shared_buffer, task_size
 from ..registry import Derived, derive, layer_for
 from .grown import Growth, Spread, grown_axes, grown_map
 
-OUTGROWN = WeakTensorKeyDictionary()  # a parameter that another took the place of -> its name
+OUTGROWN = WeakTensorKeyDictionary()  # a replaced parameter -> its name
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """A parameter that took another's place. flat: where the old one's elements are in it."""
+    """A parameter that replaced another. flat: the flat indices of the old elements in the new parameter."""
 
     name: str
     old: nn.Parameter
@@ -35,7 +35,7 @@ class Replaced:
 
 
 class _Units:
-    """Units by their numbers now; layers that have the same share one object."""
+    """`Units` objects by their current numbers; layers with the same units share one object."""
 
     def __init__(self, gates: Gates, growth: Growth) -> None:
         self.gates, self.growth = gates, growth
@@ -59,10 +59,10 @@ class _Units:
 
 
 def apply_growth(model: nn.Module, growth: Growth) -> list[Replaced]:
-    """Grow a converted model in place. Tasks that are sealed, or were and are reopened, keep the sizes that they have,
-    and task None those of the conversion; all other tasks get those of now.
+    """Grow a converted model in place. Sealed and reopened tasks keep their sizes, task None keeps those of the
+    conversion, and all other tasks get the new sizes.
 
-    Returns the parameters that took others' places.
+    Returns the replaced parameters.
     """
     gates = gates_of(model)[0]
     root = next(m for m in model.modules() if gates in m._modules.values())
@@ -107,7 +107,7 @@ def apply_growth(model: nn.Module, growth: Growth) -> list[Replaced]:
 
 
 def _placed(root: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every module of the plain network by its path at conversion, whatever it has been wrapped in since."""
+    """Every module of the plain network with its path at conversion, even if it was wrapped since."""
     for path, module in root.named_modules():
         hat = module.__dict__.get("_hat")
         if "hat_tasks" not in path.split(".") and not isinstance(module, Gates):
@@ -115,7 +115,7 @@ def _placed(root: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _bind_those_with_sizes(modules: dict[str, Any], growth: Growth, gates: Gates) -> None:
-    """A module of which an attribute or a buffer depends on the task gets a class that knows."""
+    """Give every module with an attribute or buffer that depends on the task a class with properties for these."""
     names: dict[str, list[tuple[str, Any]]] = {p: [(n, task_size) for n in s] for p, s in growth.sizes.items()}
     for full in growth.buffers:
         path, _, name = full.rpartition(".")
@@ -140,7 +140,7 @@ def _bind_those_with_sizes(modules: dict[str, Any], growth: Growth, gates: Gates
 
 
 def _grown_binding(path: str, module: Any, growth: Growth, units: _Units) -> tuple[Binding, Binding]:
-    """The binding of now, and that of before in the units' numbers of now."""
+    """The new binding, and the former one with the units' new numbers."""
     hat: Binding = module._hat
     now, former = (
         dataclasses.replace(hat, params={}, shapes=dict(hat.shapes), formers=[], spreads={}, sizes={}) for _ in range(2)
@@ -163,7 +163,7 @@ def _grown_binding(path: str, module: Any, growth: Growth, units: _Units) -> tup
         holder, _, leaf = full.rpartition(".")
         if holder == path:
             axis = growth.along(numbers)
-            was = list(module._buffers[leaf].shape)  # what tasks have copies of is as it was converted
+            was = list(module._buffers[leaf].shape)  # a buffer with task copies has its shape from conversion
             was[dim] = len(numbers)
             view = [len(axis.units) if d == dim else n for d, n in enumerate(was)]
             at, parents = torch.from_numpy(axis.places), torch.from_numpy(axis.parents)
@@ -172,7 +172,7 @@ def _grown_binding(path: str, module: Any, growth: Growth, units: _Units) -> tup
 
 
 def _add_former(hat: Binding, former: Binding, now: Binding, units: _Units) -> None:
-    """The binding of now takes the place of the one of before, in the same object."""
+    """Store the new binding in the same object, and add the former one to its `formers`."""
     for earlier in hat.formers:
         earlier.params = {name: units.stay_axes(plan) for name, plan in earlier.params.items()}
         earlier.output, earlier.norm = units.stay_pair(earlier.output), units.stay_pair(earlier.norm)
@@ -190,7 +190,7 @@ def _starting_at(earlier: Binding, name: str, spread: Spread) -> Spread:
 def _grow_parameters(
     path: str, module: Any, former: Binding, replaced: list[Replaced], tied: dict[int, nn.Parameter]
 ) -> None:
-    """Shared parameters get new elements; the plain value of what every task has a copy of stays."""
+    """Give shared parameters new elements; the plain value of a parameter with task copies stays unchanged."""
     hat: Binding = module._hat
     mine = {n: p for n, p in module._parameters.items() if p is not None and n in former.spreads}
     mine = {n: p for n, p in mine.items() if not hat.params[n].copied}
@@ -208,13 +208,13 @@ def _grow_parameters(
 
 
 def bring_up(model: nn.Module, task: int) -> list[Replaced]:
-    """Give the copies of a task that is not sealed the sizes of now: those of the units that it may use now."""
+    """Give the copies of an unsealed task the current sizes, since it may use the new units."""
     gates = gates_of(model)[0]
     stage, now = gates.stages[task], len(gates.growths)
     replaced: list[Replaced] = []
     if stage == now:
         return replaced
-    copies: list[tuple[Any, TaskCopy]] = []  # all are made before one takes its place
+    copies: list[tuple[Any, TaskCopy]] = []  # all copies are made before the first is stored
     for path, module in _with_copies(model):
         own, former, made = module.hat_tasks[task], module._hat.at(stage), TaskCopy()
         for name, p in own._parameters.items():
@@ -239,7 +239,7 @@ def bring_up(model: nn.Module, task: int) -> list[Replaced]:
 
 @contextlib.contextmanager
 def brought_up(model: nn.Module, some: Sequence[int]) -> Iterator[None]:
-    """The same for some tasks, if what is done inside succeeds."""
+    """`bring_up` for several tasks; undone if the block raises."""
     gates = gates_of(model)[0]
     stages, copies = gates.stages, [(m, t, m.hat_tasks[t]) for _, m in _with_copies(model) for t in some]
     replaced = [pair for t in some for pair in bring_up(model, t)]
@@ -259,7 +259,7 @@ def _with_copies(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def take_stages(model: nn.Module, stages: Sequence[int]) -> None:
-    """Give the copies of tasks the sizes that they had after so many growths: a state is about to be loaded."""
+    """Before a state is loaded: give each task's copies the sizes from after `stages[task]` growths."""
     gates = gates_of(model)[0]
     others = [t for t, stage in enumerate(stages) if stage != gates.stages[t]]
     for t in others:

@@ -1,4 +1,4 @@
-"""`grow`: new units in a network that has learned, while everything that it computes stays bit for bit (M12)."""
+"""`grow`: add units to a network that has learned; all its outputs stay bit-equal (M12)."""
 
 from __future__ import annotations
 
@@ -42,9 +42,11 @@ class GrowReport:
     """The report of a growth.
 
     Attributes:
-        layers: name of a layer that grew -> how many units it had and has. left: name of one that did not -> why.
-        units, units_before: how many there are and were. elements, elements_before: of the parameters that tasks share.
-        exact: tasks of which it was seen that they compute the same bits as before; None is the plain model.
+        layers: name of a layer that grew -> its number of units before and after. left: name of a layer that did not
+            grow -> the reason.
+        units, units_before: number of units after and before. elements, elements_before: the same for elements of
+            shared parameters.
+        exact: tasks whose outputs were verified to be bit-equal; None is the plain model.
     """
 
     layers: dict[str, tuple[int, int]]
@@ -76,30 +78,30 @@ def grow(
     optimizer: Any = None,
     example_inputs: Any = None,
 ) -> GrowReport:
-    """Give the network more units, in place. What it computes stays: every sealed task, and task None, evaluates with
-    the sizes that it has, so that it is bit-equal also where a larger matrix product would round otherwise. Tasks that
-    are not sealed get the new units; all of the new elements are free.
+    """Give the network more units, in place. Every sealed task, and task None, still computes with its former sizes, so
+    it stays bit-equal even where a larger matrix product would round differently. Unsealed tasks get the new units; all
+    new elements are free.
 
-    Units that are one (a channel of a residual stream across all layers that write to it, a query and its key) grow
-    together; heads of attention and groups of convolutions all become wider by the same, and where heads cannot become
-    wider (the rotation of positions), whole new ones are put between them. It is planned, traced and
-    attacked on a copy, on which every sealed task must give the bits that it gave, before the model is touched.
+    Coupled channels (a residual stream's channel across all layers that write to it, a query and its key) grow
+    together. All heads of an attention, and all groups of a convolution, become equally wider. Heads that cannot become
+    wider (because of rotary position embeddings) are followed by whole new heads. The growth is planned, traced and
+    attacked on a copy, where every sealed task must stay bit-equal, before the model is changed.
 
     Args:
-        factor: every layer gets so many times the units that it has (rounded down to whole rows of heads and groups),
-            but for layers whose sizes the model's code does not let grow; the report says which. Or how many new units
-            each named layer gets, by the names that `hatcl.describe` shows: `{"layer1.0.conv1": 16}` (rounded up to
-            whole rows; what is one unit with these grows along).
-        optimizer: one, or a list of those that hold the model's parameters: the new parameters take the places of the
-            old ones, with their moments, which are zero for new elements. Without it build a new optimizer.
-        example_inputs: what the model's forward takes; default: as for `hatcl.extract_task`.
+        factor: every layer's number of units is multiplied by this number (rounded down to whole rows of heads and
+            groups), except for layers whose sizes are fixed in the model's code; the report lists these. Or a mapping
+            from a layer's name, as in `hatcl.describe`, to its number of new units: `{"layer1.0.conv1": 16}` (rounded
+            up to whole rows; coupled layers grow along).
+        optimizer: an optimizer, or a list of those that hold the model's parameters: new parameters replace the old
+            ones and keep their moments, which are zero for new elements. Without it, build a new optimizer.
+        example_inputs: inputs of the model's forward; default: as for `hatcl.extract_task`.
 
     Raises:
-        ConfigError: a factor below 1, less than a unit, a layer that there is not, no inputs. TaskError: a task is
-            being learned, or it is a copy that is averaged. ConversionError: a named layer cannot grow, which is said.
-            GuardError: an optimizer that is not this model's, or whose state cannot be carried over. HATError: layers
-            put together by hand, shards, or DistributedDataParallel. IntegrityError: a sealed task changed. The model
-            is as it was in all of these.
+        ConfigError: a factor below 1, less than one unit, an unknown layer, no inputs. TaskError: a task is being
+            learned, or the model is a copy that is averaged. ConversionError: a named layer cannot grow (gives the
+            reason). GuardError: an optimizer of another model, or one whose state cannot be carried over. HATError:
+            layers assembled by hand, shards, or DistributedDataParallel. IntegrityError: a sealed task changed. After
+            any error the model is unchanged.
     """
     gates = _growable(model)
     wanted = _more_units(gates, factor)
@@ -154,7 +156,7 @@ def _growable(model: nn.Module) -> Gates:
 
 
 def _more_units(gates: Gates, factor: float | Mapping[str, int]) -> dict[str, int]:
-    """Layer -> how many units it is to get."""
+    """Layer -> requested number of new units."""
     have = {name: stop - start for name, start, stop in gates.layers if stop > start}
     if isinstance(factor, Mapping):
         for name, more in factor.items():
@@ -191,8 +193,7 @@ def _shared_elements(unit_map: UnitMap) -> int:
 
 
 class _Growing(Search):
-    """Grows all that is wanted, and where the forward of a module does not bear that, leaves the units there as they
-    are."""
+    """Grows all requested layers, except the units of modules whose forward fails with larger sizes."""
 
     cutter: Grower
 
@@ -215,20 +216,20 @@ class _Growing(Search):
         return None if where is None else Misfit(where, "grown, its units belong together otherwise")
 
     def _hold(self, path: str) -> bool:
-        """A layer that fails was given another width than it reads: the units that it reads are to blame first."""
+        """A layer that fails got an input of another width than it reads, so hold the units that it reads first."""
         if path != self._at_fault(path):
             module = self.cutter.modules[path]
             names = [self.cutter.names[id(p)] for p in module._parameters.values() if p is not None]
             read = [f.units for n in names for f in self.cutter.unit_map.entries[n].factors if not f.owner]
             more = torch.from_numpy(np.concatenate(read)) if read else torch.zeros(0, dtype=torch.int64)
-            if not bool(self.held[more].all()):  # (of none, all are)
+            if not bool(self.held[more].all()):  # (True for no units)
                 self.held[more] = True
                 return True
         return super()._hold(path)
 
 
 def _odd_module(expected: UnitMap, found: UnitMap) -> str | None:
-    """The path of the first module to which two maps say something else; None where they say the same."""
+    """The path of the first module on which two maps differ; None if they agree."""
     for name, e in expected.entries.items():
         other = found.entries[name]
         a, b = ([f.to_json() for f in x.factors] for x in (e, other))
@@ -249,7 +250,7 @@ def _odd_module(expected: UnitMap, found: UnitMap) -> str | None:
 def _planned(
     model: nn.Module, gates: Gates, inputs: Any, wanted: dict[str, int], named: bool
 ) -> tuple[Growth, dict[str, str]]:
-    """The plan, and layer -> the reason why it does not get the requested growth."""
+    """The plan, and layer -> why it does not get the requested growth."""
     plain = plain_copy(model, None, len(gates.growths))
     unit_map: UnitMap = gates.unit_map
     seen = footprint(plain, inputs)
@@ -284,7 +285,7 @@ def _planned(
 def _left(
     gates: Gates, grower: Grower, search: Search, counts: torch.Tensor, full: dict[str, str], wanted: dict[str, int]
 ) -> dict[str, str]:
-    """Layer -> why it has fewer new units than it was to get."""
+    """Layer -> why it gets fewer new units than requested."""
     whole_units = np.zeros(len(counts), dtype=bool)
     whole_units[grower.seen.whole] = True
     held = search.held.numpy()
@@ -309,7 +310,7 @@ def _left(
 
 
 def _check_on_copy(trial: nn.Module, inputs: Any, want: Mapping[int | None, Any]) -> None:
-    """On a copy that has grown: every task as before, bit for bit, and none depends on what is not its own."""
+    """Check on a grown copy that every task is bit-equal to before and depends only on its own elements."""
     got = _said_by(trial, inputs)
     for t, outputs in want.items():
         diff, where = compare_outputs(outputs, got[t])

@@ -1,8 +1,8 @@
-"""The effect of a growth on the map: every unit becomes itself and some new ones, wherever it appears.
+"""The effect of a growth on the map: every unit is kept and followed by its new units, wherever it appears.
 
-New units follow the unit that they belong to, in its numbering and along every axis that carries it. So what was one
-row of a head, of a group or of a residual stream stays one, and what was there before keeps its order. Where a head
-cannot become wider, it is followed by whole new ones: its units are a block.
+New units follow the unit that they belong to, in the numbering and along every axis. So a row of a head, of a group or
+of a residual stream stays one row, and old units keep their order. A head that cannot become wider is followed by whole
+new heads: its units are a block.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Growth:
     """One growth of a network. JSON-able.
 
     Attributes:
-        counts: `[U]`, how many units each unit becomes: itself and then the new ones that follow it.
-        widths: `[U]`, of how many units the block consists that it is in, which is followed as a whole; 1 for most.
-        sizes: module path -> attribute -> its value from now on.
-        buffers: name of a buffer -> the dimension along which it carries units, and their numbers before the growth.
+        counts: `[U]`, the number of units that each unit becomes: itself and the new ones that follow it.
+        widths: `[U]`, the number of units in its block, which new blocks follow as a whole; 1 for most units.
+        sizes: module path -> attribute -> its value after the growth.
+        buffers: name of a buffer -> (the dimension that carries units, their numbers before the growth).
     """
 
     counts: Ints
@@ -55,12 +55,12 @@ class Growth:
 
     @cached_property
     def bounds(self) -> Ints:
-        """`[U + 1]`: how many units there are afterwards before each of the old ones, and in all."""
+        """`[U + 1]`: the cumulative number of units after the growth; `bounds[u]` includes the first u old units."""
         return np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
 
     @cached_property
     def first(self) -> Ints:
-        """`[U + 1]`: the first unit of the block that each unit is in."""
+        """`[U + 1]`: the first unit of each unit's block."""
         out = np.arange(len(self.counts) + 1)
         at = 1
         for unit in (np.flatnonzero(self.widths > 1) + 1).tolist():
@@ -71,18 +71,18 @@ class Growth:
 
     @cached_property
     def number(self) -> Ints:
-        """`[U + 1]`: the number that each unit has afterwards; what is always on stays 0."""
+        """`[U + 1]`: each unit's number after the growth; 0 (always on) stays 0."""
         unit = np.arange(1, len(self.counts) + 1)
         first = self.first[1:]
         return np.concatenate([[0], self.bounds[first - 1] + 1 + unit - first]).astype(np.int64)
 
     def along(self, units: Ints, rows: int = 1) -> Grown:
-        """An axis with these units after the growth. A unit, or a block, that has several entries one after the other
-        is followed by as many of each new one. rows: into how many equal rows the axis is split, each of which grows by
-        itself.
+        """An axis with these units after the growth. A unit, or a block, with several consecutive entries is followed
+        by the same number of entries for each new one. rows: the number of equal rows of the axis; each row grows
+        separately.
 
         Raises:
-            ConversionError: a block is not whole somewhere.
+            ConversionError: a block is incomplete somewhere on the axis.
         """
         starts = self._starts(units)
         head = units[starts[:-1]]
@@ -94,7 +94,7 @@ class Growth:
             start, stop, unit = int(starts[a]), int(starts[b]), int(head[a]) if len(head) else 0
             times = int(self.counts[unit - 1]) if unit else 1
             width = (stop - start) // max(b - a, 1)
-            apart = width if unit else 0  # from a block to the next one
+            apart = width if unit else 0  # distance from a block to the next one
             mine = self.number[units[start:stop]]
             new.append((mine[None, :] + apart * np.arange(times)[:, None]).reshape(-1))
             places.append(np.arange(size, size + stop - start))
@@ -103,7 +103,7 @@ class Growth:
         return Grown(*(np.concatenate(x).astype(np.int64) for x in (new, places, parents)))
 
     def _starts(self, units: Ints) -> Ints:
-        """Where each unit, or block, begins; and the end."""
+        """The start of each unit or block, and the end of the axis."""
         widths = np.concatenate([[1], self.widths])[units]
         if (widths == 1).all():
             return np.arange(len(units) + 1)
@@ -119,8 +119,12 @@ class Growth:
 
 @dataclass(frozen=True)
 class Grown:
-    """An axis after a growth. units: of each entry. places: where each old entry is now. parents: for each entry now,
-    the old one that it is, or that it follows."""
+    """An axis after a growth.
+
+    Attributes:
+        units: the unit of each entry. places: the new index of each old entry. parents: for each new entry, the old
+            entry that it equals or follows.
+    """
 
     units: Ints
     places: Ints
@@ -129,12 +133,12 @@ class Grown:
 
 @dataclass
 class Spread:
-    """Where the entries of a tensor of before are in that of now.
+    """The places of a former tensor's entries in the current one.
 
     Attributes:
-        shape: of before. view: in which dimensions are counted, of now.
-        places: dimension -> for each entry of before, where it is now. parents: dimension -> for each entry of now, the
-            one of before that it is or follows.
+        shape: the former shape. view: the current shape that dimensions refer to.
+        places: dimension -> the current index of each former entry. parents: dimension -> for each current entry, the
+            former entry that it equals or follows.
     """
 
     shape: tuple[int, ...]
@@ -143,7 +147,8 @@ class Spread:
     parents: dict[int, Tensor] = field(default_factory=dict)
 
     def of_before(self, x: Tensor) -> Tensor:
-        """The entries of before, in the shape and the memory format that the tensor had: the same kernels run."""
+        """The former entries of a current tensor, in its former shape and memory format, so that the same kernels
+        run."""
         lined = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         value = self._viewed(x)
         for dim, at in self.places.items():
@@ -152,8 +157,8 @@ class Spread:
         return value.contiguous(memory_format=torch.channels_last) if lined else value
 
     def grown(self, x: Tensor, new: Tensor | None = None) -> Tensor:
-        """A tensor of before in the size of now. new: gives the entries that were not there; default: each has the
-        value of the one that it follows."""
+        """A former tensor in the current size. new: a tensor with the values of new entries; default: each new entry
+        has the value of the one that it follows."""
         if new is None:
             for dim, at in self.parents.items():
                 x = x.index_select(dim, at.to(x.device))
@@ -164,18 +169,18 @@ class Spread:
         return made.contiguous(memory_format=torch.channels_last) if lined else made
 
     def flat(self, now: Tensor) -> Tensor:
-        """Where each element of before is in a tensor of now, flattened."""
+        """The flat index of each former element in a current tensor."""
         at = self._viewed(torch.arange(now.numel(), device=now.device).view(now.shape))
         for dim, places in self.places.items():
             at = at.index_select(dim, places.to(now.device))
         return at.reshape(-1)
 
     def shape_of(self, x: Tensor, now: Sequence[int]) -> tuple[int, ...]:
-        """The shape that a tensor of before gets; of a head, whose classes are its own, along its other dimensions."""
+        """The current shape of a former tensor. A head keeps its own number of classes."""
         return (*self._rows(x, now), *now[1:])
 
     def then(self, later: Spread) -> Spread:
-        """After another growth."""
+        """This spread combined with a later growth's."""
         made = Spread(self.shape, later.view, dict(later.places), dict(later.parents))
         for dim, at in self.places.items():
             made.places[dim] = later.places[dim][at] if dim in later.places else at
@@ -187,7 +192,7 @@ class Spread:
         return x if len(self.view) == x.dim() else x.reshape(self.view)
 
     def _rows(self, x: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-        """How many rows: a head has as many as its task has classes."""
+        """The number of rows; a head has one row per class of its task."""
         return (shape[0] if 0 in self.places or len(self.view) != len(self.shape) else x.shape[0],)
 
 
@@ -257,7 +262,7 @@ def grown_map(unit_map: UnitMap, growth: Growth) -> UnitMap:
 
 
 def _grown_places(places: Ints, growth: Growth) -> Ints:
-    """New units are where those are that they follow; whole new heads are places of their own."""
+    """New units have the places of the units that they follow; whole new heads are new places."""
     grown = growth.along(np.arange(1, len(places) + 1))
     width, after = growth.widths[grown.parents], grown.units - growth.number[1:][grown.parents]
     head = np.where(width > 1, after // width, 0)
@@ -265,7 +270,7 @@ def _grown_places(places: Ints, growth: Growth) -> Ints:
 
 
 def sizes_after(growths: Sequence[Growth]) -> dict[str, dict[str, Any]]:
-    """Module path -> attribute -> its value, of what is another one since the conversion."""
+    """Module path -> attribute -> its value, for attributes that growths changed since the conversion."""
     out: dict[str, dict[str, Any]] = {}
     for growth in growths:
         for path, sizes in growth.sizes.items():
@@ -274,7 +279,6 @@ def sizes_after(growths: Sequence[Growth]) -> dict[str, dict[str, Any]]:
 
 
 def key_of(growths: Sequence[Growth]) -> Tensor:
-    """`[16]` uint8: another one for another way to grow, so that a state of such a model is not taken for one of
-    this."""
+    """`[16]` uint8: a hash of the growths, so that a state of a model that grew differently is not loaded."""
     text = json.dumps([g.to_json() for g in growths], sort_keys=True)
     return torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()[:16]), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Adapt an optimizer to a network that grew: the new parameters enter their groups, and moments are carried over."""
+"""Adapts an optimizer to a network that grew: new parameters replace old ones in the groups and keep their moments."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ ANEW = "build it again over model.parameters() after hatcl.grow"
 
 
 class Carrier:
-    """Carries one optimizer over. What cannot be carried is said before anything changes.
+    """Carries one optimizer over. It refuses state that cannot be carried before anything changes.
 
     Raises:
-        GuardError: no optimizer, one of another model, or one that keeps what cannot be carried.
+        GuardError: no optimizer, one of another model, or one with state that cannot be carried over.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         check_optimizers(model, [optimizer], ANEW)
         self.optimizer = unwrapped(optimizer)
         kind = type(self.optimizer).__name__
-        self.weights: set[Any] = set()  # keys under which it keeps weights, which new elements get as they are
+        self.weights: set[Any] = set()  # state keys that hold weights; their new elements are the parameter's
         beside: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         mine = {id(p) for p in model.parameters()}
         for p in (p for group in self.optimizer.param_groups for p in group["params"] if id(p) in mine):
@@ -52,7 +52,7 @@ class Carrier:
         return found if isinstance(found, dict) else {}
 
     def carry(self, replaced: Sequence[Replaced]) -> None:
-        """Put the new parameters in the places of the old ones."""
+        """Replace the old parameters by the new ones."""
         new_of = {id(r.old): r for r in replaced}
         for group in self.optimizer.param_groups:
             group["params"] = [new_of[id(p)].new if id(p) in new_of else p for p in group["params"]]

@@ -1,4 +1,4 @@
-"""How much each unit grows, and the plain network that comes of it: extraction backwards."""
+"""The plan of a growth: how much each unit grows, and the larger plain network (the reverse of extraction)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from .grown import Growth, grown_axes
 
 
 class Grower(Cutter):
-    """Grows one plain network. Where a cut has whether a unit stays, here stands how many units it becomes.
+    """Grows one plain network. A cut says whether each unit stays; here the same argument says how many units it
+    becomes.
 
-    wanted: name of a layer on the map -> how many more units it is to get; layers that are not named stay. up: more
-    rather than fewer, where rows must stay equally long.
+    wanted: name of a layer on the map -> number of new units; other layers keep their size. up: round up instead of
+    down if rows must stay equally long.
     """
 
     def __init__(
@@ -40,9 +41,9 @@ class Grower(Cutter):
         return [n.units.reshape(groups, -1) for n, groups in found if type(groups) is int and groups > 1]
 
     def settled(self, held: Tensor) -> Tensor:
-        """`[U + 1]`: how many units each becomes. Units in the same place of rows that must be equally long become
-        equally many; those that are held, and what is always on, stay one. Heads that cannot become wider get whole new
-        ones after them."""
+        """`[U + 1]`: the number of units that each becomes. It is equal for units at the same position in rows that
+        must stay equally long, and 1 for units that are held and entries that are always on. Heads that cannot become
+        wider are followed by whole new ones."""
         leader = self._tied()
         fixed = held.numpy().copy()
         fixed[0] = True
@@ -61,8 +62,8 @@ class Grower(Cutter):
             fixed[np.concatenate(odd)] = firm[np.concatenate(odd)] = True
 
     def _heads(self, narrow: Any) -> list[Ints]:
-        """The units of the rows into which a forward splits what it has, where they cannot become more one by one. (By
-        the rotation of positions the halves of a head are the same units, twice.)"""
+        """The units of the rows that a forward splits a tensor into, if these units cannot grow one by one. (Under
+        rotary position embeddings the two halves of a head are the same units.)"""
         found: dict[int, Ints] = {}
         for rows in sorted(self.seen.rows, key=lambda r: -r.shape[1]):  # a head before a part of one
             blocks = {row.tobytes(): np.unique(row) for row in rows}
@@ -75,7 +76,7 @@ class Grower(Cutter):
         return list({id(block): block for block in found.values()}.values())
 
     def _tied(self) -> Ints:
-        """Unit -> the smallest of those that become as many as it does."""
+        """Unit -> the smallest unit that must have the same count."""
         leader = np.arange(self.seen.units + 1)
         before = None
         while before is None or (before != leader).any():
@@ -86,11 +87,11 @@ class Grower(Cutter):
         return leader
 
     def _shared_out(self, leader: Ints, fixed: Any) -> Ints:
-        """New units, spread evenly over each layer's."""
+        """Distribute the new units evenly over each layer's units."""
         counts = np.ones(len(leader), dtype=np.int64)
         times: dict[int, int] = {}
         layers = [(self.wanted.get(n.removesuffix(".weight"), 0), a, b) for n, a, b in self.unit_map.layers]
-        for more, start, stop in sorted(layers, key=lambda x: x[0] == 0):  # what is wanted decides for what is tied
+        for more, start, stop in sorted(layers, key=lambda x: x[0] == 0):  # requested layers decide for tied ones
             free = [u for u in range(start, stop) if not fixed[u]]
             of_class: dict[int, int] = {}
             for u in free:
@@ -126,11 +127,11 @@ class Grower(Cutter):
         return growth
 
     def resizes(self, path: str, keep: Tensor) -> dict[str, Any]:
-        """More heads leave the width of a head as it is, and their number is inferred."""
+        """New heads do not change the width of a head, and their number is inferred."""
         return super().resizes(path, torch.where(torch.from_numpy(self.widths > 1), 1, keep))
 
     def cut(self, keep: Tensor) -> tuple[nn.Module, Shaping]:
-        """The network of so many units, new elements like those of before in mean and spread."""
+        """The network with these counts of units; new elements have the old ones' mean and standard deviation."""
         growth = self.growth(keep)
         made = copy.deepcopy(self.plain, {id(p): p for p in self.plain.parameters()})
         tied: dict[int, nn.Parameter] = {}
@@ -161,7 +162,7 @@ class Grower(Cutter):
 
 
 def _grown_buffer(b: Tensor, growth: Growth, full: str) -> Tensor:
-    """A buffer whose new entries are as those of the units that they follow."""
+    """A buffer in its new size; new entries equal those of the units that they follow."""
     if full not in growth.buffers:
         return b.clone()
     dim, units = growth.buffers[full]

@@ -32,7 +32,7 @@ class _Conv(HATLayer):
         return self._hat_gate_output(super().forward(*args, **kwargs))  # type: ignore[misc]
 
     def _hat_by_output(self, x: Tensor) -> Tensor | None:
-        """While gates are soft: `a * (W conv x + b)`, where that is less to multiply than the weight is."""
+        """While gates are soft: `a * (W conv x + b)`, if gating the output is cheaper than gating the weight."""
         if type(self) not in (HATConv1d, HATConv2d, HATConv3d) or not is_grad_enabled():
             return None
         raw, owner = self._parameters.get("weight"), self._hat_gate_of_rows("weight")  # type: ignore[attr-defined]

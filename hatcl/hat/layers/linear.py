@@ -53,7 +53,7 @@ class TaskIndexedLinear(HATLinear):
 
 
 class TaskIndexedParameter(HATLayer, nn.Module):
-    """A free parameter of which every task has its own copy; calling the module returns the active one."""
+    """A free parameter with a copy per task; calling the module returns the active task's copy."""
 
     hat_copied: ClassVar[tuple[str, ...]] = ("weight",)
     weight = task_parameter("weight")
@@ -68,7 +68,7 @@ class TaskIndexedParameter(HATLayer, nn.Module):
 
 
 class _ScaledRows(torch.autograd.Function):
-    """Rows scaled as torch scales those of a table with `max_norm`, which it does before autograd looks."""
+    """Scales rows as torch scales a table with `max_norm`. As in torch, the gradient ignores the scaling."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
@@ -83,8 +83,8 @@ class _ScaledRows(torch.autograd.Function):
 
 @register_layer(nn.Embedding)
 class HATEmbedding(HATLayer, nn.Embedding):
-    """`y = a * W[i]`: the gate multiplies the rows that were looked up. In evaluation of a sealed task it multiplies
-    the whole table, once, after as many rows were looked up as it has.
+    """`y = a * W[i]`: the gate multiplies the looked-up rows. In evaluation of a sealed task, the gate multiplies the
+    whole table once, when the number of looked-up rows reaches the number of rows in the table.
 
     Shapes: i integers of any shape `S`, y `[*S, dim]`, gate `[dim]`.
     """
@@ -113,7 +113,7 @@ class HATEmbedding(HATLayer, nn.Embedding):
                     return tf.embedding(index, gated)
             return self._hat_gate_output(plain(*args, **kwargs))
         index = args[0] if args else kwargs["input"]
-        # torch would scale the table's rows in place, for all tasks: here what was looked up, over units that are on
+        # torch would scale the table's rows in place, for all tasks; scale only the looked-up rows, over the units on
         table = self.weight
         rows = tf.embedding(index, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
         if self._hat_active is None:
@@ -124,7 +124,7 @@ class HATEmbedding(HATLayer, nn.Embedding):
         return rows * torch.where(size > self.max_norm, self.max_norm / (size + 1e-7), 1.0)
 
     def _hat_gated_table(self, index: Tensor) -> Tensor | None:
-        """The rows of a sealed task; None as long as it costs less to multiply those that are looked up."""
+        """A sealed task's gated table; None as long as gating the looked-up rows is cheaper."""
         hat: Binding | None = self.__dict__.get("_hat")
         kept = None if hat is None or hat.output is None else hat.of_now()
         if hat is None or kept is None or is_followed():
@@ -135,6 +135,6 @@ class HATEmbedding(HATLayer, nn.Embedding):
             params = self.__dict__["_parameters"]
             if kept[LOOKED_UP] < self.num_embeddings or "weight" not in params:
                 return None
-            with torch.inference_mode(False), torch.no_grad():  # of an inference tensor no write would be noticed
+            with torch.inference_mode(False), torch.no_grad():  # torch does not count writes to an inference tensor
                 table = hat.read("weight", params, kept, lambda: self._hat_gate_output(self.weight), TABLE)
         return table

@@ -1,4 +1,4 @@
-"""A mask over input features: which of them a task looks at."""
+"""A mask over input features: each task chooses the features that it uses."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .gated import HATLayer
 
 
 class HATMask(HATLayer, nn.Module):
-    """`y = a * x`, with a gate a for each input feature, which a task learns as the gates of units: the features that
-    are on are those that it needs (HAT-CL's masker in front of a model).
+    """`y = a * x`, with a gate a for each input feature. A task learns these gates like those of units: it keeps on the
+    features that it needs (HAT-CL's masker in front of a model).
 
         mask = hatcl.HATMask(784, num_tasks=5)
         model = nn.Sequential(nn.Flatten(), mask, hatcl.convert(net, 5, x.flatten(1)))
         mask.gates.masks[0]  # [784] bool, once task 0 is sealed
 
-    It has no parameters but its embeddings. A layer made with `reads=mask` knows what it reads, so that later tasks may
-    change its weights of features that no sealed task looks at; a converted model takes all of its inputs as always on.
+    Its only parameters are the embeddings. A layer made with `reads=mask` reads these features, so later tasks may
+    change its weights for features that no sealed task uses. A converted model treats all inputs as always on.
 
     Shapes: x with `features` elements along `dim`; y as x. a `[features]`.
 
     Args:
-        features: how many. num_tasks: how many tasks. dim: the dimension of x along which they are.
-        config: options, as those of a model.
+        features: number of features. num_tasks: number of tasks. dim: the dimension of x that holds the features.
+        config: options, as for a model.
 
     Raises:
-        ConfigError: the number of features is none; in a forward, x has another number of them.
+        ConfigError: `features` is not an integer of at least 1; in a forward, x has a different number of features.
     """
 
     def __init__(self, features: int, num_tasks: int = 1, *, dim: int = -1, config: HATConfig | None = None) -> None:

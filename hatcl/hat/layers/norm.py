@@ -1,5 +1,5 @@
-"""Norms. Their affine parameters and running statistics belong to the task; statistics over units are taken over the
-units that are on; the gate multiplies what comes out."""
+"""Norms. Each task has its own affine parameters and running statistics; statistics over units use only the units that
+are on; the gate multiplies the output."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Norm(HATLayer):
 
 
 class _PerChannel(_Norm):
-    """Statistics per channel: nothing crosses units, and the affine parameters carry the gate."""
+    """Norms with statistics per channel: no statistic mixes units, and the affine parameters carry the gate."""
 
     hat_task_buffers: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
     running_mean = task_buffer("running_mean")
@@ -45,7 +45,7 @@ class _PerChannel(_Norm):
     num_batches_tracked = task_buffer("num_batches_tracked")
 
     def reset_running_stats(self) -> None:
-        """Those of the active task, where it is not sealed (`torch.optim.swa_utils.update_bn` calls this)."""
+        """Reset the active task's statistics unless it is sealed (`torch.optim.swa_utils.update_bn` calls this)."""
         hat: Binding | None = self.__dict__.get("_hat")
         task = None if hat is None else hat.gates.task
         if hat is None or task is None or hat.gates.is_open(task):
@@ -104,23 +104,24 @@ class _TaskIndexedInstanceNorm(_PerChannel):
 
 
 class _Crossing(_Norm):
-    """Statistics cross units: something is done before the plain norm, and something after it."""
+    """Norms whose statistics mix units: the input and the result of the plain norm are both adjusted."""
 
     hat_fold_lasts: ClassVar[bool] = True
 
     def _hat_no_share(self, hat: Binding, task: Any) -> bool:
-        """Soft gates, those of a compiled graph that may be others in the next step, and those of several tasks at once
-        have no share that is known as a number."""
+        """True if the share of units on is not known as a number: for soft gates, for gates that may change between
+        steps of a compiled graph, and for several tasks at once."""
         if isinstance(task, Tensor):
             return True
         return hat.gates.is_soft(task) or (torch.compiler.is_compiling() and hat.gates.is_open(task))
 
     def _hat_around(self, ndim: int, dtype: torch.dtype) -> tuple[_Around, _Around]:
-        """The changes to an input of this many dimensions before the plain norm, and to its result."""
+        """Two functions for inputs with `ndim` dimensions: one changes the input of the plain norm, the other its
+        result."""
         raise NotImplementedError
 
     def _hat_groups(self) -> int:
-        """Into how many groups the units are parted, whose statistics are apart."""
+        """The number of groups of units with separate statistics."""
         return 1
 
     def hat_fold_gate(self, name: str, gate: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class _Crossing(_Norm):
         return units.gate_of(task) if name == "bias" else units.norm_gates(task, self._hat_groups())[0]
 
     def _hat_after(self, gate: Callable[[], Tensor], dim: int) -> _Around:
-        """The gate along `dim`, where no weight carries it."""
+        """A function that applies the gate along `dim`, if the norm has no weight to carry it."""
         if self._hat_has_affine():
             return unchanged
         fold = self.hat_fold_gate("weight", gate())
@@ -146,10 +147,10 @@ class _Crossing(_Norm):
 
 
 class _OverUnits(_Crossing):
-    """Statistics over units. With `n = sum a` of `U` units on, and the input centred over those units (off units zero),
-    the norm over all U differs from the norm over the n by the factor `sqrt(n / U)`, which is folded into the weight,
-    and by eps, which is scaled by `n / U` once gates are hard (while they are soft it is left, so that no step waits
-    for n).
+    """Norms over units. Let `n = sum a` of `U` units be on, and the input be centred over those units (off units zero).
+    Then the norm over all U differs from the norm over the n by the factor `sqrt(n / U)`, which is folded into the
+    weight, and by eps, which is scaled by `n / U` once gates are hard. (With soft gates eps is unchanged, so that no
+    step waits for n.)
 
     Deviation: HAT (Serra et al. 2018) has no norms over units, and HAT-CL normalises over all of them.
     """
@@ -184,7 +185,7 @@ class _OverUnits(_Crossing):
         if hat is None or hat.norm is None:
             return unchanged, self._hat_gate_output
         dim, units = hat.norm
-        dim = dim if dim < ndim else -1  # `torch.vmap` takes leading dimensions away
+        dim = dim if dim < ndim else -1  # `torch.vmap` removes leading dimensions
         task = hat.gates.task
         assert task is not None
         gate = units.gate_of(task).to(dtype)
@@ -197,7 +198,7 @@ class _OverUnits(_Crossing):
             x = clean(x)
             if self.hat_centred:
                 x = F.centre(x, gate, dim, over, share, weight)
-            return x / share_on(gate).sqrt() if isinstance(task, Tensor) else x  # which scales eps by n / U
+            return x / share_on(gate).sqrt() if isinstance(task, Tensor) else x  # the same as scaling eps by n / U
 
         # with all units on it is the plain norm
         return (unchanged if share == 1.0 else before), self._hat_after(lambda: gate, dim)
@@ -225,16 +226,16 @@ _TIMM = ("RmsNorm", "RmsNormFp32", "RmsNorm2d", "RmsNorm2dFp32")
 
 @register_layer(*(getattr(timm_norm, name) for name in _TIMM if hasattr(timm_norm, name)))
 class _TaskIndexedRmsNorm(_RootMeanSquare):
-    """timm's RMS norms, which are no subclasses of torch's."""
+    """timm's RMS norms, which are not subclasses of torch's."""
 
 
 @register_layer(nn.GroupNorm)
 class TaskIndexedGroupNorm(_Crossing, nn.GroupNorm):
     """Group norm over the units of each group that are on; per task: weight and bias. Shapes: x `[B, U, ...]`.
 
-    The input is centred over the units that are on and scaled by `sqrt(U_g / n_g)`, so that the group's variance is
-    that of its n_g units; the weight takes the scale back. While gates are soft the input is not scaled, which matters
-    to eps alone.
+    The input is centred over the units that are on and scaled by `sqrt(U_g / n_g)`, so that the variance over the group
+    equals that of its n_g units on; the weight undoes the scale. While gates are soft the input is not scaled, which
+    only changes the effect of eps.
     """
 
     def _hat_groups(self) -> int:
@@ -244,7 +245,7 @@ class TaskIndexedGroupNorm(_Crossing, nn.GroupNorm):
         return None if name == "bias" else (TaskIndexedGroupNorm, self.num_groups)
 
     def _hat_spread(self, gate: Tensor) -> Tensor:
-        """`[1, groups, 1, 1]`: `sqrt(U_g / n_g)`, by which the input is multiplied."""
+        """`[1, groups, 1, 1]`: the factor `sqrt(U_g / n_g)` of the input."""
         share = gate.view(1, self.num_groups, -1, 1).mean(2, keepdim=True)
         return share.clamp(min=F.SMALLEST_GATE).rsqrt()
 
@@ -276,11 +277,11 @@ class TaskIndexedGroupNorm(_Crossing, nn.GroupNorm):
 
 
 class _FoundNorm(HATLayer):
-    """A norm over units of a class that nobody registered, found by what it does (`kind_of_norm`).
+    """A norm over units of an unregistered class, recognised by its behaviour (`kind_of_norm`).
 
-    With `x` zero where a unit is off and centred over the units that are on, a mean over all U of `(c x)^2` with
-    `c = sqrt(U / n)` is that over the n, so `(f(c x) - f(0)) / c + f(0)` is what the module cut down to those units
-    computes, whatever it does with its weight, bias `f(0)` and eps.
+    Let `x` be zero where units are off and, for a centred norm, centred over the units that are on. With
+    `c = sqrt(U / n)`, the mean of `(c x)^2` over all U equals the mean of `x^2` over the n. So the module f cut down to
+    those units computes `(f(c x) - f(0)) / c + f(0)`, however it uses its weight, bias `f(0)` and eps.
     """
 
     hat_is_norm: ClassVar[bool] = True
@@ -307,20 +308,20 @@ class _FoundNorm(HATLayer):
 
 @register_layer(nn.Module, kind="rms")
 class _FoundRootMeanSquare(_FoundNorm):
-    """Like an RMS norm."""
+    """A module that behaves like an RMS norm."""
 
 
 @register_layer(nn.Module, kind="centred")
 class _FoundLayerNorm(_FoundNorm):
-    """Like a layer norm."""
+    """A module that behaves like a layer norm."""
 
     hat_centred: ClassVar[bool] = True
 
 
 def kind_of_norm(module: nn.Module, ndim: int, dim: int, width: int) -> str:
     """Does a module normalise over `width` units along `dim` of an input of `ndim` dimensions? `rms`, `centred`, or ""
-    if neither. Tried, not looked up: a copy that is cut down to some of the units must agree with what `_FoundNorm`
-    makes of the whole, on random numbers."""
+    if neither. It is tested on random numbers: a copy cut down to some of the units must agree with the result of
+    `_FoundNorm` for the whole module."""
     some = next(module.parameters(), torch.zeros(()))
     if width < 3 or some.is_meta:
         return ""
@@ -347,7 +348,7 @@ def kind_of_norm(module: nn.Module, ndim: int, dim: int, width: int) -> str:
                 wide[tuple(where)] = x - x.mean(dim, keepdim=True) if centred else x
                 share, bias = math.sqrt(3 / width), whole(torch.zeros_like(wide))
                 if not centred and torch.allclose(whole(wide)[tuple(where)], want, rtol=1e-4, atol=1e-5):
-                    return ""  # it never was over units
+                    return ""  # it does not normalise over units
                 if torch.allclose(((whole(wide / share) - bias) * share + bias)[tuple(where)], want, 1e-4, 1e-5):
                     return kind
     except Exception as error:
@@ -363,5 +364,5 @@ def along(vector: Tensor, x: Tensor, dim: int) -> Tensor:
 
 
 def share_on(gate: Tensor) -> Tensor:
-    """n / U, never quite zero (no unit on: everything is zero anyway)."""
+    """n / U, at least `SMALLEST_GATE` (with no unit on, everything is zero anyway)."""
     return gate.mean().clamp(min=F.SMALLEST_GATE)

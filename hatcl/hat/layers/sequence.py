@@ -1,4 +1,4 @@
-"""Recurrent and transformer layers of torch: they keep copies of their weights, or pass over their own submodules."""
+"""Recurrent and transformer layers of torch: they keep copies of their weights, or bypass their own submodules."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from .gated import HATLayer
 
 @register_layer(nn.RNNBase)
 class _Recurrent(HATLayer):
-    """torch keeps a recurrent layer's weights in a list in addition to its parameters; here the list holds the active
-    task's weights."""
+    """A recurrent layer. torch keeps its weights also in a list; here the list holds the active task's weights."""
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -32,7 +31,7 @@ class _Recurrent(HATLayer):
         return False
 
     def flatten_parameters(self) -> None:
-        """Only the plain model's weights lie in one piece of memory."""
+        """Flatten only the plain model's weights; a task's weights are not contiguous in memory."""
         if self._hat_active is None:
             super().flatten_parameters()  # type: ignore[misc]
 
@@ -51,7 +50,8 @@ def _plain_only(name: str, otherwise: Any) -> property:
 
 @register_layer(nn.TransformerEncoder)
 class _Encoder(HATLayer):
-    """Nested tensors are for the fused layer alone (see `_EncoderLayer`)."""
+    """A transformer encoder. Only the fused layer needs nested tensors, so a task does not use them (see
+    `_EncoderLayer`)."""
 
     hat_always: ClassVar[bool] = True
     use_nested_tensor = _plain_only("use_nested_tensor", False)
@@ -59,8 +59,8 @@ class _Encoder(HATLayer):
 
 @register_layer(nn.TransformerEncoderLayer)
 class _EncoderLayer(HATLayer):
-    """In evaluation torch runs the whole layer as one fused operation, whose norms would take their statistics over all
-    units. It does so for these two activations only, so a task has neither."""
+    """A transformer encoder layer. In evaluation with relu or gelu, torch runs the whole layer as one fused operation,
+    whose norms would take their statistics over all units. Under a task the attribute therefore says neither."""
 
     hat_always: ClassVar[bool] = True
     activation_relu_or_gelu = _plain_only("activation_relu_or_gelu", 0)

@@ -1,9 +1,9 @@
 """State that a forward changes in addition to buffers: attributes of modules (numbers, lists, caches in a dict) and
-buffers that come and go. Every task has its own.
+buffers that are added or removed. Every task has its own.
 
-A task that is being learned reads and writes its own values. A sealed task begins every forward of the model with what
-it had when it was sealed: caches fill and counters count within a forward, and nothing of that outlives it. The values
-are no part of a state dict, as they are not in the plain model.
+A task that is being learned reads and writes its own values. A sealed task starts every forward of the model with its
+values from sealing: caches fill and counters count within a forward, and are then discarded. As in the plain model, the
+values are not part of a state dict.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Key = tuple[str, str]  # path of a module at conversion, name of the attribute
 
 
 class _Absent:
-    """The attribute is not there."""
+    """Marks an absent attribute."""
 
     def __deepcopy__(self, memo: Any) -> _Absent:
         return self
@@ -45,7 +45,7 @@ class States:
     """The state that the modules of one model keep between forwards, per task.
 
     Attributes:
-        start: what they had at conversion. tasks: what a task has, of those that have begun.
+        start: the values at conversion. tasks: task -> its values, once it has read any while open.
     """
 
     def __init__(self, start: dict[Key, Any]) -> None:
@@ -53,7 +53,7 @@ class States:
         self.tasks: dict[int, dict[Key, Any]] = {}
 
     def of(self, task: int, is_open: bool) -> dict[Key, Any]:
-        """The values that a task reads and writes now. All are copied at once: two modules may share an object."""
+        """The values that a task reads and writes now. All are copied together, since modules may share an object."""
         if is_open:
             if task not in self.tasks:
                 self.tasks[task] = detached_copy(self.start)
@@ -89,7 +89,7 @@ class States:
 
 
 class _Local(threading.local):
-    """The state of sealed tasks in the forward that a thread is running."""
+    """The state of sealed tasks during the current forward of a thread."""
 
     def __init__(self) -> None:
         self.states: WeakKeyDictionary[States, dict[int, dict[Key, Any]]] = WeakKeyDictionary()
@@ -103,12 +103,12 @@ def _of_this_thread() -> WeakKeyDictionary[States, dict[int, dict[Key, Any]]]:
 
 
 def begin_forward(model: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a model: what sealed tasks wrote in the last forward of this thread is gone."""
+    """Forward pre-hook of a model: discard the state that sealed tasks wrote in this thread's last forward."""
     _of_this_thread().pop(model.__dict__[STATES], None)
 
 
 def forget_states(model: nn.Module, task: int) -> None:
-    """The next time that this task is learned it begins with what the modules had at conversion."""
+    """Drop a task's state: when it is learned next, it starts with the modules' values from conversion."""
     for m in model.modules():
         if STATES in m.__dict__:
             m.__dict__[STATES].forget(task)
@@ -121,7 +121,8 @@ def _without_graphs(x: Any, memo: dict[int, Any]) -> None:
 
 
 def detached_copy(x: Any) -> Any:
-    """A copy that shares no memory with `x`, without its autograd graphs; modules and parameters are the same ones."""
+    """A copy of `x` without autograd graphs that shares no memory with it, except modules and parameters, which are not
+    copied."""
     memo: dict[int, Any] = {}
     _without_graphs(x, memo)
     memo.update((id(part), part) for _, part in inside(x) if isinstance(part, (nn.Module, nn.Parameter)))
@@ -129,7 +130,7 @@ def detached_copy(x: Any) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Do two objects consist of the same, bit for bit?"""
+    """Are two objects equal in all their parts, bit for bit?"""
     return _same_parts(parts_of(a), parts_of(b))
 
 
@@ -142,7 +143,7 @@ def _frozen(x: Any) -> Any:
     if isinstance(x, Tensor):
         return type(x), None if x.is_meta else {n: v.clone() for n, v in values_of(x).items()}
     if isinstance(x, (int, float, complex, str, bytes, bool, type(None))):
-        return type(x), repr(x)  # of a float every bit; a NaN is itself
+        return type(x), repr(x)  # repr distinguishes all floats, and NaN equals NaN
     if type(x).__module__ == "numpy":
         return type(x), x.tobytes(), getattr(x, "shape", ())
     return (type(x),) if hasattr(x, "__dict__") or isinstance(x, (dict, list, tuple, set, frozenset)) else (type(x), x)
@@ -164,8 +165,8 @@ def _same_parts(a: list[tuple[str, Any]], b: list[tuple[str, Any]]) -> bool:
 
 
 def copy_of(model: nn.Module, share: bool = False) -> nn.Module:
-    """A copy of a model, without the autograd graphs of what its last forward left in attributes. share: with the same
-    parameters, but for those that a forward writes to (the table of an embedding with `max_norm`)."""
+    """A copy of a model, without the autograd graphs of tensors that its last forward left in attributes. share: share
+    the parameters, except those that a forward writes to (the table of an embedding with `max_norm`)."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share else {}
     for m in model.modules():
         if share and getattr(m, "max_norm", None) is not None:
@@ -175,7 +176,7 @@ def copy_of(model: nn.Module, share: bool = False) -> nn.Module:
         for name, value in m.__dict__.items():
             if name not in _TORCHS and not name.startswith("_hat") and not isinstance(value, (str, int, float)):
                 _without_graphs(value, memo)
-    if sharded_modules(model):  # all processes are here
+    if sharded_modules(model):  # all processes call this
         check_precision(model)
         return gathered(model)
     return copy.deepcopy(model, memo)
@@ -200,7 +201,7 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 class Watch:
-    """Which attributes of a model's modules change from now on."""
+    """Records which attributes of a model's modules change from now on."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -208,7 +209,7 @@ class Watch:
         self.changed: dict[Key, None] = {}
 
     def _now(self) -> dict[Key, list[tuple[str, Any]]]:
-        known: dict[int, tuple[Any, list[tuple[str, Any]]]] = {}  # many modules hold one config
+        known: dict[int, tuple[Any, list[tuple[str, Any]]]] = {}  # many modules share one config
         out: dict[Key, list[tuple[str, Any]]] = {}
         for path, module in self.model.named_modules():
             for name, value in attributes(module):
@@ -225,14 +226,14 @@ class Watch:
                 continue
             module = modules.get(key[0])
             if module is None or key[1] in module._modules or key[1] in module._parameters:
-                continue  # a submodule that the forward makes, an attribute that has become one
+                continue  # a submodule that the forward created, or an attribute that became a submodule or parameter
             if key not in now or key not in self.before or not _same_parts(self.before[key], now[key]):
                 self.changed[key] = None
 
 
 @contextlib.contextmanager
 def classes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards, what the classes of a model's modules keep for all their instances is as it was."""
+    """On leaving, restore the values that the classes of a model's modules keep for all instances."""
     of_classes = [
         (value, detached_copy(value))
         for m in model.modules()
@@ -274,7 +275,7 @@ def _active(module: Any) -> tuple[States, Binding, int] | None:
 
 
 def task_state(name: str) -> property:
-    """An attribute of which every task has its own."""
+    """A property for an attribute with a value per task."""
 
     def get(self: Any) -> Any:
         active = _active(self)
@@ -310,7 +311,7 @@ def _put_state(module: Any, name: str, value: Any) -> None:
     hat, states = module.__dict__.get("_hat"), module.__dict__.get(STATES)
     if hat is None or states is None or not states.tasks or (active is not None and not hat.gates.is_open(active[2])):
         return
-    if same(value, states.start[hat.path, name]):  # so `train()` clears caches: of what no task is sealed with
+    if same(value, states.start[hat.path, name]):  # a reset, as when `train()` clears caches: reset all unsealed tasks
         others = [t for t in states.tasks if (active is None or t != active[2]) and not bool(hat.gates.sealed[t])]
         states.reset((hat.path, name), others)
 
@@ -347,13 +348,13 @@ def _apply(_: str) -> Callable[..., Any]:
 
 
 def state_attributes(names: Sequence[str]) -> tuple[tuple[str, Callable[[str], Any]], ...]:
-    """The methods for the class of a module that has attributes with state (see `registry.derive`)."""
+    """The properties and methods for the class of a module with state attributes (see `registry.derive`)."""
     own = (("__setattr__", _setattr), ("register_buffer", _register_buffer), ("_apply", _apply))
     return (*((n, task_state) for n in names), *own) if names else ()
 
 
 def keep_per_task(model: nn.Module, modules: dict[str, tuple[nn.Module, tuple[str, ...]]]) -> None:
-    """From now on every task has its own of these attributes of a converted model. modules: path -> module, names."""
+    """Give every task its own values of some attributes of a converted model. modules: path -> (module, names)."""
     start = {(path, n): _plain(m, n) for path, (m, names) in modules.items() for n in names}
     if not start:
         return
