@@ -22,9 +22,9 @@ class Prediction:
     """The result of `predict` for a batch of B examples.
 
     Attributes:
-        task, label: `[B]` int64: the task, and the class by the numbers of its own head. probability: `[B]`, their joint
-            probability. rejected: `[B]` bool: no task reaches the probability `RouterOptions.threshold`. Task and label
-            are then the likeliest ones.
+        task, label: `[B]` int64: the task, and the class by the numbers of its own head. probability: `[B]`, their
+            joint probability. rejected: `[B]` bool: no task reaches the probability `RouterOptions.threshold`. Task and
+            label are then the likeliest ones.
         tasks: the tasks that were considered. task_probability: `[B, T]`, the probability of each.
     """
 
