@@ -1,1 +1,1 @@
-"""Which task an input belongs to, and what it is."""
+"""Routing: predict the task of an input, and its class."""

@@ -1,4 +1,4 @@
-"""The statistics that a router keeps of one task, and how they are gathered from examples."""
+"""The statistics that a router keeps for one task, and their computation from examples."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class RouterOptions(Changeable):
     """How a router tells tasks apart.
 
     Args:
-        width: M, how many random features each task's features are lifted to.
-        temperature: tau, by which the classifiers' answers are multiplied before they are compared.
-        threshold: theta: an answer is marked as rejected where no task has this probability.
-        rank: keep each sum as its diagonal and this many directions, in place of all of its entries; None = all.
-        seed: of the random features.
+        width: M, the number of random features that each task's features are mapped to.
+        temperature: tau, the factor of the classifiers' outputs before they are compared.
+        threshold: theta: an answer is marked as rejected if no task reaches this probability.
+        rank: keep each sum as its diagonal and this many directions, instead of all of its entries; None = all.
+        seed: the seed of the random features.
 
     Raises:
         ConfigError: a value outside its range.
@@ -55,9 +55,9 @@ class KnownTask:
     """A router's statistics of one task.
 
     Attributes:
-        labels: of the classes that have examples. counts: how many each has.
-        p: the random features of its space, `[F, M]`. sums: its statistics, by the space that they are in.
-        dtype: of its features. digests: of all that the task computed with, as it was sealed.
+        labels: the classes that have examples. counts: the number of examples of each.
+        p: the random projection of its space, `[F, M]`. sums: space -> the task's statistics in it.
+        dtype: the dtype of its features. digests: digests, from sealing, of everything that the task computes with.
     """
 
     labels: list[int]
@@ -69,11 +69,11 @@ class KnownTask:
 
     @property
     def examples(self) -> int:
-        """How many it was added with."""
+        """The number of examples that it was added with."""
         return sum(self.counts)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is kept of it, by name."""
+        """All its tensors, by name."""
         of_spaces = {
             f"{space}.{f.name}": x
             for space, sums in self.sums.items()
@@ -84,14 +84,15 @@ class KnownTask:
 
 
 def sealed_digests(model: nn.Module, of_task: int) -> dict[str, str]:
-    """The digests of all that a task computes with, as it was sealed; where a loaded state did not bring them, of what
-    is there."""
+    """The digests, from sealing, of everything that a task computes with; if a loaded state lacked them, digests of the
+    current values."""
     return dict(gates_of(model)[0].digests.get(of_task) or task_digests(model, of_task))
 
 
 def changed_digest(was: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Something whose digest is another one, of the same dtype. Embeddings do not count: a sealed task computes with
-    its hard gates, and one that is reopened and sealed as it was gets the same gates from other embeddings."""
+    """A name whose digest changed in the same dtype, or exists on one side only; None if there is none. Embeddings do
+    not count: a sealed task computes with its hard gates, and a task that is reopened and sealed unchanged gets the
+    same gates from other embeddings."""
     for name in [name for name in {**was, **now} if not name.rpartition(".embeddings.")[0].endswith("gates")]:
         a, b = was.get(name), now.get(name)
         if a is None or b is None or (a != b and a.split(":")[0] == b.split(":")[0]):
@@ -135,7 +136,7 @@ def _as_labels(what: str, y: Any) -> Tensor:
 
 
 class Gathered:
-    """The statistics of a task while its examples come in."""
+    """Collects the statistics of a task from batches of its examples."""
 
     def __init__(self, options: RouterOptions, new: int, others: Mapping[int, Tensor]) -> None:
         self.options, self.new, self.p = options, new, dict(others)
@@ -145,7 +146,7 @@ class Gathered:
         self.classes: dict[int, Tensor] = {}
 
     def add(self, labels: Tensor, seen: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """Take in a batch: its labels, and its features and logits under each task."""
+        """Add a batch: its labels, and its features and logits under each task."""
         h, z = seen[self.new]
         if self.new not in self.p:
             self.p[self.new] = projection(h.shape[1], self.options.width, self.options.seed, self.new)
@@ -166,7 +167,7 @@ class Gathered:
         """The router's statistics.
 
         Raises:
-            TaskError: there are examples of fewer than two classes, of a task that has more than one.
+            TaskError: the examples have fewer than two classes, but the task has more than one.
         """
         labels = self.counts.nonzero().flatten().tolist()
         if len(labels) < min(2, max(1, len(self.counts))):

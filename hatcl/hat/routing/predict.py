@@ -1,4 +1,4 @@
-"""Prediction without being told the task."""
+"""Prediction without a given task."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Prediction:
     """The result of `predict` for a batch of B examples.
 
     Attributes:
-        task, label: `[B]` int64: the task, and the class in the numbers of its own head. probability: `[B]`, of both
-            together. rejected: `[B]` bool: no task has the probability `RouterOptions.threshold`. Task and label are
-            then those that would have been answered.
-        tasks: the tasks that were asked about. task_probability: `[B, T]`, of each of them.
+        task, label: `[B]` int64: the task, and the class by the numbers of its own head. probability: `[B]`, their
+            joint probability. rejected: `[B]` bool: no task reaches the probability `RouterOptions.threshold`. Task and
+            label are then the likeliest ones.
+        tasks: the tasks that were considered. task_probability: `[B, T]`, the probability of each.
     """
 
     task: Tensor
@@ -39,29 +39,28 @@ class Prediction:
 def predict(
     model: nn.Module, x: Any, *, router: TaskRouter, among: Sequence[int] | None = None, top: int | None = None
 ) -> Prediction:
-    """Task and class of each row of a batch, for models whose user cannot say which task an input belongs to:
+    """Task and class of each row of a batch, if it is not known which task an input belongs to:
 
         argmax over t, c of P(t|x) softmax(z_t(x))_c,  rejected where max_t P(t|x) < theta
 
-    with P from the router (see `TaskRouter`) and z_t the logits under task t. It takes a forward per task. With `top`
-    it takes one for P, from the space of the task alone that was added first (`TaskRouter.at_first_sight`), and for
-    each row one for each of its `top` likeliest tasks, among which the answer is. The model is lent in evaluation mode,
-    without gradients; its modes and its active task are as before.
+    with P from the router (see `TaskRouter`) and the logits z_t under task t. This takes one forward per task. With
+    `top` it takes one forward for P, from the space of the task that was added first (`TaskRouter.at_first_sight`), and
+    for each row one for each of its `top` likeliest tasks; the answer is among these. The model runs in evaluation mode
+    without gradients; afterwards its modes and its active task are unchanged.
 
     Args:
         model: the HAT model of the router, or a copy of it. x: B rows: a tensor, a tuple (positional) or a
             mapping (keywords).
-        among: the tasks that come into question; None = all. The answer is bit for bit that of a router with these
-            alone: with `among=range(k)` the one that it gave after task k - 1 was added. Over more tasks it may be
-            another one.
-        top: how many tasks of each row are run; None = all, with evidence from the spaces of all. Rows that are run
-            together round as a batch of their own, so the last bits of `probability` depend on it. For gates over
-            adapters, where `features` of an early block serve all tasks (see `hatcl.hat.features.middle_block`).
+        among: the possible tasks; None = all. The answer is bit-equal to that of a router with only these tasks: with
+            `among=range(k)` it is the answer after task k - 1 was added. More tasks may change the answer.
+        top: number of tasks that are run for each row; None = all, with evidence from the spaces of all. Rows that are
+            run together round as a separate batch, so the last bits of `probability` depend on it. Use it for gates
+            over adapters, where `features` of an early block serve all tasks (see `hatcl.hat.features.middle_block`).
 
     Raises:
-        TaskError: a sealed task that is not in the router, or a task in the router that is not what it was (it was
-            forgotten, or learned again). ConfigError: inputs that the model does not take, or whose rows `top` cannot
-            tell apart; a `top` below 1.
+        TaskError: a sealed task that is not in the router, or a task in the router that changed in the model (it was
+            forgotten, or learned again). ConfigError: inputs that the model does not accept, or without a row per
+            example under `top`; a `top` below 1.
 
     Warns:
         UserWarning: the model computes in another dtype than when a task was added.
@@ -90,10 +89,10 @@ def predict(
 
 
 def answer_of(router: TaskRouter, seen: Mapping[int, tuple[Tensor, Tensor]], where: torch.device) -> Prediction:
-    """The answer from the forwards of all tasks that come into question.
+    """The answer from the forwards of all possible tasks.
 
     Args:
-        seen: task -> what `TaskRouter.seen` gave, in the router's order. where: the device of the answer.
+        seen: task -> the result of `TaskRouter.seen`, in the router's order. where: the device of the answer.
     """
     p = router.probabilities({t: h for t, (h, _) in seen.items()}, list(seen))
     joint = [p[:, i : i + 1] * z.cpu().double().softmax(1) for i, (_, z) in enumerate(seen.values())]
@@ -104,7 +103,7 @@ def _largest(router: TaskRouter, chosen: list[int], p: Tensor, joint: list[Tenso
     """The task and class of the largest `P(t|x) softmax(z_t(x))_c`.
 
     Args:
-        p: P, `[B, T]`. joint: of each chosen task, `[B, C]`.
+        p: P, `[B, T]`. joint: `P(t|x) softmax(z_t(x))` of each chosen task, `[B, C]`.
     """
     task = torch.cat([torch.full((part.shape[1],), t) for t, part in zip(chosen, joint, strict=True)])
     label = torch.cat([torch.arange(part.shape[1]) for part in joint])
@@ -117,7 +116,7 @@ def _largest(router: TaskRouter, chosen: list[int], p: Tensor, joint: list[Tenso
 
 
 def _of_its_rows(model: nn.Module, x: Any, router: TaskRouter, task: int, p: Tensor, asked: Tensor) -> Tensor:
-    """`P(t|x) softmax(z_t(x))`, `[B, C]`, of the rows in which a task is run; 0 for others."""
+    """`P(t|x) softmax(z_t(x))`, `[B, C]`, for the rows that are run under a task; 0 for others."""
     rows = asked.nonzero().flatten()
     if not len(rows):
         return p.new_zeros(len(p), 1)

@@ -1,4 +1,4 @@
-"""Sums over examples from which a linear classifier of random features follows, and the classifier."""
+"""A ridge classifier on random features, and the sums over examples that determine it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 STRENGTHS = torch.logspace(-8, 2, 41, dtype=torch.float64)
-"""The strengths of the ridge that are tried, in units of the mean eigenvalue of the sums."""
+"""The ridge strengths that are tried, in units of the mean eigenvalue of the sums."""
 
 
 def projection(features: int, width: int, seed: int, space: int) -> Tensor:
@@ -40,7 +40,7 @@ class Sums:
 
     @classmethod
     def of(cls, gram: Tensor, classes: Tensor, rank: int | None) -> Sums:
-        """rank: keep that many directions of S, the strongest, and its diagonal; None = all of it."""
+        """rank: keep only this many of the strongest directions of S, and its diagonal; None = all of S."""
         if rank is None:
             rows, columns = torch.tril_indices(len(gram), len(gram))
             return cls(gram[rows, columns], classes)

@@ -1,4 +1,5 @@
-"""Which task an input belongs to, from statistics of the sealed tasks' features; no example is kept."""
+"""The router: it predicts the task of an input from statistics of the sealed tasks' features, without stored
+examples."""
 
 from __future__ import annotations
 
@@ -33,16 +34,16 @@ from .known import Gathered, KnownTask, RouterOptions, changed_digest, labelled,
 from .ridge import Sums, lifted, ridge
 
 log = logging.getLogger(__name__)
-ROUTER_ENTRY = "hatcl.router"  # of the file's metadata
+ROUTER_ENTRY = "hatcl.router"  # key of the file's metadata
 FORMAT = 1
-FUNCTION = "a function"  # in the file, in the place of one
+FUNCTION = "a function"  # stands for a function in the file
 OF_TASK = ("labels", "counts", "dtype", "digests")  # a task's entries in addition to its tensors
-TEMPERATURES = tuple(2 ** (k / 2) for k in range(17))  # that `calibrate` tries
+TEMPERATURES = tuple(2 ** (k / 2) for k in range(17))  # `calibrate` tries these
 
 
 @dataclass(eq=False)
 class TaskRouter:
-    """Tells which of the sealed tasks an input belongs to:
+    """Predicts which sealed task an input belongs to:
 
         router = hatcl.TaskRouter(model)
         for t, loader in enumerate(loaders):
@@ -50,34 +51,32 @@ class TaskRouter:
             router.add_task(t, loader)
         hatcl.predict(model, x, router=router)
 
-    What a sealed task computes never changes, so statistics of its features stay valid. Each task a has a *space*,
-    random features of what its head reads, in which a ridge classifier tells the classes of all tasks apart that were
-    added from a on:
+    A sealed task's features never change, so statistics of them stay valid. Each task a has a *space*: random features
+    of its head's input. There a ridge classifier distinguishes the classes of task a and of all tasks added after it:
 
-        phi_a(x) = [relu(h_a(x) P_a), 1]                h_a: what the head reads under task a; P_a normal, by the seed
+        phi_a(x) = [relu(h_a(x) P_a), 1]                h_a: the head's input under task a; P_a normal, by the seed
         S_ab = sum phi_a phi_a^T,  C_ab = sum phi_a onehot(y)^T                       over the examples of task b
         W_a = (sum_{b >= a} S_ab + lambda n I)^-1 [C_aa | C_a,a+1 | ...]              see `ridge`
         l_a(b|x) = logsumexp_{c in b} tau W_a^T phi_a(x) - logsumexp_c tau W_a^T phi_a(x)
         r_ab(x) = mean over spaces s <= min(a, b) of l_s(b|x) - l_s(a|x)
         P(t|x) = softmax_t(mean_a r_at)
 
-    (random features and their ridge classifier: RanPAC, arXiv 2307.02251, there of one pretrained model; the evidence
-    over the spaces of several tasks is this project's own). `<=` is the order in which tasks were added. A space has no
-    statistics of earlier tasks: their examples are gone when it comes to be. So a task that is learned again comes last
-    in the order, and what was added in between is not compared in its space.
+    (random features with a ridge classifier: RanPAC, arXiv 2307.02251, which uses one pretrained model; the evidence
+    over several tasks' spaces is this project's own). `<=` is the order in which tasks were added. A space has no
+    statistics of earlier tasks, because their examples are gone when it is created. So a task that is learned again
+    comes last in the order, and tasks added in between are not compared in its space.
 
-    All is kept per task. A router over some of its tasks, after `remove_task` or with `among=`, is bit for bit the
-    router to which only these were added, in the same order.
+    All statistics are per task. A router over some of its tasks, after `remove_task` or with `among=`, is bit-equal to
+    a router to which only these were added, in the same order.
 
     Args:
-        model: the HAT model. It is evaluated in `add_task` alone; `predict` is given the model again.
-        options: see `RouterOptions`, or a mapping of what to change.
-        features: other features than what the head reads, see `hatcl.hat.features`.
-        logits: where the model's output are no logits: called with a task, inputs and the model's output, gives
-            `[B, C]`. One column says that the task has no classes: the router finds it, and its label is 0.
-        prepare: what a task's network takes of an input whose task is unknown: called with a task and inputs. For tasks
-            that were learned with different preparations (each with its own mean and spread). None = inputs as they
-            are.
+        model: the HAT model. Only `add_task` evaluates it; `predict` gets the model as an argument.
+        options: see `RouterOptions`, or a mapping of options to change.
+        features: other features than the head's input, see `hatcl.hat.features`.
+        logits: for models whose output is not logits: called with a task, inputs and the model's output, gives
+            `[B, C]`. One column means that the task has no classes: the router finds the task, and its label is 0.
+        prepare: called with a task and inputs, gives the inputs of this task's network. For tasks that were learned
+            with different preprocessing (each with its own mean and standard deviation). None = inputs unchanged.
     """
 
     model: nn.Module = field(repr=False)
@@ -99,7 +98,7 @@ class TaskRouter:
 
     @property
     def tasks(self) -> list[int]:
-        """The tasks in it, in the order in which they were added."""
+        """The tasks in the router, in the order in which they were added."""
         return list(self._known)
 
     @property
@@ -118,19 +117,19 @@ class TaskRouter:
         return "\n".join(lines)
 
     def add_task(self, task: int, x: Any, y: Tensor | None = None, *, batch_size: int = 256) -> None:
-        """Take the statistics of a sealed task's examples, in its own space and in those of all tasks in the router.
+        """Compute the statistics of a sealed task's examples, in its own space and in those of all tasks in the router.
 
-        They are sums in float64 on the CPU. Other batches or another order give the same up to rounding: 1e-13 of the
-        largest where the model gives the same features (in float32 batches of another size move those by 1e-7).
+        They are sums in float64 on the CPU. Other batches or another order give the same sums up to rounding: 1e-13 of
+        the largest if the model gives the same features (in float32, another batch size changes these by 1e-7).
 
         Args:
             x, y: inputs and labels `[B]`; or x alone: batches of (inputs, labels), such as a DataLoader. Inputs: a
                 tensor, a tuple or a mapping of which every tensor has a row per example.
-            batch_size: how many rows are evaluated at once where y is given.
+            batch_size: number of rows evaluated at once if y is given.
 
         Raises:
-            TaskError: the task is not sealed, is in the router already, or has examples of fewer than two classes.
-            ConfigError: examples or labels that do not fit. The router is then as it was.
+            TaskError: the task is not sealed, is already in the router, or has examples of fewer than two classes.
+            ConfigError: examples or labels that do not fit. The router is then unchanged.
         """
         model = self.model
         new = check_task(model, task, sealed=True)
@@ -155,11 +154,11 @@ class TaskRouter:
         self._weights.clear()
 
     def remove_task(self, task: int) -> None:
-        """Drop all that is kept of a task: its statistics and its space. What is left is bit for bit the router to
-        which it was never added. `hatcl.forget_task` erases what the model knows of it.
+        """Drop a task's statistics and its space. The result is bit-equal to a router to which the task was never
+        added. `hatcl.forget_task` erases the task from the model.
 
         Raises:
-            TaskError: it is not in the router.
+            TaskError: the task is not in the router.
         """
         self.chosen([task])
         del self._known[task]
@@ -168,7 +167,7 @@ class TaskRouter:
         self._weights.clear()
 
     def check(self, model: nn.Module, chosen: Sequence[int]) -> None:
-        """Are these tasks what they were when they were added?
+        """Check that these tasks have not changed since they were added.
 
         Raises:
             TaskError: one is not in the router, is not sealed, or was sealed again since.
@@ -217,10 +216,10 @@ class TaskRouter:
     # ---- evidence ------------------------------------------------------------------------------------------------
 
     def seen(self, model: nn.Module, inputs: Any, space: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
-        """The features and the logits of some inputs under a task, in evaluation mode and without gradients, checked.
+        """The checked features and logits of some inputs under a task, in evaluation mode and without gradients.
 
         Raises:
-            ConfigError: the inputs do not fit the model, or what it gives does not fit the router.
+            ConfigError: the inputs do not fit the model, or its features or logits do not fit the router.
 
         Warns:
             UserWarning: the model computes in another dtype than when the task was added.
@@ -262,7 +261,7 @@ class TaskRouter:
         """`P(t|x)`, `[B, T]` float64 on the CPU, a column for each chosen task in the router's order.
 
         Args:
-            features: `h_t(x)`, `[B, F]`, for each chosen task t. among: the tasks that are asked about; None = all.
+            features: `h_t(x)`, `[B, F]`, for each chosen task t. among: the possible tasks; None = all.
         """
         chosen = self.chosen(among)
         spaces = [lifted(features[a], self._known[a].p) @ self._solved(chosen[i:]) for i, a in enumerate(chosen)]
@@ -271,20 +270,20 @@ class TaskRouter:
         evidence = torch.zeros_like(total)
         for s, said in enumerate(spaces):
             parts = (self.options.temperature * said).split(counts[s:], 1)
-            total[:, s:] += torch.stack([part.logsumexp(1) for part in parts], 1)  # less what is the same for all tasks
-            # with task s those after it are compared over the spaces up to s: r_sb for b >= s, and r_bs = -r_sb
+            total[:, s:] += torch.stack([part.logsumexp(1) for part in parts], 1)  # without terms common to all tasks
+            # compare task s with all later tasks over the spaces up to s: r_sb for b >= s, and r_bs = -r_sb
             against = (total[:, s:] - total[:, s : s + 1]) / (s + 1)
             evidence[:, s:] += against
             evidence[:, s] -= against.sum(1)
         return (evidence / len(chosen)).softmax(1)
 
     def calibrate(self, model: nn.Module, batches: Batches, *, keep: float = 0.95) -> RouterOptions:
-        """Choose temperature and threshold by examples that were not learned, and take them as options: the temperature
-        of the highest mean log P of the right task, then the threshold under which a share of 1 - `keep` of these
-        examples falls. They hold for the tasks that are in the router now.
+        """Choose temperature and threshold on examples that were not learned, and set these options. The temperature
+        maximises the mean log P of the right task; the threshold then rejects a share of 1 - `keep` of these examples.
+        The choice holds for the tasks that are in the router now.
 
         Args:
-            batches: of (inputs, tasks `[B]`). keep: share of the examples that is not rejected.
+            batches: batches of (inputs, tasks `[B]`). keep: share of the examples that is not rejected.
 
         Raises:
             ConfigError: tasks that do not fit the inputs. TaskError: as `check`.
@@ -314,11 +313,11 @@ class TaskRouter:
         return self.options
 
     def at_first_sight(self, features: Tensor, among: Sequence[int] | None = None) -> Tensor:
-        """`softmax_t l_a(t|x)`, `[B, T]` float64 on the CPU, with a the first of the chosen tasks in the order:
-        all have statistics in its space, so that one forward tells them apart.
+        """`softmax_t l_a(t|x)`, `[B, T]` float64 on the CPU, where a is the first of the chosen tasks in the router's
+        order. All have statistics in its space, so one forward distinguishes them.
 
         Args:
-            features: `h_a(x)`, `[B, F]`. among: the tasks that are asked about; None = all.
+            features: `h_a(x)`, `[B, F]`. among: the possible tasks; None = all.
         """
         chosen = self.chosen(among)
         said = self.options.temperature * lifted(features, self._known[chosen[0]].p) @ self._solved(chosen)
@@ -326,7 +325,7 @@ class TaskRouter:
         return torch.stack([part.logsumexp(1) for part in parts], 1).softmax(1)
 
     def _solved(self, chosen: Sequence[int]) -> Tensor:
-        """W of the first one's space, `[M + 1, classes of all of them]`."""
+        """W in the space of the first chosen task, `[M + 1, classes of all chosen tasks]`."""
         key = tuple(chosen)
         if key not in self._weights:
             every = [self._known[b] for b in chosen]
@@ -336,10 +335,10 @@ class TaskRouter:
     # ---- the file ------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write all that is kept as one `.safetensors` file; `load` reads it back, bit for bit.
+        """Write the router as one `.safetensors` file; `load` reads it back, bit for bit.
 
         Raises:
-            ConfigError: another ending. IntegrityError: the disk is full or not writable.
+            ConfigError: another file extension. IntegrityError: the disk is full or not writable.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
@@ -372,23 +371,22 @@ class TaskRouter:
         """The router that `save` wrote.
 
         Args:
-            model: the router's model. features, prepare, logits: the functions that the router was made with, if
-                it was.
+            model: the router's model. features, prepare, logits: the functions that the router was made with, if any.
 
         Raises:
-            IntegrityError: the file is missing, damaged or of something else. ConfigError: functions that it was made
-                with are not given, or others are.
+            IntegrityError: the file is missing, damaged or no router. ConfigError: functions that it was made with are
+                missing, or others are given.
         """
         stored, text = named_tensors(path), read_metadata(path).get(ROUTER_ENTRY)
         if text is None:
             raise IntegrityError(f"{path}: is no router; expected a file that TaskRouter.save wrote")
         about: dict[str, Any] = parse_json(text, path)
-        tensors = {name: stored[name].clone() for name in stored}  # what files give is mapped
+        tensors = {name: stored[name].clone() for name in stored}  # tensors of a file are memory-mapped
         digest = about.pop("digest", None)
         if about.get("format") != FORMAT or _digest_of_all(tensors, about) != digest:
             raise IntegrityError(f"{path}: its content is not what was saved; the file is damaged, save it again")
         for name, given in (("features", features), ("prepare", prepare), ("logits", logits)):
-            made_with = about.get(name)  # a file of before there was logits= has none
+            made_with = about.get(name)  # an older file, from before logits=, has no such entry
             if (made_with == FUNCTION) != callable(given) or (given is not None and not callable(given)):
                 raise ConfigError(
                     f"{path}: the router was made with {name}={made_with!r}, got {given!r}; give the same function, "

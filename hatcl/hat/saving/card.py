@@ -1,4 +1,4 @@
-"""A model card: what a saved model is, who uses what of it, and how to load it, for people and for hubs."""
+"""A model card for people and hubs: describes a saved model, the units of each task, and how to load it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class CardFacts:
     """Information for a model's card that the model does not have; every entry is optional.
 
     Args:
-        names: of the tasks, by their numbers. classes: task -> the names of its classes.
+        names: task -> its name. classes: task -> the names of its classes.
         matrix: `matrix[i][j]` is the score of task j, from 0 to 1, after task i was learned; None = not measured.
-        measures: what each task is scored by, where it is no share of right answers.
-        certificate: what proved that the tasks are isolated, in one sentence.
+        measures: the measure of each task's score, if it is not the share of right answers.
+        certificate: one sentence on the proof that the tasks are isolated.
         notes: more paragraphs, in Markdown.
 
     Raises:
-        ConfigError: a task without a number that the model has; a matrix that is not square.
+        ConfigError: a task number that the model does not have; a matrix that is not square.
     """
 
     names: Mapping[int, str] = dataclasses.field(default_factory=dict)
@@ -55,7 +55,7 @@ class CardFacts:
 
     @classmethod
     def of(cls, given: CardFacts | Mapping[str, Any] | None) -> CardFacts:
-        """Facts from a mapping of them. Raises `ConfigError` on an unknown key."""
+        """Facts from a mapping. Raises `ConfigError` on an unknown key."""
         if isinstance(given, CardFacts):
             return given
         known_options(cls, given or {})
@@ -66,7 +66,7 @@ def model_card(model: nn.Module, facts: CardFacts) -> str:
     """A converted model's card in Markdown, with the front matter that hubs read.
 
     Raises:
-        ConfigError: facts of a task that the model does not have.
+        ConfigError: facts about a task that the model does not have.
     """
     gates = gates_of(model)[0]
     if wrong := [t for t in {**facts.names, **facts.classes} if t not in range(gates.num_tasks)]:
@@ -100,7 +100,7 @@ def model_card(model: nn.Module, facts: CardFacts) -> str:
 
 
 def writable(path: Path) -> bool:
-    """Is there no card yet, or one that hatcl wrote and nobody made their own?"""
+    """Is there no card yet, or one that still has hatcl's marker line?"""
     try:
         return OURS in path.read_text(errors="replace")
     except OSError:
@@ -186,7 +186,7 @@ def _unusual(config: HATConfig) -> dict[str, Any]:
 
 
 def _versions() -> list[str]:
-    """Of the libraries that are in use."""
+    """Names and versions of the imported libraries."""
     found = []
     for library in LIBRARIES:
         if library in sys.modules or library == "hatcl":
@@ -198,11 +198,11 @@ def _versions() -> list[str]:
 
 
 def in_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first row is its head."""
+    """A Markdown table; the first row is its header."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
 
 
 def _escaped(text: object) -> str:
-    """Without what would end a cell of a table."""
+    """Text without characters that would end a table cell."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

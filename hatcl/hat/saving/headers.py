@@ -1,4 +1,4 @@
-"""A safetensors file whose header says what its tensors are: one file, so that one rename is one state."""
+"""Reads a safetensors file with a description in its header: one file, so that one rename replaces a whole state."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ...errors import ConversionError, HATError, IntegrityError
 from ..gates import Gates
 
-READERS = {"hatcl": "hatcl.from_pretrained", "hatcl_extracted": "hatcl.load_extracted"}  # by the entry of the header
+READERS = {"hatcl": "hatcl.from_pretrained", "hatcl_extracted": "hatcl.load_extracted"}  # header entry -> its reader
 
 
 @contextlib.contextmanager
 def making_model(folder: Path) -> Iterator[None]:
-    """Whatever fails inside but with an error of hatcl's own is an `IntegrityError` of the folder that is read."""
+    """Turn errors inside the block, except hatcl's own, into an `IntegrityError` that names the folder being read. A
+    `ConversionError` is turned too."""
     try:
         yield
     except ConversionError as error:
@@ -36,7 +37,7 @@ def making_model(folder: Path) -> Iterator[None]:
 
 
 def check_base(base: Any, source: Any, folder: Path) -> None:
-    """`base` is a plain module, or None where the folder says how its model is made.
+    """Check that `base` is a plain module, or None if the folder says how to build its model.
 
     Raises:
         IntegrityError: it is neither.
@@ -62,10 +63,10 @@ def read_with_header(path: Path, entry: str, writer: str, *, tensors: bool = Tru
     """The text under `entry` of a file's header, and the file's tensors.
 
     Args:
-        writer: what writes such files, for the error to name. tensors: False = the header alone.
+        writer: the function that writes such files, for error messages. tensors: False = read only the header.
 
     Raises:
-        IntegrityError: the file is missing, a pickle, truncated, damaged, or of something else.
+        IntegrityError: the file is missing, a pickle, truncated, damaged, or has no such entry.
     """
     try:
         with safe_open(path, "pt") as f:
@@ -94,7 +95,7 @@ def read_with_header(path: Path, entry: str, writer: str, *, tensors: bool = Tru
 
 
 def _deeper(path: Path) -> str:
-    """Where a folder has such a file deeper inside: a run, or a Trainer's output folder."""
+    """A hint for errors: subfolders with such a file, as in a run or a Trainer's output folder."""
     found = sorted(p.parent.name for p in path.parent.glob(f"*/{path.name}"))
     return f". There is one in {', '.join(found[-3:])}: give that folder" if found else ""
 
@@ -112,5 +113,5 @@ def _is_pickle(path: Path) -> bool:
             start = f.read(8)
     except OSError:
         return False
-    # safetensors starts with its header's length in eight bytes, of which the last are zero
+    # a safetensors file starts with its header's length in eight bytes, the last of which are zero
     return start[:2] == b"PK" or (len(start) == 8 and start[0] == 0x80 and start[4:] != bytes(4))

@@ -1,4 +1,4 @@
-"""Models on a hub: found there by the names that huggingface_hub knows, and uploaded."""
+"""Models on a hub: download by name and upload, through huggingface_hub."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def located(
     others: Collection[str] = (),
     **options: str | bool | os.PathLike[str] | None,
 ) -> Path:
-    """The folder that a model lies in: `place` itself, or where huggingface_hub keeps what it downloaded of the model
-    of this name. Only a text that is a name and no folder is looked for on the hub.
+    """The folder of a model: `place` itself, or huggingface_hub's cache folder with the download of the model of this
+    name. The hub is only asked if `place` is a valid name and no existing path.
 
     Args:
-        file: the file that must be there. others: files that are downloaded where the hub has them.
-        options: of `huggingface_hub.hf_hub_download`: revision, token, cache_dir, local_files_only, force_download.
+        file: the required file. others: files that are also downloaded if the hub has them.
+        options: options of `huggingface_hub.hf_hub_download`: revision, token, cache_dir, local_files_only,
+            force_download.
 
     Raises:
         IntegrityError: there is neither such a folder nor such a model, or it has no such file.
@@ -52,7 +53,7 @@ def located(
     for other in others:
         try:
             hf_hub_download(place, other, **given)
-        except (errors.EntryNotFoundError, errors.HfHubHTTPError, OSError):  # nobody needs it
+        except (errors.EntryNotFoundError, errors.HfHubHTTPError, OSError):  # an optional file
             continue
     return found.parent
 
@@ -60,16 +61,16 @@ def located(
 def uploaded(
     write: Callable[[Path], Any], repo_id: str, token: str | None, private: bool | None, **options: Any
 ) -> str:
-    """Upload what `write` writes into a folder, in one commit; the commit's address.
+    """Upload the files that `write` writes into a folder, in one commit, and return the commit's address.
 
     Args:
-        options: of `huggingface_hub.HfApi.upload_folder`.
+        options: options of `huggingface_hub.HfApi.upload_folder`.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))  # or an error, before anything is made on the hub
+        write(Path(folder))  # first, so that an error comes before anything is created on the hub
         name = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
         return str(api.upload_folder(repo_id=name, repo_type="model", folder_path=folder, **options))
 

@@ -1,4 +1,5 @@
-"""Saving and loading: one safetensors file, whose header says what its tensors are. So one rename is one state."""
+"""Saving and loading as one safetensors file with the config in its header, so that one rename replaces a whole
+state."""
 
 from __future__ import annotations
 
@@ -34,38 +35,38 @@ from .hub import located, uploaded
 from .writers import MARK, Way, check_options, is_mixed, take_over
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", 3
-TRIES = 100  # how often a file is read again that was replaced meanwhile
-DEEPER = "deeper"  # in the header: each tensor has a dimension of size 1 in front, which `ModelHubMixin` cannot load
-HEADER = "hatcl"  # under this name the header of the tensors' file has the config
+TRIES = 100  # how often a file is read again that was replaced during reading
+DEEPER = "deeper"  # in the header: each tensor has a leading dimension of size 1, which `ModelHubMixin` cannot load
+HEADER = "hatcl"  # the entry of the file's header that holds the config
 KEYS = {"format", "config", "source", "map", "tied", "dtypes", "digests", "fingerprint"}
 
 
 def save_pretrained(
     model: nn.Module, folder: str | os.PathLike[str], *, card: CardFacts | Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a converted model: `model.safetensors`, whose header holds everything that is no tensor (options, map,
-    digests, how to make the plain model), a copy of that to look at, `config.json`, which is never read back, and a
-    model card, `README.md`. A README.md that somebody else wrote is left as it is.
+    """Write a converted model as three files: `model.safetensors`, whose header holds everything except the tensors
+    (options, map, digests, how to build the plain model); `config.json`, a readable copy of this header that is never
+    read back; and a model card, `README.md`. A README.md that hatcl did not write is left unchanged.
 
-    The digests in the file find accidents. Whoever can write the file can write them too, so against that keep the
-    file's own checksum in another place, and give it when loading:
+    The digests in the file detect accidents. An attacker who can write the file can also write the digests, so keep the
+    file's checksum in another place, and pass it when loading:
 
         folder = hatcl.save_pretrained(model, "runs/model")
         checksum = hatcl.files.sha256_of(folder / "model.safetensors")
         model = hatcl.from_pretrained(folder, sha256=checksum)
 
-    Several processes: of a model in DistributedDataParallel, and of one that `fully_shard` was called on, the process
-    of rank 0 writes the file. All may call this, and of a sharded model all must; wait
-    (`torch.distributed.barrier()`) before another one reads it.
+    Several processes: for a model in DistributedDataParallel, or after `fully_shard`, the process of rank 0 writes the
+    file. All processes may call this, and for a sharded model all must; wait (`torch.distributed.barrier()`) before
+    another process reads it.
 
     Args:
-        card: what the model does not know of itself: names of tasks and classes, scores (see `CardFacts`).
+        card: facts that the model does not contain: names of tasks and classes, scores (see `CardFacts`).
 
     Raises:
-        ConfigError: a fact of a task that the model does not have; the folder is that of a run.
+        ConfigError: a fact about a task that the model does not have; the folder is that of a run.
         IntegrityError: a sealed task changed since it was sealed; the disk is full or not writable. HATError: layers
-            put together by hand (save their `state_dict()`; there is no recipe to make the model again), also around a
-            converted model.
+            assembled by hand (save their `state_dict()`; hatcl cannot build such a model), also around a converted
+            model.
     """
     writes = True
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -126,15 +127,16 @@ def push_to_hub(
     branch: str | None = None,
     create_pr: bool | None = None,
 ) -> str:
-    """Upload what `save_pretrained` writes to a hub, as `huggingface_hub.ModelHubMixin.push_to_hub` does; the address
-    of the commit. `hatcl.from_pretrained(repo_id)` loads it.
+    """Upload the files of `save_pretrained` to a hub, as `huggingface_hub.ModelHubMixin.push_to_hub` does, and return
+    the address of the commit. `hatcl.from_pretrained(repo_id)` loads the model.
 
     Args:
-        repo_id: ORGANISATION/NAME; it is made if it is not there. card: see `save_pretrained`. private: of a new one.
-        token: by default that of `hf auth login`. branch: by default main. create_pr: open a pull request instead.
+        repo_id: ORGANISATION/NAME; created if it does not exist. card: see `save_pretrained`. private: whether a new
+            repository is private. token: default: that of `hf auth login`. branch: default: main. create_pr: open a
+            pull request instead.
 
     Raises:
-        HATError: see `save_pretrained`, before anything is made on the hub. Errors of huggingface_hub come as they are.
+        HATError: see `save_pretrained`, before anything is created on the hub. Errors of huggingface_hub are passed on.
     """
     return uploaded(
         lambda folder: save_pretrained(model, folder, card=card), repo_id, token, private,
@@ -166,8 +168,8 @@ _WAYS: dict[str, Way] = {"save_pretrained": _save_as_its_class, "push_to_hub": p
 
 
 def write_as_hatcl(model: nn.Module) -> nn.Module:
-    """Where a converted model's class has `save_pretrained` or `push_to_hub`, let them write what `from_pretrained`
-    reads: that of the class would write a plain network with other numbers."""
+    """If a converted model's class has `save_pretrained` or `push_to_hub`, replace these on the model, so that they
+    write a file for `from_pretrained`. The class's own methods would write a plain network with other outputs."""
     take_over(model, _WAYS)
     return model
 
@@ -183,23 +185,23 @@ def from_pretrained(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> nn.Module:
-    """The model that `save_pretrained` wrote, in evaluation mode, its sealed tasks bit for bit.
+    """Load a model that `save_pretrained` wrote, in evaluation mode, with bit-equal sealed tasks.
 
-    Nothing in the folder is trusted: no code or pickle in it is run, and no file outside of it is opened. Options are
-    those in the header of `model.safetensors`; a `config.json` that was edited is warned of, not read.
+    Nothing in the folder is trusted: no code or pickle in it is run, and no file outside of it is opened. Options come
+    from the header of `model.safetensors`; an edited `config.json` only causes a warning.
 
     Args:
-        folder: what was written, a Trainer's checkpoint too; or the name of a model on a hub, ORGANISATION/NAME.
-        base: the plain module, for models whose class hatcl cannot make by itself (anything but names of timm and
-            models of transformers). It is not changed.
-        sha256: the checksum that `model.safetensors` is to have (see `save_pretrained`); another file is not read.
+        folder: the written folder, or a Trainer's checkpoint; or the name of a model on a hub, ORGANISATION/NAME.
+        base: the plain module, for models that hatcl cannot build itself (all except names of timm and models of
+            transformers). It is not changed.
+        sha256: the expected checksum of `model.safetensors` (see `save_pretrained`); any other file is refused.
         revision, token, cache_dir, local_files_only, force_download: for a model on a hub, as in
             `huggingface_hub.hf_hub_download`.
 
     Raises:
         ConfigError: an option of the hub for a folder.
-        IntegrityError: the file is missing, truncated, tampered with, another one or no safetensors file, or its
-            tensors do not fit.
+        IntegrityError: the file is missing, truncated, tampered with, has another checksum, is no safetensors file, or
+            its tensors do not fit.
     """
     path = located(
         folder, WEIGHTS, (CONFIG, CARD), revision=revision, token=token, cache_dir=cache_dir,
@@ -222,10 +224,11 @@ def from_pretrained(
 
 
 def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str], grow: bool = False) -> None:
-    """Load what `save_pretrained` wrote into a model that was converted alike, in place, as a checkpoint is loaded.
+    """Load a file of `save_pretrained` in place, into a model that was converted in the same way.
 
     Args:
-        grow: where the file's model has grown since, let this one grow alike first; its optimizers are old then.
+        grow: if the file's model has grown further, first grow this one in the same way; its optimizers must then be
+            built again.
 
     Raises:
         IntegrityError: as `from_pretrained`; or the file belongs to a model that was converted differently.
@@ -240,7 +243,7 @@ def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str], grow: boo
         now["growths"] = meta["growths"]
     for what, ours in json.loads(json.dumps(now)).items():
         theirs = meta.get(what, [])
-        if what == "config":  # an option that is newer than the file is what it was without it
+        if what == "config":  # options that are newer than the file have their defaults
             theirs = {**HATConfig().to_dict(), **theirs}
         if theirs != ours:
             differ = (
@@ -258,10 +261,10 @@ def load_pretrained_(model: nn.Module, folder: str | os.PathLike[str], grow: boo
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The converted model, without what it is wrapped in (DistributedDataParallel, torch.compile, a host's module).
+    """The converted model without its wrappers (DistributedDataParallel, torch.compile, a host's module).
 
     Raises:
-        HATError: the wrapping has parameters of its own, which would be lost.
+        HATError: a wrapper has parameters of its own, which would be lost.
     """
     inner = next((m for m in model.modules() if GATES in m._modules), model)
     mine = {id(p) for p in inner.parameters()}
@@ -276,14 +279,14 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _converted(gates: Gates) -> dict[str, Any]:
-    """With what options and map a model was converted, and how it grew since."""
+    """The options and map that a model was converted with, and its growths since."""
     first = gates.map_at(0)
     grown = {"growths": [growth.to_json() for growth in gates.growths]} if gates.growths else {}
     return {"config": gates.config.to_dict(), "map": None if first is None else first.to_json(), **grown}
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Is it a model that `save_pretrained` can write, one that `hatcl.convert` made?"""
+    """Is it a model that `hatcl.convert` made, which `save_pretrained` can write?"""
     found = [g for m in model.modules() if (g := m._modules.get(GATES)) is not None]
     return len(found) == 1 and getattr(found[0], "unit_map", None) is not None
 
@@ -301,7 +304,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _read_model(path: Path, sha256: str | None, tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Header and tensors, of one file: safetensors opens it twice, and another save may take its place in between."""
+    """Header and tensors from the same file: safetensors opens it twice, and another save may replace it in between."""
     for _ in range(TRIES):
         before = _stamp(path)
         try:
@@ -323,7 +326,7 @@ def _read_model(path: Path, sha256: str | None, tensors: bool = True) -> tuple[d
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Another one when the file was replaced or written to; empty where there is none."""
+    """A stamp that changes when the file is replaced or written to; empty if there is no file."""
     try:
         s = path.stat()
     except OSError:
@@ -332,8 +335,8 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 
 def _signed(meta: dict[str, Any]) -> str:
-    """As JSON, with a digest of itself."""
-    meta = json.loads(json.dumps(meta))  # as it will be read
+    """The config as JSON, with a digest of itself."""
+    meta = json.loads(json.dumps(meta))  # in the form in which it will be read
     return json.dumps({**meta, "fingerprint": _fingerprint(meta)})
 
 
@@ -342,7 +345,7 @@ def _fingerprint(meta: dict[str, Any]) -> str:
 
 
 def _as_written(text: str | bytes, path: Path) -> dict[str, Any]:
-    """A config that says of itself that it is as it was written."""
+    """Parse a config, and check its format and fingerprint."""
     meta: dict[str, Any] = parse_json(text, path)
     version = meta.get("format")
     if isinstance(version, int) and version > FORMAT:
@@ -360,11 +363,12 @@ def _as_written(text: str | bytes, path: Path) -> dict[str, Any]:
 
 
 def _check_copy(copied: Path) -> None:
-    """Warn of an edit that has no effect. Another save's copy is none: it may just be writing its own."""
+    """Warn of an edited copy, since the edit has no effect. A valid copy from another save is not an edit: that save
+    may still be in progress."""
     try:
         text = copied.read_bytes()
     except OSError:
-        return  # nobody needs it
+        return  # loading does not need it
     try:
         _as_written(text, copied)
     except IntegrityError as error:
@@ -380,7 +384,7 @@ def _check_copy(copied: Path) -> None:
 
 
 def _load(model: nn.Module, meta: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Tensors into a model, with all that the header says of them checked."""
+    """Load tensors into a model, and check everything that the header says about them."""
     _check_dtypes(tensors, meta["dtypes"], path)
     for name, first in meta["tied"].items():
         if first in tensors:
@@ -407,8 +411,8 @@ def _name_of(t: torch.Tensor) -> str:
 
 
 def _check_dtypes(tensors: dict[str, torch.Tensor], dtypes: dict[str, str], path: Path) -> None:
-    """Check dtypes: a tensor of another dtype would count as cast by the user, and its digest would be computed
-    again."""
+    """Check dtypes: a tensor with another dtype would count as cast by the user, and its digest would be recomputed
+    instead of compared."""
     wrong = [(n, _name_of(t), dtypes.get(n, "not there")) for n, t in tensors.items() if _name_of(t) != dtypes.get(n)]
     if wrong:
         name, found, saved = wrong[0]
@@ -419,7 +423,7 @@ def _check_dtypes(tensors: dict[str, torch.Tensor], dtypes: dict[str, str], path
 
 
 def _check_digests(model: nn.Module, stored: dict[str, dict[str, str]], path: Path) -> None:
-    """Everything that a sealed task uses is as it was: there are digests of all of it, and they are equal."""
+    """Check that digests exist for everything that a sealed task uses, and that they are equal."""
     gates, sealed = gates_of(model)[0], tasks(model)
     if without := [t for t in sealed if not stored.get(str(t))]:
         raise IntegrityError(
@@ -438,8 +442,8 @@ def _check_digests(model: nn.Module, stored: dict[str, dict[str, str]], path: Pa
 
 
 def _fit(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Check names and shapes before anything is loaded. Heads may differ in width per task: their copies take the
-    file's."""
+    """Check names and shapes before anything is loaded. Heads may differ in width per task: their copies take the width
+    of the file."""
     state = model.state_dict()
     for name, t in tensors.items():
         if name in state and t.shape != state[name].shape and ".hat_tasks." in f".{name}":

@@ -1,4 +1,4 @@
-"""A recipe for inputs of a model's forward: shapes, kinds and the range of integers, without an example."""
+"""A recipe for inputs of a model's forward: shapes, dtypes and the range of integers, without the example itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IGNORED = -100  # torch's `ignore_index`, which transformers' labels hold
 
 
 def recipe_of(inputs: Any) -> dict[str, Any] | None:
-    """JSON-able; None where there is something in the inputs of which nothing can be said."""
+    """A JSON-able recipe of some inputs; None if they contain an object that it cannot describe."""
     if isinstance(inputs, Tensor):
         made: dict[str, Any] = {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
         if inputs.dtype == torch.bool or inputs.is_meta or not inputs.numel():
@@ -30,7 +30,7 @@ def recipe_of(inputs: Any) -> dict[str, Any] | None:
 
 
 def made_by(recipe: Mapping[str, Any], like: Tensor) -> Any:
-    """Inputs of this kind, always the same: normal numbers, integers from their range, masks of ones. like: floats get
+    """Inputs by a recipe, always the same: normal numbers, integers from their range, masks of ones. like: floats get
     its dtype, and all tensors its device."""
     draw = torch.Generator().manual_seed(0)
 
@@ -47,9 +47,9 @@ def made_by(recipe: Mapping[str, Any], like: Tensor) -> Any:
             numbers = torch.randn(shape, generator=draw, dtype=torch.complex64 if dtype.is_complex else torch.float32)
             return numbers.to(like.device, like.dtype if dtype.is_floating_point else dtype)
         low, high = x.get("low", 1), x.get("high", 1)
-        if low == IGNORED and high >= 0:  # labels, some of which the loss leaves out; between lie no classes
+        if low == IGNORED and high >= 0:  # labels, some ignored by the loss; the numbers from -99 to -1 are no classes
             low = 0
-        if (low, high) in ((0, 1), (1, 1)):  # a mask: of ones, so that every row has something
+        if (low, high) in ((0, 1), (1, 1)):  # a mask: use ones, so that no row is empty
             return torch.ones(shape, dtype=dtype, device=like.device)
         return torch.randint(low, high + 1, shape, generator=draw, dtype=dtype).to(like.device)
 

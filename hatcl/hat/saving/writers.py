@@ -1,7 +1,7 @@
-"""A converted model's own `save_pretrained` and `push_to_hub`, and what other libraries find in its folder.
+"""A converted model's own `save_pretrained` and `push_to_hub`, and the mark for other libraries in its folder.
 
-transformers, peft and huggingface_hub give their models such methods. Of a converted model they would write files from
-which these libraries make a plain network, with other numbers and no error.
+Models of transformers, peft and huggingface_hub have such methods. For a converted model these would write files that
+the libraries load as a plain network, with other outputs and without an error.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from ...errors import ConfigError, HATError
 
 READ_BY_HATCL = "what hatcl wrote, which is a model with tasks: load this folder with hatcl.from_pretrained"
-# transformers makes this of any config.json before it reads a weight, whatever options it is given, and raises an error
-# that shows the text; unknown names it only warns of
+# transformers builds this quantization config before it reads a weight, whatever its options, and raises an error that
+# shows the text; it only warns of unknown names
 MARK = {"quantization_config": {"quant_method": "quanto", "weights": READ_BY_HATCL}}
 OVERRIDDEN = ("save_pretrained", "push_to_hub")
 Way = Callable[..., Any]
 
 
 class Writer:
-    """Stands in a converted model for a method of its class: `way(model, ...)`. It keeps no model alive."""
+    """Replaces a method of a converted model's class by `way(model, ...)`. It does not keep the model alive."""
 
     def __init__(self, way: Way, model: nn.Module) -> None:
         self.way, self._model = way, weakref.ref(model)
@@ -33,7 +33,7 @@ class Writer:
         return self.way(self._model(), *args, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Writer:
-        """A copied model's writes the copy."""
+        """The copy's writer writes the copied model."""
         model: Any = self._model()
         return Writer(self.way, memo.get(id(model), model))
 
@@ -42,8 +42,8 @@ class Writer:
 
 
 def take_over(model: nn.Module, ways: Mapping[str, Way]) -> None:
-    """Give a converted model hatcl's ways to write where its class has some of that name. Its parts refuse, and so does
-    a class of huggingface_hub's mixin, whose own `from_pretrained` has no words for what it cannot read."""
+    """Replace methods with these names on a converted model by hatcl's. On its submodules they refuse, and also for
+    classes with huggingface_hub's mixin, whose own `from_pretrained` silently skips entries that it cannot read."""
     for m in model.modules():
         for name, way in ways.items():
             if callable(getattr(type(m), name, None)):
@@ -51,13 +51,13 @@ def take_over(model: nn.Module, ways: Mapping[str, Way]) -> None:
 
 
 def is_mixed(model: nn.Module) -> bool:
-    """Has its class huggingface_hub's `ModelHubMixin`? Its `from_pretrained` loads what fits and says nothing of the
-    rest: of a model with tasks it would make a plain network with other numbers."""
+    """Has its class huggingface_hub's `ModelHubMixin`? Its `from_pretrained` loads the entries that fit and silently
+    skips the rest: it would load a model with tasks as a plain network with other outputs."""
     return any(c.__name__ == "ModelHubMixin" for c in type(model).__mro__)
 
 
 def give_back(model: nn.Module) -> None:
-    """Every module of a model writes as its class does."""
+    """Restore the class's own methods on every module of a model."""
     for m in model.modules():
         for name in OVERRIDDEN:
             if isinstance(m.__dict__.get(name), Writer):
@@ -66,7 +66,7 @@ def give_back(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def given_back(model: nn.Module) -> Iterator[None]:
-    """The same inside of the block."""
+    """`give_back` inside the block."""
     kept = [(m, n, m.__dict__[n]) for m in model.modules() for n in OVERRIDDEN if isinstance(m.__dict__.get(n), Writer)]
     give_back(model)
     try:
@@ -93,7 +93,7 @@ def _refuse_mixin(model: nn.Module, *args: Any, **options: Any) -> None:
 
 
 def check_options(model: nn.Module, state_dict: Mapping[str, Tensor] | None, options: Mapping[str, Any]) -> None:
-    """Options of other libraries' `save_pretrained`, of which none may be without effect.
+    """Check options of other libraries' `save_pretrained`: none may be silently ignored.
 
     Raises:
         ConfigError: an option that hatcl does not have, or a state that is not the model's own.
