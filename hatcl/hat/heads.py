@@ -134,13 +134,17 @@ def is_untrained(module: nn.Module) -> bool:
     plain = getattr(type(module), "_hat_source", (None, type(module)))[1]
     weight = module._parameters.get("weight")
     ours = (nn.Linear.reset_parameters, _ConvNd.reset_parameters)
-    if weight is None or getattr(plain, "reset_parameters", None) not in ours:
+    if weight is None or not weight.numel() or getattr(plain, "reset_parameters", None) not in ours:
         return False
-    values = [p.detach().double() for p in (weight, module._parameters.get("bias")) if p is not None]
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return False
+    values = [p.detach() for p in (weight, module._parameters.get("bias")) if p is not None]
     b = 1 / math.sqrt(max(weight[0].numel(), 1))
     rounded = b * (1 + torch.finfo(weight.dtype).eps)
-    away = abs(float(values[0].square().mean()) / b**2 - 1 / 3)
-    return all(float(v.abs().max()) <= rounded for v in values) and away <= 5 * math.sqrt(4 / 45 / weight.numel())
+    if not all(max(-float(v.min()), float(v.max())) <= rounded for v in values):
+        return False
+    mean_square = float(torch.linalg.vector_norm(values[0], dtype=torch.float64)) ** 2 / weight.numel()
+    return abs(mean_square / b**2 - 1 / 3) <= 5 * math.sqrt(4 / 45 / weight.numel())
 
 
 def drawn_heads(model: nn.Module) -> set[int]:

@@ -200,7 +200,8 @@ def test_what_another_initialiser_drew_is_taken_for_trained(start):
     layer = nn.Linear(64, 10)
     start(layer.weight)
     assert not heads.is_untrained(layer)
-    assert not heads.is_untrained(nn.Embedding(4, 4)) and not heads.is_untrained(nn.ReLU())
+    others = (nn.Embedding(4, 4), nn.ReLU(), nn.Linear(4, 3, dtype=torch.complex64), nn.Linear(0, 3), nn.Linear(4, 0))
+    assert not any(map(heads.is_untrained, others))
 
 
 @pytest.mark.parametrize(("size", "classes"), [(32, 10), (64, 10), (512, 100)])
