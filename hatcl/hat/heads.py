@@ -18,6 +18,7 @@ from .build import GATES
 from .gates import Gates, gates_of
 from .layers.gated import HATLayer
 from .layers.linear import TaskIndexedLinear
+from .registry import plain_class
 
 HeadParts = list[tuple[str, str, str]]  # per parameter of a head: (path of its module, name there, name in the map)
 
@@ -131,10 +132,9 @@ def is_untrained(module: nn.Module) -> bool:
     has a standard error of `b^2 sqrt(4 / (45 n))`; the test allows five of them. A small layer after a few steps may
     still count as untrained.
     """
-    plain = getattr(type(module), "_hat_source", (None, type(module)))[1]
     weight = module._parameters.get("weight")
     ours = (nn.Linear.reset_parameters, _ConvNd.reset_parameters)
-    if weight is None or not weight.numel() or getattr(plain, "reset_parameters", None) not in ours:
+    if weight is None or not weight.numel() or getattr(plain_class(type(module)), "reset_parameters", None) not in ours:
         return False
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return False

@@ -99,3 +99,11 @@ class Derived:
 def _rebuild(layer: type, cls: type, attributes: tuple) -> nn.Module:
     made = derive(layer, cls, attributes)
     return nn.Module.__new__(made)
+
+
+def plain_class(cls: type) -> type:
+    """The class from which a HAT class was derived."""
+    while issubclass(cls, Derived):
+        source = cls.__dict__.get("_hat_source")
+        cls = source[1] if source is not None else next(c for c in cls.__mro__ if not issubclass(c, Derived))
+    return cls

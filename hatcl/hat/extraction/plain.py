@@ -14,7 +14,7 @@ from ..distributed import DDP_SKIPS
 from ..gates import gates_of
 from ..layers.gated import HATLayer
 from ..layers.state import STATES, copy_of, detached_copy
-from ..registry import Derived
+from ..registry import plain_class
 from ..saving.writers import give_back
 from ..tasks import task as active
 
@@ -33,7 +33,7 @@ def plain_copy(model: nn.Module, task: int | None, stage: int | None = None) -> 
         _resize(made, kept, task, gates.stage_of(task) if stage is None else stage)
     for path, module in list(made.named_modules()):
         if path in kept:
-            module.__class__ = _plain_class(type(module))
+            module.__class__ = plain_class(type(module))
             for name in ("_hat", STATES):
                 module.__dict__.pop(name, None)
             module._modules.pop("hat_tasks", None)
@@ -46,7 +46,7 @@ def plain_copy(model: nn.Module, task: int | None, stage: int | None = None) -> 
                     del hooks[key]
     made._modules.pop(GATES, None)
     give_back(made)
-    made.__class__ = _plain_class(type(made))
+    made.__class__ = plain_class(type(made))
     made.__dict__.pop(STATES, None)
     made.__dict__.pop(DDP_SKIPS, None)
     for m in made.modules():
@@ -86,14 +86,6 @@ def tidy_up(module: nn.Module) -> None:
     """Renew the list of weights that torch's recurrent layers keep in addition to their parameters."""
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [module._parameters.get(n) for n in module._flat_weights_names]
-
-
-def _plain_class(cls: type) -> type:
-    """The class from which a HAT class was derived."""
-    while issubclass(cls, Derived):
-        source = cls.__dict__.get("_hat_source")
-        cls = source[1] if source is not None else next(c for c in cls.__mro__ if not issubclass(c, Derived))
-    return cls
 
 
 def _kept(layer: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..binding import Binding, ParameterPlan, TaskCopy, UnitAxis, Units
 from ..distributed import leave_out
 from ..gates import Gates, gates_of, roots_of
 from ..layers.gated import HATLayer, shared_buffer, task_size
-from ..registry import Derived, derive, layer_for
+from ..registry import derive, layer_for, plain_class
 from .grown import Growth, Spread, grown_axes, grown_map
 
 OUTGROWN = WeakTensorKeyDictionary()  # a replaced parameter -> its name
@@ -130,9 +130,7 @@ def _bind_those_with_sizes(modules: dict[str, Any], growth: Growth, gates: Gates
             hat.formers = [Binding(gates, path=path) for _ in gates.growths]
             module.__dict__["_hat"] = hat
         source: Any = cls.__dict__.get("_hat_source") or (
-            (cls, next(c for c in cls.__mro__ if not issubclass(c, Derived)), ())
-            if issubclass(cls, HATLayer)
-            else (layer_for(cls), cls, ())
+            (cls, plain_class(cls), ()) if issubclass(cls, HATLayer) else (layer_for(cls), cls, ())
         )
         layer, plain, had = source
         more = [a for a in attributes if not isinstance(getattr(cls, a[0], None), property)]
